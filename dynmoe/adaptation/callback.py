@@ -1,0 +1,133 @@
+"""The Lightning callback that records routing in windows and changes the experts between steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+from torch import Tensor
+
+from dynmoe.adaptation.controller import plan
+from dynmoe.adaptation.schedule import Schedule
+from dynmoe.errors import ConfigError
+from dynmoe.layers.moe import MoELayer, NewExpert, RoutingStats, moe_layers
+
+log = logging.getLogger(__name__)
+
+
+class DynMoECallback(L.Callback):
+    """DynMoE's adaptive process (arXiv 2405.14297, Algorithm 1) on every adaptive MoE layer.
+
+    It reads ``outputs["routing"]`` of ``training_step`` (``{layer name: [RoutingStats, ...]}`` by the
+    names in ``pl_module.backbone``), so evaluation can never reach it; acts after the optimizer step, so masks never change between a
+    forward and its backward; counts optimizer steps, so gradient accumulation does not move it.
+    Windows are summed over all data-parallel ranks before the decision: every rank makes the same
+    change. Its state is in the checkpoint.
+
+    ``reset_moments`` starts a new expert's direction, threshold and FFN without optimizer state;
+    the official code keeps the old. ``on_event`` gets one dict for each layer and update.
+    """
+
+    def __init__(
+        self,
+        start: float,
+        length: float,
+        period: float,
+        unit: Literal["step", "epoch"] = "step",
+        min_experts: int = 1,
+        init: NewExpert = "copy_most_used",
+        reset_moments: bool = True,
+        on_event: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        try:
+            self.schedule = Schedule(start, length, period, unit)
+        except ValueError as error:
+            raise ConfigError(f"moe.adaptation: {error}") from error
+        self.min_experts = min_experts
+        self.init: NewExpert = init
+        self.reset_moments = reset_moments
+        self.on_event = on_event
+        self._step = 0
+        self._window: dict[str, dict[str, Tensor]] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.schedule.unit == "epoch":
+            self.schedule = self.schedule.in_steps(_steps_per_epoch(trainer))
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._step = trainer.global_step  # the optimizer step this batch contributes to
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any
+    ) -> None:
+        if self.schedule.records(self._step):
+            for name, calls in outputs["routing"].items():
+                for stats in calls:
+                    self._add_to_window(name, stats)
+        stepped = trainer.global_step > self._step
+        if stepped and self.schedule.updates_after(self._step):
+            for index, (name, layer) in enumerate(moe_layers(pl_module.backbone).items()):
+                if layer.adaptive:
+                    self._update(trainer, name, layer, seed=self._step * 1000 + index)
+            self._window = {}
+
+    def _add_to_window(self, name: str, stats: RoutingStats) -> None:
+        new = stats._asdict()
+        window = self._window.get(name)
+        self._window[name] = new if window is None else {k: window[k] + new[k] for k in new}
+
+    def _update(self, trainer: L.Trainer, name: str, layer: MoELayer, seed: int) -> None:
+        total = {
+            key: trainer.strategy.reduce(value.clone(), reduce_op="sum")
+            for key, value in self._window[name].items()
+        }
+        load = dict(zip(layer.live, total["load_E"].tolist(), strict=True))
+        k_hist = total["k_hist"].tolist()
+        before = len(layer.live)
+        change = plan(load, k_hist[0], layer.max_experts, self.min_experts)
+        for slot in change.remove:
+            layer.remove_expert(slot)
+        if change.add is not None:
+            layer.add_expert(change.add, total["unserved_D"], self.init, load, seed)
+            if self.reset_moments:
+                _forget_moments(trainer, layer, change.add)
+        event = {
+            "step": self._step,
+            "layer": name,
+            "removed": list(change.remove),
+            "added": change.add,
+            "before": before,
+            "after": len(layer.live),
+            "unrouted": k_hist[0] / max(1, sum(k_hist)),
+            "tokens": sum(k_hist),
+        }
+        log.info(
+            "step %d, %s: removed %s, added %s, %d -> %d experts",
+            *(event[key] for key in ("step", "layer", "removed", "added", "before", "after")),
+        )
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"window": self._window}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._window = state_dict["window"]
+
+
+def _forget_moments(trainer: L.Trainer, layer: MoELayer, slot: int) -> None:
+    for optimizer in trainer.optimizers:
+        for parameter in layer.slot_parameters(slot):
+            optimizer.state.pop(parameter, None)
+
+
+def _steps_per_epoch(trainer: L.Trainer) -> int:
+    """Of the data module where it knows better (endless loaders), else of the loader."""
+    own = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
+    if own is not None:
+        return int(own)
+    return max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+
+

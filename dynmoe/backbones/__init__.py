@@ -1,0 +1,1 @@
+"""Pretrained or fresh Transformers, and the surgery that turns chosen FFNs into MoE layers."""

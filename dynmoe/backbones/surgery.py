@@ -1,0 +1,65 @@
+"""Replace the FFNs of chosen Transformer blocks by MoE layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from dynmoe.errors import ConfigError
+from dynmoe.layers.experts import Init
+from dynmoe.layers.moe import MoELayer
+
+Placement = Literal["none", "all", "every_two", "last_two"] | Sequence[int]
+
+
+def placed_blocks(layers: Placement, depth: int) -> list[int]:
+    """Indices (from 0) of the blocks whose FFN becomes an MoE layer.
+
+    ``every_two``: two MoE layers with a dense block after each, at depth 12 blocks 8 and 10. This
+    is GMoE's placement (which its paper calls "last two": the last two even layers) and DynMoE's
+    vision runs' (which their code calls "every two"). ``last_two``: the last two blocks.
+
+    Raises:
+        ConfigError: an index outside the model, or a depth too small for the placement.
+    """
+    named = {
+        "none": [],
+        "all": list(range(depth)),
+        "every_two": [depth - 4, depth - 2],
+        "last_two": [depth - 2, depth - 1],
+    }
+    blocks = named[layers] if isinstance(layers, str) else sorted(set(layers))
+    if blocks and not (blocks[0] >= 0 and blocks[-1] < depth):
+        raise ConfigError(
+            f"moe.layers={layers}: the backbone has blocks 0 to {depth - 1}, asked for {blocks}"
+        )
+    return blocks
+
+
+def add_moe_layers(
+    backbone: nn.Module,
+    *,
+    router: Callable[[int, int], nn.Module] | None,
+    num_experts: int,
+    max_experts: int,
+    layers: Placement,
+    init: Init,
+    expert_dropout: float = 0.0,
+    keep_origin: bool = False,
+) -> None:
+    """Turn the FFNs (``block.mlp``) of the chosen ``backbone.blocks`` into MoE layers, in place.
+
+    ``init="upcycle"``: every expert starts as a copy of the block's FFN, biases included (GMoE,
+    DynMoE); ``fresh``: each is drawn anew, for training from scratch. ``expert_dropout`` acts after
+    the activation inside experts only (0.1 in GMoE).
+    """
+    blocks: Any = backbone.blocks
+    for index in placed_blocks(layers, len(blocks)):
+        assert router is not None, "moe.layers asks for MoE layers, but moe.router is null"
+        mlp = blocks[index].mlp
+        mlp.drop1 = nn.Dropout(expert_dropout)
+        blocks[index].mlp = MoELayer(
+            mlp, mlp.fc1.in_features, router, num_experts, max_experts, init, keep_origin
+        )

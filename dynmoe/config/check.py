@@ -1,0 +1,149 @@
+"""The check of a composed configuration: all problems at once, before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from dynmoe.config.annotations import mismatch
+from dynmoe.config.rules import RULES, SWEEP_RULES
+from dynmoe.config.schema import schema
+from dynmoe.config.signature import Signature, TargetError, signature
+from dynmoe.config.source import did_you_mean
+from dynmoe.errors import ConfigError
+
+# Keys of hydra.utils.instantiate, no parameters of the target.
+INSTANTIATE = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+
+# Groups that leave no key of their own in the configuration.
+GROUPS = ("experiment", "sweep")
+
+# What a value that has no default is.
+MEANING = {
+    "data.root": "the folder of the data set, e.g. data.root=/data/PACS",
+    "name": "the folder of the runs, e.g. name=my_runs",
+    "task": "what to learn, e.g. task=vit_domainbed",
+}
+
+
+def check(cfg: DictConfig, *, multirun: bool = False) -> None:
+    """Raise a ConfigError that lists every problem of `cfg`."""
+    found = problems(cfg, multirun=multirun)
+    if found:
+        raise ConfigError(report(found))
+
+
+def report(found: list[str]) -> str:
+    count = f"{len(found)} problem{'s' if len(found) > 1 else ''} in the configuration"
+    return "\n  ".join([count, *found])
+
+
+def problems(cfg: DictConfig, *, multirun: bool = False) -> list[str]:
+    """What keeps `cfg` from running, one message each; `multirun` adds the rules of sweeps."""
+    with _hydra_config_of(cfg):
+        direct: list[str] = []
+        indirect: list[str] = []
+        _walk(cfg, "", direct, indirect)
+        for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
+            direct.extend(rule(cfg))
+    # What is wrong with a value shows again in all that is computed from it: say so only where
+    # nothing else explains it.
+    return list(dict.fromkeys(direct or indirect))
+
+
+def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) -> None:
+    """Problems of one node and those below it; indirect ones come from an interpolation."""
+    known = _known_keys(cfg, path, direct)
+    if known is not None:
+        direct += _key_problems(cfg, path, known)
+    for key in map(str, cfg):
+        dotted = f"{path}.{key}" if path else key
+        if dotted == "hydra" or key in INSTANTIATE:
+            continue
+        try:
+            value = cfg[key]
+            plain = OmegaConf.to_container(value, resolve=True) if _is_list(value) else value
+        except MissingMandatoryValue:
+            direct.append(f"{dotted}: required, {_meaning(dotted)}")
+        except InterpolationToMissingValueError:
+            pass  # reported at the key that is missing
+        except InterpolationKeyError as error:
+            direct.append(f"{dotted}: {_first_line(error)}")
+        except OmegaConfBaseException as error:
+            indirect.append(f"{dotted}: {_first_line(error)}")
+        else:
+            parameter = known.parameters.get(key) if known is not None else None
+            if isinstance(value, DictConfig) and "_target_" in value:
+                parameter = None  # an object by the time it is passed
+            if parameter is not None:
+                wrong = mismatch(plain, parameter.annotation, parameter.module)
+                copied = OmegaConf.is_interpolation(cfg, key)
+                if wrong:
+                    (indirect if copied else direct).append(f"{dotted}: {wrong}")
+            if isinstance(value, DictConfig):
+                _walk(value, dotted, direct, indirect)
+
+
+def _known_keys(cfg: DictConfig, path: str, direct: list[str]) -> Signature | None:
+    """Keys that the node may have, by its target or its schema; None where anything goes."""
+    if "_target_" not in cfg:
+        return schema(path)
+    try:
+        return signature(str(cfg["_target_"]))
+    except TargetError as error:
+        direct.append(f"{path}._target_: {error}")
+    except OmegaConfBaseException as error:
+        direct.append(f"{path}._target_: {_first_line(error)}")
+    return None
+
+
+def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]:
+    dot = f"{path}." if path else ""
+    if not known.open:
+        words = {*known.parameters, *(() if path else GROUPS)}
+        for key in map(str, cfg):
+            if key not in known.parameters.keys() | INSTANTIATE | {"hydra"}:
+                yield f"{dot}{key}: unknown key.{did_you_mean(key, words)}"
+    if "_target_" not in cfg:
+        for key, parameter in known.parameters.items():
+            if key not in set(cfg) and not parameter.has_default:
+                yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"
+
+
+def _meaning(key: str) -> str:
+    return MEANING.get(key, f"no default: give {key}=VALUE")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, ListConfig)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+@contextmanager
+def _hydra_config_of(cfg: DictConfig) -> Iterator[None]:
+    """`${hydra:...}` as in a job: Hydra sets its configuration only when the job starts."""
+    if "hydra" not in cfg:
+        yield
+        return
+    before = HydraConfig.instance().cfg
+    if OmegaConf.is_missing(cfg.hydra.runtime, "output_dir"):
+        with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
+            cfg.hydra.runtime.output_dir = "."  # any folder: the check writes nothing
+    HydraConfig.instance().set_config(cfg)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before

@@ -1,0 +1,71 @@
+"""The name of a run: readable, safe for any file system, and a function of its configuration alone.
+
+DomainBed names a run by a hash of its sorted arguments (domainbed/command_launchers.py, sweep.py).
+A hash of the resolved configuration goes one step further: a default spelled out gives the same
+folder, an edited YAML file gives another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# What does not change the result of a run, as dotted keys.
+NOT_IN_IDENTITY = (
+    "hydra",
+    "logger",
+    "mode",
+    "name",
+    "overwrite",
+    "paths",
+    "protocol.datasets",  # the one entry in use shows in the keys that ask for it
+    "protocol.defaults",
+    "sweep",
+    "data.cache",
+    "data.cache_gb",
+    "data.verify",
+    "data.workers",
+    "trainer.default_root_dir",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.logger",
+)
+
+
+def sha8(text: str) -> str:
+    """First 8 hexadecimal digits of the SHA-256 of `text`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def run_name(cfg: DictConfig) -> str:
+    """`<data>_<moe>_env<test envs>_seed<seed>_<hash>`, e.g. `pacs_dynmoe_env0_seed0_1f3a90bc`."""
+    test_envs = "-".join(str(env) for env in cfg.data.test_envs)
+    parts = (cfg.data.name, cfg.moe.name, f"env{test_envs}", f"seed{cfg.seed}", config_hash(cfg))
+    return re.sub(r"[^a-z0-9_.-]+", "-", "_".join(str(part) for part in parts).lower())
+
+
+def config_hash(cfg: DictConfig) -> str:
+    """Hash of everything that can change the result of a run."""
+    text = json.dumps(_relevant(cfg, prefix=""), sort_keys=True, default=str)
+    return sha8(text)
+
+
+def _relevant(cfg: DictConfig, prefix: str) -> dict[str, Any]:
+    # Node by node, so that an interpolation below a key that is left out is never resolved.
+    found: dict[str, Any] = {}
+    for key in map(str, cfg):
+        dotted = f"{prefix}{key}"
+        if dotted in NOT_IN_IDENTITY:
+            continue
+        value = cfg[key]
+        if isinstance(value, DictConfig):
+            value = _relevant(value, f"{dotted}.")
+        elif OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+        found[key] = value
+    return found

@@ -1,0 +1,91 @@
+"""The pre-flight of a command line: all its problems, sweeps included, in well under a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import initialize_config_module
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from dynmoe.config import options, resolvers
+from dynmoe.config.check import MEANING
+from dynmoe.config.compose import Composer, MissingGroup, parse, single_values
+
+
+def command_problems(
+    texts: Sequence[str], *, multirun: bool = False, config_dir: str | None = None
+) -> list[str]:
+    """What keeps the command with the overrides `texts` from running, one message each.
+
+    Of a sweep, the first value of every swept key is checked, and each other value in its place.
+    """
+    if config_dir is not None and not Path(config_dir).is_dir():
+        return [f"--config-dir: no folder '{config_dir}'"]
+    with search_path():
+        overrides, found = parse(texts)
+        composer = Composer(overrides, config_dir)
+        known: list[Override] = []
+        for override in overrides:
+            unknown = composer.unknown_options(override)
+            found += unknown
+            known += [] if unknown else [override]
+        try:
+            found += _sweep_problems(composer, known, multirun)
+        except MissingGroup as error:
+            group = str(error)
+            if not any(text.startswith(f"{group}: no option") for text in found):
+                names = ", ".join(options.options(group, composer.search))
+                found.append(f"{group}: required, {MEANING[group]}. Options: {names}")
+            found += _whatever_the(group, composer, known, multirun)
+        except HydraException as error:
+            found.append(" ".join(str(error).split()))
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def search_path() -> Iterator[None]:
+    """Hydra on our configuration files, outside of hydra.main."""
+    resolvers.register()
+    with initialize_config_module("dynmoe.conf", version_base="1.3"):
+        yield
+
+
+def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun: bool) -> list[str]:
+    firsts = [single for override in overrides for single in single_values(override)[:1]]
+    cfg = composer.compose(firsts).cfg
+    if not multirun and cfg.hydra.mode != RunMode.MULTIRUN:
+        return composer.problems(firsts, multirun=False) + [
+            f"{override.input_line}: several values need a sweep: add -m. "
+            f"A list is written {override.key_or_group}=[...]"
+            for override in overrides
+            if override.is_sweep_override()
+        ]
+    # hydra/sweeper/basic: the command line wins over the sweep's own parameters.
+    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    by_key = {o.key_or_group: o for o in parse([f"{k}={v}" for k, v in params.items()])[0]}
+    by_key |= {o.key_or_group: o for o in overrides}
+    swept = [singles for o in by_key.values() if (singles := single_values(o))]
+    found = composer.problems([singles[0] for singles in swept], multirun=True)
+    for index, singles in enumerate(swept):
+        for other in singles[1:]:
+            job = [other if n == index else s[0] for n, s in enumerate(swept)]
+            found += composer.problems(job, multirun=True)
+    if "task" in by_key and by_key["task"].is_sweep_override() and "name" not in by_key:
+        found.append(f"name: a sweep over tasks has to name {MEANING['name']}")
+    return found
+
+
+def _whatever_the(
+    group: str, composer: Composer, overrides: Sequence[Override], multirun: bool
+) -> list[str]:
+    """Problems that every choice of a group that was left out would leave."""
+    ways = [
+        _sweep_problems(composer, [*overrides, *parse([f"{group}={name}"])[0]], multirun)
+        for name in options.options(group, composer.search)
+    ]
+    return [text for text in ways[0] if all(text in way for way in ways)]

@@ -1,0 +1,215 @@
+"""Rules that need more than one key. Each takes the configuration and yields its messages.
+
+A value that is missing or of the wrong type is somebody else's message: a rule that cannot read
+what it speaks about stays silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dynmoe.config.options import options_with
+from dynmoe.config.signature import TargetError, class_attribute
+
+T = TypeVar("T")
+Rule = Callable[[DictConfig], Iterator[str]]
+
+WEIGHT_FILES = (".safetensors", ".pth", ".bin")
+
+
+def read(cfg: DictConfig, key: str, kind: type[T]) -> T | None:
+    """The resolved value at `key` as plain Python, None where it is not there or not a `kind`."""
+    try:
+        value = OmegaConf.select(cfg, key)
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+    except OmegaConfBaseException:
+        return None
+    if isinstance(value, bool) and kind not in (bool, object):
+        return None
+    if isinstance(value, int) and kind is float:
+        value = float(value)
+    return value if isinstance(value, kind) else None
+
+
+def top_k_within_experts(cfg: DictConfig) -> Iterator[str]:
+    top_k, experts = read(cfg, "moe.top_k", int), read(cfg, "moe.num_experts", int)
+    if top_k is None or experts is None:
+        return
+    if "top_k" not in (read(cfg, "moe.router", dict) or {}):
+        name = read(cfg, "moe.name", str)
+        yield f"moe.top_k: the router of moe={name} takes no top_k. Choose moe=topk or moe=gmoe."
+    if top_k < 1:
+        yield f"moe.top_k: expected 1 or more, found {top_k}"
+    if top_k > experts:
+        yield (
+            f"moe: top_k ({top_k}) > num_experts ({experts}): a token cannot choose more experts "
+            "than exist. Lower moe.top_k or raise moe.num_experts."
+        )
+
+
+def expert_bounds(cfg: DictConfig) -> Iterator[str]:
+    experts, slots = read(cfg, "moe.num_experts", int), read(cfg, "moe.max_experts", int)
+    if experts is None or slots is None:
+        return
+    if experts < 1:
+        yield f"moe.num_experts: expected 1 or more, found {experts}"
+    if read(cfg, "moe.adaptation", dict) is None:
+        if slots != experts:
+            yield (
+                f"moe: max_experts ({slots}) != num_experts ({experts}): without moe.adaptation "
+                f"the pool never changes. Set moe.max_experts={experts}."
+            )
+        return
+    if experts > slots:
+        yield (
+            f"moe: num_experts ({experts}) > max_experts ({slots}): there is no slot for every "
+            "expert. Lower moe.num_experts or raise moe.max_experts."
+        )
+    fewest = read(cfg, "moe.adaptation.min_experts", int)
+    if fewest is not None and fewest < 1:
+        yield f"moe.adaptation.min_experts: expected 1 or more, found {fewest}"
+    if fewest is not None and fewest > experts:
+        yield (
+            f"moe: adaptation.min_experts ({fewest}) > num_experts ({experts}): training would "
+            "start below the minimum. Lower moe.adaptation.min_experts or raise moe.num_experts."
+        )
+
+
+def expert_layers(cfg: DictConfig) -> Iterator[str]:
+    layers = read(cfg, "moe.layers", list)
+    if layers is not None and all(isinstance(index, int) for index in layers):
+        if len(set(layers)) < len(layers):
+            yield f"moe.layers: expected distinct block indices, found {layers}"
+        if any(index < 0 for index in layers):
+            yield f"moe.layers: expected block indices from 0, found {layers}"
+    wanted = layers if layers is not None else read(cfg, "moe.layers", str)
+    if wanted not in (None, [], "none") and "router" in cfg.get("moe", {}) and not cfg.moe.router:
+        yield (
+            f"moe: layers is {wanted}, but router is null: MoE layers need a router. "
+            "Set moe.layers=none or choose another moe=..."
+        )
+
+
+def same_modality(cfg: DictConfig) -> Iterator[str]:
+    """The task decides; data and backbone must speak its language."""
+    wanted = _modality(cfg, "task.module")
+    for group in ("data", "backbone"):
+        found = _modality(cfg, group)
+        if None in (wanted, found) or wanted == found:
+            continue
+        fitting = options_with(group, lambda node: _modality(node) == wanted)
+        fix = f" Choose {group}={' or '.join(fitting)}." if fitting else ""
+        yield f"{group}: task.module works on {wanted}, this {group} on {found}.{fix}"
+
+
+def test_environments(cfg: DictConfig) -> Iterator[str]:
+    envs = read(cfg, "data.test_envs", list)
+    if envs is None or not all(isinstance(env, int) for env in envs):
+        return
+    if not envs:
+        yield "data.test_envs: empty: name at least one environment to test on, e.g. [0]"
+    if len(set(envs)) < len(envs):
+        yield f"data.test_envs: expected distinct environments, found {envs}"
+    if any(env < 0 for env in envs):
+        yield f"data.test_envs: expected indices from 0, found {envs}"
+
+
+def batch_divides(cfg: DictConfig) -> Iterator[str]:
+    batch = read(cfg, "data.batch_size", int)
+    parts = read(cfg, "trainer.accumulate_grad_batches", int) or 1
+    ranks = (device_count(cfg) or 1) * (read(cfg, "trainer.num_nodes", int) or 1)
+    if batch is not None and batch > 0 and parts * ranks > 0 and batch % (parts * ranks):
+        yield (
+            f"data.batch_size: {batch} does not divide into {ranks} devices x {parts} accumulated "
+            f"parts. Choose a multiple of {ranks * parts}."
+        )
+
+
+def ranges(cfg: DictConfig) -> Iterator[str]:
+    for key in ("task.steps", "task.eval_every", "trainer.max_steps", "data.batch_size"):
+        count = read(cfg, key, int)
+        if count is not None and count < 1:
+            yield f"{key}: expected 1 or more, found {count}"
+    for key in ("seed", "trial_seed", "hparams_seed"):
+        seed = read(cfg, key, int)
+        if seed is not None and seed < 0:
+            yield f"{key}: expected 0 or more, found {seed}"
+    share = read(cfg, "protocol.holdout_fraction", float)
+    if share is not None and not 0 < share < 1:
+        yield f"protocol.holdout_fraction: expected a share between 0 and 1, found {share}"
+
+
+def pretrained_weights(cfg: DictConfig) -> Iterator[str]:
+    weights = read(cfg, "backbone.pretrained", str)
+    if weights is not None:
+        if not weights.endswith(WEIGHT_FILES):
+            yield (
+                f"backbone.pretrained: expected true, false or a file ending in "
+                f"{', '.join(WEIGHT_FILES)}, found '{weights}'"
+            )
+        elif not Path(weights).expanduser().is_file():
+            yield f"backbone.pretrained: no file '{weights}'"
+    untrained = read(cfg, "backbone.pretrained", bool) is False
+    if untrained and read(cfg, "moe.adaptation.init", str) == "pretrained":
+        yield (
+            "moe.adaptation.init: 'pretrained' copies the backbone's trained FFN, but "
+            "backbone.pretrained is false. Set backbone.pretrained=true or another init."
+        )
+
+
+def data_folder(cfg: DictConfig) -> Iterator[str]:
+    root = read(cfg, "data.root", str)
+    if root is not None and not Path(root).expanduser().is_dir():
+        yield f"data.root: no folder '{root}'. Give the folder of the data set: data.root=FOLDER"
+
+
+def one_device_per_job(cfg: DictConfig) -> Iterator[str]:
+    """Lightning starts its other processes with the whole command line, the sweep's -m included."""
+    strategy = read(cfg, "trainer.strategy", str) or read(cfg, "trainer.strategy._target_", str)
+    distributed = any(word in str(strategy).lower() for word in ("ddp", "fsdp", "deepspeed"))
+    if distributed or device_count(cfg) != 1:
+        yield (
+            "trainer: a sweep runs each job on one device, found "
+            f"devices={read(cfg, 'trainer.devices', object)}, strategy={strategy}. "
+            "Set trainer.devices=1 trainer.strategy=auto, or start the jobs one by one."
+        )
+
+
+def device_count(cfg: DictConfig) -> int | None:
+    """Devices per node; None where only the machine can tell (auto, -1)."""
+    devices = read(cfg, "trainer.devices", object)
+    if isinstance(devices, list):
+        return len(devices)
+    text = str(devices)
+    return int(text) if text.isdigit() else None
+
+
+def _modality(cfg: DictConfig, node: str = "") -> str | None:
+    target = read(cfg, f"{node}._target_" if node else "_target_", str)
+    if target is None:
+        return None
+    try:
+        found = class_attribute(target, "modality")
+    except TargetError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+RULES: tuple[Rule, ...] = (
+    top_k_within_experts,
+    expert_bounds,
+    expert_layers,
+    same_modality,
+    test_environments,
+    batch_divides,
+    ranges,
+    pretrained_weights,
+    data_folder,
+)
+SWEEP_RULES: tuple[Rule, ...] = (one_device_per_job,)

@@ -1,0 +1,109 @@
+"""The plain nodes of the configuration that are our own: their keys, types and allowed words.
+
+Nodes with a `_target_` need no schema: the signature of their target is one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, dataclass, fields
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any, Literal
+
+from dynmoe.config.signature import Parameter, Signature
+
+Selection = Literal["training_domain_validation", "oracle", "leave_one_domain_out"]
+Placement = Literal["last_two", "every_two", "all", "none"]
+
+
+@dataclass
+class Paths:
+    outputs: str
+
+
+@dataclass
+class Recipe:
+    """What a protocol prescribes; an entry of `datasets` leaves out what `defaults` says."""
+
+    steps: int = 0
+    eval_every: int = 0
+    batch_size: int = 0
+    lr: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclass
+class Protocol:
+    name: str
+    holdout_fraction: float
+    augment_eval: bool
+    defaults: dict[str, Any]
+    datasets: dict[str, Any]
+
+
+@dataclass
+class MoE:
+    name: str
+    algorithm: str
+    num_experts: int
+    max_experts: int
+    layers: Placement | list[int]
+    init: Literal["auto", "upcycle", "fresh"]
+    expert_dropout: float
+    aux_weight: float
+    router: dict[str, Any] | None
+    adaptation: dict[str, Any] | None
+    top_k: int = 1  # fixed routers only
+
+
+@dataclass
+class Task:
+    name: str
+    selection: Selection
+    steps: int
+    eval_every: int
+    optimizer: dict[str, Any]
+    module: dict[str, Any]
+
+
+@dataclass
+class Run:
+    protocol: dict[str, Any]
+    backbone: dict[str, Any]
+    data: dict[str, Any]
+    moe: dict[str, Any]
+    trainer: dict[str, Any]
+    logger: dict[str, Any] | None
+    paths: dict[str, Any]
+    task: dict[str, Any]
+    name: str
+    seed: int
+    trial_seed: int
+    hparams_seed: int
+    mode: Literal["train", "check"]
+    overwrite: bool
+
+
+# The schema of a node by its path; "" is the root.
+SCHEMAS: dict[str, type] = {
+    "": Run,
+    "protocol": Protocol,
+    "protocol.defaults": Recipe,
+    "protocol.datasets.*": Recipe,
+    "moe": MoE,
+    "paths": Paths,
+    "task": Task,
+}
+
+
+@lru_cache
+def schema(path: str) -> Signature | None:
+    """Keys and types of the plain node at `path`, None where it has no schema."""
+    for pattern, node in SCHEMAS.items():
+        if fnmatchcase(path, pattern):
+            return Signature({f.name: _parameter(f) for f in fields(node)})
+    return None
+
+
+def _parameter(field: Field[Any]) -> Parameter:
+    return Parameter(str(field.type), __name__, has_default=field.default is not MISSING)

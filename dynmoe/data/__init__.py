@@ -1,0 +1,1 @@
+"""Data sets of environments, read and evaluated by DomainBed's protocol."""

@@ -1,0 +1,264 @@
+"""DomainData: the environments of one data set as Lightning loaders."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from dynmoe.data import checks, photographs
+from dynmoe.data.environments import ArrayEnvironment, Environment, data_hash
+from dynmoe.data.folders import FolderEnvironment
+from dynmoe.data.protocol import IntArray, split
+from dynmoe.data.sampling import (
+    EvalBatches,
+    Example,
+    Examples,
+    TrainBatches,
+    class_balanced_weights,
+    collate,
+)
+from dynmoe.errors import DataError
+
+
+class DomainData(LightningDataModule):
+    """A DomainBed data set: every environment split in and out, some kept for testing.
+
+    Training batches come from the training environments' in splits; evaluation covers both splits
+    of every environment. `environments` is called in `setup`, which raises one DataError with all
+    problems of the data; the other properties hold after it. Loaders give `sampling.Batch`.
+    """
+
+    modality = "image"
+
+    def __init__(
+        self,
+        name: str,
+        environments: Callable[[], list[Environment]],
+        test_envs: Sequence[int],
+        image_size: int,
+        batch_size: int,
+        steps: int,
+        eval_every: int,
+        seed: int,
+        trial_seed: int,
+        holdout_fraction: float = 0.2,
+        augment_eval: bool = True,
+        accumulate: int = 1,
+        class_balanced: bool = False,
+        eval_batch_size: int = 64,
+        workers: int | Literal["auto"] = "auto",
+        root: str | None = None,
+        verify: Literal["header", "decode", "none"] = "header",
+        cache: bool | Literal["auto"] = "auto",
+        cache_gb: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.root = root
+        self.test_envs = list(test_envs)
+        self.environments: list[Environment] = []
+        self.splits: list[tuple[IntArray, IntArray]] = []
+        self._make_environments = environments
+        self._image_size = image_size
+        self._batch_size = batch_size
+        self._eval_batch_size = eval_batch_size
+        self._steps = steps
+        self._eval_every = eval_every
+        self._accumulate = accumulate
+        self._seed = seed
+        self._trial_seed = trial_seed
+        self._holdout_fraction = holdout_fraction
+        self._augment_eval = augment_eval
+        self._class_balanced = class_balanced
+        self._workers = workers
+        self._verify = verify
+        self._cache = cache
+        self._cache_gb = cache_gb
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads, checks and splits the environments; a second call does nothing.
+
+        Raises:
+            DataError: the data cannot be trained on; lists every problem.
+        """
+        if self.environments:
+            return
+        environments = self._make_environments()
+        splits = [
+            split(len(e), self._trial_seed, env, self._holdout_fraction)
+            for env, e in enumerate(environments)
+        ]
+        sizes, unreadable = self._survey(environments)
+        problems = [
+            *checks.role_problems(environments, self.test_envs),
+            *checks.class_problems(environments),
+            *checks.batch_problems(
+                {
+                    e.name: len(in_indices)
+                    for env, (e, (in_indices, _)) in enumerate(
+                        zip(environments, splits, strict=True)
+                    )
+                    if env not in self.test_envs
+                },
+                batch_size=self._batch_size,
+                parts=self._accumulate * self._world_size,
+            ),
+            *unreadable,
+        ]
+        if problems:
+            raise DataError(
+                "\n  ".join([f"data {self.name}: {len(problems)} problem(s)", *problems])
+            )
+        if self._to_be_cached(sizes):
+            environments = list(map(photographs.cached, environments, sizes))
+        self.environments, self.splits = environments, splits
+
+    def _survey(self, environments: Sequence[Environment]) -> tuple[list[IntArray], list[str]]:
+        files = [e for e in environments if isinstance(e, FolderEnvironment)]
+        if self._verify == "none" and self._cache is False:
+            return [], []
+        sizes, unreadable = photographs.survey(files, decode=self._verify == "decode")
+        return sizes, [] if self._verify == "none" else unreadable
+
+    def _to_be_cached(self, sizes: Sequence[IntArray]) -> bool:
+        fits = photographs.decoded_bytes(sizes) <= self._cache_gb * 2**30
+        return bool(sizes) and (fits if self._cache == "auto" else self._cache)
+
+    @property
+    def train_envs(self) -> list[int]:
+        return [env for env in range(len(self.environments)) if env not in self.test_envs]
+
+    @property
+    def env_names(self) -> list[str]:
+        return [e.name for e in self.environments]
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.environments[0].class_names)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        return self.environments[0].channels
+
+    @property
+    def sizes(self) -> dict[str, dict[str, int]]:
+        """Images per split: {"env0": {"in": n, "out": n}, ...}."""
+        return {
+            f"env{env}": {"in": len(in_indices), "out": len(out_indices)}
+            for env, (in_indices, out_indices) in enumerate(self.splits)
+        }
+
+    @property
+    def data_hash(self) -> str:
+        return data_hash(self.environments, self.splits)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Images per environment name and class name."""
+        return {
+            e.name: dict(
+                zip(
+                    e.class_names,
+                    np.bincount(e.labels, minlength=self.num_classes).tolist(),
+                    strict=True,
+                )
+            )
+            for e in self.environments
+        }
+
+    def print_check(self, console: Console | None = None) -> None:
+        """Table with one column per environment: its role, its splits, its images per class."""
+        table = Table(title=f"{self.name}, data {self.data_hash}")
+        table.add_column("")
+        for env, name in enumerate(self.env_names):
+            table.add_column(f"{env} {name}", justify="right")
+        roles = ["test" if env in self.test_envs else "train" for env in range(len(self.splits))]
+        table.add_row("role", *roles)
+        for part in ("in", "out"):
+            sizes = [str(size[part]) for size in self.sizes.values()]
+            table.add_row(part, *sizes, end_section=part == "out")
+        for name in self.class_names:
+            table.add_row(name, *[str(per_class[name]) for per_class in self.counts().values()])
+        (console or Console()).print(table)
+
+    def train_dataloader(self) -> DataLoader[Example]:
+        pools = {env: self.splits[env][0] for env in self.train_envs}
+        weights = {
+            env: class_balanced_weights(self.environments[env].labels[pool])
+            for env, pool in pools.items()
+        }
+        batches = TrainBatches(
+            pools=pools,
+            weights=weights if self._class_balanced else None,
+            batch_size=self._batch_size,
+            seed=self._seed,
+            steps=self._steps,
+            eval_every=self._eval_every,
+            next_step=self._next_step,
+            accumulate=self._accumulate,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        return self._loader(batches, persistent=True)
+
+    def val_dataloader(self) -> DataLoader[Example]:
+        batches = EvalBatches(
+            splits=self.splits,
+            augmented=frozenset(self.train_envs if self._augment_eval else ()),
+            batch_size=self._eval_batch_size,
+            seed=self._seed,
+            next_step=self._next_step,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        return self._loader(batches, persistent=False)
+
+    def _loader(
+        self, batches: TrainBatches | EvalBatches, *, persistent: bool
+    ) -> DataLoader[Example]:
+        workers = self.num_workers
+        return DataLoader(
+            Examples(self.environments, self._image_size),
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=self.trainer is not None
+            and self.trainer.strategy.root_device.type == "cuda",
+            # A loader draws a base seed at each pass: not from the generator the model uses.
+            generator=torch.Generator(),
+            # Forked workers share the decoded images; other ways to start would copy them.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        )
+
+    @property
+    def num_workers(self) -> int:
+        """Processes of a loader; training's wait while those of an evaluation work."""
+        if self._workers != "auto":
+            return self._workers
+        if isinstance(self.environments[0], ArrayEnvironment):
+            return 0
+        return min(8, (os.cpu_count() or 1) - 1)
+
+    def _next_step(self) -> int:
+        return self.trainer.global_step if self.trainer else 0
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1

@@ -1,0 +1,80 @@
+"""DomainBed's rules that need numbers only: seeds, splits, hyper-parameter draws, evaluation steps.
+
+Source: Gulrajani and Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021;
+domainbed/lib/misc.py, domainbed/hparams_registry.py and domainbed/scripts/{train,sweep}.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+Draw = Callable[[np.random.RandomState], float]
+
+MNIST_SETS = ("RotatedMNIST", "ColoredMNIST", "Debug28")
+DIGITS_SETS = ("RotatedDigits", "ColoredDigits")
+
+
+def seed_hash(*args: object) -> int:
+    """Seed in [0, 2**31) from the printed tuple of `args`; the same on every machine and run.
+
+    Arguments must be plain Python values: a NumPy integer prints differently.
+    """
+    return int(hashlib.md5(str(args).encode()).hexdigest(), 16) % 2**31
+
+
+def split(n: int, trial_seed: int, env: int, holdout: float) -> tuple[IntArray, IntArray]:
+    """The (in, out) indices of environment `env` with `n` examples; out holds int(holdout * n)."""
+    order = np.arange(n)
+    np.random.RandomState(seed_hash(trial_seed, env)).shuffle(order)
+    held_out = int(n * holdout)
+    return order[held_out:], order[:held_out]
+
+
+def run_seed(
+    dataset: str, algorithm: str, test_envs: Sequence[int], hparams_seed: int, trial_seed: int
+) -> int:
+    """The run's seed in a DomainBed sweep."""
+    return seed_hash(dataset, algorithm, list(test_envs), hparams_seed, trial_seed)
+
+
+def sample_hparams(dataset: str, hparams_seed: int, trial_seed: int) -> dict[str, float | int]:
+    """lr, batch_size, weight_decay and resnet_dropout: defaults for seed 0, else the n-th draw.
+
+    Each hyper-parameter has its own generator, so draws are shared by algorithms and data sets.
+    """
+    run = seed_hash(hparams_seed, trial_seed)
+    return {
+        name: default if hparams_seed == 0 else draw(np.random.RandomState(seed_hash(run, name)))
+        for name, (default, draw) in _registry(dataset).items()
+    }
+
+
+def _registry(dataset: str) -> dict[str, tuple[float | int, Draw]]:
+    small = dataset in MNIST_SETS + DIGITS_SETS
+    lr_exponents = (-4.5, -2.5) if small else (-5.0, -3.5)
+    batch_exponents = (3.0, 9.0) if small else (3.0, 5.5)
+    if dataset == "DomainNet":
+        batch_exponents = (3.0, 5.0)
+    elif dataset in DIGITS_SETS:  # an environment of the embedded digits has a few hundred images
+        batch_exponents = (3.0, 7.0)
+    return {
+        "lr": (1e-3 if small else 5e-5, lambda r: 10 ** r.uniform(*lr_exponents)),
+        "batch_size": (64 if small else 32, lambda r: int(2 ** r.uniform(*batch_exponents))),
+        "weight_decay": (0.0, lambda r: 0.0 if small else 10 ** r.uniform(-6, -2)),
+        "resnet_dropout": (0.0, lambda r: float(r.choice([0.0, 0.1, 0.5]))),
+    }
+
+
+def eval_steps(steps: int, every: int) -> list[int]:
+    """Steps followed by an evaluation: 0, every, 2 * every, ... and the last one."""
+    return sorted({*range(0, steps, every), steps - 1})
+
+
+def next_eval_step(step: int, steps: int, every: int) -> int:
+    """The first evaluation step that is not before `step`."""
+    return min(-(-step // every) * every, steps - 1)

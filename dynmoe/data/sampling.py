@@ -1,0 +1,168 @@
+"""Which images make the batch of a step: pure functions of (seed, step).
+
+Nothing here has a state to save: a run that was killed continues with the very batches and
+augmentations it would have had, on any number of ranks and workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from dynmoe.data import transforms
+from dynmoe.data.environments import Environment
+from dynmoe.data.protocol import IntArray, next_eval_step, seed_hash
+
+IN, OUT = 0, 1
+
+
+class Key(NamedTuple):
+    """Names one example of a batch; `draw_seed` seeds its augmentation, None: not augmented."""
+
+    env: int
+    split: int
+    item: int
+    draw_seed: int | None
+
+
+class Batch(NamedTuple):
+    """image [B, C, H, W] float32; label, env and split (0 in, 1 out) [B] int64."""
+
+    image: Tensor
+    label: Tensor
+    env: Tensor
+    split: Tensor
+
+
+class Example(NamedTuple):
+    """One row of a Batch before collation."""
+
+    image: Tensor
+    label: int
+    env: int
+    split: int
+
+
+def collate(examples: list[Example]) -> Batch:
+    return Batch(*default_collate(examples))
+
+
+class Examples(Dataset[Example]):
+    """All environments behind one index, so that one pool of workers serves them all."""
+
+    def __init__(self, environments: Sequence[Environment], image_size: int) -> None:
+        self.environments = environments
+        self.image_size = image_size
+        self.augmented = transforms.augmented(image_size)
+        self.plain = transforms.plain(image_size)
+
+    def __getitem__(self, key: Key) -> Example:
+        environment = self.environments[key.env]
+        image = environment.load(key.item)
+        if isinstance(image, Tensor):
+            pixels = transforms.scaled(image, self.image_size)
+        elif key.draw_seed is None:
+            pixels = self.plain(image)
+        else:  # torchvision draws from torch's global generator: lend it, give it back untouched
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(key.draw_seed)
+                pixels = self.augmented(image)
+        return Example(pixels, int(environment.labels[key.item]), key.env, key.split)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainBatches(Sampler[list[Key]]):
+    """Micro-batches of the steps from `next_step()` up to the next evaluation.
+
+    A step draws `batch_size` examples with replacement from every pool (a training environment's
+    in split) and puts them one environment after the other. Micro-batch m of rank r takes slice
+    m * world_size + r of each environment's draw: their union is the same batch for any number of
+    ranks and micro-batches. It has no length, for the stretch between evaluations varies.
+
+    `weights` are sampling probabilities per pool entry; None draws uniformly.
+    """
+
+    pools: Mapping[int, IntArray]
+    weights: Mapping[int, npt.NDArray[np.float64]] | None
+    batch_size: int
+    seed: int
+    steps: int
+    eval_every: int
+    next_step: Callable[[], int]
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        first = self.next_step()
+        last = next_eval_step(first, self.steps, self.eval_every)
+        size = self.batch_size // (self.accumulate * self.world_size)
+        for step in range(first, last + 1):
+            draws = [self.draw(step, env) for env in self.pools]
+            for micro in range(self.accumulate):
+                start = (micro * self.world_size + self.rank) * size
+                yield [key for keys in draws for key in keys[start : start + size]]
+
+    def draw(self, step: int, env: int) -> list[Key]:
+        """The whole batch of one environment at one step."""
+        rng = np.random.default_rng(seed_hash(self.seed, "batch", step, env))
+        weights = None if self.weights is None else self.weights[env]
+        items = rng.choice(self.pools[env], self.batch_size, p=weights)
+        draw_seeds = rng.integers(2**63, size=self.batch_size)
+        return [
+            Key(env, IN, item, draw_seed)
+            for item, draw_seed in zip(items.tolist(), draw_seeds.tolist(), strict=True)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class EvalBatches(Sampler[list[Key]]):
+    """Every example once, environment by environment, in before out, never mixed in a batch.
+
+    Environments in `augmented` are seen through the training transform, seeded by the step just
+    made. Rank r takes batches r, r + world_size, ...
+    """
+
+    splits: Sequence[tuple[IntArray, IntArray]]
+    augmented: frozenset[int]
+    batch_size: int
+    seed: int
+    next_step: Callable[[], int]
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return len(self._slices()[self.rank :: self.world_size])
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        step = self.next_step() - 1
+        for env, part, start in self._slices()[self.rank :: self.world_size]:
+            items = self.splits[env][part][start : start + self.batch_size].tolist()
+            yield [Key(env, part, item, self._draw_seed(step, env, item)) for item in items]
+
+    def _slices(self) -> list[tuple[int, int, int]]:
+        return [
+            (env, part, start)
+            for env, parts in enumerate(self.splits)
+            for part in (IN, OUT)
+            for start in range(0, len(parts[part]), self.batch_size)
+        ]
+
+    def _draw_seed(self, step: int, env: int, item: int) -> int | None:
+        if env not in self.augmented:
+            return None
+        return seed_hash(self.seed, "eval", step, env, item)
+
+
+def class_balanced_weights(labels: IntArray) -> npt.NDArray[np.float64]:
+    """Sampling probability [N] that gives every class the same share (domainbed/lib/misc.py)."""
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    weights: npt.NDArray[np.float64] = 1.0 / (counts[inverse] * len(counts))
+    return weights

@@ -1,0 +1,213 @@
+"""The MoE layer: a drop-in for a Transformer block's FFN, with a pool of slots that can change.
+
+Shape suffixes: T tokens, E living experts, D model width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dynmoe.layers.experts import Experts, Init, redraw
+from dynmoe.layers.router import Routing, TopAnyRouter
+
+NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
+
+
+class RoutingStats(NamedTuple):
+    """What one forward pass routed: sums over its real tokens, detached."""
+
+    load_E: Tensor
+    """Tokens of each living expert."""
+    k_hist: Tensor
+    """Tokens that chose k experts, k = 0 to E; before any evaluation fallback."""
+    unserved_D: Tensor
+    """Sum of the inputs no expert serves: R_S of DynMoE's Algorithm 1, fp32."""
+
+
+class Routed(NamedTuple):
+    """One call of one layer, on the tape of ``record_routing``."""
+
+    aux: Tensor
+    stats: RoutingStats
+
+
+class MoELayer(nn.Module):
+    """Route, dispatch to the living experts, combine. ``[..., D] -> [..., D]``.
+
+    The pool has ``max_experts`` slots, the first ``num_experts`` of which are alive at the start.
+    Adding or removing an expert flips ``active_E`` and rewrites a slot; Parameters neither appear
+    nor vanish during training, so optimizers and checkpoints keep working.
+
+    ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
+    for experts added later with ``init="pretrained"``.
+    """
+
+    active_E: Tensor
+
+    def __init__(
+        self,
+        mlp: nn.Module,
+        dim: int,
+        router: Callable[[int, int], nn.Module],
+        num_experts: int,
+        max_experts: int | None = None,
+        init: Init = "upcycle",
+        keep_origin: bool = False,
+    ) -> None:
+        super().__init__()
+        max_experts = num_experts if max_experts is None else max_experts
+        if not 1 <= num_experts <= max_experts:
+            raise ValueError(f"expected 1 <= num_experts ({num_experts}) <= max ({max_experts})")
+        self.dim = dim
+        self.router = router(dim, max_experts)
+        self.experts = Experts(mlp, max_experts, init)
+        self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None
+        self.register_buffer("active_E", torch.arange(max_experts) < num_experts)
+        self._live: tuple[int, ...] | None = None
+        self._tape: list[Routed] | None = None
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """``token_mask`` (bool, x's shape without D) is False on padding, which routes nowhere."""
+        x_TD = x.reshape(-1, self.dim)
+        token_mask_T = None if token_mask is None else token_mask.reshape(-1)
+        routing = self.router(x_TD, self.live, token_mask_T)
+        y_TD = self.experts(x_TD, routing, self.live)
+        if self._tape is not None:
+            self._tape.append(Routed(routing.aux, routing_stats(x_TD, routing, token_mask_T)))
+        return y_TD.view(x.shape)
+
+    @property
+    def max_experts(self) -> int:
+        return len(self.active_E)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the router lets experts come and go."""
+        return bool(self.router.adaptive)
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """The slots that hold an expert, ascending."""
+        if self._live is None:
+            self._live = tuple(self.active_E.nonzero().flatten().tolist())
+        return self._live
+
+    def _forget_live(self) -> None:
+        # The slots are cached on the host: reading the buffer at each forward would be a sync.
+        self._live = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget_live()
+
+    def slot_parameters(self, slot: int) -> list[nn.Parameter]:
+        """Parameters of one slot of an adaptive layer: direction, threshold and FFN."""
+        assert isinstance(self.router, TopAnyRouter)
+        return [*self.router.slot_parameters(slot), *self.experts.slots[slot].parameters()]
+
+    def remove_expert(self, slot: int) -> None:
+        """Take a living expert out of the pool.
+
+        Raises:
+            ValueError: the slot is empty, or its expert is the last one.
+        """
+        if slot not in self.live or len(self.live) == 1:
+            raise ValueError(f"cannot remove slot {slot}: the living experts are {self.live}")
+        self.active_E[slot] = False
+        self._forget_live()
+
+    @torch.no_grad()
+    def add_expert(
+        self,
+        slot: int,
+        direction_D: Tensor,
+        init: NewExpert = "copy_most_used",
+        load: dict[int, int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Put an expert into an empty slot, with unit direction and threshold 0 (Algorithm 1).
+
+        ``init`` is where its FFN comes from: whatever the ``slot`` holds (the official code), a
+        copy of the living expert with most tokens in ``load``, the ``mean`` of the living ones,
+        the ``pretrained`` FFN of before the upcycling, or a ``fresh`` draw with ``seed``.
+
+        Raises:
+            ValueError: the slot is taken, or ``pretrained`` without ``keep_origin``.
+        """
+        if slot in self.live:
+            raise ValueError(f"cannot add to slot {slot}: the living experts are {self.live}")
+        target = self.experts.slots[slot]
+        living = [self.experts.slots[other] for other in self.live]
+        if init == "copy_most_used":
+            load = load or {}
+            most_used = max(self.live, key=lambda other: (load.get(other, 0), -other))
+            target.load_state_dict(self.experts.slots[most_used].state_dict())
+        elif init == "mean":
+            for p, *others in zip(
+                target.parameters(), *(mlp.parameters() for mlp in living), strict=True
+            ):
+                p.copy_(torch.stack(others).mean(0))
+        elif init == "pretrained":
+            if self.origin is None:
+                raise ValueError("init=pretrained needs a layer made with keep_origin=True")
+            target.load_state_dict(self.origin.state_dict())
+        elif init == "fresh":
+            device = next(target.parameters()).device
+            redraw(target, torch.Generator(device).manual_seed(seed))
+        assert isinstance(self.router, TopAnyRouter)
+        self.router.point(slot, direction_D)
+        self.active_E[slot] = True
+        self._forget_live()
+
+    def compact(self) -> MoELayer:
+        """A copy without the empty slots: equal outputs, fewer parameters. For export."""
+        layer = copy.deepcopy(self)
+        layer.experts.keep(self.live)
+        if isinstance(layer.router, TopAnyRouter):
+            layer.router.keep(self.live)
+        layer.origin = None
+        layer.active_E = self.active_E[list(self.live)].clone()
+        layer._forget_live()
+        return layer
+
+
+def routing_stats(x_TD: Tensor, routing: Routing, token_mask_T: Tensor | None) -> RoutingStats:
+    """Sums over real tokens; a few passes over [T, E] and one over [T, D], no host sync."""
+    k_T = routing.mask_TE.sum(1).masked_fill(routing.unserved_T, 0)
+    if token_mask_T is not None:
+        k_T = k_T.masked_fill(~token_mask_T, -1)
+    each_k = torch.arange(routing.mask_TE.shape[1] + 1, device=k_T.device)
+    return RoutingStats(
+        load_E=routing.mask_TE.sum(0),
+        k_hist=(k_T[:, None] == each_k).sum(0),
+        unserved_D=routing.unserved_T.float() @ x_TD.detach().float(),
+    )
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """All MoE layers of a model by their dotted names, in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
+    """Within the block every MoE layer call is put on a tape: ``{layer name: [Routed, ...]}``.
+
+    Close it before ``backward``: then a recomputation under activation checkpointing is not
+    recorded, and each forward counts exactly once.
+    """
+    layers = moe_layers(model)
+    tape: dict[str, list[Routed]] = {name: [] for name in layers}
+    for name, layer in layers.items():
+        layer._tape = tape[name]
+    try:
+        yield tape
+    finally:
+        for layer in layers.values():
+            layer._tape = None

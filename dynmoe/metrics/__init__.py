@@ -1,0 +1,1 @@
+"""Measures and the rules by which a protocol selects a model."""

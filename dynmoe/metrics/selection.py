@@ -1,0 +1,151 @@
+"""Which step of which run a result is reported for: DomainBed's three selection rules.
+
+Source: Gulrajani & Lopez-Paz 2021, "In Search of Lost Domain Generalization", section 3, and
+domainbed/model_selection.py. A record is one line of `results.jsonl`. A rule looks at the records
+of one draw of hyper-parameters; `best_of_sweep` compares the draws. Reported is always the accuracy
+on the test environment's in split, its larger part.
+
+One deviation: a NaN validation accuracy never beats a number. DomainBed holds to that between
+draws, but within a run its plain `max` keeps a NaN that comes first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, takewhile
+from typing import Any
+
+import numpy as np
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The record a rule chose, what it was chosen by, and what is reported for it."""
+
+    record: Record
+    validation: float
+    test: float
+
+
+Rule = Callable[[Sequence[Record], int], Choice | None]
+
+
+def training_domain_validation(records: Sequence[Record], test_env: int) -> Choice | None:
+    """The step with the best mean out-split accuracy over the training environments.
+
+    The mean is over environments, not over their images; of equal steps the first wins. None
+    without a run that holds out `test_env` alone.
+    """
+    return _best(
+        Choice(
+            record,
+            validation=_mean(
+                record[f"env{env}_out_acc"] for env in _environments(record) if env != test_env
+            ),
+            test=record[f"env{test_env}_in_acc"],
+        )
+        for record in _holding_out({test_env}, records)
+    )
+
+
+def oracle(records: Sequence[Record], test_env: int) -> Choice | None:
+    """The last step, judged by the test environment's out split: one query of it per run.
+
+    There is no early stopping, so the oracle can report less than training-domain validation.
+    None without a run that holds out `test_env` alone.
+    """
+    runs = _holding_out({test_env}, records)
+    if not runs:
+        return None
+    last = max(runs, key=lambda record: record["step"])
+    return Choice(last, last[f"env{test_env}_out_acc"], last[f"env{test_env}_in_acc"])
+
+
+def leave_one_domain_out(records: Sequence[Record], test_env: int) -> Choice | None:
+    """The step at which runs that also hold out one other environment do best on that one.
+
+    For every other environment v it needs, at the same step, a run that holds out `test_env` and
+    v; validation is the mean over v of the accuracy on v's in split. Reported is the run that
+    holds out `test_env` alone. None when no step has all of these runs.
+    """
+    return _best(
+        Choice(
+            record,
+            validation=_mean(pair[f"env{env}_in_acc"] for env, pair in pairs.items()),
+            test=record[f"env{test_env}_in_acc"],
+        )
+        for record in _holding_out({test_env}, records)
+        if (pairs := _pairs(record, records, test_env)) is not None
+    )
+
+
+SELECTION: dict[str, Rule] = {
+    "training_domain_validation": training_domain_validation,
+    "oracle": oracle,
+    "leave_one_domain_out": leave_one_domain_out,
+}
+
+
+def selected(records: Sequence[Record], rule: str, test_envs: Sequence[int]) -> Record | None:
+    """The record of one run that `rule` selects.
+
+    None where one run does not answer: it holds out several environments or none, it has no
+    records, or the rule is leave_one_domain_out, which needs a sweep.
+    """
+    if len(test_envs) != 1:
+        return None
+    choice = SELECTION[rule](records, test_envs[0])
+    return None if choice is None else choice.record
+
+
+def best_of_sweep(records: Iterable[Record], rule: str, test_env: int) -> Choice | None:
+    """The best draw of hyper-parameters, and the step in it, by validation accuracy.
+
+    `records` are those of one algorithm, data set and trial. Of equal draws the later one in
+    `records` wins, as in DomainBed, which sorts them and takes the last.
+    """
+    draws: dict[int, list[Record]] = {}
+    for record in records:
+        draws.setdefault(record["args"]["hparams_seed"], []).append(record)
+    choices = [SELECTION[rule](draw, test_env) for draw in draws.values()]
+    return _best(choice for choice in reversed(choices) if choice is not None)
+
+
+def _best(choices: Iterable[Choice]) -> Choice | None:
+    """The first of the best; NaN is lowest."""
+    return max(
+        choices,
+        key=lambda choice: -math.inf if math.isnan(choice.validation) else choice.validation,
+        default=None,
+    )
+
+
+def _holding_out(test_envs: set[int], records: Iterable[Record]) -> list[Record]:
+    return [record for record in records if set(record["args"]["test_envs"]) == test_envs]
+
+
+def _pairs(record: Record, records: Iterable[Record], test_env: int) -> dict[int, Record] | None:
+    """For every other environment, the record at the same step of the run without both."""
+    same_step = [other for other in records if other["step"] == record["step"]]
+    pairs = {
+        env: _holding_out({test_env, env}, same_step)
+        for env in _environments(record)
+        if env != test_env
+    }
+    if not all(pairs.values()):
+        return None
+    return {env: found[-1] for env, found in pairs.items()}
+
+
+def _environments(record: Record) -> list[int]:
+    return list(takewhile(lambda env: f"env{env}_out_acc" in record, count()))
+
+
+def _mean(accuracies: Iterable[float]) -> float:
+    # numpy's sum, as in DomainBed: since Python 3.12 the built-in one rounds otherwise, which
+    # can decide a tie.
+    return float(np.mean(list(accuracies)))

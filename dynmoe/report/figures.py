@@ -1,0 +1,259 @@
+"""Figures of one run, drawn from its records: legible in print, safe for colour-blind readers.
+
+Where the curves of many layers would hide one another, each layer has its own panel. Only `Figure`
+objects are used, so drawing leaves no global state in matplotlib.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from dynmoe.metrics.selection import selected
+from dynmoe.report.records import Record, RunFolder
+
+# Okabe & Ito 2008, "Color Universal Design". Black is kept for the test environment; grey stands
+# in for the yellow, which is too pale on paper.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
+DASHES = ("-", "--", ":", "-.")
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#666666"
+STEP = "optimizer step"
+
+
+def draw_all(folder: RunFolder) -> list[Path]:
+    """Write the figures of a run into `figures/`, and leave out those with nothing to show."""
+    run = folder.read_run()
+    results, routing, events = (folder.read(kind) for kind in ("results", "routing", "events"))
+    training = [line for line in routing if line["source"] == "train"]
+    evaluation = [line for line in routing if line["source"] != "train"]
+    with_thresholds = [line for line in training if line["thresholds"] is not None]
+    figures: dict[str, Figure] = {}
+    if results:
+        figures["accuracy"] = draw_accuracy(run, results)
+    if events:
+        figures["experts"] = draw_experts(run, events)
+    if training:
+        figures["k_per_layer"] = draw_k(run, training)
+    if evaluation:
+        figures["load"] = draw_load(run, evaluation)
+    if with_thresholds:
+        figures["thresholds"] = draw_thresholds(run, with_thresholds)
+    return [
+        _save(figure, folder.path / "figures" / f"{name}.png") for name, figure in figures.items()
+    ]
+
+
+def draw_accuracy(run: Record, results: Sequence[Record]) -> Figure:
+    """Accuracy per environment and split, the selected step, and the baseline if there is one."""
+    figure, (axes,) = _panels(1, width=7.6, height=4)
+    steps = [record["step"] for record in results]
+    legend = []
+    for index in range(len(run["env_names"])):
+        is_test = index in run["test_envs"]
+        style: dict[str, Any] = {
+            "color": "black" if is_test else COLOURS[index % len(COLOURS)],
+            "linewidth": 2.6 if is_test else 1.3,
+            "zorder": 3 if is_test else 2,
+        }
+        for split, dash in (("in", "-"), ("out", "--")):
+            values = [record.get(f"env{index}_{split}_acc", math.nan) for record in results]
+            axes.plot(steps, values, linestyle=dash, **style)
+        legend.append(Line2D([], [], label=_environment(run, index), **style))
+    legend += [
+        Line2D([], [], color=GREY, linestyle="-", label="in split"),
+        Line2D([], [], color=GREY, linestyle="--", label="out split"),
+    ]
+    choice = selected(results, run["selection"], run["test_envs"])
+    if choice is not None:
+        line = axes.axvline(choice["step"], color=GREY, linewidth=1, linestyle="-.")
+        line.set_label(f"selected step ({choice['step']})")
+        legend.append(line)
+    baseline = run["baseline"] or {}
+    for index in run["test_envs"]:
+        if f"env{index}_in_acc" in baseline:
+            line = axes.axhline(
+                baseline[f"env{index}_in_acc"], color=GREY, linewidth=1, linestyle=":"
+            )
+            line.set_label(f"{baseline['name']},\n{run['env_names'][index]}, in split")
+            legend.append(line)
+    axes.set(xlabel=STEP, ylabel="accuracy", title=f"{run['algorithm']} on {run['dataset']}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(alpha=0.25)
+    figure.legend(handles=legend, loc="outside right center", frameon=False, title="environment")
+    return figure
+
+
+def draw_experts(run: Record, events: Sequence[Record]) -> Figure:
+    """Experts per layer over the steps; triangles mark the updates that added or removed some."""
+    layers = _layers(run)
+    figure, panels = _panels(len(layers), share=True)
+    last_step = max(event["step"] for event in events)
+    for layer, axes in zip(layers, panels, strict=True):
+        updates = [event for event in events if event["layer"] == layer]
+        counts = [run["start_experts"][layer], *(event["after"] for event in updates)]
+        steps = [0, *(event["step"] for event in updates), last_step]
+        axes.step(steps, [*counts, counts[-1]], where="post", color="black", linewidth=1.4)
+        added = [event["step"] for event in updates if event["added"] is not None]
+        removed = [event["step"] for event in updates if event["removed"]]
+        # At the edges of the panel, where the marks of dense updates cannot hide the curve.
+        at_edge: dict[str, Any] = {
+            "linestyle": "none",
+            "markersize": 4,
+            "transform": axes.get_xaxis_transform(),
+        }
+        axes.plot(added, [0.93] * len(added), marker="^", color=BLUE, **at_edge)
+        axes.plot(removed, [0.07] * len(removed), marker="v", color=RED, **at_edge)
+        lost = sum(len(event["removed"]) for event in updates)
+        axes.set_title(f"{layer}: {counts[0]} → {counts[-1]} (+{len(added)}, −{lost})")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+    panels[0].margins(y=0.25)
+    figure.supxlabel(STEP)
+    figure.supylabel("experts")
+    figure.suptitle("Experts per MoE layer")
+    legend = [
+        Line2D([], [], linestyle="none", marker="^", color=BLUE, label="expert added"),
+        Line2D([], [], linestyle="none", marker="v", color=RED, label="experts removed"),
+    ]
+    figure.legend(handles=legend, loc="outside right center", frameon=False)
+    return figure
+
+
+def draw_k(run: Record, training: Sequence[Record]) -> Figure:
+    """Mean k per layer over the steps; beside it how k spreads over tokens at the end."""
+    layers = _layers(run)
+    figure, (curves, spread) = _panels(2, width=6, height=max(3, 0.9 + 0.32 * len(layers)))
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    histograms = []
+    for index, layer in enumerate(layers):
+        lines = _of(training, layer, "train")
+        curves.plot(
+            [line["step"] for line in lines],
+            [line["mean_k"] for line in lines],
+            color=colours[index],
+            linestyle=DASHES[index % len(DASHES)],  # Neighbours have almost the same colour.
+            label=layer,
+        )
+        histograms.append(lines[-1]["k_hist"])
+    curves.set(xlabel=STEP, ylabel="mean k (experts per training token)", title="over training")
+    curves.grid(alpha=0.25)
+    k = range(max(map(len, histograms)))
+    _heat_map(spread, histograms, rows=layers, columns=k)
+    spread.set(xlabel="k (experts per token)", title="at the end: share of training tokens, in %")
+    spread.invert_yaxis()  # The first layer at the bottom, where a network begins.
+    figure.suptitle("How many experts a token activates")
+    figure.legend(loc="outside right center", frameon=False, reverse=True, title="MoE layer")
+    return figure
+
+
+def draw_load(run: Record, evaluation: Sequence[Record]) -> Figure:
+    """Which experts serve which environment, at the last evaluation."""
+    layers, environments = _layers(run), range(len(run["env_names"]))
+    figure, panels = _panels(len(layers), width=4.2, height=0.9 + 0.27 * len(environments))
+    for layer, axes in zip(layers, panels, strict=True):
+        lines = {index: _of(evaluation, layer, f"env{index}") for index in environments}
+        last = {_environment(run, index): found[-1] for index, found in lines.items() if found}
+        _heat_map(
+            axes,
+            [line["load"] for line in last.values()],
+            rows=list(last),
+            columns=next(iter(last.values()))["slots"],
+        )
+        axes.set_title(layer)
+    figure.supxlabel("living expert (slot)")
+    figure.supylabel("environment")
+    figure.suptitle("Expert load: share of an environment's routed tokens, in %")
+    return figure
+
+
+def draw_thresholds(run: Record, training: Sequence[Record]) -> Figure:
+    """The threshold of every living expert over the steps; a gap where its slot was empty."""
+    layers = _layers(run)
+    figure, panels = _panels(len(layers), share=True)
+    slots = sorted({slot for line in training for slot in line["slots"]})
+    styles: dict[int, dict[str, Any]] = {
+        slot: {
+            "color": COLOURS[slot % len(COLOURS)],
+            "linestyle": DASHES[slot // len(COLOURS) % len(DASHES)],
+            "marker": ".",  # An expert that lived for one evaluation has no line.
+            "markersize": 3,
+        }
+        for slot in slots
+    }
+    for layer, axes in zip(layers, panels, strict=True):
+        lines = _of(training, layer, "train")
+        steps = [line["step"] for line in lines]
+        by_slot = [dict(zip(line["slots"], line["thresholds"], strict=True)) for line in lines]
+        for slot in slots:
+            axes.plot(steps, [values.get(slot, math.nan) for values in by_slot], **styles[slot])
+        axes.set_title(layer)
+        axes.grid(alpha=0.25)
+    figure.supxlabel(STEP)
+    figure.supylabel("threshold")
+    figure.suptitle("Thresholds of living experts")
+    legend = [Line2D([], [], label=str(slot), **styles[slot]) for slot in slots]
+    figure.legend(handles=legend, loc="outside right center", frameon=False, title="slot")
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _panels(
+    count: int, width: float = 3.4, height: float = 2.2, share: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Panels of `width` x `height` inches, at most three in a row, and room for a legend."""
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(columns * width + 1.4, rows * height + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, list(grid[:count])
+
+
+def _heat_map(
+    axes: Axes, counts: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[int]
+) -> None:
+    """Each row's counts as shares of the row, in per cent; darkest is the panel's largest share.
+
+    Rows shorter than `columns` end in grey.
+    """
+    shares = np.full((len(rows), len(columns)), math.nan)
+    for row, values in enumerate(counts):
+        shares[row, : len(values)] = 100 * np.asarray(values) / max(1, sum(values))
+    darkest = np.nanmax(shares)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
+    axes.set_facecolor("0.85")
+    axes.set_xticks(range(len(columns)), [str(column) for column in columns])
+    axes.set_yticks(range(len(rows)), rows)
+    for (row, column), share in np.ndenumerate(shares):
+        if not math.isnan(share):
+            colour = "white" if share > 0.6 * darkest else "black"
+            place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
+            axes.text(column, row, f"{share:.0f}", color=colour, **place)
+
+
+def _of(routing: Sequence[Record], layer: str, source: str) -> list[Record]:
+    return [line for line in routing if line["layer"] == layer and line["source"] == source]
+
+
+def _layers(run: Record) -> list[str]:
+    return list(run["parameters"]["layers"])
+
+
+def _environment(run: Record, index: int) -> str:
+    name = run["env_names"][index]
+    return f"{name} (test)" if index in run["test_envs"] else name

@@ -1,0 +1,120 @@
+"""The files of one run folder: what a run writes while it goes, and what every report reads.
+
+`results.jsonl` has DomainBed's format (domainbed/scripts/train.py: keys sorted, one line per
+evaluation), so DomainBed's own scripts read it. Their reader cuts off the last character of each
+line (domainbed/lib/reporting.py); therefore every line ends with a newline. A measure that is not
+a number is written as NaN, as DomainBed writes it, and read back as NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dynmoe.errors import UserError
+
+Kind = Literal["results", "routing", "events"]
+Record = dict[str, Any]
+
+
+class RecordError(UserError):
+    """A run folder that cannot be read: a missing file, or a damaged line."""
+
+
+class RunFolder:
+    """One run on disk. It is created by the first write; reading it changes nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, kind: Kind, *records: Mapping[str, Any]) -> None:
+        """Add one line per record, in one write that is on disk when the call returns.
+
+        Every record has a `step`. A run that was killed and goes on calls `truncate_after` first,
+        which also takes away a line that was cut short.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._file(kind).open("a", encoding="utf-8", newline="\n") as file:
+            file.write("".join(map(_line, records)))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, kind: Kind) -> list[Record]:
+        """All records of one kind, in the order written; none when the file is not there.
+
+        A last line without a newline was cut short by a kill and is ignored. Any other line that
+        is not a JSON object with a `step` raises RecordError.
+        """
+        file = self._file(kind)
+        if not file.exists():
+            return []
+        whole_lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        return [_record(file, number, line) for number, line in enumerate(whole_lines, start=1)]
+
+    def truncate_after(self, step: int) -> None:
+        """Drop every record later than `step`, the step of the checkpoint the run resumes from."""
+        for kind in get_args(Kind):
+            if self._file(kind).exists():
+                kept = [record for record in self.read(kind) if record["step"] <= step]
+                _replace(self._file(kind), "".join(map(_line, kept)))
+
+    def write_run(self, facts: Mapping[str, Any]) -> None:
+        """Write `run.json`, what is known before the first step."""
+        _replace(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
+
+    def read_run(self) -> Record:
+        """The facts in `run.json`. Raises RecordError when there is none."""
+        file = self.path / "run.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecordError(
+                f"{self.path}: expected a run folder, found no run.json in it; "
+                "give a folder outputs/<name>/<run> that dynmoe-run wrote"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise RecordError(
+                f"{file}: expected JSON, found damage ({error}); run again with overwrite=true"
+            ) from None
+
+    def mark_done(self) -> None:
+        """Say that the run is complete. Call it after everything else is written."""
+        _replace(self.path / "done", "done\n")
+
+    @property
+    def is_done(self) -> bool:
+        return (self.path / "done").exists()
+
+    def _file(self, kind: Kind) -> Path:
+        return self.path / f"{kind}.jsonl"
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True) + "\n"
+
+
+def _record(file: Path, number: int, line: str) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        record = None
+    if not (isinstance(record, dict) and "step" in record):
+        raise RecordError(
+            f"{file}, line {number}: expected a JSON object with a step, found {line[:60]!r}; "
+            "delete the line, or run again with overwrite=true"
+        )
+    return record
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a whole file so that a kill leaves the old one or the new one, never a part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f"{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)

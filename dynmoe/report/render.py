@@ -1,0 +1,201 @@
+"""A summary for people: the same title, tables and facts on the console and in summary.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from dynmoe.report.summary import Layer, Summary
+
+
+class Strong(str):
+    """A cell that stands out: the number a protocol reports."""
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def to_console(summary: Summary) -> RenderableType:
+    """For `rich.print`."""
+    facts = RichTable.grid(padding=(0, 2))
+    for name, value in _facts(summary):
+        facts.add_row(Text(name, style="dim"), Text(value))
+    parts: list[RenderableType] = [Text(_title(summary), style="bold"), Text(_setting(summary))]
+    for table in _tables(summary):
+        parts += ["", _rich_table(table)]
+    return Group(*parts, "", facts)
+
+
+def to_markdown(summary: Summary) -> str:
+    """For `summary.md` in the run folder; figures are linked relative to it."""
+    parts = [f"# {_title(summary)}", _setting(summary)]
+    for table in _tables(summary):
+        parts += [f"## {table.title}", _markdown_table(table), table.note]
+    parts += ["## Run", "\n".join(f"- {name}: {value}" for name, value in _facts(summary))]
+    if summary.figures:
+        parts.append("## Figures")
+        parts += [f"![{name.removesuffix('.png')}](figures/{name})" for name in summary.figures]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _title(summary: Summary) -> str:
+    title = f"{summary.run['algorithm']} on {summary.run['dataset']}"
+    tested = [environment.name for environment in summary.environments if environment.is_test]
+    return f"{title}, tested on {', '.join(tested)}" if tested else title
+
+
+def _setting(summary: Summary) -> str:
+    run = summary.run
+    return (
+        f"Protocol {run['protocol']}, selection {_words(run['selection'])}; "
+        f"seed {run['seed']}, trial seed {run['trial_seed']}, "
+        f"hparams seed {run['hparams_seed']}; backbone {run['backbone']}, {run['weights']}"
+    )
+
+
+def _tables(summary: Summary) -> Iterator[Table]:
+    if summary.environments:
+        yield _accuracy(summary)
+    if summary.layers:
+        yield _experts(summary)
+
+
+def _accuracy(summary: Summary) -> Table:
+    rows: list[tuple[str, ...]] = []
+    for environment in summary.environments:
+        in_cell, out_cell = _percent(environment.in_accuracy), _percent(environment.out_accuracy)
+        if environment.is_test:
+            rows.append((f"{environment.name} (test)", "", "", Strong(in_cell), out_cell))
+        else:
+            rows.append((environment.name, in_cell, out_cell, "", ""))
+    training = [environment for environment in summary.environments if not environment.is_test]
+    if len(training) > 1:
+        mean_in = sum(environment.in_accuracy for environment in training) / len(training)
+        mean_out = sum(environment.out_accuracy for environment in training) / len(training)
+        rows.append(("training mean", _percent(mean_in), _percent(mean_out), "", ""))
+    return Table(
+        f"Accuracy at {_step(summary)}",
+        ("environment", "train-in", "train-out", "test-in (reported)", "test-out"),
+        tuple(rows),
+        note="\n".join(_baseline(summary)),
+    )
+
+
+def _baseline(summary: Summary) -> Iterator[str]:
+    baseline = summary.run["baseline"] or {}
+    for index, environment in enumerate(summary.environments):
+        if environment.is_test and f"env{index}_in_acc" in baseline:
+            accuracy = _percent(baseline[f"env{index}_in_acc"])
+            yield f"{baseline['name']}, same split: {accuracy} on {environment.name}, test-in"
+
+
+def _experts(summary: Summary) -> Table:
+    at_step = f"at step {summary.step}"
+    return Table(
+        "Experts",
+        (
+            "MoE layer",
+            "experts, start → end",
+            f"experts {at_step}",
+            "mean k, training",
+            "mean k, test",
+            "unrouted tokens, training",
+        ),
+        tuple(
+            (
+                layer.name,
+                _growth(layer),
+                str(layer.experts),
+                _number(layer.k_train, ".2f"),
+                _number(layer.k_test, ".2f"),
+                _percent(layer.unrouted),
+            )
+            for layer in summary.layers
+        ),
+        note=f"k, the experts per token, and unrouted tokens, those that chose none, {at_step}.",
+    )
+
+
+def _growth(layer: Layer) -> str:
+    if layer.added == layer.removed == 0:
+        return f"{layer.start} → {layer.end}"
+    return f"{layer.start} → {layer.end} (+{layer.added}, −{layer.removed})"
+
+
+def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
+    steps = summary.run["steps"]
+    if summary.last_step + 1 < steps:
+        yield "unfinished", f"{summary.last_step + 1} of {steps} steps are recorded"
+    if summary.layers:
+        yield "parameters", f"{summary.total_parameters:,} (living experts only)"
+        activated = _number(summary.activated_parameters, ",.0f")
+        yield "activated per token", f"{activated} (at the mean k on test)"
+    else:
+        yield "parameters", f"{summary.total_parameters:,}, all of them active (no MoE layer)"
+    yield "training loss", f"{_number(summary.loss, '.4f')} (mean over the last window)"
+    yield "speed", f"{_number(summary.steps_per_second, '.2f')} steps/s on {summary.run['device']}"
+    yield "peak memory", _number(summary.peak_memory, ".2f", " GiB")
+    yield "run folder", str(summary.folder)
+    yield "figures", ", ".join(summary.figures) or "none"
+
+
+def _step(summary: Summary) -> str:
+    if summary.is_selected:
+        return f"the selected step, {summary.step} of {summary.run['steps']}"
+    rule = _words(summary.run["selection"])
+    return f"the last step, {summary.step} ({rule} does not decide within one run)"
+
+
+def _words(rule: str) -> str:
+    return {
+        "training_domain_validation": "training-domain validation",
+        "leave_one_domain_out": "leave-one-domain-out",
+    }.get(rule, rule)
+
+
+def _percent(share: float) -> str:
+    return _number(100 * share, ".1f", " %")
+
+
+def _number(value: float, form: str, unit: str = "") -> str:
+    return "–" if math.isnan(value) else f"{value:{form}}{unit}"
+
+
+def _rich_table(table: Table) -> RichTable:
+    rich_table = RichTable(
+        title=table.title,
+        caption=Text(table.note) if table.note else None,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+    )
+    for index, column in enumerate(table.columns):
+        rich_table.add_column(Text(column), justify="right" if index else "left")
+    for row in table.rows:
+        cells = (Text(cell, "bold green" if isinstance(cell, Strong) else "") for cell in row)
+        rich_table.add_row(*cells)
+    return rich_table
+
+
+def _markdown_table(table: Table) -> str:
+    rows = [
+        table.columns,
+        ("---", *("---:" for _ in table.columns[1:])),
+        *(
+            tuple(f"**{cell}**" if isinstance(cell, Strong) else cell for cell in row)
+            for row in table.rows
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,158 @@
+"""One run in numbers, computed from its records alone: accuracy, experts, parameters, cost.
+
+Accuracy, k, and parameters describe one model: the one at the step that the protocol's rule
+selects, or the last one where a single run cannot decide (`dynmoe.metrics.selection.selected`).
+A number that was not recorded is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynmoe.metrics.selection import selected
+from dynmoe.report.records import Record, RecordError, RunFolder
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Accuracies in [0, 1] on an environment's two splits. Of a test environment neither was
+    trained on, and DomainBed reports the in split."""
+
+    name: str
+    is_test: bool
+    in_accuracy: float
+    out_accuracy: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One MoE layer: its experts over the run, and its routing in the model at `Summary.step`."""
+
+    name: str
+    start: int
+    added: int
+    removed: int
+    end: int
+    experts: int
+    k_train: float
+    k_test: float
+    unrouted: float
+    """Share of training tokens that chose no expert."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    folder: Path
+    run: Record
+    """The facts in `run.json`."""
+    step: int
+    is_selected: bool
+    """Whether the rule chose `step`; else it is the last one."""
+    last_step: int
+    environments: tuple[Environment, ...]
+    layers: tuple[Layer, ...]
+    total_parameters: int
+    """Of living experts only."""
+    activated_parameters: float
+    """Per token of the test environments: parameters outside the MoE layers, routers, and k
+    experts per MoE layer."""
+    loss: float
+    """Mean over the last window of training steps."""
+    steps_per_second: float
+    peak_memory: float
+    """GiB, as DomainBed's `mem_gb`."""
+    figures: tuple[str, ...]
+
+
+def summarize(folder: RunFolder) -> Summary:
+    """Read a run that has at least one evaluation; else raise RecordError."""
+    run, results = folder.read_run(), folder.read("results")
+    if not results:
+        raise RecordError(
+            f"{folder.path}: expected at least one line in results.jsonl, found none; "
+            "the run stopped before its first evaluation, start it again"
+        )
+    chosen = selected(results, run["selection"], run["test_envs"])
+    model, last = chosen or results[-1], results[-1]
+    layers = _layers(run, folder, model["step"])
+    parameters = run["parameters"]
+    return Summary(
+        folder=folder.path,
+        run=run,
+        step=model["step"],
+        is_selected=chosen is not None,
+        last_step=last["step"],
+        environments=tuple(
+            Environment(
+                name,
+                index in run["test_envs"],
+                model.get(f"env{index}_in_acc", math.nan),
+                model.get(f"env{index}_out_acc", math.nan),
+            )
+            for index, name in enumerate(run["env_names"])
+        ),
+        layers=layers,
+        total_parameters=parameters["other"] + sum(_total(run, layer) for layer in layers),
+        activated_parameters=parameters["other"] + sum(_activated(run, layer) for layer in layers),
+        loss=last.get("loss", math.nan),
+        steps_per_second=_steps_per_second(results),
+        peak_memory=max(record.get("mem_gb", math.nan) for record in results),
+        figures=tuple(sorted(path.name for path in (folder.path / "figures").glob("*.png"))),
+    )
+
+
+def _layers(run: Record, folder: RunFolder, step: int) -> tuple[Layer, ...]:
+    routing = [line for line in folder.read("routing") if line["step"] == step]
+    events = folder.read("events")
+    environments = run["test_envs"] or range(len(run["env_names"]))
+    test_sources = {f"env{index}" for index in environments}
+
+    def layer(name: str) -> Layer:
+        lines = [line for line in routing if line["layer"] == name]
+        train = [line for line in lines if line["source"] == "train"]
+        test = [line for line in lines if line["source"] in test_sources]
+        updates = [event for event in events if event["layer"] == name]
+        start = run["start_experts"][name]
+        # The window before an evaluation may end in an update, which only the evaluation sees.
+        living = [len(line["slots"]) for line in [*train, *test]]
+        return Layer(
+            name=name,
+            start=start,
+            added=sum(event["added"] is not None for event in updates),
+            removed=sum(len(event["removed"]) for event in updates),
+            end=updates[-1]["after"] if updates else start,
+            experts=living[-1] if living else start,
+            k_train=_token_mean(train, "mean_k"),
+            k_test=_token_mean(test, "mean_k"),
+            unrouted=_token_mean(train, "unrouted"),
+        )
+
+    return tuple(layer(name) for name in run["parameters"]["layers"])
+
+
+def _total(run: Record, layer: Layer) -> int:
+    size = run["parameters"]["layers"][layer.name]
+    return layer.experts * (size["expert"] + size["router"]) + size["router_fixed"]
+
+
+def _activated(run: Record, layer: Layer) -> float:
+    size = run["parameters"]["layers"][layer.name]
+    router = layer.experts * size["router"] + size["router_fixed"]
+    return layer.k_test * size["expert"] + router
+
+
+def _token_mean(lines: Sequence[Record], key: str) -> float:
+    tokens = sum(line["tokens"] for line in lines)
+    return sum(line[key] * line["tokens"] for line in lines) / tokens if tokens else math.nan
+
+
+def _steps_per_second(results: Iterable[Record]) -> float:
+    """Over all training steps; `step_time` is the mean seconds per step since the last record."""
+    seconds, before = 0.0, -1
+    for record in results:
+        seconds += (record["step"] - before) * record.get("step_time", math.nan)
+        before = record["step"]
+    return (before + 1) / seconds if seconds else math.nan

@@ -1,0 +1,1 @@
+"""LightningModules: what is learnt and measured. They know nothing of the adaptation of experts."""

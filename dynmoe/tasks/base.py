@@ -1,0 +1,79 @@
+"""The LightningModule under every task: forward with a routing tape, loss, per-step randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from dynmoe.data.protocol import seed_hash
+from dynmoe.layers.moe import Routed, record_routing
+from dynmoe.metrics.routing import RoutingMeter
+
+
+class MoETask(L.LightningModule):
+    """A backbone with any number of MoE layers, trained on a task loss plus their auxiliary losses.
+
+    All randomness of a step (dropout, stochastic depth, routing noise) is seeded by (``seed``, step,
+    micro-batch, rank). Nothing of it has to be saved: a resumed run goes on as if never stopped.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        aux_weight: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.make_optimizer = optimizer
+        self.aux_weight = aux_weight
+        self.seed = seed
+        self.routing = RoutingMeter(backbone)
+        self.mean_loss = MeanMetric()
+        self.mean_aux = MeanMetric()
+
+    def routed_forward(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, list[Routed]]]:
+        """The backbone's output and the routing of every MoE layer on the way."""
+        with record_routing(self.backbone) as tape:
+            output = self.backbone(*inputs, **named)
+        return output, tape
+
+    def total_loss(self, loss: Tensor, tape: dict[str, list[Routed]]) -> dict[str, Any]:
+        """Task loss + ``aux_weight`` * the sum of auxiliary losses; what training_step returns.
+
+        ``routing`` goes to the callbacks that record or adapt.
+        """
+        aux = torch.zeros((), device=loss.device)
+        for calls in tape.values():
+            for call in calls:
+                aux = aux + call.aux
+        self.routing.update("train", tape)
+        self.mean_loss.update(loss.detach())
+        self.mean_aux.update(aux.detach())
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/aux", aux.detach())
+        routing = {name: [call.stats for call in calls] for name, calls in tape.items()}
+        return {"loss": loss + self.aux_weight * aux, "routing": routing}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        micro = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(
+            seed_hash(self.seed, "step", self.global_step, micro, self.global_rank)
+        )
+
+    def losses_since_last(self) -> dict[str, float]:
+        """Mean losses since the last call, over all ranks."""
+        means = {"loss": self.mean_loss.compute().item(), "aux_loss": self.mean_aux.compute().item()}
+        self.mean_loss.reset()
+        self.mean_aux.reset()
+        return means
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.make_optimizer(p for p in self.parameters() if p.requires_grad)

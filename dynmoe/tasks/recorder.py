@@ -1,0 +1,97 @@
+"""The callback that writes a run's records and checkpoints at every evaluation."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from dynmoe.report.records import RunFolder
+
+Select = Callable[[list[dict[str, Any]]], Mapping[str, Any] | None]
+
+
+class RunRecorder(Checkpoint):
+    """After each evaluation: one line in ``results.jsonl``, the routing, then the checkpoints.
+
+    ``last.ckpt`` is what a killed run resumes from; ``selected.ckpt`` is the one of the record that
+    ``select`` chooses among all so far. Records are written before the checkpoint; on resuming,
+    ``RunFolder.truncate_after`` drops those the checkpoint has not seen.
+
+    ``constants`` (DomainBed's ``args`` and ``hparams``) are part of every result line.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        select: Select,
+        constants: Mapping[str, Any],
+        steps_per_epoch: float,
+    ) -> None:
+        self.folder = folder
+        self.select = select
+        self.constants = constants
+        self.steps_per_epoch = steps_per_epoch
+        self._clock = 0.0
+        self._first_step = 0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._clock = time.perf_counter()
+        self._first_step = trainer.global_step
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._clock = time.perf_counter() - self._clock
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit":  # a validation outside of training is not a record
+            return
+        step = trainer.global_step - 1
+        steps = trainer.global_step - self._first_step
+        result = {
+            "step": step,
+            "epoch": step / self.steps_per_epoch,
+            "step_time": self._clock / max(1, steps),
+            **pl_module.losses_since_last(),
+            **pl_module.accuracies(),
+            "mem_gb": _memory_gb(),
+            **self.constants,
+        }
+        routing = [{"step": step, **record} for record in pl_module.routing_records()]
+        for record in routing:
+            if record["source"] == "train":
+                for key in ("mean_k", "unrouted"):
+                    _log(trainer, f"moe/{record['layer']}/{key}", record[key], step)
+                _log(trainer, f"moe/{record['layer']}/experts", len(record["slots"]), step)
+        if trainer.is_global_zero:
+            self.folder.append("results", result)
+            self.folder.append("routing", *routing)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        checkpoints = self.folder.path / "checkpoints"
+        unfinished = checkpoints / "unfinished.ckpt"
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            chosen = self.select(self.folder.read("results"))
+            if chosen is not None and chosen["step"] == trainer.global_step - 1:
+                shutil.copyfile(unfinished, checkpoints / "copy.ckpt")
+                (checkpoints / "copy.ckpt").replace(checkpoints / "selected.ckpt")
+            unfinished.replace(checkpoints / "last.ckpt")
+        trainer.strategy.barrier()
+
+
+def _log(trainer: L.Trainer, name: str, value: float, step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics({name: value}, step=step)
+
+
+def _memory_gb() -> float:
+    """Peak memory: of the GPU where there is one (as DomainBed), else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,156 @@
+"""From a composed configuration to the objects of a run. Shared by training and evaluation."""
+
+from __future__ import annotations
+
+import platform
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import timm
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import dynmoe
+from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.data.module import DomainData
+from dynmoe.layers.moe import moe_layers
+from dynmoe.metrics import selection
+from dynmoe.metrics.efficiency import parameter_counts
+from dynmoe.report.records import RunFolder
+from dynmoe.tasks.base import MoETask
+from dynmoe.tasks.recorder import RunRecorder
+
+
+def build_data(cfg: DictConfig) -> DomainData:
+    """The data module. Nothing is read from disk before ``setup``."""
+    return instantiate(cfg.data)
+
+
+def build_task(cfg: DictConfig, data: DomainData) -> MoETask:
+    """Backbone, MoE layers and task, on the CPU. Seeds the weights by ``seed``.
+
+    Raises:
+        ConfigError: a backbone that cannot be built, or blocks it does not have.
+    """
+    L.seed_everything(cfg.seed, verbose=False)
+    backbone = instantiate(cfg.backbone, num_classes=data.num_classes, in_chans=data.channels)
+    moe = cfg.moe
+    init = moe.init
+    if init == "auto":
+        init = "upcycle" if cfg.backbone.pretrained else "fresh"
+    add_moe_layers(
+        backbone,
+        router=instantiate(moe.router),
+        num_experts=moe.num_experts,
+        max_experts=moe.max_experts,
+        layers=moe.layers if isinstance(moe.layers, str) else list(moe.layers),
+        init=init,
+        expert_dropout=moe.expert_dropout,
+        keep_origin=moe.adaptation is not None and moe.adaptation.init == "pretrained",
+    )
+    return instantiate(
+        cfg.task.module,
+        num_envs=len(data.env_names),
+        test_envs=data.test_envs,
+        backbone=backbone,
+        optimizer=instantiate(cfg.task.optimizer),
+        seed=cfg.seed,
+    )
+
+
+def build_callbacks(cfg: DictConfig, data: DomainData, folder: RunFolder) -> list[L.Callback]:
+    """The adaptation of experts, if any; records and checkpoints; the progress bar."""
+    callbacks: list[L.Callback] = []
+    if cfg.moe.adaptation is not None:
+        callbacks.append(
+            instantiate(cfg.moe.adaptation, on_event=partial(folder.append, "events"))
+        )
+    select = partial(
+        selection.selected, rule=cfg.task.selection, test_envs=list(cfg.data.test_envs)
+    )
+    callbacks.append(RunRecorder(folder, select, constants(cfg, folder), 1.0))
+    if cfg.trainer.enable_progress_bar:
+        from lightning.pytorch.callbacks import RichProgressBar
+
+        callbacks.append(RichProgressBar(leave=False))
+    return callbacks
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: RunFolder) -> L.Trainer:
+    loggers = [instantiate(node) for node in (cfg.logger or {}).values()]
+    return instantiate(
+        cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder.path)
+    )
+
+
+def constants(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
+    """``args`` and ``hparams`` of a result line, as domainbed/scripts/train.py writes them."""
+    recipe = {
+        "lr": cfg.task.optimizer.lr,
+        "batch_size": cfg.data.batch_size,
+        "weight_decay": cfg.task.optimizer.weight_decay,
+    }
+    hparams = {**recipe, "moe": OmegaConf.to_container(cfg.moe, resolve=True)}
+    args = {
+        "algorithm": cfg.moe.algorithm,
+        "dataset": cfg.data.name,
+        "test_envs": list(cfg.data.test_envs),
+        "trial_seed": cfg.trial_seed,
+        "hparams_seed": cfg.hparams_seed,
+        "seed": cfg.seed,
+        "holdout_fraction": cfg.protocol.holdout_fraction,
+        "uda_holdout_fraction": 0,
+        "task": "domain_generalization",
+        "steps": cfg.trainer.max_steps,
+        "checkpoint_freq": cfg.task.eval_every,
+        "data_dir": cfg.data.get("root"),
+        "output_dir": str(folder.path),
+        "hparams": None,
+        "skip_model_save": False,
+        "save_model_every_checkpoint": False,
+    }
+    return {"args": args, "hparams": hparams}
+
+
+def facts(cfg: DictConfig, data: DomainData, task: MoETask) -> dict[str, Any]:
+    """What ``run.json`` says: everything a table or figure needs beside the records."""
+    pretrained = cfg.backbone.pretrained
+    weights = "from scratch"
+    if pretrained:
+        tag = Path(pretrained).name if isinstance(pretrained, str) else "timm"
+        weights = f"pretrained: {tag}"
+    return {
+        "name": cfg.name,
+        "protocol": cfg.protocol.name,
+        "selection": cfg.task.selection,
+        "algorithm": cfg.moe.algorithm,
+        "moe": cfg.moe.name,
+        "backbone": cfg.backbone.model,
+        "weights": weights,
+        "dataset": cfg.data.name,
+        "env_names": data.env_names,
+        "test_envs": data.test_envs,
+        "num_classes": data.num_classes,
+        "seed": cfg.seed,
+        "trial_seed": cfg.trial_seed,
+        "hparams_seed": cfg.hparams_seed,
+        "steps": cfg.trainer.max_steps,
+        "batch_size": cfg.data.batch_size,
+        "data_hash": data.data_hash,
+        "sizes": data.sizes,
+        "parameters": parameter_counts(task.backbone),
+        "start_experts": {n: len(m.live) for n, m in moe_layers(task.backbone).items()},
+        "baseline": None,
+        "versions": {
+            "dynmoe": dynmoe.__version__,
+            "torch": torch.__version__,
+            "lightning": L.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+        "device": cfg.trainer.accelerator,
+        "threads": torch.get_num_threads(),
+    }

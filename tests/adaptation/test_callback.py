@@ -1,0 +1,205 @@
+"""The callback records training routing only, acts after the optimizer step, and resumes exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dynmoe.adaptation import DynMoECallback
+from dynmoe.layers import MoELayer, TopAnyRouter, record_routing
+
+DIM, START, SLOTS = 6, 3, 5
+
+
+class Model(L.LightningModule):
+    """One MoE layer, fed with given tokens; logs the living slots at every forward and backward."""
+
+    def __init__(self, checkpointing: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        mlp = nn.Sequential(nn.Linear(DIM, 8), nn.GELU(), nn.Linear(8, DIM))
+        self.backbone = nn.Sequential(MoELayer(mlp, DIM, TopAnyRouter, START, SLOTS, "fresh"))
+        self.checkpointing = checkpointing
+        self.live_at_forward: list[tuple[int, ...]] = []
+        self.live_at_backward: list[tuple[int, ...]] = []
+
+    @property
+    def layer(self) -> MoELayer:
+        return self.backbone[0]
+
+    def training_step(self, x: Tensor, _: int) -> dict[str, Any]:
+        self.live_at_forward.append(self.layer.live)
+        with record_routing(self.backbone) as tape:
+            if self.checkpointing:
+                y = torch.utils.checkpoint.checkpoint(self.backbone, x, use_reentrant=False)
+            else:
+                y = self.backbone(x)
+        loss = y.square().mean() + sum(call.aux for call in tape["0"])
+        return {"loss": loss, "routing": {"0": [call.stats for call in tape["0"]]}}
+
+    def on_after_backward(self) -> None:
+        self.live_at_backward.append(self.layer.live)
+
+    def validation_step(self, x: Tensor, _: int) -> None:
+        self.backbone(x)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
+
+
+def tokens(num: int, seed: int = 0) -> Tensor:
+    return torch.randn(num, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def fit(
+    model: Model,
+    callback: DynMoECallback,
+    batches: list[Tensor],
+    val: list[Tensor] | None = None,
+    ckpt_path: str | None = None,
+    max_epochs: int = 1,
+    **options: Any,
+) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+        num_sanity_val_steps=0,
+        max_epochs=max_epochs,
+        **options,
+    )
+    loaders = {"val_dataloaders": DataLoader(val, batch_size=None)} if val is not None else {}
+    trainer.fit(model, DataLoader(batches, batch_size=None), ckpt_path=ckpt_path, **loaders)
+    return trainer
+
+
+def make_callback(events: list[dict[str, Any]] | None = None, **options: Any) -> DynMoECallback:
+    schedule = {"start": 0, "length": 2, "period": 2, **options}
+    return DynMoECallback(**schedule, on_event=None if events is None else events.append)
+
+
+def only_expert_0(layer: MoELayer) -> Tensor:
+    """Tokens that expert 0 alone serves."""
+    away = sum(layer.router.directions[e].detach() for e in range(1, START))
+    return (layer.router.directions[0].detach() - away).repeat(4, 1)
+
+
+def nobody(layer: MoELayer) -> Tensor:
+    return -sum(layer.router.directions[e].detach() for e in range(START)).repeat(4, 1)
+
+
+def test_idle_experts_go_and_one_is_added_for_unserved_tokens() -> None:
+    model, events = Model(), []
+    lost = nobody(model.layer)
+    batch = torch.cat([only_expert_0(model.layer), lost])
+    fit(model, make_callback(events), [batch] * 2)
+    (event,) = events
+    assert event == {
+        "step": 1,
+        "layer": "0",
+        "removed": [1, 2],
+        "added": 3,
+        "before": 3,
+        "after": 2,
+        "unrouted": 0.5,
+        "tokens": 16,
+    }
+    assert model.layer.live == (0, 3)
+    direction = nn.functional.normalize(lost.sum(0), dim=0)
+    torch.testing.assert_close(model.layer.router.directions[3].data, direction)
+
+
+def test_min_experts() -> None:
+    model, events = Model(), []
+    fit(model, make_callback(events, min_experts=2), [only_expert_0(model.layer)] * 2)
+    assert events[0]["removed"] == [2] and model.layer.live == (0, 1)
+
+
+def test_changes_happen_after_the_optimizer_step() -> None:
+    """Forward and backward of a batch always see the same experts."""
+    model = Model()
+    fit(model, make_callback(length=1, period=1), [nobody(model.layer)] * 3)
+    assert model.live_at_forward == model.live_at_backward
+    assert len(set(model.live_at_forward)) > 1
+
+
+def test_gradient_accumulation_moves_nothing() -> None:
+    """Two micro-batches a step record what one batch does, and the window counts optimizer steps."""
+    whole, parts = [], []
+    batches = [tokens(12, seed) for seed in range(4)]
+    fit(Model(), make_callback(whole), batches)
+    halves = [half for batch in batches for half in batch.chunk(2)]
+    fit(Model(), make_callback(parts), halves, accumulate_grad_batches=2)
+    assert len(whole) == 2
+    assert parts == whole
+
+
+def test_activation_checkpointing_counts_once() -> None:
+    plain, checkpointed = [], []
+    batches = [tokens(12, seed) for seed in range(4)]
+    fit(Model(), make_callback(plain), batches)
+    fit(Model(checkpointing=True), make_callback(checkpointed), batches)
+    assert checkpointed == plain
+
+
+def test_evaluation_is_never_recorded() -> None:
+    """Validation tokens that nobody serves add no expert, in the middle of a window."""
+    model, events = Model(), []
+    batches = [only_expert_0(model.layer)] * 2
+    fit(model, make_callback(events), batches, val=[nobody(model.layer)], val_check_interval=1)
+    assert events[0]["tokens"] == 8 and events[0]["added"] is None
+
+
+def moments(trainer: L.Trainer, layer: MoELayer, slot: int) -> list[dict[str, Any]]:
+    (optimizer,) = trainer.optimizers
+    return [optimizer.state[p] for p in layer.slot_parameters(slot) if p in optimizer.state]
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_optimizer_moments_of_a_new_expert(reset: bool) -> None:
+    """A slot that was trained, emptied and filled again starts without the old moments."""
+    model = Model()
+    for slot in (3, 4):  # a full pool, so that the slot just emptied must be reused
+        model.layer.add_expert(slot, model.layer.router.directions[0].data)
+    lost = torch.cat([only_expert_0(model.layer), nobody(model.layer)])
+    callback = make_callback(start=1, length=1, period=10, reset_moments=reset)
+    trainer = fit(model, callback, [tokens(40), lost])
+    assert model.layer.live == (0, 1, 3, 4)
+    assert moments(trainer, model.layer, 0)
+    assert bool(moments(trainer, model.layer, 1)) == (not reset)
+
+
+def test_resuming_in_the_middle_of_a_window(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """A window of three epochs, the run stopped after the first."""
+    batches = [tokens(12, seed) for seed in range(2)]
+    straight, events = Model(), []
+    fit(straight, make_callback(events, length=6, period=6), batches, max_epochs=3)
+
+    trainer = fit(Model(), make_callback(length=6, period=6), batches, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    resumed, later = Model(), []
+    fit(
+        resumed,
+        make_callback(later, length=6, period=6),
+        batches,
+        ckpt_path=str(tmp_path / "last.ckpt"),
+        max_epochs=3,
+    )
+    assert later == events and len(events) == 1 and events[0]["tokens"] == 72
+    for got, expected in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_epoch_schedule_counts_the_loader() -> None:
+    events: list[dict[str, Any]] = []
+    callback = make_callback(events, start=0.5, length=0.25, period=1, unit="epoch")
+    fit(Model(), callback, [tokens(12, seed) for seed in range(8)])
+    assert [event["step"] for event in events] == [5] and events[0]["tokens"] == 24

@@ -1,0 +1,290 @@
+"""Proves DomainData: loaders, records, every refusal, and exact continuation under Lightning."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from dynmoe.data.baseline import linear_baseline
+from dynmoe.data.digits import rotated_digits
+from dynmoe.data.folders import image_folders
+from dynmoe.data.module import DomainData
+from dynmoe.data.sampling import Batch, TrainBatches
+from dynmoe.errors import DataError
+
+DIGITS = partial(rotated_digits, seed=0)
+
+
+def domain_data(environments: Any, **changes: Any) -> DomainData:
+    settings: dict[str, Any] = {
+        "name": "Test",
+        "environments": environments,
+        "test_envs": [0],
+        "image_size": 16,
+        "batch_size": 4,
+        "steps": 12,
+        "eval_every": 5,
+        "seed": 0,
+        "trial_seed": 0,
+        "eval_batch_size": 8,
+        "workers": 0,
+    }
+    return DomainData(**{**settings, **changes})
+
+
+def pets(tree: Path, **changes: Any) -> DomainData:
+    return domain_data(partial(image_folders, str(tree)), **changes)
+
+
+def problems(data: DomainData) -> list[str]:
+    with pytest.raises(DataError) as error:
+        data.setup()
+    return str(error.value).splitlines()
+
+
+def test_records_of_the_embedded_digits() -> None:
+    data = domain_data(DIGITS, test_envs=[0, 5])
+    data.setup()
+    environments = data.environments
+    data.setup()
+    assert data.environments is environments
+    assert data.env_names == ["0", "15", "30", "45", "60", "75"]
+    assert (data.num_classes, data.channels, data.train_envs) == (10, 1, [1, 2, 3, 4])
+    assert data.sizes["env0"] == {"in": 240, "out": 60}
+    assert data.sizes["env5"] == {"in": 240, "out": 59}
+    assert sum(sum(row.values()) for row in data.counts().values()) == 1797
+    assert data.modality == "image"
+    batch = next(iter(data.train_dataloader()))
+    assert isinstance(batch, Batch)
+    assert batch.image.shape == (16, 1, 16, 16) and batch.image.dtype == torch.float32
+    assert batch.env.tolist() == [env for env in (1, 2, 3, 4) for _ in range(4)]
+    assert batch.split.tolist() == [0] * 16 and batch.label.dtype == torch.int64
+
+
+def test_data_hash_changes_with_split_and_files(tree: Path) -> None:
+    def data_hash(**changes: Any) -> str:
+        data = pets(tree, **changes)
+        data.setup()
+        return data.data_hash
+
+    assert data_hash() == data_hash(cache=False, seed=9, test_envs=[1])
+    assert data_hash() != data_hash(trial_seed=1)
+    before = data_hash()
+    (tree / "art" / "cat" / "0.png").rename(tree / "art" / "cat" / "00.png")
+    assert data_hash() != before
+
+
+def test_loaders_are_equal_with_and_without_cache_and_workers(tree: Path) -> None:
+    loaded = []
+    for cache, workers in ((False, 0), (True, 0), (True, 2)):
+        data = pets(tree, cache=cache, workers=workers)
+        data.setup()
+        loaded.append([*data.train_dataloader(), *data.val_dataloader()])
+    for other in loaded[1:]:
+        assert len(other) == len(loaded[0])
+        for ours, theirs in zip(loaded[0], other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("cache", "cache_gb", "kept"), [("auto", 2.0, True), ("auto", 1e-6, False)]
+)
+def test_auto_cache_keeps_what_fits(tree: Path, cache: str, cache_gb: float, kept: bool) -> None:
+    data = pets(tree, cache=cache, cache_gb=cache_gb)
+    data.setup()
+    assert (type(data.environments[0]).__name__ == "CachedEnvironment") == kept
+
+
+def test_training_environments_are_evaluated_augmented_only_if_asked(tree: Path) -> None:
+    def images(augment_eval: bool) -> dict[int, Tensor]:
+        data = pets(tree, augment_eval=augment_eval)
+        data.setup()
+        batches = list(data.val_dataloader())
+        return {env: torch.cat([b.image for b in batches if b.env[0] == env]) for env in range(3)}
+
+    augmented, plain = images(True), images(False)
+    assert [torch.equal(augmented[env], plain[env]) for env in range(3)] == [True, False, False]
+
+
+def test_loaders_leave_the_global_generator_alone(tree: Path) -> None:
+    data = pets(tree)
+    data.setup()
+    before = torch.get_rng_state()
+    list(data.train_dataloader())
+    list(data.val_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_all_problems_are_reported_at_once(tree: Path) -> None:
+    shutil.rmtree(tree / "photo" / "dog")
+    shutil.rmtree(tree / "sketch" / "dog")
+    (tree / "sketch" / "dog").mkdir()
+    (tree / "art" / "cat" / "3.png").write_bytes(b"not an image")
+    assert problems(pets(tree, test_envs=[3], batch_size=15)) == [
+        "data Test: 5 problem(s)",
+        "  data.test_envs: there is no environment 3. Choose from 0 art, 1 photo, 2 sketch.",
+        "  photo lacks class dog of the other environments. Add images of it here, or remove its "
+        "folder everywhere.",
+        "  sketch has no images in class dog. Add some, or remove it.",
+        "  data.batch_size: 15 is more than the in split of photo (8), sketch (8). Lower "
+        "data.batch_size or add images.",
+        "  unreadable images: 1. Replace or remove them:",
+        f"    {tree / 'art' / 'cat' / '3.png'}",
+    ]
+
+
+def test_truncated_files_are_found_by_decoding_only(tree: Path) -> None:
+    path = tree / "art" / "cat" / "3.png"
+    path.write_bytes(path.read_bytes()[:-300])
+    pets(tree, verify="header").setup()
+    assert problems(pets(tree, verify="decode"))[1:] == [
+        "  unreadable images: 1. Replace or remove them:",
+        f"    {path}",
+    ]
+
+
+def test_class_balanced_is_passed_on(tree: Path) -> None:
+    for name in "23456789":
+        (tree / "photo" / "dog" / f"{name}.png").unlink()
+    data = pets(tree, class_balanced=True)
+    data.setup()
+    sampler = data.train_dataloader().batch_sampler
+    assert isinstance(sampler, TrainBatches) and sampler.weights is not None
+    labels = data.environments[1].labels[sampler.pools[1]]
+    assert [sampler.weights[1][labels == label].sum() for label in (0, 1)] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_envs": []}, "data.test_envs: empty. Choose at least one from 0 art, 1 photo"),
+        ({"test_envs": [0, 1, 2]}, "data.test_envs: [0, 1, 2] leaves no environment to train on"),
+        ({"test_envs": [-1]}, "data.test_envs: there is no environment -1."),
+        (
+            {"batch_size": 6, "accumulate": 4},
+            "data.batch_size: 6 images per environment do not divide into 4 parts "
+            "(devices x trainer.accumulate_grad_batches). Use a multiple of 4.",
+        ),
+    ],
+)
+def test_refusals(tree: Path, changes: dict[str, Any], message: str) -> None:
+    assert message in problems(pets(tree, **changes))[1]
+
+
+def test_check_table(tree: Path) -> None:
+    data = pets(tree)
+    data.setup()
+    console = Console(file=io.StringIO(), width=100)
+    data.print_check(console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    assert ["role", "test", "train", "train"] in rows
+    assert ["in", "16", "16", "16"] in rows and ["out", "4", "4", "4"] in rows
+    assert ["dog", "10", "10", "10"] in rows
+
+
+def test_linear_baseline_learns_the_training_angles() -> None:
+    data = domain_data(DIGITS, image_size=28)
+    data.setup()
+    baseline = linear_baseline(data)
+    assert baseline["name"] == "linear classifier on pixels"
+    assert float(baseline["env0_out_acc"]) < 0.7 < 0.85 < float(baseline["env2_out_acc"])
+    assert len(baseline) == 1 + 2 * 6
+
+
+class Recorder(pl.LightningModule):
+    """Notes (step, digest of the batch) in training and evaluation; trains one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.trained: list[tuple[int, str]] = []
+        self.evaluated: list[tuple[int, str]] = []
+
+    def training_step(self, batch: Batch) -> Tensor:
+        self.trained.append((self.global_step, digest(batch)))
+        return self.weight * batch.image.mean()
+
+    def validation_step(self, batch: Batch) -> None:
+        self.evaluated.append((self.global_step - 1, digest(batch)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def digest(batch: Batch) -> str:
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch)).hexdigest()
+
+
+class Saver(pl.Callback):
+    """Saves after the step `after`, before or after the evaluation that may follow it."""
+
+    def __init__(self, path: Path, after: int, hook: str) -> None:
+        setattr(self, hook, lambda trainer, *_: self._save(trainer))
+        self.path, self.after = path, after
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if trainer.global_step - 1 == self.after:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(
+    tree: Path, *callbacks: pl.Callback, resume: Path | None = None, **trainer: Any
+) -> Recorder:
+    recorder = Recorder()
+    pl.Trainer(
+        max_steps=12,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        **trainer,
+    ).fit(
+        recorder,
+        datamodule=pets(tree, accumulate=trainer.get("accumulate_grad_batches", 1)),
+        ckpt_path=resume,
+    )
+    return recorder
+
+
+def test_lightning_evaluates_at_the_steps_of_domainbed(tree: Path) -> None:
+    recorder = fit(tree)
+    assert [step for step, _ in recorder.trained] == list(range(12))
+    assert sorted({step for step, _ in recorder.evaluated}) == [0, 5, 10, 11]
+    per_evaluation = len(recorder.evaluated) / 4
+    assert per_evaluation == 3 * (2 + 1)
+    accumulated = fit(tree, accumulate_grad_batches=2)
+    assert [step for step, _ in accumulated.trained] == [s for s in range(12) for _ in range(2)]
+    assert sorted({step for step, _ in accumulated.evaluated}) == [0, 5, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("after", "hook"),
+    [
+        (0, "on_validation_end"),
+        (3, "on_train_batch_end"),
+        (5, "on_validation_end"),
+        (7, "on_train_batch_end"),
+    ],
+)
+def test_a_killed_run_continues_exactly(tree: Path, tmp_path: Path, after: int, hook: str) -> None:
+    checkpoint = tmp_path / "last.ckpt"
+    whole = fit(tree, Saver(checkpoint, after, hook))
+    resumed = fit(tree, resume=checkpoint)
+    assert resumed.trained == [entry for entry in whole.trained if entry[0] > after]
+    assert resumed.evaluated == [entry for entry in whole.evaluated if entry[0] > after]

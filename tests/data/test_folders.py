@@ -1,0 +1,79 @@
+"""Proves what image_folders reads, in which order, and what it says of a wrong layout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageFile
+from torchvision.datasets import ImageFolder
+
+from dynmoe.data.folders import FolderEnvironment, image_folders, read_image
+from dynmoe.errors import DataError
+
+
+def test_files_and_labels_are_those_of_torchvision(tree: Path) -> None:
+    (tree / ".cache").mkdir()
+    environments = image_folders(str(tree))
+    assert [e.name for e in environments] == ["art", "photo", "sketch"]
+    for e in environments:
+        theirs = ImageFolder(tree / e.name)
+        assert isinstance(e, FolderEnvironment)
+        assert [str(tree / file) for file in e.files] == [path for path, _ in theirs.samples]
+        assert e.labels.tolist() == theirs.targets
+        assert list(e.class_names) == theirs.classes
+        assert e.load(3).tobytes() == theirs[3][0].tobytes()
+
+
+def test_root_is_the_tree_or_the_folder_that_holds_it(tree: Path) -> None:
+    for root in (tree, tree.parent):
+        environments = image_folders(str(root), "Pets", ["sketch", "photo", "art"])
+        assert [e.name for e in environments] == ["art", "photo", "sketch"]
+
+
+def test_two_environments_are_enough(tree: Path) -> None:
+    shutil.rmtree(tree / "art")
+    assert [e.name for e in image_folders(str(tree))] == ["photo", "sketch"]
+
+
+def test_drop_list_leaves_images_out(tree: Path, tmp_path: Path) -> None:
+    drop_list = tmp_path / "duplicates.txt"
+    drop_list.write_text("art/cat/0.png\nart/dog/9.png\nart/dog/long_gone.png\n")
+    art, photo, _ = image_folders(str(tree), drop_list=str(drop_list))
+    assert (len(art), len(photo)) == (18, 20)
+    with pytest.raises(DataError, match=r"data.environments.drop_list: cannot read nowhere.txt"):
+        image_folders(str(tree), drop_list="nowhere.txt")
+
+
+def test_missing_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        image_folders(str(tmp_path / "nowhere"), "PACS")
+    assert str(error.value) == (
+        f"data.root: no folder {tmp_path / 'nowhere'}. "
+        "Give the folder of the environments, or one that holds PACS/."
+    )
+
+
+def test_wrong_environments_are_listed_with_those_expected(tree: Path) -> None:
+    with pytest.raises(DataError) as error:
+        image_folders(str(tree), "Pets", ["art", "cartoon", "photo"])
+    assert str(error.value).splitlines()[1:5] == [
+        "  expected: art, cartoon, photo",
+        "  found:    art, photo, sketch",
+        "  missing:  cartoon",
+        "  not part of it: sketch",
+    ]
+
+
+def test_a_truncated_file_gives_what_is_there_and_leaves_pillow_as_it_was(tree: Path) -> None:
+    path = tree / "whole.jpg"
+    Image.effect_noise((64, 64), 50).save(path)
+    whole = read_image(path)
+    path.write_bytes(path.read_bytes()[:-400])
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    cut = read_image(path)
+    assert cut.size == whole.size and cut.mode == "RGB"
+    assert cut.crop((0, 0, 64, 16)).tobytes() == whole.crop((0, 0, 64, 16)).tobytes()
+    assert cut.tobytes() != whole.tobytes()
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES

@@ -1,0 +1,109 @@
+"""The sparse dispatch equals the naive loop over tokens and experts, in values and all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dynmoe.layers import dispatch
+from dynmoe.layers.experts import Experts, naive_forward
+from dynmoe.layers.router import Routing
+
+DIM = 6
+
+
+def make_experts(num_slots: int, dtype: torch.dtype = torch.float64) -> Experts:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(DIM, 9), nn.GELU(), nn.Linear(9, DIM)).to(dtype)
+    experts = Experts(mlp, num_slots, "fresh")
+    for p in experts.parameters():  # biases of a fresh FFN are 0; make them matter
+        p.data.add_(torch.randn_like(p) * 0.3)
+    return experts
+
+
+def make_routing(mask_TE: torch.Tensor) -> Routing:
+    torch.manual_seed(1)
+    weights_TE = (torch.rand(mask_TE.shape, dtype=torch.float64) * mask_TE).requires_grad_()
+    return Routing(
+        weights_TE, mask_TE, weights_TE.detach(), ~mask_TE.any(1), torch.zeros(()), mask_TE
+    )
+
+
+def random_mask(tokens: int, experts: int, share: float) -> torch.Tensor:
+    return torch.rand(tokens, experts, generator=torch.Generator().manual_seed(2)) < share
+
+
+MASKS = {
+    "random": random_mask(17, 5, 0.4),
+    "one token": random_mask(1, 5, 0.6),
+    "one expert": random_mask(9, 1, 0.5),
+    "64 experts": random_mask(30, 64, 0.05),
+    "every pair": torch.ones(7, 3, dtype=torch.bool),
+    "no pair": torch.zeros(7, 3, dtype=torch.bool),
+    "an empty expert and an unrouted token": torch.tensor([[1, 0, 1], [0, 0, 0], [1, 0, 0]]).bool(),
+    "all tokens to one expert": torch.tensor([[0, 1, 0]] * 8).bool(),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_equals_naive_loop(name: str) -> None:
+    mask_TE = MASKS[name]
+    live = tuple(range(mask_TE.shape[1]))
+    experts, routing = make_experts(len(live)), make_routing(mask_TE)
+    x_TD = torch.randn(len(mask_TE), DIM, dtype=torch.float64, requires_grad=True)
+    inputs = [x_TD, routing.weights_TE, *experts.parameters()]
+
+    def value_and_gradients(forward):  # type: ignore[no-untyped-def]
+        y_TD = forward(x_TD, routing, live)
+        if not y_TD.requires_grad:
+            return y_TD, [None] * len(inputs)
+        return y_TD, torch.autograd.grad((y_TD.sin()).sum(), inputs, allow_unused=True)
+
+    y, gradients = value_and_gradients(experts)
+    y_naive, gradients_naive = value_and_gradients(lambda *a: naive_forward(experts, *a))
+    torch.testing.assert_close(y, y_naive)
+    for got, expected in zip(gradients, gradients_naive, strict=True):
+        # An expert without tokens has no gradient at all, not a zero one.
+        assert (got is None) == (expected is None)
+        if got is not None:
+            torch.testing.assert_close(got, expected)
+
+
+def test_live_slots_need_not_be_the_first_ones() -> None:
+    experts, routing = make_experts(6), make_routing(random_mask(11, 3, 0.5))
+    x_TD = torch.randn(11, DIM, dtype=torch.float64)
+    torch.testing.assert_close(
+        experts(x_TD, routing, (1, 3, 5)), naive_forward(experts, x_TD, routing, (1, 3, 5))
+    )
+
+
+def test_gradcheck_of_gather_and_combine() -> None:
+    p = dispatch.pairs(random_mask(6, 4, 0.5))
+    x_TD = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    weight_P = torch.rand(len(p.token_P), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, w: dispatch.combine(dispatch.gather(x, p).sin(), w, p), (x_TD, weight_P)
+    )
+
+
+def test_cost_is_one_row_per_pair() -> None:
+    """Every expert sees exactly the tokens routed to it: no padding, no masked dense compute."""
+    mask_TE = random_mask(40, 4, 0.3)
+    experts = make_experts(4)
+    seen = []
+    for slot in experts.slots:
+        slot.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    experts(torch.randn(40, DIM, dtype=torch.float64), make_routing(mask_TE), range(4))
+    assert seen == mask_TE.sum(0).tolist()
+
+
+def test_bf16_autocast_keeps_values_close() -> None:
+    experts, mask_TE = make_experts(4, torch.float32), random_mask(20, 4, 0.5)
+    routing = make_routing(mask_TE)
+    x_TD = torch.randn(20, DIM)
+    y = experts(x_TD, routing, range(4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = experts(x_TD, routing, range(4))
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), y, atol=0.05, rtol=0.05)

@@ -1,0 +1,223 @@
+"""The MoE layer: upcycling keeps the function, experts come and go, compaction changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dynmoe.layers import CosineTopKRouter, MoELayer, TopAnyRouter, TopKRouter, record_routing
+
+DIM = 12
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def make_mlp() -> nn.Module:
+    mlp = nn.Sequential(nn.Linear(DIM, 20), nn.GELU(), nn.Linear(20, DIM))
+    nn.init.normal_(mlp[2].bias)
+    return mlp
+
+
+def make_layer(**kwargs: object) -> MoELayer:
+    options = {"router": TopAnyRouter, "num_experts": 3, "max_experts": 5, **kwargs}
+    return MoELayer(make_mlp(), DIM, **options)  # type: ignore[arg-type]
+
+
+def test_upcycled_layer_is_the_ffn_for_every_served_token() -> None:
+    mlp = make_mlp()
+    layer = MoELayer(mlp, DIM, TopAnyRouter, 3, 5)
+    x = torch.randn(4, 7, DIM)
+    torch.testing.assert_close(layer.eval()(x), mlp(x))
+    routing = layer.train().router(x.view(-1, DIM), layer.live)
+    served = ~routing.unserved_T.view(4, 7)
+    assert (~served).any()
+    torch.testing.assert_close(layer(x)[served], mlp(x)[served])
+    assert not layer(x)[~served].any()
+
+
+def test_gmoe_layer_with_equal_scores_is_a_sixth_of_the_ffn() -> None:
+    """GMoE does not renormalise at k = 1, so it does not start at the pretrained function."""
+    mlp = make_mlp()
+    layer = MoELayer(mlp, DIM, CosineTopKRouter, 6).eval()
+    layer.router.embeddings.data.zero_()
+    x = torch.randn(5, DIM)
+    torch.testing.assert_close(layer(x), mlp(x) / 6)
+
+
+def test_fresh_experts_differ_and_copies_do_not() -> None:
+    copies, fresh = make_layer(), make_layer(init="fresh")
+    assert torch.equal(copies.experts.slots[0][0].weight, copies.experts.slots[1][0].weight)
+    assert not torch.equal(fresh.experts.slots[0][0].weight, fresh.experts.slots[1][0].weight)
+
+
+def test_empty_slots_cost_nothing() -> None:
+    """No gradient, so no optimizer state, no weight decay: AdamW leaves them bitwise alone."""
+    layer = make_layer(init="fresh")
+    before = copy.deepcopy(layer.state_dict())
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with record_routing(layer) as tape:
+            y = layer(torch.randn(30, DIM))
+        (y.square().sum() + tape[""][0].aux).backward()
+        optimizer.step()
+    changed = {k for k, v in layer.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed and not any(".3" in name or ".4" in name for name in changed)
+    assert all(p not in optimizer.state for slot in (3, 4) for p in layer.slot_parameters(slot))
+
+
+@pytest.mark.parametrize("init", ["slot", "copy_most_used", "mean", "pretrained", "fresh"])
+def test_new_expert(init: str) -> None:
+    layer = make_layer(init="fresh", keep_origin=True)
+    slots = layer.experts.slots
+    stale = slots[4][0].weight.clone()
+    layer.add_expert(4, 3 * torch.ones(DIM), init, load={0: 1, 1: 9, 2: 4})
+    assert layer.live == (0, 1, 2, 4)
+    torch.testing.assert_close(layer.router.directions[4].data, torch.ones(DIM) / DIM**0.5)
+    got = slots[4][0].weight
+    expected = {
+        "slot": stale,
+        "copy_most_used": slots[1][0].weight,
+        "mean": (slots[0][0].weight + slots[1][0].weight + slots[2][0].weight) / 3,
+        "pretrained": layer.origin[0].weight,
+    }
+    if init == "fresh":
+        assert not any(torch.equal(got, other) for other in expected.values())
+        twin = make_layer(init="fresh")
+        twin.add_expert(4, torch.ones(DIM), "fresh", seed=0)
+        assert torch.equal(got, twin.experts.slots[4][0].weight)  # by seed, not by global RNG
+    else:
+        torch.testing.assert_close(got, expected[init])
+
+
+def test_new_expert_serves_the_tokens_it_was_made_for() -> None:
+    layer = make_layer()
+    lost = torch.stack([-sum(layer.router.directions[e].data for e in layer.live)] * 2)
+    assert layer.router(lost, layer.live).unserved_T.all()
+    with record_routing(layer) as tape:
+        layer(lost)
+    layer.add_expert(3, tape[""][0].stats.unserved_D)
+    routing = layer.router(lost, layer.live)
+    assert not routing.unserved_T.any()
+    assert routing.mask_TE.tolist() == [[False, False, False, True]] * 2
+
+
+def test_impossible_changes_are_refused() -> None:
+    layer = make_layer(num_experts=1)
+    with pytest.raises(ValueError, match=r"cannot remove slot 0.*\(0,\)"):
+        layer.remove_expert(0)
+    with pytest.raises(ValueError, match="cannot add to slot 0"):
+        layer.add_expert(0, torch.ones(DIM))
+    with pytest.raises(ValueError, match="keep_origin=True"):
+        layer.add_expert(1, torch.ones(DIM), "pretrained")
+
+
+def test_state_dict_carries_the_pool() -> None:
+    layer = make_layer(init="fresh")
+    layer.add_expert(4, torch.ones(DIM))
+    layer.remove_expert(1)
+    twin = make_layer(init="fresh")
+    assert twin.live == (0, 1, 2)  # cached before loading
+    twin.load_state_dict(layer.state_dict())
+    assert twin.live == (0, 2, 4)
+    x = torch.randn(9, DIM)
+    assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_after_training(again) -> None:  # type: ignore[no-untyped-def]
+    layer = make_layer()
+    with record_routing(layer):
+        layer(torch.randn(9, DIM)).sum().backward()
+    x = torch.randn(9, DIM)
+    assert torch.equal(again(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compact_keeps_the_function(training: bool) -> None:
+    layer = make_layer(init="fresh", num_experts=5).train(training)
+    layer.remove_expert(0)
+    layer.remove_expert(3)
+    small = layer.compact()
+    x = torch.randn(40, DIM)
+    assert torch.equal(small(x), layer(x))
+    assert small.live == (0, 1, 2) and small.max_experts == 3
+
+    def size(m: nn.Module) -> int:
+        return sum(p.numel() for p in m.parameters())
+
+    slot = sum(p.numel() for p in layer.slot_parameters(0))
+    assert size(small) == size(layer) - 2 * slot
+    twin = make_layer(init="fresh", num_experts=3, max_experts=3).train(training)
+    twin.load_state_dict(small.state_dict())
+    assert torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("router", [TopKRouter, CosineTopKRouter])
+def test_compact_of_a_fixed_pool_changes_nothing(router) -> None:  # type: ignore[no-untyped-def]
+    layer = make_layer(router=router, num_experts=4, max_experts=4).eval()
+    x = torch.randn(8, DIM)
+    assert torch.equal(layer.compact()(x), layer(x))
+
+
+def test_tape_counts_once_under_activation_checkpointing() -> None:
+    layer = make_layer()
+    x = torch.randn(25, DIM, requires_grad=True)
+    with record_routing(layer) as plain:
+        layer(x)
+    for reentrant in (True, False):
+        with record_routing(layer) as tape:
+            y = checkpoint(layer, x, use_reentrant=reentrant)
+        y.sum().backward()
+        assert len(tape[""]) == 1
+        for got, expected in zip(tape[""][0].stats, plain[""][0].stats, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_tape_of_a_layer_used_twice() -> None:
+    layer = make_layer()
+    with record_routing(nn.Sequential(layer)) as tape:
+        layer(layer(torch.randn(5, DIM)))
+    assert len(tape["0"]) == 2 and layer._tape is None
+
+
+def test_statistics_by_hand() -> None:
+    layer = make_layer()
+    x_TD = torch.randn(60, DIM)
+    mask_T = torch.arange(60) < 45
+    with record_routing(layer) as tape:
+        layer(x_TD, mask_T)
+    stats = tape[""][0].stats
+    routing = layer.router(x_TD[:45], layer.live)
+    k = routing.mask_TE.sum(1).tolist()
+    assert stats.load_E.tolist() == [sum(column) for column in zip(*routing.mask_TE.tolist())]
+    assert stats.k_hist.tolist() == [k.count(i) for i in range(4)]
+    torch.testing.assert_close(stats.unserved_D, x_TD[:45][torch.tensor(k) == 0].sum(0))
+
+
+def test_evaluation_statistics_count_tokens_before_the_fallback() -> None:
+    layer = make_layer().eval()
+    lost = -sum(layer.router.directions[e].data for e in layer.live)
+    with record_routing(layer) as tape:
+        layer(lost[None])
+    stats = tape[""][0].stats
+    assert stats.k_hist.tolist() == [1, 0, 0, 0] and stats.load_E.sum() == 1
+
+
+def test_pool_bounds_are_checked() -> None:
+    with pytest.raises(ValueError, match="num_experts"):
+        make_layer(num_experts=6)
+
+
+def test_router_factory_gets_the_pool_size() -> None:
+    layer = make_layer(router=partial(TopKRouter, top_k=4), num_experts=4, max_experts=4)
+    assert layer.router.num_slots == 4

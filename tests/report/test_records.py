@@ -1,0 +1,88 @@
+"""A run folder gives back what was written, survives a kill, and reads as DomainBed reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from dynmoe.errors import UserError
+from dynmoe.report.records import Kind, RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "vit_digits" / "run")
+
+
+def test_records_come_back_in_order_and_by_kind(folder: RunFolder) -> None:
+    folder.append("results", {"step": 0, "loss": 1.5})
+    folder.append("results", {"step": 10, "loss": 0.5})
+    folder.append("routing", {"step": 0, "layer": "a"}, {"step": 0, "layer": "b"})
+    assert folder.read("results") == [{"step": 0, "loss": 1.5}, {"step": 10, "loss": 0.5}]
+    assert [line["layer"] for line in folder.read("routing")] == ["a", "b"]
+    assert folder.read("events") == []
+
+
+def test_lines_are_as_domainbed_writes_and_reads_them(folder: RunFolder) -> None:
+    folder.append("results", {"step": 0, "env0_in_acc": 0.5, "args": {"b": 1, "a": [0]}})
+    lines = (folder.path / "results.jsonl").read_text().splitlines(keepends=True)
+    assert lines == ['{"args": {"a": [0], "b": 1}, "env0_in_acc": 0.5, "step": 0}\n']
+    assert json.loads(lines[0][:-1])["step"] == 0
+
+
+def test_nan_is_kept(folder: RunFolder) -> None:
+    folder.append("results", {"step": 0, "loss": math.nan})
+    assert math.isnan(folder.read("results")[0]["loss"])
+
+
+def test_a_line_cut_short_is_ignored_and_taken_away_on_resume(folder: RunFolder) -> None:
+    folder.append("results", {"step": 0}, {"step": 10})
+    with (folder.path / "results.jsonl").open("a") as file:
+        file.write('{"loss": 0.')
+    assert [record["step"] for record in folder.read("results")] == [0, 10]
+    folder.truncate_after(10)
+    folder.append("results", {"step": 20})
+    assert [record["step"] for record in folder.read("results")] == [0, 10, 20]
+
+
+def test_truncate_drops_later_records_of_every_kind(folder: RunFolder) -> None:
+    for kind in get_args(Kind):
+        folder.append(kind, *({"step": step} for step in (0, 10, 20)))
+    folder.truncate_after(10)
+    for kind in get_args(Kind):
+        assert folder.read(kind) == [{"step": 0}, {"step": 10}]
+    folder.truncate_after(-1)
+    assert folder.read("results") == []
+    assert sorted(path.suffix for path in folder.path.iterdir()) == [".jsonl"] * 3
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]", '{"loss": 1.0}'])
+def test_a_damaged_line_is_named(folder: RunFolder, line: str) -> None:
+    folder.append("events", {"step": 0})
+    with (folder.path / "events.jsonl").open("a") as file:
+        file.write(line + "\n")
+    message = f"events.jsonl, line 2: expected a JSON object with a step, found {line!r}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        folder.read("events")
+
+
+def test_run_facts_and_done(folder: RunFolder) -> None:
+    with pytest.raises(UserError, match=r"found no run\.json in it"):
+        folder.read_run()
+    folder.write_run({"name": "vit_digits", "seed": 3})
+    assert folder.read_run() == {"name": "vit_digits", "seed": 3}
+    assert not folder.is_done
+    folder.mark_done()
+    assert folder.is_done
+
+
+def test_damaged_run_facts_are_named(folder: RunFolder) -> None:
+    folder.write_run({})
+    (folder.path / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: expected JSON, found damage"):
+        folder.read_run()
