@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import platform
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,13 @@ from dynmoe.metrics.efficiency import parameter_counts
 from dynmoe.report.records import RunFolder
 from dynmoe.tasks.base import MoETask
 from dynmoe.tasks.recorder import RunRecorder
+
+
+# Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
+for _name in ("lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=r".*LeafSpec.*")  # inside Lightning 2.6, torch >= 2.11
+warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
 
 
 def build_data(cfg: DictConfig) -> DomainData:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from dynmoe.config import options, resolvers
 from dynmoe.config.check import check, report
-from dynmoe.config.preflight import command_problems, search_path
+from dynmoe.config.preflight import preflight, search_path
 from dynmoe.errors import UserError
 
 Job = Callable[[DictConfig], float | None]
@@ -38,9 +38,10 @@ def run(job: Job, *, prog: str) -> None:
     shows_only = args.hydra_help or args.cfg or args.info or args.shell_completion
     own_tree = args.config_path or args.config_name or args.experimental_rerun
     if not shows_only and not own_tree:
-        found = command_problems(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
-        if found:
-            raise _refusal(prog, report(found))
+        verdict = preflight(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
+        if verdict.problems:
+            raise _refusal(prog, report(verdict.problems))
+        sys.argv[1:] = [verdict.instead.get(text, text) for text in sys.argv[1:]]
     main = hydra.main(config_path="pkg://dynmoe.conf", config_name="config", version_base="1.3")
     main(_guarded(job, prog))()
 

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from dynmoe.config import options
@@ -74,6 +75,11 @@ class Composer:
         if override.is_hydra_override() or "." in override.key_or_group:
             return []
         return options.options(override.key_or_group, self.search)
+
+    def is_plain_value(self, override: Override) -> bool:
+        """Whether `override` is key=value, neither a group, nor Hydra's, nor behind a + or ~."""
+        plain = override.type == OverrideType.CHANGE and not override.is_hydra_override()
+        return plain and not self.options(override)
 
     def unknown_options(self, override: Override) -> list[str]:
         """A message for each option that its group does not have."""
@@ -141,10 +147,10 @@ def _set(made: Composition, override: Override) -> None:
     """Set or delete one value; what Hydra would refuse becomes a message."""
     key, value, cfg = override.key_or_group, override.value(), made.cfg
     parent, name = _parent(cfg, key)
-    there = parent is not None and name in set(parent)  # `in parent` denies missing values
+    there = name in _keys(parent)
     if override.is_delete():
-        if parent is None or not there:
-            near = did_you_mean(name, map(str, parent or ()))
+        if not there:
+            near = did_you_mean(name, _keys(parent))
             made.found.append(f"~{key}: there is no such key to delete.{near}")
             return
         with open_dict(parent):
@@ -156,18 +162,24 @@ def _set(made: Composition, override: Override) -> None:
         made.added.append(override)
     try:
         OmegaConf.update(cfg, key, value, merge=True, force_add=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, IndexError, ValueError) as error:  # of a list's index
         made.found.append(f"{key}: cannot be set: {str(error).splitlines()[0]}")
 
 
-def _parent(cfg: DictConfig, key: str) -> tuple[DictConfig | None, str]:
+def _parent(cfg: DictConfig, key: str) -> tuple[Any, str]:
     """The node that holds `key`, None where there is none, and the last part of `key`."""
     above, _, name = key.rpartition(".")
     try:
-        node = OmegaConf.select(cfg, above) if above else cfg
+        return (OmegaConf.select(cfg, above) if above else cfg), name
     except OmegaConfBaseException:
-        node = None
-    return (node if isinstance(node, DictConfig) else None), name
+        return None, name
+
+
+def _keys(node: Any) -> list[str]:
+    """Keys of a mapping, those of missing values included, or indices of a list."""
+    if isinstance(node, DictConfig):
+        return [str(key) for key in node]
+    return [str(index) for index in range(len(node))] if isinstance(node, ListConfig) else []
 
 
 def _unexpected(added: Sequence[Override], found: Sequence[str]) -> Iterator[str]:

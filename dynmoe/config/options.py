@@ -14,17 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 CONFIG_NAME = "config"
 
 
-def groups(search: list[str] | None = None) -> dict[str, list[str]]:
-    """Our groups with their options; those whose name starts with _ are parts of others."""
-    return {
-        group: options(group, search)
-        for group in sorted(loader().list_groups(""))
-        if group != "hydra" and options(group, search)
-    }
+def groups() -> dict[str, list[str]]:
+    """Our groups with their options."""
+    names = sorted(name for name in loader().list_groups("") if name != "hydra")
+    return {name: found for name in names if (found := options(name))}
 
 
 def options(group: str, search: list[str] | None = None) -> list[str]:
-    """Options of a group, empty where there is no such group.
+    """Options of a group, empty where there is no such group; _names are parts of other files.
 
     `search` are overrides of hydra.searchpath, the only ones that bear on the answer.
     """
@@ -43,7 +40,7 @@ def options_with(group: str, fits: Callable[[DictConfig], bool]) -> list[str]:
 
 def _load(group: str, option: str) -> DictConfig:
     try:
-        cfg = loader().load_configuration(f"{group}/{option}", [], run_mode=RunMode.RUN)
+        cfg = loader().load_configuration(None, [f"+{group}={option}"], run_mode=RunMode.RUN)
     except HydraException:
         return OmegaConf.create()
     node = cfg.get(group)

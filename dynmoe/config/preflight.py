@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra import initialize_config_module
@@ -17,15 +18,27 @@ from dynmoe.config.check import MEANING
 from dynmoe.config.compose import Composer, MissingGroup, parse, single_values
 
 
-def command_problems(
+@dataclass
+class Verdict:
+    """`problems` that keep a command from running, and what Hydra should read `instead` of a text.
+
+    Every value becomes `++key=value`: it was found right where a job uses it, but Hydra composes a
+    sweep once without the swept groups as well, and there its key need not exist.
+    """
+
+    problems: list[str]
+    instead: dict[str, str] = field(default_factory=dict)
+
+
+def preflight(
     texts: Sequence[str], *, multirun: bool = False, config_dir: str | None = None
-) -> list[str]:
-    """What keeps the command with the overrides `texts` from running, one message each.
+) -> Verdict:
+    """Judge the command with the overrides `texts`.
 
     Of a sweep, the first value of every swept key is checked, and each other value in its place.
     """
     if config_dir is not None and not Path(config_dir).is_dir():
-        return [f"--config-dir: no folder '{config_dir}'"]
+        return Verdict([f"--config-dir: no folder '{config_dir}'"])
     with search_path():
         overrides, found = parse(texts)
         composer = Composer(overrides, config_dir)
@@ -44,7 +57,10 @@ def command_problems(
             found += _whatever_the(group, composer, known, multirun)
         except HydraException as error:
             found.append(" ".join(str(error).split()))
-    return list(dict.fromkeys(found))
+        values = [o for o in known if composer.is_plain_value(o)]
+    return Verdict(
+        list(dict.fromkeys(found)), {str(o.input_line): f"++{o.input_line}" for o in values}
+    )
 
 
 @contextmanager

@@ -1,0 +1,113 @@
+"""``dynmoe-eval run=FOLDER``: evaluate a trained run again, from its own config and checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dynmoe.errors import ConfigError, UserError
+from dynmoe.report.records import Record, RunFolder
+
+HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
+
+  dynmoe-eval run=FOLDER [checkpoint=selected|last|FILE] [data.root=FOLDER] [data.workers=N]
+              [trainer.accelerator=cpu|gpu]
+
+FOLDER is outputs/<name>/<run>. Prints the accuracy of every environment beside the recorded one:
+on the same machine they are equal. Nothing is written.
+"""
+
+
+OVERRIDES = ("data.root", "data.workers", "data.eval_batch_size", "trainer.accelerator")
+
+
+def main() -> None:
+    """Exit 0, or 2 with a message that names what is wrong."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(HELP)
+        return
+    try:
+        evaluate(*parse(arguments))
+    except UserError as error:
+        print(f"dynmoe-eval: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def parse(arguments: list[str]) -> tuple[RunFolder, Path, DictConfig]:
+    """The run folder, the checkpoint file and the configuration to evaluate with.
+
+    Raises:
+        ConfigError: an unknown key, a folder that is no run, or a checkpoint that is not there.
+    """
+    given = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in ("run", "checkpoint", *OVERRIDES):
+            known = ", ".join(f"{k}=" for k in ("run", "checkpoint", *OVERRIDES))
+            raise ConfigError(f"{argument}: unknown argument, expected {known}")
+        given[key] = value
+    if "run" not in given:
+        raise ConfigError("run=FOLDER is missing: the folder outputs/<name>/<run> of a trained run")
+    folder = RunFolder(given.pop("run"))
+    saved = folder.path / "config.yaml"
+    if not saved.exists():
+        raise ConfigError(f"run={folder.path}: expected a folder with a config.yaml, found none")
+    name = given.pop("checkpoint", "selected")
+    checkpoint = Path(name)
+    if name in ("selected", "last"):
+        checkpoint = folder.path / "checkpoints" / f"{name}.ckpt"
+    if not checkpoint.exists():
+        raise ConfigError(f"checkpoint={name}: there is no file {checkpoint}; try checkpoint=last")
+    overrides = OmegaConf.from_dotlist([f"{key}={value}" for key, value in given.items()])
+    return folder, checkpoint, OmegaConf.merge(OmegaConf.load(saved), overrides)  # type: ignore[return-value]
+
+
+def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, float]:
+    """Accuracies by DomainBed's names; prints them beside the recorded ones."""
+    import torch
+
+    from runners import build
+
+    state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    step = state["global_step"] - 1
+    data = build.build_data(cfg)
+    data.setup()
+    data.repeat_evaluation_of(step)
+    task = build.build_task(cfg, data)
+    task.load_state_dict(state["state_dict"])
+    cfg.logger = None
+    trainer = build.build_trainer(cfg, [], folder)
+    trainer.validate(task, datamodule=data, verbose=False)
+    accuracies: dict[str, float] = task.accuracies()
+    recorded = {r["step"]: r for r in folder.read("results")}.get(step)
+    _print(folder, checkpoint, step, accuracies, recorded, data.env_names)
+    return accuracies
+
+
+def _print(
+    folder: RunFolder,
+    checkpoint: Path,
+    step: int,
+    accuracies: dict[str, float],
+    recorded: Record | None,
+    env_names: list[str],
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{folder.path.name}, {checkpoint.name}, step {step}", title_justify="left")
+    for column in ("environment", "split", "accuracy", "recorded"):
+        table.add_column(column, justify="right" if column in ("accuracy", "recorded") else "left")
+    for key, accuracy in accuracies.items():
+        env, split, _ = key.split("_")
+        before = "-" if recorded is None else f"{100 * recorded[key]:.2f} %"
+        table.add_row(env_names[int(env[3:])], split, f"{100 * accuracy:.2f} %", before)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

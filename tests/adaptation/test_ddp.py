@@ -1,0 +1,58 @@
+"""Two data-parallel processes decide on the sum of their records and stay identical."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from test_callback import DIM, Model, make_callback, nobody, only_expert_0
+from torch.utils.data import DataLoader
+
+
+class OwnTokens(Model):
+    """Rank 0 sees tokens of expert 0 only, rank 1 tokens that nobody serves, then both of both."""
+
+    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+        mine = only_expert_0(self.layer) if self.global_rank == 0 else nobody(self.layer)
+        both = torch.cat([only_expert_0(self.layer), nobody(self.layer)])
+        return DataLoader([mine.detach()] * 2 + [both.detach()] * 4, batch_size=None)
+
+
+class SaveEachRank(L.Callback):
+    def __init__(self, folder: Path, events: list[dict[str, Any]]) -> None:
+        self.folder = folder
+        self.events = events
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        state = {"model": pl_module.state_dict(), "events": self.events}
+        torch.save(state, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_stay_identical(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(start_method="spawn", find_unused_parameters=True),
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[make_callback(events), SaveEachRank(tmp_path, events)],
+    )
+    trainer.fit(OwnTokens())
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    first = ranks[0]["events"][0]
+    # Neither rank could decide this alone: the expert's tokens are on rank 0, the lost on rank 1.
+    assert (first["removed"], first["added"], first["tokens"]) == ([1, 2], 3, 16)
+    assert ranks[0]["events"] == ranks[1]["events"] and len(ranks[0]["events"]) == 3
+    for name, value in ranks[0]["model"].items():
+        assert torch.equal(value, ranks[1]["model"][name]), name
+    assert DIM == ranks[0]["model"]["backbone.0.router.directions.3"].numel()

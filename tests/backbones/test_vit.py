@@ -1,0 +1,136 @@
+"""ViTs with MoE layers have the published sizes, start at the pretrained function, and load files."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from dynmoe.backbones.surgery import add_moe_layers, placed_blocks
+from dynmoe.backbones.vit import build_vit
+from dynmoe.errors import ConfigError
+from dynmoe.layers import CosineTopKRouter, TopAnyRouter, moe_layers
+from dynmoe.metrics.efficiency import parameter_counts
+
+SMALL = {"patch_size": 7, "embed_dim": 16, "depth": 4, "num_heads": 2}
+
+
+def small_vit(**kwargs: object) -> nn.Module:
+    torch.manual_seed(0)
+    return build_vit("vit_tiny_patch16_224", 5, 1, 28, options=SMALL, **kwargs)  # type: ignore[arg-type]
+
+
+def add(vit: nn.Module, **kwargs: object) -> None:
+    options = {
+        "router": TopAnyRouter,
+        "num_experts": 3,
+        "max_experts": 4,
+        "layers": "last_two",
+        "init": "upcycle",
+        **kwargs,
+    }
+    add_moe_layers(vit, **options)  # type: ignore[arg-type]
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_published_parameter_counts() -> None:
+    """GMoE-S/16 (Li et al. 2023): DeiT-S/16 with six experts in blocks 8 and 10, counted by hand."""
+    vit = build_vit("deit_small_patch16_224", num_classes=7)
+    assert size(vit) == 21_668_359
+    assert size(vit) - size(vit.head) == 21_665_664
+    add(vit, router=CosineTopKRouter, num_experts=6, max_experts=6, layers="every_two")
+    assert size(vit) == 33_684_233
+    assert size(vit) - size(vit.head) == 33_681_538
+    assert list(moe_layers(vit)) == ["blocks.8.mlp", "blocks.10.mlp"]
+    counts = parameter_counts(vit)["layers"]["blocks.8.mlp"]
+    assert counts == {"expert": 1_181_568, "router": 0, "router_fixed": 100_097}
+
+
+def test_counts_by_formula_equal_counts_by_model() -> None:
+    vit = small_vit()
+    add(vit)
+    counts = parameter_counts(vit)
+    layers = counts["layers"].values()
+    slots = 4
+    by_formula = counts["other"] + sum(
+        slots * (c["expert"] + c["router"]) + c["router_fixed"] for c in layers
+    )
+    assert by_formula == size(vit)
+    assert all(c["router"] == 16 + 1 and c["router_fixed"] == 0 for c in layers)
+
+
+@pytest.mark.parametrize(
+    ("layers", "depth", "blocks"),
+    [
+        ("every_two", 12, [8, 10]),
+        ("last_two", 12, [10, 11]),
+        ("all", 3, [0, 1, 2]),
+        ("none", 12, []),
+        ([5, 2], 6, [2, 5]),
+    ],
+)
+def test_placement(layers: object, depth: int, blocks: list[int]) -> None:
+    assert placed_blocks(layers, depth) == blocks  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", [[12], "every_two"])
+def test_blocks_that_are_not_there(layers: object) -> None:
+    with pytest.raises(ConfigError, match="the backbone has blocks 0 to 2"):
+        placed_blocks(layers, 3)  # type: ignore[arg-type]
+
+
+def test_upcycled_vit_starts_at_the_dense_function() -> None:
+    """With thresholds below every score all experts serve every token, and their mean is the FFN."""
+    dense, sparse = small_vit().eval(), small_vit().eval()
+    add(sparse)
+    for layer in moe_layers(sparse).values():
+        for threshold in layer.router.thresholds:
+            threshold.data.fill_(-2.0)
+    x = torch.randn(3, 1, 28, 28)
+    torch.testing.assert_close(sparse(x), dense(x))
+
+
+def test_expert_dropout_acts_after_the_activation_of_experts_only() -> None:
+    vit = small_vit()
+    add(vit, expert_dropout=0.1)
+    assert [m.p for m in vit.modules() if isinstance(m, nn.Dropout) and m.p > 0] == [0.1] * 8
+    assert moe_layers(vit)["blocks.2.mlp"].experts.slots[0].drop1.p == 0.1
+
+
+def test_pretrained_from_a_file_with_other_size_and_classes(tmp_path: Path) -> None:
+    donor = small_vit()
+    file = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(donor.state_dict(), file)
+    vit = build_vit("vit_tiny_patch16_224", 3, 1, 35, pretrained=str(file), options=SMALL)
+    assert torch.equal(vit.blocks[1].mlp.fc1.weight, donor.blocks[1].mlp.fc1.weight)
+    assert vit(torch.randn(2, 1, 35, 35)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "message"),
+    [
+        ("vit_smal_patch16_224", False, "backbone.model=vit_smal_patch16_224: timm knows no such"),
+        ("resnet18", False, "timm cannot build resnet18"),
+        ("swin_tiny_patch4_window7_224", False, "expected a Vision Transformer"),
+        ("vit_tiny_patch16_224", "{tmp}/wrong.pth", "could not be loaded"),
+    ],
+)
+def test_refused_backbones(model: str, pretrained: bool | str, message: str, tmp_path: Path) -> None:
+    if isinstance(pretrained, str):
+        pretrained = pretrained.format(tmp=tmp_path)
+        torch.save({"blocks.0.mlp.fc1.weight": torch.zeros(3, 3)}, pretrained)
+    with pytest.raises(ConfigError, match=message):
+        build_vit(model, 7, 3, 224, pretrained=pretrained)
+
+
+def test_routers_can_be_partials() -> None:
+    vit = small_vit()
+    add(vit, router=partial(CosineTopKRouter, top_k=2, projection=4), max_experts=3)
+    assert vit(torch.randn(2, 1, 28, 28)).shape == (2, 5)

@@ -1,0 +1,130 @@
+"""The command line as a user meets it: exit status, messages, folders, and no torch on the way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys
+from hydra.core.hydra_config import HydraConfig
+from dynmoe.errors import DataError
+from runners import cli
+
+def job(cfg):
+    if cfg.seed == 13:
+        raise DataError("data.root: PACS lacks the folder 'sketch'")
+    if cfg.seed == 14:
+        raise ZeroDivisionError("a bug")
+    print("folder", HydraConfig.get().runtime.output_dir, cfg.seed)
+
+try:
+    cli.run(job, prog="dynmoe-run")
+finally:
+    print("heavy", sorted({"torch", "lightning"} & set(sys.modules)))
+"""
+TASK = "task=vit_domainbed"
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "job_script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def call(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in an empty folder of its own; nothing of it may load torch."""
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=script.parent,
+        env={**os.environ, "PYTHONPATH": paths, "DYNMOE_OUTPUTS": str(script.parent / "outputs")},
+        timeout=60,
+        check=False,
+    )
+    assert "heavy []" in done.stdout
+    return done
+
+
+def folders(done: subprocess.CompletedProcess[str]) -> set[str]:
+    return {line.split()[1] for line in done.stdout.splitlines() if line.startswith("folder ")}
+
+
+def test_a_wrong_command_is_refused_whole_with_status_2(script: Path) -> None:
+    done = call(script, TASK, "moe=topk", "moe.num_expert=3", "moe.top_k=9")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "dynmoe-run: 2 problems in the configuration\n"
+        "  moe.num_expert: unknown key. Did you mean 'num_experts'?\n"
+        "  moe: top_k (9) > num_experts (8): a token cannot choose more experts than exist. "
+        "Lower moe.top_k or raise moe.num_experts.\n"
+    )
+    assert not (script.parent / "outputs").exists()
+
+
+def test_one_command_has_one_folder_alone_or_in_a_sweep(script: Path) -> None:
+    alone = call(script, TASK, "moe=topk", "moe.top_k=1", "seed=1")
+    again = call(script, "seed=1", "++moe.top_k=1", TASK, "moe=topk", "overwrite=true")
+    # top_k is no key of the default moe, which Hydra composes a sweep with as well
+    sweep = call(script, "-m", TASK, "seed=0,1", "moe=topk,gmoe", "moe.top_k=1")
+    assert (alone.returncode, again.returncode, sweep.returncode) == (0, 0, 0)
+    assert folders(alone) == folders(again)
+    assert folders(alone) < folders(sweep)
+    assert len(folders(sweep)) == 4
+
+
+def test_a_user_error_ends_a_single_run_with_its_message(script: Path) -> None:
+    done = call(script, TASK, "seed=13")
+    assert done.returncode == 2
+    assert done.stderr == "dynmoe-run: data.root: PACS lacks the folder 'sketch'\n"
+
+
+def test_a_user_error_ends_one_job_of_a_sweep(script: Path) -> None:
+    done = call(script, "-m", TASK, "seed=13,1")
+    assert done.returncode == 1
+    assert "data.root: PACS lacks the folder 'sketch'" in done.stderr
+    assert len(folders(done)) == 1
+
+
+def test_other_errors_keep_their_traceback(script: Path) -> None:
+    done = call(script, TASK, "seed=14")
+    assert done.returncode == 1
+    assert "ZeroDivisionError: a bug" in done.stderr
+
+
+def test_a_combination_is_checked_when_its_job_starts(script: Path) -> None:
+    # Each value is right beside the first of the other, the two last ones are not.
+    done = call(script, "-m", TASK, "moe=topk", "moe.top_k=1,3", "moe.num_experts=4,2")
+    assert done.returncode == 1
+    assert "top_k (3) > num_experts (2)" in done.stderr
+    assert len(folders(done)) == 3
+
+
+def test_help_lists_groups_and_needs_no_task(script: Path) -> None:
+    done = call(script, "--help")
+    assert done.returncode == 0
+    assert "dynmoe-run task=TASK [group=option ...] [key=value ...]" in done.stdout
+    assert "  protocol    domainbed, domainbed_2020, gmoe, swad\n" in done.stdout
+    assert " _base" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--cfg", "job", "--resolve", TASK], "steps: 401"),
+        (["--info", "defaults", TASK], "task/vit_domainbed"),
+        (["--version"], "Hydra 1."),
+    ],
+)
+def test_what_only_shows_goes_to_hydra(script: Path, arguments: list[str], expected: str) -> None:
+    done = call(script, *arguments)
+    assert done.returncode == 0
+    assert expected in done.stdout

@@ -1,0 +1,69 @@
+"""A run's folder follows from what it computes: not from spelling, order or display."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from hydra import compose
+from omegaconf import DictConfig
+
+from dynmoe.config.identity import config_hash, run_name
+from dynmoe.config.preflight import search_path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra_finds_our_files() -> Iterator[None]:
+    with search_path():
+        yield
+
+
+def config(*overrides: str) -> DictConfig:
+    return compose("config", ["task=vit_domainbed", *overrides])
+
+
+@pytest.fixture(scope="module")
+def plain() -> str:
+    return run_name(config())
+
+
+def test_the_name_is_readable_and_safe(plain: str) -> None:
+    assert re.fullmatch(r"rotateddigits_dynmoe_env0_seed0_[0-9a-f]{8}", plain)
+    odd = run_name(config("data.name='My: Set/2'", "moe=topk", "data.test_envs=[0,2]", "seed=7"))
+    assert re.fullmatch(r"my-set-2_topk_env0-2_seed7_[0-9a-f]{8}", odd)
+
+
+def test_order_and_spelled_out_defaults_do_not_matter(plain: str) -> None:
+    one = config("moe.aux_weight=0.1", "trainer.accumulate_grad_batches=2", "moe=topk")
+    two = config("moe=topk", "++trainer.accumulate_grad_batches=2", "moe.aux_weight=0.1")
+    assert run_name(one) == run_name(two)
+    assert run_name(config("seed=0", "moe=dynmoe")) == plain
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "overwrite=true",
+        "mode=check",
+        "name=elsewhere",
+        "paths.outputs=/tmp/elsewhere",
+        "logger=none",
+        "trainer.enable_progress_bar=false",
+        "data.workers=2",
+        "hydra.verbose=true",
+        "protocol.datasets.DomainNet.eval_every=7",
+    ],
+)
+def test_what_does_not_change_the_result_does_not_change_the_folder(
+    override: str, plain: str
+) -> None:
+    assert run_name(config(override)) == plain
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["trial_seed=1", "moe.num_experts=5", "task.steps=7", "trainer.precision=bf16-mixed"],
+)
+def test_what_changes_the_result_changes_the_hash(override: str) -> None:
+    assert config_hash(config(override)) != config_hash(config())

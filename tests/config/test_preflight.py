@@ -1,0 +1,234 @@
+"""Every mistake of a command line is found at once, each with its own message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from dynmoe.config import compose
+from dynmoe.config.preflight import preflight
+
+TASK = "task=vit_domainbed"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def equal_groups_are_read_once() -> Iterator[None]:
+    """Reading the files is most of the time of a pre-flight, and equal for most tests here."""
+    read, known = compose.compose, {}
+
+    def cached(name: str, overrides: list[str], return_hydra_config: bool) -> DictConfig:
+        key = tuple(overrides)
+        if key not in known:
+            known[key] = read(name, overrides, return_hydra_config=return_hydra_config)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compose, "compose", cached)
+        yield
+
+
+def problems(*overrides: str, **options: object) -> list[str]:
+    return preflight(overrides, **options).problems  # type: ignore[arg-type]
+
+
+def test_a_right_command_has_no_problem() -> None:
+    assert problems(TASK) == []
+    assert problems(TASK, "data.test_envs.0=1", "moe.layers=[1,3]") == []
+
+
+def test_three_mistakes_are_three_messages() -> None:
+    assert problems(TASK, "moe=topk", "++moe.num_expert=3", "seed=abc", "moe.top_k=9") == [
+        "moe.num_expert: unknown key. Did you mean 'num_experts'?",
+        "seed: expected an integer, found 'abc'",
+        "moe: top_k (9) > num_experts (8): a token cannot choose more experts than exist. "
+        "Lower moe.top_k or raise moe.num_experts.",
+    ]
+
+
+SLOTS = "moe: max_experts (8) != num_experts (4): without moe.adaptation the pool never changes."
+CASES = {
+    # keys
+    "typo=1": "typo: unknown key.",
+    "+typo=1": "typo: unknown key.",
+    "++trainr.devices=1": "trainr: unknown key. Did you mean 'trainer'?",
+    "experimnt=x": "experimnt: unknown key. Did you mean 'experiment'?",
+    "~sed": "~sed: there is no such key to delete. Did you mean 'seed'?",
+    "~seed": "seed: missing. Every run configuration has this key",
+    "~moe.num_experts": "moe.num_experts: missing. Every moe configuration has this key",
+    "+seed=1": "+seed: the key is there already. Leave out the +",
+    "data.test_env=[1]": "data.test_env: unknown key. Did you mean 'test_envs'?",
+    "trainer.device=2": "trainer.device: unknown key. Did you mean 'devices'?",
+    "+protocol.datasets.PACS.lrate=1": "protocol.datasets.PACS.lrate: unknown key.",
+    "trainer.max_time=null": (
+        "trainer.max_time: not in this configuration. To add it write +trainer.max_time=null"
+    ),
+    "logger.csv.nam=x": "logger.csv.nam: unknown key. Did you mean 'name'?",
+    "a b=c=(": "a b=c=(: cannot be read as key=value.",
+    "seed.x=1": "seed: expected an integer, found {'x': 1}",
+    "data.test_envs.x=1": "data.test_envs.x: cannot be set: ",
+    # types and words
+    "mode=chek": "mode: expected 'train' or 'check', found 'chek'",
+    "overwrite=1": "overwrite: expected true or false, found 1",
+    "task.selection=best": "task.selection: expected 'training_domain_validation' or 'oracle' or",
+    "moe.layers=some": "moe.layers: expected 'last_two' or 'every_two' or 'all' or 'none' or a ",
+    "data.test_envs=0": "data.test_envs: expected a list, found 0",
+    "trainer.precision='31'": "trainer.precision: expected 64 or 32 or 16 or ",
+    "moe.adaptation.init=cop": "moe.adaptation.init: expected 'slot' or 'copy_most_used' or",
+    # values that are not there
+    "data.name=???": "data.name: required, no default: give data.name=VALUE",
+    "data.name=${nme}": "data.name: Interpolation key 'nme' not found",
+    "task.steps=${recipe:stps}": "protocol domainbed has no 'stps'; it has batch_size, eval_every",
+    "data=pacs": "data.root: required, the folder of the data set, e.g. data.root=/data/PACS",
+    # targets
+    "task.optimizer._target_=torch.optim.Adm": (
+        "task.optimizer._target_: torch.optim has no 'Adm'. Did you mean 'Adam'?"
+    ),
+    "task.optimizer._target_=tensor.Adam": (
+        "task.optimizer._target_: no package 'tensor' is installed."
+    ),
+    # groups
+    "moe=dynmo": "moe: no option 'dynmo'. Did you mean 'dynmoe'? Options: dense, dynmoe, ",
+    "logger=[csv,tensorbord]": "logger: no option 'tensorbord'. Did you mean 'tensorboard'?",
+    "hydra.verbos=1": "Could not override 'hydra.verbos'.",
+    "seed=1,2": "seed=1,2: several values need a sweep: add -m. A list is written seed=[...]",
+    # rules
+    "moe.top_k=2": "moe.top_k: the router of moe=dynmoe takes no top_k. Choose moe=topk or ",
+    "moe.num_experts=0": "moe.num_experts: expected 1 or more, found 0",
+    "moe.num_experts=99": "moe: num_experts (99) > max_experts (",
+    "moe.adaptation.min_experts=0": "moe.adaptation.min_experts: expected 1 or more, found 0",
+    "moe.adaptation.min_experts=9": "moe: adaptation.min_experts (9) > num_experts (",
+    "moe.layers=[1,1]": "moe.layers: expected distinct block indices, found [1, 1]",
+    "moe.layers=[-1]": "moe.layers: expected block indices from 0, found [-1]",
+    "moe.router=null": "moe: layers is every_two, but router is null: MoE layers need a router.",
+    "data.test_envs=[]": "data.test_envs: empty: name at least one environment to test on",
+    "data.test_envs=[1,1]": "data.test_envs: expected distinct environments, found [1, 1]",
+    "data.test_envs=[-1]": "data.test_envs: expected indices from 0, found [-1]",
+    "trainer.accumulate_grad_batches=5": (
+        "data.batch_size: 32 does not divide into 1 devices x 5 accumulated parts. "
+        "Choose a multiple of 5."
+    ),
+    "task.steps=0": "task.steps: expected 1 or more, found 0",
+    "task.eval_every=0": "task.eval_every: expected 1 or more, found 0",
+    "seed=-1": "seed: expected 0 or more, found -1",
+    "protocol.holdout_fraction=1": (
+        "protocol.holdout_fraction: expected a share between 0 and 1, found 1.0"
+    ),
+    "moe.adaptation.init=pretrained": "moe.adaptation.init: 'pretrained' copies the backbone's",
+    "backbone.pretrained=none.txt": (
+        "backbone.pretrained: expected true, false or a file ending in .safetensors, .pth, .bin, "
+        "found 'none.txt'"
+    ),
+    "backbone.pretrained=none.pth": "backbone.pretrained: no file 'none.pth'",
+    "+data.root=/no/such": "data.root: no folder '/no/such'. Give the folder of the data set:",
+}
+
+
+@pytest.mark.parametrize("override", CASES)
+def test_the_message_of(override: str) -> None:
+    found = problems(TASK, override)
+    assert [text for text in found if CASES[override] in text], found
+
+
+def test_a_fixed_router_fills_its_slots() -> None:
+    found = problems(TASK, "moe=topk", "moe.num_experts=4", "moe.max_experts=8")
+    assert found == [f"{SLOTS} Set moe.max_experts=4."]
+
+
+def test_one_wrong_value_is_reported_once_however_often_it_is_used() -> None:
+    assert problems(TASK, "hparams_seed=x") == ["hparams_seed: expected an integer, found 'x'"]
+    assert problems(TASK, "moe=topk", "moe.top_k=x") == [
+        "moe.top_k: expected an integer, found 'x'"
+    ]
+
+
+def test_without_a_task_the_other_mistakes_are_told_as_well() -> None:
+    choose, other = problems("sede=1")
+    assert choose.startswith("task: required, what to learn, e.g. task=vit_domainbed. Options: ")
+    assert other == "sede: unknown key. Did you mean 'seed'?"
+
+
+def test_an_unknown_task_is_one_message() -> None:
+    assert len(problems("task=vit_domainbeds")) == 1
+
+
+# --- sweeps ---
+
+
+def test_every_value_of_a_sweep_is_checked() -> None:
+    found = problems(TASK, "moe=topk,gmoe", "moe.top_k=1,2,7,9", multirun=True)
+    assert [text.split(":")[1].split("a token")[0].strip() for text in found] == [
+        "top_k (9) > num_experts (8)"
+    ]
+    assert problems(TASK, "moe=topk,dynmo", "seed=range(0,3)", multirun=True)[0].startswith(
+        "moe: no option 'dynmo'"
+    )
+
+
+@pytest.mark.parametrize("override", ["trainer.devices=2", "trainer.strategy=ddp", "trainer=ddp"])
+def test_a_sweep_runs_on_one_device(override: str) -> None:
+    assert problems(TASK, override) == []
+    (found,) = problems(TASK, override, "seed=0,1", multirun=True)
+    assert found.startswith("trainer: a sweep runs each job on one device, found devices=")
+
+
+def test_a_sweep_over_tasks_needs_a_name() -> None:
+    tasks = "task=vit_domainbed,vit_domainbed"
+    assert problems(tasks, multirun=True) == [
+        "name: a sweep over tasks has to name the folder of the runs, e.g. name=my_runs"
+    ]
+    assert problems(tasks, "name=both", multirun=True) == []
+
+
+# --- configuration files of the user ---
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    files = {
+        "moe/own.yaml": "defaults: [topk, _self_]\nname: own\nrouter: {nois: 1.0}\n",
+        "sweep/own.yaml": (
+            "# @package _global_\n"
+            "hydra: {mode: MULTIRUN, sweeper: {params: {moe: 'topk,gmoe', moe.top_k: '1,7'}}}\n"
+        ),
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_config_dir_and_searchpath_are_followed(own: Path) -> None:
+    message = ["moe.router.nois: unknown key. Did you mean 'noise'?"]
+    assert problems(TASK, "moe=own", config_dir=str(own)) == message
+    assert problems(TASK, "moe=own", f"hydra.searchpath=[{own}]") == message
+    assert problems(TASK, config_dir="/no/such") == ["--config-dir: no folder '/no/such'"]
+
+
+def test_the_parameters_of_a_sweep_file_are_checked(own: Path) -> None:
+    (found,) = problems(TASK, "sweep=own", "moe=gmoe", config_dir=str(own))
+    assert found.startswith("moe: top_k (7) > num_experts (6)")
+    assert problems(TASK, "sweep=own", "moe=topk", config_dir=str(own)) == []
+
+
+def test_plain_values_are_forced_and_nothing_else() -> None:
+    given = [TASK, "seed=1", "++trial_seed=2", "hydra.verbose=true", "+trainer.max_time=null"]
+    assert preflight(given).instead == {"seed=1": "++seed=1"}
+
+
+# --- modality ---
+
+
+def test_task_and_data_speak_of_the_same_thing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "spoken.py").write_text("class Sentences:\n    modality = 'text'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = problems(TASK, "+data.x=1", "data._target_=spoken.Sentences")
+    mixed = [text for text in found if text.startswith("data: ")]
+    assert len(mixed) == 1
+    assert mixed[0].startswith(
+        "data: task.module works on image, this data on text. Choose data=colored_digits or "
+    )

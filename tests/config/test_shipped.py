@@ -1,0 +1,26 @@
+"""Every option of every group in conf/ composes and passes the check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dynmoe.conf
+import pytest
+
+from dynmoe.config.preflight import preflight
+
+CONF = Path(dynmoe.conf.__file__).parent
+OPTIONS = [
+    f"{file.parent.name}={file.stem}"
+    for file in sorted(CONF.glob("*/*.yaml"))
+    if not file.name.startswith("_") and file.parent.name not in {"local"}
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option(option: str, tmp_path: Path) -> None:
+    command = [option] if option.startswith("task=") else ["task=vit_domainbed", option]
+    found = preflight(command).problems
+    if any(text.startswith("data.root: required") for text in found):
+        found = preflight([*command, f"data.root={tmp_path}"]).problems
+    assert found == []

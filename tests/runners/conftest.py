@@ -1,0 +1,51 @@
+"""Runs of the shipped configuration at tiny size, inside the test process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+
+from dynmoe.report.records import RunFolder
+from runners import cli, train
+
+assert cli  # registers the resolvers of conf/
+
+# Nine steps with evaluations after steps 0, 4 and 8; adaptation after every third step.
+TINY = (
+    "task=vit_domainbed",
+    "logger=none",
+    "trainer.enable_progress_bar=false",
+    "task.steps=9",
+    "task.eval_every=4",
+    "data.batch_size=4",
+    "backbone.options={patch_size: 14, embed_dim: 16, depth: 4, num_heads: 2}",
+    "backbone.drop_path=0.2",
+)
+TINY_DYNMOE = (*TINY, "moe.adaptation.length=3", "moe.adaptation.period=3")
+
+
+def tiny_config(*overrides: str, moe: str = "dynmoe") -> DictConfig:
+    with initialize_config_module("dynmoe.conf", version_base="1.3"):
+        base = TINY_DYNMOE if moe.startswith("dynmoe") else TINY
+        return compose("config", [*base, f"moe={moe}", *overrides])
+
+
+Run = Callable[..., RunFolder]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Train and report; returns the run folder."""
+
+    def run(*overrides: str, moe: str = "dynmoe", name: str = "run") -> RunFolder:
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir(exist_ok=True)
+        train.train(tiny_config(*overrides, moe=moe), folder)
+        train.show(folder)
+        return folder
+
+    return run

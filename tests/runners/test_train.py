@@ -1,0 +1,192 @@
+"""A whole run: records in DomainBed's format, summary, figures, resume without a trace."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conftest import Run, tiny_config
+
+from dynmoe.metrics.selection import selected
+from dynmoe.report.records import RunFolder
+from runners import train
+
+MEASURED = {"step_time", "mem_gb"}  # differ from run to run
+
+
+def stable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records without what was measured on the clock, and without the folder's name."""
+    return [
+        {k: v for k, v in r.items() if k not in MEASURED}
+        | ({"args": {**r["args"], "output_dir": None}} if "args" in r else {})
+        for r in records
+    ]
+
+
+def everything(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    return {kind: stable(folder.read(kind)) for kind in ("results", "routing", "events")}
+
+
+def test_a_run_leaves_what_it_promises(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run()
+    assert folder.is_done
+    names = {p.relative_to(folder.path).as_posix() for p in folder.path.rglob("*.*")}
+    assert {
+        "config.yaml",
+        "run.json",
+        "results.jsonl",
+        "routing.jsonl",
+        "events.jsonl",
+        "summary.md",
+        "checkpoints/last.ckpt",
+        "checkpoints/selected.ckpt",
+        "figures/accuracy.png",
+        "figures/experts.png",
+        "figures/k_per_layer.png",
+        "figures/load.png",
+    } <= names
+    printed = capsys.readouterr().out
+    for word in ("train-in", "train-out", "test-in", "test-out", "mean k", "unrouted", "steps/s"):
+        assert word in printed
+
+
+def test_evaluations_are_domainbeds(run: Run) -> None:
+    """After one update, then every `eval_every`, and at the last step."""
+    folder = run()
+    assert [r["step"] for r in folder.read("results")] == [0, 4, 8]
+    assert [e["step"] for e in folder.read("events")] == [2, 2, 5, 5, 8, 8]
+
+
+def test_results_are_readable_by_domainbed(run: Run) -> None:
+    """The keys its collect_results.py uses; its reader cuts off each line's last character."""
+    lines = (run().path / "results.jsonl").read_text().splitlines(keepends=True)
+    for line in lines:
+        record = json.loads(line[:-1])
+        assert list(record) == sorted(record)
+        assert {f"env{i}_{s}_acc" for i in range(6) for s in ("in", "out")} <= set(record)
+        args = record["args"]
+        assert (args["algorithm"], args["dataset"]) == ("DynMoE", "RotatedDigits")
+        assert (args["test_envs"], args["trial_seed"], args["hparams_seed"]) == ([0], 0, 0)
+        assert record["hparams"]["batch_size"] == 4
+
+
+def test_accuracy_is_counted_over_the_whole_split(run: Run) -> None:
+    record = run().read("results")[-1]
+    for env, size in (("env0", 240), ("env4", 240)):  # 299 or 300 images, 80 % of them in
+        correct = record[f"{env}_in_acc"] * size
+        assert math.isclose(correct, round(correct), abs_tol=1e-6)
+
+
+def test_training_routing_counts_every_token(run: Run) -> None:
+    """Batches of 4 images from 5 environments with 5 tokens each, 4 steps between evaluations."""
+    routing = run().read("routing")
+    tokens = [r["tokens"] for r in routing if r["source"] == "train" and r["layer"] == "blocks.0.mlp"]
+    assert tokens == [100, 400, 400]
+
+
+def test_selected_checkpoint_is_the_selected_records(run: Run) -> None:
+    folder = run()
+    record = selected(folder.read("results"), "training_domain_validation", [0])
+    assert record is not None
+    for name, step in (("selected", record["step"]), ("last", 8)):
+        checkpoint = torch.load(folder.path / f"checkpoints/{name}.ckpt", weights_only=True)
+        assert checkpoint["global_step"] - 1 == step
+
+
+def test_seeds_matter_and_repeat(run: Run) -> None:
+    first = everything(run(name="a"))
+    assert everything(run(name="b")) == first
+    assert everything(run("seed=1", name="c"))["results"] != first["results"]
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(L.Callback):
+    """Dies in the middle of a step, as a killed process does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise Stop
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+@pytest.mark.parametrize("moe", ["dynmoe", "gmoe"])
+def test_an_interrupted_run_resumes_without_a_trace(
+    step: int, moe: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout, stochastic depth, routing noise, a half-filled window: later records are equal."""
+    straight = everything(run(moe=moe, name="straight"))
+    from runners import build
+
+    callbacks = build.build_callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "build_callbacks", lambda *a: [*callbacks(*a), StopAt(step)])
+        with pytest.raises(Stop):
+            run(moe=moe, name="broken")
+    broken = RunFolder(tmp_path / "broken")
+    assert 0 < len(broken.read("results")) < 3 and not broken.is_done
+    # A record that the checkpoint has not seen, and a line cut short by the kill.
+    broken.append("results", {**broken.read("results")[-1], "step": 99})
+    with (broken.path / "results.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    assert everything(run(moe=moe, name="broken")) == straight
+
+
+def test_nothing_of_a_finished_run_is_repeated(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run()
+    before = {p: p.stat().st_mtime_ns for p in folder.path.glob("*.jsonl")}
+
+    class Hydra:
+        class runtime:
+            output_dir = str(folder.path)
+
+    from hydra.core.hydra_config import HydraConfig
+
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: Hydra))
+    monkeypatch.setattr(train, "train", lambda *a: pytest.fail("trained again"))
+    assert train.job(tiny_config()) is not None
+    assert {p: p.stat().st_mtime_ns for p in folder.path.glob("*.jsonl")} == before
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        train.job(tiny_config("overwrite=true"))
+    assert not list(folder.path.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "moe", ["dense", "topk", "gmoe", "dynmoe_official_tutel", "dynmoe_official_deepspeed"]
+)
+def test_every_mixture_trains(moe: str, run: Run) -> None:
+    folder = run(moe=moe)
+    assert all(math.isfinite(r["loss"]) for r in folder.read("results"))
+    assert (folder.path / "figures" / "accuracy.png").exists()
+    assert bool(folder.read("events")) == moe.startswith("dynmoe")
+
+
+@pytest.mark.parametrize("selection", ["oracle", "leave_one_domain_out"])
+def test_other_selection_rules(selection: str, run: Run) -> None:
+    folder = run(f"task.selection={selection}")
+    chosen = (folder.path / "checkpoints" / "selected.ckpt").exists()
+    assert chosen == (selection == "oracle")
+
+
+def test_bf16_trains(run: Run) -> None:
+    results = run("trainer.precision=bf16-mixed").read("results")
+    assert results[-1]["loss"] < results[0]["loss"]
+
+
+def test_accumulation_does_not_change_the_run(run: Run) -> None:
+    options = ("backbone.drop_path=0.0",)
+    whole = everything(run(*options, name="whole"))
+    halves = everything(run(*options, "trainer.accumulate_grad_batches=2", name="halves"))
+    assert halves["events"] == whole["events"]
+    for a, b in zip(halves["results"], whole["results"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
