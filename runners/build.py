@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import dynmoe
 from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.data.baseline import linear_baseline
 from dynmoe.data.module import DomainData
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import selection
@@ -44,6 +45,7 @@ def build_task(cfg: DictConfig, data: DomainData) -> MoETask:
     Raises:
         ConfigError: a backbone that cannot be built, or blocks it does not have.
     """
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
     L.seed_everything(cfg.seed, verbose=False)
     backbone = instantiate(cfg.backbone, num_classes=data.num_classes, in_chans=data.channels)
     moe = cfg.moe
@@ -80,7 +82,7 @@ def build_callbacks(cfg: DictConfig, data: DomainData, folder: RunFolder) -> lis
     select = partial(
         selection.selected, rule=cfg.task.selection, test_envs=list(cfg.data.test_envs)
     )
-    callbacks.append(RunRecorder(folder, select, constants(cfg, folder), 1.0))
+    callbacks.append(RunRecorder(folder, select, constants(cfg, folder), data.steps_per_epoch))
     if cfg.trainer.enable_progress_bar:
         from lightning.pytorch.callbacks import RichProgressBar
 
@@ -152,7 +154,7 @@ def facts(cfg: DictConfig, data: DomainData, task: MoETask) -> dict[str, Any]:
         "sizes": data.sizes,
         "parameters": parameter_counts(task.backbone),
         "start_experts": {n: len(m.live) for n, m in moe_layers(task.backbone).items()},
-        "baseline": None,
+        "baseline": linear_baseline(data) if data.linear_baseline else None,
         "versions": {
             "dynmoe": dynmoe.__version__,
             "torch": torch.__version__,
@@ -162,4 +164,5 @@ def facts(cfg: DictConfig, data: DomainData, task: MoETask) -> dict[str, Any]:
         },
         "device": cfg.trainer.accelerator,
         "threads": torch.get_num_threads(),
+        "matmul_precision": cfg.matmul_precision,
     }

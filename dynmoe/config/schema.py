@@ -81,6 +81,7 @@ class Run:
     trial_seed: int
     hparams_seed: int
     mode: Literal["train", "check"]
+    matmul_precision: Literal["highest", "high", "medium"]
     overwrite: bool
 
 

@@ -60,6 +60,7 @@ class DomainData(LightningDataModule):
         verify: Literal["header", "decode", "none"] = "header",
         cache: bool | Literal["auto"] = "auto",
         cache_gb: float = 2.0,
+        linear_baseline: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
@@ -83,6 +84,8 @@ class DomainData(LightningDataModule):
         self._verify = verify
         self._cache = cache
         self._cache_gb = cache_gb
+        self.linear_baseline = linear_baseline
+        self._repeated_step: int | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, checks and splits the environments; a second call does nothing.
@@ -160,6 +163,11 @@ class DomainData(LightningDataModule):
             f"env{env}": {"in": len(in_indices), "out": len(out_indices)}
             for env, (in_indices, out_indices) in enumerate(self.splits)
         }
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """DomainBed's epoch: batches in the smallest in split of all environments."""
+        return min(size["in"] for size in self.sizes.values()) / self._batch_size
 
     @property
     def data_hash(self) -> str:
@@ -252,7 +260,13 @@ class DomainData(LightningDataModule):
             return 0
         return min(8, (os.cpu_count() or 1) - 1)
 
+    def repeat_evaluation_of(self, step: int) -> None:
+        """Evaluate with the augmentations that training used at `step`."""
+        self._repeated_step = step
+
     def _next_step(self) -> int:
+        if self._repeated_step is not None:
+            return self._repeated_step + 1
         return self.trainer.global_step if self.trainer else 0
 
     @property

@@ -22,10 +22,11 @@ TINY = (
     "task.steps=9",
     "task.eval_every=4",
     "data.batch_size=4",
+    "data.linear_baseline=false",
     "backbone.options={patch_size: 14, embed_dim: 16, depth: 4, num_heads: 2}",
     "backbone.drop_path=0.2",
 )
-TINY_DYNMOE = (*TINY, "moe.adaptation.length=3", "moe.adaptation.period=3")
+TINY_DYNMOE = (*TINY, "moe.adaptation.start=0", "moe.adaptation.length=3", "moe.adaptation.period=3")
 
 
 def tiny_config(*overrides: str, moe: str = "dynmoe") -> DictConfig:
