@@ -24,8 +24,8 @@ from dynmoe.metrics import selection
 from dynmoe.metrics.efficiency import parameter_counts
 from dynmoe.report.records import RunFolder
 from dynmoe.tasks.base import MoETask
+from dynmoe.tasks.progress import RunProgress
 from dynmoe.tasks.recorder import RunRecorder
-
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
 for _name in ("lightning.pytorch", "lightning.fabric"):
@@ -57,7 +57,7 @@ def build_task(cfg: DictConfig, data: DomainData) -> MoETask:
         router=instantiate(moe.router),
         num_experts=moe.num_experts,
         max_experts=moe.max_experts,
-        layers=moe.layers if isinstance(moe.layers, str) else list(moe.layers),
+        layers=moe.layers,
         init=init,
         expert_dropout=moe.expert_dropout,
         keep_origin=moe.adaptation is not None and moe.adaptation.init == "pretrained",
@@ -76,17 +76,13 @@ def build_callbacks(cfg: DictConfig, data: DomainData, folder: RunFolder) -> lis
     """The adaptation of experts, if any; records and checkpoints; the progress bar."""
     callbacks: list[L.Callback] = []
     if cfg.moe.adaptation is not None:
-        callbacks.append(
-            instantiate(cfg.moe.adaptation, on_event=partial(folder.append, "events"))
-        )
+        callbacks.append(instantiate(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
     select = partial(
         selection.selected, rule=cfg.task.selection, test_envs=list(cfg.data.test_envs)
     )
     callbacks.append(RunRecorder(folder, select, constants(cfg, folder), data.steps_per_epoch))
     if cfg.trainer.enable_progress_bar:
-        from lightning.pytorch.callbacks import RichProgressBar
-
-        callbacks.append(RichProgressBar(leave=False))
+        callbacks.append(RunProgress())
     return callbacks
 
 

@@ -82,7 +82,7 @@ def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, 
     cfg.logger = None
     trainer = build.build_trainer(cfg, [], folder)
     trainer.validate(task, datamodule=data, verbose=False)
-    accuracies: dict[str, float] = task.accuracies()
+    accuracies = task.scores()
     recorded = {r["step"]: r for r in folder.read("results")}.get(step)
     _print(folder, checkpoint, step, accuracies, recorded, data.env_names)
     return accuracies

@@ -22,19 +22,19 @@ def job(cfg: DictConfig) -> float | None:
     if cfg.mode == "check":
         from runners.build import build_data
 
-        build_data(cfg).print_check()
+        data = build_data(cfg)
+        data.setup()
+        data.print_check()
         return None
     if cfg.overwrite:
         _clear(folder.path)
-    if not folder.is_done:
-        train(cfg, folder)
+    if not folder.is_done and not train(cfg, folder):
+        return None
     return show(folder)
 
 
-def train(cfg: DictConfig, folder: RunFolder) -> None:
-    """Build, fit, and leave records and checkpoints in the folder."""
-    from lightning.pytorch.utilities import rank_zero_only
-
+def train(cfg: DictConfig, folder: RunFolder) -> bool:
+    """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0."""
     from runners import build
 
     data = build.build_data(cfg)
@@ -42,22 +42,20 @@ def train(cfg: DictConfig, folder: RunFolder) -> None:
     task = build.build_task(cfg, data)
     trainer = build.build_trainer(cfg, build.build_callbacks(cfg, data, folder), folder)
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
-    if rank_zero_only.rank == 0:
+    if trainer.is_global_zero:
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
         folder.write_run(build.facts(cfg, data, task))
         folder.truncate_after(_step_of(checkpoint))
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    return trainer.is_global_zero
 
 
-def show(folder: RunFolder) -> float | None:
+def show(folder: RunFolder) -> float:
     """Draw the figures and write the summary if that is still to do; print the summary."""
-    from lightning.pytorch.utilities import rank_zero_only
     from rich.console import Console
 
     from dynmoe.report import figures, render, summary
 
-    if rank_zero_only.rank != 0:
-        return None
     if not folder.is_done:
         figures.draw_all(folder)
     result = summary.summarize(folder)
@@ -74,7 +72,9 @@ def _step_of(checkpoint: Path) -> int:
 
     if not checkpoint.exists():
         return -1
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"] - 1
+    return (
+        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"] - 1
+    )
 
 
 def _clear(folder: Path) -> None:

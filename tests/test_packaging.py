@@ -25,7 +25,9 @@ MAY_IMPORT = {
 
 
 def test_package_list_matches_the_folders() -> None:
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    listed = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )
     found = {
         ".".join(init.parent.relative_to(ROOT).parts)
         for top in ("dynmoe", "runners")
@@ -52,7 +54,10 @@ def test_imports_run_one_way(room: str) -> None:
 
 
 def test_layers_need_torch_alone() -> None:
-    code = "import sys, dynmoe.layers; print([m for m in ('lightning', 'hydra', 'timm') if m in sys.modules])"
+    code = (
+        "import sys, dynmoe.layers; "
+        "print([m for m in ('lightning', 'hydra', 'timm') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 class DynMoECallback(L.Callback):
     """DynMoE's adaptive process (arXiv 2405.14297, Algorithm 1) on every adaptive MoE layer.
 
-    It reads ``outputs["routing"]`` of ``training_step`` (``{layer name: [RoutingStats, ...]}`` by the
-    names in ``pl_module.backbone``), so evaluation can never reach it; acts after the optimizer step, so masks never change between a
-    forward and its backward; counts optimizer steps, so gradient accumulation does not move it.
-    Windows are summed over all data-parallel ranks before the decision: every rank makes the same
-    change. Its state is in the checkpoint.
+    It reads ``outputs["routing"]`` of ``training_step`` (``{layer name: [RoutingStats, ...]}``, by
+    the names in ``pl_module.backbone``), so evaluation can never reach it; acts after the optimizer
+    step, so masks never change between a forward and its backward; counts optimizer steps, so
+    gradient accumulation does not move it. Windows are summed over all data-parallel ranks before
+    the decision: every rank makes the same change. Its state is in the checkpoint.
 
     ``reset_moments`` starts a new expert's direction, threshold and FFN without optimizer state;
     the official code keeps the old. ``on_event`` gets one dict for each layer and update.
@@ -59,9 +59,7 @@ class DynMoECallback(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._step = trainer.global_step  # the optimizer step this batch contributes to
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         if self.schedule.records(self._step):
             for name, calls in outputs["routing"].items():
                 for stats in calls:
@@ -129,5 +127,3 @@ def _steps_per_epoch(trainer: L.Trainer) -> int:
     if own is not None:
         return int(own)
     return max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-
-

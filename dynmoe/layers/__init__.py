@@ -1,8 +1,10 @@
-"""The MoE layer: routers, experts, dispatch and auxiliary losses. Needs PyTorch and nothing else."""
+"""The MoE layer: routers, experts, dispatch and auxiliary losses. Needs PyTorch alone."""
 
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.moe import MoELayer, moe_layers, record_routing
-from dynmoe.layers.router import CosineTopKRouter, Routing, TopAnyRouter, TopKRouter
+from dynmoe.layers.routing import Routing
+from dynmoe.layers.top_any import TopAnyRouter
+from dynmoe.layers.top_k import CosineTopKRouter, TopKRouter
 
 __all__ = [
     "CosineTopKRouter",

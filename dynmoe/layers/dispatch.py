@@ -32,7 +32,7 @@ class Pairs(NamedTuple):
 
 
 def pairs(mask_TE: Tensor) -> Pairs:
-    """List the pairs of a boolean mask. ``nonzero`` of its transpose is sorted by expert already."""
+    """List the pairs of a boolean mask: ``nonzero`` of its transpose is sorted by expert."""
     expert_P, token_P = mask_TE.t().nonzero(as_tuple=True)
     position_TE = (mask_TE.t().reshape(-1).cumsum(0) - 1).view(mask_TE.shape[1], -1).t()
     k_T = mask_TE.sum(1)
@@ -58,9 +58,7 @@ def combine(out_PD: Tensor, weight_P: Tensor, p: Pairs) -> Tensor:
 def _sum_by_token(rows_PD: Tensor, p: Pairs, weight_P: Tensor | None = None) -> Tensor:
     if weight_P is not None:
         weight_P = weight_P[p.place_P]
-    return F.embedding_bag(
-        p.place_P, rows_PD, p.start_T, mode="sum", per_sample_weights=weight_P
-    )
+    return F.embedding_bag(p.place_P, rows_PD, p.start_T, mode="sum", per_sample_weights=weight_P)
 
 
 class _Gather(torch.autograd.Function):

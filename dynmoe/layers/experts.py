@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.layers import dispatch
-from dynmoe.layers.router import Routing
+from dynmoe.layers.routing import Routing
 
 Init = Literal["upcycle", "fresh"]
 
@@ -51,9 +51,7 @@ class Experts(nn.Module):
         self.slots = nn.ModuleList(self.slots[slot] for slot in slots)
 
 
-def naive_forward(
-    experts: Experts, x_TD: Tensor, routing: Routing, live: Sequence[int]
-) -> Tensor:
+def naive_forward(experts: Experts, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
     """What ``Experts.forward`` must compute, token by token. For tests: slow and obvious."""
     y_TD = []
     for t, x_D in enumerate(x_TD):
@@ -74,5 +72,5 @@ def redraw(mlp: nn.Module, generator: torch.Generator | None = None) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif hasattr(module, "reset_parameters"):  # norms: ones and zeros, nothing random
+        elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()

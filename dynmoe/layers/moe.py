@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.layers.experts import Experts, Init, redraw
-from dynmoe.layers.router import Routing, TopAnyRouter
+from dynmoe.layers.routing import Routing
+from dynmoe.layers.top_any import TopAnyRouter
 
 NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.layers.moe import MoELayer, Routed, moe_layers
-from dynmoe.layers.router import TopAnyRouter
+from dynmoe.layers.top_any import TopAnyRouter
 
 Reduce = Callable[[Tensor], Tensor]
 

@@ -182,7 +182,9 @@ def _rich_table(table: Table) -> RichTable:
         box=box.SIMPLE_HEAD,
     )
     for index, column in enumerate(table.columns):
-        rich_table.add_column(Text(column), justify="right" if index else "left")
+        rich_table.add_column(
+            Text(column), justify="right" if index else "left", no_wrap=index == 0
+        )
     for row in table.rows:
         cells = (Text(cell, "bold green" if isinstance(cell, Strong) else "") for cell in row)
         rich_table.add_row(*cells)

@@ -19,8 +19,9 @@ from dynmoe.metrics.routing import RoutingMeter
 class MoETask(L.LightningModule):
     """A backbone with any number of MoE layers, trained on a task loss plus their auxiliary losses.
 
-    All randomness of a step (dropout, stochastic depth, routing noise) is seeded by (``seed``, step,
-    micro-batch, rank). Nothing of it has to be saved: a resumed run goes on as if never stopped.
+    All randomness of a step (dropout, stochastic depth, routing noise) is seeded by (``seed``,
+    step, micro-batch, rank). Nothing of it has to be saved: a resumed run goes on as if never
+    stopped.
     """
 
     def __init__(
@@ -57,20 +58,29 @@ class MoETask(L.LightningModule):
         self.routing.update("train", tape)
         self.mean_loss.update(loss.detach())
         self.mean_aux.update(aux.detach())
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", loss.detach())
         self.log("train/aux", aux.detach())
         routing = {name: [call.stats for call in calls] for name, calls in tape.items()}
         return {"loss": loss + self.aux_weight * aux, "routing": routing}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         micro = batch_idx % self.trainer.accumulate_grad_batches
-        torch.manual_seed(
-            seed_hash(self.seed, "step", self.global_step, micro, self.global_rank)
-        )
+        torch.manual_seed(seed_hash(self.seed, "step", self.global_step, micro, self.global_rank))
+
+    def scores(self) -> dict[str, float]:
+        """Measures of the last evaluation, by their names in ``results.jsonl``."""
+        raise NotImplementedError
+
+    def routing_records(self) -> list[dict[str, Any]]:
+        """Routing of the training since the last evaluation, and in that evaluation by source."""
+        raise NotImplementedError
 
     def losses_since_last(self) -> dict[str, float]:
         """Mean losses since the last call, over all ranks."""
-        means = {"loss": self.mean_loss.compute().item(), "aux_loss": self.mean_aux.compute().item()}
+        means = {
+            "loss": self.mean_loss.compute().item(),
+            "aux_loss": self.mean_aux.compute().item(),
+        }
         self.mean_loss.reset()
         self.mean_aux.reset()
         return means

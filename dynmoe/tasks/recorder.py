@@ -58,7 +58,7 @@ class RunRecorder(Checkpoint):
             "epoch": step / self.steps_per_epoch,
             "step_time": self._clock / max(1, steps),
             **pl_module.losses_since_last(),
-            **pl_module.accuracies(),
+            **pl_module.scores(),
             "mem_gb": _memory_gb(),
             **self.constants,
         }

@@ -1,4 +1,4 @@
-"""The callback records training routing only, acts after the optimizer step, and resumes exactly."""
+"""The callback records training only, acts after the optimizer step, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_changes_happen_after_the_optimizer_step() -> None:
 
 
 def test_gradient_accumulation_moves_nothing() -> None:
-    """Two micro-batches a step record what one batch does, and the window counts optimizer steps."""
+    """Two micro-batches a step record what one batch does; windows count optimizer steps."""
     whole, parts = [], []
     batches = [tokens(12, seed) for seed in range(4)]
     fit(Model(), make_callback(whole), batches)

@@ -1,4 +1,4 @@
-"""ViTs with MoE layers have the published sizes, start at the pretrained function, and load files."""
+"""ViTs with MoE layers: published sizes, the pretrained function at the start, weight files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def size(module: nn.Module) -> int:
 
 
 def test_published_parameter_counts() -> None:
-    """GMoE-S/16 (Li et al. 2023): DeiT-S/16 with six experts in blocks 8 and 10, counted by hand."""
+    """GMoE-S/16 (Li et al. 2023): DeiT-S/16 with six experts in blocks 8 and 10."""
     vit = build_vit("deit_small_patch16_224", num_classes=7)
     assert size(vit) == 21_668_359
     assert size(vit) - size(vit.head) == 21_665_664
@@ -87,7 +87,7 @@ def test_blocks_that_are_not_there(layers: object) -> None:
 
 
 def test_upcycled_vit_starts_at_the_dense_function() -> None:
-    """With thresholds below every score all experts serve every token, and their mean is the FFN."""
+    """Thresholds below every score: all experts serve every token, and their mean is the FFN."""
     dense, sparse = small_vit().eval(), small_vit().eval()
     add(sparse)
     for layer in moe_layers(sparse).values():
@@ -122,7 +122,9 @@ def test_pretrained_from_a_file_with_other_size_and_classes(tmp_path: Path) -> N
         ("vit_tiny_patch16_224", "{tmp}/wrong.pth", "could not be loaded"),
     ],
 )
-def test_refused_backbones(model: str, pretrained: bool | str, message: str, tmp_path: Path) -> None:
+def test_refused_backbones(
+    model: str, pretrained: bool | str, message: str, tmp_path: Path
+) -> None:
     if isinstance(pretrained, str):
         pretrained = pretrained.format(tmp=tmp_path)
         torch.save({"blocks.0.mlp.fc1.weight": torch.zeros(3, 3)}, pretrained)

@@ -119,7 +119,7 @@ def test_help_lists_groups_and_needs_no_task(script: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--cfg", "job", "--resolve", TASK], "steps: 601"),
+        (["--cfg", "job", "--resolve", TASK], "steps: 501"),
         (["--info", "defaults", TASK], "task/vit_domainbed"),
         (["--version"], "Hydra 1."),
     ],

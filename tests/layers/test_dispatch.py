@@ -1,4 +1,4 @@
-"""The sparse dispatch equals the naive loop over tokens and experts, in values and all gradients."""
+"""The sparse dispatch equals the naive loop, in values and in all gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from dynmoe.layers import dispatch
 from dynmoe.layers.experts import Experts, naive_forward
-from dynmoe.layers.router import Routing
+from dynmoe.layers.routing import Routing
 
 DIM = 6
 

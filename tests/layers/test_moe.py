@@ -199,7 +199,7 @@ def test_statistics_by_hand() -> None:
     stats = tape[""][0].stats
     routing = layer.router(x_TD[:45], layer.live)
     k = routing.mask_TE.sum(1).tolist()
-    assert stats.load_E.tolist() == [sum(column) for column in zip(*routing.mask_TE.tolist())]
+    assert stats.load_E.tolist() == routing.mask_TE.sum(0).tolist()
     assert stats.k_hist.tolist() == [k.count(i) for i in range(4)]
     torch.testing.assert_close(stats.unserved_D, x_TD[:45][torch.tensor(k) == 0].sum(0))
 

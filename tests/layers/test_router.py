@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dynmoe.layers.router import CosineTopKRouter, TopAnyRouter, TopKRouter
+from dynmoe.layers import CosineTopKRouter, TopAnyRouter, TopKRouter
 
 DIM, SLOTS = 8, 4
 LIVE = tuple(range(SLOTS))
@@ -145,7 +145,7 @@ def test_straight_through_gradient_constant_k(gate_grad: str, x_TD: torch.Tensor
 
 @pytest.mark.parametrize("combine", ["constant_k", "through_k", "tutel"])
 def test_gradient_of_a_token_with_one_expert(combine: str) -> None:
-    """A token with k = 1 teaches its gate only with a constant 1/k (or, tutel, without any k > 1)."""
+    """A token with k = 1 teaches its gate only with a constant 1/k (tutel: without any k > 1)."""
     router = TopAnyRouter(DIM, SLOTS, combine=combine)
     direction = router.directions[0].detach()
     others = sum(router.directions[e].detach() for e in LIVE[1:])
@@ -223,7 +223,9 @@ def test_top_k_weights(x_TD: torch.Tensor) -> None:
 
 def test_gmoe_router_starts_at_scale_two_and_stops_at_hundred(x_TD: torch.Tensor) -> None:
     router = CosineTopKRouter(DIM, SLOTS).eval()
-    cosines_TE = F.normalize(router.project(x_TD), dim=1) @ F.normalize(router.embeddings, dim=1).t()
+    cosines_TE = (
+        F.normalize(router.project(x_TD), dim=1) @ F.normalize(router.embeddings, dim=1).t()
+    )
     torch.testing.assert_close(router.logits(x_TD), 2 * cosines_TE)
     router.log_scale.data.fill_(9.0)
     torch.testing.assert_close(router.logits(x_TD), 100 * cosines_TE)

@@ -26,7 +26,12 @@ TINY = (
     "backbone.options={patch_size: 14, embed_dim: 16, depth: 4, num_heads: 2}",
     "backbone.drop_path=0.2",
 )
-TINY_DYNMOE = (*TINY, "moe.adaptation.start=0", "moe.adaptation.length=3", "moe.adaptation.period=3")
+TINY_DYNMOE = (
+    *TINY,
+    "moe.adaptation.start=0",
+    "moe.adaptation.length=3",
+    "moe.adaptation.period=3",
+)
 
 
 def tiny_config(*overrides: str, moe: str = "dynmoe") -> DictConfig:

@@ -85,7 +85,9 @@ def test_accuracy_is_counted_over_the_whole_split(run: Run) -> None:
 def test_training_routing_counts_every_token(run: Run) -> None:
     """Batches of 4 images from 5 environments with 5 tokens each, 4 steps between evaluations."""
     routing = run().read("routing")
-    tokens = [r["tokens"] for r in routing if r["source"] == "train" and r["layer"] == "blocks.0.mlp"]
+    tokens = [
+        r["tokens"] for r in routing if r["source"] == "train" and r["layer"] == "blocks.0.mlp"
+    ]
     assert tokens == [100, 400, 400]
 
 
