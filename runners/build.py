@@ -12,13 +12,16 @@ from typing import Any
 import lightning as L
 import timm
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 import dynmoe
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.data.baseline import linear_baseline
 from dynmoe.data.module import DomainData
+from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import selection
 from dynmoe.metrics.efficiency import parameter_counts
@@ -87,10 +90,20 @@ def build_callbacks(cfg: DictConfig, data: DomainData, folder: RunFolder) -> lis
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: RunFolder) -> L.Trainer:
+    """The Lightning trainer.
+
+    Raises:
+        ConfigError: what Lightning says of options that do not go together, or a missing device.
+    """
     loggers = [instantiate(node) for node in (cfg.logger or {}).values()]
-    return instantiate(
-        cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder.path)
-    )
+    try:
+        return instantiate(
+            cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder.path)
+        )
+    except InstantiationException as error:
+        if isinstance(error.__cause__, MisconfigurationException):
+            raise ConfigError(f"trainer: {error.__cause__}") from error
+        raise
 
 
 def constants(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class DynMoECallback(L.Callback):
     the decision: every rank makes the same change. Its state is in the checkpoint.
 
     ``reset_moments`` starts a new expert's direction, threshold and FFN without optimizer state;
-    the official code keeps the old. ``on_event`` gets one dict for each layer and update.
+    the official code keeps the old. ``on_event`` gets one dict for each layer and update, on rank 0.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class DynMoECallback(L.Callback):
             "step %d, %s: removed %s, added %s, %d -> %d experts",
             *(event[key] for key in ("step", "layer", "removed", "added", "before", "after")),
         )
-        if self.on_event is not None:
+        if self.on_event is not None and trainer.is_global_zero:
             self.on_event(event)
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,5 +125,5 @@ def _steps_per_epoch(trainer: L.Trainer) -> int:
     """Of the data module where it knows better (endless loaders), else of the loader."""
     own = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
     if own is not None:
-        return int(own)
+        return max(1, int(own))
     return max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)

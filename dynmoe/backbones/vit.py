@@ -20,13 +20,15 @@ def build_vit(
     image_size: int = 224,
     pretrained: bool | str = False,
     drop_path: float = 0.0,
+    grad_checkpointing: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A timm ViT with a new classification head; ``[B, in_chans, H, W] -> [B, num_classes]``.
 
     ``pretrained``: False, True (timm downloads the model's own weights), or a ``.safetensors``,
     ``.pth`` or ``.bin`` file, which needs no network. Position embeddings are resized to
-    ``image_size`` (pixels). ``options`` go to ``timm.create_model`` (embed_dim, depth, ...).
+    ``image_size`` (pixels). ``grad_checkpointing`` recomputes blocks in the backward pass: less
+    memory, a third more time. ``options`` go to ``timm.create_model`` (embed_dim, depth, ...).
 
     Raises:
         ConfigError: an unknown model, or weights that cannot be had or do not fit.
@@ -57,4 +59,5 @@ def build_vit(
         ) from error
     if not hasattr(vit, "blocks"):
         raise ConfigError(f"backbone.model={model}: expected a Vision Transformer with blocks")
+    vit.set_grad_checkpointing(grad_checkpointing)
     return vit

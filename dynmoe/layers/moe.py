@@ -201,7 +201,8 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
     """Within the block every MoE layer call is put on a tape: ``{layer name: [Routed, ...]}``.
 
     Close it before ``backward``: then a recomputation under activation checkpointing is not
-    recorded, and each forward counts exactly once.
+    recorded, and each forward counts exactly once. Use the non-reentrant kind: in the reentrant one
+    the forward runs without gradients, and so do the auxiliary losses on the tape.
     """
     layers = moe_layers(model)
     tape: dict[str, list[Routed]] = {name: [] for name in layers}

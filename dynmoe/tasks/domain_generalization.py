@@ -47,9 +47,10 @@ class DomainGeneralization(MoETask):
     def on_validation_epoch_end(self) -> None:
         self._counts = self._sum_over_ranks(self._counts)
         scores = self.scores()
-        self.log_dict({f"val/{name}": value for name, value in scores.items()})
         outs = [scores[f"env{i}_out_acc"] for i in self.train_envs]
-        self.log("val/train_out_acc", sum(outs) / len(outs))
+        scores["train_out_acc"] = sum(outs) / len(outs)
+        # Already summed over ranks, so every rank has the same numbers.
+        self.log_dict({f"val/{k}": v for k, v in scores.items()}, rank_zero_only=True)
 
     @property
     def train_envs(self) -> list[int]:

@@ -52,7 +52,7 @@ def test_two_processes_stay_identical(tmp_path: Path) -> None:
     first = ranks[0]["events"][0]
     # Neither rank could decide this alone: the expert's tokens are on rank 0, the lost on rank 1.
     assert (first["removed"], first["added"], first["tokens"]) == ([1, 2], 3, 16)
-    assert ranks[0]["events"] == ranks[1]["events"] and len(ranks[0]["events"]) == 3
+    assert len(ranks[0]["events"]) == 3 and not ranks[1]["events"]  # written once
     for name, value in ranks[0]["model"].items():
         assert torch.equal(value, ranks[1]["model"][name]), name
     assert ranks[0]["model"]["backbone.0.router.directions.3"].numel() == DIM

@@ -64,7 +64,9 @@ def test_only_swad_evaluates_on_plain_images() -> None:
 
 
 def test_every_data_set_of_the_protocols_is_shipped() -> None:
-    named = {compose(overrides=[f"+data={data}"]).data.name for data in DATA_SETS}
+    named = {
+        compose(overrides=["+backbone=vit_digits", f"+data={data}"]).data.name for data in DATA_SETS
+    }
     recipes = {
         name
         for protocol in PROTOCOLS
@@ -75,7 +77,7 @@ def test_every_data_set_of_the_protocols_is_shipped() -> None:
 
 @pytest.mark.parametrize("data", DATA_SETS)
 def test_keys_are_those_of_the_target(data: str) -> None:
-    node = compose(overrides=[f"+data={data}"]).data
+    node = compose(overrides=["+backbone=vit_digits", f"+data={data}"]).data
     parameters = inspect.signature(DomainData).parameters
     given = set(node) - {"_target_"}
     assert given <= set(parameters)

@@ -26,6 +26,8 @@ TINY = (
     "backbone.options={patch_size: 14, embed_dim: 16, depth: 4, num_heads: 2}",
     "backbone.drop_path=0.2",
 )
+# Dropout draws depend on how a batch is cut; without it, cutting changes nothing.
+NO_DROPOUT = ("backbone.drop_path=0.0", "backbone.options.proj_drop_rate=0.0")
 TINY_DYNMOE = (
     *TINY,
     "moe.adaptation.start=0",

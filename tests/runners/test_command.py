@@ -1,0 +1,130 @@
+"""The installed commands: a run that is killed goes on, and evaluation repeats its numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import NO_DROPOUT, TINY, TINY_DYNMOE
+
+from dynmoe.errors import ConfigError
+from dynmoe.report.records import RunFolder
+from runners import evaluate
+
+LONGER = (*TINY_DYNMOE, "task.steps=41", "task.eval_every=10")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*overrides: str, module: str = "runners.train") -> list[str]:
+    return [sys.executable, "-m", module, *overrides]
+
+
+def dynmoe_run(outputs: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*overrides, f"paths.outputs={outputs}"),
+        env=ENV,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def only_run(outputs: Path) -> RunFolder:
+    (folder,) = outputs.glob("vit_domainbed/*")
+    return RunFolder(folder)
+
+
+def stable(folder: RunFolder) -> list[dict[str, Any]]:
+    dropped = ("step_time", "mem_gb", "args")
+    return [
+        {k: v for k, v in record.items() if k not in dropped}
+        for kind in ("results", "routing", "events")
+        for record in folder.read(kind)
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_is_evaluated_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = dynmoe_run(tmp_path / "straight", *LONGER)
+    assert done.returncode == 0, done.stderr
+    straight = only_run(tmp_path / "straight")
+
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(
+        command(*LONGER, f"paths.outputs={broken}"), env=ENV, stdout=subprocess.DEVNULL
+    )
+    for _ in range(1200):  # until the second evaluation; then at once, wherever it is
+        files = list(broken.glob("vit_domainbed/*/results.jsonl"))
+        if files and files[0].read_text().count("\n") >= 2:
+            break
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not only_run(broken).is_done
+
+    again = dynmoe_run(broken, *LONGER)
+    assert again.returncode == 0, again.stderr
+    assert stable(only_run(broken)) == stable(straight)
+
+    before = (only_run(broken).path / "results.jsonl").stat().st_mtime_ns
+    third = dynmoe_run(broken, *LONGER)
+    assert third.returncode == 0 and "test-in" in third.stdout
+    assert (only_run(broken).path / "results.jsonl").stat().st_mtime_ns == before
+
+    for name in ("selected", "last"):
+        folder, checkpoint, cfg = evaluate.parse([f"run={straight.path}", f"checkpoint={name}"])
+        scores = evaluate.evaluate(folder, checkpoint, cfg)
+        (recorded,) = [r for r in straight.read("results") if r["step"] == _step(checkpoint)]
+        assert scores == {k: recorded[k] for k in scores}
+    assert "recorded" in capsys.readouterr().out
+
+
+def _step(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, weights_only=True)["global_step"]) - 1
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
+    """Data-parallel over two CPU processes: same splits, batches, and decisions on experts."""
+    options = (*TINY_DYNMOE, *NO_DROPOUT)
+    one = dynmoe_run(tmp_path / "one", *options)
+    two = dynmoe_run(tmp_path / "two", *options, "trainer=ddp", "trainer.accelerator=cpu")
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    single, double = only_run(tmp_path / "one"), only_run(tmp_path / "two")
+    assert double.read("events") == single.read("events")
+    for a, b in zip(double.read("results"), single.read("results"), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_job_in_its_own_folder(tmp_path: Path) -> None:
+    sweep = dynmoe_run(tmp_path, *TINY, "task.steps=3", "moe=dense,topk", "-m")
+    assert sweep.returncode == 0, sweep.stderr
+    runs = [RunFolder(path) for path in tmp_path.glob("vit_domainbed/*_seed0_*")]
+    assert sorted(run.read_run()["moe"] for run in runs) == ["dense", "topk"]
+    assert all(run.is_done for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "run=FOLDER is missing"),
+        (["run=/nowhere"], "expected a folder with a config.yaml"),
+        (["run=x", "chekpoint=last"], "chekpoint=last: unknown argument, expected run="),
+    ],
+)
+def test_wrong_evaluation_commands(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate.parse(arguments)
