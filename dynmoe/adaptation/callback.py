@@ -27,7 +27,7 @@ class DynMoECallback(L.Callback):
     the decision: every rank makes the same change. Its state is in the checkpoint.
 
     ``reset_moments`` starts a new expert's direction, threshold and FFN without optimizer state;
-    the official code keeps the old. ``on_event`` gets one dict for each layer and update, on rank 0.
+    the official code keeps the old. ``on_event`` gets one dict per layer and update, on rank 0.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_runs_every_job_in_its_own_folder(tmp_path: Path) -> None:
-    sweep = dynmoe_run(tmp_path, *TINY, "task.steps=3", "moe=dense,topk", "-m")
+    sweep = dynmoe_run(tmp_path, "-m", *TINY, "task.steps=3", "moe=dense,topk")
     assert sweep.returncode == 0, sweep.stderr
     runs = [RunFolder(path) for path in tmp_path.glob("vit_domainbed/*_seed0_*")]
     assert sorted(run.read_run()["moe"] for run in runs) == ["dense", "topk"]
