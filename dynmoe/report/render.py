@@ -107,10 +107,10 @@ def _experts(summary: Summary) -> Table:
         (
             "MoE layer",
             "experts, start → end",
-            f"experts {at_step}",
-            "mean k, training",
+            at_step,
+            "mean k, train",
             "mean k, test",
-            "unrouted tokens, training",
+            "unrouted, train",
         ),
         tuple(
             (
@@ -123,7 +123,7 @@ def _experts(summary: Summary) -> Table:
             )
             for layer in summary.layers
         ),
-        note=f"k, the experts per token, and unrouted tokens, those that chose none, {at_step}.",
+        note=f"k: experts per token; unrouted: tokens that chose none; both {at_step}.",
     )
 
 
@@ -181,10 +181,10 @@ def _rich_table(table: Table) -> RichTable:
         title_style="bold",
         box=box.SIMPLE_HEAD,
     )
-    for index, column in enumerate(table.columns):
-        rich_table.add_column(
-            Text(column), justify="right" if index else "left", no_wrap=index == 0
-        )
+    name, *values = table.columns
+    rich_table.add_column(Text(name), no_wrap=True)
+    for column in values:
+        rich_table.add_column(Text(column), justify="right")
     for row in table.rows:
         cells = (Text(cell, "bold green" if isinstance(cell, Strong) else "") for cell in row)
         rich_table.add_row(*cells)

@@ -173,7 +173,7 @@ linear classifier on pixels, same split: 41.2 % on 15, test-in
 | --- | ---: | ---: | ---: | ---: | ---: |
 | {LAYER} | 2 → 2 (+2, −2) | 3 | 1.30 | 1.50 | 5.0 % |
 
-k, the experts per token, and unrouted tokens, those that chose none, at step 10.
+k: experts per token; unrouted: tokens that chose none; both at step 10.
 
 ## Run
 
