@@ -168,8 +168,8 @@ linear classifier on pixels, same split: 41.2 % on 15, test-in
 
 ## Experts
 
-| MoE layer | experts, start → end | experts at step 10 | mean k, training | mean k, test \
-| unrouted tokens, training |
+| MoE layer | experts, start → end | at step 10 | mean k, train | mean k, test \
+| unrouted, train |
 | --- | ---: | ---: | ---: | ---: | ---: |
 | {LAYER} | 2 → 2 (+2, −2) | 3 | 1.30 | 1.50 | 5.0 % |
 
