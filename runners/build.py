@@ -35,6 +35,7 @@ for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=r".*LeafSpec.*")  # inside Lightning 2.6, torch >= 2.11
 warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")  # the task sums over ranks itself
 
 
 def build_data(cfg: DictConfig) -> DomainData:
@@ -102,7 +103,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: RunFolde
         )
     except InstantiationException as error:
         if isinstance(error.__cause__, MisconfigurationException):
-            raise ConfigError(f"trainer: {error.__cause__}") from error
+            raise ConfigError(f"trainer: {error.__cause__} (trainer=cpu runs anywhere)") from error
         raise
 
 
@@ -135,7 +136,7 @@ def constants(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     return {"args": args, "hparams": hparams}
 
 
-def facts(cfg: DictConfig, data: DomainData, task: MoETask) -> dict[str, Any]:
+def facts(cfg: DictConfig, data: DomainData, task: MoETask, trainer: L.Trainer) -> dict[str, Any]:
     """What ``run.json`` says: everything a table or figure needs beside the records."""
     pretrained = cfg.backbone.pretrained
     weights = "from scratch"
@@ -148,7 +149,7 @@ def facts(cfg: DictConfig, data: DomainData, task: MoETask) -> dict[str, Any]:
         "selection": cfg.task.selection,
         "algorithm": cfg.moe.algorithm,
         "moe": cfg.moe.name,
-        "backbone": cfg.backbone.model,
+        "backbone": _backbone_name(cfg.backbone),
         "weights": weights,
         "dataset": cfg.data.name,
         "env_names": data.env_names,
@@ -171,7 +172,19 @@ def facts(cfg: DictConfig, data: DomainData, task: MoETask) -> dict[str, Any]:
             "timm": timm.__version__,
             "python": platform.python_version(),
         },
-        "device": cfg.trainer.accelerator,
+        "device": _device_name(trainer),
         "threads": torch.get_num_threads(),
         "matmul_precision": cfg.matmul_precision,
     }
+
+
+def _backbone_name(backbone: DictConfig) -> str:
+    """The timm name and what was changed in it, e.g. ``vit_tiny_patch16_224 (depth 6)``."""
+    changes = ", ".join(f"{key} {value}" for key, value in backbone.options.items())
+    return f"{backbone.model} ({changes})" if changes else backbone.model
+
+
+def _device_name(trainer: L.Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"

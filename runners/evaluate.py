@@ -14,7 +14,7 @@ from dynmoe.report.records import Record, RunFolder
 HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
 
   dynmoe-eval run=FOLDER [checkpoint=selected|last|FILE] [data.root=FOLDER] [data.workers=N]
-              [trainer.accelerator=cpu|gpu]
+              [data.eval_batch_size=N] [trainer.accelerator=cpu|gpu]
 
 FOLDER is outputs/<name>/<run>. Prints the accuracy of every environment beside the recorded one:
 on the same machine they are equal. Nothing is written.
@@ -27,7 +27,7 @@ OVERRIDES = ("data.root", "data.workers", "data.eval_batch_size", "trainer.accel
 def main() -> None:
     """Exit 0, or 2 with a message that names what is wrong."""
     arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(arguments):
         print(HELP)
         return
     try:

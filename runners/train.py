@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe.errors import ConfigError
 from dynmoe.report.records import RunFolder
 from runners import cli
 
@@ -20,17 +26,27 @@ def job(cfg: DictConfig) -> float | None:
 
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
     if cfg.mode == "check":
-        from runners.build import build_data
+        check_data(cfg)
+        return None
+    with _alone(folder.path):
+        if cfg.overwrite:
+            _clear(folder.path)
+        if folder.is_done:
+            print("This run was finished before; nothing is trained (overwrite=true repeats it).")
+        elif not train(cfg, folder):
+            return None
+        return show(folder)
 
-        data = build_data(cfg)
-        data.setup()
-        data.print_check()
-        return None
-    if cfg.overwrite:
-        _clear(folder.path)
-    if not folder.is_done and not train(cfg, folder):
-        return None
-    return show(folder)
+
+def check_data(cfg: DictConfig) -> None:
+    """Read and check the data, every image in full, and print counts; train nothing."""
+    from runners.build import build_data
+
+    if "verify" in cfg.data:
+        cfg.data.verify = "decode"
+    data = build_data(cfg)
+    data.setup()
+    data.print_check()
 
 
 def train(cfg: DictConfig, folder: RunFolder) -> bool:
@@ -44,7 +60,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
     if trainer.is_global_zero:
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
-        folder.write_run(build.facts(cfg, data, task))
+        folder.write_run(build.facts(cfg, data, task, trainer))
         folder.truncate_after(_step_of(checkpoint))
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
     return trainer.is_global_zero
@@ -56,25 +72,55 @@ def show(folder: RunFolder) -> float:
 
     from dynmoe.report import figures, render, summary
 
-    if not folder.is_done:
+    if folder.is_done:
+        result = summary.summarize(folder)
+    else:
         figures.draw_all(folder)
-    result = summary.summarize(folder)
-    (folder.path / "summary.md").write_text(render.to_markdown(result), encoding="utf-8")
-    folder.mark_done()
+        result = summary.summarize(folder)
+        (folder.path / "summary.md").write_text(render.to_markdown(result), encoding="utf-8")
+        folder.mark_done()
     Console().print(render.to_console(result))
+    print(f"Run folder, with figures/ and summary.md:\n{folder.path}")  # one line, to be copied
     outs = [env.out_accuracy for env in result.environments if not env.is_test]
     return sum(outs) / len(outs)
 
 
 def _step_of(checkpoint: Path) -> int:
-    """The last optimizer step a checkpoint has seen; -1 without a checkpoint."""
+    """The last optimizer step a checkpoint has seen; -1 without a checkpoint.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     import torch
 
     if not checkpoint.exists():
         return -1
-    return (
-        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"] - 1
-    )
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise ConfigError(
+            f"{checkpoint}: cannot be read ({error}); overwrite=true starts the run again"
+        ) from error
+    return state["global_step"] - 1
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the run folder; the lock goes with the process, however it ends.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # a data-parallel rank of a run that holds it
+        yield
+        return
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"{folder}: another process is running this configuration. Wait for it, or stop it."
+        ) from None
 
 
 def _clear(folder: Path) -> None:

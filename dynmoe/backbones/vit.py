@@ -59,5 +59,6 @@ def build_vit(
         ) from error
     if not hasattr(vit, "blocks"):
         raise ConfigError(f"backbone.model={model}: expected a Vision Transformer with blocks")
-    vit.set_grad_checkpointing(grad_checkpointing)
+    if grad_checkpointing:
+        vit.set_grad_checkpointing()  # type: ignore[operator]
     return vit

@@ -146,7 +146,6 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "training loss", f"{_number(summary.loss, '.4f')} (mean over the last window)"
     yield "speed", f"{_number(summary.steps_per_second, '.2f')} steps/s on {summary.run['device']}"
     yield "peak memory", _number(summary.peak_memory, ".2f", " GiB")
-    yield "run folder", str(summary.folder)
     yield "figures", ", ".join(summary.figures) or "none"
 
 
@@ -181,10 +180,8 @@ def _rich_table(table: Table) -> RichTable:
         title_style="bold",
         box=box.SIMPLE_HEAD,
     )
-    name, *values = table.columns
-    rich_table.add_column(Text(name), no_wrap=True)
-    for column in values:
-        rich_table.add_column(Text(column), justify="right")
+    for index, column in enumerate(table.columns):
+        rich_table.add_column(Text(column), justify="right" if index else "left", no_wrap=index < 2)
     for row in table.rows:
         cells = (Text(cell, "bold green" if isinstance(cell, Strong) else "") for cell in row)
         rich_table.add_row(*cells)

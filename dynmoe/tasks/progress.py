@@ -56,6 +56,9 @@ class RunProgress(ProgressBar):
     ) -> None:
         self._show(f"evaluating, batch {batch_idx + 1}")
 
+    def on_validation_end(self, *_: Any) -> None:
+        self._show("")
+
     def on_train_end(self, *_: Any) -> None:
         self._stop()
 

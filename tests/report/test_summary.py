@@ -182,7 +182,6 @@ k: experts per token; unrouted: tokens that chose none; both at step 10.
 - training loss: 0.5000 (mean over the last window)
 - speed: 2.10 steps/s on cpu
 - peak memory: 0.70 GiB
-- run folder: {tmp_path}
 - figures: accuracy.png
 
 ## Figures

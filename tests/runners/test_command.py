@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NO_DROPOUT, TINY, TINY_DYNMOE
+from tiny_runs import NO_DROPOUT, TINY, TINY_DYNMOE
 
 from dynmoe.errors import ConfigError
 from dynmoe.report.records import RunFolder

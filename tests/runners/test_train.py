@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import NO_DROPOUT, Run, tiny_config
+from tiny_runs import NO_DROPOUT, Run, tiny_config
 
 from dynmoe.metrics.selection import selected
 from dynmoe.report.records import RunFolder
