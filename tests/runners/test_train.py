@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_runs import NO_DROPOUT, Run, tiny_config
 
+from dynmoe.errors import ConfigError
 from dynmoe.metrics.selection import selected
 from dynmoe.report.records import RunFolder
 from runners import train
@@ -202,3 +203,18 @@ def test_activation_checkpointing_does_not_change_the_run(run: Run) -> None:
         assert checkpointed[kind] == plain[kind]
     for a, b in zip(checkpointed["results"], plain["results"], strict=True):
         assert (a["loss"], a["env0_in_acc"]) == (b["loss"], b["env0_in_acc"])
+
+
+def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
+    with train._alone(tmp_path), pytest.raises(ConfigError, match="another process is running"):
+        with train._alone(tmp_path):
+            pass
+
+
+def test_a_damaged_checkpoint_is_named(run: Run) -> None:
+    folder = run()
+    (folder.path / "done").unlink()
+    checkpoint = folder.path / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"last\.ckpt: cannot be read.*overwrite=true"):
+        run()

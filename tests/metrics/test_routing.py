@@ -1,0 +1,85 @@
+"""Routing statistics add up over calls, sources and changes of the pool."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dynmoe.layers import MoELayer, TopAnyRouter, TopKRouter, record_routing
+from dynmoe.metrics.routing import RoutingMeter
+
+DIM = 6
+
+
+def make_model(router: type[nn.Module] = TopAnyRouter, experts: int = 2) -> nn.Sequential:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(DIM, 8), nn.GELU(), nn.Linear(8, DIM))
+    slots = 4 if router is TopAnyRouter else experts
+    return nn.Sequential(MoELayer(mlp, DIM, router, experts, slots))
+
+
+def feed(model: nn.Sequential, meter: RoutingMeter, source: str, tokens: int) -> torch.Tensor:
+    x_TD = torch.randn(tokens, DIM)
+    with record_routing(model) as tape:
+        model(x_TD)
+    meter.update(source, tape)
+    return model[0].router(x_TD, model[0].live).mask_TE
+
+
+def test_sums_over_calls_by_source() -> None:
+    model = make_model()
+    meter = RoutingMeter(model)
+    masks = torch.cat([feed(model, meter, "train", 30), feed(model, meter, "train", 20)])
+    other = feed(model, meter, "env0", 10)
+    train, env0 = meter.records(["train", "env0"], reduce=lambda t: t)
+    k = masks.sum(1)
+    assert train["source"] == "train" and train["layer"] == "0" and train["slots"] == [0, 1]
+    assert train["tokens"] == 50 and train["load"] == masks.sum(0).tolist()
+    assert train["k_hist"] == [(k == i).sum().item() for i in range(3)]
+    assert train["mean_k"] == pytest.approx(k.float().mean().item())
+    assert train["unrouted"] == (k == 0).float().mean().item()
+    assert env0["tokens"] == 10 and env0["load"] == other.sum(0).tolist()
+    assert train["thresholds"] == [0.0, 0.0]
+
+
+def test_starts_anew_and_reports_sources_it_has_not_seen() -> None:
+    model = make_model()
+    meter = RoutingMeter(model)
+    feed(model, meter, "train", 30)
+    meter.records(["train"], reduce=lambda t: t)
+    train, env5 = meter.records(["train", "env5"], reduce=lambda t: t)
+    assert train["tokens"] == env5["tokens"] == 0 and env5["load"] == [0, 0]
+
+
+def test_experts_may_come_and_go_within_a_stretch() -> None:
+    """Loads are kept by slot: tokens before a change are not credited to another expert."""
+    model = make_model()
+    meter = RoutingMeter(model)
+    before = feed(model, meter, "train", 40)
+    model[0].remove_expert(0)
+    model[0].add_expert(3, torch.ones(DIM))
+    after = feed(model, meter, "train", 40)
+    (train,) = meter.records(["train"], reduce=lambda t: t)
+    assert train["slots"] == [1, 3] and train["tokens"] == 80
+    assert train["load"] == [
+        (before[:, 1].sum() + after[:, 0].sum()).item(),
+        after[:, 1].sum().item(),
+    ]
+    assert train["mean_k"] * 80 == pytest.approx((before.sum() + after.sum()).item())
+
+
+def test_sums_over_ranks_by_the_given_function() -> None:
+    model = make_model()
+    meter = RoutingMeter(model)
+    mask = feed(model, meter, "train", 30)
+    (train,) = meter.records(["train"], reduce=lambda t: 2 * t)
+    assert train["tokens"] == 60 and train["load"] == (2 * mask.sum(0)).tolist()
+
+
+def test_fixed_routers_have_no_thresholds() -> None:
+    model = make_model(TopKRouter, experts=3)
+    meter = RoutingMeter(model)
+    feed(model, meter, "train", 12)
+    (train,) = meter.records(["train"], reduce=lambda t: t)
+    assert train["thresholds"] is None and train["mean_k"] == 2 and train["k_hist"] == [0, 0, 12, 0]
