@@ -62,8 +62,16 @@ def parse(arguments: list[str]) -> tuple[RunFolder, Path, DictConfig]:
         checkpoint = folder.path / "checkpoints" / f"{name}.ckpt"
     if not checkpoint.exists():
         raise ConfigError(f"checkpoint={name}: there is no file {checkpoint}; try checkpoint=last")
+    cfg = OmegaConf.load(saved)
+    assert isinstance(cfg, DictConfig)
+    if "data.root" in given:  # the saved configuration is resolved: the root stands there twice
+        if "root" not in cfg.data:
+            raise ConfigError(f"data.root: {cfg.data.name} is built in, it has no folder")
+        cfg.data.environments.root = given["data.root"]
+    cfg.trainer.update(devices=1, strategy="auto")  # whatever the run was trained on
+    cfg.logger = None
     overrides = OmegaConf.from_dotlist([f"{key}={value}" for key, value in given.items()])
-    return folder, checkpoint, OmegaConf.merge(OmegaConf.load(saved), overrides)  # type: ignore[return-value]
+    return folder, checkpoint, OmegaConf.merge(cfg, overrides)  # type: ignore[return-value]
 
 
 def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, float]:
@@ -79,7 +87,6 @@ def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, 
     data.repeat_evaluation_of(step)
     task = build.build_task(cfg, data)
     task.load_state_dict(state["state_dict"])
-    cfg.logger = None
     trainer = build.build_trainer(cfg, [], folder)
     trainer.validate(task, datamodule=data, verbose=False)
     accuracies = task.scores()

@@ -29,7 +29,7 @@ def job(cfg: DictConfig) -> float | None:
         check_data(cfg)
         return None
     with _alone(folder.path):
-        if cfg.overwrite:
+        if cfg.overwrite and not _is_child():
             _clear(folder.path)
         if folder.is_done:
             print("This run was finished before; nothing is trained (overwrite=true repeats it).")
@@ -104,6 +104,11 @@ def _step_of(checkpoint: Path) -> int:
     return state["global_step"] - 1
 
 
+def _is_child() -> bool:
+    """Whether this process is a further data-parallel rank, started by the one that has the run."""
+    return int(os.environ.get("LOCAL_RANK", 0)) > 0
+
+
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the run folder; the lock goes with the process, however it ends.
@@ -111,7 +116,7 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it.
     """
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:  # a data-parallel rank of a run that holds it
+    if _is_child():
         yield
         return
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -74,17 +75,18 @@ class DynMoECallback(L.Callback):
     def _add_to_window(self, name: str, stats: RoutingStats) -> None:
         new = stats._asdict()
         window = self._window.get(name)
-        self._window[name] = new if window is None else {k: window[k] + new[k] for k in new}
+        if window is not None:  # a resumed window comes from the CPU
+            new = {key: window[key].to(value.device) + value for key, value in new.items()}
+        self._window[name] = new
 
     def _update(self, trainer: L.Trainer, name: str, layer: MoELayer, seed: int) -> None:
-        total = {
-            key: trainer.strategy.reduce(value.clone(), reduce_op="sum")
-            for key, value in self._window[name].items()
-        }
+        total = _sum_over_ranks(trainer, self._window[name])
         load = dict(zip(layer.live, total["load_E"].tolist(), strict=True))
         k_hist = total["k_hist"].tolist()
         before = len(layer.live)
-        change = plan(load, k_hist[0], layer.max_experts, self.min_experts)
+        # Tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0.
+        unserved = k_hist[0] if total["unserved_D"].any() else 0
+        change = plan(load, unserved, layer.max_experts, self.min_experts)
         for slot in change.remove:
             layer.remove_expert(slot)
         if change.add is not None:
@@ -101,18 +103,36 @@ class DynMoECallback(L.Callback):
             "unrouted": k_hist[0] / max(1, sum(k_hist)),
             "tokens": sum(k_hist),
         }
+        if not trainer.is_global_zero:
+            return
         log.info(
             "step %d, %s: removed %s, added %s, %d -> %d experts",
             *(event[key] for key in ("step", "layer", "removed", "added", "before", "after")),
         )
-        if self.on_event is not None and trainer.is_global_zero:
+        if self.on_event is not None:
             self.on_event(event)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"window": self._window}
+    # Every rank sums its own window; a checkpoint holds their total, and gives it back to rank 0.
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._window = state_dict["window"]
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["dynmoe_window"] = {
+            name: _sum_over_ranks(trainer, window) for name, window in self._window.items()
+        }
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._window = checkpoint["dynmoe_window"] if trainer.is_global_zero else {}
+
+
+def _sum_over_ranks(trainer: L.Trainer, window: dict[str, Tensor]) -> dict[str, Tensor]:
+    # reduce() may write into its argument.
+    return {
+        key: trainer.strategy.reduce(value.clone(), reduce_op="sum")
+        for key, value in window.items()
+    }
 
 
 def _forget_moments(trainer: L.Trainer, layer: MoELayer, slot: int) -> None:
@@ -126,4 +146,9 @@ def _steps_per_epoch(trainer: L.Trainer) -> int:
     own = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
     if own is not None:
         return max(1, int(own))
+    if math.isinf(trainer.num_training_batches):
+        raise ConfigError(
+            "moe.adaptation.unit=epoch: the training loader has no end; give the window in steps "
+            "(unit=step), or the data module an attribute steps_per_epoch"
+        )
     return max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)

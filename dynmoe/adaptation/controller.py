@@ -18,15 +18,14 @@ def plan(load: Mapping[int, int], unserved: int, num_slots: int, min_experts: in
 
     ``load`` maps every living slot to the tokens that chose it in the window; ``unserved`` is the
     number of tokens that chose none. Experts without a token go, except that ``min_experts`` stay
-    (lowest slots first). One expert is added if any token was unserved and a slot is free: an empty
-    slot of before the update if there is one, else one just emptied. A window without any token
-    decides nothing.
+    (lowest slots first). One expert is added if any token was unserved and a slot is free, in the
+    lowest free slot, those just emptied included. A window without any token decides nothing.
     """
     if sum(load.values()) + unserved == 0:
         return Plan((), None)
     idle = [slot for slot in sorted(load) if load[slot] == 0]
     must_stay = max(0, min_experts - (len(load) - len(idle)))
     remove = tuple(idle[must_stay:])
-    free = [slot for slot in range(num_slots) if slot not in load] + list(remove)
+    free = [slot for slot in range(num_slots) if slot not in load or slot in remove]
     add = free[0] if unserved > 0 and free else None
     return Plan(remove, add)

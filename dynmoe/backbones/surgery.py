@@ -46,20 +46,29 @@ def add_moe_layers(
     max_experts: int,
     layers: Placement,
     init: Init,
-    expert_dropout: float = 0.0,
+    expert_dropout: float | None = None,
     keep_origin: bool = False,
 ) -> None:
     """Turn the FFNs (``block.mlp``) of the chosen ``backbone.blocks`` into MoE layers, in place.
 
     ``init="upcycle"``: every expert starts as a copy of the block's FFN, biases included (GMoE,
     DynMoE); ``fresh``: each is drawn anew, for training from scratch. ``expert_dropout`` acts after
-    the activation inside experts only (0.1 in GMoE).
+    the activation inside experts only (0.1 in GMoE); None keeps the FFN's own.
+
+    Raises:
+        ConfigError: blocks that are not there, or whose FFN is not ``fc1``, activation, ``fc2``.
     """
     blocks: Any = backbone.blocks
     for index in placed_blocks(layers, len(blocks)):
         assert router is not None, "moe.layers asks for MoE layers, but moe.router is null"
-        mlp = blocks[index].mlp
-        mlp.drop1 = nn.Dropout(expert_dropout)
+        mlp: Any = getattr(blocks[index], "mlp", None)
+        if not (hasattr(mlp, "fc1") and hasattr(mlp, "fc2")):
+            raise ConfigError(
+                f"moe.layers={layers}: block {index} of {type(backbone).__name__} has no FFN "
+                "`mlp` with fc1 and fc2, as timm's Vision Transformers have; use one of those"
+            )
+        if expert_dropout is not None:
+            mlp.drop1 = nn.Dropout(expert_dropout)
         blocks[index].mlp = MoELayer(
             mlp, mlp.fc1.in_features, router, num_experts, max_experts, init, keep_origin
         )

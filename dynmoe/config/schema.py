@@ -49,7 +49,7 @@ class MoE:
     max_experts: int
     layers: Placement | list[int]
     init: Literal["auto", "upcycle", "fresh"]
-    expert_dropout: float
+    expert_dropout: float | None
     aux_weight: float
     router: dict[str, Any] | None
     adaptation: dict[str, Any] | None

@@ -33,12 +33,12 @@ def simplicity(directions_ED: Tensor) -> Tensor:
     return torch.linalg.vector_norm(directions_ED, dim=1).mean()
 
 
-def load_balance(probs_TE: Tensor, first_TE: Tensor, num_slots: int) -> Tensor:
+def load_balance(probs_TE: Tensor, first_TE: Tensor, num_experts: int) -> Tensor:
     """``E * sum_e mean_t(p_te) * mean_t(first_te)``: GShard (arXiv 2006.16668, sec. 2.2), Switch.
 
     ``first_TE`` marks each token's first choice. 1.0 when probabilities and choices are uniform.
     """
-    return num_slots * (probs_TE.mean(0) * first_TE.to(probs_TE.dtype).mean(0)).sum()
+    return num_experts * (probs_TE.mean(0) * first_TE.to(probs_TE.dtype).mean(0)).sum()
 
 
 def top_any_balance(gate_TE: Tensor, mask_TE: Tensor, num_slots: int) -> Tensor:

@@ -180,6 +180,8 @@ class MoELayer(nn.Module):
 
 def routing_stats(x_TD: Tensor, routing: Routing, token_mask_T: Tensor | None) -> RoutingStats:
     """Sums over real tokens; a few passes over [T, E] and one over [T, D], no host sync."""
+    with torch.autocast(x_TD.device.type, enabled=False):  # a window of bf16 sums would stagnate
+        unserved_D = routing.unserved_T.float() @ x_TD.detach().float()
     k_T = routing.mask_TE.sum(1).masked_fill(routing.unserved_T, 0)
     if token_mask_T is not None:
         k_T = k_T.masked_fill(~token_mask_T, -1)
@@ -187,7 +189,7 @@ def routing_stats(x_TD: Tensor, routing: Routing, token_mask_T: Tensor | None) -
     return RoutingStats(
         load_E=routing.mask_TE.sum(0),
         k_hist=(k_T[:, None] == each_k).sum(0),
-        unserved_D=routing.unserved_T.float() @ x_TD.detach().float(),
+        unserved_D=unserved_D,
     )
 
 

@@ -66,7 +66,8 @@ class TopAnyRouter(nn.Module):
         self.smoothing = smoothing
         self.balance_weight = balance_weight
         self.efficiency_weight = efficiency_weight
-        rows_SD = nn.init.orthogonal_(torch.empty(num_slots, dim))
+        # Orthonormal as long as there are no more slots than dimensions; unit vectors always.
+        rows_SD = F.normalize(nn.init.orthogonal_(torch.empty(num_slots, dim)), dim=1)
         self.directions = nn.ParameterList(nn.Parameter(row.clone()) for row in rows_SD)
         self.thresholds = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in rows_SD)
 
@@ -126,7 +127,7 @@ class TopAnyRouter(nn.Module):
             gate_TE, mask_TE = gate_TE[token_mask_T], mask_TE[token_mask_T]
         if self.aux == "gshard":
             first_TE = mask_TE & (mask_TE.cumsum(1) == 1)
-            return losses.load_balance(gate_TE, first_TE, num_slots)
+            return losses.load_balance(gate_TE, first_TE, num_experts=gate_TE.shape[1])
         normalised = self.columns == "normalised"
         every_SD = (
             directions_ED

@@ -13,8 +13,8 @@ def parameter_counts(model: nn.Module) -> dict[str, Any]:
     """``{"other": n, "layers": {name: {"expert", "router", "router_fixed"}}}``.
 
     ``other``: all parameters outside MoE layers. Of a layer: those of one expert, the router's for
-    each living expert, and the router's shared ones. So a token activates
-    ``other + sum over layers (mean k * (expert + router) + router_fixed)`` parameters at most.
+    each living expert, and the router's shared ones. A token activates ``other`` and in each layer
+    ``mean k * expert + living experts * router + router_fixed``: every living expert is scored.
     """
     layers = {}
     inside = 0

@@ -116,15 +116,13 @@ def _layers(run: Record, folder: RunFolder, step: int) -> tuple[Layer, ...]:
         test = [line for line in lines if line["source"] in test_sources]
         updates = [event for event in events if event["layer"] == name]
         start = run["start_experts"][name]
-        # The window before an evaluation may end in an update, which only the evaluation sees.
-        living = [len(line["slots"]) for line in [*train, *test]]
         return Layer(
             name=name,
             start=start,
             added=sum(event["added"] is not None for event in updates),
             removed=sum(len(event["removed"]) for event in updates),
             end=updates[-1]["after"] if updates else start,
-            experts=living[-1] if living else start,
+            experts=len(lines[-1]["slots"]) if lines else start,
             k_train=_token_mean(train, "mean_k"),
             k_test=_token_mean(test, "mean_k"),
             unrouted=_token_mean(train, "unrouted"),

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from dynmoe.adaptation import DynMoECallback
 from dynmoe.layers import MoELayer, TopAnyRouter, record_routing
+from dynmoe.layers.moe import RoutingStats
 
 DIM, START, SLOTS = 6, 3, 5
 
@@ -106,15 +107,15 @@ def test_idle_experts_go_and_one_is_added_for_unserved_tokens() -> None:
         "step": 1,
         "layer": "0",
         "removed": [1, 2],
-        "added": 3,
+        "added": 1,
         "before": 3,
         "after": 2,
         "unrouted": 0.5,
         "tokens": 16,
     }
-    assert model.layer.live == (0, 3)
+    assert model.layer.live == (0, 1)
     direction = nn.functional.normalize(lost.sum(0), dim=0)
-    torch.testing.assert_close(model.layer.router.directions[3].data, direction)
+    torch.testing.assert_close(model.layer.router.directions[1].data, direction)
 
 
 def test_min_experts() -> None:
@@ -196,6 +197,22 @@ def test_resuming_in_the_middle_of_a_window(tmp_path) -> None:  # type: ignore[n
     assert later == events and len(events) == 1 and events[0]["tokens"] == 72
     for got, expected in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.equal(got, expected)
+
+
+def test_a_window_resumed_on_another_device() -> None:
+    """Checkpoints are loaded to the CPU; the next batches are counted where the model is."""
+    callback = make_callback()
+    cpu = RoutingStats(torch.ones(3), torch.ones(4), torch.ones(DIM))
+    callback._add_to_window("0", cpu)
+    callback._add_to_window("0", RoutingStats(*(t.to("meta") for t in cpu)))
+    assert {t.device.type for t in callback._window["0"].values()} == {"meta"}
+
+
+def test_tokens_that_cancel_add_nobody() -> None:
+    """R_S = 0 points nowhere: an expert for it would never fire."""
+    model, events = Model(), []
+    fit(model, make_callback(events), [torch.zeros(4, DIM)] * 2)
+    assert events[0]["unrouted"] == 1.0 and events[0]["added"] is None
 
 
 def test_epoch_schedule_counts_the_loader() -> None:

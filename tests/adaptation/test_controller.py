@@ -17,11 +17,11 @@ TABLE = {
     "the lowest empty slot is filled": (({0: 5, 3: 3}, 1, 4, 1), Plan((), 1)),
     "a full pool adds nothing": (({0: 5, 1: 3}, 7, 2, 1), Plan((), None)),
     "a full pool reuses a slot just emptied": (({0: 5, 1: 0}, 7, 2, 1), Plan((1,), 1)),
-    "an older empty slot comes before one just emptied": (
+    "the lowest free slot is filled, just emptied or not": (
         ({0: 0, 1: 5}, 7, 3, 1),
-        Plan((0,), 2),
+        Plan((0,), 0),
     ),
-    "min_experts stay, lowest slots first": (({0: 0, 1: 0, 2: 0}, 4, 4, 2), Plan((2,), 3)),
+    "min_experts stay, lowest slots first": (({0: 0, 1: 0, 2: 0}, 4, 4, 2), Plan((2,), 2)),
     "idle experts stay only to fill up to min_experts": (
         ({0: 0, 1: 8, 2: 0}, 0, 4, 2),
         Plan((2,), None),

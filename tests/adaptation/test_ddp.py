@@ -30,29 +30,47 @@ class SaveEachRank(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         state = {"model": pl_module.state_dict(), "events": self.events}
         torch.save(state, self.folder / f"rank{trainer.global_rank}.pt")
+        trainer.save_checkpoint(self.folder / "last.ckpt")
 
 
-@pytest.mark.slow
-def test_two_processes_stay_identical(tmp_path: Path) -> None:
+def fit_two(folder: Path, max_epochs: int, window: int, ckpt_path: Path | None = None) -> list[Any]:
+    """Train on two CPU processes; the state and events of each."""
     events: list[dict[str, Any]] = []
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
         strategy=DDPStrategy(start_method="spawn", find_unused_parameters=True),
-        max_epochs=1,
+        max_epochs=max_epochs,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[make_callback(events), SaveEachRank(tmp_path, events)],
+        callbacks=[
+            make_callback(events, length=window, period=window),
+            SaveEachRank(folder, events),
+        ],
     )
-    trainer.fit(OwnTokens())
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    trainer.fit(OwnTokens(), ckpt_path=ckpt_path)
+    return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+
+
+@pytest.mark.slow
+def test_two_processes_stay_identical(tmp_path: Path) -> None:
+    ranks = fit_two(tmp_path, max_epochs=1, window=2)
     first = ranks[0]["events"][0]
     # Neither rank could decide this alone: the expert's tokens are on rank 0, the lost on rank 1.
-    assert (first["removed"], first["added"], first["tokens"]) == ([1, 2], 3, 16)
+    assert (first["removed"], first["added"], first["tokens"]) == ([1, 2], 1, 16)
     assert len(ranks[0]["events"]) == 3 and not ranks[1]["events"]  # written once
     for name, value in ranks[0]["model"].items():
         assert torch.equal(value, ranks[1]["model"][name]), name
-    assert ranks[0]["model"]["backbone.0.router.directions.3"].numel() == DIM
+    assert ranks[0]["model"]["backbone.0.router.directions.1"].numel() == DIM
+
+
+@pytest.mark.slow
+def test_two_processes_resume_in_the_middle_of_a_window(tmp_path: Path) -> None:
+    """The checkpoint holds what both ranks have recorded, not twice what rank 0 has."""
+    (straight, _) = fit_two(tmp_path, max_epochs=2, window=12)
+    fit_two(tmp_path, max_epochs=1, window=12)
+    (resumed, _) = fit_two(tmp_path, max_epochs=2, window=12, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed["events"] == straight["events"] and len(straight["events"]) == 1

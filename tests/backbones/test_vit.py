@@ -132,6 +132,18 @@ def test_refused_backbones(
         build_vit(model, 7, 3, 224, pretrained=pretrained)
 
 
+def test_expert_dropout_null_keeps_the_backbones_own() -> None:
+    vit = build_vit("vit_tiny_patch16_224", 5, 1, 28, options={**SMALL, "proj_drop_rate": 0.2})
+    add(vit)
+    assert moe_layers(vit)["blocks.2.mlp"].experts.slots[0].drop1.p == 0.2
+
+
+def test_blocks_without_an_ffn_are_refused() -> None:
+    mixer = build_vit("mixer_s16_224", num_classes=5)
+    with pytest.raises(ConfigError, match="block 6 of MlpMixer has no FFN"):
+        add(mixer)
+
+
 def test_routers_can_be_partials() -> None:
     vit = small_vit()
     add(vit, router=partial(CosineTopKRouter, top_k=2, projection=4), max_experts=3)

@@ -213,6 +213,19 @@ def test_evaluation_statistics_count_tokens_before_the_fallback() -> None:
     assert stats.k_hist.tolist() == [1, 0, 0, 0] and stats.load_E.sum() == 1
 
 
+def test_statistics_are_fp32_under_autocast() -> None:
+    """The sum of unserved tokens over a window would stagnate in bf16."""
+    layer = make_layer()
+    x_TD = torch.randn(300, DIM)
+    with record_routing(layer) as tape:
+        layer(x_TD)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(x_TD)
+    plain, mixed = (call.stats.unserved_D for call in tape[""])
+    assert mixed.dtype == torch.float32 and plain.any()
+    assert torch.equal(mixed, plain)
+
+
 def test_pool_bounds_are_checked() -> None:
     with pytest.raises(ValueError, match="num_experts"):
         make_layer(num_experts=6)

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_runs import NO_DROPOUT, TINY, TINY_DYNMOE
 
 from dynmoe.errors import ConfigError
@@ -98,14 +100,38 @@ def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
     """Data-parallel over two CPU processes: same splits, batches, and decisions on experts."""
     options = (*TINY_DYNMOE, *NO_DROPOUT)
     one = dynmoe_run(tmp_path / "one", *options)
-    two = dynmoe_run(tmp_path / "two", *options, "trainer=ddp", "trainer.accelerator=cpu")
+    two = dynmoe_run(
+        tmp_path / "two", *options, "trainer=ddp", "trainer.accelerator=cpu", "overwrite=true"
+    )
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     single, double = only_run(tmp_path / "one"), only_run(tmp_path / "two")
-    assert double.read("events") == single.read("events")
+    assert double.read("events") == single.read("events") and double.is_done
     for a, b in zip(double.read("results"), single.read("results"), strict=True):
         assert a["step"] == b["step"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        for key in (k for k in a if k.endswith("_acc")):
+            assert a[key] == pytest.approx(b[key], abs=0.02)
+
+
+@pytest.mark.slow
+def test_evaluation_on_data_that_moved(tmp_path: Path) -> None:
+    image = Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28))
+    for env in ("a", "b"):
+        for label in ("x", "y"):
+            folder = tmp_path / "here" / env / label
+            folder.mkdir(parents=True)
+            for i in range(10):
+                image.rotate(i * 9 + 90 * (label == "y")).save(folder / f"{i}.png")
+    options = ("task=vit_domainbed", "data=image_folder", "backbone=vit_digits", "logger=none")
+    done = dynmoe_run(tmp_path, *options, f"data.root={tmp_path}/here", "trainer=smoke")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "here").rename(tmp_path / "there")
+    path = only_run(tmp_path).path
+    folder, checkpoint, cfg = evaluate.parse([f"run={path}", f"data.root={tmp_path}/there"])
+    scores = evaluate.evaluate(folder, checkpoint, cfg)
+    (recorded,) = [r for r in folder.read("results") if r["step"] == _step(checkpoint)]
+    assert scores == {k: recorded[k] for k in scores}
 
 
 @pytest.mark.slow

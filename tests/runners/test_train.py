@@ -206,9 +206,9 @@ def test_activation_checkpointing_does_not_change_the_run(run: Run) -> None:
 
 
 def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
-    with train._alone(tmp_path), pytest.raises(ConfigError, match="another process is running"):
-        with train._alone(tmp_path):
-            pass
+    refused = pytest.raises(ConfigError, match="another process is running")
+    with train._alone(tmp_path), refused, train._alone(tmp_path):
+        pass
 
 
 def test_a_damaged_checkpoint_is_named(run: Run) -> None:
