@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from string import Template
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -20,6 +25,11 @@ from dynmoe.errors import UserError
 
 Job = Callable[[DictConfig], float | None]
 
+# What Hydra puts into the folder of a run before the job starts (conf/hydra/job_logging).
+HYDRAS_FILES = {".hydra", "run.log"}
+
+STOPPED = "stopped. The same command goes on from the last evaluation."
+
 # At import, not in run(): a parallel launcher's processes import this module with the job, and have
 # to resolve the same configuration.
 resolvers.register()
@@ -29,7 +39,7 @@ def run(job: Job, *, prog: str) -> None:
     """Run `job` on the configuration of the command line.
 
     A wrong command is refused with every problem it has, exit status 2. A UserError from the job
-    does the same in a single run; in a sweep it ends that job only.
+    does the same in a single run; in a sweep it ends that job only. Ctrl-C ends both with 130.
     """
     args = get_args_parser().parse_args()
     if args.help:
@@ -59,16 +69,56 @@ def _guarded(job: Job, prog: str) -> Job:
 
     @functools.wraps(job)  # Hydra names the job after the module of the wrapped function.
     def guarded(cfg: DictConfig) -> float | None:
-        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        hydra_cfg = HydraConfig.get()
+        sweep = hydra_cfg.mode == RunMode.MULTIRUN
+        folder = Path(hydra_cfg.runtime.output_dir)
         try:
             check(cfg, multirun=sweep)
-            return job(cfg)
-        except UserError as error:
-            if sweep:
-                raise  # SystemExit would end the whole sweep, an error ends this job alone.
-            raise _refusal(prog, str(error)) from None
+            result = job(cfg)
+        except (UserError, InstantiationException) as error:
+            refused = _user_error(error)
+            if refused is None:
+                raise
+            _remove_unused(folder)
+            if not sweep:
+                raise _refusal(prog, str(refused)) from None
+            # Now, because Hydra shows the first failure alone, at the end. SystemExit would end the
+            # whole sweep, an error ends this job alone.
+            overrides = " ".join(text.lstrip("+") for text in hydra_cfg.overrides.task)
+            _refusal(prog, f"job {hydra_cfg.job.num} ({overrides}) failed: {refused}")
+            raise refused from None
+        except (KeyboardInterrupt, SystemExit) as error:
+            if not _is_ctrl_c(error):
+                raise
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # of data-parallel processes, one speaks
+                print(f"{prog}: {STOPPED}", file=sys.stderr)
+            raise SystemExit(130) from None  # 128 + SIGINT, as shells count
+        if cfg.get("mode") == "check":
+            _remove_unused(folder)
+        return result
 
     return guarded
+
+
+def _user_error(error: BaseException | None) -> UserError | None:
+    """`error`, or the cause that Hydra's instantiate wrapped, if it is one the user can mend."""
+    while isinstance(error, InstantiationException):
+        error = error.__cause__
+    return error if isinstance(error, UserError) else None
+
+
+def _is_ctrl_c(error: BaseException) -> bool:
+    """Lightning's trainer answers a KeyboardInterrupt with sys.exit(1) (trainer/call.py)."""
+    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the folder of a run that wrote nothing: all it holds is Hydra's."""
+    with suppress(OSError):  # a folder that cannot be removed is no reason to hide the refusal
+        if {entry.name for entry in folder.iterdir()} <= HYDRAS_FILES:
+            shutil.rmtree(folder / ".hydra", ignore_errors=True)
+            (folder / "run.log").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _refusal(prog: str, message: str) -> SystemExit:

@@ -120,8 +120,11 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
+        with FileLock(folder / ".lock", timeout=0) as lock:
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink()
     except Timeout:
         raise ConfigError(
             f"{folder}: another process is running this configuration. Wait for it, or stop it."

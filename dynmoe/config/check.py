@@ -18,7 +18,7 @@ from omegaconf.errors import (
 from dynmoe.config.annotations import mismatch
 from dynmoe.config.rules import RULES, SWEEP_RULES
 from dynmoe.config.schema import schema
-from dynmoe.config.signature import Signature, TargetError, signature
+from dynmoe.config.signature import Parameter, Signature, TargetError, signature
 from dynmoe.config.source import did_you_mean
 from dynmoe.errors import ConfigError
 
@@ -89,6 +89,7 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
                 wrong = mismatch(plain, parameter.annotation, parameter.module)
                 copied = OmegaConf.is_interpolation(cfg, key)
                 if wrong:
+                    wrong += _list_hint(dotted, plain, parameter)
                     (indirect if copied else direct).append(f"{dotted}: {wrong}")
             if isinstance(value, DictConfig):
                 _walk(value, dotted, direct, indirect)
@@ -118,6 +119,15 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
         for key, parameter in known.parameters.items():
             if key not in set(cfg) and not parameter.has_default:
                 yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"
+
+
+def _list_hint(key: str, value: Any, parameter: Parameter) -> str:
+    """How to write the list, where `value` would be right as the only item of one."""
+    if not isinstance(value, int | float | str):
+        return ""
+    if mismatch([value], parameter.annotation, parameter.module):
+        return ""
+    return f". A list is written '{key}=[{value}]', with the quotes"
 
 
 def _meaning(key: str) -> str:

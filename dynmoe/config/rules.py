@@ -6,6 +6,7 @@ what it speaks about stays silent.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -88,8 +89,19 @@ def expert_layers(cfg: DictConfig) -> Iterator[str]:
             yield f"moe.layers: expected distinct block indices, found {layers}"
         if any(index < 0 for index in layers):
             yield f"moe.layers: expected block indices from 0, found {layers}"
+        depth = read(cfg, "backbone.options.depth", int)
+        if depth is not None and any(index >= depth for index in layers):
+            yield (
+                f"moe.layers: expected block indices below {depth} (backbone.options.depth), "
+                f"found {layers}"
+            )
     wanted = layers if layers is not None else read(cfg, "moe.layers", str)
-    if wanted not in (None, [], "none") and "router" in cfg.get("moe", {}) and not cfg.moe.router:
+    if wanted is None or "router" not in cfg.get("moe", {}):
+        return
+    if wanted in ([], "none"):
+        if cfg.moe.router:
+            yield f"moe.layers: {wanted} leaves the router without a layer: choose moe=dense"
+    elif not cfg.moe.router:
         yield (
             f"moe: layers is {wanted}, but router is null: MoE layers need a router. "
             "Set moe.layers=none or choose another moe=..."
@@ -169,6 +181,25 @@ def data_folder(cfg: DictConfig) -> Iterator[str]:
         yield f"data.root: no folder '{root}'. Give the folder of the data set: data.root=FOLDER"
 
 
+def run_folder(cfg: DictConfig) -> Iterator[str]:
+    name, outputs = read(cfg, "name", str), read(cfg, "paths.outputs", str)
+    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
+        yield (
+            f"name: expected a folder below paths.outputs, found '{name}'. "
+            "Another place is chosen by paths.outputs=FOLDER."
+        )
+    if outputs is None:
+        return
+    path = Path(outputs)
+    parent = next(p for p in (path, *path.parents) if os.path.exists(p))
+    if not parent.is_dir():
+        yield f"paths.outputs: '{parent}' is not a folder, found '{outputs}'"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield (
+            f"paths.outputs: no right to write to '{parent}'. Choose another: paths.outputs=FOLDER"
+        )
+
+
 def one_device_per_job(cfg: DictConfig) -> Iterator[str]:
     """Lightning starts its other processes with the whole command line, the sweep's -m included."""
     strategy = read(cfg, "trainer.strategy", str) or read(cfg, "trainer.strategy._target_", str)
@@ -211,5 +242,6 @@ RULES: tuple[Rule, ...] = (
     ranges,
     pretrained_weights,
     data_folder,
+    run_folder,
 )
 SWEEP_RULES: tuple[Rule, ...] = (one_device_per_job,)

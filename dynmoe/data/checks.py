@@ -10,11 +10,11 @@ from dynmoe.data.environments import Environment
 
 
 def class_problems(environments: Sequence[Environment]) -> list[str]:
-    """Environments must share their classes, and every class needs images in each of them."""
+    """Environments must share two or more classes, each with images in every environment."""
     every_class = sorted({name for e in environments for name in e.class_names})
-    if not every_class:
-        return ["no class folders: expected environment/class/image."]
     problems = []
+    if len(every_class) < 2:
+        problems.append(f"two or more classes are needed; found {_counted(every_class)}")
     for e in environments:
         lacking = [name for name in every_class if name not in e.class_names]
         if lacking:
@@ -31,14 +31,23 @@ def class_problems(environments: Sequence[Environment]) -> list[str]:
 
 def role_problems(environments: Sequence[Environment], test_envs: Sequence[int]) -> list[str]:
     """Test environments must exist, and at least one environment must be left to train on."""
-    listing = ", ".join(f"{i} {e.name}" for i, e in enumerate(environments))
+    if len(environments) < 2:
+        found = _counted([e.name for e in environments])
+        return [
+            "two or more environments are needed: one to test on, others to train on; "
+            f"found {found}"
+        ]
+    listing = "the data set has " + _join([f"{i} ({e.name})" for i, e in enumerate(environments)])
     beyond = [env for env in test_envs if not 0 <= env < len(environments)]
     if beyond:
-        return [f"data.test_envs: there is no environment {_join(beyond)}. Choose from {listing}."]
+        return [f"data.test_envs: there is no environment {_join(beyond)}; {listing}"]
     if not test_envs:
-        return [f"data.test_envs: empty. Choose at least one from {listing}."]
+        return [f"data.test_envs: empty: name at least one environment; {listing}"]
     if len(set(test_envs)) == len(environments):
-        return [f"data.test_envs: {list(test_envs)} leaves no environment to train on: {listing}."]
+        return [
+            f"data.test_envs: {list(test_envs)} leaves no environment to train on; {listing}. "
+            "Leave at least one out of data.test_envs."
+        ]
     return []
 
 
@@ -64,6 +73,10 @@ def batch_problems(in_sizes: Mapping[str, int], *, batch_size: int, parts: int) 
 
 def _classes(names: Sequence[str]) -> str:
     return f"{'class' if len(names) == 1 else 'classes'} {_join(names)}"
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)}: {_join(names)}" if names else "none"
 
 
 def _join(items: Sequence[object]) -> str:

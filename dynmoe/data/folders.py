@@ -51,7 +51,8 @@ def image_folders(
     tree per line: images to leave out (DomainNet's duplicates).
 
     Raises:
-        DataError: the tree, its environments or the drop list are not there.
+        DataError: the tree, its environments or the drop list are not there, or an environment
+            holds no class folders with images.
     """
     tree = Path(root) / folder if folder and (Path(root) / folder).is_dir() else Path(root)
     if not tree.is_dir():
@@ -60,6 +61,9 @@ def image_folders(
             f"data.root: no folder {tree}. Give the folder of the environments{wanted}."
         )
     found = _subfolders(tree)
+    layout = f"Expected {tree}/environment/class/image"
+    if environments is None and not found:
+        raise DataError(f"data.root: {tree} holds no environments. {layout}.")
     if environments is not None and sorted(environments) != found:
         missing = sorted(set(environments) - set(found))
         others = sorted(set(found) - set(environments))
@@ -72,7 +76,14 @@ def image_folders(
             + "Rename or move the folders; their sorted order is what data.test_envs counts."
         )
     dropped = _read_drop_list(drop_list)
-    return [_environment(tree, name, dropped) for name in found]
+    built: list[Environment] = [_environment(tree, name, dropped) for name in found]
+    empty = [str(tree / e.name) for e in built if not len(e)]
+    if empty:
+        raise DataError(
+            f"data.root: no images in class folders below {', '.join(empty)}. {layout}; "
+            "what is no environment does not belong there."
+        )
+    return built
 
 
 def read_image(path: Path) -> Image.Image:
@@ -97,14 +108,15 @@ def read_image(path: Path) -> Image.Image:
 
 def _environment(tree: Path, name: str, dropped: Collection[str]) -> FolderEnvironment:
     classes = _subfolders(tree / name)
+    labels = {class_name: label for label, class_name in enumerate(classes)}
+    found = (
+        make_dataset(str(tree / name), labels, extensions=IMG_EXTENSIONS, allow_empty=True)
+        if labels  # make_dataset refuses none
+        else []
+    )
     examples = [
         (file, label)
-        for path, label in make_dataset(
-            str(tree / name),
-            {class_name: label for label, class_name in enumerate(classes)},
-            extensions=IMG_EXTENSIONS,
-            allow_empty=True,
-        )
+        for path, label in found
         if (file := Path(path).relative_to(tree).as_posix()) not in dropped
     ]
     return FolderEnvironment(
@@ -117,10 +129,11 @@ def _environment(tree: Path, name: str, dropped: Collection[str]) -> FolderEnvir
 
 
 def _subfolders(folder: Path) -> list[str]:
+    """Names in order, without what tools leave behind: .git, __MACOSX, __pycache__."""
     return sorted(
         entry.name
         for entry in folder.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".")
+        if entry.is_dir() and not entry.name.startswith((".", "__"))
     )
 
 

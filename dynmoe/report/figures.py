@@ -85,9 +85,10 @@ def draw_accuracy(run: Record, results: Sequence[Record]) -> Figure:
             )
             line.set_label(f"{baseline['name']},\n{run['env_names'][index]}, in split")
             legend.append(line)
-    axes.set(xlabel=STEP, ylabel="accuracy", title=f"{run['algorithm']} on {run['dataset']}")
+    title = f"{run['algorithm']} on {run['dataset']}, protocol {run['protocol']}"
+    axes.set(xlabel=STEP, ylabel="accuracy", title=title)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.grid(alpha=0.25)
+    _over_steps(axes)
     figure.legend(handles=legend, loc="outside right center", frameon=False, title="environment")
     return figure
 
@@ -114,8 +115,8 @@ def draw_experts(run: Record, events: Sequence[Record]) -> Figure:
         axes.plot(removed, [0.07] * len(removed), marker="v", color=RED, **at_edge)
         lost = sum(len(event["removed"]) for event in updates)
         axes.set_title(f"{layer}: {counts[0]} → {counts[-1]} (+{len(added)}, −{lost})")
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.25)
+        axes.yaxis.set_major_locator(_whole_numbers())
+        _over_steps(axes)
     panels[0].margins(y=0.25)
     figure.supxlabel(STEP)
     figure.supylabel("experts")
@@ -145,13 +146,12 @@ def draw_k(run: Record, training: Sequence[Record]) -> Figure:
         )
         histograms.append(lines[-1]["k_hist"])
     curves.set(xlabel=STEP, ylabel="mean k (experts per training token)", title="over training")
-    curves.grid(alpha=0.25)
+    _over_steps(curves)
     k = range(max(map(len, histograms)))
     _heat_map(spread, histograms, rows=layers, columns=k)
     spread.set(xlabel="k (experts per token)", title="at the end: share of training tokens, in %")
-    spread.invert_yaxis()  # The first layer at the bottom, where a network begins.
     figure.suptitle("How many experts a token activates")
-    figure.legend(loc="outside right center", frameon=False, reverse=True, title="MoE layer")
+    figure.legend(loc="outside right center", frameon=False, title="MoE layer")
     return figure
 
 
@@ -196,7 +196,7 @@ def draw_thresholds(run: Record, training: Sequence[Record]) -> Figure:
         for slot in slots:
             axes.plot(steps, [values.get(slot, math.nan) for values in by_slot], **styles[slot])
         axes.set_title(layer)
-        axes.grid(alpha=0.25)
+        _over_steps(axes)
     figure.supxlabel(STEP)
     figure.supylabel("threshold")
     figure.suptitle("Thresholds of living experts")
@@ -222,6 +222,17 @@ def _panels(
     for axes in grid[count:]:
         axes.remove()
     return figure, list(grid[:count])
+
+
+def _over_steps(axes: Axes) -> None:
+    """A grid, and whole steps on the horizontal axis."""
+    axes.xaxis.set_major_locator(_whole_numbers())
+    axes.grid(alpha=0.25)
+
+
+def _whole_numbers() -> MaxNLocator:
+    # With two ticks as the fewest, an axis around one number would be divided into fractions.
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
 def _heat_map(

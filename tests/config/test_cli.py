@@ -12,14 +12,30 @@ import pytest
 SCRIPT = """
 import sys
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from dynmoe.errors import DataError
 from runners import cli
+
+def refuse():
+    raise DataError("data.root: no images")
+
+def trainer_fit():  # lightning/pytorch/trainer/call.py
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
 
 def job(cfg):
     if cfg.seed == 13:
         raise DataError("data.root: PACS lacks the folder 'sketch'")
     if cfg.seed == 14:
         raise ZeroDivisionError("a bug")
+    if cfg.seed == 15:
+        instantiate({"_target_": "__main__.refuse"})
+    if cfg.seed == 16:
+        raise KeyboardInterrupt
+    if cfg.seed == 17:
+        trainer_fit()
     print("folder", HydraConfig.get().runtime.output_dir, cfg.seed)
 
 try:
@@ -58,6 +74,10 @@ def folders(done: subprocess.CompletedProcess[str]) -> set[str]:
     return {line.split()[1] for line in done.stdout.splitlines() if line.startswith("folder ")}
 
 
+def run_folders(script: Path) -> list[Path]:
+    return [path for path in (script.parent / "outputs" / "vit_domainbed").glob("*/")]
+
+
 def test_a_wrong_command_is_refused_whole_with_status_2(script: Path) -> None:
     done = call(script, TASK, "moe=topk", "moe.num_expert=3", "moe.top_k=9")
     assert done.returncode == 2
@@ -85,12 +105,44 @@ def test_a_user_error_ends_a_single_run_with_its_message(script: Path) -> None:
     done = call(script, TASK, "seed=13")
     assert done.returncode == 2
     assert done.stderr == "dynmoe-run: data.root: PACS lacks the folder 'sketch'\n"
+    assert run_folders(script) == []
 
 
-def test_a_user_error_ends_one_job_of_a_sweep(script: Path) -> None:
-    done = call(script, "-m", TASK, "seed=13,1")
+def test_a_user_error_inside_of_instantiate_is_one(script: Path) -> None:
+    done = call(script, TASK, "seed=15")
+    assert (done.returncode, done.stderr) == (2, "dynmoe-run: data.root: no images\n")
+
+
+@pytest.mark.parametrize("arguments", [["seed=16"], ["seed=17"], ["-m", "seed=16,1"]])
+def test_ctrl_c_ends_the_command_in_one_line(script: Path, arguments: list[str]) -> None:
+    done = call(script, *arguments, TASK)
+    assert (done.returncode, done.stderr) == (
+        130,
+        "dynmoe-run: stopped. The same command goes on from the last evaluation.\n",
+    )
+    assert folders(done) == set()
+
+
+def test_a_folder_with_anything_else_is_kept_whole(script: Path) -> None:
+    (folder,) = map(Path, folders(call(script, TASK, "seed=1")))
+    assert sorted(p.name for p in folder.iterdir()) == [".hydra", "run.log"]
+    call(script, TASK, "seed=1", "mode=check")
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / ".lock").touch()
+    call(script, TASK, "seed=1", "mode=check")
+    assert sorted(p.name for p in folder.iterdir()) == [".hydra", ".lock", "run.log"]
+
+
+def test_a_user_error_ends_one_job_of_a_sweep_and_is_told_at_once(script: Path) -> None:
+    done = call(script, "-m", TASK, "seed=13,15,1")
     assert done.returncode == 1
-    assert "data.root: PACS lacks the folder 'sketch'" in done.stderr
+    assert done.stderr.splitlines()[:2] == [
+        "dynmoe-run: job 0 (task=vit_domainbed seed=13) failed: "
+        "data.root: PACS lacks the folder 'sketch'",
+        "dynmoe-run: job 1 (task=vit_domainbed seed=15) failed: data.root: no images",
+    ]
+    assert list(map(str, run_folders(script))) == list(folders(done))
     assert len(folders(done)) == 1
 
 

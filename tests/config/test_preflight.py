@@ -74,7 +74,10 @@ CASES = {
     "overwrite=1": "overwrite: expected true or false, found 1",
     "task.selection=best": "task.selection: expected 'training_domain_validation' or 'oracle' or",
     "moe.layers=some": "moe.layers: expected 'last_two' or 'every_two' or 'all' or 'none' or a ",
-    "data.test_envs=0": "data.test_envs: expected a list, found 0",
+    "data.test_envs=0": (
+        "data.test_envs: expected a list, found 0. "
+        "A list is written 'data.test_envs=[0]', with the quotes"
+    ),
     "trainer.precision='31'": "trainer.precision: expected 64 or 32 or 16 or ",
     "moe.adaptation.init=cop": "moe.adaptation.init: expected 'slot' or 'copy_most_used' or",
     # values that are not there
@@ -102,6 +105,16 @@ CASES = {
     "moe.adaptation.min_experts=9": "moe: adaptation.min_experts (9) > num_experts (",
     "moe.layers=[1,1]": "moe.layers: expected distinct block indices, found [1, 1]",
     "moe.layers=[-1]": "moe.layers: expected block indices from 0, found [-1]",
+    "moe.layers=[6]": (
+        "moe.layers: expected block indices below 6 (backbone.options.depth), found [6]"
+    ),
+    "moe.layers=[]": "moe.layers: [] leaves the router without a layer: choose moe=dense",
+    "moe.layers=none": "moe.layers: none leaves the router without a layer: choose moe=dense",
+    "name=../elsewhere": "name: expected a folder below paths.outputs, found '../elsewhere'.",
+    "name=/tmp/x": "name: expected a folder below paths.outputs, found '/tmp/x'.",
+    f"paths.outputs={__file__}/runs": (
+        f"paths.outputs: '{__file__}' is not a folder, found '{__file__}/runs'"
+    ),
     "moe.router=null": "moe: layers is every_two, but router is null: MoE layers need a router.",
     "data.test_envs=[]": "data.test_envs: empty: name at least one environment to test on",
     "data.test_envs=[1,1]": "data.test_envs: expected distinct environments, found [1, 1]",
@@ -130,6 +143,13 @@ CASES = {
 def test_the_message_of(override: str) -> None:
     found = problems(TASK, override)
     assert [text for text in found if CASES[override] in text], found
+
+
+def test_outputs_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    assert problems(TASK, f"paths.outputs={tmp_path}/a/b") == [
+        f"paths.outputs: no right to write to '{tmp_path}'. Choose another: paths.outputs=FOLDER"
+    ]
 
 
 def test_a_fixed_router_fills_its_slots() -> None:

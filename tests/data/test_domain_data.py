@@ -132,7 +132,8 @@ def test_all_problems_are_reported_at_once(tree: Path) -> None:
     (tree / "art" / "cat" / "3.png").write_bytes(b"not an image")
     assert problems(pets(tree, test_envs=[3], batch_size=15)) == [
         "data Test: 5 problem(s)",
-        "  data.test_envs: there is no environment 3. Choose from 0 art, 1 photo, 2 sketch.",
+        "  data.test_envs: there is no environment 3; the data set has 0 (art), 1 (photo), "
+        "2 (sketch)",
         "  photo lacks class dog of the other environments. Add images of it here, or remove its "
         "folder everywhere.",
         "  sketch has no images in class dog. Add some, or remove it.",
@@ -167,9 +168,13 @@ def test_class_balanced_is_passed_on(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"test_envs": []}, "data.test_envs: empty. Choose at least one from 0 art, 1 photo"),
-        ({"test_envs": [0, 1, 2]}, "data.test_envs: [0, 1, 2] leaves no environment to train on"),
-        ({"test_envs": [-1]}, "data.test_envs: there is no environment -1."),
+        ({"test_envs": []}, "data.test_envs: empty: name at least one environment; the data"),
+        (
+            {"test_envs": [0, 1, 2]},
+            "data.test_envs: [0, 1, 2] leaves no environment to train on; the data set has 0 "
+            "(art), 1 (photo), 2 (sketch). Leave at least one out of data.test_envs.",
+        ),
+        ({"test_envs": [-1]}, "data.test_envs: there is no environment -1; the data set has 0 ("),
         (
             {"batch_size": 6, "accumulate": 4},
             "data.batch_size: 6 images per environment do not divide into 4 parts "
@@ -179,6 +184,17 @@ def test_class_balanced_is_passed_on(tree: Path) -> None:
 )
 def test_refusals(tree: Path, changes: dict[str, Any], message: str) -> None:
     assert message in problems(pets(tree, **changes))[1]
+
+
+def test_one_environment_and_one_class_are_not_enough(tree: Path) -> None:
+    for folder in ("art", "photo", "sketch/dog"):
+        shutil.rmtree(tree / folder)
+    assert problems(pets(tree)) == [
+        "data Test: 2 problem(s)",
+        "  two or more environments are needed: one to test on, others to train on; "
+        "found 1: sketch",
+        "  two or more classes are needed; found 1: cat",
+    ]
 
 
 def test_check_table(tree: Path) -> None:

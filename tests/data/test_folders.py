@@ -37,6 +37,34 @@ def test_two_environments_are_enough(tree: Path) -> None:
     assert [e.name for e in image_folders(str(tree))] == ["photo", "sketch"]
 
 
+def test_what_tools_leave_behind_is_no_environment_and_no_class(tree: Path) -> None:
+    for name in ("__MACOSX", ".git", "art/__pycache__"):
+        (tree / name).mkdir()
+    environments = image_folders(str(tree))
+    assert [e.name for e in environments] == ["art", "photo", "sketch"]
+    assert environments[0].class_names == ("cat", "dog")
+
+
+def test_an_environment_without_images_in_class_folders(tree: Path) -> None:
+    (tree / "empty").mkdir()
+    (tree / "loose").mkdir()
+    (tree / "art" / "cat" / "0.png").rename(tree / "loose" / "0.png")
+    with pytest.raises(DataError) as error:
+        image_folders(str(tree))
+    assert str(error.value) == (
+        f"data.root: no images in class folders below {tree}/empty, {tree}/loose. "
+        f"Expected {tree}/environment/class/image; what is no environment does not belong there."
+    )
+
+
+def test_an_empty_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        image_folders(str(tmp_path))
+    assert str(error.value) == (
+        f"data.root: {tmp_path} holds no environments. Expected {tmp_path}/environment/class/image."
+    )
+
+
 def test_drop_list_leaves_images_out(tree: Path, tmp_path: Path) -> None:
     drop_list = tmp_path / "duplicates.txt"
     drop_list.write_text("art/cat/0.png\nart/dog/9.png\nart/dog/long_gone.png\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dynmoe.report.figures import draw_all
+from dynmoe.report.figures import draw_accuracy, draw_all, draw_k
 from dynmoe.report.records import RunFolder
 
 ALL = ["accuracy.png", "experts.png", "k_per_layer.png", "load.png", "thresholds.png"]
@@ -51,6 +51,27 @@ def test_a_router_without_thresholds_has_no_figure_of_them(synthetic_run: RunFol
     synthetic_run.truncate_after(-1)
     synthetic_run.append("routing", *routing)
     assert names(draw_all(synthetic_run)) == ["k_per_layer.png", "load.png"]
+
+
+def test_short_runs_have_whole_steps_and_the_title_names_the_protocol(
+    synthetic_run: RunFolder,
+) -> None:
+    results = [line | {"step": step} for step, line in enumerate(synthetic_run.read("results")[:3])]
+    for count in (1, 3):
+        axes = draw_accuracy(synthetic_run.read_run(), results[:count]).axes[0]
+        assert axes.get_title() == "DynMoE on RotatedDigits, protocol domainbed"
+        assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
+def test_layers_are_listed_from_the_first_down(synthetic_run: RunFolder) -> None:
+    training = [line for line in synthetic_run.read("routing") if line["source"] == "train"]
+    figure = draw_k(synthetic_run.read_run(), training)
+    layers = ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == layers
+    heat_map = figure.axes[1]
+    assert [text.get_text() for text in heat_map.get_yticklabels()] == layers
+    bottom, top = heat_map.get_ylim()
+    assert bottom > top
 
 
 def test_reports_need_neither_torch_nor_pyplot() -> None:

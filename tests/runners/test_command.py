@@ -123,7 +123,12 @@ def test_evaluation_on_data_that_moved(tmp_path: Path) -> None:
             folder.mkdir(parents=True)
             for i in range(10):
                 image.rotate(i * 9 + 90 * (label == "y")).save(folder / f"{i}.png")
-    options = ("task=vit_domainbed", "data=image_folder", "backbone=vit_digits", "logger=none")
+    options = (
+        "task=vit_domainbed",
+        "data=image_folder",
+        "backbone=vit_digits",
+        "data.batch_size=8",
+    )
     done = dynmoe_run(tmp_path, *options, f"data.root={tmp_path}/here", "trainer=smoke")
     assert done.returncode == 0, done.stderr
     (tmp_path / "here").rename(tmp_path / "there")
