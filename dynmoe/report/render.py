@@ -106,7 +106,7 @@ def _experts(summary: Summary) -> Table:
         "Experts",
         (
             "MoE layer",
-            "experts, start → end",
+            "experts",
             at_step,
             "mean k, train",
             "mean k, test",
@@ -123,7 +123,8 @@ def _experts(summary: Summary) -> Table:
             )
             for layer in summary.layers
         ),
-        note=f"k: experts per token; unrouted: tokens that chose none; both {at_step}.",
+        note="experts: start → end of the run; k: experts per token; unrouted: tokens that chose "
+        f"none; all but the first {at_step}.",
     )
 
 

@@ -168,12 +168,13 @@ linear classifier on pixels, same split: 41.2 % on 15, test-in
 
 ## Experts
 
-| MoE layer | experts, start → end | at step 10 | mean k, train | mean k, test \
+| MoE layer | experts | at step 10 | mean k, train | mean k, test \
 | unrouted, train |
 | --- | ---: | ---: | ---: | ---: | ---: |
 | {LAYER} | 2 → 2 (+2, −2) | 3 | 1.30 | 1.50 | 5.0 % |
 
-k: experts per token; unrouted: tokens that chose none; both at step 10.
+experts: start → end of the run; k: experts per token; unrouted: tokens that chose none; \
+all but the first at step 10.
 
 ## Run
 
