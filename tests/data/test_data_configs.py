@@ -49,8 +49,8 @@ def recipe(protocol: str, dataset: str) -> tuple[float, ...]:
         ("gmoe", "TerraIncognita", (5001, 300, 32, 5e-5, 1e-4)),
         ("gmoe", "DomainNet", (15001, 500, 32, 5e-5, 0.0)),
         ("gmoe", "MyOwn", (5001, 300, 32, 3e-5, 0.0)),
-        *[(protocol, "RotatedDigits", (501, 50, 32, 1e-3, 0.0)) for protocol in PROTOCOLS],
-        *[(protocol, "ColoredDigits", (501, 50, 32, 1e-3, 0.0)) for protocol in PROTOCOLS],
+        *[(protocol, "RotatedDigits", (501, 50, 32, 1e-3, 1e-4)) for protocol in PROTOCOLS],
+        *[(protocol, "ColoredDigits", (501, 50, 32, 1e-3, 1e-4)) for protocol in PROTOCOLS],
     ],
 )
 def test_recipes(protocol: str, dataset: str, expected: tuple[float, ...]) -> None:
