@@ -110,7 +110,7 @@ def _experts(summary: Summary) -> Table:
             at_step,
             "mean k, train",
             "mean k, test",
-            "unrouted, train",
+            "unrouted",
         ),
         tuple(
             (
@@ -123,8 +123,8 @@ def _experts(summary: Summary) -> Table:
             )
             for layer in summary.layers
         ),
-        note="experts: start → end of the run; k: experts per token; unrouted: tokens that chose "
-        f"none; all but the first {at_step}.",
+        note="experts: start → end of the run; k: experts per token; unrouted: training tokens "
+        f"that chose none; all but the first {at_step}.",
     )
 
 

@@ -169,11 +169,11 @@ linear classifier on pixels, same split: 41.2 % on 15, test-in
 ## Experts
 
 | MoE layer | experts | at step 10 | mean k, train | mean k, test \
-| unrouted, train |
+| unrouted |
 | --- | ---: | ---: | ---: | ---: | ---: |
 | {LAYER} | 2 → 2 (+2, −2) | 3 | 1.30 | 1.50 | 5.0 % |
 
-experts: start → end of the run; k: experts per token; unrouted: tokens that chose none; \
+experts: start → end of the run; k: experts per token; unrouted: training tokens that chose none; \
 all but the first at step 10.
 
 ## Run
