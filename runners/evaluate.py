@@ -106,14 +106,15 @@ def _print(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{folder.path.name}, {checkpoint.name}, step {step}", title_justify="left")
+    console, table = Console(), Table()
     for column in ("environment", "split", "accuracy", "recorded"):
         table.add_column(column, justify="right" if column in ("accuracy", "recorded") else "left")
     for key, accuracy in accuracies.items():
         env, split, _ = key.split("_")
         before = "-" if recorded is None else f"{100 * recorded[key]:.2f} %"
         table.add_row(env_names[int(env[3:])], split, f"{100 * accuracy:.2f} %", before)
-    Console().print(table)
+    console.print(f"{folder.path.name}, {checkpoint.name}, step {step}")
+    console.print(table)
 
 
 if __name__ == "__main__":
