@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 import dynmoe
+from dynmoe import runtime
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.data.baseline import linear_baseline
 from dynmoe.data.module import DomainData
@@ -43,15 +44,22 @@ def build_data(cfg: DictConfig) -> DomainData:
     return instantiate(cfg.data)
 
 
-def build_task(cfg: DictConfig, data: DomainData) -> MoETask:
+def settle_runtime(cfg: DictConfig) -> dict[str, Any]:
+    """Put ``runtime`` in force for the device of ``trainer``. Returns what holds now."""
+    on_gpu = {"gpu": True, "cuda": True, "auto": torch.cuda.is_available()}
+    device_type = "cuda" if on_gpu.get(cfg.trainer.accelerator) else str(cfg.trainer.accelerator)
+    return runtime.settle(cfg.runtime, "cpu" if device_type == "auto" else device_type)
+
+
+def build_task(cfg: DictConfig, data: DomainData, fused_attention: bool) -> MoETask:
     """Backbone, MoE layers and task, on the CPU. Seeds the weights by ``seed``.
 
     Raises:
         ConfigError: a backbone that cannot be built, or blocks it does not have.
     """
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
     L.seed_everything(cfg.seed, verbose=False)
     backbone = instantiate(cfg.backbone, num_classes=data.num_classes, in_chans=data.channels)
+    runtime.set_fused_attention(backbone, fused_attention)
     moe = cfg.moe
     init = moe.init
     if init == "auto":
@@ -64,6 +72,7 @@ def build_task(cfg: DictConfig, data: DomainData) -> MoETask:
         layers=moe.layers,
         init=init,
         expert_dropout=moe.expert_dropout,
+        recompute=moe.recompute,
         keep_origin=moe.adaptation is not None and moe.adaptation.init == "pretrained",
     )
     return instantiate(
@@ -136,7 +145,13 @@ def constants(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     return {"args": args, "hparams": hparams}
 
 
-def facts(cfg: DictConfig, data: DomainData, task: MoETask, trainer: L.Trainer) -> dict[str, Any]:
+def facts(
+    cfg: DictConfig,
+    data: DomainData,
+    task: MoETask,
+    trainer: L.Trainer,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
     """What ``run.json`` says: everything a table or figure needs beside the records."""
     pretrained = cfg.backbone.pretrained
     weights = "from scratch"
@@ -174,7 +189,7 @@ def facts(cfg: DictConfig, data: DomainData, task: MoETask, trainer: L.Trainer) 
         },
         "device": _device_name(trainer),
         "threads": torch.get_num_threads(),
-        "matmul_precision": cfg.matmul_precision,
+        "runtime": settings,
     }
 
 

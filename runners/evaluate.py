@@ -82,10 +82,11 @@ def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, 
 
     state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
     step = state["global_step"] - 1
+    settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     data.setup()
     data.repeat_evaluation_of(step)
-    task = build.build_task(cfg, data)
+    task = build.build_task(cfg, data, settings["fused_attention"])
     task.load_state_dict(state["state_dict"])
     trainer = build.build_trainer(cfg, [], folder)
     trainer.validate(task, datamodule=data, verbose=False)

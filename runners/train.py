@@ -53,14 +53,15 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0."""
     from runners import build
 
+    settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     data.setup()
-    task = build.build_task(cfg, data)
+    task = build.build_task(cfg, data, settings["fused_attention"])
     trainer = build.build_trainer(cfg, build.build_callbacks(cfg, data, folder), folder)
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
     if trainer.is_global_zero:
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
-        folder.write_run(build.facts(cfg, data, task, trainer))
+        folder.write_run(build.facts(cfg, data, task, trainer, settings))
         folder.truncate_after(_step_of(checkpoint))
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
     return trainer.is_global_zero

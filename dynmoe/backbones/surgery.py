@@ -47,13 +47,15 @@ def add_moe_layers(
     layers: Placement,
     init: Init,
     expert_dropout: float | None = None,
+    recompute: bool = False,
     keep_origin: bool = False,
 ) -> None:
     """Turn the FFNs (``block.mlp``) of the chosen ``backbone.blocks`` into MoE layers, in place.
 
     ``init="upcycle"``: every expert starts as a copy of the block's FFN, biases included (GMoE,
     DynMoE); ``fresh``: each is drawn anew, for training from scratch. ``expert_dropout`` acts after
-    the activation inside experts only (0.1 in GMoE); None keeps the FFN's own.
+    the activation inside experts only (0.1 in GMoE); None keeps the FFN's own. ``recompute``: see
+    ``MoELayer``.
 
     Raises:
         ConfigError: blocks that are not there, or whose FFN is not ``fc1``, activation, ``fc2``.
@@ -70,5 +72,12 @@ def add_moe_layers(
         if expert_dropout is not None:
             mlp.drop1 = nn.Dropout(expert_dropout)
         blocks[index].mlp = MoELayer(
-            mlp, mlp.fc1.in_features, router, num_experts, max_experts, init, keep_origin
+            mlp,
+            mlp.fc1.in_features,
+            router,
+            num_experts,
+            max_experts,
+            init,
+            keep_origin,
+            recompute,
         )

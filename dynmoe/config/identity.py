@@ -24,6 +24,7 @@ NOT_IN_IDENTITY = (
     "paths",
     "protocol.datasets",  # the one entry in use shows in the keys that ask for it
     "protocol.defaults",
+    "runtime.malloc",
     "sweep",
     "data.cache",
     "data.cache_gb",

@@ -50,6 +50,7 @@ class MoE:
     layers: Placement | list[int]
     init: Literal["auto", "upcycle", "fresh"]
     expert_dropout: float | None
+    recompute: bool
     aux_weight: float
     router: dict[str, Any] | None
     adaptation: dict[str, Any] | None
@@ -67,6 +68,13 @@ class Task:
 
 
 @dataclass
+class Runtime:
+    matmul_precision: Literal["auto", "highest", "high", "medium"]
+    malloc: Literal["auto", "tuned", "system"]
+    fused_attention: Literal["auto"] | bool
+
+
+@dataclass
 class Run:
     protocol: dict[str, Any]
     backbone: dict[str, Any]
@@ -81,7 +89,7 @@ class Run:
     trial_seed: int
     hparams_seed: int
     mode: Literal["train", "check"]
-    matmul_precision: Literal["highest", "high", "medium"]
+    runtime: dict[str, Any]
     overwrite: bool
 
 
@@ -93,6 +101,7 @@ SCHEMAS: dict[str, type] = {
     "protocol.datasets.*": Recipe,
     "moe": MoE,
     "paths": Paths,
+    "runtime": Runtime,
     "task": Task,
 }
 

@@ -1,10 +1,11 @@
 """Gather the rows of routed (token, expert) pairs, and sum weighted rows back to their tokens.
 
 Dropless and linear in the number of pairs: no capacity, no one-hot tensor, no loop over tokens.
-The two autograd functions are each other's adjoint, so each one's backward is the other's forward;
-both are deterministic. On a CPU this replaces the slow backward of indexing (``index_add_``).
+Everything is a gather or a segmented sum, in the backward pass too, hence deterministic; on a CPU
+this replaces the slow backward of indexing (``index_add_``).
 
-Shape suffixes: T tokens, E living experts, P pairs sorted by expert, D model width.
+Shape suffixes: T tokens, E living experts, P pairs sorted by token, R rows sorted by expert,
+D model width. R is P, or a little more where the rows of an expert are rounded up.
 """
 
 from __future__ import annotations
@@ -13,75 +14,106 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
 class Pairs(NamedTuple):
-    """The routed pairs, sorted by expert, and the way back from pairs to tokens."""
+    """The routed pairs, sorted by token, and their rows, sorted by expert."""
 
     counts: list[int]
-    """Pairs of each expert: the one host synchronisation of the layer."""
+    """Rows of each expert: the one host synchronisation of the layer."""
+    end_E: Tensor
+    """Where each expert's rows end."""
+    token_R: Tensor
+    """Token of each row; token 0 for a row without a pair, which no output contains."""
     token_P: Tensor
     """Token of each pair."""
     expert_P: Tensor
     """Expert of each pair, a column of the mask."""
-    place_P: Tensor
-    """Positions in the expert order, grouped by token: token t owns a run of them."""
+    row_P: Tensor
+    """Row of each pair."""
     start_T: Tensor
-    """Where each token's run in ``place_P`` starts."""
+    """Where each token's run of pairs starts."""
 
 
-def pairs(mask_TE: Tensor) -> Pairs:
-    """List the pairs of a boolean mask: ``nonzero`` of its transpose is sorted by expert."""
-    expert_P, token_P = mask_TE.t().nonzero(as_tuple=True)
-    position_TE = (mask_TE.t().reshape(-1).cumsum(0) - 1).view(mask_TE.shape[1], -1).t()
+def pairs(mask_TE: Tensor, multiple: int = 1) -> Pairs:
+    """List the pairs of a boolean mask, the rows of each expert rounded up to a ``multiple``."""
+    pairs_E = mask_TE.sum(0)
+    host_counts = pairs_E.tolist()
+    # nonzero_static, because nonzero would ask the device for its size, which is known by now.
+    token_P, expert_P = mask_TE.nonzero_static(size=sum(host_counts)).t().contiguous()
+    end_E = ((pairs_E + multiple - 1) // multiple * multiple).cumsum(0)
+    gap_E = end_E - pairs_E.cumsum(0)  # rows without a pair, up to the expert's own last
+    by_expert_P = expert_P.argsort(stable=True)
+    rows = torch.arange(len(token_P), device=mask_TE.device)
+    if multiple > 1:
+        rows += (gap_E - gap_E.diff(prepend=gap_E.new_zeros(1)))[expert_P[by_expert_P]]
+    row_P = torch.empty_like(token_P)
+    row_P[by_expert_P] = rows
+    counts = [-(-n // multiple) * multiple for n in host_counts]
+    token_R = token_P.new_zeros(sum(counts))
+    token_R[row_P] = token_P
     k_T = mask_TE.sum(1)
-    return Pairs(
-        counts=mask_TE.sum(0).tolist(),
-        token_P=token_P,
-        expert_P=expert_P,
-        place_P=position_TE[mask_TE],
-        start_T=k_T.cumsum(0) - k_T,
-    )
+    return Pairs(counts, end_E, token_R, token_P, expert_P, row_P, k_T.cumsum(0) - k_T)
 
 
 def gather(x_TD: Tensor, p: Pairs) -> Tensor:
-    """The token row of every pair, [P, D]."""
-    return _Gather.apply(x_TD, p)
+    """The token of every row, [R, D]."""
+    return _Gather.apply(x_TD, p.token_R, p.row_P, p.start_T)
 
 
-def combine(out_PD: Tensor, weight_P: Tensor, p: Pairs) -> Tensor:
-    """``y_t = sum of weight_p * out_p`` over the pairs of token t, [T, D]; 0 without pairs."""
-    return _Combine.apply(out_PD, weight_P, p)
+def combine(out_RD: Tensor, weights_TE: Tensor, p: Pairs) -> Tensor:
+    """``y_t = sum over the pairs (t, e) of token t of weights_te * out_r``, [T, D]."""
+    return _Combine.apply(out_RD, weights_TE, *p[2:])
 
 
-def _sum_by_token(rows_PD: Tensor, p: Pairs, weight_P: Tensor | None = None) -> Tensor:
-    if weight_P is not None:
-        weight_P = weight_P[p.place_P]
-    return F.embedding_bag(p.place_P, rows_PD, p.start_T, mode="sum", per_sample_weights=weight_P)
+def sum_by_token(
+    rows_RD: Tensor, row_P: Tensor, start_T: Tensor, weight_P: Tensor | None = None
+) -> Tensor:
+    """Sum of the rows of every token's pairs, each times its weight, [T, D]; 0 without pairs."""
+    return F.embedding_bag(row_P, rows_RD, start_T, mode="sum", per_sample_weights=weight_P)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, p: Pairs) -> Tensor:
-        ctx.pairs = p
-        return x_TD[p.token_P]
+    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, row_P: Tensor, start_T: Tensor) -> Tensor:
+        ctx.save_for_backward(row_P, start_T)
+        return x_TD.index_select(0, token_R)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad_PD,) = grads
-        return _sum_by_token(grad_PD.contiguous(), ctx.pairs), None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return sum_by_token(grads[0].contiguous(), *ctx.saved_tensors), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out_PD: Tensor, weight_P: Tensor, p: Pairs) -> Tensor:
-        ctx.pairs = p
-        ctx.save_for_backward(out_PD, weight_P)
-        return _sum_by_token(out_PD, p, weight_P)
+    def forward(
+        ctx: Any,
+        out_RD: Tensor,
+        weights_TE: Tensor,
+        token_R: Tensor,
+        token_P: Tensor,
+        expert_P: Tensor,
+        row_P: Tensor,
+        start_T: Tensor,
+    ) -> Tensor:
+        weight_P = weights_TE[token_P, expert_P].to(out_RD.dtype)
+        ctx.save_for_backward(out_RD, weight_P, token_R, token_P, expert_P, row_P)
+        ctx.shape, ctx.dtype = weights_TE.shape, weights_TE.dtype
+        return sum_by_token(out_RD, row_P, start_T, weight_P)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        out_PD, weight_P = ctx.saved_tensors
-        grad_PD = grads[0][ctx.pairs.token_P]
-        return grad_PD * weight_P[:, None], (grad_PD * out_PD).sum(1), None
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        out_RD, weight_P, token_R, token_P, expert_P, row_P = ctx.saved_tensors
+        grad_RD = grads[0].index_select(0, token_R)
+        weights_grad_TE = None
+        if ctx.needs_input_grad[1]:
+            dot_R = (grad_RD * out_RD).sum(1, dtype=ctx.dtype)
+            weights_grad_TE = dot_R.new_zeros(ctx.shape)
+            weights_grad_TE[token_P, expert_P] = dot_R[row_P]
+        weight_R = weight_P.new_zeros(len(token_R))  # 0 where a row has no pair: no gradient
+        weight_R[row_P] = weight_P
+        return grad_RD.mul_(weight_R[:, None]), weights_grad_TE, None, None, None, None, None

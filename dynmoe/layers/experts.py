@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.layers import dispatch
+from dynmoe.layers.ffn import read_ffn
+from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
 from dynmoe.layers.routing import Routing
 
 Init = Literal["upcycle", "fresh"]
@@ -24,31 +26,62 @@ Init = Literal["upcycle", "fresh"]
 class Experts(nn.Module):
     """``num_slots`` FFNs made from one: copies of it (``upcycle``) or newly drawn (``fresh``).
 
-    ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself.
+    ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs of two
+    plain linear layers (``ffn.read_ffn``) take the fast path of ``grouped.py``, where ``recompute``
+    holds; others are called one after the other.
     """
 
-    def __init__(self, mlp: nn.Module, num_slots: int, init: Init = "upcycle") -> None:
+    def __init__(
+        self, mlp: nn.Module, num_slots: int, init: Init = "upcycle", recompute: bool = False
+    ) -> None:
         super().__init__()
         self.slots = nn.ModuleList(copy.deepcopy(mlp) for _ in range(num_slots))
+        self.recompute = recompute
         if init == "fresh":
             for slot in self.slots:
                 redraw(slot)
 
     def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
         """Weighted sum of expert outputs for every token, [T, D]. Cost: one FFN row per pair."""
-        p = dispatch.pairs(routing.dispatch_TE)
-        if not any(p.counts):
-            return torch.zeros_like(x_TD)
-        rows = dispatch.gather(x_TD, p).split(p.counts)
-        out_PD = torch.cat(
-            [self.slots[slot](row) for slot, row in zip(live, rows, strict=True) if len(row)]
-        )
-        weight_P = routing.weights_TE[p.token_P, p.expert_P].to(out_PD.dtype)
-        return dispatch.combine(out_PD, weight_P, p)
+        experts = [self.slots[slot] for slot in live]
+        if torch.compiler.is_exporting():
+            return _traceable_forward(experts, x_TD, routing)
+        return _sparse_forward(experts, x_TD, routing, self.recompute)
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
         self.slots = nn.ModuleList(self.slots[slot] for slot in slots)
+
+
+# Loads are new in every step: compiled code would be specialised on them, and compiled again.
+@torch.compiler.disable
+def _sparse_forward(
+    experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing, recompute: bool
+) -> Tensor:
+    ffns = [ffn for expert in experts if (ffn := read_ffn(expert)) is not None]
+    grouped = len(ffns) == len(experts) and len({ffn.kind for ffn in ffns}) == 1
+    p = dispatch.pairs(routing.dispatch_TE, row_multiple(x_TD) if grouped else 1)
+    if not any(p.counts):
+        return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD))
+    if grouped:
+        out_RD = grouped_ffn(x_TD, p, ffns, recompute)
+    else:
+        runs = dispatch.gather(x_TD, p).split(p.counts)
+        out_RD = torch.cat(
+            [expert(run) for expert, run in zip(experts, runs, strict=True) if len(run)]
+        )
+    return dispatch.combine(out_RD, routing.weights_TE, p)
+
+
+def _traceable_forward(experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing) -> Tensor:
+    """The same in operations that ``torch.export`` and ONNX know, for any number of rows."""
+    y_TD = torch.zeros_like(x_TD)
+    for e, expert in enumerate(experts):
+        token_N = routing.dispatch_TE[:, e].nonzero().squeeze(1)
+        out_ND = expert(x_TD.index_select(0, token_N))
+        weight_N1 = routing.weights_TE[:, e].index_select(0, token_N)[:, None]
+        y_TD = y_TD.index_add(0, token_N, weight_N1.to(out_ND.dtype) * out_ND)
+    return y_TD
 
 
 def naive_forward(experts: Experts, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:

@@ -46,7 +46,8 @@ class MoELayer(nn.Module):
     nor vanish during training, so optimizers and checkpoints keep working.
 
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
-    for experts added later with ``init="pretrained"``.
+    for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
+    inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
     """
 
     active_E: Tensor
@@ -60,6 +61,7 @@ class MoELayer(nn.Module):
         max_experts: int | None = None,
         init: Init = "upcycle",
         keep_origin: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         max_experts = num_experts if max_experts is None else max_experts
@@ -67,10 +69,10 @@ class MoELayer(nn.Module):
             raise ValueError(f"expected 1 <= num_experts ({num_experts}) <= max ({max_experts})")
         self.dim = dim
         self.router = router(dim, max_experts)
-        self.experts = Experts(mlp, max_experts, init)
+        self.experts = Experts(mlp, max_experts, init, recompute)
         self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None
         self.register_buffer("active_E", torch.arange(max_experts) < num_experts)
-        self._live: tuple[int, ...] | None = None
+        self._live = tuple(range(num_experts))
         self._tape: list[Routed] | None = None
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
@@ -95,17 +97,15 @@ class MoELayer(nn.Module):
     @property
     def live(self) -> tuple[int, ...]:
         """The slots that hold an expert, ascending."""
-        if self._live is None:
-            self._live = tuple(self.active_E.nonzero().flatten().tolist())
         return self._live
 
-    def _forget_live(self) -> None:
-        # The slots are cached on the host: reading the buffer at each forward would be a sync.
-        self._live = None
+    def _read_live(self) -> None:
+        # The slots are kept on the host: reading the buffer at each forward would be a sync.
+        self._live = tuple(self.active_E.nonzero().flatten().tolist())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._forget_live()
+        self._read_live()
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
         """Parameters of one slot of an adaptive layer: direction, threshold and FFN."""
@@ -121,7 +121,7 @@ class MoELayer(nn.Module):
         if slot not in self.live or len(self.live) == 1:
             raise ValueError(f"cannot remove slot {slot}: the living experts are {self.live}")
         self.active_E[slot] = False
-        self._forget_live()
+        self._read_live()
 
     @torch.no_grad()
     def add_expert(
@@ -164,7 +164,7 @@ class MoELayer(nn.Module):
         assert isinstance(self.router, TopAnyRouter)
         self.router.point(slot, direction_D)
         self.active_E[slot] = True
-        self._forget_live()
+        self._read_live()
 
     def compact(self) -> MoELayer:
         """A copy without the empty slots: equal outputs, fewer parameters. For export."""
@@ -174,7 +174,7 @@ class MoELayer(nn.Module):
             layer.router.keep(self.live)
         layer.origin = None
         layer.active_E = self.active_E[list(self.live)].clone()
-        layer._forget_live()
+        layer._read_live()
         return layer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -146,8 +147,18 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "parameters", f"{summary.total_parameters:,}, all of them active (no MoE layer)"
     yield "training loss", f"{_number(summary.loss, '.4f')} (mean over the last window)"
     yield "speed", f"{_number(summary.steps_per_second, '.2f')} steps/s on {summary.run['device']}"
+    yield "runtime", _runtime(summary.run)
     yield "peak memory", _number(summary.peak_memory, ".2f", " GiB")
     yield "figures", ", ".join(summary.figures) or "none"
+
+
+def _runtime(run: dict[str, Any]) -> str:
+    settings = run["runtime"]
+    attention = "fused" if settings["fused_attention"] else "plain"
+    return (
+        f"{run['threads']} threads, matmul precision {settings['matmul_precision']}, "
+        f"malloc {settings['malloc']}, {attention} attention"
+    )
 
 
 def _step(summary: Summary) -> str:

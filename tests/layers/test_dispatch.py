@@ -78,13 +78,31 @@ def test_live_slots_need_not_be_the_first_ones() -> None:
     )
 
 
-def test_gradcheck_of_gather_and_combine() -> None:
-    p = dispatch.pairs(random_mask(6, 4, 0.5))
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_gradcheck_of_gather_and_combine(multiple: int) -> None:
+    p = dispatch.pairs(random_mask(6, 4, 0.5), multiple)
     x_TD = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    weight_P = torch.rand(len(p.token_P), dtype=torch.float64, requires_grad=True)
+    weights_TE = torch.rand(6, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x, w: dispatch.combine(dispatch.gather(x, p).sin(), w, p), (x_TD, weight_P)
+        lambda x, w: dispatch.combine(dispatch.gather(x, p).sin(), w, p), (x_TD, weights_TE)
     )
+
+
+@pytest.mark.parametrize("multiple", [1, 3, 8])
+@pytest.mark.parametrize("name", MASKS)
+def test_pairs_name_every_routed_pair_once(name: str, multiple: int) -> None:
+    mask_TE = MASKS[name]
+    p = dispatch.pairs(mask_TE, multiple)
+    expected = [(t, e) for t in range(len(mask_TE)) for e in range(mask_TE.shape[1])]
+    expected = [(t, e) for t, e in expected if mask_TE[t, e]]
+    assert list(zip(p.token_P.tolist(), p.expert_P.tolist(), strict=True)) == expected
+    assert p.start_T.tolist() == [sum(t < u for t, _ in expected) for u in range(len(mask_TE))]
+    assert p.counts == [-(-n // multiple) * multiple for n in mask_TE.sum(0).tolist()]
+    assert p.end_E.tolist() == torch.tensor(p.counts).cumsum(0).tolist()
+    assert p.token_R[p.row_P].equal(p.token_P)
+    assert len(set(p.row_P.tolist())) == len(expected)
+    for (_, e), row in zip(expected, p.row_P.tolist(), strict=True):
+        assert p.end_E[e] - p.counts[e] <= row < p.end_E[e]
 
 
 def test_cost_is_one_row_per_pair() -> None:

@@ -38,6 +38,8 @@ def write_synthetic_run(path: Path, layers: int, max_experts: int) -> RunFolder:
             "hparams_seed": 0,
             "steps": STEPS,
             "device": "cpu",
+            "threads": 2,
+            "runtime": {"matmul_precision": "medium", "malloc": "tuned", "fused_attention": False},
             "parameters": {"other": 21_000_000, "layers": dict.fromkeys(names, size)},
             "start_experts": dict.fromkeys(names, 3),
             "baseline": {"name": "linear classifier on pixels", "env0_in_acc": 0.412},

@@ -1,0 +1,224 @@
+"""Many FFNs on one list of rows sorted by expert, at the cost of one dense FFN on as many rows.
+
+Kept for the backward pass are the tokens [T, D], the pre-activations [R, H] and, unless
+``recompute``, the hidden activations [R, H]: what a dense FFN keeps. No padding to a capacity;
+nothing is computed, kept or differentiated for an expert without rows.
+
+Shape suffixes: T tokens, E experts, R rows sorted by expert, N rows of one expert, D model width,
+H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dynmoe.layers.dispatch import Pairs, sum_by_token
+from dynmoe.layers.ffn import FFN, Activation
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The autocast dtype where there is one, else the dtype of ``x``."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def row_multiple(x: Tensor) -> int:
+    """What the rows of each expert are best rounded up to.
+
+    On a CPU, oneDNN compiles a kernel for every new shape, 1 to 3 ms each, and keeps the last 1024.
+    Loads are new in every step: unrounded, a step of small products is ten times slower
+    (docs/PERFORMANCE.md). Multiples of 8 make few shapes, and at most 7 rows of an expert are
+    computed in vain. fp32 products at precision "highest" and fp64 go to a BLAS that compiles
+    nothing.
+    """
+    if x.device.type != "cpu":
+        return 1
+    dtype, precision = compute_dtype(x), torch.get_float32_matmul_precision()
+    blas = dtype == torch.float64 or (dtype == torch.float32 and precision == "highest")
+    return 1 if blas else 8
+
+
+def uses_grouped_mm(x: Tensor, hidden: int) -> bool:
+    """Whether ``grouped_mm`` does the products, rather than one product per expert.
+
+    It is one kernel for bf16 from SM 9.0 on, and a loop elsewhere; there, and on CPUs, products
+    written into slices are at least as fast, add the bias on the way and know every dtype.
+    """
+    return (
+        x.device.type == "cuda"
+        and compute_dtype(x) == torch.bfloat16
+        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        and x.shape[1] % 8 == hidden % 8 == 0  # rows must start at multiples of 16 bytes
+    )
+
+
+class _Setting(NamedTuple):
+    counts: list[int]
+    activation: Activation
+    dropout: float
+    keep_pre: bool
+    keep_act: bool
+
+    def runs(self) -> Iterator[tuple[int, slice]]:
+        """Every expert with rows, and its slice of them."""
+        start = 0
+        for e, count in enumerate(self.counts):
+            if count:
+                yield e, slice(start, start + count)
+            start += count
+
+    def hidden(self, pre: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Activation and dropout; the dropout's mask."""
+        act = self.activation.forward(pre)
+        return torch.native_dropout(act, self.dropout, True) if self.dropout else (act, None)
+
+    def hidden_again(self, pre: Tensor, mask: Tensor | None) -> Tensor:
+        act = self.activation.forward(pre)
+        return act if mask is None else act.mul_(mask).div_(1 - self.dropout)
+
+    def backward(self, grad: Tensor, pre: Tensor, mask: Tensor | None) -> Tensor:
+        """Through dropout and activation, in place."""
+        if mask is not None:
+            grad.mul_(mask).div_(1 - self.dropout)
+        return self.activation.backward(grad, pre, grad_input=grad)
+
+
+def grouped_ffn(x_TD: Tensor, p: Pairs, ffns: Sequence[FFN], recompute: bool) -> Tensor:
+    """The output of every row's expert on its token, [R, D], in ``compute_dtype``.
+
+    ``ffns`` are the experts of ``p.counts``, equal but for their weights.
+    """
+    dtype = compute_dtype(x_TD)
+    first = ffns[0]
+    grouped = uses_grouped_mm(x_TD, len(first.w1_HD))
+    keep = torch.is_grad_enabled()
+    setting = _Setting(
+        p.counts, first.activation, first.hidden_dropout, keep, keep and not recompute
+    )
+    with torch.autocast(x_TD.device.type, enabled=False):
+        weights = [
+            w if w is None or not (count or grouped) else w.to(dtype)
+            for ffn, count in zip(ffns, p.counts, strict=True)
+            for w in ffn[:4]
+        ]
+        function = _GroupedMM if grouped else _PerExpert
+        where = (p.end_E, p.token_R, p.row_P, p.start_T)
+        out_RD = function.apply(setting, x_TD.to(dtype), *where, *weights)
+        return F.dropout(out_RD, first.output_dropout)
+
+
+class _PerExpert(torch.autograd.Function):
+    """One product after the other, each on its expert's slice of the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, s: _Setting, x_TD: Tensor, *rest: Any) -> Tensor:
+        _, token_R, row_P, start_T, *weights = rest
+        out_RD = x_TD.new_empty(len(token_R), x_TD.shape[1])
+        kept: list[Tensor | None] = []
+        for e, run in s.runs():
+            w1, b1, w2, b2 = weights[4 * e : 4 * e + 4]
+            pre_NH = F.linear(x_TD.index_select(0, token_R[run]), w1, b1)
+            act_NH, mask_NH = s.hidden(pre_NH)
+            if b2 is None:
+                torch.mm(act_NH, w2.t(), out=out_RD[run])
+            else:
+                torch.addmm(b2, act_NH, w2.t(), out=out_RD[run])
+            if s.keep_pre:
+                kept += [pre_NH, act_NH if s.keep_act else None, mask_NH]
+        ctx.setting = s
+        ctx.save_for_backward(x_TD, token_R, row_P, start_T, *weights, *kept)
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        s: _Setting = ctx.setting
+        x_TD, token_R, row_P, start_T, *rest = ctx.saved_tensors
+        weights, kept = rest[: 4 * len(s.counts)], iter(rest[4 * len(s.counts) :])
+        needs_x, needs_w = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
+        w_grads: list[Tensor | None] = [None] * len(weights)
+        grad_RD = grads[0].contiguous()
+        rows_grad_RD = torch.empty_like(grad_RD)
+        for e, run in s.runs():
+            w1, _, w2, _ = weights[4 * e : 4 * e + 4]
+            need_w1, need_b1, need_w2, need_b2 = needs_w[4 * e : 4 * e + 4]
+            pre_NH, act_NH, mask_NH = next(kept), next(kept), next(kept)
+            grad_ND = grad_RD[run]
+            if need_w2:
+                if act_NH is None:
+                    act_NH = s.hidden_again(pre_NH, mask_NH)
+                w_grads[4 * e + 2] = grad_ND.t() @ act_NH
+            if need_b2:
+                w_grads[4 * e + 3] = grad_ND.sum(0)
+            grad_NH = s.backward(grad_ND @ w2, pre_NH, mask_NH)
+            if need_w1:
+                w_grads[4 * e] = grad_NH.t() @ x_TD.index_select(0, token_R[run])
+            if need_b1:
+                w_grads[4 * e + 1] = grad_NH.sum(0)
+            if needs_x:
+                torch.mm(grad_NH, w1, out=rows_grad_RD[run])
+        x_grad_TD = sum_by_token(rows_grad_RD, row_P, start_T) if needs_x else None
+        return None, x_grad_TD, None, None, None, None, *w_grads
+
+
+class _GroupedMM(torch.autograd.Function):
+    """All experts' products in one ``grouped_mm``, on stacked weights."""
+
+    @staticmethod
+    def forward(ctx: Any, s: _Setting, x_TD: Tensor, *rest: Any) -> Tensor:
+        end_E, token_R, row_P, start_T, *weights = rest
+        end_E = end_E.int()
+        w1_EHD, w2_EDH = torch.stack(weights[0::4]), torch.stack(weights[2::4])
+        pre_RH = F.grouped_mm(x_TD.index_select(0, token_R), w1_EHD.transpose(1, 2), offs=end_E)
+        _add_biases(s, pre_RH, weights[1::4])
+        act_RH, mask_RH = s.hidden(pre_RH)
+        out_RD = F.grouped_mm(act_RH, w2_EDH.transpose(1, 2), offs=end_E)
+        _add_biases(s, out_RD, weights[3::4])
+        ctx.setting = s
+        kept = (pre_RH, act_RH if s.keep_act else None, mask_RH)
+        ctx.save_for_backward(x_TD, end_E, token_R, row_P, start_T, w1_EHD, w2_EDH, *kept)
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        s: _Setting = ctx.setting
+        x_TD, end_E, token_R, row_P, start_T, w1_EHD, w2_EDH, *kept = ctx.saved_tensors
+        pre_RH, act_RH, mask_RH = kept
+        needs_x, needs_w = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
+        w_grads: list[Tensor | None] = [None] * len(needs_w)
+        grad_RD = grads[0].contiguous()
+        if any(needs_w[2::4]):
+            if act_RH is None:
+                act_RH = s.hidden_again(pre_RH, mask_RH)
+            w_grads[2::4] = F.grouped_mm(grad_RD.t(), act_RH, offs=end_E)
+        grad_RH = s.backward(F.grouped_mm(grad_RD, w2_EDH, offs=end_E), pre_RH, mask_RH)
+        if any(needs_w[0::4]):
+            rows_RD = x_TD.index_select(0, token_R)
+            w_grads[0::4] = F.grouped_mm(grad_RH.t(), rows_RD, offs=end_E)
+        for e, run in s.runs():
+            w_grads[4 * e + 1] = grad_RH[run].sum(0) if needs_w[4 * e + 1] else None
+            w_grads[4 * e + 3] = grad_RD[run].sum(0) if needs_w[4 * e + 3] else None
+        x_grad_TD = None
+        if needs_x:
+            rows_grad_RD = F.grouped_mm(grad_RH, w1_EHD, offs=end_E)
+            x_grad_TD = sum_by_token(rows_grad_RD, row_P, start_T)
+        # An expert without rows has no gradient, not a zero one: no optimizer pass.
+        w_grads = [
+            g if need and s.counts[i // 4] else None
+            for i, (g, need) in enumerate(zip(w_grads, needs_w, strict=True))
+        ]
+        return None, x_grad_TD, None, None, None, None, *w_grads
+
+
+def _add_biases(s: _Setting, rows: Tensor, biases: Sequence[Tensor | None]) -> None:
+    for e, run in s.runs():
+        bias = biases[e]
+        if bias is not None:
+            rows[run] += bias

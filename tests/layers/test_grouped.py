@@ -1,0 +1,330 @@
+"""Every path through the experts equals the naive loop over tokens, in values and all gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynmoe.layers import dispatch, grouped
+from dynmoe.layers.experts import Experts, naive_forward
+from dynmoe.layers.ffn import read_ffn
+from dynmoe.layers.routing import Routing
+
+D, H = 8, 16
+PATHS = ["per expert", "rounded up", "grouped_mm", "any module"]
+
+
+class Doubled(nn.Module):
+    """An FFN that ``read_ffn`` does not know."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.mlp(x)
+
+
+@pytest.fixture
+def take(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """Choose the path by name; returns the FFN to make experts of."""
+
+    def choose(path: str, mlp: nn.Module) -> nn.Module:
+        monkeypatch.setattr(grouped, "uses_grouped_mm", lambda *a: path == "grouped_mm")
+        monkeypatch.setattr(
+            "dynmoe.layers.experts.row_multiple", lambda x: 8 if path == "rounded up" else 1
+        )
+        return Doubled(mlp) if path == "any module" else mlp
+
+    yield choose
+
+
+def sequential(act: nn.Module, bias: bool = True) -> nn.Module:
+    return nn.Sequential(nn.Linear(D, H, bias), act, nn.Linear(H, D, bias))
+
+
+def make_experts(mlp: nn.Module, num: int, dtype: torch.dtype, recompute: bool = False) -> Experts:
+    torch.manual_seed(0)
+    experts = Experts(mlp, num, "fresh", recompute).to(dtype)
+    for p in experts.parameters():
+        p.data.add_(torch.randn_like(p) * 0.3)
+    return experts
+
+
+def make_routing(mask_TE: Tensor, dtype: torch.dtype) -> Routing:
+    generator = torch.Generator().manual_seed(1)
+    weights_TE = torch.rand(mask_TE.shape, generator=generator, dtype=dtype) * mask_TE
+    weights_TE.requires_grad_()
+    return Routing(
+        weights_TE, mask_TE, weights_TE.detach(), ~mask_TE.any(1), torch.zeros(()), mask_TE
+    )
+
+
+def random_mask(tokens: int, experts: int, share: float, seed: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(tokens, experts, generator=generator) < share
+
+
+class Result(NamedTuple):
+    y_TD: Tensor
+    grads: list[Tensor | None]
+
+
+def run(experts: Experts, routing: Routing, x_TD: Tensor, naive: bool = False) -> Result:
+    live = tuple(range(routing.mask_TE.shape[1]))
+    x_TD = x_TD.clone().requires_grad_()
+    y_TD = naive_forward(experts, x_TD, routing, live) if naive else experts(x_TD, routing, live)
+    inputs = [x_TD, routing.weights_TE, *experts.parameters()]
+    if not y_TD.requires_grad:
+        return Result(y_TD, [None] * len(inputs))
+    grads = torch.autograd.grad(y_TD.double().sin().sum(), inputs, allow_unused=True)
+    return Result(y_TD, list(grads))
+
+
+def assert_same(got: Result, expected: Result, **tolerance: float) -> None:
+    torch.testing.assert_close(got.y_TD, expected.y_TD, **tolerance)
+    for g, e in zip(got.grads, expected.grads, strict=True):
+        assert (g is None) == (e is None)  # an expert without tokens has no gradient, not zeros
+        if g is not None and e is not None:
+            torch.testing.assert_close(g, e, **tolerance)
+
+
+ACTIVATIONS = [nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), nn.SiLU()]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("act", "bias"), [*product(ACTIVATIONS, [True]), (nn.GELU(), False)], ids=str
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_equals_naive(path: str, act: nn.Module, bias: bool, recompute: bool, take) -> None:  # type: ignore[no-untyped-def]
+    dtype = torch.float32 if path == "grouped_mm" else torch.float64  # which it does not know
+    mlp = take(path, sequential(act, bias))
+    experts = make_experts(mlp, 5, dtype, recompute)
+    mask_TE = random_mask(37, 5, 0.4)
+    mask_TE[:, 3] = False
+    mask_TE[5] = False
+    x_TD = torch.randn(37, D, dtype=dtype)
+    routing = make_routing(mask_TE, dtype)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 if dtype == torch.float32 else 1e-12}
+    expected = run(experts, routing, x_TD, naive=True)
+    assert_same(run(experts, routing, x_TD), expected, **tolerance)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    experts=st.sampled_from([1, 2, 5, 64]),
+    share=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_routing_equals_naive(
+    path: str, tokens: int, experts: int, share: float, seed: int
+) -> None:
+    dtype = torch.float32 if path == "grouped_mm" else torch.float64
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "uses_grouped_mm", lambda *a: path == "grouped_mm")
+        patch.setattr(
+            "dynmoe.layers.experts.row_multiple", lambda x: 8 if path == "rounded up" else 1
+        )
+        mlp = sequential(nn.GELU())
+        pool = make_experts(Doubled(mlp) if path == "any module" else mlp, experts, dtype)
+        routing = make_routing(random_mask(tokens, experts, share, seed), dtype)
+        x_TD = torch.randn(tokens, D, dtype=dtype)
+        tolerance = {"rtol": 2e-5, "atol": 2e-5 if dtype == torch.float32 else 1e-12}
+        assert_same(run(pool, routing, x_TD), run(pool, routing, x_TD, naive=True), **tolerance)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_bf16_is_as_close_to_fp64_as_the_naive_loop(path: str, take) -> None:  # type: ignore[no-untyped-def]
+    """1e-3 on top of what rounding to bf16 costs the naive loop itself, by relative norm."""
+    mlp = take(path, sequential(nn.GELU()))
+    exact = make_experts(mlp, 4, torch.float64)
+    low = copy.deepcopy(exact).bfloat16()
+    exact.load_state_dict({k: v.double() for k, v in low.state_dict().items()})
+    mask_TE = random_mask(60, 4, 0.5)
+    x_TD = torch.randn(60, D).bfloat16()
+    low_routing = make_routing(mask_TE, torch.bfloat16)
+    weights_TE = low_routing.weights_TE.detach().double().requires_grad_()
+    truth = run(exact, low_routing._replace(weights_TE=weights_TE), x_TD.double(), naive=True)
+    ours, naive = run(low, low_routing, x_TD), run(low, low_routing, x_TD, naive=True)
+
+    def error(a: Tensor, b: Tensor) -> float:
+        return float((a.double() - b).norm() / b.norm())
+
+    for a, b, c in zip(
+        [ours.y_TD, *ours.grads],
+        [naive.y_TD, *naive.grads],
+        [truth.y_TD, *truth.grads],
+        strict=True,
+    ):
+        assert a is not None and b is not None and c is not None and a.dtype == torch.bfloat16
+        assert error(a, c) <= 1.1 * error(b, c) + 1e-3
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_autocast_computes_in_bf16_and_gives_fp32_gradients(path: str, take) -> None:  # type: ignore[no-untyped-def]
+    experts = make_experts(take(path, sequential(nn.GELU())), 4, torch.float32)
+    routing, x_TD = make_routing(random_mask(20, 4, 0.5), torch.float32), torch.randn(20, D)
+    full = run(experts, routing, x_TD)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = run(experts, routing, x_TD)
+    assert low.y_TD.dtype == torch.bfloat16
+    for a, b in zip([low.y_TD, *low.grads], [full.y_TD, *full.grads], strict=True):
+        assert a is not None and b is not None
+        torch.testing.assert_close(a.float(), b, atol=0.15, rtol=0.1)
+    assert all(g is not None and g.dtype == torch.float32 for g in low.grads)
+
+
+@pytest.mark.parametrize("path", ["per expert", "rounded up", "grouped_mm"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_is_drawn_once_for_both_passes(path: str, recompute: bool, take) -> None:  # type: ignore[no-untyped-def]
+    """With all-ones weights the dropped units show: the gradient is that of the units kept."""
+    mlp = take(path, nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Dropout(0.5), nn.Linear(H, D)))
+    experts = make_experts(mlp, 1, torch.float32, recompute)
+    routing = make_routing(torch.ones(6, 1).bool(), torch.float32)
+    x_TD = torch.rand(6, D)
+    torch.manual_seed(3)
+    got = run(experts, routing, x_TD)
+    torch.manual_seed(3)
+    rows = x_TD[torch.zeros(8 - 6).long()] if path == "rounded up" else x_TD[:0]
+    fc1, _, _, fc2 = experts.slots[0]
+    padded_TD = torch.cat([x_TD, rows]).requires_grad_()
+    act = torch.native_dropout(fc1(padded_TD).relu(), 0.5, True)[0]
+    y_TD = fc2(act)[:6] * routing.weights_TE
+    expected = torch.autograd.grad(y_TD.double().sin().sum(), [padded_TD, fc1.weight, fc2.weight])
+    torch.testing.assert_close(got.y_TD, y_TD)
+    torch.testing.assert_close(got.grads[0], expected[0][:6])
+    torch.testing.assert_close(got.grads[2], expected[1])
+    torch.testing.assert_close(got.grads[4], expected[2])
+    experts.eval()
+    assert run(experts, routing, x_TD).y_TD.equal(run(experts, routing, x_TD).y_TD)
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    experts = make_experts(sequential(nn.GELU()), 3, torch.float64)
+    experts.slots[1].requires_grad_(False)
+    routing = make_routing(random_mask(9, 3, 0.7), torch.float64)
+    x_TD = torch.randn(9, D, dtype=torch.float64)  # itself without gradient
+    experts(x_TD, routing, range(3)).sum().backward()
+    assert all(p.grad is None for p in experts.slots[1].parameters())
+    assert all(p.grad is not None for p in experts.slots[2].parameters())
+
+
+def test_one_layer_used_twice_before_backward() -> None:
+    experts = make_experts(sequential(nn.GELU()), 3, torch.float64)
+    first, second = (make_routing(random_mask(9, 3, 0.5, s), torch.float64) for s in (5, 6))
+    x_TD = torch.randn(9, D, dtype=torch.float64)
+
+    def grads(forward) -> list[Tensor]:  # type: ignore[no-untyped-def]
+        y_TD = forward(forward(x_TD, first), second)
+        return list(torch.autograd.grad(y_TD.sum(), list(experts.parameters())))
+
+    got = grads(lambda x, r: experts(x, r, range(3)))
+    expected = grads(lambda x, r: naive_forward(experts, x, r, range(3)))
+    torch.testing.assert_close(got, expected)
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operations, and the largest tensor they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+SYNCHRONISING = (
+    "nonzero.default",
+    "_local_scalar_dense",
+    "masked_select",
+    "item",
+    "equal",
+    "unique",
+)
+
+
+@pytest.mark.parametrize("path", ["per expert", "rounded up", "grouped_mm"])
+def test_one_host_synchronisation_a_layer(path: str, take) -> None:  # type: ignore[no-untyped-def]
+    """``tolist`` reads all counts in one copy; nothing after it asks the device for a size."""
+    experts = make_experts(take(path, sequential(nn.GELU())), 4, torch.float32)
+    routing = make_routing(random_mask(50, 4, 0.5), torch.float32)
+    with Recorded() as recorded:
+        result = run(experts, routing, torch.randn(50, D))
+    assert result.y_TD.shape == (50, D)
+    asked = [n for n in recorded.names if any(word in n for word in SYNCHRONISING)]
+    # On a CPU each of the 4 counts of the one tolist() is read by itself.
+    assert asked == ["aten._local_scalar_dense.default"] * 4 or not asked
+
+
+def test_no_tensor_of_all_tokens_times_all_experts_times_width() -> None:
+    tokens, num = 200, 16
+    experts = make_experts(sequential(nn.GELU()), num, torch.float32)
+    routing = make_routing(random_mask(tokens, num, 1 / num), torch.float32)
+    with Recorded() as recorded:
+        run(experts, routing, torch.randn(tokens, D))
+    assert recorded.largest <= max(routing.mask_TE.sum() * H, tokens * num)
+
+
+def test_read_ffn_refuses_what_is_not_two_plain_layers() -> None:
+    assert read_ffn(Mlp(D, H)) is not None
+    assert read_ffn(Mlp(D, H, drop=0.2)).hidden_dropout == 0.2  # type: ignore[union-attr]
+    assert read_ffn(Mlp(D, H, drop=0.2).eval()).hidden_dropout == 0.0  # type: ignore[union-attr]
+    assert read_ffn(Mlp(D, H, norm_layer=nn.LayerNorm)) is None
+    assert read_ffn(Mlp(D, H, act_layer=nn.Tanh)) is None
+    assert read_ffn(nn.Sequential(nn.Linear(D, D), nn.GELU())) is None
+    assert read_ffn(nn.Sequential(nn.Dropout(0.1), *sequential(nn.GELU()))) is None
+    hooked = Mlp(D, H)
+    hooked.fc1.register_forward_hook(lambda *a: None)
+    assert read_ffn(hooked) is None
+    adapted = Mlp(D, H)
+    nn.utils.parametrizations.weight_norm(adapted.fc1)
+    assert read_ffn(adapted) is None
+
+
+def test_experts_that_are_not_alike_are_called_one_by_one() -> None:
+    experts = make_experts(sequential(nn.GELU()), 3, torch.float64)
+    experts.slots[1][1] = nn.ReLU()
+    routing, x_TD = make_routing(random_mask(9, 3, 0.6), torch.float64), torch.randn(9, D).double()
+    assert_same(run(experts, routing, x_TD), run(experts, routing, x_TD, naive=True))
+
+
+def test_rows_are_rounded_where_every_shape_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TD = torch.zeros(1, 1)
+    for precision, multiple in (("highest", 1), ("medium", 8)):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda p=precision: p)
+        assert grouped.row_multiple(x_TD) == multiple
+        assert grouped.row_multiple(x_TD.double()) == 1
+        assert grouped.row_multiple(x_TD.bfloat16()) == 8
+        assert grouped.row_multiple(x_TD.to("meta")) == 1
+
+
+def test_rows_without_a_pair_change_nothing() -> None:
+    """Even if token 0, which fills them, is routed nowhere."""
+    mask_TE = random_mask(11, 3, 0.5)
+    mask_TE[0] = False
+    p = dispatch.pairs(mask_TE, 8)
+    out_RD = torch.randn(len(p.token_R), D, requires_grad=True)
+    y_TD = dispatch.combine(out_RD, torch.ones(11, 3), p)
+    assert y_TD[0].eq(0).all()
+    (grad_RD,) = torch.autograd.grad(y_TD.sum(), out_RD)
+    assert grad_RD.sum(1).ne(0).sum() == mask_TE.sum()
