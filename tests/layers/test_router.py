@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from dynmoe.layers import CosineTopKRouter, TopAnyRouter, TopKRouter
+from dynmoe.layers.routing import cosine
 
 DIM, SLOTS = 8, 4
 LIVE = tuple(range(SLOTS))
@@ -285,3 +286,11 @@ def test_gmoe_aux_against_a_slow_reference(x_TD: torch.Tensor) -> None:
 def test_impossible_k_is_refused(kwargs: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected 1 to the number of experts, 4"):
         TopKRouter(DIM, SLOTS, **kwargs)
+
+
+def test_gradient_of_cosine() -> None:
+    x_TD = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    w_ED = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(cosine, (x_TD, w_ED))
+    expected = F.cosine_similarity(x_TD[:, None], w_ED[None], dim=2)
+    torch.testing.assert_close(cosine(x_TD, w_ED), expected)
