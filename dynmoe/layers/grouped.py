@@ -10,7 +10,8 @@ H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ from torch.nn import functional as F
 
 from dynmoe.layers.dispatch import Pairs, sum_by_token
 from dynmoe.layers.ffn import FFN, Activation
+
+CHUNK = 8 * 2**20
+"""Bytes of hidden activations that products of several experts are computed for together: few
+operations where loads are small, and not more than the last cache of a CPU holds."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -58,27 +63,44 @@ def uses_grouped_mm(x: Tensor, hidden: int) -> bool:
     )
 
 
+class _Chunk(NamedTuple):
+    """Rows of consecutive experts that are gathered and activated together."""
+
+    rows: slice
+    runs: list[tuple[int, slice]]
+    """Its experts, and each one's slice of these rows."""
+
+
+def _chunks(counts: Sequence[int], longest: int) -> list[_Chunk]:
+    """Pack the experts with rows into chunks of at most ``longest`` rows, or of one expert."""
+    groups: list[list[tuple[int, int, int]]] = []
+    for e, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
+        if count:
+            if not groups or end - groups[-1][0][1] > longest:
+                groups.append([])
+            groups[-1].append((e, end - count, end))
+    return [
+        _Chunk(slice(start, group[-1][2]), [(e, slice(a - start, b - start)) for e, a, b in group])
+        for group in groups
+        for start in [group[0][1]]
+    ]
+
+
 class _Setting(NamedTuple):
     counts: list[int]
+    chunks: list[_Chunk]
+    hidden: int
     activation: Activation
     dropout: float
     keep_pre: bool
     keep_act: bool
 
-    def runs(self) -> Iterator[tuple[int, slice]]:
-        """Every expert with rows, and its slice of them."""
-        start = 0
-        for e, count in enumerate(self.counts):
-            if count:
-                yield e, slice(start, start + count)
-            start += count
-
-    def hidden(self, pre: Tensor) -> tuple[Tensor, Tensor | None]:
+    def activate(self, pre: Tensor) -> tuple[Tensor, Tensor | None]:
         """Activation and dropout; the dropout's mask."""
         act = self.activation.forward(pre)
         return torch.native_dropout(act, self.dropout, True) if self.dropout else (act, None)
 
-    def hidden_again(self, pre: Tensor, mask: Tensor | None) -> Tensor:
+    def activate_again(self, pre: Tensor, mask: Tensor | None) -> Tensor:
         act = self.activation.forward(pre)
         return act if mask is None else act.mul_(mask).div_(1 - self.dropout)
 
@@ -98,8 +120,15 @@ def grouped_ffn(x_TD: Tensor, p: Pairs, ffns: Sequence[FFN], recompute: bool) ->
     first = ffns[0]
     grouped = uses_grouped_mm(x_TD, len(first.w1_HD))
     keep = torch.is_grad_enabled()
+    hidden_bytes = len(first.w1_HD) * dtype.itemsize
     setting = _Setting(
-        p.counts, first.activation, first.hidden_dropout, keep, keep and not recompute
+        p.counts,
+        _chunks(p.counts, sum(p.counts) if grouped else CHUNK // hidden_bytes),
+        len(first.w1_HD),
+        first.activation,
+        first.hidden_dropout,
+        keep,
+        keep and not recompute,
     )
     with torch.autocast(x_TD.device.type, enabled=False):
         weights = [
@@ -121,14 +150,14 @@ class _PerExpert(torch.autograd.Function):
         _, token_R, row_P, start_T, *weights = rest
         out_RD = x_TD.new_empty(len(token_R), x_TD.shape[1])
         kept: list[Tensor | None] = []
-        for e, run in s.runs():
-            w1, b1, w2, b2 = weights[4 * e : 4 * e + 4]
-            pre_NH = F.linear(x_TD.index_select(0, token_R[run]), w1, b1)
-            act_NH, mask_NH = s.hidden(pre_NH)
-            if b2 is None:
-                torch.mm(act_NH, w2.t(), out=out_RD[run])
-            else:
-                torch.addmm(b2, act_NH, w2.t(), out=out_RD[run])
+        for rows, runs in s.chunks:
+            x_ND, out_ND = x_TD.index_select(0, token_R[rows]), out_RD[rows]
+            pre_NH = x_TD.new_empty(len(x_ND), s.hidden)
+            for e, run in runs:
+                _linear(x_ND[run], weights[4 * e], weights[4 * e + 1], out=pre_NH[run])
+            act_NH, mask_NH = s.activate(pre_NH)
+            for e, run in runs:
+                _linear(act_NH[run], weights[4 * e + 2], weights[4 * e + 3], out=out_ND[run])
             if s.keep_pre:
                 kept += [pre_NH, act_NH if s.keep_act else None, mask_NH]
         ctx.setting = s
@@ -141,30 +170,38 @@ class _PerExpert(torch.autograd.Function):
         s: _Setting = ctx.setting
         x_TD, token_R, row_P, start_T, *rest = ctx.saved_tensors
         weights, kept = rest[: 4 * len(s.counts)], iter(rest[4 * len(s.counts) :])
-        needs_x, needs_w = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
+        needs_x, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
         w_grads: list[Tensor | None] = [None] * len(weights)
         grad_RD = grads[0].contiguous()
         rows_grad_RD = torch.empty_like(grad_RD)
-        for e, run in s.runs():
-            w1, _, w2, _ = weights[4 * e : 4 * e + 4]
-            need_w1, need_b1, need_w2, need_b2 = needs_w[4 * e : 4 * e + 4]
+        for rows, runs in s.chunks:
             pre_NH, act_NH, mask_NH = next(kept), next(kept), next(kept)
-            grad_ND = grad_RD[run]
-            if need_w2:
-                if act_NH is None:
-                    act_NH = s.hidden_again(pre_NH, mask_NH)
-                w_grads[4 * e + 2] = grad_ND.t() @ act_NH
-            if need_b2:
-                w_grads[4 * e + 3] = grad_ND.sum(0)
-            grad_NH = s.backward(grad_ND @ w2, pre_NH, mask_NH)
-            if need_w1:
-                w_grads[4 * e] = grad_NH.t() @ x_TD.index_select(0, token_R[run])
-            if need_b1:
-                w_grads[4 * e + 1] = grad_NH.sum(0)
-            if needs_x:
-                torch.mm(grad_NH, w1, out=rows_grad_RD[run])
+            if act_NH is None:
+                act_NH = s.activate_again(pre_NH, mask_NH)
+            grad_ND, grad_NH = grad_RD[rows], torch.empty_like(pre_NH)
+            for e, run in runs:
+                if needs[4 * e + 2]:
+                    w_grads[4 * e + 2] = grad_ND[run].t() @ act_NH[run]
+                if needs[4 * e + 3]:
+                    w_grads[4 * e + 3] = grad_ND[run].sum(0)
+                torch.mm(grad_ND[run], weights[4 * e + 2], out=grad_NH[run])
+            s.backward(grad_NH, pre_NH, mask_NH)
+            x_ND, rows_grad_ND = x_TD.index_select(0, token_R[rows]), rows_grad_RD[rows]
+            for e, run in runs:
+                if needs[4 * e]:
+                    w_grads[4 * e] = grad_NH[run].t() @ x_ND[run]
+                if needs[4 * e + 1]:
+                    w_grads[4 * e + 1] = grad_NH[run].sum(0)
+                if needs_x:
+                    torch.mm(grad_NH[run], weights[4 * e], out=rows_grad_ND[run])
         x_grad_TD = sum_by_token(rows_grad_RD, row_P, start_T) if needs_x else None
         return None, x_grad_TD, None, None, None, None, *w_grads
+
+
+def _linear(x_NI: Tensor, w_OI: Tensor, b_O: Tensor | None, out: Tensor) -> None:
+    torch.mm(x_NI, w_OI.t(), out=out)
+    if b_O is not None:
+        out += b_O  # addmm would copy it to all rows first
 
 
 class _GroupedMM(torch.autograd.Function):
@@ -177,7 +214,7 @@ class _GroupedMM(torch.autograd.Function):
         w1_EHD, w2_EDH = torch.stack(weights[0::4]), torch.stack(weights[2::4])
         pre_RH = F.grouped_mm(x_TD.index_select(0, token_R), w1_EHD.transpose(1, 2), offs=end_E)
         _add_biases(s, pre_RH, weights[1::4])
-        act_RH, mask_RH = s.hidden(pre_RH)
+        act_RH, mask_RH = s.activate(pre_RH)
         out_RD = F.grouped_mm(act_RH, w2_EDH.transpose(1, 2), offs=end_E)
         _add_biases(s, out_RD, weights[3::4])
         ctx.setting = s
@@ -196,13 +233,13 @@ class _GroupedMM(torch.autograd.Function):
         grad_RD = grads[0].contiguous()
         if any(needs_w[2::4]):
             if act_RH is None:
-                act_RH = s.hidden_again(pre_RH, mask_RH)
+                act_RH = s.activate_again(pre_RH, mask_RH)
             w_grads[2::4] = F.grouped_mm(grad_RD.t(), act_RH, offs=end_E)
         grad_RH = s.backward(F.grouped_mm(grad_RD, w2_EDH, offs=end_E), pre_RH, mask_RH)
         if any(needs_w[0::4]):
             rows_RD = x_TD.index_select(0, token_R)
             w_grads[0::4] = F.grouped_mm(grad_RH.t(), rows_RD, offs=end_E)
-        for e, run in s.runs():
+        for e, run in s.chunks[0].runs:
             w_grads[4 * e + 1] = grad_RH[run].sum(0) if needs_w[4 * e + 1] else None
             w_grads[4 * e + 3] = grad_RD[run].sum(0) if needs_w[4 * e + 3] else None
         x_grad_TD = None
@@ -218,7 +255,7 @@ class _GroupedMM(torch.autograd.Function):
 
 
 def _add_biases(s: _Setting, rows: Tensor, biases: Sequence[Tensor | None]) -> None:
-    for e, run in s.runs():
+    for e, run in s.chunks[0].runs:
         bias = biases[e]
         if bias is not None:
             rows[run] += bias

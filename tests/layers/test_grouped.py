@@ -328,3 +328,22 @@ def test_rows_without_a_pair_change_nothing() -> None:
     assert y_TD[0].eq(0).all()
     (grad_RD,) = torch.autograd.grad(y_TD.sum(), out_RD)
     assert grad_RD.sum(1).ne(0).sum() == mask_TE.sum()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_chunks_of_several_experts_change_nothing(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = [3, 0, 4, 9, 2, 2, 0]
+    assert grouped._chunks(counts, 8) == [
+        (slice(0, 7), [(0, slice(0, 3)), (2, slice(3, 7))]),
+        (slice(7, 16), [(3, slice(0, 9))]),
+        (slice(16, 20), [(4, slice(0, 2)), (5, slice(2, 4))]),
+    ]
+    routing = make_routing(random_mask(40, 8, 0.3), torch.float64)
+    x_TD = torch.randn(40, D, dtype=torch.float64)
+    experts = make_experts(sequential(nn.GELU()), 8, torch.float64, recompute)
+    expected = run(experts, routing, x_TD, naive=True)
+    for rows in (0, 20, 1000):
+        monkeypatch.setattr(grouped, "CHUNK", rows * H * 8)
+        assert_same(run(experts, routing, x_TD), expected)
