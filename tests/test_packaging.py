@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "report": {"metrics.selection"},
     "adaptation": {"layers"},
     "backbones": {"layers"},
+    "benchmark": {"layers", "backbones", "config", "data", "metrics.efficiency", "runtime"},
     "tasks": {"layers", "metrics", "data.protocol", "data.sampling", "report.records"},
 }
 

@@ -1,0 +1,155 @@
+"""One backbone, dense and with MoE layers of every kind.
+
+Shape suffixes: T tokens, E experts, P pairs, D model width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.benchmark.configured import built
+from dynmoe.benchmark.fit import fit_thresholds
+from dynmoe.benchmark.results import Facts
+from dynmoe.errors import ConfigError
+from dynmoe.layers import Experts, Routing, TopAnyRouter, TopKRouter, moe_layers
+
+CLASSES, CHANNELS = 10, 3
+
+
+def build_dense(cfg: DictConfig, device: torch.device) -> nn.Module:
+    """The backbone of the configuration.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    torch.manual_seed(0)
+    model: nn.Module = built(cfg.backbone, num_classes=CLASSES, in_chans=CHANNELS)
+    return model.to(device)
+
+
+def moe_blocks(cfg: DictConfig, dense: nn.Module, given: bool) -> list[int] | str:
+    """Where the MoE layers are: as ``given``, else in every second block, 1, 3, 5, ...
+
+    Raises:
+        ConfigError: nowhere.
+    """
+    blocks: Any = dense.blocks
+    layers = cfg.moe.layers if given else list(range(1, len(blocks), 2))
+    if layers == "none" or not len(layers):
+        raise ConfigError(f"moe.layers={layers}: expected some blocks with MoE layers, e.g. [0]")
+    return layers if isinstance(layers, str) else list(layers)
+
+
+def facts(cfg: DictConfig, layers: list[int] | str, batch: int) -> Facts:
+    """What all models of a run have in common."""
+    return {
+        "model": cfg.backbone.model,
+        "options": str(cfg.backbone.options),
+        "px": cfg.backbone.image_size,
+        "batch": batch,
+        "moe_layers": layers,
+        "experts": cfg.moe.num_experts,
+    }
+
+
+def build_models(
+    cfg: DictConfig,
+    dense: nn.Module,
+    layers: list[int] | str,
+    cases: Sequence[str],
+    ks: Sequence[float],
+    images: Tensor,
+) -> dict[str, nn.Module]:
+    """The ``cases`` of ``plan.step_cases``, fitted to k on a batch of ``images``.
+
+    Raises:
+        ConfigError: MoE layers that do not fit, or a router without thresholds.
+    """
+    moe, device = cfg.moe, next(dense.parameters()).device
+    fresh = moe.init == "fresh" or (moe.init == "auto" and not cfg.backbone.pretrained)
+    top_any: Any = built(moe.router) if moe.router else None
+    if getattr(top_any, "func", None) is not TopAnyRouter:
+        raise ConfigError(
+            f"moe={moe.name}: expected the top-any router, as in moe=dynmoe; top-1 and top-2 are"
+            " cases of their own"
+        )
+
+    def with_router(router: Callable[[int, int], nn.Module], slots: int) -> nn.Module:
+        torch.manual_seed(0)  # equal experts and directions in all cases of equal routers
+        model = copy.deepcopy(dense)
+        add_moe_layers(
+            model,
+            router=router,
+            num_experts=moe.num_experts,
+            max_experts=slots,
+            layers=layers,  # type: ignore[arg-type]
+            init="fresh" if fresh else "upcycle",
+            expert_dropout=moe.expert_dropout,
+        )
+        return model.to(device)
+
+    def top_k(k: int) -> nn.Module:
+        return with_router(partial(TopKRouter, top_k=k), moe.num_experts)
+
+    def dynmoe(k: float, experts: Callable[[Experts], Experts] = lambda own: own) -> nn.Module:
+        model = with_router(top_any, moe.max_experts)
+        for layer in moe_layers(model).values():
+            layer.experts = experts(layer.experts)
+        fit(model, k, images)
+        return model
+
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: dense,
+        "top-1": partial(top_k, 1),
+        "top-2": partial(top_k, 2),
+        **{f"dynmoe {k:g}": partial(dynmoe, k) for k in ks},
+        "loop": partial(dynmoe, ks[0], Loop),
+        "all then mask": partial(dynmoe, ks[0], AllThenMask),
+    }
+    return {case: makers[case]() for case in cases}
+
+
+@torch.no_grad()
+def fit(model: nn.Module, k: float, images: Tensor) -> None:
+    """Fit the thresholds of one layer after the other: what it sees depends on those before it."""
+
+    def fit_first(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        fit_thresholds(layer.router, layer.live, inputs[0].reshape(-1, layer.dim), k)
+
+    hooks = [layer.register_forward_pre_hook(fit_first) for layer in moe_layers(model).values()]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+
+
+class Loop(Experts):
+    """What one writes first: for each expert select its tokens by the mask, add its results."""
+
+    def __init__(self, experts: Experts) -> None:
+        nn.Module.__init__(self)
+        self.slots = experts.slots
+
+    def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
+        y_TD = torch.zeros_like(x_TD)
+        for e, slot in enumerate(live):
+            token_P = routing.mask_TE[:, e].nonzero().squeeze(1)
+            out_PD = self.slots[slot](x_TD[token_P]) * routing.weights_TE[token_P, e, None]
+            y_TD.index_add_(0, token_P, out_PD.to(y_TD.dtype))
+        return y_TD
+
+
+class AllThenMask(Loop):
+    """Every expert on every token, then the weights, which are 0 outside the mask."""
+
+    def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
+        out_TED = torch.stack([self.slots[slot](x_TD) for slot in live], dim=1)
+        weights_T1E = (routing.weights_TE * routing.mask_TE)[:, None].to(out_TED.dtype)
+        return (weights_T1E @ out_TED).squeeze(1).to(x_TD.dtype)

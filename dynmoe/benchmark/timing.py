@@ -1,0 +1,139 @@
+"""Interleaved timing on a machine that is not quiet: what is compared is measured in turns."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+MIN_SAMPLE = 0.1
+"""Seconds. /proc/stat counts in steps of 10 ms: a shorter sample says nothing about others."""
+OTHERS_SHARE = 0.1
+"""A sample is contaminated when other processes had more than this of its wall time x threads."""
+SLOW = 5.0
+"""A case slower than this many times the reference is sampled ``SLOW_ROUNDS`` times only."""
+SLOW_ROUNDS = 3
+
+
+class Sample(NamedTuple):
+    """One timed batch of calls."""
+
+    seconds: float
+    """Per call."""
+    contaminated: bool
+
+
+class Quartiles(NamedTuple):
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        return cls(*np.percentile(values, [25, 50, 75]).tolist())
+
+
+def interleave(
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    reference: str = "limit",
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[Sample]]:
+    """Time the cases round-robin, in a new (seeded) order each round.
+
+    What a case returns, its gradients, is freed outside the timing. ``advance`` is told the samples
+    that are done, of how many.
+
+    Returns:
+        Of each case one sample per round; those of a slow case are from the first rounds.
+    """
+    warm = {}
+    for name, case in cases.items():
+        _seconds(case, 1, device)  # the first call creates kernels and fills the allocator
+        warm[name] = _seconds(case, 1, device)
+    samples: dict[str, list[Sample]] = {name: [] for name in cases}
+    slow = {name for name in cases if warm[name] > SLOW * warm[reference]}
+    turns = [
+        [name for name in cases if turn < SLOW_ROUNDS or name not in slow] for turn in range(rounds)
+    ]
+    order = random.Random(0)
+    done, total = 0, sum(map(len, turns))
+    for turn in turns:
+        for name in order.sample(turn, len(turn)):
+            calls = max(1, math.ceil(MIN_SAMPLE / warm[name]))
+            samples[name].append(_sample(cases[name], calls, device))
+            done += 1
+            advance(done, total)
+    return samples
+
+
+def clean(samples: Sequence[Sample]) -> list[float]:
+    """Seconds of the clean samples; of all of them where fewer than half are clean."""
+    kept = [s.seconds for s in samples if not s.contaminated]
+    return kept if 2 * len(kept) >= len(samples) else [s.seconds for s in samples]
+
+
+def paired(over: Sequence[Sample], under: Sequence[Sample]) -> Quartiles:
+    """Quartiles of ``over / under`` within rounds: the machine's drift is in both, and cancels."""
+    return Quartiles.of(
+        clean(
+            [
+                Sample(a.seconds / b.seconds, a.contaminated or b.contaminated)
+                for a, b in zip(over, under, strict=False)
+            ]
+        )
+    )
+
+
+def _sample(case: Callable[[], object], calls: int, device: torch.device) -> Sample:
+    if device.type == "cuda":
+        return Sample(_seconds(case, calls, device) / calls, False)
+    others, start = _others(), time.perf_counter()
+    seconds = _seconds(case, calls, device)
+    wall = time.perf_counter() - start
+    share = (_others() - others) / (wall * torch.get_num_threads())
+    return Sample(seconds / calls, share > OTHERS_SHARE)
+
+
+def _seconds(case: Callable[[], object], calls: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        return _seconds_on_cuda(case, calls, device)
+    seconds = 0.0
+    for _ in range(calls):
+        start = time.perf_counter()
+        gradients = case()
+        seconds += time.perf_counter() - start
+        del gradients
+    return seconds
+
+
+def _seconds_on_cuda(case: Callable[[], object], calls: int, device: torch.device) -> float:
+    events = []
+    for _ in range(calls):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        case()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize(device)
+    return sum(start.elapsed_time(end) for start, end in events) / 1000
+
+
+def _others() -> float:
+    """CPU seconds that all other processes have used so far; where there is no /proc/stat, 0."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    # user nice system idle iowait irq softirq steal; guests are in user (proc_stat(5)).
+    ticks = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+    busy = sum(ticks) - ticks[3] - ticks[4]
+    return busy / os.sysconf("SC_CLK_TCK") - time.process_time()

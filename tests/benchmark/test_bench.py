@@ -1,0 +1,121 @@
+"""`dynmoe-bench layer` at a tiny size: what it writes, what it compares, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynmoe.benchmark.plan import CASES
+from runners import bench
+
+TINY = ["layer", "--shape", "64,16,32,4", "--device", "cpu", "--malloc", "system"]
+TINY += ["--threads", "1", "--rounds", "2"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
+    bench.main()
+
+
+def test_measures_all_cases(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, *TINY, "--k", "1", "1.5")
+    (file,) = Path("outputs/bench").glob("layer-*.json")
+    content: dict[str, Any] = json.loads(file.read_text())
+    assert content["command"].startswith("dynmoe-bench layer --shape 64,16,32,4")
+    assert content["machine"]["threads"] == 1
+    assert content["settings"]["malloc"] == "system"
+    rows = content["rows"]
+    assert [row["case"] for row in rows if row["k"] == 1] == list(CASES)
+    assert [row["case"] for row in rows if row["k"] == 1.5] == [c for c in CASES if c != "top_k"]
+    for row in rows:
+        assert row["real_k"] == pytest.approx(row["k"], rel=0.2), row  # later draws fluctuate
+        numbers = [row[key] for key in ("median_ms", "ratio", "gflops", "kept_ratio")]
+        numbers += [*row["quartiles_ms"], *row["ratio_quartiles"]]
+        numbers += [row["kept_bytes"], row["peak_bytes"], row["rounds"]]
+        assert all(math.isfinite(number) and number > 0 for number in numbers), row
+        assert (row["router_share"] is not None) == (row["case"] == "layer")
+    limit = rows[0]
+    assert limit["ratio"] == limit["kept_ratio"] == 1
+    pairs = round(64 * limit["real_k"])
+    assert limit["kept_bytes"] == 4 * pairs * (16 + 2 * 32)  # x, pre-activation, activation
+
+    shown = capsys.readouterr().out
+    assert all(case in shown for case in CASES)
+    assert "Summary" in shown and str(file) in shown
+
+
+def test_compares_with_a_baseline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "deeper" / "new.json"
+    few = [*TINY, "--k", "1", "--only", "experts"]
+    run(monkeypatch, *few, "--json", str(old))
+    content = json.loads(old.read_text())
+    limit, experts = content["rows"]
+    experts.update(ratio=1000.0, ratio_quartiles=[999.0, 1001.0])
+    limit.update(quartiles_ms=[0.0, 1e9])
+    old.write_text(json.dumps(content))
+    capsys.readouterr()
+
+    run(monkeypatch, *few, "--json", str(new), "--baseline", str(old))
+    lines = capsys.readouterr().out.split("Against the baseline")[1].splitlines()
+    assert any("limit" in line and "ms" in line and "within noise" in line for line in lines)
+    (line,) = (line for line in lines if "experts" in line)
+    assert "1000.000" in line and "-100.0%" in line and "within noise" not in line
+
+    content["machine"]["threads"] = 77
+    old.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *few, "--json", str(new), "--baseline", str(old))
+    assert stop.value.code == 2
+    assert "threads (77, now 1)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "limt"], "--only limt: unknown case, expected some of 'limit', 'layer'"),
+        (["--k", "5"], "--k 5: expected a mean number of experts per token above 0"),
+        (["--k", "0"], "up to 4, the experts of shape 64,16,32,4"),
+        (["--k", "nan"], "--k nan: expected a mean number"),
+        (["--shape", "64,16,32"], "--shape 64,16,32: expected a, b, c or tokens,dim"),
+        (["--shape", "64,16,32,-4"], "in positive integers"),
+        (["--rounds", "0"], "expected a whole number of 1 or more"),
+        (["--baseline", "gone.json"], "--baseline gone.json: there is no such file"),
+        (["--baseline", "broken.json"], "--baseline broken.json: expected a file that"),
+        (["--json", "broken.json/new.json"], "--json broken.json/new.json: cannot make its folder"),
+        (["--json", "."], "--json .: expected a file to write, this is a folder"),
+    ],
+)
+def test_refuses_before_work(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text('{"machine": {}}')
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *TINY, *arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("outputs").exists()
+
+
+def test_help_names_the_cases(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "layer", "--help")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(case in shown for case in CASES)

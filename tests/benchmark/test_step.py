@@ -1,0 +1,222 @@
+"""`dynmoe-bench step` and `data` at a tiny size. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dynmoe.benchmark.models import AllThenMask, Loop, fit
+from dynmoe.benchmark.steps import Training, random_batches
+from dynmoe.layers import Experts, MoELayer, TopAnyRouter, moe_layers
+from runners import bench
+
+DEPTH, DIM, PX, PATCH, BATCH, EXPERTS = 2, 32, 16, 4, 8, 8
+TOKENS = BATCH * ((PX // PATCH) ** 2 + 1)
+OPTIONS = f"{{depth: {DEPTH}, embed_dim: {DIM}, num_heads: 2, patch_size: {PATCH}}}"
+TINY = [f"backbone.options={OPTIONS}", f"backbone.image_size={PX}", "runtime.malloc=system"]
+STEP = ["step", "--device", "cpu", "--threads", "1", "--rounds", "2", "--batch", str(BATCH), *TINY]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
+    bench.main()
+
+
+@pytest.fixture
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)
+
+
+@pytest.mark.usefixtures("short_samples")
+def test_measures_all_cases_in_both_modes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    only = ["--only", "top-1", "top-2", "dynmoe", "loop", "all then mask"]
+    run(monkeypatch, *STEP, *only, "--k", "1", "1.5", "moe.router.smoothing=0.0")
+    (file,) = Path("outputs/bench").glob("step-*.json")
+    content: dict[str, Any] = json.loads(file.read_text())
+    assert content["machine"]["threads"] == 1
+    assert content["settings"].keys() == {"matmul_precision", "malloc", "fused_attention"}
+    assert content["workload"]["moe_layers"] == [1]
+    names = ["dense", "top-1", "top-2", "dynmoe 1", "dynmoe 1.5", "loop", "all then mask"]
+    rows = {(row["mode"], row["case"]): row for row in content["rows"]}
+    assert list(rows) == [(mode, name) for mode in ("train", "inference") for name in names]
+    for (mode, _), row in rows.items():
+        numbers = [row[key] for key in ("samples_per_s", "median_ms", "ratio", "ideal", "of_ideal")]
+        numbers += [*row["samples_per_s_quartiles"], *row["ratio_quartiles"], row["activated"]]
+        assert all(math.isfinite(number) and number > 0 for number in numbers), row
+        assert row["activated"] <= row["parameters"]
+        assert (row["peak_bytes"] is not None) == (mode == "train")
+    dense = rows["train", "dense"]
+    assert dense["ratio"] == dense["ideal"] == 1 and dense["real_k"] is None
+    assert dense["activated"] == dense["parameters"]
+    for name, k in (("top-1", 1), ("top-2", 2)):
+        assert rows["train", name]["real_k"] == rows["inference", name]["real_k"] == k
+    for k in (1, 1.5):
+        row = rows["train", f"dynmoe {k:g}"]
+        assert row["k"] == k and row["real_k"] == pytest.approx(k, rel=0.15)
+        assert rows["inference", f"dynmoe {k:g}"]["real_k"] >= row["real_k"]
+    k_of = [rows["inference", name]["real_k"] for name in ("dynmoe 1", "loop", "all then mask")]
+    assert k_of == [k_of[0]] * 3  # the same routing
+
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names) and str(file) in shown
+
+
+@pytest.mark.usefixtures("short_samples")
+def test_ideal_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """FLOPs of two blocks, patches and head; a second expert per token, and its router."""
+    file = tmp_path / "step.json"
+    run(monkeypatch, *STEP, "--only", "top-2", "--mode", "inference", "--json", str(file))
+    row = json.loads(file.read_text())["rows"][1]
+    sequence = TOKENS // BATCH
+    ffn = 2 * TOKENS * DIM * 4 * DIM * 2
+    attention = 2 * TOKENS * DIM * 4 * DIM + 2 * 2 * TOKENS * sequence * DIM
+    patches = 2 * BATCH * (sequence - 1) * 3 * PATCH**2 * DIM
+    dense = DEPTH * (ffn + attention) + patches + 2 * BATCH * DIM * 10
+    assert row["ideal"] == pytest.approx(dense / (dense + ffn + 2 * TOKENS * DIM * EXPERTS))
+    router = EXPERTS * DIM
+    one_ffn = 2 * 4 * DIM * DIM + 4 * DIM + DIM
+    assert row["parameters"] - row["activated"] == (EXPERTS - 2) * one_ffn
+    assert row["activated"] > 2 * one_ffn + router
+
+
+@pytest.mark.usefixtures("short_samples")
+def test_baseline_may_have_other_settings_but_no_other_workload(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old.json", str(tmp_path / "new.json")
+    few = [*STEP, "--only", "dense", "--mode", "inference", "--dtype", "amp"]
+    run(monkeypatch, *few, "runtime.fused_attention=true", "--json", str(old))
+    capsys.readouterr()
+    compared = [*few, "runtime.fused_attention=false", "--json", new, "--baseline", str(old)]
+    run(monkeypatch, *compared)
+    shown = capsys.readouterr().out
+    assert "fused_attention (True, now False)" in shown
+    assert "samples/s" in shown.split("Against the baseline")[1]
+
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *compared, "--batch", "4")
+    assert stop.value.code == 2
+    assert "batch (8, now 4)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "dynmo"], "--only dynmo: unknown case, expected some of 'dense', 'top-1'"),
+        (["--k", "9"], "--k 9: expected a mean number of experts per token above 0 and up to 8"),
+        (["--k", "2", "moe.num_experts=1"], "--k 2: expected a mean number of experts"),
+        (["--k", "1", "moe.num_experts=1"], "top-2: expected moe.num_experts=2 or more"),
+        (["moe.num_expert=3"], "moe.num_expert: unknown key. Did you mean 'num_experts'?"),
+        (["moe=gmoe"], "moe=gmoe: expected the top-any router, as in moe=dynmoe"),
+        (["moe=dense"], "moe=dense: expected the top-any router"),
+        (["moe.layers=[]"], "moe.layers: [] leaves the router without a layer"),
+        (["backbone.options.depth=1"], "moe.layers=[]: expected some blocks with MoE layers"),
+        (
+            ["moe.layers=[12]", "~backbone.options.depth"],
+            "moe.layers=[12]: the backbone has blocks",
+        ),
+        (["backbone.model=nothing"], "backbone.model=nothing: timm knows no such model"),
+        (["--baseline", "gone.json"], "--baseline gone.json: there is no such file"),
+        (["--json", "."], "--json .: expected a file to write, this is a folder"),
+    ],
+)
+def test_step_refuses_before_work(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *STEP, *arguments)
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not Path("outputs").exists()
+
+
+def test_training_leaves_the_weights_and_gives_every_used_expert_a_gradient() -> None:
+    model = tiny_model()
+    batches = random_batches(BATCH, 3, 4, 10, torch.device("cpu"))
+    case = Training(model, batches, aux_weight=0.01, amp=False)
+    before = [p.clone() for p in model.parameters()]
+    case()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert len(case.optimizer.state) == len(before)
+
+
+def test_plain_ways_equal_the_experts() -> None:
+    model = tiny_model().double()
+    (layer,) = moe_layers(model).values()
+    x_TD = torch.randn(30, 6, dtype=torch.float64)
+    want_TD = layer(x_TD)
+    own = layer.experts
+    for way in (Loop, AllThenMask):
+        layer.experts = way(own)
+        torch.testing.assert_close(layer(x_TD), want_TD)
+        torch.testing.assert_close(layer.compact()(x_TD), want_TD)
+    assert isinstance(own, Experts)
+
+
+def tiny_model() -> torch.nn.Module:
+    """Pixels of 4 x 4 images to 10 classes, through one fitted MoE layer."""
+    torch.manual_seed(0)
+    mlp = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.GELU(), torch.nn.Linear(12, 6))
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(48, 6),
+        MoELayer(mlp, 6, TopAnyRouter, 4, init="fresh"),
+        torch.nn.Linear(6, 10),
+    )
+    fit(model, 2.0, torch.randn(64, 3, 4, 4))
+    return model
+
+
+def test_loader_of_the_digits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "data.json"
+    options = ["--workers", "0", "1", "--seconds", "0.1", "--json", str(file)]
+    run(monkeypatch, "data", *options, "data.batch_size=4")
+    content = json.loads(file.read_text())
+    assert content["workload"] == {"data": "RotatedDigits", "image_size": 28, "batch": 20}
+    assert [row["workers"] for row in content["rows"]] == [0, 1]
+    for row in content["rows"]:
+        assert row["images"] > 0 and row["images"] % 20 == 0
+        assert row["images_per_s"] == pytest.approx(row["images"] / row["seconds"])
+        assert row["ms_per_image"] == pytest.approx(1000 / row["images_per_s"])
+        assert row["cpu_ms_per_image"] is None or 0 < row["cpu_ms_per_image"] < 1000
+    assert "images/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds", "0"], "0: expected seconds, more than 0"),
+        (["--workers", "-1"], "expected"),
+        (["data=pacs"], "data.root: required, the folder of the data set"),
+        (["data.test_envs=[9]"], "test_envs"),
+    ],
+)
+def test_data_refuses(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "data", *arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("outputs").exists()
