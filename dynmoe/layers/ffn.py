@@ -6,8 +6,8 @@ Shape suffixes: D model width, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,27 +60,30 @@ def read_ffn(mlp: nn.Module) -> FFN | None:
     Known are timm's ``Mlp``, and ``nn.Sequential`` of Linear, activation, [Dropout], Linear,
     [Dropout], with GELU, ReLU or SiLU. Hooks, adapters and parametrizations make it something else.
     """
-    if f"{type(mlp).__module__}.{type(mlp).__qualname__}" not in CHAINS:
+    if not _is_chain(type(mlp)) or _has_hooks(mlp):
         return None
-    children = list(mlp.children())
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (mlp, *children)):
-        return None
-    layers: list[nn.Module] = []
+    layers: list[Any] = []
     dropouts = [0.0, 0.0]
-    for module in children:
+    for module in mlp.children():
+        if _has_hooks(module):
+            return None
         if type(module) is nn.Dropout and 2 <= len(layers) <= 3:
             dropouts[len(layers) - 2] = module.p if module.training else 0.0
         elif type(module) is not nn.Identity:
             layers.append(module)
-    if len(layers) != 3:
+    if [type(layer) for layer in layers[::2]] != [nn.Linear, nn.Linear] or len(layers) != 3:
         return None
     fc1, act, fc2 = layers
-    activation = _activation(act)
-    if type(fc1) is not nn.Linear or type(fc2) is not nn.Linear or activation is None:
+    activation = ACTIVATIONS.get((type(act), getattr(act, "approximate", None)))
+    if activation is None:
         return None
     return FFN(fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, *dropouts)
 
 
-def _activation(act: nn.Module) -> Activation | None:
-    kind = type(act), getattr(act, "approximate", None)
-    return ACTIVATIONS.get(kind)
+@lru_cache
+def _is_chain(kind: type) -> bool:
+    return f"{kind.__module__}.{kind.__qualname__}" in CHAINS
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -131,8 +131,10 @@ def grouped_ffn(x_TD: Tensor, p: Pairs, ffns: Sequence[FFN], recompute: bool) ->
         keep and not recompute,
     )
     with torch.autocast(x_TD.device.type, enabled=False):
+        # Without rows no gradient: the weights stay out of the autograd graph, where DDP would
+        # find them and give them a gradient of zeros.
         weights = [
-            w if w is None or not (count or grouped) else w.to(dtype)
+            None if w is None or not (count or grouped) else (w if count else w.detach()).to(dtype)
             for ffn, count in zip(ffns, p.counts, strict=True)
             for w in ffn[:4]
         ]
@@ -246,11 +248,7 @@ class _GroupedMM(torch.autograd.Function):
         if needs_x:
             rows_grad_RD = F.grouped_mm(grad_RH, w1_EHD, offs=end_E)
             x_grad_TD = sum_by_token(rows_grad_RD, row_P, start_T)
-        # An expert without rows has no gradient, not a zero one: no optimizer pass.
-        w_grads = [
-            g if need and s.counts[i // 4] else None
-            for i, (g, need) in enumerate(zip(w_grads, needs_w, strict=True))
-        ]
+        w_grads = [g if need else None for g, need in zip(w_grads, needs_w, strict=True)]
         return None, x_grad_TD, None, None, None, None, *w_grads
 
 
