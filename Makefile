@@ -7,7 +7,7 @@ DATA   ?= data
 SEEDS  ?= 0,1,2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint reproduce-vision reproduce-vision-small clean
+.PHONY: help install demo test test-all lint bench reproduce-vision reproduce-vision-small clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -34,6 +34,10 @@ lint: install  ## Format, lint and type checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: install  ## How fast the MoE layer and a training step are on this machine: about 5 minutes on 2 CPU cores
+	$(BIN)/dynmoe-bench layer --shape a b --k 1.5 --rounds 7
+	$(BIN)/dynmoe-bench step --k 1.5 --rounds 7
 
 # The paper's vision table (DynMoE, arXiv 2405.14297, Table 1): every environment left out in turn. DATA holds
 # PACS/, VLCS/, office_home/, domain_net/. One run of 5001 steps (DomainNet: 15001) of DeiT-S/16 at 224 px

@@ -17,6 +17,8 @@ from torch import nn
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 KEPT = 2**31 - 1
 
+_tuned = False
+
 
 def settle(runtime: Mapping[str, Any], device_type: str) -> dict[str, Any]:
     """Put the settings of the ``runtime`` node in force; best before the first large tensor.
@@ -31,8 +33,9 @@ def settle(runtime: Mapping[str, Any], device_type: str) -> dict[str, Any]:
     malloc, precision, fused = (
         runtime[key] for key in ("malloc", "matmul_precision", "fused_attention")
     )
-    wants_tuned = malloc == "tuned" or (malloc == "auto" and on_cpu)
-    malloc = "tuned" if wants_tuned and tune_malloc() else "system"
+    if malloc == "tuned" or (malloc == "auto" and on_cpu):
+        tune_malloc()
+    malloc = "tuned" if _tuned else "system"
     if precision == "auto":
         precision = "medium" if on_cpu and medium_is_exact() else "highest"
     torch.set_float32_matmul_precision(precision)
@@ -65,19 +68,30 @@ def set_fused_attention(model: nn.Module, fused: bool) -> None:
             module.fused_attn = fused  # type: ignore[assignment]
 
 
-def tune_malloc() -> bool:
-    """Let glibc keep freed memory.
+def tune_malloc() -> None:
+    """Let glibc keep freed memory, for as long as the process lives; elsewhere nothing happens.
 
     By default blocks above 32 MiB go back to the system as soon as they are freed, and their pages
-    are zeroed again at every training step: 20 to 25 % of the time of an FFN on a CPU.
-
-    Returns:
-        True if done, False where the C library is not glibc.
+    are zeroed again at every training step: 20 to 25 % of the time of an FFN on a CPU. The price is
+    memory: blocks of many sizes leave gaps.
     """
-    if sys.platform != "linux":
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return False
+    global _tuned
+    libc = _glibc()
+    if libc is None:
+        return
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, KEPT), (M_TOP_PAD, 256 * 2**20))
-    return all([libc.mallopt(option, value) == 1 for option, value in settings])
+    _tuned = all([libc.mallopt(option, value) == 1 for option, value in settings])
+
+
+def release_memory() -> None:
+    """Give free memory back to the system, gaps included; nothing where there is no glibc."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "gnu_get_libc_version") else None

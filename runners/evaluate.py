@@ -21,6 +21,11 @@ on the same machine they are equal. Nothing is written.
 """
 
 
+# What runs of early versions did not save.
+EARLIER = {
+    "runtime": {"matmul_precision": "highest", "malloc": "auto", "fused_attention": True},
+    "moe": {"recompute": False},
+}
 OVERRIDES = ("data.root", "data.workers", "data.eval_batch_size", "trainer.accelerator")
 
 
@@ -62,7 +67,7 @@ def parse(arguments: list[str]) -> tuple[RunFolder, Path, DictConfig]:
         checkpoint = folder.path / "checkpoints" / f"{name}.ckpt"
     if not checkpoint.exists():
         raise ConfigError(f"checkpoint={name}: there is no file {checkpoint}; try checkpoint=last")
-    cfg = OmegaConf.load(saved)
+    cfg = OmegaConf.merge(EARLIER, OmegaConf.load(saved))
     assert isinstance(cfg, DictConfig)
     if "data.root" in given:  # the saved configuration is resolved: the root stands there twice
         if "root" not in cfg.data:

@@ -93,6 +93,7 @@ def build_models(
             layers=layers,  # type: ignore[arg-type]
             init="fresh" if fresh else "upcycle",
             expert_dropout=moe.expert_dropout,
+            recompute=moe.recompute,
         )
         return model.to(device)
 

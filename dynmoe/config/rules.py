@@ -212,6 +212,17 @@ def one_device_per_job(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
+    """Lightning refuses it at the first step (plugins/precision/amp.py, clip_gradients)."""
+    clips = read(cfg, "trainer.gradient_clip_val", float)
+    mixed = "mixed" in str(read(cfg, "trainer.precision", object))
+    if clips and mixed and read(cfg, "task.optimizer.fused", bool):
+        yield (
+            "trainer: gradient_clip_val with mixed precision needs an optimizer that is not fused. "
+            "Set task.optimizer.fused=false."
+        )
+
+
 def device_count(cfg: DictConfig) -> int | None:
     """Devices per node; None where only the machine can tell (auto, -1)."""
     devices = read(cfg, "trainer.devices", object)
@@ -243,5 +254,6 @@ RULES: tuple[Rule, ...] = (
     pretrained_weights,
     data_folder,
     run_folder,
+    clipping_optimizer,
 )
 SWEEP_RULES: tuple[Rule, ...] = (one_device_per_job,)

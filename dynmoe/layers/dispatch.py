@@ -26,7 +26,7 @@ class Pairs(NamedTuple):
     end_E: Tensor
     """Where each expert's rows end."""
     token_R: Tensor
-    """Token of each row; token 0 for a row without a pair, which no output contains."""
+    """Token of each row. A row without a pair repeats its expert's last one; no output has it."""
     token_P: Tensor
     """Token of each pair."""
     expert_P: Tensor
@@ -52,8 +52,11 @@ def pairs(mask_TE: Tensor, multiple: int = 1) -> Pairs:
     row_P = torch.empty_like(token_P)
     row_P[by_expert_P] = rows
     counts = [-(-n // multiple) * multiple for n in host_counts]
-    token_R = token_P.new_zeros(sum(counts))
-    token_R[row_P] = token_P
+    token_R = token_P[by_expert_P]
+    if multiple > 1 and len(token_P):
+        last_E = token_R[(pairs_E.cumsum(0) - 1).clamp(min=0)]
+        token_R = last_E.repeat_interleave(torch.tensor(counts, device=last_E.device))
+        token_R[row_P] = token_P
     k_T = mask_TE.sum(1)
     return Pairs(counts, end_E, token_R, token_P, expert_P, row_P, k_T.cumsum(0) - k_T)
 

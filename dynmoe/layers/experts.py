@@ -61,8 +61,8 @@ def _sparse_forward(
     ffns = [ffn for expert in experts if (ffn := read_ffn(expert)) is not None]
     grouped = len(ffns) == len(experts) and len({ffn.kind for ffn in ffns}) == 1
     p = dispatch.pairs(routing.dispatch_TE, row_multiple(x_TD) if grouped else 1)
-    if not any(p.counts):
-        return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD))
+    if not any(p.counts):  # zeros that backward() can start from
+        return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
     if grouped:
         out_RD = grouped_ffn(x_TD, p, ffns, recompute)
     else:
@@ -75,12 +75,12 @@ def _sparse_forward(
 
 def _traceable_forward(experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing) -> Tensor:
     """The same in operations that ``torch.export`` and ONNX know, for any number of rows."""
-    y_TD = torch.zeros_like(x_TD)
+    y_TD = torch.zeros_like(x_TD, dtype=compute_dtype(x_TD))
     for e, expert in enumerate(experts):
         token_N = routing.dispatch_TE[:, e].nonzero().squeeze(1)
         out_ND = expert(x_TD.index_select(0, token_N))
         weight_N1 = routing.weights_TE[:, e].index_select(0, token_N)[:, None]
-        y_TD = y_TD.index_add(0, token_N, weight_N1.to(out_ND.dtype) * out_ND)
+        y_TD = y_TD.index_add(0, token_N, (weight_N1 * out_ND).to(y_TD.dtype))
     return y_TD
 
 
@@ -88,7 +88,7 @@ def naive_forward(experts: Experts, x_TD: Tensor, routing: Routing, live: Sequen
     """What ``Experts.forward`` must compute, token by token. For tests: slow and obvious."""
     y_TD = []
     for t, x_D in enumerate(x_TD):
-        y_D = torch.zeros_like(x_D)
+        y_D = torch.zeros_like(x_D) + x_D[:0].sum()  # backward() can start from it
         for e, slot in enumerate(live):
             if routing.dispatch_TE[t, e]:
                 out_D = experts.slots[slot](x_D[None])[0]

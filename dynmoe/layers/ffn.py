@@ -6,7 +6,7 @@ Shape suffixes: D model width, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 aten = torch.ops.aten
 
 # Classes whose forward applies their children in order. By name: the layers need torch alone.
-CHAINS = ("torch.nn.modules.container.Sequential", "timm.layers.mlp.Mlp")
+CHAINS = (("torch.nn.modules.container", "Sequential"), ("timm.layers.mlp", "Mlp"))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Activation(NamedTuple):
@@ -60,15 +61,16 @@ def read_ffn(mlp: nn.Module) -> FFN | None:
     Known are timm's ``Mlp``, and ``nn.Sequential`` of Linear, activation, [Dropout], Linear,
     [Dropout], with GELU, ReLU or SiLU. Hooks, adapters and parametrizations make it something else.
     """
-    if not _is_chain(type(mlp)) or _has_hooks(mlp):
+    if (type(mlp).__module__, type(mlp).__qualname__) not in CHAINS or _has_hooks(mlp):
         return None
     layers: list[Any] = []
-    dropouts = [0.0, 0.0]
+    dropouts: list[float | None] = [None, None]
     for module in mlp.children():
         if _has_hooks(module):
             return None
-        if type(module) is nn.Dropout and 2 <= len(layers) <= 3:
-            dropouts[len(layers) - 2] = module.p if module.training else 0.0
+        place = len(layers) - 2
+        if type(module) is nn.Dropout and place in (0, 1) and dropouts[place] is None:
+            dropouts[place] = module.p if module.training else 0.0
         elif type(module) is not nn.Identity:
             layers.append(module)
     if [type(layer) for layer in layers[::2]] != [nn.Linear, nn.Linear] or len(layers) != 3:
@@ -77,13 +79,12 @@ def read_ffn(mlp: nn.Module) -> FFN | None:
     activation = ACTIVATIONS.get((type(act), getattr(act, "approximate", None)))
     if activation is None:
         return None
-    return FFN(fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, *dropouts)
-
-
-@lru_cache
-def _is_chain(kind: type) -> bool:
-    return f"{kind.__module__}.{kind.__qualname__}" in CHAINS
+    return FFN(
+        fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, *(p or 0.0 for p in dropouts)
+    )
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """Whether calling the module does more than its class says."""
+    state = vars(module)
+    return "forward" in state or any(state[name] for name in HOOKS)

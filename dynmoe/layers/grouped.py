@@ -28,9 +28,11 @@ operations where loads are small, and not more than the last cache of a CPU hold
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The autocast dtype where there is one, else the dtype of ``x``."""
+    """The autocast dtype where there is one, else the dtype of ``x``; fp64 stays, as in PyTorch."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def row_multiple(x: Tensor) -> int:
@@ -52,13 +54,13 @@ def row_multiple(x: Tensor) -> int:
 def uses_grouped_mm(x: Tensor, hidden: int) -> bool:
     """Whether ``grouped_mm`` does the products, rather than one product per expert.
 
-    It is one kernel for bf16 from SM 9.0 on, and a loop elsewhere; there, and on CPUs, products
-    written into slices are at least as fast, add the bias on the way and know every dtype.
+    PyTorch has one kernel for bf16 on SM 9 and 10, and a loop of products elsewhere.
     """
     return (
         x.device.type == "cuda"
         and compute_dtype(x) == torch.bfloat16
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
         and x.shape[1] % 8 == hidden % 8 == 0  # rows must start at multiples of 16 bytes
     )
 
@@ -221,15 +223,14 @@ class _GroupedMM(torch.autograd.Function):
         _add_biases(s, out_RD, weights[3::4])
         ctx.setting = s
         kept = (pre_RH, act_RH if s.keep_act else None, mask_RH)
-        ctx.save_for_backward(x_TD, end_E, token_R, row_P, start_T, w1_EHD, w2_EDH, *kept)
+        ctx.save_for_backward(x_TD, end_E, token_R, row_P, start_T, *kept, *weights)
         return out_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         s: _Setting = ctx.setting
-        x_TD, end_E, token_R, row_P, start_T, w1_EHD, w2_EDH, *kept = ctx.saved_tensors
-        pre_RH, act_RH, mask_RH = kept
+        x_TD, end_E, token_R, row_P, start_T, pre_RH, act_RH, mask_RH, *weights = ctx.saved_tensors
         needs_x, needs_w = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
         w_grads: list[Tensor | None] = [None] * len(needs_w)
         grad_RD = grads[0].contiguous()
@@ -237,7 +238,8 @@ class _GroupedMM(torch.autograd.Function):
             if act_RH is None:
                 act_RH = s.activate_again(pre_RH, mask_RH)
             w_grads[2::4] = F.grouped_mm(grad_RD.t(), act_RH, offs=end_E)
-        grad_RH = s.backward(F.grouped_mm(grad_RD, w2_EDH, offs=end_E), pre_RH, mask_RH)
+        grad_RH = F.grouped_mm(grad_RD, torch.stack(weights[2::4]), offs=end_E)
+        s.backward(grad_RH, pre_RH, mask_RH)
         if any(needs_w[0::4]):
             rows_RD = x_TD.index_select(0, token_R)
             w_grads[0::4] = F.grouped_mm(grad_RH.t(), rows_RD, offs=end_E)
@@ -246,7 +248,7 @@ class _GroupedMM(torch.autograd.Function):
             w_grads[4 * e + 3] = grad_RD[run].sum(0) if needs_w[4 * e + 3] else None
         x_grad_TD = None
         if needs_x:
-            rows_grad_RD = F.grouped_mm(grad_RH, w1_EHD, offs=end_E)
+            rows_grad_RD = F.grouped_mm(grad_RH, torch.stack(weights[0::4]), offs=end_E)
             x_grad_TD = sum_by_token(rows_grad_RD, row_P, start_T)
         w_grads = [g if need else None for g, need in zip(w_grads, needs_w, strict=True)]
         return None, x_grad_TD, None, None, None, None, *w_grads

@@ -101,7 +101,8 @@ class MoELayer(nn.Module):
 
     def _read_live(self) -> None:
         # The slots are kept on the host: reading the buffer at each forward would be a sync.
-        self._live = tuple(self.active_E.nonzero().flatten().tolist())
+        if not self.active_E.is_meta:
+            self._live = tuple(self.active_E.nonzero().flatten().tolist())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

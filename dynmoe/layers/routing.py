@@ -35,33 +35,40 @@ class Routing(NamedTuple):
 
 
 def cosine(x_TD: Tensor, w_ED: Tensor) -> Tensor:
-    """Cosine similarity of every row of ``x_TD`` with every row of ``w_ED``, [T, E]."""
+    """Cosine similarity of every row of ``x_TD`` with every row of ``w_ED``, in its dtype, [T, E].
+
+    0, with gradient 0, for a row of zeros.
+    """
     return _CosineWithUnits.apply(x_TD, F.normalize(w_ED, dim=1))
 
 
 class _CosineWithUnits(torch.autograd.Function):
     """``x @ w.T / |x|`` for unit rows w, in two passes over [T, D] each way.
 
-    No normalised copy of the tokens is made, and autograd's own backward of the norm would take
-    three times as long as the product.
+    No normalised copy of the tokens is made, nor is one in another dtype kept. Autograd's own
+    backward of the norm would take three times as long as the product.
     """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, w_ED: Tensor) -> Tensor:
-        norm_T1 = torch.linalg.vector_norm(x_TD, dim=1, keepdim=True).clamp(min=1e-12)
-        scores_TE = F.linear(x_TD, w_ED) / norm_T1
-        ctx.save_for_backward(x_TD, w_ED, norm_T1, scores_TE)
+        ctx.dtype = x_TD.dtype
+        kept_TD, x_TD = x_TD, x_TD.to(w_ED.dtype)
+        norm_T1 = torch.linalg.vector_norm(x_TD, dim=1, keepdim=True)
+        inverse_T1 = torch.where(norm_T1 > 1e-12, 1 / norm_T1, 0)
+        scores_TE = F.linear(x_TD, w_ED) * inverse_T1
+        ctx.save_for_backward(kept_TD, w_ED, inverse_T1, scores_TE)
         return scores_TE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x_TD, w_ED, norm_T1, scores_TE = ctx.saved_tensors
-        grad_TE = grads[0] / norm_T1
+        x_TD, w_ED, inverse_T1, scores_TE = ctx.saved_tensors
+        x_TD = x_TD.to(w_ED.dtype)
+        grad_TE = grads[0] * inverse_T1
         x_grad_TD = w_grad_ED = None
         if ctx.needs_input_grad[0]:
-            radial_T1 = (grad_TE * scores_TE).sum(1, keepdim=True) / norm_T1
-            x_grad_TD = (grad_TE @ w_ED).addcmul_(x_TD, radial_T1, value=-1)
+            radial_T1 = (grad_TE * scores_TE).sum(1, keepdim=True) * inverse_T1
+            x_grad_TD = (grad_TE @ w_ED).addcmul_(x_TD, radial_T1, value=-1).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             w_grad_ED = grad_TE.t() @ x_TD
         return x_grad_TD, w_grad_ED

@@ -77,7 +77,7 @@ class TopAnyRouter(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             directions_ED = torch.stack([self.directions[slot] for slot in live]).float()
             thresholds_E = torch.stack([self.thresholds[slot] for slot in live]).float()
-            scores_TE = cosine(x_TD.float(), directions_ED)
+            scores_TE = cosine(x_TD, directions_ED)
             margin_TE = scores_TE.sigmoid() - thresholds_E.sigmoid()
             mask_TE = margin_TE > 0
             if token_mask_T is not None:

@@ -147,7 +147,8 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "parameters", f"{summary.total_parameters:,}, all of them active (no MoE layer)"
     yield "training loss", f"{_number(summary.loss, '.4f')} (mean over the last window)"
     yield "speed", f"{_number(summary.steps_per_second, '.2f')} steps/s on {summary.run['device']}"
-    yield "runtime", _runtime(summary.run)
+    if "runtime" in summary.run:  # which runs of early versions did not record
+        yield "runtime", _runtime(summary.run)
     yield "peak memory", _number(summary.peak_memory, ".2f", " GiB")
     yield "figures", ", ".join(summary.figures) or "none"
 

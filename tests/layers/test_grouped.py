@@ -85,8 +85,6 @@ def run(experts: Experts, routing: Routing, x_TD: Tensor, naive: bool = False) -
     x_TD = x_TD.clone().requires_grad_()
     y_TD = naive_forward(experts, x_TD, routing, live) if naive else experts(x_TD, routing, live)
     inputs = [x_TD, routing.weights_TE, *experts.parameters()]
-    if not y_TD.requires_grad:
-        return Result(y_TD, [None] * len(inputs))
     grads = torch.autograd.grad(y_TD.double().sin().sum(), inputs, allow_unused=True)
     return Result(y_TD, list(grads))
 
@@ -272,8 +270,8 @@ def test_one_host_synchronisation_a_layer(path: str, take) -> None:  # type: ign
         result = run(experts, routing, torch.randn(50, D))
     assert result.y_TD.shape == (50, D)
     asked = [n for n in recorded.names if any(word in n for word in SYNCHRONISING)]
-    # On a CPU each of the 4 counts of the one tolist() is read by itself.
-    assert asked == ["aten._local_scalar_dense.default"] * 4 or not asked
+    assert not asked  # tolist() itself is one copy to the host, below these operations
+    assert sum("nonzero_static" in name for name in recorded.names) == 1
 
 
 def test_no_tensor_of_all_tokens_times_all_experts_times_width() -> None:
@@ -293,6 +291,10 @@ def test_read_ffn_refuses_what_is_not_two_plain_layers() -> None:
     assert read_ffn(Mlp(D, H, act_layer=nn.Tanh)) is None
     assert read_ffn(nn.Sequential(nn.Linear(D, D), nn.GELU())) is None
     assert read_ffn(nn.Sequential(nn.Dropout(0.1), *sequential(nn.GELU()))) is None
+    assert read_ffn(nn.Sequential(*sequential(nn.GELU()), nn.Dropout(0.5), nn.Dropout(0.3))) is None
+    replaced = Mlp(D, H)
+    replaced.fc1.forward = lambda x: x  # type: ignore[method-assign]
+    assert read_ffn(replaced) is None
     hooked = Mlp(D, H)
     hooked.fc1.register_forward_hook(lambda *a: None)
     assert read_ffn(hooked) is None
@@ -306,6 +308,29 @@ def test_experts_that_are_not_alike_are_called_one_by_one() -> None:
     experts.slots[1][1] = nn.ReLU()
     routing, x_TD = make_routing(random_mask(9, 3, 0.6), torch.float64), torch.randn(9, D).double()
     assert_same(run(experts, routing, x_TD), run(experts, routing, x_TD, naive=True))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_spare_rows_do_not_carry_another_tokens_infinity(path: str, take) -> None:  # type: ignore[no-untyped-def]
+    experts = make_experts(take(path, sequential(nn.GELU())), 2, torch.float32)
+    mask_TE = torch.tensor([[False, False], [True, False], [False, True], [False, True]])
+    x_TD = torch.randn(4, D)
+    x_TD[0] = float("nan")
+    result = run(experts, make_routing(mask_TE, torch.float32), x_TD)
+    assert all(g is not None and g.isfinite().all() for g in result.grads)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_pass_without_pairs_can_go_backward(path: str, tokens: int, take) -> None:  # type: ignore[no-untyped-def]
+    experts = make_experts(take(path, sequential(nn.GELU())), 2, torch.float32)
+    x_TD = torch.randn(tokens, D, requires_grad=True)
+    routing = make_routing(torch.zeros(tokens, 2).bool(), torch.float32)
+    y_TD = experts(x_TD, routing, range(2))
+    assert y_TD.equal(torch.zeros(tokens, D))
+    y_TD.sum().backward()
+    assert x_TD.grad is not None and x_TD.grad.eq(0).all()
+    assert all(p.grad is None for p in experts.parameters())
 
 
 def test_rows_are_rounded_where_every_shape_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

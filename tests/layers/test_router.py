@@ -294,3 +294,13 @@ def test_gradient_of_cosine() -> None:
     assert torch.autograd.gradcheck(cosine, (x_TD, w_ED))
     expected = F.cosine_similarity(x_TD[:, None], w_ED[None], dim=2)
     torch.testing.assert_close(cosine(x_TD, w_ED), expected)
+    zero_D = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
+    (grad_D,) = torch.autograd.grad(cosine(zero_D, w_ED).sum(), zero_D)
+    assert grad_D.eq(0).all()
+
+
+@pytest.mark.parametrize("name", ["top_any", "top_any, tutel", "top_any, deepspeed", "topk"])
+def test_no_token_at_all(name: str) -> None:
+    routing = ROUTERS[name](DIM, SLOTS)(torch.zeros(0, DIM, requires_grad=True), LIVE)
+    assert routing.aux.isfinite()
+    assert routing.mask_TE.shape == (0, SLOTS)
