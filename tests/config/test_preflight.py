@@ -152,6 +152,13 @@ def test_outputs_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_clipping_in_mixed_precision_needs_a_plain_optimizer() -> None:
+    clip = (TASK, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0")
+    (text,) = problems(*clip)
+    assert "task.optimizer.fused=false" in text
+    assert problems(*clip, "task.optimizer.fused=false") == []
+
+
 def test_a_fixed_router_fills_its_slots() -> None:
     found = problems(TASK, "moe=topk", "moe.num_experts=4", "moe.max_experts=8")
     assert found == [f"{SLOTS} Set moe.max_experts=4."]
