@@ -34,6 +34,7 @@ def main() -> None:
         print(f"dynmoe-bench: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
+        print("dynmoe-bench: stopped; the --json file holds what was finished", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -119,8 +120,9 @@ STEP = """\
 Time whole training steps (forward, loss, backward, AdamW) and inference of a backbone with MoE
 layers in every second block, in turns with the dense backbone. DynMoE's thresholds are fitted so
 that a token activates k experts on average; the learning rate is 0, the same arithmetic, so that
-they stay there. Images are noise, the optimizer is fused AdamW. What counts of dynmoe-run's
-settings are backbone.*, moe.* and runtime.*: backbone=vit_small, moe.layers=[8,10], ..."""
+they stay there. Images are noise, the optimizer is fused AdamW. The default is DeiT-Ti at 64 px
+with 8 experts. Of dynmoe-run's settings backbone.*, moe.* and runtime.* count: backbone=vit_small,
+moe.layers=[8,10], ..."""
 STEP_NOTE = """\
 ideal: FLOPs of the dense model over those of the case, whose FFNs count k times, routers included.
 used: parameters that a token activates. Inference is of compact layers; a token that no expert
@@ -252,7 +254,7 @@ def layer(args: argparse.Namespace) -> None:
     console.print(LAYER_NOTE + "\n")
     console.print(tables.of_summary(rows))
     if args.baseline:
-        console.print(tables.of_changes(results.compare(baseline, rows)))
+        console.print(_changes(baseline, rows))
     console.print(f"Written to {file.path}")
 
 
@@ -310,7 +312,7 @@ def step(args: argparse.Namespace) -> None:
     if args.baseline:
         differing = results.differences(old.settings, settings)
         console.print("Settings that differ from the baseline's:", ", ".join(differing) or "none")
-        console.print(tables.of_changes(results.compare(baseline, rows)))
+        console.print(_changes(baseline, rows))
     console.print(f"Written to {file.path}")
 
 
@@ -353,6 +355,13 @@ def data(args: argparse.Namespace) -> None:
     console.print(f"Written to {file.path}")
 
 
+def _changes(baseline: Sequence[Any], rows: Sequence[Any]) -> Any:
+    from dynmoe.benchmark import results, tables
+
+    changes = results.compare(baseline, rows)
+    return tables.of_changes(changes) if changes else "The baseline has none of these measurements."
+
+
 class File:
     """The --json file of one run, written again after each part: an interrupted run leaves some.
 
@@ -370,8 +379,9 @@ class File:
     def make_folder(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
         except OSError as error:
-            raise ConfigError(f"--json {self.path}: cannot make its folder ({error})") from None
+            raise ConfigError(f"--json {self.path}: cannot be written ({error})") from None
 
     def write(self, conditions: Conditions, rows: Sequence[object]) -> None:
         from dynmoe.benchmark import results

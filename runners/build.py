@@ -189,7 +189,7 @@ def facts(
         },
         "device": _device_name(trainer),
         "threads": torch.get_num_threads(),
-        "runtime": settings,
+        "runtime": {**settings, "precision": str(cfg.trainer.precision)},
     }
 
 

@@ -79,7 +79,7 @@ def read(path: Path, kind: type[R]) -> tuple[Conditions, list[R]]:
         raise ConfigError(f"--baseline {path}: there is no such file; --json writes one")
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        facts = (content[field.name] for field in dataclasses.fields(Conditions))
+        facts = [dict(content[field.name]) for field in dataclasses.fields(Conditions)]
         return Conditions(*facts), [kind(**row) for row in content["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -30,6 +30,7 @@ NOT_IN_IDENTITY = (
     "data.cache_gb",
     "data.verify",
     "data.workers",
+    "moe.recompute",
     "trainer.default_root_dir",
     "trainer.enable_model_summary",
     "trainer.enable_progress_bar",

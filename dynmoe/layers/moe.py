@@ -76,7 +76,13 @@ class MoELayer(nn.Module):
         self._tape: list[Routed] | None = None
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """``token_mask`` (bool, x's shape without D) is False on padding, which routes nowhere."""
+        """``token_mask`` (bool, x's shape without D) is False on padding, which routes nowhere.
+
+        Raises:
+            ValueError: the last dimension of x is not the layer's.
+        """
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"expected x of shape [..., {self.dim}], found {list(x.shape)}")
         x_TD = x.reshape(-1, self.dim)
         token_mask_T = None if token_mask is None else token_mask.reshape(-1)
         routing = self.router(x_TD, self.live, token_mask_T)

@@ -157,7 +157,8 @@ def _runtime(run: dict[str, Any]) -> str:
     settings = run["runtime"]
     attention = "fused" if settings["fused_attention"] else "plain"
     return (
-        f"{run['threads']} threads, matmul precision {settings['matmul_precision']}, "
+        f"{run['threads']} threads, precision {settings['precision']}, "
+        f"matmul precision {settings['matmul_precision']}, "
         f"malloc {settings['malloc']}, {attention} attention"
     )
 

@@ -234,3 +234,9 @@ def test_pool_bounds_are_checked() -> None:
 def test_router_factory_gets_the_pool_size() -> None:
     layer = make_layer(router=partial(TopKRouter, top_k=4), num_experts=4, max_experts=4)
     assert layer.router.num_slots == 4
+
+
+def test_input_of_another_width_is_refused() -> None:
+    layer = MoELayer(nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 8)), 8, TopAnyRouter, 2)
+    with pytest.raises(ValueError, match=r"expected x of shape \[\.\.\., 8\], found \[2, 4\]"):
+        layer(torch.zeros(2, 4))

@@ -39,7 +39,12 @@ def write_synthetic_run(path: Path, layers: int, max_experts: int) -> RunFolder:
             "steps": STEPS,
             "device": "cpu",
             "threads": 2,
-            "runtime": {"matmul_precision": "medium", "malloc": "tuned", "fused_attention": False},
+            "runtime": {
+                "matmul_precision": "medium",
+                "malloc": "tuned",
+                "fused_attention": False,
+                "precision": "32-true",
+            },
             "parameters": {"other": 21_000_000, "layers": dict.fromkeys(names, size)},
             "start_experts": dict.fromkeys(names, 3),
             "baseline": {"name": "linear classifier on pixels", "env0_in_acc": 0.412},

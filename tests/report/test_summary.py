@@ -25,7 +25,12 @@ RUN = {
     "dataset": "RotatedDigits",
     "device": "cpu",
     "threads": 2,
-    "runtime": {"matmul_precision": "medium", "malloc": "tuned", "fused_attention": False},
+    "runtime": {
+        "matmul_precision": "medium",
+        "malloc": "tuned",
+        "fused_attention": False,
+        "precision": "32-true",
+    },
     "env_names": ["0", "15", "30"],
     "hparams_seed": 0,
     "parameters": {"other": 1000, "layers": {LAYER: SIZES}},
@@ -184,7 +189,7 @@ all but the first at step 10.
 - activated per token: 1,181 (at the mean k on test)
 - training loss: 0.5000 (mean over the last window)
 - speed: 2.10 steps/s on cpu
-- runtime: 2 threads, matmul precision medium, malloc tuned, plain attention
+- runtime: 2 threads, precision 32-true, matmul precision medium, malloc tuned, plain attention
 - peak memory: 0.70 GiB
 - figures: accuracy.png
 
