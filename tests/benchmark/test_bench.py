@@ -91,7 +91,7 @@ def test_compares_with_a_baseline(
         (["--rounds", "0"], "expected a whole number of 1 or more"),
         (["--baseline", "gone.json"], "--baseline gone.json: there is no such file"),
         (["--baseline", "broken.json"], "--baseline broken.json: expected a file that"),
-        (["--json", "broken.json/new.json"], "--json broken.json/new.json: cannot make its folder"),
+        (["--json", "broken.json/new.json"], "--json broken.json/new.json: cannot be written"),
         (["--json", "."], "--json .: expected a file to write, this is a folder"),
     ],
 )
