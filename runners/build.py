@@ -189,7 +189,11 @@ def facts(
         },
         "device": _device_name(trainer),
         "threads": torch.get_num_threads(),
-        "runtime": {**settings, "precision": str(cfg.trainer.precision)},
+        "runtime": {
+            **settings,
+            "precision": str(cfg.trainer.precision),
+            "fused_optimizer": bool(cfg.task.optimizer.get("fused")),
+        },
     }
 
 

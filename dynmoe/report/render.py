@@ -155,11 +155,13 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
 
 def _runtime(run: dict[str, Any]) -> str:
     settings = run["runtime"]
-    attention = "fused" if settings["fused_attention"] else "plain"
+    attention, optimizer = (
+        "fused" if settings[key] else "plain" for key in ("fused_attention", "fused_optimizer")
+    )
     return (
-        f"{run['threads']} threads, precision {settings['precision']}, "
-        f"matmul precision {settings['matmul_precision']}, "
-        f"malloc {settings['malloc']}, {attention} attention"
+        f"{run['threads']} threads, {settings['precision']}, "
+        f"matmul {settings['matmul_precision']}, "
+        f"malloc {settings['malloc']}, {attention} attention, {optimizer} optimizer"
     )
 
 

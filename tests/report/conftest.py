@@ -44,6 +44,7 @@ def write_synthetic_run(path: Path, layers: int, max_experts: int) -> RunFolder:
                 "malloc": "tuned",
                 "fused_attention": False,
                 "precision": "32-true",
+                "fused_optimizer": True,
             },
             "parameters": {"other": 21_000_000, "layers": dict.fromkeys(names, size)},
             "start_experts": dict.fromkeys(names, 3),

@@ -30,6 +30,7 @@ RUN = {
         "malloc": "tuned",
         "fused_attention": False,
         "precision": "32-true",
+        "fused_optimizer": True,
     },
     "env_names": ["0", "15", "30"],
     "hparams_seed": 0,
@@ -189,7 +190,7 @@ all but the first at step 10.
 - activated per token: 1,181 (at the mean k on test)
 - training loss: 0.5000 (mean over the last window)
 - speed: 2.10 steps/s on cpu
-- runtime: 2 threads, precision 32-true, matmul precision medium, malloc tuned, plain attention
+- runtime: 2 threads, 32-true, matmul medium, malloc tuned, plain attention, fused optimizer
 - peak memory: 0.70 GiB
 - figures: accuracy.png
 
