@@ -3,7 +3,7 @@
 One module (hence one set of Parameters) per slot and not one stacked tensor: a slot without an
 expert then has ``grad is None``, so it costs no compute, no optimizer pass and no weight decay.
 
-Shape suffixes: T tokens, E living experts, P routed pairs, D model width.
+Shape suffixes: T tokens, E living experts, R rows of routed pairs, N rows of one expert, D width.
 """
 
 from __future__ import annotations

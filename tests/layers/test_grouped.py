@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
@@ -39,14 +40,13 @@ class Doubled(nn.Module):
 def take(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     """Choose the path by name; returns the FFN to make experts of."""
 
-    def choose(path: str, mlp: nn.Module) -> nn.Module:
-        monkeypatch.setattr(grouped, "uses_grouped_mm", lambda *a: path == "grouped_mm")
-        monkeypatch.setattr(
-            "dynmoe.layers.experts.row_multiple", lambda x: 8 if path == "rounded up" else 1
-        )
-        return Doubled(mlp) if path == "any module" else mlp
+    yield partial(choose_path, monkeypatch)
 
-    yield choose
+
+def choose_path(patch: pytest.MonkeyPatch, path: str, mlp: nn.Module) -> nn.Module:
+    patch.setattr(grouped, "uses_grouped_mm", lambda *a: path == "grouped_mm")
+    patch.setattr("dynmoe.layers.experts.row_multiple", lambda x: 8 if path == "rounded up" else 1)
+    return Doubled(mlp) if path == "any module" else mlp
 
 
 def sequential(act: nn.Module, bias: bool = True) -> nn.Module:
@@ -132,12 +132,7 @@ def test_any_routing_equals_naive(
 ) -> None:
     dtype = torch.float32 if path == "grouped_mm" else torch.float64
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "uses_grouped_mm", lambda *a: path == "grouped_mm")
-        patch.setattr(
-            "dynmoe.layers.experts.row_multiple", lambda x: 8 if path == "rounded up" else 1
-        )
-        mlp = sequential(nn.GELU())
-        pool = make_experts(Doubled(mlp) if path == "any module" else mlp, experts, dtype)
+        pool = make_experts(choose_path(patch, path, sequential(nn.GELU())), experts, dtype)
         routing = make_routing(random_mask(tokens, experts, share, seed), dtype)
         x_TD = torch.randn(tokens, D, dtype=dtype)
         tolerance = {"rtol": 2e-5, "atol": 2e-5 if dtype == torch.float32 else 1e-12}
