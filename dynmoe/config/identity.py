@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -38,6 +39,9 @@ NOT_IN_IDENTITY = (
     "trainer.logger",
 )
 
+# `${a.b}`, another key; `${recipe:lr}` computes something.
+COPY = re.compile(r"\$\{[\w.]+\}")
+
 
 def sha8(text: str) -> str:
     """First 8 hexadecimal digits of the SHA-256 of `text`."""
@@ -55,6 +59,26 @@ def config_hash(cfg: DictConfig) -> str:
     """Hash of everything that can change the result of a run."""
     text = json.dumps(_relevant(cfg, prefix=""), sort_keys=True, default=str)
     return sha8(text)
+
+
+def flat(cfg: DictConfig) -> dict[str, Any]:
+    """Everything that can change the result of a run, as dotted keys and resolved values.
+
+    A key that copies another one, `data.seed: ${seed}`, is left out: two runs that differ in one
+    setting differ in one key here.
+    """
+    return dict(_flat(_relevant(cfg, prefix=""), OmegaConf.to_container(cfg), ""))
+
+
+def _flat(node: dict[str, Any], raw: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        written = raw.get(key) if isinstance(raw, dict) else None
+        if isinstance(written, str) and COPY.fullmatch(written):
+            continue
+        if isinstance(value, dict) and value:
+            yield from _flat(value, written, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _relevant(cfg: DictConfig, prefix: str) -> dict[str, Any]:

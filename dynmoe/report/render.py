@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from dynmoe.report.summary import Layer, Summary
-
-
-class Strong(str):
-    """A cell that stands out: the number a protocol reports."""
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
+from dynmoe.report.tables import Strong, Table, to_rich
+from dynmoe.report.tables import to_markdown as to_markdown_rows
 
 
 def to_console(summary: Summary) -> RenderableType:
@@ -34,7 +22,7 @@ def to_console(summary: Summary) -> RenderableType:
         facts.add_row(Text(name, style="dim"), Text(value))
     parts: list[RenderableType] = [Text(_title(summary), style="bold"), Text(_setting(summary))]
     for table in _tables(summary):
-        parts += ["", _rich_table(table)]
+        parts += ["", to_rich(table)]
     return Group(*parts, "", facts)
 
 
@@ -42,7 +30,7 @@ def to_markdown(summary: Summary) -> str:
     """For `summary.md` in the run folder; figures are linked relative to it."""
     parts = [f"# {_title(summary)}", _setting(summary)]
     for table in _tables(summary):
-        parts += [f"## {table.title}", _markdown_table(table), table.note]
+        parts += [f"## {table.title}", to_markdown_rows(table), table.note]
     parts += ["## Run", "\n".join(f"- {name}: {value}" for name, value in _facts(summary))]
     if summary.figures:
         parts.append("## Figures")
@@ -185,32 +173,3 @@ def _percent(share: float) -> str:
 
 def _number(value: float, form: str, unit: str = "") -> str:
     return "–" if math.isnan(value) else f"{value:{form}}{unit}"
-
-
-def _rich_table(table: Table) -> RichTable:
-    rich_table = RichTable(
-        title=table.title,
-        caption=Text(table.note) if table.note else None,
-        title_justify="left",
-        caption_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-    )
-    for index, column in enumerate(table.columns):
-        rich_table.add_column(Text(column), justify="right" if index else "left", no_wrap=index < 2)
-    for row in table.rows:
-        cells = (Text(cell, "bold green" if isinstance(cell, Strong) else "") for cell in row)
-        rich_table.add_row(*cells)
-    return rich_table
-
-
-def _markdown_table(table: Table) -> str:
-    rows = [
-        table.columns,
-        ("---", *("---:" for _ in table.columns[1:])),
-        *(
-            tuple(f"**{cell}**" if isinstance(cell, Strong) else cell for cell in row)
-            for row in table.rows
-        ),
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,19 +1,117 @@
-"""Cells of result tables, by DomainBed's rules (domainbed/scripts/collect_results.py)."""
+"""A table and its forms: console, Markdown, CSV, LaTeX. And a cell by DomainBed's rules."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+# What LaTeX reads as a command, and the signs that its fonts lack.
+LATEX = {
+    "\\": r"\textbackslash{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "→": r"$\to$",
+    "−": "$-$",
+    "–": "--",
+    "×": r"$\times$",
+}
+
+
+class Strong(str):
+    """A cell that stands out: the number a protocol reports, the best of a column."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are text as people read it. The first column names the row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
 
 
 def format_mean(accuracies: Sequence[float]) -> str:
     """Mean and standard error over trials, in per cent: `20.0 +/- 4.7`; `X` without any.
 
     The standard error is the population standard deviation (ddof 0) over the root of the number
-    of trials. DomainBed's published tables use it, so ours compare.
+    of trials, as in domainbed/scripts/collect_results.py. DomainBed's published tables use it, so
+    ours compare.
     """
     if len(accuracies) == 0:
         return "X"
     percent = 100 * np.asarray(accuracies, dtype=float)
     return f"{percent.mean():.1f} +/- {percent.std() / np.sqrt(len(percent)):.1f}"
+
+
+def to_rich(table: Table) -> RichTable:
+    """For the console."""
+    rich_table = RichTable(
+        title=table.title,
+        caption=Text(table.note) if table.note else None,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+    )
+    for index, column in enumerate(table.columns):
+        rich_table.add_column(Text(column), justify="right" if index else "left", no_wrap=index < 2)
+    for row in table.rows:
+        cells = (Text(cell, "bold green" if isinstance(cell, Strong) else "") for cell in row)
+        rich_table.add_row(*cells)
+    return rich_table
+
+
+def to_markdown(table: Table) -> str:
+    """Header and rows, without title and note."""
+    rows = [
+        table.columns,
+        ("---", *("---:" for _ in table.columns[1:])),
+        *(
+            tuple(f"**{cell}**" if isinstance(cell, Strong) else cell for cell in row)
+            for row in table.rows
+        ),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def to_csv(table: Table) -> str:
+    """Header and rows, for a spreadsheet."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
+    return text.getvalue()
+
+
+def to_latex(table: Table) -> str:
+    """A booktabs table; the title is its caption, the note stands below the rows."""
+    lines = [" & ".join(map(_latex, row)) + r" \\" for row in (table.columns, *table.rows)]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{_latex(table.title)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
+            r"\toprule",
+            lines[0],
+            r"\midrule",
+            *lines[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            *([rf"\par\footnotesize {_latex(table.note)}"] if table.note else []),
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _latex(cell: str) -> str:
+    text = "".join(LATEX.get(sign, sign) for sign in cell)
+    return rf"\textbf{{{text}}}" if isinstance(cell, Strong) else text
