@@ -1,7 +1,6 @@
 """Figures of one run, drawn from its records: legible in print, safe for colour-blind readers.
 
-Where the curves of many layers would hide one another, each layer has its own panel. Only `Figure`
-objects are used, so drawing leaves no global state in matplotlib.
+Where the curves of many layers would hide one another, each layer has its own panel.
 """
 
 from __future__ import annotations
@@ -13,20 +12,26 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from dynmoe.metrics.selection import selected
+from dynmoe.report.drawing import (
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREY,
+    RED,
+    STEP,
+    heat_map,
+    lay_out,
+    over_steps,
+    percent_of_rows,
+    save,
+    whole_numbers,
+)
 from dynmoe.report.records import Record, RunFolder
-
-# Okabe & Ito 2008, "Color Universal Design". Black is kept for the test environment; grey stands
-# in for the yellow, which is too pale on paper.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
-DASHES = ("-", "--", ":", "-.")
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#666666"
-STEP = "optimizer step"
 
 
 def draw_all(folder: RunFolder) -> list[Path]:
@@ -48,13 +53,13 @@ def draw_all(folder: RunFolder) -> list[Path]:
     if with_thresholds:
         figures["thresholds"] = draw_thresholds(run, with_thresholds)
     return [
-        _save(figure, folder.path / "figures" / f"{name}.png") for name, figure in figures.items()
+        save(figure, folder.path / "figures" / f"{name}.png") for name, figure in figures.items()
     ]
 
 
 def draw_accuracy(run: Record, results: Sequence[Record]) -> Figure:
     """Accuracy per environment and split, the selected step, and the baseline if there is one."""
-    figure, (axes,) = _panels(1, width=7.6, height=4)
+    figure, (axes,) = lay_out(1, width=7.6, height=4)
     steps = [record["step"] for record in results]
     legend = []
     for index in range(len(run["env_names"])):
@@ -88,7 +93,7 @@ def draw_accuracy(run: Record, results: Sequence[Record]) -> Figure:
     title = f"{run['algorithm']} on {run['dataset']}, protocol {run['protocol']}"
     axes.set(xlabel=STEP, ylabel="accuracy", title=title)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _over_steps(axes)
+    over_steps(axes)
     figure.legend(handles=legend, loc="outside right center", frameon=False, title="environment")
     return figure
 
@@ -96,7 +101,7 @@ def draw_accuracy(run: Record, results: Sequence[Record]) -> Figure:
 def draw_experts(run: Record, events: Sequence[Record]) -> Figure:
     """Experts per layer over the steps; triangles mark the updates that added or removed some."""
     layers = _layers(run)
-    figure, panels = _panels(len(layers), share=True)
+    figure, panels = lay_out(len(layers), share=True)
     last_step = max(event["step"] for event in events)
     for layer, axes in zip(layers, panels, strict=True):
         updates = [event for event in events if event["layer"] == layer]
@@ -115,8 +120,8 @@ def draw_experts(run: Record, events: Sequence[Record]) -> Figure:
         axes.plot(removed, [0.07] * len(removed), marker="v", color=RED, **at_edge)
         lost = sum(len(event["removed"]) for event in updates)
         axes.set_title(f"{layer}: {counts[0]} → {counts[-1]} (+{len(added)}, −{lost})")
-        axes.yaxis.set_major_locator(_whole_numbers())
-        _over_steps(axes)
+        axes.yaxis.set_major_locator(whole_numbers())
+        over_steps(axes)
     panels[0].margins(y=0.25)
     figure.supxlabel(STEP)
     figure.supylabel("experts")
@@ -132,7 +137,7 @@ def draw_experts(run: Record, events: Sequence[Record]) -> Figure:
 def draw_k(run: Record, training: Sequence[Record]) -> Figure:
     """Mean k per layer over the steps; beside it how k spreads over tokens at the end."""
     layers = _layers(run)
-    figure, (curves, spread) = _panels(2, width=6, height=max(3, 0.9 + 0.32 * len(layers)))
+    figure, (curves, spread) = lay_out(2, width=6, height=max(3, 0.9 + 0.32 * len(layers)))
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     histograms = []
     for index, layer in enumerate(layers):
@@ -146,9 +151,9 @@ def draw_k(run: Record, training: Sequence[Record]) -> Figure:
         )
         histograms.append(lines[-1]["k_hist"])
     curves.set(xlabel=STEP, ylabel="mean k (experts per training token)", title="over training")
-    _over_steps(curves)
+    over_steps(curves)
     k = range(max(map(len, histograms)))
-    _heat_map(spread, histograms, rows=layers, columns=k)
+    heat_map(spread, percent_of_rows(histograms, len(k)), rows=layers, columns=k)
     spread.set(xlabel="k (experts per token)", title="at the end: share of training tokens, in %")
     figure.suptitle("How many experts a token activates")
     figure.legend(loc="outside right center", frameon=False, title="MoE layer")
@@ -158,16 +163,13 @@ def draw_k(run: Record, training: Sequence[Record]) -> Figure:
 def draw_load(run: Record, evaluation: Sequence[Record]) -> Figure:
     """Which experts serve which environment, at the last evaluation."""
     layers, environments = _layers(run), range(len(run["env_names"]))
-    figure, panels = _panels(len(layers), width=4.2, height=0.9 + 0.27 * len(environments))
+    figure, panels = lay_out(len(layers), width=4.2, height=0.9 + 0.27 * len(environments))
     for layer, axes in zip(layers, panels, strict=True):
         lines = {index: _of(evaluation, layer, f"env{index}") for index in environments}
         last = {_environment(run, index): found[-1] for index, found in lines.items() if found}
-        _heat_map(
-            axes,
-            [line["load"] for line in last.values()],
-            rows=list(last),
-            columns=next(iter(last.values()))["slots"],
-        )
+        slots = next(iter(last.values()))["slots"]
+        loads = [line["load"] for line in last.values()]
+        heat_map(axes, percent_of_rows(loads, len(slots)), rows=list(last), columns=slots)
         axes.set_title(layer)
     figure.supxlabel("living expert (slot)")
     figure.supylabel("environment")
@@ -178,7 +180,7 @@ def draw_load(run: Record, evaluation: Sequence[Record]) -> Figure:
 def draw_thresholds(run: Record, training: Sequence[Record]) -> Figure:
     """The threshold of every living expert over the steps; a gap where its slot was empty."""
     layers = _layers(run)
-    figure, panels = _panels(len(layers), share=True)
+    figure, panels = lay_out(len(layers), share=True)
     slots = sorted({slot for line in training for slot in line["slots"]})
     styles: dict[int, dict[str, Any]] = {
         slot: {
@@ -196,65 +198,13 @@ def draw_thresholds(run: Record, training: Sequence[Record]) -> Figure:
         for slot in slots:
             axes.plot(steps, [values.get(slot, math.nan) for values in by_slot], **styles[slot])
         axes.set_title(layer)
-        _over_steps(axes)
+        over_steps(axes)
     figure.supxlabel(STEP)
     figure.supylabel("threshold")
     figure.suptitle("Thresholds of living experts")
     legend = [Line2D([], [], label=str(slot), **styles[slot]) for slot in slots]
     figure.legend(handles=legend, loc="outside right center", frameon=False, title="slot")
     return figure
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
-
-
-def _panels(
-    count: int, width: float = 3.4, height: float = 2.2, share: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """Panels of `width` x `height` inches, at most three in a row, and room for a legend."""
-    columns = min(count, 3)
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(columns * width + 1.4, rows * height + 0.6), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat
-    for axes in grid[count:]:
-        axes.remove()
-    return figure, list(grid[:count])
-
-
-def _over_steps(axes: Axes) -> None:
-    """A grid, and whole steps on the horizontal axis."""
-    axes.xaxis.set_major_locator(_whole_numbers())
-    axes.grid(alpha=0.25)
-
-
-def _whole_numbers() -> MaxNLocator:
-    # With two ticks as the fewest, an axis around one number would be divided into fractions.
-    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
-
-
-def _heat_map(
-    axes: Axes, counts: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[int]
-) -> None:
-    """Each row's counts as shares of the row, in per cent; darkest is the panel's largest share.
-
-    Rows shorter than `columns` end in grey.
-    """
-    shares = np.full((len(rows), len(columns)), math.nan)
-    for row, values in enumerate(counts):
-        shares[row, : len(values)] = 100 * np.asarray(values) / max(1, sum(values))
-    darkest = np.nanmax(shares)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
-    axes.set_facecolor("0.85")
-    axes.set_xticks(range(len(columns)), [str(column) for column in columns])
-    axes.set_yticks(range(len(rows)), rows)
-    for (row, column), share in np.ndenumerate(shares):
-        if not math.isnan(share):
-            colour = "white" if share > 0.6 * darkest else "black"
-            place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
-            axes.text(column, row, f"{share:.0f}", color=colour, **place)
 
 
 def _of(routing: Sequence[Record], layer: str, source: str) -> list[Record]:
