@@ -6,8 +6,11 @@ docs/PERFORMANCE.md has the measurements behind every ``auto``.
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +62,17 @@ def medium_is_exact() -> bool:
         torch.set_float32_matmul_precision(before)
     exact = a.double() @ b.double()
     return bool((product - exact).norm() < 1e-5 * exact.norm())
+
+
+def machine() -> dict[str, Any]:
+    """``{"cpu": its model name, "cores": n}``: times are comparable where these are equal."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    return {"cpu": model, "cores": os.cpu_count() or 0}
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:

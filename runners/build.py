@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 import dynmoe
 from dynmoe import runtime
 from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.config.identity import flat
 from dynmoe.data.baseline import linear_baseline
 from dynmoe.data.module import DomainData
 from dynmoe.errors import ConfigError
@@ -77,6 +78,7 @@ def build_task(cfg: DictConfig, data: DomainData, fused_attention: bool) -> MoET
     )
     return instantiate(
         cfg.task.module,
+        num_classes=data.num_classes,
         num_envs=len(data.env_names),
         test_envs=data.test_envs,
         backbone=backbone,
@@ -169,7 +171,7 @@ def facts(
         "dataset": cfg.data.name,
         "env_names": data.env_names,
         "test_envs": data.test_envs,
-        "num_classes": data.num_classes,
+        "class_names": data.class_names,
         "seed": cfg.seed,
         "trial_seed": cfg.trial_seed,
         "hparams_seed": cfg.hparams_seed,
@@ -177,6 +179,7 @@ def facts(
         "batch_size": cfg.data.batch_size,
         "data_hash": data.data_hash,
         "sizes": data.sizes,
+        "config": flat(cfg),
         "parameters": parameter_counts(task.backbone),
         "start_experts": {n: len(m.live) for n, m in moe_layers(task.backbone).items()},
         "baseline": linear_baseline(data) if data.linear_baseline else None,
@@ -187,6 +190,7 @@ def facts(
             "timm": timm.__version__,
             "python": platform.python_version(),
         },
+        "machine": runtime.machine(),
         "device": _device_name(trainer),
         "threads": torch.get_num_threads(),
         "runtime": {

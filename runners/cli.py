@@ -22,6 +22,7 @@ from dynmoe.config import options, resolvers
 from dynmoe.config.check import check, report
 from dynmoe.config.preflight import preflight, search_path
 from dynmoe.errors import UserError
+from dynmoe.report.records import Held, RunFolder
 
 Job = Callable[[DictConfig], float | None]
 
@@ -114,7 +115,8 @@ def _is_ctrl_c(error: BaseException) -> bool:
 
 def _remove_unused(folder: Path) -> None:
     """Remove the folder of a run that wrote nothing: all it holds is Hydra's."""
-    with suppress(OSError):  # a folder that cannot be removed is no reason to hide the refusal
+    # A folder that cannot be removed is no reason to hide the refusal.
+    with suppress(OSError, Held), RunFolder(folder).hold(wait=0):
         if {entry.name for entry in folder.iterdir()} <= HYDRAS_FILES:
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
             (folder / "run.log").unlink(missing_ok=True)

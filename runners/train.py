@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.errors import ConfigError
@@ -28,7 +26,7 @@ def job(cfg: DictConfig) -> float | None:
     if cfg.mode == "check":
         check_data(cfg)
         return None
-    with _alone(folder.path):
+    with nullcontext() if _is_child() else folder.hold():
         if cfg.overwrite and not _is_child():
             _clear(folder.path)
         if folder.is_done:
@@ -110,33 +108,11 @@ def _is_child() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) > 0
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the run folder; the lock goes with the process, however it ends.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    if _is_child():
-        yield
-        return
-    try:
-        with FileLock(folder / ".lock", timeout=0) as lock:
-            try:
-                yield
-            finally:
-                Path(lock.lock_file).unlink()
-    except Timeout:
-        raise ConfigError(
-            f"{folder}: another process is running this configuration. Wait for it, or stop it."
-        ) from None
-
-
 def _clear(folder: Path) -> None:
     """Remove what an earlier run of this configuration wrote."""
     for name in ("checkpoints", "figures", "tensorboard", "csv"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md", "done"):
+    for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md", "failed.txt", "done"):
         for file in folder.glob(pattern):
             file.unlink()
 

@@ -36,6 +36,8 @@ class Routed(NamedTuple):
 
     aux: Tensor
     stats: RoutingStats
+    mask: Tensor
+    """Bool, the input's shape with E for D: who was served by whom. All False on padding."""
 
 
 class MoELayer(nn.Module):
@@ -88,7 +90,9 @@ class MoELayer(nn.Module):
         routing = self.router(x_TD, self.live, token_mask_T)
         y_TD = self.experts(x_TD, routing, self.live)
         if self._tape is not None:
-            self._tape.append(Routed(routing.aux, routing_stats(x_TD, routing, token_mask_T)))
+            stats = routing_stats(x_TD, routing, token_mask_T)
+            mask = routing.mask_TE.view(*x.shape[:-1], -1)
+            self._tape.append(Routed(routing.aux, stats, mask))
         return y_TD.view(x.shape)
 
     @property

@@ -1,9 +1,12 @@
-"""Routing statistics of a stretch of training or an evaluation, summed by source and layer."""
+"""Routing statistics of a stretch of training or an evaluation, summed by source and layer.
+
+Shape suffixes: B samples, N tokens of a sample, E living experts, S slots, C classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +16,55 @@ from dynmoe.layers.top_any import TopAnyRouter
 
 Reduce = Callable[[Tensor], Tensor]
 
+TRAIN = "train"
+"""The source of training; every other one is an evaluation."""
+
+POSITIONS = 1024
+"""Token positions that are told apart; later ones are left out of ``k_by_position``."""
+
+
+class _Sums(NamedTuple):
+    """Of one source and layer. By slot, since experts may come and go within a stretch."""
+
+    load_S: Tensor
+    k_hist_S: Tensor
+    """Tokens by k, 0 to S."""
+    position_2N: Tensor
+    """Tokens at each position, and the sum of their k. Evaluations only, as is ``class_CS``."""
+    class_CS: Tensor
+    """Routed tokens of each class."""
+
 
 class RoutingMeter:
     """Adds up routing by source ("train", "env0", ...) and layer.
 
-    Sums are kept by slot, since experts may come and go within a stretch.
+    ``classes`` is the number of labels that ``update`` may be given.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, classes: int = 0) -> None:
         self._layers = moe_layers(model)
-        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._classes = classes
+        self._sums: dict[tuple[str, str], _Sums] = {}
 
-    def update(self, source: str, tape: Mapping[str, Sequence[Routed]]) -> None:
+    def update(
+        self, source: str, tape: Mapping[str, Sequence[Routed]], label_B: Tensor | None = None
+    ) -> None:
+        """``label_B``: the classes of the samples, of which the layers saw [B, N, D]."""
         for name, calls in tape.items():
-            layer = self._layers[name]
+            live = list(self._layers[name].live)
             for call in calls:
                 sums = self._sums.get((source, name))
                 if sums is None:
-                    sums = self._sums[source, name] = _zeros(layer, call.stats.load_E.device)
-                sums[0, list(layer.live)] += call.stats.load_E
-                sums[1, : len(call.stats.k_hist)] += call.stats.k_hist
+                    sums = self._sums[source, name] = self._zeros(source, name)
+                sums.load_S[live] += call.stats.load_E
+                sums.k_hist_S[: len(call.stats.k_hist)] += call.stats.k_hist
+                if label_B is None:
+                    continue
+                k_BN = call.mask[:, :POSITIONS].sum(2)
+                sums.position_2N[0, : k_BN.shape[1]] += len(k_BN)
+                sums.position_2N[1, : k_BN.shape[1]] += k_BN.sum(0)
+                load_CE = torch.zeros_like(sums.class_CS[:, live])
+                sums.class_CS[:, live] += load_CE.index_add_(0, label_B, call.mask.sum(1))
 
     def records(self, sources: Sequence[str], reduce: Reduce) -> list[dict[str, Any]]:
         """One record for each source and layer, summed over ranks by ``reduce``; then starts anew.
@@ -42,19 +74,31 @@ class RoutingMeter:
         records = []
         for source in sources:
             for name, layer in self._layers.items():
-                device = layer.active_E.device
-                sums = reduce(self._sums.pop((source, name), _zeros(layer, device)))
-                records.append({"source": source, "layer": name, **_record(layer, sums)})
+                own = self._sums.pop((source, name), None) or self._zeros(source, name)
+                sums = _Sums(*(reduce(part) if part.numel() else part for part in own))
+                record = {"source": source, "layer": name, **_record(layer, sums)}
+                if self._details(source):
+                    record |= _detailed_record(layer, sums)
+                records.append(record)
         return records
 
+    def _details(self, source: str) -> bool:
+        return self._classes > 0 and source != TRAIN
 
-def _zeros(layer: MoELayer, device: torch.device) -> Tensor:
-    """Row 0: tokens by slot; row 1: tokens by k."""
-    return torch.zeros(2, layer.max_experts + 1, dtype=torch.long, device=device)
+    def _zeros(self, source: str, name: str) -> _Sums:
+        layer, details = self._layers[name], self._details(source)
+        slots = layer.max_experts
+        shapes = (slots,), (slots + 1,), (2, POSITIONS * details), (self._classes * details, slots)
+        return _Sums(
+            *(
+                torch.zeros(shape, dtype=torch.long, device=layer.active_E.device)
+                for shape in shapes
+            )
+        )
 
 
-def _record(layer: MoELayer, sums: Tensor) -> dict[str, Any]:
-    load_S, k_hist = sums.tolist()
+def _record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:
+    load_S, k_hist = sums.load_S.tolist(), sums.k_hist_S.tolist()
     while len(k_hist) > len(layer.live) + 1 and k_hist[-1] == 0:
         k_hist.pop()
     tokens = sum(k_hist)
@@ -71,4 +115,14 @@ def _record(layer: MoELayer, sums: Tensor) -> dict[str, Any]:
             if isinstance(router, TopAnyRouter)
             else None
         ),
+    }
+
+
+def _detailed_record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:
+    tokens, k_sums = sums.position_2N.tolist()
+    return {
+        "k_by_position": [
+            round(k / count, 4) for k, count in zip(k_sums, tokens, strict=True) if count
+        ],
+        "load_by_class": sums.class_CS[:, list(layer.live)].tolist(),
     }

@@ -10,18 +10,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from filelock import FileLock, Timeout
+
 from dynmoe.errors import UserError
 
+# A folder beside the run folders.
+LOCKS = ".locks"
+
 Kind = Literal["results", "routing", "events"]
+State = Literal["done", "running", "failed", "stopped", "missing"]
 Record = dict[str, Any]
 
 
 class RecordError(UserError):
     """A run folder that cannot be read: a missing file, or a damaged line."""
+
+
+class Held(UserError):
+    """A run folder in which another process is at work."""
 
 
 class RunFolder:
@@ -45,14 +56,20 @@ class RunFolder:
     def read(self, kind: Kind) -> list[Record]:
         """All records of one kind, in the order written; none when the file is not there.
 
-        A last line without a newline was cut short by a kill and is ignored. Any other line that
-        is not a JSON object with a `step` raises RecordError.
+        A last line without a newline was cut short by a kill and is ignored; `torn` names its
+        file. Any other line that is not a JSON object with a `step` raises RecordError.
         """
         file = self._file(kind)
         if not file.exists():
             return []
-        whole_lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+        # Bytes: a cut may fall inside a character.
+        whole_lines = file.read_bytes().split(b"\n")[:-1]
         return [_record(file, number, line) for number, line in enumerate(whole_lines, start=1)]
+
+    @property
+    def torn(self) -> list[Path]:
+        """The files whose last line was cut short, and is ignored."""
+        return [file for kind in get_args(Kind) if _is_torn(file := self._file(kind))]
 
     def truncate_after(self, step: int) -> None:
         """Drop every record later than `step`, the step of the checkpoint the run resumes from."""
@@ -84,9 +101,66 @@ class RunFolder:
         """Say that the run is complete. Call it after everything else is written."""
         _replace(self.path / "done", "done\n")
 
+    def mark_failed(self, error: str, traceback: str = "") -> None:
+        """Say why a job of a sweep ended early; what it wrote before stays."""
+        _replace(self.path / "failed.txt", f"{error.strip()}\n\n{traceback}".rstrip() + "\n")
+
+    def forget_failure(self) -> None:
+        (self.path / "failed.txt").unlink(missing_ok=True)
+
     @property
     def is_done(self) -> bool:
         return (self.path / "done").exists()
+
+    @property
+    def failure(self) -> str:
+        """What the run failed with, in a line; empty if it did not."""
+        file = self.path / "failed.txt"
+        return file.read_text(encoding="utf-8").split("\n", 1)[0] if file.exists() else ""
+
+    @property
+    def state(self) -> State:
+        """Where the run stands. `stopped` was killed or interrupted; the same command goes on."""
+        if self.is_done:
+            return "done"
+        if self._is_held():
+            return "running"
+        if self.failure:
+            return "failed"
+        return "stopped" if (self.path / "run.json").exists() else "missing"
+
+    @contextmanager
+    def hold(self, wait: float = 1.0) -> Iterator[None]:
+        """Keep every other process out; the lock goes with the process, however it ends.
+
+        The lock file stands beside the run folders and stays: whoever removed one could let two
+        processes in, one on the old file and one on a new one. `wait` are seconds, so that a look
+        at `state` does not pass for a process at work.
+
+        Raises:
+            Held: another process holds the folder.
+        """
+        locks = self.path.parent / LOCKS
+        locks.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(locks / self.path.name, timeout=wait):
+                yield
+        except Timeout:
+            raise Held(
+                f"{self.path}: another process is running this configuration. Wait for it, or "
+                "stop it."
+            ) from None
+
+    def _is_held(self) -> bool:
+        if not (self.path.parent / LOCKS / self.path.name).exists():
+            return False
+        try:
+            with self.hold(wait=0):
+                return False
+        except Held:
+            return True
+        except OSError:  # somebody else's files, which we can only read
+            return False
 
     def _file(self, kind: Kind) -> Path:
         return self.path / f"{kind}.jsonl"
@@ -96,14 +170,24 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, sort_keys=True) + "\n"
 
 
-def _record(file: Path, number: int, line: str) -> Record:
+def _is_torn(file: Path) -> bool:
+    """Whether the file does not end with a newline; reads its last byte alone."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            return stream.read(1) != b"\n"
+    except OSError:  # not there, or empty
+        return False
+
+
+def _record(file: Path, number: int, line: bytes) -> Record:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or no UTF-8
         record = None
     if not (isinstance(record, dict) and "step" in record):
         raise RecordError(
-            f"{file}, line {number}: expected a JSON object with a step, found {line[:60]!r}; "
+            f"{file}, line {number}: expected a JSON object with a step, found {line[:60].decode(errors='replace')!r}; "
             "delete the line, or run again with overwrite=true"
         )
     return record

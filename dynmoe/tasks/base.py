@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 
 from dynmoe.data.protocol import seed_hash
 from dynmoe.layers.moe import Routed, record_routing
-from dynmoe.metrics.routing import RoutingMeter
+from dynmoe.metrics.routing import TRAIN, RoutingMeter
 
 
 class MoETask(L.LightningModule):
@@ -30,13 +30,14 @@ class MoETask(L.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         aux_weight: float,
         seed: int,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.make_optimizer = optimizer
         self.aux_weight = aux_weight
         self.seed = seed
-        self.routing = RoutingMeter(backbone)
+        self.routing = RoutingMeter(backbone, num_classes)
         self.mean_loss = MeanMetric()
         self.mean_aux = MeanMetric()
 
@@ -55,7 +56,7 @@ class MoETask(L.LightningModule):
         for calls in tape.values():
             for call in calls:
                 aux = aux + call.aux
-        self.routing.update("train", tape)
+        self.routing.update(TRAIN, tape)
         self.mean_loss.update(loss.detach())
         self.mean_aux.update(aux.detach())
         self.log("train/loss", loss.detach())

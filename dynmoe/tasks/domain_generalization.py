@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynmoe.data.sampling import IN, OUT, Batch
+from dynmoe.metrics.routing import TRAIN
 from dynmoe.tasks.base import MoETask
 
 
@@ -42,7 +43,7 @@ class DomainGeneralization(MoETask):
         env, split = int(batch.env[0]), int(batch.split[0])
         correct = (logits.argmax(1) == batch.label).sum()
         self._counts[env, split] += torch.stack([correct, torch.full_like(correct, len(logits))])
-        self.routing.update(f"env{env}", tape)
+        self.routing.update(f"env{env}", tape, batch.label)
 
     def on_validation_epoch_end(self) -> None:
         self._counts = self._sum_over_ranks(self._counts)
@@ -66,7 +67,7 @@ class DomainGeneralization(MoETask):
         }
 
     def routing_records(self) -> list[dict[str, Any]]:
-        sources = ["train", *(f"env{i}" for i in range(self.num_envs))]
+        sources = [TRAIN, *(f"env{i}" for i in range(self.num_envs))]
         return self.routing.records(sources, self._sum_over_ranks)
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
+from dynmoe.metrics.routing import TRAIN
 from dynmoe.report.records import RunFolder
 
 Select = Callable[[list[dict[str, Any]]], Mapping[str, Any] | None]
@@ -39,6 +40,7 @@ class RunRecorder(Checkpoint):
         self.constants = constants
         self.steps_per_epoch = steps_per_epoch
         self._clock = 0.0
+        self._training = 0.0
         self._first_step = 0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -46,7 +48,8 @@ class RunRecorder(Checkpoint):
         self._first_step = trainer.global_step
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._clock = time.perf_counter() - self._clock
+        now = time.perf_counter()
+        self._training, self._clock = now - self._clock, now
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.state.fn != "fit":  # a validation outside of training is not a record
@@ -56,7 +59,8 @@ class RunRecorder(Checkpoint):
         result = {
             "step": step,
             "epoch": step / self.steps_per_epoch,
-            "step_time": self._clock / max(1, steps),
+            "step_time": self._training / max(1, steps),
+            "eval_time": time.perf_counter() - self._clock,
             **pl_module.losses_since_last(),
             **pl_module.scores(),
             "mem_gb": _memory_gb(),
@@ -64,7 +68,7 @@ class RunRecorder(Checkpoint):
         }
         routing = [{"step": step, **record} for record in pl_module.routing_records()]
         for record in routing:
-            if record["source"] == "train":
+            if record["source"] == TRAIN:
                 for key in ("mean_k", "unrouted"):
                     _log(trainer, f"moe/{record['layer']}/{key}", record[key], step)
                 _log(trainer, f"moe/{record['layer']}/experts", len(record["slots"]), step)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dynmoe.report.records import RunFolder
+
 SCRIPT = """
 import sys
 from hydra.core.hydra_config import HydraConfig
@@ -129,9 +131,16 @@ def test_a_folder_with_anything_else_is_kept_whole(script: Path) -> None:
     call(script, TASK, "seed=1", "mode=check")
     assert not folder.exists()
     folder.mkdir()
-    (folder / ".lock").touch()
+    (folder / "mine.txt").touch()
     call(script, TASK, "seed=1", "mode=check")
-    assert sorted(p.name for p in folder.iterdir()) == [".hydra", ".lock", "run.log"]
+    assert sorted(p.name for p in folder.iterdir()) == [".hydra", "mine.txt", "run.log"]
+
+
+def test_a_folder_that_another_process_holds_is_kept(script: Path) -> None:
+    (folder,) = map(Path, folders(call(script, TASK, "seed=1")))
+    with RunFolder(folder).hold():
+        call(script, TASK, "seed=1", "mode=check")
+    assert sorted(p.name for p in folder.iterdir()) == [".hydra", "run.log"]
 
 
 def test_a_user_error_ends_one_job_of_a_sweep_and_is_told_at_once(script: Path) -> None:

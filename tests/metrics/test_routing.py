@@ -81,3 +81,24 @@ def test_fixed_routers_have_no_thresholds() -> None:
     feed(model, meter, "train", 12)
     (train,) = meter.records(["train"], reduce=lambda t: t)
     assert train["thresholds"] is None and train["mean_k"] == 2 and train["k_hist"] == [0, 0, 12, 0]
+
+
+def test_evaluations_are_broken_down_by_position_and_class() -> None:
+    """Two classes, four tokens each; the third sample's class is that of the first."""
+    model = make_model()
+    meter = RoutingMeter(model, classes=3)
+    x_BND, label_B = torch.randn(3, 4, DIM), torch.tensor([2, 0, 2])
+    with record_routing(model) as tape:
+        model(x_BND)
+    meter.update("env1", tape, label_B)
+    mask_BNE = model[0].router(x_BND.view(-1, DIM), model[0].live).mask_TE.view(3, 4, 2)
+    train, env1 = meter.records(["train", "env1"], reduce=lambda t: t)
+    assert env1["k_by_position"] == pytest.approx(
+        mask_BNE.sum(2).float().mean(0).tolist(), abs=1e-4
+    )
+    assert env1["load_by_class"] == [
+        mask_BNE[1].sum(0).tolist(),
+        [0, 0],
+        (mask_BNE[0] + mask_BNE[2].int()).sum(0).tolist(),
+    ]
+    assert "load_by_class" not in train

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 
 from dynmoe.errors import UserError
-from dynmoe.report.records import Kind, RunFolder
+from dynmoe.report.records import Held, Kind, RunFolder
 
 
 @pytest.fixture
@@ -86,3 +86,50 @@ def test_damaged_run_facts_are_named(folder: RunFolder) -> None:
     (folder.path / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json: expected JSON, found damage"):
         folder.read_run()
+
+
+def test_a_kill_at_any_byte_loses_nothing_earlier(folder: RunFolder) -> None:
+    """Whatever is left of the file: all whole lines are read, a cut one is reported and ignored."""
+    records = [{"name": "Größe", "step": 0}, {"loss": 0.5, "step": 10}, {"step": 20}]
+    folder.append("results", *records)
+    file = folder.path / "results.jsonl"
+    whole = file.read_bytes()
+    for length in range(len(whole), -1, -1):
+        file.write_bytes(whole[:length])
+        lines = whole[:length].count(b"\n")
+        assert folder.read("results") == records[:lines]
+        torn = length > 0 and whole[length - 1 : length] != b"\n"
+        assert folder.torn == ([file] if torn else [])
+
+
+def test_a_kill_at_any_byte_does_not_stop_the_next_start(folder: RunFolder) -> None:
+    folder.append("results", {"step": 0}, {"step": 10})
+    file = folder.path / "results.jsonl"
+    whole = file.read_bytes()
+    for length in range(len(whole) + 1):
+        file.write_bytes(whole[:length])
+        folder.truncate_after(0)  # resumes from the checkpoint of step 0, or from none
+        folder.append("results", {"step": 10})
+        steps = [record["step"] for record in folder.read("results")]
+        assert steps == ([0, 10] if whole[:length].count(b"\n") else [10])
+
+
+def test_states_of_a_run(folder: RunFolder) -> None:
+    assert folder.state == "missing"
+    with folder.hold():
+        assert RunFolder(folder.path).state == "running"
+    folder.write_run({})
+    assert folder.state == "stopped"
+    folder.mark_failed("DataError: no images\nmore", "Traceback ...")
+    assert (folder.state, folder.failure) == ("failed", "DataError: no images")
+    folder.forget_failure()
+    assert (folder.state, folder.failure) == ("stopped", "")
+    folder.mark_done()
+    assert folder.state == "done"
+
+
+def test_a_folder_is_held_by_one_and_free_again_after(folder: RunFolder) -> None:
+    for _ in range(2):
+        with folder.hold(), pytest.raises(Held, match="another process is running"):
+            with RunFolder(folder.path).hold(wait=0):
+                pass

@@ -12,12 +12,12 @@ import pytest
 import torch
 from tiny_runs import NO_DROPOUT, Run, tiny_config
 
-from dynmoe.errors import ConfigError
+from dynmoe.errors import ConfigError, UserError
 from dynmoe.metrics.selection import selected
 from dynmoe.report.records import RunFolder
 from runners import train
 
-MEASURED = {"step_time", "mem_gb"}  # differ from run to run
+MEASURED = {"step_time", "eval_time", "mem_gb"}  # differ from run to run
 
 
 def stable(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -90,6 +90,27 @@ def test_training_routing_counts_every_token(run: Run) -> None:
         r["tokens"] for r in routing if r["source"] == "train" and r["layer"] == "blocks.0.mlp"
     ]
     assert tokens == [100, 400, 400]
+
+
+def test_evaluation_routing_is_broken_down_by_position_and_class(run: Run) -> None:
+    """5 tokens per image; the sums over positions and over classes are the whole."""
+    routing = [r for r in run().read("routing") if r["source"] != "train"]
+    for record in routing:
+        k = record["k_by_position"]
+        assert len(k) == 5 and sum(k) / 5 == pytest.approx(record["mean_k"], abs=1e-4)
+        assert [sum(column) for column in zip(*record["load_by_class"], strict=True)] == record[
+            "load"
+        ]
+        assert len(record["load_by_class"]) == 10
+
+
+def test_facts_hold_the_configuration_and_the_machine(run: Run) -> None:
+    facts = run().read_run()
+    config = facts["config"]
+    assert (config["task.steps"], config["moe.adaptation.length"], config["seed"]) == (9, 3, 0)
+    assert "data.seed" not in config and "paths.outputs" not in config
+    assert facts["class_names"] == [str(digit) for digit in range(10)]
+    assert facts["machine"].keys() == {"cpu", "cores"}
 
 
 def test_selected_checkpoint_is_the_selected_records(run: Run) -> None:
@@ -206,8 +227,9 @@ def test_activation_checkpointing_does_not_change_the_run(run: Run) -> None:
 
 
 def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
-    refused = pytest.raises(ConfigError, match="another process is running")
-    with train._alone(tmp_path), refused, train._alone(tmp_path):
+    refused = pytest.raises(UserError, match="another process is running")
+    folder = RunFolder(tmp_path / "run")
+    with folder.hold(), refused, RunFolder(folder.path).hold(wait=0):
         pass
 
 
