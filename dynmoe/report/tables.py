@@ -45,12 +45,14 @@ def format_mean(accuracies: Sequence[float]) -> str:
 
     The standard error is the population standard deviation (ddof 0) over the root of the number
     of trials, as in domainbed/scripts/collect_results.py. DomainBed's published tables use it, so
-    ours compare.
+    ours compare. Per cent come last, as there: of 40.5, 73.5 and 30.75 % the mean prints as 48.3,
+    and as 48.2 where per cent come first.
     """
     if len(accuracies) == 0:
         return "X"
-    percent = 100 * np.asarray(accuracies, dtype=float)
-    return f"{percent.mean():.1f} +/- {percent.std() / np.sqrt(len(percent)):.1f}"
+    values = np.asarray(accuracies, dtype=float)
+    error = (values / np.sqrt(len(values))).std()
+    return f"{100 * values.mean():.1f} +/- {100 * error:.1f}"
 
 
 def to_rich(table: Table) -> RichTable:

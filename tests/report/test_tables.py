@@ -9,7 +9,14 @@ from dynmoe.report.tables import format_mean
 
 @pytest.mark.parametrize(
     ("accuracies", "cell"),
-    [([0.1, 0.2, 0.3], "20.0 +/- 4.7"), ([0.5], "50.0 +/- 0.0"), ([], "X")],
+    [
+        ([0.1, 0.2, 0.3], "20.0 +/- 4.7"),
+        ([0.5], "50.0 +/- 0.0"),
+        ([], "X"),
+        # 48.25 and 23.75: the order of DomainBed's operations decides the digit.
+        ([0.405, 0.735, 0.3075], "48.3 +/- 10.6"),
+        ([0.235, 0.24, 0.2375], "23.7 +/- 0.1"),
+    ],
 )
 def test_format_mean(accuracies: list[float], cell: str) -> None:
     assert format_mean(accuracies) == cell
