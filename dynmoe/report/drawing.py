@@ -71,14 +71,15 @@ def heat_map(
     rows: Sequence[str],
     columns: Sequence[Any],
     form: str = ".0f",
+    lightest: float = 0,
     darkest: float | None = None,
 ) -> None:
-    """Numbers as shades, white is 0, with the numbers in the cells if they fit; NaN is grey.
+    """Numbers as shades, with the numbers in the cells if they fit; NaN is grey.
 
-    `darkest` is the number of the darkest shade: without it, the largest one.
+    The palest shade is `lightest`, the darkest one `darkest`, by default the largest number.
     """
     top = float(np.nanmax(values)) if darkest is None else darkest
-    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    image = axes.imshow(values, cmap="Blues", vmin=lightest, vmax=top, aspect="auto")
     axes.set_facecolor("0.85")
     axes.set_yticks(range(len(rows)), rows)
     if len(columns) > MOST_NUMBERS:
@@ -88,7 +89,7 @@ def heat_map(
     axes.set_xticks(range(len(columns)), [str(column) for column in columns])
     for (row, column), value in np.ndenumerate(values):
         if not math.isnan(value):
-            colour = "white" if value > 0.6 * top else "black"
+            colour = "white" if value - lightest > 0.6 * (top - lightest) else "black"
             place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
             axes.text(column, row, f"{value:{form}}", color=colour, **place)
 

@@ -1,0 +1,182 @@
+"""A report as a document: what it says, apart from how it is shown.
+
+`write` shows one document as a page of HTML that needs no other file, as Markdown that links its
+figures, and leaves every table and figure as files of their own.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+from matplotlib.figure import Figure
+
+from dynmoe.report.drawing import save
+from dynmoe.report.tables import Strong, Table, to_csv, to_latex, to_markdown
+
+# What Markdown reads as markup within a line.
+MARKUP = re.compile(r"([\\`*|<\[\]])")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure; `alt` says what it shows, `caption` how to read it."""
+
+    name: str
+    """Of its files, unique in the document."""
+    figure: Figure
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table with the name of its files, unique in the document."""
+
+    name: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list with bullets."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Commands, shown as they are."""
+
+    text: str
+
+
+# A paragraph is text; a `Strong` one is a finding.
+Block = str | Items | Code | Sheet | Picture
+
+
+@dataclass(frozen=True)
+class Section:
+    name: str
+    """For links to it, unique in the document."""
+    title: str
+    blocks: Sequence[Block] = ()
+    sections: Sequence[Section] = ()
+
+
+@dataclass(frozen=True)
+class Document:
+    title: str
+    blocks: Sequence[Block]
+    sections: Sequence[Section]
+
+
+def write(document: Document, out: Path) -> list[Path]:
+    """Write `report.html`, `report.md`, `tables/` and `figures/` into the folder `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for block in _walk(document):
+        if isinstance(block, Sheet):
+            written += [
+                _text(out / "tables" / f"{block.name}.csv", to_csv(block.table)),
+                _text(out / "tables" / f"{block.name}.tex", to_latex(block.table)),
+            ]
+        elif isinstance(block, Picture):
+            for form in ("png", "svg"):
+                written.append(save(block.figure, out / "figures" / f"{block.name}.{form}"))
+    vectors = {path.stem: path.read_bytes() for path in written if path.suffix == ".svg"}
+    return [
+        _text(out / "report.html", to_html(document, vectors)),
+        _text(out / "report.md", to_text(document)),
+        *written,
+    ]
+
+
+def to_html(document: Document, vectors: dict[str, bytes]) -> str:
+    """One page that holds all it shows; `vectors` are the pictures as SVG, by name."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.tests |= {
+        kind.__name__.lower(): lambda block, kind=kind: isinstance(block, kind)
+        for kind in (Strong, Items, Code, Sheet, Picture)
+    }
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    source = files("dynmoe.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(document=document, vectors=vectors)
+
+
+def to_text(document: Document) -> str:
+    """Markdown; figures are linked relative to it."""
+    contents = "\n".join(_contents(document.sections))
+    parts = [f"# {_plain(document.title)}", *map(_block, document.blocks), contents]
+    for section in document.sections:
+        parts += _section(section, "##")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _contents(sections: Sequence[Section], indent: str = "") -> Iterator[str]:
+    for section in sections:
+        yield f"{indent}- [{_plain(section.title)}](#{section.name})"
+        yield from _contents(section.sections, indent + "  ")
+
+
+def _section(section: Section, mark: str) -> Iterator[str]:
+    yield f'<a id="{section.name}"></a>'
+    yield f"{mark} {_plain(section.title)}"
+    yield from map(_block, section.blocks)
+    for part in section.sections:
+        yield from _section(part, mark + "#")
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Strong():
+            return f"**{_plain(block)}**"
+        case str():
+            return _plain(block)
+        case Items(lines):
+            return "\n".join(f"- {_plain(line)}" for line in lines)
+        case Code(text):
+            return f"```\n{text}\n```"
+        case Sheet(name, table):
+            files = f"[CSV](tables/{name}.csv), [LaTeX](tables/{name}.tex)"
+            note = f"{_plain(table.note)} " if table.note else ""
+            return f"**{_plain(table.title)}**\n\n{to_markdown(_escaped(table))}\n\n{note}{files}"
+        case Picture(name, _, alt, caption):
+            files = f"[PNG](figures/{name}.png), [SVG](figures/{name}.svg)"
+            return f"![{_plain(alt)}](figures/{name}.png)\n\n{_plain(caption)} {files}"
+
+
+def _escaped(table: Table) -> Table:
+    columns, *rows = (tuple(map(_plain, row)) for row in (table.columns, *table.rows))
+    return Table(table.title, columns, tuple(rows), table.note)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is; a `Strong` one stays strong."""
+    return type(text)(MARKUP.sub(r"\\\1", text))
+
+
+def _walk(document: Document) -> Iterator[Block]:
+    """All blocks, in reading order."""
+
+    def inside(sections: Sequence[Section]) -> Iterator[Block]:
+        for section in sections:
+            yield from section.blocks
+            yield from inside(section.sections)
+
+    yield from document.blocks
+    yield from inside(document.sections)
+
+
+def _text(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="\n")
+    return path
