@@ -1,108 +1,27 @@
-"""The runs below a folder, read from their records, and what makes two of them comparable.
+"""The runs below folders: which finished, which are absent, and which one stands for a repetition.
 
-Runs of one problem (data set, protocol, selection rule) are comparable. Within it, a *setting* is
-the configuration without seeds and test environments: the runs of one setting differ in chance
-alone, and only they are averaged.
+A run that cannot be used does not stop the report of the others: a warning names it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
-from dynmoe.metrics.selection import selected
-from dynmoe.report.records import Record, RunFolder
+from dynmoe.metrics.selection import best_of_sweep
+from dynmoe.report.records import RecordError, RunFolder
+from dynmoe.report.run import Outcome, Problem, Repetition, Run, order, short_name
+from dynmoe.report.settings import REPETITION, name_settings
 
-Kind = Literal["dense", "fixed", "adaptive"]
+__all__ = ["Absent", "Collection", "Outcome", "Problem", "Run", "read_runs", "short_name"]
 
-# What distinguishes repetitions of one setting.
-REPETITION = ("seed", "trial_seed", "data.test_envs")
-
-
-class Problem(NamedTuple):
-    """What a table is about; all its cells share it."""
-
-    dataset: str
-    protocol: str
-    selection: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is reported of a run: the model at the step that the selection rule chose."""
-
-    step: int
-    accuracy: float
-    """On the test environment's in split, in [0, 1]."""
-    validation: float
-    """Mean out-split accuracy of the training environments, in [0, 1]."""
-    is_selected: bool
-    """False where the rule cannot decide within one run; then `step` is the last one."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished run."""
-
-    folder: RunFolder
-    facts: Record
-    """`run.json`."""
-    results: list[Record]
-    setting: str = ""
-    """Its setting's name, unique within the problem; `read_runs` gives it."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Dotted keys and values of all that can change the result."""
-        return self.facts["config"]
-
-    @property
-    def problem(self) -> Problem:
-        return Problem(*(self.facts[key] for key in Problem._fields))
-
-    @property
-    def environment(self) -> str:
-        """The test environment's name; several are joined by `+`."""
-        return "+".join(self.facts["env_names"][index] for index in self.facts["test_envs"])
-
-    @property
-    def repetition(self) -> tuple[int, int]:
-        """(seed, trial seed): runs of different settings with equal ones are matched."""
-        return self.facts["seed"], self.facts["trial_seed"]
-
-    @property
-    def kind(self) -> Kind:
-        """`adaptive`: training adds and removes experts; `fixed`: a mixture that stays as it is."""
-        if self.facts["config"].get("moe.router", "") is None:
-            return "dense"
-        fixed = self.facts["config"].get("moe.adaptation", "") is None
-        return "fixed" if fixed else "adaptive"
-
-    @cached_property
-    def outcome(self) -> Outcome:
-        facts = self.facts
-        chosen = selected(self.results, facts["selection"], facts["test_envs"])
-        record = self.results[-1] if chosen is None else chosen
-        tests = facts["test_envs"]
-        others = [index for index in range(len(facts["env_names"])) if index not in tests]
-        return Outcome(
-            record["step"],
-            accuracy=_mean(record[f"env{index}_in_acc"] for index in tests),
-            validation=_mean(record[f"env{index}_out_acc"] for index in others),
-            is_selected=chosen is not None,
-        )
-
-    @cached_property
-    def routing(self) -> list[Record]:
-        return self.folder.read("routing")
-
-    @cached_property
-    def events(self) -> list[Record]:
-        return self.folder.read("events")
+# The overrides that make repetitions of one setting, in the text of a job.
+CHANCE = re.compile(rf"(?:^|\s)({'|'.join(map(re.escape, (*REPETITION, 'hparams_seed')))})=(\S+)")
 
 
 @dataclass(frozen=True)
@@ -116,6 +35,12 @@ class Absent:
     """missing, stopped, running or failed"""
     why: str
     """The first line of what it failed with; empty otherwise."""
+    problem: Problem | None = None
+    """This and what follows: as far as its `run.json`, or its overrides beside those of finished
+    runs, tell it."""
+    setting: str = ""
+    environment: str = ""
+    repetition: Repetition | None = None
 
 
 @dataclass(frozen=True)
@@ -124,30 +49,195 @@ class Collection:
 
     folders: list[Path]
     runs: list[Run]
+    """One for each problem, setting, environment and repetition, in that order."""
     absent: list[Absent]
     warnings: list[str]
+    others: list[Run] = field(default_factory=list)
+    """Further finished runs that the choice of `runs` needed: draws of hyper-parameters that lost,
+    and runs with two test environments for leave-one-domain-out selection."""
+
+    @property
+    def problems(self) -> list[Problem]:
+        return list(dict.fromkeys(run.problem for run in self.runs))
+
+    def of(self, problem: Problem) -> list[Run]:
+        return [run for run in self.runs if run.problem == problem]
 
 
 def read_runs(folders: Sequence[Path]) -> Collection:
-    """Finished runs in the folders, which are sweeps, or runs themselves.
+    """The runs in the folders, which are sweeps or runs themselves.
 
     Raises:
-        RecordError: a folder that holds no run, or a damaged record.
+        RecordError: a folder that is not there or holds no run, or a damaged `sweep.json`.
     """
-    raise NotImplementedError
+    warnings: list[str] = []
+    finished: list[Run] = []
+    started: list[Run] = []
+    absent: dict[Path, Absent] = {}
+    jobs = {path: job for folder in folders for path, job in _jobs(Path(folder)).items()}
+    for path, job in jobs.items():
+        folder = RunFolder(path)
+        state = folder.state
+        try:
+            run = _read(folder, finished=state == "done")
+        except RecordError as error:
+            warnings.append(f"{error}; left out")
+            continue
+        if state == "done" and run is not None:
+            finished.append(run)
+            warnings += [f"{file}: its last line was cut short; ignored" for file in folder.torn]
+        else:
+            started += [run] if run is not None else []
+            absent[path] = Absent(path.name, job, state, folder.failure)
+    named = _named([*finished, *started])
+    done = _without_copies(named[: len(finished)], warnings)
+    runs, others = _chosen(done)
+    by_path = {run.folder.path: run for run in named[len(finished) :]}
+    by_job = {jobs[run.folder.path]: run for run in done if jobs[run.folder.path]}
+    return Collection(
+        folders=[Path(folder) for folder in folders],
+        runs=sorted(runs, key=order),
+        absent=[_placed(entry, by_path.get(path), by_job) for path, entry in absent.items()],
+        warnings=[*warnings, *_different_data(done)],
+        others=sorted(others, key=order),
+    )
 
 
-def short_name(run: Run) -> str:
-    """What the mixture is called: `dense`, `top-2 of 8`, `GMoE top-1 of 6`, `DynMoE`."""
-    config = run.config
-    if run.kind == "dense":
-        return "dense"
-    if run.kind == "adaptive":
-        return str(config["moe.algorithm"])
-    own = "" if config["moe.algorithm"] == "TopK" else f"{config['moe.algorithm']} "
-    return f"{own}top-{config['moe.top_k']} of {config['moe.num_experts']}"
+def _jobs(folder: Path) -> dict[Path, str]:
+    """The run folders in a folder, or itself, and those its sweep asks for; their overrides."""
+    if not folder.is_dir():
+        raise RecordError(f"{folder}: expected the folder of a sweep or a run, found no folder")
+    if (folder / "run.json").exists():
+        return {folder: ""}
+    asked: Mapping[str, Mapping[str, str]] = {}
+    sweep = folder / "sweep.json"
+    if sweep.exists():
+        try:
+            asked = json.loads(sweep.read_text(encoding="utf-8"))["jobs"]
+        except (ValueError, KeyError):
+            raise RecordError(
+                f"{sweep}: expected the jobs of a sweep, found damage; start the sweep again"
+            ) from None
+    names = {name: job.get("overrides", "") for name, job in asked.items()}
+    found = {
+        file.parent.name for kind in ("run.json", "failed.txt") for file in folder.glob(f"*/{kind}")
+    }
+    if not found and not names:
+        raise RecordError(
+            f"{folder}: expected a sweep or a run, found no run.json in it or in its folders; "
+            "give outputs/<name> or outputs/<name>/<run>"
+        )
+    return {folder / name: names.get(name, "") for name in sorted(found | names.keys())}
 
 
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else math.nan
+def _read(folder: RunFolder, finished: bool) -> Run | None:
+    """The run, if it has begun; without results unless it is finished."""
+    if not finished and not (folder.path / "run.json").exists():
+        return None
+    facts = folder.read_run()
+    if "config" not in facts:
+        raise RecordError(
+            f"{folder.path}: expected `config` in run.json, found a run of an earlier version; "
+            "run it again with overwrite=true"
+        )
+    results = folder.read("results") if finished else []
+    if finished and not (results and facts["test_envs"]):
+        raise RecordError(f"{folder.path}: expected results on a test environment, found none")
+    return Run(folder, facts, results)
+
+
+def _named(runs: Sequence[Run]) -> list[Run]:
+    """The runs with the names of their settings."""
+    positions: defaultdict[Problem, list[int]] = defaultdict(list)
+    for position, run in enumerate(runs):
+        positions[run.problem].append(position)
+    named = list(runs)
+    for members in positions.values():
+        configs = [runs[position].config for position in members]
+        names = name_settings([short_name(runs[position]) for position in members], configs)
+        for position, name in zip(members, names, strict=True):
+            named[position] = replace(runs[position], setting=name)
+    return named
+
+
+def _without_copies(runs: Iterable[Run], warnings: list[str]) -> list[Run]:
+    first: dict[object, Run] = {}
+    for run in runs:
+        key = (run.problem, run.setting, run.environment, run.repetition, run.facts["hparams_seed"])
+        if first.setdefault(key, run) is not run:
+            warnings.append(f"{run.folder.path}: repeats {first[key].folder.path}; left out")
+    return list(first.values())
+
+
+def _chosen(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs that stand for their repetitions, and the others.
+
+    Of several draws of hyper-parameters the best by validation stands, as in DomainBed.
+    """
+    trials: defaultdict[object, list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=order):
+        trials[run.problem, run.setting, run.repetition].append(run)
+    standing, others = [], []
+    for trial in trials.values():
+        chosen = list(_standing(trial))
+        standing += chosen
+        paths = {run.folder.path for run in chosen}
+        others += [run for run in trial if run.folder.path not in paths]
+    return standing, others
+
+
+def _standing(trial: Sequence[Run]) -> Iterable[Run]:
+    """For each test environment of one setting's repetition, the run that stands for it."""
+    rule = trial[0].problem.selection
+    draws: defaultdict[tuple[int, ...], list[Run]] = defaultdict(list)
+    for run in trial:
+        draws[tuple(run.facts["test_envs"])].append(run)
+    for tests, candidates in draws.items():
+        if len(tests) == 1:
+            holding_out = (run.results for run in trial if tests[0] in run.facts["test_envs"])
+            choice = best_of_sweep(chain.from_iterable(holding_out), rule, tests[0])
+            if choice is None:  # leave-one-domain-out without its pairs: the last step is shown
+                yield candidates[0]
+                continue
+            draw = choice.record["args"]["hparams_seed"]
+            (best,) = (run for run in candidates if run.facts["hparams_seed"] == draw)
+            yield replace(best, chosen=dict(choice.record))
+        elif rule != "leave_one_domain_out":
+            yield max(candidates, key=lambda run: run.outcome.validation)
+
+
+def _placed(entry: Absent, started: Run | None, by_job: Mapping[str, Run]) -> Absent:
+    """Where an absent run belongs, by its own facts or by finished jobs with like overrides."""
+    if started is not None:
+        return replace(
+            entry,
+            problem=started.problem,
+            setting=started.setting,
+            environment=started.environment,
+            repetition=started.repetition,
+        )
+    chance = dict(CHANCE.findall(entry.overrides))
+    for job, run in by_job.items():
+        if CHANCE.sub("", job) == CHANCE.sub("", entry.overrides):
+            place = replace(
+                entry,
+                problem=run.problem,
+                setting=run.setting,
+                repetition=(int(chance.get("seed", 0)), int(chance.get("trial_seed", 0))),
+            )
+            if dict(CHANCE.findall(job)).get("data.test_envs") == chance.get("data.test_envs"):
+                return replace(place, environment=run.environment)
+    return entry
+
+
+def _different_data(runs: Iterable[Run]) -> list[str]:
+    """Repetitions of one problem that did not see the same data, with the hashes that differ."""
+    hashes: defaultdict[tuple[Problem, Repetition], set[str]] = defaultdict(set)
+    for run in runs:
+        hashes[run.problem, run.repetition].add(str(run.facts.get("data_hash", "unknown")))
+    return [
+        f"{problem.dataset}, seed {seed}, trial seed {trial}: runs on different data "
+        f"({', '.join(sorted(found))}) are compared; do not trust their differences"
+        for (problem, (seed, trial)), found in hashes.items()
+        if len(found) > 1
+    ]

@@ -1,0 +1,164 @@
+"""One finished run as reports see it: what it is about, what it is called, what came out of it.
+
+Runs of one problem (data set, protocol, selection rule) are comparable. Within it, a *setting* is
+the configuration without seeds and test environments: the runs of one setting differ in chance
+alone, and only they are averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from dynmoe.metrics.selection import selected
+from dynmoe.report.records import Record, RunFolder
+
+Kind = Literal["dense", "fixed", "adaptive"]
+KINDS: tuple[Kind, ...] = ("dense", "fixed", "adaptive")
+
+Repetition = tuple[int, int]
+"""(seed, trial seed)"""
+
+
+class Problem(NamedTuple):
+    """What a table is about; all its cells share it."""
+
+    dataset: str
+    protocol: str
+    selection: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is reported of a run: the model at the step that the selection rule chose."""
+
+    step: int
+    accuracy: float
+    """On the test environment's in split, in [0, 1]."""
+    validation: float
+    """Mean out-split accuracy of the training environments, in [0, 1]."""
+    is_selected: bool
+    """False where the rule cannot decide within one run; then `step` is the last one."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    folder: RunFolder
+    facts: Record
+    """`run.json`."""
+    results: list[Record]
+    setting: str = ""
+    """Its setting's name, unique within the problem; `read_runs` gives it."""
+    chosen: Record | None = None
+    """The record that the selection rule chose where it had to look at several runs."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Dotted keys and values of all that can change the result."""
+        return self.facts["config"]
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(*(self.facts[key] for key in Problem._fields))
+
+    @property
+    def environment(self) -> str:
+        """The test environment's name; several are joined by `+`."""
+        return "+".join(self.facts["env_names"][index] for index in self.facts["test_envs"])
+
+    @property
+    def repetition(self) -> Repetition:
+        """(seed, trial seed): runs of different settings with equal ones are matched."""
+        return self.facts["seed"], self.facts["trial_seed"]
+
+    @property
+    def kind(self) -> Kind:
+        """`adaptive`: training adds and removes experts; `fixed`: a mixture that stays as it is."""
+        if self.facts["config"].get("moe.router", "") is None:
+            return "dense"
+        fixed = self.facts["config"].get("moe.adaptation", "") is None
+        return "fixed" if fixed else "adaptive"
+
+    @cached_property
+    def outcome(self) -> Outcome:
+        facts = self.facts
+        chosen = self.chosen or selected(self.results, facts["selection"], facts["test_envs"])
+        record = self.results[-1] if chosen is None else chosen
+        tests = facts["test_envs"]
+        others = [index for index in range(len(facts["env_names"])) if index not in tests]
+        return Outcome(
+            record["step"],
+            accuracy=_mean(record[f"env{index}_in_acc"] for index in tests),
+            validation=_mean(record[f"env{index}_out_acc"] for index in others),
+            is_selected=chosen is not None,
+        )
+
+    @cached_property
+    def routing(self) -> list[Record]:
+        return self.folder.read("routing")
+
+    @cached_property
+    def routing_at_outcome(self) -> list[Record]:
+        """The routing records of the model that is reported, without reading the others."""
+        file = self.folder.path / "routing.jsonl"
+        if not file.exists():
+            return []
+        # Most of the time of a large report would go into parsing lines of other steps.
+        mark = f'"step": {self.outcome.step},'.encode()
+        lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1] if mark in line]
+        return [line for line in lines if line["step"] == self.outcome.step]
+
+    @cached_property
+    def events(self) -> list[Record]:
+        return self.folder.read("events")
+
+
+def short_name(run: Run) -> str:
+    """What the mixture is called: `dense`, `top-2 of 8`, `GMoE top-1 of 6`, `DynMoE`."""
+    config = run.config
+    if run.kind == "dense":
+        return "dense"
+    if run.kind == "adaptive":
+        return str(config["moe.algorithm"])
+    if "moe.top_k" not in config:  # a router that decides for itself, in a pool that stays
+        return f"{config['moe.algorithm']}, {config['moe.num_experts']} experts"
+    own = "" if config["moe.algorithm"] == "TopK" else f"{config['moe.algorithm']} "
+    return f"{own}top-{config['moe.top_k']} of {config['moe.num_experts']}"
+
+
+def order(run: Run) -> tuple[Any, ...]:
+    """Dense first, then fixed mixtures by algorithm, experts and k, adaptive ones last."""
+    config = run.config
+    return (
+        *run.problem,
+        KINDS.index(run.kind),
+        config["moe.algorithm"],
+        config.get("moe.num_experts", 0) if run.kind == "fixed" else 0,
+        config.get("moe.top_k", 0),
+        run.setting,
+        run.facts["test_envs"],
+        run.repetition,
+        run.facts["hparams_seed"],
+    )
+
+
+def environments(runs: Iterable[Run]) -> list[str]:
+    """The test environments of one problem's runs, in the data set's order."""
+    found = {run.environment: run.facts["test_envs"] for run in runs}
+    return sorted(found, key=lambda name: found[name])
+
+
+def settings(runs: Iterable[Run]) -> list[str]:
+    """The settings of one problem's runs, in order."""
+    return list(dict.fromkeys(run.setting for run in runs))
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else math.nan

@@ -1,0 +1,75 @@
+"""Which configurations are one setting, and what it is called.
+
+A configuration is the flat `config` of a `run.json`. Those of one setting differ in chance alone:
+in seeds, in the environment they are tested on, and in where the data lie. Draws of
+hyper-parameters (`hparams_seed`) belong to one setting too: the search is part of the method, as in
+DomainBed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Config = Mapping[str, Any]
+
+# What distinguishes repetitions of one setting.
+REPETITION = ("seed", "trial_seed", "data.test_envs")
+
+# What hparams_seed > 0 draws at random (dynmoe/config/resolvers.py).
+DRAWN = ("task.optimizer.lr", "task.optimizer.weight_decay", "data.batch_size")
+
+
+def name_settings(short_names: Sequence[str], configs: Sequence[Config]) -> list[str]:
+    """The name of each configuration's setting, unique among these configurations.
+
+    It is the short name; where several settings would share it, the keys in which they differ are
+    added: `DynMoE, task.optimizer.lr=0.001`.
+    """
+    identities = _identities(configs)
+    sharing: defaultdict[str, dict[str, Config]] = defaultdict(dict)
+    for short, identity in zip(short_names, identities, strict=True):
+        sharing[short][_text(identity)] = identity
+    differing = {short: _differing(list(found.values())) for short, found in sharing.items()}
+    return [
+        ", ".join(
+            [short, *(f"{key}={identity[key]}" for key in differing[short] if key in identity)]
+        )
+        for short, identity in zip(short_names, identities, strict=True)
+    ]
+
+
+def _identities(configs: Sequence[Config]) -> list[Config]:
+    """Each configuration without what does not distinguish settings."""
+    chance = (*REPETITION, "hparams_seed", "data.root")
+    plain = [
+        {key: value for key, value in config.items() if key not in chance} for config in configs
+    ]
+    without_draw = [{**config, **dict.fromkeys(DRAWN, "drawn")} for config in plain]
+    is_draw = [config.get("hparams_seed", 0) > 0 for config in configs]
+    searches = {_text(found) for found, drawn in zip(without_draw, is_draw, strict=True) if drawn}
+    # hparams_seed 0, the protocol's own values, is the first of the draws. But where somebody has
+    # varied these values by hand, none of them can be told to be that.
+    by_hand: defaultdict[str, set[str]] = defaultdict(set)
+    for config, found, drawn in zip(plain, without_draw, is_draw, strict=True):
+        if not drawn:
+            by_hand[_text(found)].add(_text(config))
+    return [
+        found if drawn or (_text(found) in searches and len(by_hand[_text(found)]) == 1) else config
+        for config, found, drawn in zip(plain, without_draw, is_draw, strict=True)
+    ]
+
+
+def _differing(identities: Sequence[Config]) -> list[str]:
+    keys = sorted({key for identity in identities for key in identity})
+    return [
+        key
+        for key in keys
+        if len({_text({key: found[key]} if key in found else {}) for found in identities}) > 1
+    ]
+
+
+def _text(config: Config) -> str:
+    return json.dumps(config, sort_keys=True)
