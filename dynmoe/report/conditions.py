@@ -1,0 +1,56 @@
+"""What stands below every table: the conditions that its numbers hold under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from dynmoe.report.run import Repetition, Run
+
+RULES = {
+    "training_domain_validation": "training-domain validation",
+    "oracle": "oracle (test-domain validation)",
+    "leave_one_domain_out": "leave-one-domain-out validation",
+}
+
+
+def conditions(runs: Sequence[Run]) -> str:
+    """Protocol, selection, repetitions, weights, data and versions of a table's runs.
+
+    Where runs differ in one of them, all values are named.
+    """
+    if not runs:
+        return "No finished run."
+    facts = [run.facts for run in runs]
+    repetitions = sorted({run.repetition for run in runs})
+    versions = sorted({(name, text) for fact in facts for name, text in _versions(fact)})
+    parts = [
+        f"Protocol {_all(fact['protocol'] for fact in facts)}",
+        f"selection by {_all(RULES[fact['selection']] for fact in facts)}",
+        f"{len(repetitions)} repetition{'s' * (len(repetitions) != 1)} ({seeds(repetitions)})",
+        f"{_all(fact['steps'] for fact in facts)} steps",
+        f"backbone {_all(fact['backbone'] for fact in facts)}",
+        f"weights {_all(fact['weights'] for fact in facts)}",
+        f"data {_all(fact.get('data_hash', 'unknown') for fact in facts)}",
+        f"versions {', '.join(f'{name} {text}' for name, text in versions) or 'unknown'}",
+    ]
+    at_the_end = sorted({run.setting for run in runs if not run.outcome.is_selected})
+    if at_the_end:
+        parts.append(f"the last step, as one run cannot decide: {', '.join(at_the_end)}")
+    return f"{'; '.join(parts)}."
+
+
+def seeds(repetitions: Iterable[Repetition]) -> str:
+    """`seeds 0, 1, 2`, or `seed/trial seed 0/0, 1/1` where trial seeds vary too."""
+    pairs = sorted(repetitions)
+    if len({trial for _, trial in pairs}) > 1:
+        return f"seed/trial seed {', '.join(f'{seed}/{trial}' for seed, trial in pairs)}"
+    return f"seed{'s' * (len(pairs) != 1)} {', '.join(str(seed) for seed, _ in pairs)}"
+
+
+def _versions(fact: dict[str, object]) -> list[tuple[str, str]]:
+    found = fact.get("versions")
+    return [(str(k), str(v)) for k, v in found.items()] if isinstance(found, dict) else []
+
+
+def _all(values: Iterable[object]) -> str:
+    return " / ".join(dict.fromkeys(str(value) for value in values))
