@@ -274,7 +274,6 @@ def step(args: argparse.Namespace) -> None:
 
     from dynmoe import runtime
     from dynmoe.benchmark import models, results, steps, tables
-    from dynmoe.benchmark.flops import Flops
     from dynmoe.benchmark.rows import StepRow
 
     device = _device(args)
@@ -292,7 +291,6 @@ def step(args: argparse.Namespace) -> None:
     batches = steps.random_batches(
         args.batch, models.CHANNELS, cfg.backbone.image_size, models.CLASSES, device
     )
-    flops = Flops.of(dense, batches[0].images)
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         built = models.build_models(cfg, dense, layers, cases, args.k, batches[0].images)
     file.make_folder()
@@ -301,9 +299,7 @@ def step(args: argparse.Namespace) -> None:
         # Inference comes last: it makes the layers compact.
         for mode in ("train", "inference") if args.mode == "both" else (args.mode,):
             advance, weight = _bar(progress, mode), cfg.moe.aux_weight
-            rows += steps.measure_steps(
-                mode, built, batches, flops, weight, amp, args.rounds, advance
-            )
+            rows += steps.measure_steps(mode, built, batches, weight, amp, args.rounds, advance)
             file.write(conditions, rows)
     console.print(str(conditions))
     for table in tables.of_steps(rows):

@@ -25,8 +25,7 @@ from dynmoe.data.baseline import linear_baseline
 from dynmoe.data.module import DomainData
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import moe_layers
-from dynmoe.metrics import selection
-from dynmoe.metrics.efficiency import parameter_counts
+from dynmoe.metrics import efficiency, selection
 from dynmoe.report.records import RunFolder
 from dynmoe.tasks.base import MoETask
 from dynmoe.tasks.progress import RunProgress
@@ -160,6 +159,8 @@ def facts(
     if pretrained:
         tag = Path(pretrained).name if isinstance(pretrained, str) else "timm"
         weights = f"pretrained: {tag}"
+    size = cfg.data.image_size
+    costs = efficiency.count(task.backbone, torch.empty(1, data.channels, size, size))
     return {
         "name": cfg.name,
         "protocol": cfg.protocol.name,
@@ -180,7 +181,8 @@ def facts(
         "data_hash": data.data_hash,
         "sizes": data.sizes,
         "config": flat(cfg),
-        "parameters": parameter_counts(task.backbone),
+        "costs": costs,
+        "parameters": costs["parameters"],  # as in runs that have no costs
         "start_experts": {n: len(m.live) for n, m in moe_layers(task.backbone).items()},
         "baseline": linear_baseline(data) if data.linear_baseline else None,
         "versions": {

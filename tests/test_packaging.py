@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "config": {"data.protocol"},
     "data": set(),
     "metrics": {"layers"},
-    "report": {"metrics.selection"},
+    "report": {"metrics.efficiency", "metrics.selection"},
     "adaptation": {"layers"},
     "backbones": {"layers"},
     "benchmark": {"layers", "backbones", "config", "data", "metrics.efficiency", "runtime"},

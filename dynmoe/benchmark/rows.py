@@ -102,9 +102,9 @@ class StepRow:
     ratio: float
     """Speed over that of the dense model, the median over rounds."""
     ratio_quartiles: tuple[float, float]
-    ideal: float
-    """FLOPs of the dense model over FLOPs of this one."""
-    of_ideal: float
+    ideal: float | None
+    """FLOPs of the dense model over FLOPs of this one; None where they cannot be counted."""
+    of_ideal: float | None
     """``ratio`` over ``ideal``."""
     parameters: int
     activated: float

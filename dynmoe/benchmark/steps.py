@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynmoe.benchmark.flops import Flops
 from dynmoe.benchmark.memory import Outputs, peak_and_kept
 from dynmoe.benchmark.rows import StepRow
 from dynmoe.benchmark.timing import Quartiles, clean, interleave, paired
 from dynmoe.layers import moe_layers, record_routing
-from dynmoe.metrics.efficiency import parameter_counts
+from dynmoe.metrics.efficiency import activated, count, flops
 
 Mode = Literal["train", "inference"]
 
@@ -103,7 +102,6 @@ def measure_steps(
     mode: Mode,
     models: Mapping[str, nn.Module],
     batches: Sequence[Batch],
-    flops: Flops,
     aux_weight: float,
     amp: bool,
     rounds: int,
@@ -114,6 +112,8 @@ def measure_steps(
     ``inference`` changes the models for good, so measure ``train`` before it.
     """
     device = batches[0].images.device
+    costs = {name: count(model, batches[0].images[:1]) for name, model in models.items()}
+    dense = flops(costs["dense"], {}, {})
     cases: dict[str, Training | Inference] = {
         name: Training(model, batches, aux_weight, amp)
         if mode == "train"
@@ -125,8 +125,10 @@ def measure_steps(
     for name, case in cases.items():
         seconds = Quartiles.of(clean(samples[name]))
         ratio = paired(samples["dense"], samples[name])
-        k, tokens = _mean_k(case.model, batches, amp)
-        ideal = flops.total / flops.with_moe(case.model, k, tokens)
+        k = mean_k(case.model, batches, amp)
+        experts = {layer: len(module.live) for layer, module in moe_layers(case.model).items()}
+        own = flops(costs[name], experts, k)
+        ideal = None if dense is None or own is None else dense / own
         size = len(batches[0].labels)
         rows.append(
             StepRow(
@@ -140,9 +142,9 @@ def measure_steps(
                 ratio=ratio.median,
                 ratio_quartiles=(ratio.low, ratio.high),
                 ideal=ideal,
-                of_ideal=ratio.median / ideal,
+                of_ideal=None if ideal is None else ratio.median / ideal,
                 parameters=sum(p.numel() for p in case.model.parameters()),
-                activated=_activated(case.model, k),
+                activated=activated(costs[name], experts, k),
                 peak_bytes=peak_and_kept(case.forward, case.backward, device).peak
                 if isinstance(case, Training)
                 else None,
@@ -155,8 +157,8 @@ def measure_steps(
 
 
 @torch.no_grad()
-def _mean_k(model: nn.Module, batches: Sequence[Batch], amp: bool) -> tuple[dict[str, float], int]:
-    """Experts per token of each MoE layer over all batches, and tokens of one batch."""
+def mean_k(model: nn.Module, batches: Sequence[Batch], amp: bool) -> dict[str, float]:
+    """Experts per token of each MoE layer, over all batches."""
     with (
         record_routing(model) as tape,
         torch.autocast(batches[0].images.device.type, torch.bfloat16, enabled=amp),
@@ -165,14 +167,4 @@ def _mean_k(model: nn.Module, batches: Sequence[Batch], amp: bool) -> tuple[dict
             model(images)
     pairs = {n: sum(int(c.stats.load_E.sum()) for c in calls) for n, calls in tape.items()}
     tokens = {n: sum(int(c.stats.k_hist.sum()) for c in calls) for n, calls in tape.items()}
-    each = max(tokens.values(), default=0) // len(batches)
-    return {name: pairs[name] / tokens[name] for name in pairs}, each
-
-
-def _activated(model: nn.Module, k: Mapping[str, float]) -> float:
-    """Parameters that a token uses; of a router those of every living expert."""
-    counts, live = parameter_counts(model), moe_layers(model)
-    return counts["other"] + sum(
-        k[name] * size["expert"] + len(live[name].live) * size["router"] + size["router_fixed"]
-        for name, size in counts["layers"].items()
-    )
+    return {name: pairs[name] / tokens[name] for name in pairs}

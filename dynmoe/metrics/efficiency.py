@@ -1,34 +1,219 @@
-"""What a model costs: parameters, by where they stand."""
+"""What a model costs: parameters and FLOPs, by formula from its shapes and from what it routes.
+
+``count`` reads the shapes, before training. The other functions are arithmetic on what it returns:
+they need no PyTorch, so a report can use them on records. ``experts`` holds the living experts of
+each MoE layer by name, ``mean_k`` how many of them a token activates on average.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-from dynmoe.layers.moe import moe_layers
+    from dynmoe.layers import MoELayer
+
+Costs = dict[str, Any]
+Numbers = Mapping[str, float]
 
 
-def parameter_counts(model: nn.Module) -> dict[str, Any]:
-    """``{"other": n, "layers": {name: {"expert", "router", "router_fixed"}}}``.
+def total(costs: Costs) -> int:
+    """Parameters of the model in training, empty slots included."""
+    return exported(costs, costs["slots"])
 
-    ``other``: all parameters outside MoE layers. Of a layer: those of one expert, the router's for
-    each living expert, and the router's shared ones. A token activates ``other`` and in each layer
-    ``mean k * expert + living experts * router + router_fixed``: every living expert is scored.
+
+def exported(costs: Costs, experts: Mapping[str, int]) -> int:
+    """Parameters after compaction: empty slots are gone."""
+    layers: dict[str, Costs] = costs["parameters"]["layers"]
+    inside = sum(
+        experts[name] * (size["expert"] + size["router"]) + size["router_fixed"]
+        for name, size in layers.items()
+    )
+    return int(costs["parameters"]["other"] + inside)
+
+
+def activated(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float:
+    """Parameters a token uses: every living expert is scored, k of them are computed."""
+    layers: dict[str, Costs] = costs["parameters"]["layers"]
+    inside = sum(
+        mean_k[name] * size["expert"] + experts[name] * size["router"] + size["router_fixed"]
+        for name, size in layers.items()
+    )
+    return float(costs["parameters"]["other"] + inside)
+
+
+def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | None:
+    """FLOPs of the forward pass of one sample; None where ``count`` has no formula.
+
+    A training step takes three times as many: the backward pass has two products for each one of
+    the forward pass, save that the first layer's input needs no gradient. Not counted are products
+    whose size does not depend on the batch (the directions' Gram matrix in DynMoE's auxiliary
+    loss), what ``recompute`` and gradient checkpointing do again, and experts that
+    ``gate_grad=all`` computes for their gradient alone.
     """
-    layers = {}
-    inside = 0
-    for name, layer in moe_layers(model).items():
-        inside += sum(p.numel() for p in layer.parameters())
-        router = sum(p.numel() for p in layer.router.parameters())
-        per_expert = 0
-        if layer.adaptive:
-            first = layer.live[0]
-            per_expert = sum(p.numel() for p in layer.router.slot_parameters(first))  # type: ignore[operator]
-        layers[name] = {
-            "expert": sum(p.numel() for p in layer.experts.slots[0].parameters()),
-            "router": per_expert,
-            "router_fixed": router - per_expert * layer.max_experts,
-        }
-    total = sum(p.numel() for p in model.parameters())
-    return {"other": total - inside, "layers": layers}
+    if costs["flops"] is None:
+        return None
+    layers: dict[str, Costs] = costs["flops"]["layers"]
+    inside = sum(
+        each["tokens"]
+        * (mean_k[name] * each["expert"] + experts[name] * each["router"] + each["router_fixed"])
+        for name, each in layers.items()
+    )
+    return float(costs["flops"]["other"] + inside)
+
+
+def count(model: nn.Module, *sample: Tensor) -> Costs:
+    """The sizes everything above is computed from. ``sample``: inputs of a batch of one.
+
+    - ``parameters``: ``{"other": n, "layers": {name: {"expert", "router", "router_fixed"}}}``, all
+      outside MoE layers; of a layer those of one expert, the router's for each expert, and its
+      shared ones. The copy of the FFN that ``keep_origin`` holds is not part of the model.
+    - ``flops``: ``{"other": n, "layers": {name: {"tokens", "expert", "router", "router_fixed"}}}``:
+      outside MoE layers per sample; of a layer its tokens per sample, and per token one expert's,
+      the router's for each living expert, and its shared ones. None where a class is missing in
+      ``PRODUCTS`` or ``ROUTERS``: the sum is compared with what PyTorch's own counter sees.
+    - ``slots``: ``{name: max_experts}``.
+
+    The model is neither run nor changed.
+    """
+    from dynmoe.layers import moe_layers
+
+    layers = moe_layers(model)
+    inside = sum(p.numel() for layer in layers.values() for p in layer.parameters())
+    outside = sum(p.numel() for p in model.parameters()) - inside
+    return {
+        "parameters": {
+            "other": outside,
+            "layers": {name: _parameters(layer) for name, layer in layers.items()},
+        },
+        "flops": _flops(model, sample),
+        "slots": {name: layer.max_experts for name, layer in layers.items()},
+    }
+
+
+def _parameters(layer: MoELayer) -> dict[str, int]:
+    router = sum(p.numel() for p in layer.router.parameters())
+    each = 0
+    if layer.adaptive:
+        each = sum(p.numel() for p in layer.router.slot_parameters(0))  # type: ignore[operator]
+    return {
+        "expert": sum(p.numel() for p in layer.experts.slots[0].parameters()),
+        "router": each,
+        "router_fixed": router - each * layer.max_experts,
+    }
+
+
+# FLOPs of a call of a module by itself, without its children. By name: timm may be missing.
+def _linear(module: Any, x: Tensor, y: Tensor) -> int:
+    return 2 * int(module.in_features) * y.numel()
+
+
+def _convolution(module: Any, x: Tensor, y: Tensor) -> int:
+    return 2 * int(module.weight[0].numel()) * y.numel()  # weight [out, in / groups, *kernel]
+
+
+def _attention(module: Any, x: Tensor, y: Tensor) -> int:
+    """Scores and values, two products [N, N] x head_dim in every head."""
+    batch, tokens, _ = x.shape
+    return 4 * batch * tokens**2 * int(module.num_heads * module.head_dim)
+
+
+PRODUCTS: dict[str, Callable[[Any, Tensor, Tensor], int]] = {
+    "torch.nn.modules.linear.Linear": _linear,
+    "torch.nn.modules.conv.Conv2d": _convolution,
+    "timm.layers.attention.Attention": _attention,
+    "timm.models.eva.EvaAttention": _attention,
+}
+
+
+# Per token: for each living expert, and whatever their number.
+def _scores(layer: MoELayer) -> tuple[int, int]:
+    return 2 * layer.dim, 0
+
+
+def _projected_scores(layer: MoELayer) -> tuple[int, int]:
+    width = int(layer.router.projection)  # type: ignore[arg-type]
+    return 2 * width, 2 * layer.dim * width
+
+
+ROUTERS: dict[str, Callable[[MoELayer], tuple[int, int]]] = {
+    "dynmoe.layers.top_any.TopAnyRouter": _scores,
+    "dynmoe.layers.top_k.TopKRouter": _scores,
+    "dynmoe.layers.top_k.CosineTopKRouter": _projected_scores,
+}
+
+
+def _flops(model: nn.Module, sample: tuple[Tensor, ...]) -> Costs | None:
+    """One pass of shapes without data, in which every token has the first expert alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from dynmoe.layers import moe_layers
+
+    shell = _shapes_of(model)
+    layers = moe_layers(shell)
+    if any(_class(layer.router) not in ROUTERS for layer in layers.values()):
+        return None
+    found, tokens = Counter[str](), Counter[str]()
+
+    def add(owner: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found[owner] += PRODUCTS[_class(module)](module, inputs[0], output)
+
+    def first_expert(name: str, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        x_TD = x.reshape(-1, layers[name].dim)
+        tokens[name] += len(x_TD)
+        y_TD: Tensor = layers[name].experts.slots[0](x_TD)
+        return y_TD.view(x.shape)
+
+    for name, module in shell.named_modules():
+        if _class(module) in PRODUCTS:
+            owner = next((layer for layer in layers if name.startswith(f"{layer}.")), "")
+            module.register_forward_hook(partial(add, owner))
+    for name, layer in layers.items():
+        layer.forward = partial(first_expert, name)  # type: ignore[method-assign]
+    try:
+        with FlopCounterMode(display=False) as counter:
+            shell(*(x.to("meta") for x in sample))
+    except RuntimeError:  # what it does depends on data
+        return None
+    if counter.get_total_flops() != found.total():
+        return None
+    routers = {name: ROUTERS[_class(layer.router)](layer) for name, layer in layers.items()}
+    return {
+        "other": found[""],
+        "layers": {
+            name: {
+                "tokens": tokens[name],
+                "expert": found[name] // max(1, tokens[name]),
+                "router": routers[name][0],
+                "router_fixed": routers[name][1],
+            }
+            for name in layers
+        },
+    }
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _shapes_of(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode on the meta device: nothing is computed, no number is drawn."""
+    import torch
+    from torch import nn
+
+    from dynmoe.layers import moe_layers
+
+    # Gradients, although none is asked for: without, nn.MultiheadAttention hides its products.
+    shapes: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.is_floating_point())
+        for p in model.parameters()
+    }
+    shapes |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    tapes = (layer._tape for layer in moe_layers(model).values())
+    shapes |= {id(tape): [] for tape in tapes if tape is not None}
+    return copy.deepcopy(model, shapes).eval()

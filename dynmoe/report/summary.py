@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynmoe.metrics.efficiency import activated, exported
 from dynmoe.metrics.selection import selected
 from dynmoe.report.records import Record, RecordError, RunFolder
 
@@ -78,7 +79,9 @@ def summarize(folder: RunFolder) -> Summary:
     chosen = selected(results, run["selection"], run["test_envs"])
     model, last = chosen or results[-1], results[-1]
     layers = _layers(run, folder, model["step"])
-    parameters = run["parameters"]
+    costs = run.get("costs", {"parameters": run["parameters"]})  # early versions had no costs
+    experts = {layer.name: layer.experts for layer in layers}
+    k = {layer.name: layer.k_test for layer in layers}
     return Summary(
         folder=folder.path,
         run=run,
@@ -95,8 +98,8 @@ def summarize(folder: RunFolder) -> Summary:
             for index, name in enumerate(run["env_names"])
         ),
         layers=layers,
-        total_parameters=parameters["other"] + sum(_total(run, layer) for layer in layers),
-        activated_parameters=parameters["other"] + sum(_activated(run, layer) for layer in layers),
+        total_parameters=exported(costs, experts),
+        activated_parameters=activated(costs, experts, k),
         loss=last.get("loss", math.nan),
         steps_per_second=_steps_per_second(results),
         peak_memory=max(record.get("mem_gb", math.nan) for record in results),
@@ -129,17 +132,6 @@ def _layers(run: Record, folder: RunFolder, step: int) -> tuple[Layer, ...]:
         )
 
     return tuple(layer(name) for name in run["parameters"]["layers"])
-
-
-def _total(run: Record, layer: Layer) -> int:
-    size = run["parameters"]["layers"][layer.name]
-    return layer.experts * (size["expert"] + size["router"]) + size["router_fixed"]
-
-
-def _activated(run: Record, layer: Layer) -> float:
-    size = run["parameters"]["layers"][layer.name]
-    router = layer.experts * size["router"] + size["router_fixed"]
-    return layer.k_test * size["expert"] + router
 
 
 def _token_mean(lines: Sequence[Record], key: str) -> float:
