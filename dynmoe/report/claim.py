@@ -104,12 +104,15 @@ def examine(collection: Collection, problem: Problem) -> list[Claim]:
     absent = [entry for entry in collection.absent if entry.problem == problem]
     cells = score_cells(runs)
     kinds = {run.setting: run.kind for run in runs}
+    without_result = dict.fromkeys(e.setting for e in absent if e.setting not in ("", *kinds))
     grid = tuple(name for name, kind in kinds.items() if kind == "fixed")
     dense = tuple(name for name, kind in kinds.items() if kind == "dense")
     repetitions = expected(runs, absent)
 
     def compared(setting: str, environment: str) -> Comparison:
-        pool = {name: cells[name, environment] for name in (setting, *grid, *dense)}
+        pool = {
+            name: cells[name, environment] for name in (setting, *grid, *dense, *without_result)
+        }
         lacking = {
             name: lacks(name, environment, cell, repetitions, absent) for name, cell in pool.items()
         }

@@ -30,7 +30,7 @@ def conditions(runs: Sequence[Run]) -> str:
         f"{_all(fact['steps'] for fact in facts)} steps",
         f"backbone {_all(fact['backbone'] for fact in facts)}",
         f"weights {_all(fact['weights'] for fact in facts)}",
-        f"data {_all(fact.get('data_hash', 'unknown') for fact in facts)}",
+        f"data {_data(facts)}",
         f"versions {', '.join(f'{name} {text}' for name, text in versions) or 'unknown'}",
     ]
     at_the_end = sorted({run.setting for run in runs if not run.outcome.is_selected})
@@ -50,6 +50,13 @@ def seeds(repetitions: Iterable[Repetition]) -> str:
 def _versions(fact: dict[str, object]) -> list[tuple[str, str]]:
     found = fact.get("versions")
     return [(str(k), str(v)) for k, v in found.items()] if isinstance(found, dict) else []
+
+
+def _data(facts: Sequence[dict[str, object]]) -> str:
+    """The hashes; splits, and the deal of digits into environments, differ between repetitions."""
+    hashes = sorted({str(fact.get("data_hash", "unknown")) for fact in facts})
+    more = f" and {len(hashes) - 3} more" if len(hashes) > 3 else ""
+    return f"{' / '.join(hashes[:3])}{more}"
 
 
 def _all(values: Iterable[object]) -> str:
