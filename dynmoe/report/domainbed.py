@@ -1,0 +1,226 @@
+"""DomainBed's result tables, to the digit, from a folder of runs: ours, or DomainBed's own.
+
+Source: domainbed/scripts/collect_results.py and domainbed/lib/reporting.py; Gulrajani & Lopez-Paz
+2021, "In Search of Lost Domain Generalization". All it needs is `results.jsonl` in each run folder.
+Every trial does its own search over hyper-parameters: the search is part of the algorithm, so the
+error over trials contains it. Where DomainBed takes folders in the order in which the disk lists
+them, the order here is that of seeds and names.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dynmoe.metrics.selection import best_of_sweep
+from dynmoe.report.domainbed_records import count_environments, read
+from dynmoe.report.records import Record
+from dynmoe.report.tables import LATEX, Table, format_mean
+
+# The three selection rules, in the order and by the names of the printed tables.
+RULES = {
+    "training_domain_validation": "training-domain validation set",
+    "leave_one_domain_out": "leave-one-domain-out cross-validation",
+    "oracle": "test-domain validation set (oracle)",
+}
+
+# Rows: DomainBed's algorithms in its order; all others follow by name.
+ALGORITHMS = (
+    "ERM ERMPlusPlus Fish IRM GroupDRO Mixup MLDG CORAL MMD DANN CDANN MTL SagNet ARM VREx RSC SD "
+    "ANDMask SANDMask IGA SelfReg Fishr TRM IB_ERM IB_IRM CAD CondCAD Transfer CausIRL_CORAL "
+    "CausIRL_MMD EQRM RDM ADRMX URM"
+)
+
+# Data sets in DomainBed's order, and what it calls their environments. All others follow by name;
+# their environments are env0, env1, ...
+ENVIRONMENTS = {
+    "Debug28": "0 1 2",
+    "Debug224": "0 1 2",
+    "ColoredMNIST": "+90% +80% -90%",
+    "RotatedMNIST": "0 15 30 45 60 75",
+    "ColoredDigits": "+90% +80% -90%",
+    "RotatedDigits": "0 15 30 45 60 75",
+    "VLCS": "C L S V",
+    "PACS": "A C P S",
+    "OfficeHome": "A C P R",
+    "TerraIncognita": "L100 L38 L43 L46",
+    "DomainNet": "clip info paint quick real sketch",
+    "SVIRO": "aclass escape hilux i3 lexus tesla tiguan tucson x5 zoe",
+    "WILDSCamelyon": "hospital_0 hospital_1 hospital_2 hospital_3 hospital_4",
+    "WILDSFMoW": "region_0 region_1 region_2 region_3 region_4 region_5",
+    **{
+        f"Spawrious{kind}_{level}": "Test SC_group_1 SC_group_2"
+        for kind in ("O2O", "M2M")
+        for level in ("easy", "medium", "hard")
+    },
+}
+
+# {(data set, algorithm): {trial seed: {test environment: accuracy}}}
+Accuracies = dict[tuple[str, str], dict[int, dict[int, float]]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the tables are made of."""
+
+    total: int
+    """Number of records."""
+    algorithms: list[str]
+    environments: dict[str, list[str]]
+    """Of each data set; both in the order of the tables."""
+    accuracies: dict[str, Accuracies]
+    """By selection rule."""
+
+
+def write(folder: Path) -> str:
+    """Save the tables as `results.txt` and `results.tex` in `folder`, as DomainBed does.
+
+    Returns the text, and after it what the averages lack, which DomainBed does not say.
+    """
+    results = collect(read(folder))
+    text = to_text(results)
+    (folder / "results.txt").write_text(text, encoding="utf-8")
+    (folder / "results.tex").write_text(to_latex(results), encoding="utf-8")
+    missing = "".join(f"{sentence}\n" for sentence in gaps(results))
+    return f"{text}\n{missing}" if missing else text
+
+
+def collect(records: Sequence[Record]) -> Results:
+    """What each rule reports for every trial, in the records that `read` returns."""
+    sizes = {record["args"]["dataset"]: count_environments(record) for record in records}
+    environments = {}
+    for dataset in _ordered(sizes, ENVIRONMENTS):
+        known = ENVIRONMENTS.get(dataset, "").split()
+        ours = [f"env{index}" for index in range(sizes[dataset])]
+        environments[dataset] = known if len(known) == sizes[dataset] else ours
+    return Results(
+        len(records),
+        _ordered({record["args"]["algorithm"] for record in records}, ALGORITHMS.split()),
+        environments,
+        {rule: _accuracies(records, rule) for rule in RULES},
+    )
+
+
+def tables(results: Results, rule: str) -> list[Table]:
+    """By one selection rule, a table per data set, and last that of their averages."""
+    accuracies = results.accuracies[rule]
+    method = f"model selection method: {RULES[rule]}"
+    found = []
+    for dataset, names in results.environments.items():
+        rows = []
+        for algorithm in results.algorithms:
+            trials = accuracies.get((dataset, algorithm), {}).values()
+            cells = [[trial[env] for trial in trials if env in trial] for env in range(len(names))]
+            rows.append(_row(algorithm, cells))
+        title = f"Dataset: {dataset}, {method}"
+        found.append(Table(title, ("Algorithm", *names, "Avg"), tuple(rows)))
+    rows = []
+    for algorithm in results.algorithms:
+        sweeps = [accuracies.get((dataset, algorithm), {}) for dataset in results.environments]
+        cells = [[_mean(trial) for trial in trials.values() if trial] for trials in sweeps]
+        rows.append(_row(algorithm, cells))
+    columns = ("Algorithm", *results.environments, "Avg")
+    return [*found, Table(f"Averages, {method}", columns, tuple(rows))]
+
+
+def gaps(results: Results) -> Iterator[str]:
+    """What the averages lack: DomainBed averages the environments that a trial happens to have."""
+    for rule, name in RULES.items():
+        for (dataset, algorithm), trials in results.accuracies[rule].items():
+            if not any(trials.values()):  # an X says so
+                continue
+            for seed, trial in trials.items():
+                names = results.environments[dataset]
+                absent = [env for index, env in enumerate(names) if index not in trial]
+                if absent:
+                    yield (
+                        f"Incomplete ({name}): {algorithm} on {dataset}, trial seed {seed}, has no "
+                        f"result on {', '.join(absent)}; the averages are over the rest."
+                    )
+
+
+def to_text(results: Results) -> str:
+    """The tables in the layout of `collect_results`: columns of 20 and 25 characters."""
+    lines = [f"Total records: {results.total}"]
+    for rule in RULES:
+        found = tables(results, rule)
+        for table in found:
+            width = 25 if table is found[-1] else 20
+            lines += ["", f"-------- {table.title}"]
+            for row in (table.columns, *table.rows):
+                lines.append("  ".join(cell.ljust(width)[:width] for cell in row) + " ")
+    return "\n".join(lines) + "\n"
+
+
+def to_latex(results: Results) -> str:
+    """The same tables as a document. DomainBed cuts its cells, closing braces too; not here."""
+    lines = [
+        r"\documentclass{article}",
+        r"\usepackage{booktabs}",
+        r"\usepackage{adjustbox}",
+        r"\begin{document}",
+        r"\section{Full DomainBed results}",
+        f"% Total records: {results.total}",
+    ]
+    for rule, name in RULES.items():
+        lines += ["", rf"\subsection{{Model selection: {name}}}"]
+        headings = [*results.environments, "Averages"]
+        for heading, table in zip(headings, tables(results, rule), strict=True):
+            lines += ["", rf"\subsubsection{{{_latex(heading)}}}", *_tabular(table)]
+    return "\n".join([*lines, r"\end{document}", ""])
+
+
+def _tabular(table: Table) -> Iterator[str]:
+    yield r"\begin{center}"
+    yield r"\adjustbox{max width=\textwidth}{%"
+    yield rf"\begin{{tabular}}{{l{'c' * (len(table.columns) - 1)}}}"
+    yield r"\toprule"
+    yield " & ".join(rf"\textbf{{{_latex(column)}}}" for column in table.columns) + r" \\"
+    yield r"\midrule"
+    for row in table.rows:
+        yield " & ".join(map(_latex, row)) + r" \\"
+    yield r"\bottomrule"
+    yield r"\end{tabular}}"
+    yield r"\end{center}"
+
+
+def _latex(cell: str) -> str:
+    return "".join(LATEX.get(sign, sign) for sign in cell.replace("+/-", "±"))
+
+
+def _row(algorithm: str, cells: list[list[float]]) -> tuple[str, ...]:
+    """Means over trials, and their plain mean without an error, if none is missing."""
+    average = "X"
+    if all(cells):
+        # Python's sum over numpy numbers adds from left to right, as DomainBed's does.
+        average = f"{sum(100 * np.mean(cell) for cell in cells) / len(cells):.1f}"
+    return algorithm, *map(format_mean, cells), average
+
+
+def _accuracies(records: Sequence[Record], rule: str) -> Accuracies:
+    groups: dict[tuple[str, str, int, int], list[Record]] = defaultdict(list)
+    for record in records:
+        args = record["args"]
+        for env in args["test_envs"]:
+            groups[args["dataset"], args["algorithm"], args["trial_seed"], env].append(record)
+    accuracies: Accuracies = {}
+    for (dataset, algorithm, trial, env), group in sorted(groups.items()):
+        reported = accuracies.setdefault((dataset, algorithm), {}).setdefault(trial, {})
+        choice = best_of_sweep(group, rule, env)
+        if choice is not None:
+            reported[env] = choice.test
+    return accuracies
+
+
+def _ordered(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The known ones in their order, then the others by name."""
+    rank = {name: index for index, name in enumerate(known)}
+    return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def _mean(trial: dict[int, float]) -> float:
+    return float(np.mean(list(trial.values())))
