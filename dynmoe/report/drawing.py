@@ -24,7 +24,7 @@ BLUE, RED, GREY = "#0072B2", "#D55E00", "#666666"
 STEP = "optimizer step"
 
 # Above this many columns the numbers in a heat map's cells would run into one another.
-MOST_NUMBERS = 16
+MOST_NUMBERS = 20
 
 
 def lay_out(

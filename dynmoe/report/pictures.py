@@ -1,0 +1,181 @@
+"""Pictures that compare the settings of one problem: the claim, cost and accuracy, curves.
+
+Dense is black, adaptive settings are coloured, the grid of fixed mixtures is grey; markers and
+dashes say the same in black and white. A picture without anything to show is None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+
+from dynmoe.report.claim import Claim, Rival, interval
+from dynmoe.report.document import Picture
+from dynmoe.report.drawing import BLUE, COLOURS, GREY, RED, STEP, lay_out, over_steps
+from dynmoe.report.matching import score_cells
+from dynmoe.report.run import Run, environments
+
+Style = Mapping[str, Any]
+"""For `Axes.plot`."""
+
+# Above, across and below 0.
+BEATS: Style = {"color": BLUE, "marker": "^", "linestyle": "none"}
+OPEN: Style = {"color": GREY, "marker": "o", "linestyle": "none", "markerfacecolor": "white"}
+BELOW: Style = {"color": RED, "marker": "v", "linestyle": "none"}
+
+MARKS: dict[Rival, str] = {"best": ", best", "worst": ", worst", "pick": ", validation's pick"}
+
+ADAPTIVE = (BLUE, RED, COLOURS[2], COLOURS[3])
+
+
+def styles(runs: Sequence[Run]) -> dict[str, Style]:
+    """Colour and marker of each setting."""
+    kinds = {run.setting: run.kind for run in runs}
+    adaptive = [setting for setting, kind in kinds.items() if kind == "adaptive"]
+    coloured: dict[str, Style] = {
+        setting: {"color": ADAPTIVE[index % len(ADAPTIVE)], "marker": "D"}
+        for index, setting in enumerate(adaptive)
+    }
+    plain: dict[str, Style] = {
+        "dense": {"color": "black", "marker": "s"},
+        "fixed": {"color": GREY, "marker": "o"},
+    }
+    return {setting: coloured.get(setting) or plain[kind] for setting, kind in kinds.items()}
+
+
+def draw_claim(runs: Sequence[Run], claims: Sequence[Claim]) -> Picture | None:
+    """Each adaptive setting minus the mean of the grid, dense, and every setting of the grid."""
+    claims = [claim for claim in claims if claim.overall.differences]
+    if not claims:
+        return None
+    rows = [_differences(runs, claim) for claim in claims]
+    height = 0.8 + 0.24 * max(map(len, rows))
+    figure, panels = lay_out(len(claims), 6.4, height, columns=1, beside=0)
+    for claim, differences, axes in zip(claims, rows, panels, strict=True):
+        for row, (_, values, span) in enumerate(differences):
+            low, high = span or (math.nan, math.nan)
+            look = BEATS if low > 0 else BELOW if high < 0 else OPEN
+            axes.plot([100 * low, 100 * high], [row, row], color=look["color"], linewidth=1.4)
+            axes.plot(100 * np.mean(values), row, markersize=7, **look)
+        names = [name for name, _, _ in differences]
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(xlabel="difference in accuracy, percentage points")
+        axes.set_title(f"{claim.setting} minus …, {claim.overall.environment}")
+        axes.grid(axis="x", alpha=0.25)
+    handles = [
+        Line2D([], [], **look, label=label)
+        for look, label in ((BEATS, "better"), (OPEN, "cannot be told apart"), (BELOW, "worse"))
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return Picture(
+        "claim",
+        figure,
+        f"Paired differences in accuracy: {', '.join(claim.setting for claim in claims)} minus "
+        "each other setting, with bootstrap intervals",
+        "Mean over matched seeds and its 95 % bootstrap interval; right of 0 the adaptive setting "
+        "is better. An interval that holds 0 decides nothing.",
+    )
+
+
+def _differences(
+    runs: Sequence[Run], claim: Claim
+) -> list[tuple[str, tuple[float, ...], tuple[float, float] | None]]:
+    """Name, differences by repetition and their interval: the means first, then the grid."""
+    overall = claim.overall
+    known = [*overall.against("mean"), *overall.against("dense")]
+    found = [(each.setting or "mean of the grid", each.values, each.interval) for each in known]
+    marks: defaultdict[str, str] = defaultdict(str)
+    for rival, mark in MARKS.items():
+        for difference in overall.against(rival):
+            marks[difference.setting] += mark
+    cells = score_cells(runs)
+    for setting in claim.grid:
+        if setting not in overall.means:
+            continue
+        others = cells[setting, overall.environment]
+        values = tuple(
+            round(own - others[repetition].accuracy, 12)
+            for own, repetition in zip(overall.accuracies, overall.repetitions, strict=True)
+        )
+        found.append((setting + marks[setting], values, interval(values)))
+    return found
+
+
+def draw_curves(runs: Sequence[Run]) -> Picture | None:
+    """Accuracy on each test environment over training, every setting."""
+    places = environments(runs)
+    if not places:
+        return None
+    style = styles(runs)
+    wide = len(places) == 1
+    figure, panels = lay_out(
+        len(places), 6 if wide else 2.9, 3.6 if wide else 2.3, beside=0, share=True
+    )
+    for place, axes in zip(places, panels, strict=True):
+        for setting, look in style.items():
+            members = [run for run in runs if (run.setting, run.environment) == (setting, place)]
+            if not members:
+                continue
+            curves = [_curve(run) for run in members]
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            values = np.array([[curve[step] for step in steps] for curve in curves])
+            in_grid = members[0].kind == "fixed"
+            axes.plot(
+                steps,
+                values.mean(axis=0),
+                color=look["color"],
+                linestyle="--" if members[0].kind == "dense" else "-",
+                linewidth=0.8 if in_grid else 2,
+                alpha=0.6 if in_grid else 1,
+                zorder=2 if in_grid else 3,
+            )
+            if not in_grid:
+                band = values.min(axis=0), values.max(axis=0)
+                axes.fill_between(steps, *band, color=look["color"], alpha=0.15, linewidth=0)
+        axes.set_title(f"tested on {place}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        over_steps(axes)
+    figure.supxlabel(STEP)
+    figure.supylabel("accuracy on the test environment")
+    figure.legend(handles=_legend(runs, style), loc="outside upper center", ncols=4, frameon=False)
+    return Picture(
+        "curves",
+        figure,
+        "Accuracy on each test environment over training",
+        "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
+        "setting of the grid.",
+    )
+
+
+def _curve(run: Run) -> dict[int, float]:
+    """Accuracy on the test environments' in split, by step."""
+    keys = [f"env{index}_in_acc" for index in run.facts["test_envs"]]
+    return {record["step"]: float(np.mean([record[key] for key in keys])) for record in run.results}
+
+
+def _legend(runs: Sequence[Run], style: Mapping[str, Style]) -> list[Line2D]:
+    """One line for dense and for each adaptive setting, one for all of the grid."""
+    kinds = {run.setting: run.kind for run in runs}
+    names = {
+        "the grid" if kind == "fixed" else setting: (setting, kind)
+        for setting, kind in kinds.items()
+    }
+    return [
+        Line2D(
+            [],
+            [],
+            color=style[setting]["color"],
+            linestyle="--" if kind == "dense" else "-",
+            linewidth=0.8 if kind == "fixed" else 2,
+            label=name,
+        )
+        for name, (setting, kind) in names.items()
+    ]

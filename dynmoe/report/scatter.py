@@ -1,0 +1,117 @@
+"""Points of two measures with error bars, their Pareto front, and a name beside every point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
+
+from dynmoe.report.drawing import GREY
+
+# Places of a name about its point, in points of 1/72 inch, the nearest first.
+DISTANCES = (7, 14, 24, 36, 50)
+DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+ALIGN = {-1: "right", 0: "center", 1: "left"}
+ALIGN_UP = {-1: "top", 0: "center", 1: "bottom"}
+
+
+class Point(NamedTuple):
+    name: str
+    x: float
+    y: float
+    y_error: float
+    style: Mapping[str, Any]
+    """For `Axes.plot`."""
+    x_range: tuple[float, float] | None = None
+
+
+def scatter(axes: Axes, points: Sequence[Point], more_is_better: bool = False) -> None:
+    """Draw the points and, dashed, the Pareto front: y is better high, x low or high."""
+    for point in points:
+        low, high = point.x_range or (point.x, point.x)
+        bars: dict[str, Any] = {"color": point.style["color"], "linewidth": 0.8, "alpha": 0.6}
+        axes.plot([point.x] * 2, [point.y - point.y_error, point.y + point.y_error], **bars)
+        axes.plot([low, high], [point.y] * 2, **bars)
+        axes.plot(point.x, point.y, linestyle="none", **point.style)
+    best = front(points, more_is_better)
+    axes.step(
+        [point.x for point in best],
+        [point.y for point in best],
+        where="pre" if more_is_better else "post",
+        color=GREY,
+        linestyle="--",
+        linewidth=1,
+        zorder=1,
+        label="Pareto front",
+    )
+    axes.margins(0.12)
+    axes.grid(alpha=0.25)
+
+
+def front(points: Sequence[Point], more_is_better: bool = False) -> list[Point]:
+    """The points that no other one beats in both measures, by rising x."""
+    sign = -1 if more_is_better else 1
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (sign * point.x, -point.y)):
+        if not best or point.y > best[-1].y:
+            best.append(point)
+    return best[::sign]
+
+
+def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
+    """Write every name where it hides least: no point, no other name, nothing beyond the panel.
+
+    Call it when the figure is otherwise complete: names do not move what is drawn.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    unit = figure.dpi / 72
+    places = axes.transData.transform([(point.x, point.y) for point in points])
+    taken = [Bbox.from_bounds(x - 4 * unit, y - 4 * unit, 8 * unit, 8 * unit) for x, y in places]
+    # Names of the outermost points come first: there the paper has least room.
+    middle = axes.bbox.x0 + axes.bbox.width / 2
+    for index in np.argsort([-abs(x - middle) for x, _ in places], kind="stable"):
+        point, place = points[index], places[index]
+        name = axes.annotate(
+            point.name,
+            (point.x, point.y),
+            textcoords="offset points",
+            fontsize=font,
+            color=point.style["color"],
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3},
+        )
+        name.set_in_layout(False)
+        size = np.array(name.get_window_extent(renderer).size)
+        candidates = []
+        for distance, (right, up) in product(DISTANCES, DIRECTIONS):
+            offset = np.array([right, up]) * distance
+            corner = place + unit * offset + size * np.array([right - 1, up - 1]) / 2
+            box = Bbox([corner, corner + size])
+            hidden = _hidden(box, taken, axes.bbox)
+            candidates.append((hidden, distance, right, up, box))
+        _, distance, right, up, box = min(candidates, key=itemgetter(0))
+        name.set(position=(right * distance, up * distance), ha=ALIGN[right], va=ALIGN_UP[up])
+        taken.append(box)
+        if name.arrow_patch is not None:  # a line to the point, unless they are neighbours
+            name.arrow_patch.set_visible(distance > DISTANCES[0])
+
+
+def _hidden(box: Bbox, taken: Sequence[Bbox], panel: Bbox) -> float:
+    """The area of `box` that covers others or lies beyond the panel."""
+    inside = Bbox.intersection(box, panel)
+    beyond = _area(box) - (0 if inside is None else _area(inside))
+    return beyond + sum(
+        _area(common) for other in taken if (common := Bbox.intersection(box, other))
+    )
+
+
+def _area(box: Bbox) -> float:
+    return box.width * box.height
