@@ -1,0 +1,189 @@
+"""Costs as tables and sentences."""
+
+from __future__ import annotations
+
+import math
+
+from dynmoe.report.conditions import conditions
+from dynmoe.report.costs import Bill, SearchCost, model_costs, search_cost
+from dynmoe.report.run import Problem, settings
+from dynmoe.report.runs import Collection
+from dynmoe.report.tables import Table
+from dynmoe.report.timings import Mode, Range, Timing, read_timings
+
+MISSING = "X"
+
+
+def cost_table(collection: Collection, problem: Problem) -> Table:
+    """Parameters and FLOPs of every setting, by formula."""
+    runs = collection.of(problem)
+    costs = model_costs(runs)
+    unknown = [name for name, cost in costs.items() if math.isnan(cost.flops)]
+    note = (
+        "Mean over runs, at the reported step. Total: in training, empty slots included; exported: "
+        "living experts only; activated: per token of the test environment, every living expert "
+        "scored and k computed. FLOPs: one forward pass of a sample, 2 per multiply-add."
+    )
+    if unknown:
+        note += f" X: records do not tell it ({', '.join(unknown)})."
+    return Table(
+        f"Size of every setting on {problem.dataset}",
+        (
+            "setting",
+            "runs",
+            "experts per layer",
+            "mean k",
+            "total, M",
+            "exported, M",
+            "activated, M",
+            "FLOPs per sample, M",
+        ),
+        tuple(
+            (
+                name,
+                str(cost.runs),
+                *(
+                    ("-", "-")
+                    if name in dense(collection, problem)
+                    else (number(cost.experts), number(cost.mean_k))
+                ),
+                *(
+                    number(value / 1e6)
+                    for value in (cost.total, cost.exported, cost.activated, cost.flops)
+                ),
+            )
+            for name, cost in costs.items()
+        ),
+        note=f"{conditions(runs)} {note}",
+    )
+
+
+def timing_table(collection: Collection, problem: Problem) -> Table:
+    """Measured times and memory of every setting; refused where machines differ."""
+    runs = collection.of(problem)
+    timings = read_timings(collection, problem)
+    names = settings(runs)
+    rows = []
+    for name in names:
+        by_mode = [timings.by_setting.get((name, mode)) for mode in _modes()]
+        peak = by_mode[0].peak_bytes if by_mode[0] else None
+        memory = MISSING if peak is None else number(peak / 2**30)
+        cells = (*(cell for timing in by_mode for cell in _times(timing)), memory)
+        rows.append((name, *(("refused",) * len(cells) if timings.refused else cells)))
+    note = f"Median of a step with its quartiles; {timings.conditions}."
+    if timings.refused:
+        note = f"Times are not compared: {timings.refused}."
+    elif not timings.by_setting:
+        note = f"Not measured: dynmoe-bench step --runs {collection.folders[0]} does it."
+    elif any(timing.contaminated for timing in timings.by_setting.values()):
+        note += " *: something else used the machine meanwhile."
+    return Table(
+        f"Measured cost of every setting on {problem.dataset}",
+        (
+            "setting",
+            "training step, ms",
+            "training, samples/s",
+            "inference step, ms",
+            "inference, samples/s",
+            "peak memory in training, GiB",
+        ),
+        tuple(rows),
+        note=f"{note} {conditions(runs)}",
+    )
+
+
+def search_table(collection: Collection, problem: Problem, setting: str) -> Table:
+    """What the grid was trained for beside what an adaptive setting was trained for."""
+    cost = search_cost(collection, problem, setting)
+    note = (
+        "All runs of the same environments and repetitions, draws of hyper-parameters that lost "
+        "included. FLOPs: 3 x the forward pass x samples, with the experts and k recorded in "
+        "training. Hours: training and evaluation, as recorded; runs side by side on one machine "
+        "slow one another."
+    )
+    if cost.machines:
+        note += f" Hours are not compared, machines differ: {', '.join(cost.machines)}."
+    if any(entry.problem in (None, problem) for entry in collection.absent):
+        note += " Runs without a result are not counted, so the grid may have cost more."
+    grid, own = _bill(cost, cost.grid), _bill(cost, cost.own)
+    flops, hours = ratios(cost)
+    return Table(
+        f"What the search cost on {problem.dataset}",
+        ("", "runs", "training, TFLOP", "hours"),
+        (
+            (f"the grid ({cost.grid_settings} settings)", *grid),
+            (setting, *own),
+            ("ratio", _ratio(cost.grid.runs, cost.own.runs), *map(_times_as_much, (flops, hours))),
+        ),
+        note=f"{conditions(collection.of(problem))} {note}",
+    )
+
+
+def search_sentence(cost: SearchCost) -> str:
+    """The bill in a sentence."""
+    if not cost.grid.runs:
+        return f"{cost.setting}: there is no grid whose search it could save."
+    flops, hours = ratios(cost)
+    parts = [
+        f"{_times_as_much(ratio)} {what}"
+        for ratio, what in ((flops, "the training FLOPs"), (hours, "the hours"))
+        if not math.isnan(ratio)
+    ]
+    if cost.machines:
+        parts.append(f"hours are not compared, machines differ: {', '.join(cost.machines)}")
+    return (
+        f"To search the grid ({cost.grid_settings} settings, {cost.grid.runs} runs) took, beside "
+        f"{cost.setting} ({cost.own.runs} runs), {'; '.join(parts) or 'an unrecorded effort'}."
+    )
+
+
+def ratios(cost: SearchCost) -> tuple[float, float]:
+    """The grid's over the adaptive setting's: FLOPs, and hours if they may be compared."""
+    hours = math.nan if cost.machines else _divide(cost.grid.hours, cost.own.hours)
+    return _divide(cost.grid.flops, cost.own.flops), hours
+
+
+def dense(collection: Collection, problem: Problem) -> set[str]:
+    return {run.setting for run in collection.of(problem) if run.kind == "dense"}
+
+
+def number(value: float) -> str:
+    """Three significant digits; X for what was not recorded."""
+    if math.isnan(value):
+        return MISSING
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _modes() -> tuple[Mode, Mode]:
+    return "train", "inference"
+
+
+def _times(timing: Timing | None) -> tuple[str, str]:
+    if timing is None:
+        return MISSING, MISSING
+    mark = "*" if timing.contaminated else ""
+    return (
+        _spread(timing.milliseconds, timing.quartiles) + mark,
+        _spread(timing.samples_per_second, timing.samples_quartiles) + mark,
+    )
+
+
+def _spread(middle: float, quartiles: Range) -> str:
+    return f"{number(middle)} [{', '.join(map(number, quartiles))}]"
+
+
+def _bill(cost: SearchCost, bill: Bill) -> tuple[str, str, str]:
+    hours = "refused" if cost.machines else number(bill.hours)
+    return str(bill.runs), number(bill.flops / 1e12), hours
+
+
+def _ratio(one: float, other: float) -> str:
+    return _times_as_much(_divide(one, other))
+
+
+def _divide(one: float, other: float) -> float:
+    return one / other if other else math.nan
+
+
+def _times_as_much(ratio: float) -> str:
+    return MISSING if math.isnan(ratio) else f"{number(ratio)} x"

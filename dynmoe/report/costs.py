@@ -1,0 +1,186 @@
+"""What settings cost, by formula from their records: parameters, FLOPs, and the whole search.
+
+The paper's promise is to save a search, so the bill is the search's: everything the grid was
+trained for, against the runs that adapted by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynmoe.metrics.efficiency import activated, exported, flops, total
+from dynmoe.report.records import Record
+from dynmoe.report.run import Problem, Run
+from dynmoe.report.runs import Collection
+
+# What measured hours depend on besides the configuration.
+MACHINE = ("machine", "device", "threads")
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Of the models that are reported, mean over a setting's runs. NaN: not recorded."""
+
+    runs: int
+    total: float
+    """Parameters in training, empty slots included."""
+    exported: float
+    """Parameters of living experts and the rest."""
+    activated: float
+    """Parameters per token of the test environments."""
+    flops: float
+    """Of the forward pass of one sample of the test environments."""
+    experts: float
+    """Living, mean over MoE layers; NaN for dense."""
+    mean_k: float
+    """Experts per test token, mean over MoE layers; NaN for dense."""
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What it took to train some runs. NaN: not recorded."""
+
+    runs: int
+    flops: float
+    hours: float
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """The grid's bill beside an adaptive setting's, for the same environments and repetitions."""
+
+    setting: str
+    grid: Bill
+    own: Bill
+    grid_settings: int
+    machines: tuple[str, ...]
+    """Facts that differ between the runs' machines. If there are any, hours are not compared."""
+
+
+def model_costs(runs: Iterable[Run]) -> dict[str, ModelCost]:
+    """Of every setting of one problem, in order."""
+    by_setting: defaultdict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_setting[run.setting].append(run)
+    return {setting: _mean_cost(members) for setting, members in by_setting.items()}
+
+
+def search_cost(collection: Collection, problem: Problem, setting: str) -> SearchCost:
+    """Every run of the grid, lost draws included, against every run of an adaptive setting.
+
+    Counted are environments and repetitions that the adaptive setting has.
+    """
+    runs = [run for run in [*collection.runs, *collection.others] if run.problem == problem]
+    own = [run for run in runs if run.setting == setting]
+    places = {(run.environment, run.repetition) for run in own}
+    grid = [
+        run for run in runs if run.kind == "fixed" and (run.environment, run.repetition) in places
+    ]
+    return SearchCost(
+        setting,
+        _bill(grid),
+        _bill(own),
+        len({run.setting for run in grid}),
+        different_facts([run.facts for run in (*grid, *own)], MACHINE),
+    )
+
+
+def different_facts(facts: Sequence[Record], keys: Iterable[str]) -> tuple[str, ...]:
+    """`key (value, value)` of each fact that is not the same everywhere."""
+    found = {key: dict.fromkeys(_words(fact.get(key)) for fact in facts) for key in keys}
+    return tuple(f"{key} ({'; '.join(values)})" for key, values in found.items() if len(values) > 1)
+
+
+def _mean_cost(runs: Sequence[Run]) -> ModelCost:
+    columns = np.array([_model_cost(run) for run in runs], dtype=float).T
+    return ModelCost(len(runs), *(float(np.mean(column)) for column in columns))
+
+
+def _model_cost(run: Run) -> tuple[float, ...]:
+    """`ModelCost` of one run, without `runs`."""
+    costs = run.facts.get("costs")
+    if costs is None:
+        return (math.nan,) * 6
+    sources = {f"env{index}" for index in run.facts["test_envs"]}
+    experts, mean_k = _routed(line for line in run.routing_at_outcome if line["source"] in sources)
+    names = list(costs["slots"])
+    if not experts.keys() >= set(names):
+        return (total(costs), *(math.nan,) * 5)
+    forward = flops(costs, experts, mean_k)
+    return (
+        total(costs),
+        exported(costs, experts),
+        activated(costs, experts, mean_k),
+        math.nan if forward is None else forward,
+        float(np.mean([experts[name] for name in names])) if names else math.nan,
+        float(np.mean([mean_k[name] for name in names])) if names else math.nan,
+    )
+
+
+def _routed(lines: Iterable[Record]) -> tuple[dict[str, int], dict[str, float]]:
+    """Living experts and mean k by layer; k over all tokens of the lines."""
+    by_layer: defaultdict[str, list[Record]] = defaultdict(list)
+    for line in lines:
+        by_layer[line["layer"]].append(line)
+    tokens = {name: sum(line["tokens"] for line in found) for name, found in by_layer.items()}
+    return (
+        {name: len(found[-1]["slots"]) for name, found in by_layer.items()},
+        {
+            name: sum(line["mean_k"] * line["tokens"] for line in found) / tokens[name]
+            for name, found in by_layer.items()
+            if tokens[name]
+        },
+    )
+
+
+def _bill(runs: Sequence[Run]) -> Bill:
+    return Bill(
+        len(runs), sum(_training_flops(run) for run in runs), sum(_hours(run) for run in runs)
+    )
+
+
+def _training_flops(run: Run) -> float:
+    """3 x the forward pass x samples, with the experts and the k of each recorded window."""
+    costs, steps = run.facts.get("costs"), [record["step"] for record in run.results]
+    if costs is None or costs["flops"] is None:
+        return math.nan
+    # A fixed mixture routes the same at every step; reading one step saves most of the time.
+    lines = run.routing if run.kind == "adaptive" else run.routing_at_outcome
+    windows: defaultdict[int, list[Record]] = defaultdict(list)
+    for line in lines:
+        if line["source"] == "train":
+            windows[line["step"]].append(line)
+    at_outcome = windows[run.outcome.step]
+    forward = 0.0
+    for before, step in zip([-1, *steps], steps, strict=False):
+        experts, mean_k = _routed(windows.get(step, at_outcome))
+        if not mean_k.keys() >= costs["slots"].keys():
+            return math.nan
+        forward += (step - before) * (flops(costs, experts, mean_k) or math.nan)
+    return 3 * forward * _samples_per_step(run.facts)
+
+
+def _samples_per_step(facts: Record) -> int:
+    """The batch size counts samples per training environment, as in DomainBed."""
+    return facts["batch_size"] * (len(facts["env_names"]) - len(facts["test_envs"]))
+
+
+def _hours(run: Run) -> float:
+    """Training and evaluation, as recorded; NaN where a record lacks its time."""
+    seconds, before = 0.0, -1
+    for record in run.results:
+        seconds += (record["step"] - before) * record.get("step_time", math.nan)
+        seconds += record.get("eval_time", math.nan)
+        before = record["step"]
+    return seconds / 3600
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return "unknown" if value is None else str(value)
