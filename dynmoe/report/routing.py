@@ -1,4 +1,4 @@
-"""Numbers from a run's routing records: of the model that is reported, and of experts over steps."""
+"""Numbers from a run's routing records: the reported model's routing, experts over training."""
 
 from __future__ import annotations
 

@@ -83,6 +83,7 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
         name = axes.annotate(
             point.name,
             (point.x, point.y),
+            xytext=(0, 0),
             textcoords="offset points",
             fontsize=font,
             color=point.style["color"],

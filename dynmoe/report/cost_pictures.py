@@ -1,0 +1,108 @@
+"""Pictures of accuracy against what it costs: activated parameters, and measured time.
+
+A picture without anything to show is None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
+
+from dynmoe.report.costs import model_costs
+from dynmoe.report.document import Picture
+from dynmoe.report.drawing import lay_out
+from dynmoe.report.matching import columns, score_cells
+from dynmoe.report.pictures import styles
+from dynmoe.report.run import Run
+from dynmoe.report.scatter import Point, name_points, scatter
+from dynmoe.report.timings import Mode, Timings
+
+READING = (
+    "Higher is more accurate, the standard error over repetitions as a bar; no setting beats those "
+    "on the dashed line in both measures."
+)
+
+
+def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
+    """Accuracy of every setting against the parameters that a test token activates."""
+    costs = model_costs(runs)
+    points = [
+        point._replace(x=costs[point.name].activated)
+        for point in _points(runs)
+        if not math.isnan(costs[point.name].activated)
+    ]
+    if not points:
+        return None
+    figure, (axes,) = lay_out(1, width=7.6, height=4.6, beside=0)
+    _draw(axes, points, "parameters that a test token activates, mean over runs")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.set_ylabel(_place(runs))
+    name_points(axes, points)
+    return Picture(
+        "accuracy_by_parameters",
+        figure,
+        "Accuracy of every setting against its activated parameters, with the Pareto front",
+        f"{READING} Better is up and left.",
+    )
+
+
+def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | None:
+    """Accuracy of every measured setting against the time of training and of inference."""
+    training = _timed(runs, timings, "train")
+    inference = _timed(runs, timings, "inference")
+    shown = [part for part in (training, inference) if part]
+    if not shown:
+        return None
+    figure, panels = lay_out(len(shown), width=7.6, height=4, columns=1, beside=0)
+    for points, axes in zip(shown, panels, strict=True):
+        if points is training:
+            _draw(axes, points, "training step, ms")
+        else:
+            _draw(axes, points, "inference, samples/s", more_is_better=True)
+    figure.supylabel(_place(runs))
+    for points, axes in zip(shown, panels, strict=True):
+        name_points(axes, points)
+    return Picture(
+        "accuracy_by_time",
+        figure,
+        "Accuracy of every setting against its measured time, with the Pareto front",
+        f"{READING} Better is up, and left for ms, right for samples/s. Horizontal bars span the "
+        f"quartiles. Measured in turns: {timings.conditions}.",
+    )
+
+
+def _points(runs: Sequence[Run]) -> list[Point]:
+    """Every setting's accuracy in per cent, on the repetitions it has; x is still to be filled."""
+    cells, place = score_cells(runs), columns(runs)[-1]
+    points = []
+    for setting, style in styles(runs).items():
+        found = [100 * score.accuracy for score in cells[setting, place].values()]
+        if found:
+            error = float(np.std(found)) / math.sqrt(len(found))
+            points.append(Point(setting, math.nan, float(np.mean(found)), error, style))
+    return points
+
+
+def _timed(runs: Sequence[Run], timings: Timings, mode: Mode) -> list[Point]:
+    points = []
+    for point in _points(runs):
+        timing = timings.by_setting.get((point.name, mode))
+        if timing is not None and mode == "train":
+            points.append(point._replace(x=timing.milliseconds, x_range=timing.quartiles))
+        elif timing is not None:
+            span = timing.samples_quartiles
+            points.append(point._replace(x=timing.samples_per_second, x_range=span))
+    return points
+
+
+def _draw(axes: Axes, points: Sequence[Point], label: str, more_is_better: bool = False) -> None:
+    scatter(axes, points, more_is_better)
+    axes.set_xlabel(label)
+
+
+def _place(runs: Sequence[Run]) -> str:
+    return f"accuracy, {columns(runs)[-1]}, %"
