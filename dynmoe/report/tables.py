@@ -55,6 +55,12 @@ def format_mean(accuracies: Sequence[float]) -> str:
     return f"{100 * values.mean():.1f} +/- {100 * error:.1f}"
 
 
+def format_points(difference: float) -> str:
+    """A difference of accuracies in percentage points, with its sign: `−2.3`."""
+    # + 0.0 takes the sign from a zero.
+    return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "−")
+
+
 def to_rich(table: Table) -> RichTable:
     """For the console."""
     rich_table = RichTable(

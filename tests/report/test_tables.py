@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynmoe.report.tables import format_mean
+from dynmoe.report.tables import format_mean, format_points
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,8 @@ from dynmoe.report.tables import format_mean
 )
 def test_format_mean(accuracies: list[float], cell: str) -> None:
     assert format_mean(accuracies) == cell
+
+
+def test_format_points() -> None:
+    cells = [format_points(difference) for difference in (0.0234, -0.0234, 0.0, -0.0001)]
+    assert cells == ["+2.3", "−2.3", "+0.0", "+0.0"]
