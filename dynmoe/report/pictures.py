@@ -49,27 +49,25 @@ def styles(runs: Sequence[Run]) -> dict[str, Style]:
     return {setting: coloured.get(setting) or plain[kind] for setting, kind in kinds.items()}
 
 
-def draw_claim(runs: Sequence[Run], claims: Sequence[Claim]) -> Picture | None:
-    """Each adaptive setting minus the mean of the grid, dense, and every setting of the grid."""
-    claims = [claim for claim in claims if claim.overall.differences]
-    if not claims:
+def draw_claim(runs: Sequence[Run], claim: Claim) -> Picture | None:
+    """An adaptive setting minus the mean of the grid, dense, and every setting of the grid."""
+    differences = _differences(runs, claim)
+    if not differences:
         return None
-    rows = [_differences(runs, claim) for claim in claims]
-    height = 0.8 + 0.24 * max(map(len, rows))
-    figure, panels = lay_out(len(claims), 6.4, height, columns=1, beside=0)
-    for claim, differences, axes in zip(claims, rows, panels, strict=True):
-        for row, (_, values, span) in enumerate(differences):
-            low, high = span or (math.nan, math.nan)
-            look = BEATS if low > 0 else BELOW if high < 0 else OPEN
-            axes.plot([100 * low, 100 * high], [row, row], color=look["color"], linewidth=1.4)
-            axes.plot(100 * np.mean(values), row, markersize=7, **look)
-        names = [name for name, _, _ in differences]
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set(xlabel="difference in accuracy, percentage points")
-        axes.set_title(f"{claim.setting} minus …, {claim.overall.environment}")
-        axes.grid(axis="x", alpha=0.25)
+    names = [name for name, _, _ in differences]
+    figure, (axes,) = lay_out(1, width=7, height=0.8 + 0.25 * len(names), beside=0)
+    for row, (_, values, span) in enumerate(differences):
+        low, high = span or (math.nan, math.nan)
+        look = BEATS if low > 0 else BELOW if high < 0 else OPEN
+        axes.plot([100 * low, 100 * high], [row, row], color=look["color"], linewidth=1.4)
+        axes.plot(100 * np.mean(values), row, markersize=7, **look)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    count = len(claim.overall.repetitions)
+    axes.set_xlabel(f"difference in accuracy, percentage points (n = {count})")
+    axes.set_title(f"{claim.setting} minus …, {claim.overall.environment}")
+    axes.grid(axis="x", alpha=0.25)
     handles = [
         Line2D([], [], **look, label=label)
         for look, label in ((BEATS, "better"), (OPEN, "cannot be told apart"), (BELOW, "worse"))
@@ -78,10 +76,10 @@ def draw_claim(runs: Sequence[Run], claims: Sequence[Claim]) -> Picture | None:
     return Picture(
         "claim",
         figure,
-        f"Paired differences in accuracy: {', '.join(claim.setting for claim in claims)} minus "
-        "each other setting, with bootstrap intervals",
-        "Mean over matched seeds and its 95 % bootstrap interval; right of 0 the adaptive setting "
-        "is better. An interval that holds 0 decides nothing.",
+        f"Paired differences in accuracy with bootstrap intervals: {claim.setting} minus the mean "
+        "of the grid, dense, and every setting of the grid",
+        f"Right of 0 {claim.setting} is better. Lines are 95 % bootstrap intervals over matched "
+        "repetitions; one that holds 0 decides nothing, and few repetitions make it too narrow.",
     )
 
 

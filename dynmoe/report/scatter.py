@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from itertools import product
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from dynmoe.report.drawing import GREY
 
 # Places of a name about its point, in points of 1/72 inch, the nearest first.
-DISTANCES = (7, 14, 24, 36, 50)
-DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+DISTANCES = (4, 8, 14, 24, 36, 50)
+DIRECTIONS = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
 ALIGN = {-1: "right", 0: "center", 1: "left"}
 ALIGN_UP = {-1: "top", 0: "center", 1: "bottom"}
 
@@ -75,7 +77,13 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
     figure.draw_without_rendering()
     unit = figure.dpi / 72
     places = axes.transData.transform([(point.x, point.y) for point in points])
-    taken = [Bbox.from_bounds(x - 4 * unit, y - 4 * unit, 8 * unit, 8 * unit) for x, y in places]
+    taken = [Bbox([place - 4 * unit, place + 4 * unit]) for place in places]
+    lines = [line.get_transform().transform(line.get_xydata()) for line in axes.lines]
+    taken += [
+        Bbox([np.minimum(*ends) - unit, np.maximum(*ends) + unit])
+        for line in lines
+        for ends in itertools.pairwise(line)
+    ]
     # Names of the outermost points come first: there the paper has least room.
     middle = axes.bbox.x0 + axes.bbox.width / 2
     for index in np.argsort([-abs(x - middle) for x, _ in places], kind="stable"):
@@ -88,11 +96,13 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
             fontsize=font,
             color=point.style["color"],
             arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3},
+            path_effects=[withStroke(linewidth=2, foreground="white")],
         )
         name.set_in_layout(False)
-        size = np.array(name.get_window_extent(renderer).size)
+        # The annotation's own extent would hold its line too.
+        size = np.array(Text.get_window_extent(name, renderer).size)
         candidates = []
-        for distance, (right, up) in product(DISTANCES, DIRECTIONS):
+        for distance, (right, up) in itertools.product(DISTANCES, DIRECTIONS):
             offset = np.array([right, up]) * distance
             corner = place + unit * offset + size * np.array([right - 1, up - 1]) / 2
             box = Bbox([corner, corner + size])
@@ -102,7 +112,7 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
         name.set(position=(right * distance, up * distance), ha=ALIGN[right], va=ALIGN_UP[up])
         taken.append(box)
         if name.arrow_patch is not None:  # a line to the point, unless they are neighbours
-            name.arrow_patch.set_visible(distance > DISTANCES[0])
+            name.arrow_patch.set_visible(distance > DISTANCES[1])
 
 
 def _hidden(box: Bbox, taken: Sequence[Bbox], panel: Bbox) -> float:
