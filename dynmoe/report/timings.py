@@ -95,11 +95,12 @@ def _files(collection: Collection) -> Iterable[Path]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if {"machine", "settings", "workload", "rows"} <= content.keys():
-            return content
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        pass
+        content = None
+    parts = {"machine", "settings", "workload", "rows"}
+    if isinstance(content, dict) and parts <= content.keys():
+        return content
     raise RecordError(
         f"{file}: expected what `dynmoe-bench step --runs {file.parent}` writes, found something "
         "else; measure again, or delete the file"

@@ -1,0 +1,207 @@
+"""Costs worked out by hand from the round sizes of `sweeps`, and what may not be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweeps import write_run, write_sweep
+
+from dynmoe.report.cost_tables import cost_table, search_sentence, search_table, timing_table
+from dynmoe.report.costs import Bill, ModelCost, model_costs, search_cost
+from dynmoe.report.records import RecordError
+from dynmoe.report.runs import read_runs
+from dynmoe.report.timings import Timing, read_timings
+
+MACHINE = {"cpu": "Example CPU", "cores": 2, "threads": 2, "device": "cpu"}
+
+
+def test_size_and_flops_of_a_setting(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {name: {"0": [0.5, 0.6]} for name in ("dense", "top-2 of 4", "DynMoE")})
+    costs = model_costs(read_runs([tmp_path]).runs)
+    nan = pytest.approx(math.nan, nan_ok=True)
+    assert costs["dense"] == ModelCost(2, 1000, 1000, 1000, 5000, nan, nan)
+    # Two layers of four experts: 4 x (100 + 10) + 1; of a token, 2 x 100 + 4 x 10 + 1; and for
+    # each of 4 tokens, 2 x 200 + 4 x 20 + 2 FLOPs.
+    assert costs["top-2 of 4"] == ModelCost(
+        2,
+        1000 + 2 * 441,
+        1000 + 2 * 441,
+        1000 + 2 * 241,
+        5000 + 2 * 4 * 482,
+        4,
+        2,
+    )
+    # Eight slots, four alive at the selected step; k is 1.5 in one layer and 2 in the other.
+    assert costs["DynMoE"] == ModelCost(
+        2,
+        1000 + 2 * 881,
+        1000 + 2 * 441,
+        1000 + 2 * 41 + 350,
+        5000 + 2 * 4 * 82 + 4 * 700,
+        4,
+        1.75,
+    )
+
+
+def test_k_is_that_of_the_test_environment(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "DynMoE", environment="15")
+    lines = [json.loads(line) for line in (run.path / "routing.jsonl").open()]
+    for line in lines:
+        line["mean_k"] = 3.0 if line["source"] == "env1" else 1.0
+    (run.path / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert model_costs(read_runs([tmp_path]).runs)["DynMoE"].mean_k == 3
+
+
+def test_the_bill_of_the_search(tmp_path: Path) -> None:
+    accuracies = {"0": [0.5, 0.6, 0.7]}
+    write_sweep(tmp_path, dict.fromkeys(("dense", "top-1 of 2", "top-2 of 4"), accuracies))
+    write_run(tmp_path, "top-2 of 4", 0.9, hparams_seed=1)
+    write_sweep(tmp_path, {"DynMoE": {"0": [0.5, 0.6]}})
+    collection = read_runs([tmp_path])
+    (problem,) = collection.problems
+    cost = search_cost(collection, problem, "DynMoE")
+    # Seeds 0 and 1 alone, which DynMoE has; both draws of top-2 of 4.
+    samples = 151 * 8 * 2
+    small, large = 5000 + 2 * 4 * 242, 5000 + 2 * 4 * 482
+    hours = (151 * 0.5 + 4 * 2) / 3600
+    assert cost.grid == Bill(
+        5, 3 * samples * (2 * small + 3 * large), pytest.approx(5 * hours, rel=1e-12)
+    )
+    # 1 step with 2 experts per layer, then 50 steps each with 3, 4 and 5; k 1.5 and 2.
+    forward = sum(
+        steps * (5000 + 2 * 4 * (20 * experts + 2) + 4 * 700)
+        for steps, experts in ((1, 2), (50, 3), (50, 4), (50, 5))
+    )
+    assert cost.own == Bill(2, 2 * 3 * forward * 16, pytest.approx(2 * hours, rel=1e-12))
+    assert (cost.grid_settings, cost.machines) == (2, ())
+    assert search_table(collection, problem, "DynMoE").rows[2] == (
+        "ratio",
+        "2.5 x",
+        "2.39 x",
+        "2.5 x",
+    )
+    assert search_sentence(cost) == (
+        "To search the grid (2 settings, 5 runs) took, beside DynMoE (2 runs), 2.39 x the training "
+        "FLOPs; 2.5 x the hours."
+    )
+
+
+def test_hours_of_different_machines_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "top-1 of 2")
+    write_run(tmp_path, "DynMoE", facts={"machine": {"cpu": "Other CPU", "cores": 2}, "threads": 1})
+    collection = read_runs([tmp_path])
+    (problem,) = collection.problems
+    cost = search_cost(collection, problem, "DynMoE")
+    assert cost.machines == (
+        "machine (cpu Example CPU, cores 2; cpu Other CPU, cores 2)",
+        "threads (2; 1)",
+    )
+    table = search_table(collection, problem, "DynMoE")
+    assert [row[3] for row in table.rows] == ["refused", "refused", "X"]
+    assert "machines differ: machine (cpu Example CPU" in table.note
+    assert "machines differ" in search_sentence(cost)
+
+
+def test_what_was_not_recorded_is_not_made_up(tmp_path: Path) -> None:
+    write_run(tmp_path, "top-1 of 2", facts={"costs": None})
+    run = write_run(tmp_path, "DynMoE")
+    (run.path / "routing.jsonl").unlink()
+    lines = [json.loads(line) for line in (run.path / "results.jsonl").open()]
+    for line in lines:
+        del line["eval_time"]
+    (run.path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    collection = read_runs([tmp_path])
+    (problem,) = collection.problems
+    assert cost_table(collection, problem).rows == (
+        ("top-1 of 2", "1", *["X"] * 6),
+        ("DynMoE", "1", "X", "X", "0.00276", "X", "X", "X"),
+    )
+    assert search_table(collection, problem, "DynMoE").rows[2] == ("ratio", "1 x", "X", "X")
+
+
+def test_without_a_grid_or_dense(tmp_path: Path) -> None:
+    write_run(tmp_path, "DynMoE")
+    collection = read_runs([tmp_path])
+    (problem,) = collection.problems
+    cost = search_cost(collection, problem, "DynMoE")
+    assert search_sentence(cost) == "DynMoE: there is no grid whose search it could save."
+    assert search_table(collection, problem, "DynMoE").rows[0][0] == "the grid (0 settings)"
+    assert cost_table(collection, problem).rows[0][:4] == ("DynMoE", "1", "4", "1.75")
+
+
+def write_timing(sweep: Path, runs: list[str], **machine: Any) -> None:
+    rows = [
+        {
+            "run": run,
+            "setting": "",
+            "environment": "0",
+            "mode": mode,
+            "median_ms": median + 2 * index,
+            "quartiles_ms": [median - 1 + 2 * index, median + 1 + 2 * index],
+            "samples_per_s": 16000 / median,
+            "samples_per_s_quartiles": [16000 / median - 5, 16000 / median + 5],
+            "ratio": 1.0,
+            "ratio_quartiles": [1.0, 1.0],
+            "mean_k": None,
+            "peak_bytes": peak,
+            "rounds": 20,
+            "contaminated": False,
+        }
+        for index, run in enumerate(runs)
+        for mode, median, peak in (("train", 20.0, 2**30), ("inference", 8.0, None))
+    ]
+    content = {
+        "command": "dynmoe-bench step",
+        "date": "2025-01-01",
+        "machine": {**MACHINE, **machine},
+        "settings": {"matmul_precision": "medium"},
+        "workload": {"batch": 16},
+        "rows": rows,
+    }
+    (sweep / "timing.json").write_text(json.dumps(content))
+
+
+def test_times_by_setting(tmp_path: Path) -> None:
+    dense = write_run(tmp_path, "dense").path.name
+    two = [write_run(tmp_path, "DynMoE", seed=seed).path.name for seed in (0, 1)]
+    write_run(tmp_path, "top-1 of 2")
+    collection = read_runs([tmp_path])
+    (problem,) = collection.problems
+    assert "Not measured: dynmoe-bench step --runs" in timing_table(collection, problem).note
+    write_timing(tmp_path, [dense, *two])
+    timings = read_timings(collection, problem)
+    # DynMoE was measured on two runs, of 22 and 24 ms.
+    assert timings.by_setting["DynMoE", "train"] == Timing(
+        23.0, (21.0, 25.0), 800.0, (795.0, 805.0), float(2**30), False
+    )
+    table = timing_table(collection, problem)
+    assert table.rows == (
+        ("dense", "20 [19, 21]", "800 [795, 805]", "8 [7, 9]", "2,000 [1,995, 2,005]", "1"),
+        ("top-1 of 2", *["X"] * 5),
+        ("DynMoE", "23 [21, 25]", "800 [795, 805]", "11 [9, 13]", "2,000 [1,995, 2,005]", "1"),
+    )
+    assert "cpu Example CPU, cores 2, threads 2, device cpu, matmul_precision medium" in table.note
+
+
+def test_times_of_different_machines_are_refused(tmp_path: Path) -> None:
+    for name, setting, threads in (("a", "dense", 2), ("b", "DynMoE", 1)):
+        run = write_run(tmp_path / name, setting)
+        write_timing(tmp_path / name, [run.path.name], threads=threads)
+    collection = read_runs([tmp_path / "a", tmp_path / "b"])
+    table = timing_table(collection, collection.problems[0])
+    assert {cell for row in table.rows for cell in row[1:]} == {"refused"}
+    assert "under different conditions: machine.threads (2; 1)." in table.note
+    alone = read_runs([tmp_path / "b"])
+    assert timing_table(alone, alone.problems[0]).rows[0][1] == "20 [19, 21]"
+
+
+def test_a_file_that_is_no_measurement_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / "timing.json").write_text("[]")
+    collection = read_runs([tmp_path])
+    with pytest.raises(RecordError, match=r"timing\.json: expected what `dynmoe-bench step"):
+        read_timings(collection, collection.problems[0])

@@ -1,0 +1,207 @@
+"""Runs of a sweep: which are read, what their settings are called, which one stands for a cell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from sweeps import BATCH, SELECTED, write_run, write_sweep
+
+from dynmoe.report.records import RecordError
+from dynmoe.report.run import Outcome
+from dynmoe.report.runs import Absent, Problem, read_runs
+
+PROBLEM = Problem("RotatedDigits", "domainbed", "training_domain_validation")
+
+
+def named(folder: Path) -> list[str]:
+    return list(dict.fromkeys(run.setting for run in read_runs([folder]).runs))
+
+
+def test_a_sweep_is_read_in_order_and_reports_the_selected_step(tmp_path: Path) -> None:
+    settings = ["DynMoE", "top-2 of 8", "top-1 of 8", "GMoE top-1 of 6", "top-2 of 4", "dense"]
+    write_sweep(tmp_path, {name: {"0": [0.5], "15": [0.625, 0.75]} for name in settings})
+    collection = read_runs([tmp_path])
+    assert named(tmp_path) == [
+        "dense",
+        "GMoE top-1 of 6",
+        "top-2 of 4",
+        "top-1 of 8",
+        "top-2 of 8",
+        "DynMoE",
+    ]
+    assert [(run.environment, run.repetition) for run in collection.runs[:3]] == [
+        ("0", (0, 0)),
+        ("15", (0, 0)),
+        ("15", (1, 0)),
+    ]
+    assert collection.runs[2].outcome == Outcome(SELECTED, 0.75, 0.75, is_selected=True)
+    assert [run.kind for run in collection.runs[::3]] == ["dense", *["fixed"] * 4, "adaptive"]
+    assert collection.problems == [PROBLEM]
+    assert not collection.absent and not collection.warnings and not collection.others
+
+
+def test_runs_and_sweeps_may_be_given_together_and_twice(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", seed=0)
+    other = write_run(tmp_path / "b", seed=1)
+    collection = read_runs([tmp_path / "a", other.path, one.path, tmp_path / "a"])
+    assert [run.folder.path for run in collection.runs] == [one.path, other.path]
+    assert not collection.warnings
+
+
+def test_settings_that_share_a_name_say_in_what_they_differ(tmp_path: Path) -> None:
+    write_run(tmp_path, "DynMoE")
+    write_run(tmp_path, "DynMoE", seed=1)
+    write_run(tmp_path, "DynMoE", config={"task.optimizer.lr": 0.01})
+    write_run(tmp_path, "dense", config={"task.optimizer.lr": 0.01})
+    write_run(tmp_path, "DynMoE", config={"moe.adaptation.length": 300, "extra.key": True})
+    assert named(tmp_path) == [
+        "dense",
+        "DynMoE, extra.key=True, moe.adaptation.length=300, task.optimizer.lr=0.001",
+        "DynMoE, moe.adaptation.length=100, task.optimizer.lr=0.001",
+        "DynMoE, moe.adaptation.length=100, task.optimizer.lr=0.01",
+    ]
+
+
+def test_names_are_made_within_a_problem(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    write_run(
+        tmp_path,
+        facts={"dataset": "PACS"},
+        config={"data.name": "PACS", "data.batch_size": 4},
+    )
+    write_run(tmp_path, seed=1, config={"data.root": "/elsewhere"})
+    assert named(tmp_path) == ["DynMoE"]
+    assert len(read_runs([tmp_path]).problems) == 2
+
+
+def test_of_draws_the_best_by_validation_stands(tmp_path: Path) -> None:
+    def draw(number: int, accuracy: float, validation: float, lr: float) -> None:
+        write_run(
+            tmp_path,
+            "dense",
+            accuracy,
+            validation=validation,
+            hparams_seed=number,
+            config={"task.optimizer.lr": lr, "data.batch_size": BATCH + number},
+        )
+
+    draw(0, 0.9, 0.7, 0.001)
+    draw(1, 0.6, 0.8, 0.02)
+    draw(2, 0.95, 0.75, 0.03)
+    collection = read_runs([tmp_path])
+    (run,) = collection.runs
+    assert (run.setting, run.facts["hparams_seed"]) == ("dense", 1)
+    assert run.outcome == Outcome(SELECTED, 0.6, 0.8, is_selected=True)
+    assert [other.facts["hparams_seed"] for other in collection.others] == [0, 2]
+
+
+def test_values_varied_by_hand_are_settings_beside_the_draws(tmp_path: Path) -> None:
+    write_run(tmp_path, "dense")
+    write_run(tmp_path, "dense", config={"task.optimizer.lr": 0.01})
+    write_run(tmp_path, "dense", hparams_seed=1, config={"task.optimizer.lr": 0.02})
+    keys = "dense, data.batch_size={}, task.optimizer.lr={}, task.optimizer.weight_decay={}"
+    assert named(tmp_path) == [
+        keys.format(BATCH, 0.001, 0.0),
+        keys.format(BATCH, 0.01, 0.0),
+        keys.format("drawn", "drawn", "drawn"),
+    ]
+
+
+def test_leave_one_domain_out_takes_its_step_from_pairs(tmp_path: Path) -> None:
+    rule = {"selection": "leave_one_domain_out"}
+    run = write_run(tmp_path, "dense", 0.5, facts=rule)
+    for other in (1, 2):
+        pair = write_run(tmp_path / "pairs", "dense", 0.5, str(15 * other), seed=0)
+        lines = [json.loads(line) for line in (pair.path / "results.jsonl").open()]
+        for line in lines:
+            line["args"]["test_envs"] = [0, other]
+            line[f"env{other}_in_acc"] = 0.9 if line["step"] == 50 else 0.1
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (pair.path / "results.jsonl").write_text(text)
+        facts = pair.read_run()
+        facts["config"]["data.test_envs"] = [0, other]
+        pair.write_run({**facts, **rule, "test_envs": [0, other]})
+    alone = read_runs([run.path])
+    assert not alone.runs[0].outcome.is_selected
+    collection = read_runs([tmp_path / "pairs", run.path])
+    (chosen,) = collection.runs
+    assert (chosen.outcome.step, chosen.outcome.is_selected) == (50, True)
+    assert [other.environment for other in collection.others] == ["0+15", "0+30"]
+
+
+def test_what_is_not_done_is_absent_and_says_where_it_belongs(tmp_path: Path) -> None:
+    write_run(tmp_path, "dense", seed=0)
+    write_run(tmp_path, "dense", seed=1, state="failed")
+    write_run(tmp_path, "dense", seed=2, state="stopped")
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "failed.txt").write_text("DataError: no such folder\n\nTraceback\n")
+    done = "digits_dense_env0_seed0"
+    jobs = {
+        done: {"overrides": "task=vit_domainbed moe=dense seed=0"},
+        "no_folder": {"overrides": "task=vit_domainbed moe=dense seed=3"},
+        "unknown": {"overrides": "task=vit_domainbed moe=topk seed=0"},
+    }
+    (tmp_path / "sweep.json").write_text(json.dumps({"sweep": "small", "jobs": jobs}))
+    collection = read_runs([tmp_path])
+    assert [run.folder.path.name for run in collection.runs] == [done]
+    why, place = "DataError: no such folder", (PROBLEM, "dense", "0")
+    overrides = {name: job["overrides"] for name, job in jobs.items()}
+    assert collection.absent == [
+        Absent("digits_dense_env0_seed1", "", "failed", why, *place, (1, 0)),
+        Absent("digits_dense_env0_seed2", "", "stopped", "", *place, (2, 0)),
+        Absent("early", "", "failed", why),
+        Absent("no_folder", overrides["no_folder"], "missing", "", *place, (3, 0)),
+        Absent("unknown", overrides["unknown"], "missing", ""),
+    ]
+
+
+def test_a_run_that_cannot_be_used_is_named_and_left_out(tmp_path: Path) -> None:
+    good = write_run(tmp_path, seed=0)
+    old = write_run(tmp_path, seed=1)
+    facts = old.read_run()
+    del facts["config"]
+    old.write_run(facts)
+    damaged = write_run(tmp_path, seed=2)
+    (damaged.path / "results.jsonl").write_text("{}\n")
+    empty = write_run(tmp_path, seed=3)
+    (empty.path / "results.jsonl").write_text("")
+    with (good.path / "routing.jsonl").open("a") as file:
+        file.write('{"step": 15')
+    collection = read_runs([tmp_path])
+    assert [run.folder.path for run in collection.runs] == [good.path]
+    cut, *left_out = collection.warnings
+    assert cut == f"{good.path / 'routing.jsonl'}: its last line was cut short; ignored"
+    for warning, run, what in zip(
+        left_out, (old, damaged, empty), ("earlier version", "line 1", "results"), strict=True
+    ):
+        assert str(run.path) in warning and what in warning
+
+
+def test_copies_and_different_data_are_named(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a")
+    copy = write_run(tmp_path / "b")
+    write_run(tmp_path / "a", "dense", facts={"data_hash": "other"})
+    collection = read_runs([tmp_path / "a", tmp_path / "b"])
+    assert [run.folder.path for run in collection.runs if run.kind == "adaptive"] == [first.path]
+    repeats, data = collection.warnings
+    assert repeats == f"{copy.path}: repeats {first.path}; left out"
+    assert "seed 0" in data and "abc0, other" in data
+
+
+def test_folders_that_hold_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="found no run"):
+        read_runs([tmp_path])
+    with pytest.raises(RecordError, match="found no folder"):
+        read_runs([tmp_path / "nowhere"])
+    (tmp_path / "sweep.json").write_text('{"jobs"')
+    with pytest.raises(RecordError, match=r"sweep\.json: expected the jobs"):
+        read_runs([tmp_path])
+
+
+def test_routing_at_the_outcome_is_that_of_the_full_records(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (run,) = read_runs([tmp_path]).runs
+    assert run.routing_at_outcome == [line for line in run.routing if line["step"] == SELECTED]
+    assert len(run.routing_at_outcome) == 8
