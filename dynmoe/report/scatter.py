@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
@@ -96,7 +95,12 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
             fontsize=font,
             color=point.style["color"],
             arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3},
-            path_effects=[withStroke(linewidth=2, foreground="white")],
+            bbox={
+                "boxstyle": "square,pad=0.05",
+                "facecolor": "white",
+                "alpha": 0.7,
+                "linewidth": 0,
+            },
         )
         name.set_in_layout(False)
         # The annotation's own extent would hold its line too.

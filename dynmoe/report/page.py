@@ -1,0 +1,234 @@
+"""The report of a collection of runs: what it says, in which order.
+
+The claim comes first, then its cost, then pictures of what happened, then what it all rests on:
+how the runs were made, and which are missing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dynmoe.report import document
+from dynmoe.report.claim import Claim, examine
+from dynmoe.report.conditions import RULES
+from dynmoe.report.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
+from dynmoe.report.cost_tables import cost_table, search_sentence, search_table, timing_table
+from dynmoe.report.costs import search_cost
+from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
+from dynmoe.report.pictures import draw_claim, draw_curves
+from dynmoe.report.provenance import how_it_was_made, what_is_missing
+from dynmoe.report.routing_pictures import (
+    draw_experts,
+    draw_k,
+    draw_k_by_position,
+    draw_load_by_class,
+    draw_load_by_environment,
+    draw_overlap,
+)
+from dynmoe.report.run import Problem, Run, environments, settings
+from dynmoe.report.runs import Collection
+from dynmoe.report.tables import Strong, Table, format_mean
+from dynmoe.report.timings import read_timings
+from dynmoe.report.verdict import (
+    accuracy_table,
+    claim_table,
+    difference_table,
+    headline,
+    lacking,
+    sentences,
+)
+
+
+def write(collection: Collection, out: Path) -> list[Path]:
+    """Write `report.html`, `report.md`, `tables/` and `figures/` into the folder `out`.
+
+    Raises:
+        RecordError: a damaged `timing.json`.
+    """
+    return document.write(build(collection), out)
+
+
+def build(collection: Collection) -> Document:
+    """The report as a document; with several problems each has a section of its own."""
+    problems = collection.problems
+    claims = {problem: examine(collection, problem) for problem in problems}
+    rest = [how_it_was_made(collection), what_is_missing(collection)]
+    lead: list[Block] = [Strong(headline(claim)) for found in claims.values() for claim in found]
+    lead.append(_extent(collection))
+    if len(problems) == 1:
+        (problem,) = problems
+        parts = _sections(collection, problem, claims[problem], "")
+    else:
+        lead.append(Sheet("overview", _overview(claims)))
+        parts = [
+            Section(
+                name,
+                _title_of(problem, problems),
+                sections=_sections(collection, problem, claims[problem], f"{name}-"),
+            )
+            for problem in problems
+            for name in [_slug(_title_of(problem, problems))]
+        ]
+    return Document(_title(collection), lead, [*parts, *(part for part in rest if part.blocks)])
+
+
+def _title(collection: Collection) -> str:
+    adaptive = dict.fromkeys(run.setting for run in collection.runs if run.kind == "adaptive")
+    datasets = ", ".join(dict.fromkeys(problem.dataset for problem in collection.problems))
+    if adaptive and any(run.kind == "fixed" for run in collection.runs):
+        return f"{', '.join(adaptive)} against fixed experts and k: {datasets}"
+    return f"{', '.join(settings(collection.runs))}: {datasets}"
+
+
+def _title_of(problem: Problem, problems: Sequence[Problem]) -> str:
+    """The data set, with as much more as tells it from the other problems."""
+    if sum(other.dataset == problem.dataset for other in problems) == 1:
+        return problem.dataset
+    return f"{problem.dataset}, protocol {problem.protocol}, {RULES[problem.selection]}"
+
+
+def _extent(collection: Collection) -> str:
+    """What the report is about, in numbers."""
+    found = []
+    for problem in collection.problems:
+        runs = collection.of(problem)
+        repetitions = {run.repetition for run in runs}
+        found.append(
+            f"{_count(len(runs), 'run')} on {problem.dataset}: "
+            f"{_count(len(settings(runs)), 'setting')}, "
+            f"{_count(len(environments(runs)), 'test environment')}, "
+            f"{_count(len(repetitions), 'repetition')}"
+        )
+    absent = f" {_count(len(collection.absent), 'run')} without a result." * bool(collection.absent)
+    return f"{'; '.join(found)}.{absent}"
+
+
+def _overview(claims: dict[Problem, list[Claim]]) -> Table:
+    """One row for each adaptive setting on each problem."""
+    rows = []
+    for problem, found in claims.items():
+        for claim in found:
+            whole = claim.overall
+            rivals = [whole.against(rival) for rival in ("mean", "best")]
+            accuracies = [
+                whole.accuracies,
+                *(each[0].accuracies if each else () for each in rivals),
+            ]
+            verdicts = [each[0].verdict if each else "unknown" for each in rivals]
+            cells = map(format_mean, accuracies)
+            rows.append((problem.dataset, claim.setting, *cells, *verdicts))
+    columns = ("data set", "setting", "accuracy, %", "mean of the grid, %", "best of the grid, %")
+    return Table(
+        "The claim on every data set",
+        (*columns, "against the mean", "against the best"),
+        tuple(rows),
+        note="Protocol, selection rule, seeds, weights, data and versions stand below the tables "
+        "of each data set.",
+    )
+
+
+def _sections(
+    collection: Collection, problem: Problem, claims: Sequence[Claim], prefix: str
+) -> list[Section]:
+    """All there is to say of one problem; names begin with `prefix`."""
+    runs = collection.of(problem)
+    timings = read_timings(collection, problem)
+    shown = _exemplary(runs)
+    examples = [next(run for run in runs if run.setting == setting) for setting in shown]
+    parts: list[tuple[str, str, Iterable[Block | None]]] = [
+        ("claim", "The claim", _claim(collection, problem, claims)),
+        ("cost", "What it costs", _cost(collection, problem, claims)),
+        (
+            "accuracy-by-cost",
+            "Accuracy against cost",
+            [draw_accuracy_by_parameters(runs), draw_accuracy_by_time(runs, timings)],
+        ),
+        (
+            "experts",
+            "Experts and k",
+            [draw_experts(runs), draw_k(runs), draw_k_by_position(runs)],
+        ),
+        (
+            "load",
+            "Which experts serve what",
+            [
+                draw_load_by_environment(examples),
+                draw_load_by_class(examples),
+                draw_overlap([run for run in runs if run.setting in shown]),
+            ],
+        ),
+        ("curves", "Training", [draw_curves(runs)]),
+    ]
+    sections = []
+    for name, title, blocks in parts:
+        found = [_named(block, prefix) for block in blocks if block is not None]
+        if found:
+            sections.append(Section(prefix + name, title, found))
+    return sections
+
+
+def _claim(
+    collection: Collection, problem: Problem, claims: Sequence[Claim]
+) -> Iterator[Block | None]:
+    runs = collection.of(problem)
+    for claim in claims:
+        tag = "" if len(claims) == 1 else f"_{_slug(claim.setting)}"
+        first, *others = sentences(claim)
+        yield Strong(first)
+        yield Items(others)
+        picture = draw_claim(runs, claim)
+        yield picture and replace(picture, name=picture.name + tag)
+        yield Sheet(f"claim{tag}", claim_table(collection, claim))
+        yield Sheet(f"differences{tag}", difference_table(collection, claim))
+    missing = lacking(collection, problem)
+    if missing:
+        yield Items(missing)
+    yield Sheet("accuracy", accuracy_table(collection, problem))
+
+
+def _cost(
+    collection: Collection, problem: Problem, claims: Sequence[Claim]
+) -> Iterator[Block | None]:
+    for claim in claims:
+        yield search_sentence(search_cost(collection, problem, claim.setting))
+    yield Sheet("size", cost_table(collection, problem))
+    yield Sheet("time", timing_table(collection, problem))
+    for claim in claims:
+        tag = "" if len(claims) == 1 else f"_{_slug(claim.setting)}"
+        yield Sheet(f"search{tag}", search_table(collection, problem, claim.setting))
+
+
+def _exemplary(runs: Sequence[Run]) -> list[str]:
+    """Settings whose load is shown: the adaptive ones, and for contrast one of the grid.
+
+    The most accurate one whose tokens choose among experts, if there is one.
+    """
+    adaptive = [run.setting for run in runs if run.kind == "adaptive"]
+    accuracies: dict[str, list[float]] = {}
+    chooses = {}
+    for run in runs:
+        if run.kind == "fixed":
+            accuracies.setdefault(run.setting, []).append(run.outcome.accuracy)
+            config = run.config
+            chooses[run.setting] = config.get("moe.top_k", 0) < config["moe.num_experts"]
+    contrast = sorted(
+        accuracies,
+        key=lambda name: (chooses[name], sum(accuracies[name]) / len(accuracies[name])),
+    )
+    return [*dict.fromkeys(adaptive), *contrast[-1:]]
+
+
+def _named(block: Block, prefix: str) -> Block:
+    """A block whose files have names that begin with `prefix`."""
+    return replace(block, name=prefix + block.name) if isinstance(block, Sheet | Picture) else block
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
