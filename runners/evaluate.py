@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.report.records import Record, RunFolder
+from runners import trained
 
 HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
 
@@ -20,12 +20,6 @@ FOLDER is outputs/<name>/<run>. Prints the accuracy of every environment beside 
 on the same machine they are equal. Nothing is written.
 """
 
-
-# What runs of early versions did not save.
-EARLIER = {
-    "runtime": {"matmul_precision": "highest", "malloc": "auto", "fused_attention": True},
-    "moe": {"recompute": False},
-}
 OVERRIDES = ("data.root", "data.workers", "data.eval_batch_size", "trainer.accelerator")
 
 
@@ -58,41 +52,28 @@ def parse(arguments: list[str]) -> tuple[RunFolder, Path, DictConfig]:
     if "run" not in given:
         raise ConfigError("run=FOLDER is missing: the folder outputs/<name>/<run> of a trained run")
     folder = RunFolder(given.pop("run"))
-    saved = folder.path / "config.yaml"
-    if not saved.exists():
-        raise ConfigError(f"run={folder.path}: expected a folder with a config.yaml, found none")
+    cfg = trained.configuration(folder)
     name = given.pop("checkpoint", "selected")
-    checkpoint = Path(name)
-    if name in ("selected", "last"):
-        checkpoint = folder.path / "checkpoints" / f"{name}.ckpt"
+    checkpoint = trained.checkpoint_of(folder, name)
     if not checkpoint.exists():
         raise ConfigError(f"checkpoint={name}: there is no file {checkpoint}; try checkpoint=last")
-    cfg = OmegaConf.merge(EARLIER, OmegaConf.load(saved))
-    assert isinstance(cfg, DictConfig)
     if "data.root" in given:  # the saved configuration is resolved: the root stands there twice
         if "root" not in cfg.data:
             raise ConfigError(f"data.root: {cfg.data.name} is built in, it has no folder")
         cfg.data.environments.root = given["data.root"]
-    cfg.trainer.update(devices=1, strategy="auto")  # whatever the run was trained on
-    cfg.logger = None
     overrides = OmegaConf.from_dotlist([f"{key}={value}" for key, value in given.items()])
     return folder, checkpoint, OmegaConf.merge(cfg, overrides)  # type: ignore[return-value]
 
 
 def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, float]:
     """Accuracies by DomainBed's names; prints them beside the recorded ones."""
-    import torch
-
     from runners import build
 
-    state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    step = state["global_step"] - 1
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     data.setup()
+    task, step = trained.load(cfg, data, settings["fused_attention"], checkpoint)
     data.repeat_evaluation_of(step)
-    task = build.build_task(cfg, data, settings["fused_attention"])
-    task.load_state_dict(state["state_dict"])
     trainer = build.build_trainer(cfg, [], folder)
     trainer.validate(task, datamodule=data, verbose=False)
     accuracies = task.scores()

@@ -11,7 +11,7 @@ from dynmoe.benchmark.cases import Case, Precision, build_cases
 from dynmoe.benchmark.memory import peak_and_kept
 from dynmoe.benchmark.plan import Shape
 from dynmoe.benchmark.rows import LayerRow
-from dynmoe.benchmark.timing import Quartiles, Sample, clean, interleave, paired
+from dynmoe.benchmark.timing import Sample, Speed, interleave, paired
 
 
 def measure(
@@ -32,26 +32,25 @@ def measure(
     kept = {name: _kept_and_peak(case, device) for name, case in cases.items()}
     rows = []
     for name, case in cases.items():
-        seconds = Quartiles.of(clean(samples[name]))
-        ratio = paired(samples["limit"], samples[name])
         flops = 12 * case.pairs * shape.dim * shape.hidden
+        speed = Speed.of(samples[name], samples["limit"], flops)
         rows.append(
             LayerRow(
                 *shape,
                 k=k,
                 real_k=case.pairs / shape.tokens,
                 case=name,
-                median_ms=1e3 * seconds.median,
-                quartiles_ms=(1e3 * seconds.low, 1e3 * seconds.high),
-                ratio=ratio.median,
-                ratio_quartiles=(ratio.low, ratio.high),
-                gflops=flops / seconds.median / 1e9,
+                median_ms=speed.median_ms,
+                quartiles_ms=speed.quartiles_ms,
+                ratio=speed.ratio,
+                ratio_quartiles=speed.ratio_quartiles,
+                gflops=speed.per_s / 1e9,
                 kept_bytes=kept[name][0],
                 kept_ratio=kept[name][0] / kept["limit"][0],
                 peak_bytes=kept[name][1],
                 rounds=len(samples[name]),
                 slow=len(samples[name]) < rounds,
-                contaminated=sum(sample.contaminated for sample in samples[name]),
+                contaminated=speed.contaminated,
                 router_share=_router_share(samples) if name == "layer" else None,
             )
         )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import torch
 
 from dynmoe.benchmark.rows import Row
 from dynmoe.errors import ConfigError
+from dynmoe.runtime import machine
 
 Facts = dict[str, Any]
 R = TypeVar("R", bound=Row)
@@ -39,16 +38,9 @@ class Conditions:
 
 def machine_facts(device: torch.device, dtype: str) -> Facts:
     """Processor and PyTorch, as they are now."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        model = names[0] if names else model
     on_cuda = device.type == "cuda"
     return {
-        "cpu": model,
-        "cores": os.cpu_count() or 0,
+        **machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",

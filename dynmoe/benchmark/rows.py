@@ -129,6 +129,34 @@ class StepRow:
 
 
 @dataclass(frozen=True)
+class TrainedRow:
+    """One trained model in training or in inference."""
+
+    run: str
+    """Its folder's name."""
+    problem: str
+    setting: str
+    environment: str
+    mode: str
+    batch: int
+    """Samples of a step."""
+    median_ms: float
+    """Of one step, or of one forward pass."""
+    quartiles_ms: tuple[float, float]
+    samples_per_s: float
+    samples_per_s_quartiles: tuple[float, float]
+    ratio: float
+    """Speed over that of the reference, the median over rounds."""
+    ratio_quartiles: tuple[float, float]
+    mean_k: float | None
+    """Experts per token, the mean over MoE layers and batches; None without MoE layers."""
+    peak_bytes: int | None
+    """Of a training step, beyond weights and optimizer state."""
+    rounds: int
+    contaminated: int
+
+
+@dataclass(frozen=True)
 class DataRow:
     """A training loader with one number of workers."""
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from dynmoe.benchmark.memory import Outputs, peak_and_kept
 from dynmoe.benchmark.rows import StepRow
-from dynmoe.benchmark.timing import Quartiles, clean, interleave, paired
+from dynmoe.benchmark.timing import Speed, interleave
+from dynmoe.data.sampling import Batch
 from dynmoe.layers import moe_layers, record_routing
 from dynmoe.metrics.efficiency import activated, count, flops
 
@@ -23,50 +25,49 @@ BATCHES = 8
 """They differ, and with them the loads of the experts, as in training."""
 
 
-class Batch(NamedTuple):
-    images: Tensor
-    """[B, C, px, px]"""
-    labels: Tensor
-    """[B]"""
-
-
 def random_batches(
     size: int, channels: int, px: int, classes: int, device: torch.device
 ) -> list[Batch]:
     """Noise, whatever it is: the time of a step depends on loads, not on what is learned."""
     torch.manual_seed(1)
+    none = torch.zeros(size, dtype=torch.long, device=device)
     return [
         Batch(
             torch.randn(size, channels, px, px).to(device),
             torch.randint(classes, (size,)).to(device),
+            env=none,
+            split=none,
         )
         for _ in range(BATCHES)
     ]
 
 
 class Training:
-    """Calls are optimizer steps: forward, loss, backward, AdamW, zero_grad.
+    """Calls are optimizer steps: forward with its loss, backward, optimizer, zero_grad.
 
-    The learning rate is 0: the same arithmetic, but k stays what it was fitted to.
+    The learning rate becomes 0: the same arithmetic, but the routing stays what it is.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], aux_weight: float, amp: bool
+        self,
+        model: nn.Module,
+        loss: Callable[[Batch], Tensor],
+        optimizer: Optimizer,
+        batches: Sequence[Batch],
+        amp: bool,
     ) -> None:
         self.model = model.train()
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
-        self.aux_weight = aux_weight
+        self.loss = loss
+        self.optimizer = optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
         self.amp = amp
         self._next = cycle(batches)
 
     def forward(self) -> Outputs:
-        images, labels = next(self._next)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            with record_routing(self.model) as tape:
-                loss = F.cross_entropy(self.model(images), labels)
-            for calls in tape.values():
-                loss = loss + self.aux_weight * sum(call.aux for call in calls)
-        return (loss,)
+        batch = next(self._next)
+        with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=self.amp):
+            return (self.loss(batch),)
 
     def backward(self, outputs: Outputs) -> None:
         outputs[0].backward()
@@ -75,6 +76,22 @@ class Training:
 
     def __call__(self) -> None:
         self.backward(self.forward())
+
+
+def classification(
+    model: nn.Module, batches: Sequence[Batch], aux_weight: float, amp: bool
+) -> Training:
+    """Cross-entropy and the auxiliary losses, AdamW."""
+
+    def loss(batch: Batch) -> Tensor:
+        with record_routing(model) as tape:
+            value = F.cross_entropy(model(batch.image), batch.label)
+        for calls in tape.values():
+            value = value + aux_weight * sum(call.aux for call in calls)
+        return value
+
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    return Training(model, loss, optimizer, batches, amp)
 
 
 class Inference:
@@ -92,7 +109,7 @@ class Inference:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        images, _ = next(self._next)
+        images = next(self._next).image
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             logits: Tensor = self.model(images)
         return logits
@@ -111,11 +128,11 @@ def measure_steps(
 
     ``inference`` changes the models for good, so measure ``train`` before it.
     """
-    device = batches[0].images.device
-    costs = {name: count(model, batches[0].images[:1]) for name, model in models.items()}
+    device = batches[0].image.device
+    costs = {name: count(model, batches[0].image[:1]) for name, model in models.items()}
     dense = flops(costs["dense"], {}, {})
     cases: dict[str, Training | Inference] = {
-        name: Training(model, batches, aux_weight, amp)
+        name: classification(model, batches, aux_weight, amp)
         if mode == "train"
         else Inference(model, batches, amp)
         for name, model in models.items()
@@ -123,26 +140,24 @@ def measure_steps(
     samples = interleave(cases, rounds, device, reference="dense", advance=advance)
     rows = []
     for name, case in cases.items():
-        seconds = Quartiles.of(clean(samples[name]))
-        ratio = paired(samples["dense"], samples[name])
+        speed = Speed.of(samples[name], samples["dense"], len(batches[0].label))
         k = mean_k(case.model, batches, amp)
         experts = {layer: len(module.live) for layer, module in moe_layers(case.model).items()}
         own = flops(costs[name], experts, k)
         ideal = None if dense is None or own is None else dense / own
-        size = len(batches[0].labels)
         rows.append(
             StepRow(
                 case=name,
                 mode=mode,
                 k=float(name.removeprefix("dynmoe ")) if name.startswith("dynmoe ") else None,
                 real_k=fmean(k.values()) if k else None,
-                samples_per_s=size / seconds.median,
-                samples_per_s_quartiles=(size / seconds.high, size / seconds.low),
-                median_ms=1e3 * seconds.median,
-                ratio=ratio.median,
-                ratio_quartiles=(ratio.low, ratio.high),
+                samples_per_s=speed.per_s,
+                samples_per_s_quartiles=speed.per_s_quartiles,
+                median_ms=speed.median_ms,
+                ratio=speed.ratio,
+                ratio_quartiles=speed.ratio_quartiles,
                 ideal=ideal,
-                of_ideal=None if ideal is None else ratio.median / ideal,
+                of_ideal=None if ideal is None else speed.ratio / ideal,
                 parameters=sum(p.numel() for p in case.model.parameters()),
                 activated=activated(costs[name], experts, k),
                 peak_bytes=peak_and_kept(case.forward, case.backward, device).peak
@@ -150,7 +165,7 @@ def measure_steps(
                 else None,
                 rounds=len(samples[name]),
                 slow=len(samples[name]) < rounds,
-                contaminated=sum(sample.contaminated for sample in samples[name]),
+                contaminated=speed.contaminated,
             )
         )
     return rows
@@ -161,10 +176,10 @@ def mean_k(model: nn.Module, batches: Sequence[Batch], amp: bool) -> dict[str, f
     """Experts per token of each MoE layer, over all batches."""
     with (
         record_routing(model) as tape,
-        torch.autocast(batches[0].images.device.type, torch.bfloat16, enabled=amp),
+        torch.autocast(batches[0].image.device.type, torch.bfloat16, enabled=amp),
     ):
-        for images, _ in batches:
-            model(images)
+        for batch in batches:
+            model(batch.image)
     pairs = {n: sum(int(c.stats.load_E.sum()) for c in calls) for n, calls in tape.items()}
     tokens = {n: sum(int(c.stats.k_hist.sum()) for c in calls) for n, calls in tape.items()}
     return {name: pairs[name] / tokens[name] for name in pairs}

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from dynmoe.benchmark.results import Change
-from dynmoe.benchmark.rows import DataRow, LayerRow, StepRow
+from dynmoe.benchmark.rows import DataRow, LayerRow, StepRow, TrainedRow
 
 MIB = 2**20
 
@@ -101,6 +101,31 @@ def of_steps(rows: Sequence[StepRow]) -> Iterable[Table]:
                 _short(row.activated / 1e6),
                 "-" if row.peak_bytes is None else _short(row.peak_bytes / MIB),
                 _note(row),
+            )
+        yield table
+
+
+def of_trained(rows: Sequence[TrainedRow]) -> Iterable[Table]:
+    """One table for each problem and mode; the reference is first."""
+    for (problem, mode), group in groupby(rows, key=lambda row: (row.problem, row.mode)):
+        cases = list(group)
+        table = _table(
+            f"{problem}: {mode}, batch {cases[0].batch}",
+            *("case", "mean k", "samples/s", "quartiles", "ms", f"of {cases[0].setting}"),
+            *("quartiles", "peak\nMiB", "rounds", "disturbed"),
+        )
+        for row in cases:
+            table.add_row(
+                row.setting,
+                "-" if row.mean_k is None else f"{row.mean_k:.3f}",
+                _short(row.samples_per_s),
+                "–".join(map(_short, row.samples_per_s_quartiles)),
+                _short(row.median_ms),
+                f"{row.ratio:.2f}",
+                "{:.2f}–{:.2f}".format(*row.ratio_quartiles),
+                "-" if row.peak_bytes is None else _short(row.peak_bytes / MIB),
+                str(row.rounds),
+                str(row.contaminated),
             )
         yield table
 

@@ -97,6 +97,33 @@ def paired(over: Sequence[Sample], under: Sequence[Sample]) -> Quartiles:
     )
 
 
+class Speed(NamedTuple):
+    """One case beside the reference. Pairs are quartiles."""
+
+    median_ms: float
+    quartiles_ms: tuple[float, float]
+    per_s: float
+    """Of what a call does ``size`` of."""
+    per_s_quartiles: tuple[float, float]
+    ratio: float
+    """The reference's time over this one's, the median over rounds."""
+    ratio_quartiles: tuple[float, float]
+    contaminated: int
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], reference: Sequence[Sample], size: float) -> Speed:
+        seconds, ratio = Quartiles.of(clean(samples)), paired(reference, samples)
+        return cls(
+            1e3 * seconds.median,
+            (1e3 * seconds.low, 1e3 * seconds.high),
+            size / seconds.median,
+            (size / seconds.high, size / seconds.low),
+            ratio.median,
+            (ratio.low, ratio.high),
+            sum(sample.contaminated for sample in samples),
+        )
+
+
 def _sample(case: Callable[[], object], calls: int, device: torch.device) -> Sample:
     if device.type == "cuda":
         return Sample(_seconds(case, calls, device) / calls, False)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dynmoe.benchmark.models import AllThenMask, Loop, fit
-from dynmoe.benchmark.steps import Training, random_batches
+from dynmoe.benchmark.steps import classification, random_batches
 from dynmoe.layers import Experts, MoELayer, TopAnyRouter, moe_layers
 from runners import bench
 
@@ -147,7 +147,7 @@ def test_step_refuses_before_work(
 def test_training_leaves_the_weights_and_gives_every_used_expert_a_gradient() -> None:
     model = tiny_model()
     batches = random_batches(BATCH, 3, 4, 10, torch.device("cpu"))
-    case = Training(model, batches, aux_weight=0.01, amp=False)
+    case = classification(model, batches, aux_weight=0.01, amp=False)
     before = [p.clone() for p in model.parameters()]
     case()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

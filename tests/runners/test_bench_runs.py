@@ -1,0 +1,171 @@
+"""`dynmoe-bench step --runs`: trained runs of a tiny sweep, and what is refused. No time."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sweeps import write_run
+from tiny_runs import tiny_config
+
+from dynmoe.report.records import RunFolder
+from runners import bench, bench_runs, train
+
+QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
+SETTINGS = ["dense", "top-2 of 4", "DynMoE"]
+
+
+@pytest.fixture(autouse=True)
+def settings_of_torch(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
+
+
+def again(folder: Path, seed: int) -> None:
+    """A repetition, made of the same records."""
+    copy = folder.with_name(f"{folder.name}_seed{seed}")
+    shutil.copytree(folder, copy)
+    facts = json.loads((copy / "run.json").read_text())
+    facts["seed"] = facts["config"]["seed"] = seed
+    (copy / "run.json").write_text(json.dumps(facts))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three settings, trained with `malloc` as it is: the process goes on to other tests."""
+    path = tmp_path_factory.mktemp("sweep")
+    few = ("moe.num_experts=4", "task.steps=1", "runtime.malloc=system")
+    for name, moe in (("c", "dynmoe"), ("a", "topk"), ("b", "dense")):
+        (path / name).mkdir()
+        config = tiny_config(*(few if moe != "dense" else few[1:]), moe=moe)
+        train.train(config, RunFolder(path / name))
+        RunFolder(path / name).mark_done()
+    again(path / "a", seed=1)
+    (path / "b" / "checkpoints" / "selected.ckpt").unlink()
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["dynmoe-bench", "step", *arguments])
+    bench.main()
+
+
+def test_times_one_run_of_each_setting(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "--runs", str(sweep), *QUICK)
+    content: dict[str, Any] = json.loads((sweep / "timing.json").read_text())
+    assert content["machine"].keys() == {"cpu", "cores", "threads", "torch", "device", "dtype"}
+    assert content["machine"]["dtype"] == "fp32"
+    assert content["settings"].keys() == {"matmul_precision", "malloc", "fused_attention"}
+    assert content["workload"] == {"batch": 20}  # 4 images of 5 environments
+    rows = content["rows"]
+    assert [(row["mode"], row["setting"], row["run"]) for row in rows] == [
+        (mode, setting, name)
+        for mode in ("train", "inference")
+        for setting, name in zip(SETTINGS, "bac", strict=True)
+    ]
+    for row in rows:
+        assert row["environment"] == "0" and row["rounds"] == 2
+        numbers = [row[key] for key in ("median_ms", "samples_per_s", "ratio")]
+        for key in ("quartiles_ms", "samples_per_s_quartiles", "ratio_quartiles"):
+            numbers += row[key]
+        assert all(math.isfinite(number) and number > 0 for number in numbers), row
+        assert (row["peak_bytes"] is not None) == (row["mode"] == "train")
+        assert (row["mean_k"] is None) == (row["setting"] == "dense")
+        assert row["ratio"] == 1 or row["setting"] != "dense"
+    assert {row["mean_k"] for row in rows if row["setting"] == "top-2 of 4"} == {2}
+
+    shown = capsys.readouterr().out
+    assert all(setting in shown for setting in SETTINGS)
+    assert "of dense" in shown and str(sweep / "timing.json") in shown
+
+
+def test_times_a_single_run_into_the_file_given(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "new" / "timing.json"
+    run(monkeypatch, "--runs", str(sweep / "c"), "--json", str(file), "--mode", "train", *QUICK)
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["setting"], row["mode"], row["ratio"]) == ("DynMoE", "train", 1)
+    assert not (sweep / "c" / "timing.json").exists()
+
+
+def test_models_are_those_of_the_checkpoints_and_stay_so(sweep: Path) -> None:
+    """With the run's own optimizer, at learning rate 0, and training images."""
+    from dynmoe.benchmark.steps import Training
+
+    runs = bench_runs.representatives(sweep)
+    group = [bench_runs._candidate(each) for each in runs]
+    batches, models = bench_runs._load(group, False, torch.device("cpu"))
+    assert len({batch.image.sum().item() for batch in batches}) == len(batches) == 8
+    assert all(batch.env.unique().tolist() == [1, 2, 3, 4, 5] for batch in batches)
+    for candidate, each in zip(group, models, strict=True):
+        saved = torch.load(candidate.checkpoint, weights_only=True)["state_dict"]
+        step = Training(each.model, each.loss, each.optimizer, batches, amp=False)
+        step()
+        assert type(each.optimizer) is torch.optim.Adam and each.optimizer.state
+        for name, value in each.model.state_dict().items():
+            assert torch.equal(value, saved[f"backbone.{name}"]), name
+
+
+def failed(path: Path) -> list[str]:
+    write_run(path, state="failed")
+    return []
+
+
+def without_checkpoint(path: Path) -> list[str]:
+    write_run(path)
+    return []
+
+
+def beside(*arguments: str) -> Callable[[Path], list[str]]:
+    return lambda path: list(arguments)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (failed, "expected a finished run, found none: digits_dynmoe_env0_seed0 is failed"),
+        (without_checkpoint, "expected checkpoints/selected.ckpt or last.ckpt, found neither"),
+        (beside(), "expected a sweep or a run, found no run.json"),
+        (beside("--k", "3"), "--k: not together with --runs"),
+        (beside("--only", "dense"), "--only: not together with --runs"),
+        (beside("--batch", "8"), "--batch: not together with --runs"),
+        (beside("moe=gmoe"), "moe=gmoe: not together with --runs"),
+    ],
+)
+def test_refuses(
+    prepare: Callable[[Path], list[str]],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = prepare(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--runs", str(tmp_path), *arguments, *QUICK)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "timing.json").exists()
+
+
+def test_runs_under_other_conditions_are_refused(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sweep, tmp_path / "other")
+    config = tmp_path / "other" / "c" / "config.yaml"
+    config.write_text(config.read_text().replace("precision: 32-true", "precision: bf16-mixed"))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--runs", str(tmp_path / "other"), *QUICK)
+    assert "trainer.precision is 32-true in" in capsys.readouterr().err
