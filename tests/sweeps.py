@@ -23,6 +23,7 @@ STEP_TIME, EVAL_TIME = 0.5, 2.0
 BATCH = 8
 TOKENS = 400
 """In a routing line, per layer and source."""
+ARGS = ("algorithm", "dataset", "test_envs", "hparams_seed", "trial_seed", "seed")
 OTHER, EXPERT, ROUTER, ROUTER_FIXED = 1000, 100, 10, 1
 FLOPS_OTHER = 5000
 FLOPS_LAYER = {"tokens": 4, "expert": 200, "router": 20, "router_fixed": 2}
@@ -173,7 +174,7 @@ def _result(step: int, accuracy: float, validation: float, facts: Facts) -> Fact
         "eval_time": EVAL_TIME,
         "loss": 1.0 / (step + 1),
         "mem_gb": 1.25,
-        "args": {key: facts[key] for key in ("test_envs", "hparams_seed", "trial_seed", "seed")},
+        "args": {key: facts[key] for key in ARGS},
         "hparams": {},
     }
     for index in range(len(ENVIRONMENTS)):

@@ -70,7 +70,10 @@ def timing_table(collection: Collection, problem: Problem) -> Table:
         memory = MISSING if peak is None else number(peak / 2**30)
         cells = (*(cell for timing in by_mode for cell in _times(timing)), memory)
         rows.append((name, *(("refused",) * len(cells) if timings.refused else cells)))
-    note = f"Median of a step with its quartiles; {timings.conditions}."
+    note = (
+        "Median with quartiles, of a trained model on batches of its own data; memory is that of a "
+        f"training step beyond weights and optimizer state; {timings.conditions}."
+    )
     if timings.refused:
         note = f"Times are not compared: {timings.refused}."
     elif not timings.by_setting:

@@ -10,7 +10,7 @@ from dynmoe.report.conditions import conditions, seeds
 from dynmoe.report.matching import columns, expected, lacks, score_cells
 from dynmoe.report.run import Problem
 from dynmoe.report.runs import Collection
-from dynmoe.report.tables import Strong, Table, format_mean
+from dynmoe.report.tables import Strong, Table, format_mean, format_points
 
 RIVALS: dict[Rival, str] = {
     "mean": "mean of the grid",
@@ -38,8 +38,8 @@ def headline(claim: Claim) -> str:
     (mean,), (best,) = whole.against("mean"), whole.against("best")
     if len(whole.repetitions) == 1:
         return (
-            f"{where}: {_points(mean.mean)} points from the mean of the grid and "
-            f"{_points(best.mean)} from its best, in one repetition, which proves nothing."
+            f"{where}: {format_points(mean.mean)} points from the mean of the grid and "
+            f"{format_points(best.mean)} from its best, in one repetition, which proves nothing."
         )
     if _grid_size(claim, whole) == 1:
         return f"{where}: {best.verdict} {best.setting}, the grid's only setting."
@@ -244,14 +244,8 @@ def _cell(difference: Difference | None) -> str:
 def _interval(difference: Difference | None) -> str:
     if difference is None:
         return "X"
-    text = _points(difference.mean)
+    text = format_points(difference.mean)
     if difference.interval is not None:
         low, high = difference.interval
-        text = f"{text} [{_points(low)}, {_points(high)}]"
+        text = f"{text} [{format_points(low)}, {format_points(high)}]"
     return Strong(text) if difference.verdict in ("beats", "is below") else text
-
-
-def _points(difference: float) -> str:
-    """In percentage points, with its sign."""
-    # + 0.0 takes the sign from a zero.
-    return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "−")

@@ -149,7 +149,7 @@ def write_timing(sweep: Path, runs: list[str], **machine: Any) -> None:
             "mean_k": None,
             "peak_bytes": peak,
             "rounds": 20,
-            "contaminated": False,
+            "contaminated": 0,
         }
         for index, run in enumerate(runs)
         for mode, median, peak in (("train", 20.0, 2**30), ("inference", 8.0, None))

@@ -1,0 +1,117 @@
+"""``dynmoe-report``: what runs say together, from their records alone. PyTorch is not loaded."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from dynmoe.errors import UserError
+from dynmoe.report.records import RecordError
+from dynmoe.report.runs import Collection, read_runs
+from dynmoe.report.tables import to_rich
+
+DESCRIPTION = """Reads records and writes one report of all runs in the given folders into the
+folder report/ of the first: report.html, report.md, tables as CSV and LaTeX, figures as PNG and
+SVG. FOLDER is the folder of a sweep, outputs/<name>, or of a run, outputs/<name>/<run>. Two run
+folders are compared with each other on the console instead."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Exit 0, or 2 with a message that names what is wrong."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.domainbed is not None:
+            _domainbed(args.domainbed)
+        elif len(args.folders) == 2 and args.out is None and all(map(_is_run, args.folders)):
+            _compare(*args.folders)
+        else:
+            _report(args.folders, args.out or args.folders[0] / "report")
+    except UserError as error:
+        print(f"dynmoe-report: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dynmoe-report", description=DESCRIPTION)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", default=[])
+    what.add_argument(
+        "--domainbed",
+        type=Path,
+        metavar="FOLDER",
+        help="print DomainBed's own result tables of the records in FOLDER, and save them there",
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes")
+    return parser
+
+
+def _report(folders: Sequence[Path], out: Path) -> None:
+    collection = read_runs(folders)
+    console = Console(stderr=True)
+    for warning in collection.warnings:
+        console.print(Text(f"warning: {warning}", "yellow"))
+    if not collection.runs:
+        raise RecordError(_unusable(collection, "a finished run, found none"))
+
+    from dynmoe.report import page
+    from dynmoe.report.verdict import statements
+
+    page.write(collection, out)
+    console = Console()
+    for sentence in statements(collection):
+        console.print(Text(sentence))
+    if collection.absent:
+        console.print(Text("\n".join(["\nWithout a result:", *_absent(collection)])))
+    print(
+        f"\n{len(collection.runs)} runs reported:\n{out / 'report.html'}"
+    )  # one line, to be copied
+
+
+def _compare(a: Path, b: Path) -> None:
+    collection = read_runs([a, b])
+    runs = {run.folder.path: run for run in [*collection.runs, *collection.others]}
+    if not runs.keys() >= {a, b} or a == b:
+        raise RecordError(_unusable(collection, "two finished runs that differ, found fewer"))
+
+    from dynmoe.report.compare import compare
+
+    result = compare(runs[a], runs[b])
+    console = Console()
+    for warning in result.warnings:
+        console.print(Text(f"warning: {warning}", "yellow"))
+    for sentence in result.sentences:
+        console.print(Text(sentence))
+    for table in result.tables:
+        console.print(to_rich(table))
+
+
+def _domainbed(folder: Path) -> None:
+    from dynmoe.report import domainbed
+
+    print(domainbed.write(folder), end="")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").exists()
+
+
+def _absent(collection: Collection) -> list[str]:
+    return [
+        f"  {entry.name}: {entry.state}{f', {entry.why}' if entry.why else ''}"
+        for entry in collection.absent
+    ]
+
+
+def _unusable(collection: Collection, expected: str) -> str:
+    folders = ", ".join(map(str, collection.folders))
+    reasons = [*_absent(collection), *(f"  {warning}" for warning in collection.warnings)]
+    return "\n".join([f"{folders}: expected {expected}", *reasons])
+
+
+if __name__ == "__main__":
+    main()

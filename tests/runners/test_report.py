@@ -1,0 +1,96 @@
+"""`dynmoe-report` from its arguments to its files and its messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sweeps import ENVIRONMENTS, write_run, write_sweep
+
+from dynmoe.report.runs import read_runs
+from runners.report import main
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    accuracies = {"0": [0.5, 0.6], "15": [0.7, 0.8]}
+    names = ("dense", "top-1 of 2", "top-2 of 4", "DynMoE")
+    return write_sweep(tmp_path / "small", dict.fromkeys(names, accuracies))
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_report_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failed = write_run(sweep, "top-2 of 4", seed=2, state="failed")
+    main([str(sweep)])
+    out = capsys.readouterr().out
+    assert out.startswith("DynMoE on RotatedDigits, mean of 2 test environments: cannot be told ")
+    assert f"Without a result:\n  {failed.path.name}: failed, DataError: no such folder" in out
+    report = sweep / "report"
+    assert out.endswith(f"\n16 runs reported:\n{report / 'report.html'}\n")
+    assert {"report.html", "report.md", "tables", "figures"} == {f.name for f in report.iterdir()}
+    assert not read_runs([sweep]).warnings  # its own output is no run
+
+
+def test_out_and_several_folders(sweep: Path, tmp_path: Path) -> None:
+    write_sweep(tmp_path / "more", {"DynMoE-tutel": {"0": [0.5], "15": [0.5]}})
+    main([str(sweep), str(tmp_path / "more"), "--out", str(tmp_path / "page")])
+    assert "DynMoE-tutel" in (tmp_path / "page" / "report.md").read_text()
+    assert not (sweep / "report").exists()
+
+
+def test_two_runs_are_compared(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (str(run.folder.path) for run in read_runs([sweep]).runs[:2])
+    main([a, b])
+    out = capsys.readouterr().out
+    assert "A is dense" in out and "Configuration" in out
+    assert not (Path(a) / "report").exists()
+
+
+def test_domainbeds_own_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, "dense", 0.25)
+    main(["--domainbed", str(tmp_path)])
+    assert "25.0 +/- 0.0" in capsys.readouterr().out
+    assert (tmp_path / "results.tex").exists()
+
+
+def test_what_cannot_be_reported_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"{tmp_path / 'none'}: expected the folder" in refused([str(tmp_path / "none")], capsys)
+    assert "found no run.json" in refused([str(tmp_path)], capsys)
+    assert "required" in refused([], capsys)
+    run = write_run(tmp_path, state="failed").path
+    message = refused([str(tmp_path)], capsys)
+    assert message == (
+        f"dynmoe-report: {tmp_path}: expected a finished run, found none\n"
+        f"  {run.name}: failed, DataError: no such folder\n"
+    )
+    other = write_run(tmp_path, seed=1).path
+    assert "two finished runs that differ" in refused([str(run), str(other)], capsys)
+
+
+def test_500_runs_without_torch(tmp_path: Path) -> None:
+    accuracies = {environment: [0.5, 0.6, 0.7] for environment in ENVIRONMENTS}
+    names = [f"top-1 of {experts}" for experts in range(8, 63)]
+    write_sweep(tmp_path, dict.fromkeys([*names, "DynMoE"], accuracies))
+    code = f"""
+import sys
+from pathlib import Path
+from dynmoe.report import page
+from dynmoe.report.runs import read_runs
+from dynmoe.report.verdict import statements
+import runners.report
+collection = read_runs([Path({str(tmp_path)!r})])
+print(len(collection.runs), len(statements(collection)) > 5)
+print([name for name in ("torch", "lightning", "hydra") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "504 True\n[]\n"
