@@ -35,11 +35,14 @@ class File:
             raise ConfigError(f"--json {self.path}: expected a file to write, this is a folder")
 
     def make_folder(self) -> None:
+        is_new = not self.path.exists()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
         except OSError as error:
             raise ConfigError(f"--json {self.path}: cannot be written ({error})") from None
+        if is_new:  # an empty file would pass for a damaged one
+            self.path.unlink()
 
     def write(self, conditions: Conditions, rows: Sequence[object]) -> None:
         from dynmoe.benchmark import results

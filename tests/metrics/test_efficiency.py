@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -79,6 +79,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_padding() -> Iterator[None]:
+    """At "highest" no row is computed in vain (`grouped.row_multiple`)."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     return MODELS[request.param]().eval()
@@ -148,7 +157,6 @@ def test_activated_parameters_token_by_token(model: nn.Module, images: Tensor) -
 
 
 def test_flops_of_a_forward_pass(model: nn.Module, images: Tensor) -> None:
-    """Equal: at matmul precision "highest" no row is computed in vain (`grouped.row_multiple`)."""
     costs, k = count(model, images[:1]), mean_k(masks_of(model, images))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)

@@ -23,12 +23,8 @@ SETTINGS = ["dense", "top-2 of 4", "DynMoE"]
 
 
 @pytest.fixture(autouse=True)
-def settings_of_torch(monkeypatch: pytest.MonkeyPatch) -> Any:
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    yield
-    torch.set_float32_matmul_precision(precision)
-    torch.set_num_threads(threads)
 
 
 def again(folder: Path, seed: int) -> None:
