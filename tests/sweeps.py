@@ -103,6 +103,8 @@ def write_run(
             "data.name": "RotatedDigits",
             "data.test_envs": [test],
             "data.batch_size": BATCH,
+            "protocol.name": "domainbed",
+            "task.selection": "training_domain_validation",
             "task.steps": STEPS[-1] + 1,
             "task.optimizer.lr": 0.001,
             "task.optimizer.weight_decay": 0.0,

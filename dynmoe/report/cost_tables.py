@@ -132,11 +132,11 @@ def search_sentence(cost: SearchCost) -> str:
         for ratio, what in ((flops, "the training FLOPs"), (hours, "the hours"))
         if not math.isnan(ratio)
     ]
-    if cost.machines:
-        parts.append(f"hours are not compared, machines differ: {', '.join(cost.machines)}")
+    refused = f" Hours are not compared, machines differ: {', '.join(cost.machines)}."
     return (
-        f"To search the grid ({cost.grid_settings} settings, {cost.grid.runs} runs) took, beside "
-        f"{cost.setting} ({cost.own.runs} runs), {'; '.join(parts) or 'an unrecorded effort'}."
+        f"The search over the grid ({cost.grid_settings} settings, {cost.grid.runs} runs) took "
+        f"{' and '.join(parts) or 'an unknown multiple'} of {cost.setting} ({cost.own.runs} runs)."
+        f"{refused if cost.machines else ''}"
     )
 
 

@@ -6,22 +6,23 @@ A run that cannot be used does not stop the report of the others: a warning name
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from dynmoe.metrics.selection import best_of_sweep
 from dynmoe.report.records import RecordError, RunFolder
 from dynmoe.report.run import Outcome, Problem, Repetition, Run, order, short_name
-from dynmoe.report.settings import REPETITION, name_settings
+from dynmoe.report.settings import name_settings
 
 __all__ = ["Absent", "Collection", "Outcome", "Problem", "Run", "read_runs", "short_name"]
 
-# The overrides that make repetitions of one setting, in the text of a job.
-CHANCE = re.compile(rf"(?:^|\s)({'|'.join(map(re.escape, (*REPETITION, 'hparams_seed')))})=(\S+)")
+
+Job = Mapping[str, Any]
+"""Of `sweep.json`: the overrides, and the configuration that they make."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,7 @@ class Absent:
     why: str
     """The first line of what it failed with; empty otherwise."""
     problem: Problem | None = None
-    """This and what follows: as far as its `run.json`, or its overrides beside those of finished
-    runs, tell it."""
+    """This and what follows: as far as its `run.json` or the sweep's `sweep.json` tell it."""
     setting: str = ""
     environment: str = ""
     repetition: Repetition | None = None
@@ -72,14 +72,14 @@ def read_runs(folders: Sequence[Path]) -> Collection:
     """
     warnings: list[str] = []
     finished: list[Run] = []
-    started: list[Run] = []
+    begun: list[Run] = []
     absent: dict[Path, Absent] = {}
     jobs = {path: job for folder in folders for path, job in _jobs(Path(folder)).items()}
     for path, job in jobs.items():
         folder = RunFolder(path)
         state = folder.state
         try:
-            run = _read(folder, finished=state == "done")
+            run = _read(folder, finished=state == "done") or _asked(folder, job)
         except RecordError as error:
             warnings.append(f"{error}; left out")
             continue
@@ -87,29 +87,29 @@ def read_runs(folders: Sequence[Path]) -> Collection:
             finished.append(run)
             warnings += [f"{file}: its last line was cut short; ignored" for file in folder.torn]
         else:
-            started += [run] if run is not None else []
-            absent[path] = Absent(path.name, job, state, folder.failure)
-    named = _named([*finished, *started])
+            begun += [run] if run is not None else []
+            absent[path] = Absent(path.name, job.get("overrides", ""), state, folder.failure)
+    named = _named([*finished, *begun])
     done = _without_copies(named[: len(finished)], warnings)
     runs, others = _chosen(done)
-    by_path = {run.folder.path: run for run in named[len(finished) :]}
-    by_job = {jobs[run.folder.path]: run for run in done if jobs[run.folder.path]}
+    places = {run.folder.path: run for run in named[len(finished) :]}
+    env_names = {run.problem.dataset: run.facts["env_names"] for run in named if run.results}
     return Collection(
         folders=[Path(folder) for folder in folders],
         runs=sorted(runs, key=order),
-        absent=[_placed(entry, by_path.get(path), by_job) for path, entry in absent.items()],
+        absent=[_placed(entry, places.get(path), env_names) for path, entry in absent.items()],
         warnings=[*warnings, *_different_data(done)],
         others=sorted(others, key=order),
     )
 
 
-def _jobs(folder: Path) -> dict[Path, str]:
-    """The run folders in a folder, or itself, and those its sweep asks for; their overrides."""
+def _jobs(folder: Path) -> dict[Path, Job]:
+    """The run folders in a folder, or itself, and those that its sweep asks for."""
     if not folder.is_dir():
         raise RecordError(f"{folder}: expected the folder of a sweep or a run, found no folder")
     if (folder / "run.json").exists():
-        return {folder: ""}
-    asked: Mapping[str, Mapping[str, str]] = {}
+        return {folder: {}}
+    asked: Mapping[str, Job] = {}
     sweep = folder / "sweep.json"
     if sweep.exists():
         try:
@@ -118,16 +118,15 @@ def _jobs(folder: Path) -> dict[Path, str]:
             raise RecordError(
                 f"{sweep}: expected the jobs of a sweep, found damage; start the sweep again"
             ) from None
-    names = {name: job.get("overrides", "") for name, job in asked.items()}
     found = {
         file.parent.name for kind in ("run.json", "failed.txt") for file in folder.glob(f"*/{kind}")
     }
-    if not found and not names:
+    if not found and not asked:
         raise RecordError(
             f"{folder}: expected a sweep or a run, found no run.json in it or in its folders; "
             "give outputs/<name> or outputs/<name>/<run>"
         )
-    return {folder / name: names.get(name, "") for name in sorted(found | names.keys())}
+    return {folder / name: asked.get(name, {}) for name in sorted(found | asked.keys())}
 
 
 def _read(folder: RunFolder, finished: bool) -> Run | None:
@@ -144,6 +143,22 @@ def _read(folder: RunFolder, finished: bool) -> Run | None:
     if finished and not (results and facts["test_envs"]):
         raise RecordError(f"{folder.path}: expected results on a test environment, found none")
     return Run(folder, facts, results)
+
+
+def _asked(folder: RunFolder, job: Job) -> Run | None:
+    """A run that has not begun, as far as the configuration of its job tells it."""
+    config = job.get("config")
+    if not config:
+        return None
+    facts = {
+        "dataset": config.get("data.name", ""),
+        "protocol": config.get("protocol.name", ""),
+        "selection": config.get("task.selection", ""),
+        "test_envs": config.get("data.test_envs", []),
+        **{key: config.get(key, 0) for key in ("seed", "trial_seed", "hparams_seed")},
+        "config": config,
+    }
+    return Run(folder, facts, [])
 
 
 def _named(runs: Sequence[Run]) -> list[Run]:
@@ -206,28 +221,19 @@ def _standing(trial: Sequence[Run]) -> Iterable[Run]:
             yield max(candidates, key=lambda run: run.outcome.validation)
 
 
-def _placed(entry: Absent, started: Run | None, by_job: Mapping[str, Run]) -> Absent:
-    """Where an absent run belongs, by its own facts or by finished jobs with like overrides."""
-    if started is not None:
-        return replace(
-            entry,
-            problem=started.problem,
-            setting=started.setting,
-            environment=started.environment,
-            repetition=started.repetition,
-        )
-    chance = dict(CHANCE.findall(entry.overrides))
-    for job, run in by_job.items():
-        if CHANCE.sub("", job) == CHANCE.sub("", entry.overrides):
-            place = replace(
-                entry,
-                problem=run.problem,
-                setting=run.setting,
-                repetition=(int(chance.get("seed", 0)), int(chance.get("trial_seed", 0))),
-            )
-            if dict(CHANCE.findall(job)).get("data.test_envs") == chance.get("data.test_envs"):
-                return replace(place, environment=run.environment)
-    return entry
+def _placed(entry: Absent, run: Run | None, env_names: Mapping[str, list[str]]) -> Absent:
+    """An absent run with the place it will have; environments are named as in finished runs."""
+    if run is None:
+        return entry
+    names = env_names.get(run.problem.dataset, [])
+    tests = [index for index in run.facts["test_envs"] if index < len(names)]
+    return replace(
+        entry,
+        problem=run.problem,
+        setting=run.setting,
+        environment="+".join(names[index] for index in tests),
+        repetition=run.repetition,
+    )
 
 
 def _different_data(runs: Iterable[Run]) -> list[str]:

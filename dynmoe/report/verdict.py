@@ -49,7 +49,10 @@ def headline(claim: Claim) -> str:
 def sentences(claim: Claim) -> list[str]:
     """The headline, each difference, the rank, and what weakens them."""
     whole = claim.overall
-    found = [headline(claim), *(_sentence(claim, difference) for difference in whole.differences)]
+    # In a grid of one setting all its rivals are the same.
+    shown = get_args(Rival) if _grid_size(claim, whole) > 1 else ("best", "dense")
+    found = [headline(claim)]
+    found += [_sentence(claim, each) for each in whole.differences if each.rival in shown]
     if whole.rank is not None and len(whole.means) > 1:
         found.append(f"By mean accuracy it ranks {whole.rank} of {len(whole.means)} settings.")
     found += _caveats(whole)

@@ -85,8 +85,8 @@ def test_the_bill_of_the_search(tmp_path: Path) -> None:
         "2.5 x",
     )
     assert search_sentence(cost) == (
-        "To search the grid (2 settings, 5 runs) took, beside DynMoE (2 runs), 2.39 x the training "
-        "FLOPs; 2.5 x the hours."
+        "The search over the grid (2 settings, 5 runs) took 2.39 x the training FLOPs and 2.5 x "
+        "the hours of DynMoE (2 runs)."
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sweeps import BATCH, SELECTED, write_run, write_sweep
 
-from dynmoe.report.records import RecordError
+from dynmoe.report.records import RecordError, RunFolder
 from dynmoe.report.run import Outcome
 from dynmoe.report.runs import Absent, Problem, read_runs
 
@@ -138,22 +138,22 @@ def test_what_is_not_done_is_absent_and_says_where_it_belongs(tmp_path: Path) ->
     (tmp_path / "early").mkdir()
     (tmp_path / "early" / "failed.txt").write_text("DataError: no such folder\n\nTraceback\n")
     done = "digits_dense_env0_seed0"
+    config = {**RunFolder(tmp_path / done).read_run()["config"], "seed": 3, "data.test_envs": [1]}
     jobs = {
-        done: {"overrides": "task=vit_domainbed moe=dense seed=0"},
-        "no_folder": {"overrides": "task=vit_domainbed moe=dense seed=3"},
-        "unknown": {"overrides": "task=vit_domainbed moe=topk seed=0"},
+        done: {"overrides": "moe=dense seed=0", "config": {}},
+        "no_folder": {"overrides": "moe=dense seed=3", "config": config},
+        "unknown": {"overrides": "moe=topk seed=0"},
     }
     (tmp_path / "sweep.json").write_text(json.dumps({"sweep": "small", "jobs": jobs}))
     collection = read_runs([tmp_path])
     assert [run.folder.path.name for run in collection.runs] == [done]
     why, place = "DataError: no such folder", (PROBLEM, "dense", "0")
-    overrides = {name: job["overrides"] for name, job in jobs.items()}
     assert collection.absent == [
         Absent("digits_dense_env0_seed1", "", "failed", why, *place, (1, 0)),
         Absent("digits_dense_env0_seed2", "", "stopped", "", *place, (2, 0)),
         Absent("early", "", "failed", why),
-        Absent("no_folder", overrides["no_folder"], "missing", "", *place, (3, 0)),
-        Absent("unknown", overrides["unknown"], "missing", ""),
+        Absent("no_folder", "moe=dense seed=3", "missing", "", PROBLEM, "dense", "15", (3, 0)),
+        Absent("unknown", "moe=topk seed=0", "missing", ""),
     ]
 
 
