@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from dynmoe.report.costs import model_costs
@@ -38,9 +37,9 @@ def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
     if not points:
         return None
     figure, (axes,) = lay_out(1, width=7.6, height=4.6, beside=0)
-    _draw(axes, points, "parameters that a test token activates, mean over runs")
+    scatter(axes, points)
+    axes.set(xlabel="parameters that a test token activates, mean over runs", ylabel=_place(runs))
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    axes.set_ylabel(_place(runs))
     name_points(axes, points)
     return Picture(
         "accuracy_by_parameters",
@@ -59,11 +58,10 @@ def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | No
         return None
     figure, panels = lay_out(len(shown), width=7.6, height=4, columns=1, beside=0)
     for points, axes in zip(shown, panels, strict=True):
-        if points is training:
-            _draw(axes, points, "training step, ms")
-        else:
-            _draw(axes, points, "inference, samples/s", more_is_better=True)
-    figure.supylabel(_place(runs))
+        in_training = points is training
+        scatter(axes, points, more_is_better=not in_training)
+        measure = "training step, ms" if in_training else "inference, samples/s"
+        axes.set(xlabel=measure, ylabel=_place(runs))
     for points, axes in zip(shown, panels, strict=True):
         name_points(axes, points)
     return Picture(
@@ -97,11 +95,6 @@ def _timed(runs: Sequence[Run], timings: Timings, mode: Mode) -> list[Point]:
             span = timing.samples_quartiles
             points.append(point._replace(x=timing.samples_per_second, x_range=span))
     return points
-
-
-def _draw(axes: Axes, points: Sequence[Point], label: str, more_is_better: bool = False) -> None:
-    scatter(axes, points, more_is_better)
-    axes.set_xlabel(label)
 
 
 def _place(runs: Sequence[Run]) -> str:

@@ -46,6 +46,12 @@ def lay_out(
     return figure, list(grid[:count])
 
 
+def name_axes(figure: Figure, across: str, up: str = "") -> None:
+    """What all panels have on their axes, once."""
+    figure.supxlabel(across, fontsize="medium")
+    figure.supylabel(up, fontsize="medium")
+
+
 def over_steps(axes: Axes) -> None:
     """A grid, and whole steps on the horizontal axis."""
     axes.xaxis.set_major_locator(whole_numbers())
@@ -103,4 +109,5 @@ def save(figure: Figure, path: Path) -> Path:
     metadata = {"Date": None} if path.suffix == ".svg" else None
     with rc_context({"svg.hashsalt": "dynmoe", "svg.fonttype": "path"}):
         figure.savefig(path, dpi=150, metadata=metadata)
+    figure.set_layout_engine("none")  # where everything is now, it is in the next file too
     return path

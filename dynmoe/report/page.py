@@ -157,7 +157,7 @@ def _sections(
             [
                 draw_load_by_environment(examples),
                 draw_load_by_class(examples),
-                draw_overlap([run for run in runs if run.setting in shown]),
+                draw_overlap([run for name in shown for run in runs if run.setting == name]),
             ],
         ),
         ("curves", "Training", [draw_curves(runs)]),
@@ -177,7 +177,8 @@ def _claim(
     for claim in claims:
         tag = "" if len(claims) == 1 else f"_{_slug(claim.setting)}"
         first, *others = sentences(claim)
-        yield Strong(first)
+        if len(collection.problems) > 1 or len(claims) > 1:  # else it stands above already
+            yield Strong(first)
         yield Items(others)
         picture = draw_claim(runs, claim)
         yield picture and replace(picture, name=picture.name + tag)

@@ -17,7 +17,7 @@ from matplotlib.ticker import PercentFormatter
 
 from dynmoe.report.claim import Claim, Rival, interval
 from dynmoe.report.document import Picture
-from dynmoe.report.drawing import BLUE, COLOURS, GREY, RED, STEP, lay_out, over_steps
+from dynmoe.report.drawing import BLUE, COLOURS, GREY, RED, STEP, lay_out, name_axes, over_steps
 from dynmoe.report.matching import score_cells
 from dynmoe.report.run import Run, environments
 
@@ -141,8 +141,7 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
         axes.set_title(f"tested on {place}")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         over_steps(axes)
-    figure.supxlabel(STEP)
-    figure.supylabel("accuracy on the test environment")
+    name_axes(figure, STEP, "accuracy on the test environment")
     figure.legend(handles=_legend(runs, style), loc="outside upper center", ncols=4, frameon=False)
     return Picture(
         "curves",

@@ -19,6 +19,7 @@ from dynmoe.report.drawing import (
     STEP,
     heat_map,
     lay_out,
+    name_axes,
     over_steps,
     percent_of_rows,
     whole_numbers,
@@ -61,8 +62,7 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
         axes.set_title(_title(setting, layer, settings))
         axes.yaxis.set_major_locator(whole_numbers())
         over_steps(axes)
-    figure.supxlabel(STEP)
-    figure.supylabel("living experts")
+    name_axes(figure, STEP, "living experts")
     return Picture(
         "experts",
         figure,
@@ -96,8 +96,7 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
         axes.grid(alpha=0.25)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    figure.supxlabel("MoE layer, from the first up")
-    figure.supylabel("experts per test token")
+    name_axes(figure, "MoE layer, from the first up", "experts per test token")
     return Picture(
         "k_by_layer",
         figure,
@@ -126,7 +125,7 @@ def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
         k = np.mean([[k_by_position(run, layer) for layer in layers] for run in members], axis=0)
         heat_map(axes, k, layers, range(k.shape[1]), form=".1f", lightest=k.min())
         axes.set_title(setting)
-    figure.supxlabel("token position (0: class token; then patches, row by row)")
+    name_axes(figure, "token position (0: class token; then patches, row by row)")
     return Picture(
         "k_by_position",
         figure,
@@ -148,7 +147,7 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
         heat_map(axes, shares, rows, slots)
 
     rows = max((len(run.facts["env_names"]) for run in runs), default=0)
-    figure = _load([run for run in runs if evaluation(run)], rows, draw)
+    figure = _load([run for run in runs if evaluation(run)], "environment", rows, draw)
     if figure is None:
         return None
     return Picture(
@@ -176,7 +175,7 @@ def draw_load_by_class(runs: Sequence[Run]) -> Picture | None:
 
     with_classes = [run for run in runs if any("load_by_class" in line for line in evaluation(run))]
     classes = max((len(run.facts["class_names"]) for run in with_classes), default=0)
-    figure = _load(with_classes, min(classes, MOST_CLASSES), draw)
+    figure = _load(with_classes, "class", min(classes, MOST_CLASSES), draw)
     if figure is None:
         return None
     some = f" Of {classes} classes the {MOST_CLASSES} whose rows differ most from the mean."
@@ -209,7 +208,7 @@ def draw_overlap(runs: Sequence[Run]) -> Picture | None:
         heat_map(axes, matrix, names, names, form=".2f", **shades)
         axes.set_title(_title(setting, layer, settings))
         axes.tick_params(axis="x", rotation=45 if max(map(len, names)) > 4 else 0)
-    figure.supxlabel("environment")
+    name_axes(figure, "environment", "environment")
     return Picture(
         "overlap",
         figure,
@@ -247,7 +246,7 @@ def _title(setting: str, layer: str, settings: Settings) -> str:
 
 
 def _load(
-    runs: Sequence[Run], rows: int, draw: Callable[[Axes, Run, Sequence[Record]], None]
+    runs: Sequence[Run], what: str, rows: int, draw: Callable[[Axes, Run, Sequence[Record]], None]
 ) -> Figure | None:
     """One panel for each layer of each run."""
     places = [(run, layer) for run in runs for layer in layers_of(run)]
@@ -258,5 +257,5 @@ def _load(
     for (run, layer), axes in zip(places, panels, strict=True):
         draw(axes, run, of_layer(evaluation(run), layer))
         axes.set_title(f"{run.setting}, {layer}")
-    figure.supxlabel("living expert (slot)")
+    name_axes(figure, "living expert (slot)", f"{what}; numbers: % of its routed tokens")
     return figure

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 
 from dynmoe.report.drawing import GREY
 
-# Places of a name about its point, in points of 1/72 inch, the nearest first.
+# Places of a name about its point, the nearest first; distances in points of 1/72 inch.
 DISTANCES = (4, 8, 14, 24, 36, 50)
-DIRECTIONS = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
+AROUND = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
+DIRECTIONS = np.array(AROUND * len(DISTANCES))
+OFFSETS = DIRECTIONS * np.repeat(DISTANCES, len(AROUND))[:, None]
 ALIGN = {-1: "right", 0: "center", 1: "left"}
 ALIGN_UP = {-1: "top", 0: "center", 1: "bottom"}
 
@@ -76,17 +76,17 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
     figure.draw_without_rendering()
     unit = figure.dpi / 72
     places = axes.transData.transform([(point.x, point.y) for point in points])
-    taken = [Bbox([place - 4 * unit, place + 4 * unit]) for place in places]
+    taken = [np.array([place - 4 * unit, place + 4 * unit]) for place in places]
     lines = [line.get_transform().transform(line.get_xydata()) for line in axes.lines]
     taken += [
-        Bbox([np.minimum(*ends) - unit, np.maximum(*ends) + unit])
+        np.array([np.minimum(*ends) - unit, np.maximum(*ends) + unit])
         for line in lines
         for ends in itertools.pairwise(line)
     ]
+    panel = axes.bbox.get_points()
     # Names of the outermost points come first: there the paper has least room.
-    middle = axes.bbox.x0 + axes.bbox.width / 2
-    for index in np.argsort([-abs(x - middle) for x, _ in places], kind="stable"):
-        point, place = points[index], places[index]
+    for index in np.argsort(-abs(places[:, 0] - panel[:, 0].mean()), kind="stable"):
+        point = points[index]
         name = axes.annotate(
             point.name,
             (point.x, point.y),
@@ -105,28 +105,19 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
         name.set_in_layout(False)
         # The annotation's own extent would hold its line too.
         size = np.array(Text.get_window_extent(name, renderer).size)
-        candidates = []
-        for distance, (right, up) in itertools.product(DISTANCES, DIRECTIONS):
-            offset = np.array([right, up]) * distance
-            corner = place + unit * offset + size * np.array([right - 1, up - 1]) / 2
-            box = Bbox([corner, corner + size])
-            hidden = _hidden(box, taken, axes.bbox)
-            candidates.append((hidden, distance, right, up, box))
-        _, distance, right, up, box = min(candidates, key=itemgetter(0))
-        name.set(position=(right * distance, up * distance), ha=ALIGN[right], va=ALIGN_UP[up])
-        taken.append(box)
+        corners = places[index] + unit * OFFSETS + size * (DIRECTIONS - 1) / 2
+        boxes = np.stack([corners, corners + size], axis=1)
+        beyond = size.prod() - _common(boxes, [panel])
+        best = int(np.argmin(beyond + _common(boxes, taken)))
+        right, up = DIRECTIONS[best]
+        name.set(position=OFFSETS[best], ha=ALIGN[right], va=ALIGN_UP[up])
+        taken.append(boxes[best])
         if name.arrow_patch is not None:  # a line to the point, unless they are neighbours
-            name.arrow_patch.set_visible(distance > DISTANCES[1])
+            name.arrow_patch.set_visible(bool(abs(OFFSETS[best]).max() > DISTANCES[1]))
 
 
-def _hidden(box: Bbox, taken: Sequence[Bbox], panel: Bbox) -> float:
-    """The area of `box` that covers others or lies beyond the panel."""
-    inside = Bbox.intersection(box, panel)
-    beyond = _area(box) - (0 if inside is None else _area(inside))
-    return beyond + sum(
-        _area(common) for other in taken if (common := Bbox.intersection(box, other))
-    )
-
-
-def _area(box: Bbox) -> float:
-    return box.width * box.height
+def _common(boxes: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
+    """The area that each box, ((left, bottom), (right, top)), shares with the others, summed."""
+    low, high = np.stack(others, axis=1)
+    sides = np.minimum(boxes[:, None, 1], high) - np.maximum(boxes[:, None, 0], low)
+    return sides.clip(0).prod(axis=-1).sum(axis=1)
