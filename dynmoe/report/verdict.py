@@ -19,7 +19,10 @@ RIVALS: dict[Rival, str] = {
     "pick": "grid's best by validation",
     "dense": "dense",
 }
-ERROR = "+/- is the standard error over repetitions (population form, ddof 0)."
+ERROR = (
+    "+/- is the standard error over repetitions (population form, ddof 0); 0.0 of a single one says "
+    "nothing."
+)
 GRID = (
     "The grid is all settings with fixed experts and k. Its best and worst are chosen by the test "
     "accuracy itself, which flatters the best; its best by validation is what one could have "
