@@ -26,7 +26,7 @@ def conditions(runs: Sequence[Run]) -> str:
     parts = [
         f"Protocol {_all(fact['protocol'] for fact in facts)}",
         f"selection by {_all(RULES[fact['selection']] for fact in facts)}",
-        f"{len(repetitions)} repetition{'s' * (len(repetitions) != 1)} ({seeds(repetitions)})",
+        f"{counted(len(repetitions), 'repetition')} ({seeds(repetitions)})",
         f"{_all(fact['steps'] for fact in facts)} steps",
         f"backbone {_all(fact['backbone'] for fact in facts)}",
         f"weights {_all(fact['weights'] for fact in facts)}",
@@ -37,6 +37,11 @@ def conditions(runs: Sequence[Run]) -> str:
     if at_the_end:
         parts.append(f"the last step, as one run cannot decide: {', '.join(at_the_end)}")
     return f"{'; '.join(parts)}."
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def seeds(repetitions: Iterable[Repetition]) -> str:

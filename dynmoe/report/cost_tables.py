@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dynmoe.report.conditions import conditions
+from dynmoe.report.conditions import conditions, counted
 from dynmoe.report.costs import Bill, SearchCost, model_costs, search_cost
 from dynmoe.report.run import Problem, settings
 from dynmoe.report.runs import Collection
@@ -114,7 +114,7 @@ def search_table(collection: Collection, problem: Problem, setting: str) -> Tabl
         f"What the search cost on {problem.dataset}",
         ("", "runs", "training, TFLOP", "hours"),
         (
-            (f"the grid ({cost.grid_settings} settings)", *grid),
+            (f"the grid ({counted(cost.grid_settings, 'setting')})", *grid),
             (setting, *own),
             ("ratio", _ratio(cost.grid.runs, cost.own.runs), *map(_times_as_much, (flops, hours))),
         ),
@@ -134,8 +134,9 @@ def search_sentence(cost: SearchCost) -> str:
     ]
     refused = f" Hours are not compared, machines differ: {', '.join(cost.machines)}."
     return (
-        f"The search over the grid ({cost.grid_settings} settings, {cost.grid.runs} runs) took "
-        f"{' and '.join(parts) or 'an unknown multiple'} of {cost.setting} ({cost.own.runs} runs)."
+        f"The search over the grid ({counted(cost.grid_settings, 'setting')}, "
+        f"{counted(cost.grid.runs, 'run')}) took {' and '.join(parts) or 'an unknown multiple'} of "
+        f"{cost.setting} ({counted(cost.own.runs, 'run')})."
         f"{refused if cost.machines else ''}"
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from dynmoe.report.claim import RESAMPLES, Claim, Comparison, Difference, Rival, Verdict, examine
-from dynmoe.report.conditions import conditions, seeds
+from dynmoe.report.conditions import conditions, counted, seeds
 from dynmoe.report.matching import columns, expected, lacks, score_cells
 from dynmoe.report.run import Problem
 from dynmoe.report.runs import Collection
@@ -20,8 +20,8 @@ RIVALS: dict[Rival, str] = {
     "dense": "dense",
 }
 ERROR = (
-    "+/- is the standard error over repetitions (population form, ddof 0); 0.0 of a single one says "
-    "nothing."
+    "+/- is the standard error over repetitions (population form, ddof 0); the 0.0 of a single one "
+    "says nothing."
 )
 GRID = (
     "The grid is all settings with fixed experts and k. Its best and worst are chosen by the test "
@@ -178,7 +178,7 @@ def _together(mean: Verdict, best: Verdict) -> str:
 def _sentence(claim: Claim, difference: Difference) -> str:
     rival = RIVALS[difference.rival]
     if difference.rival == "mean":
-        rival = f"the {rival} ({_grid_size(claim, claim.overall)} settings)"
+        rival = f"the {rival} ({counted(_grid_size(claim, claim.overall), 'setting')})"
     elif difference.setting != rival:
         rival = f"the {rival} ({difference.setting})"
     accuracy = f"{format_mean(difference.accuracies)} %"
