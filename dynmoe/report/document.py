@@ -7,7 +7,6 @@ figures, and leaves every table and figure as files of their own.
 from __future__ import annotations
 
 import base64
-import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,10 @@ from dynmoe.report.tables import Strong, Table, to_csv, to_latex, to_markdown
 
 # What Markdown reads as markup within a line.
 MARKUP = re.compile(r"([\\`*|<\[\]])")
+
+# Table cells with more letters are prose, and break anywhere; others only before a bracket.
+LONG = 45
+BRACKET = re.compile(r" (?=[(\[])")
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ def to_html(document: Document, vectors: dict[str, bytes]) -> str:
         kind.__name__.lower(): lambda block, kind=kind: isinstance(block, kind)
         for kind in (Strong, Items, Code, Sheet, Picture)
     }
+    environment.tests["long"] = lambda cell: len(cell) > LONG
+    environment.filters["parts"] = BRACKET.split
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     source = files("dynmoe.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(document=document, vectors=vectors)

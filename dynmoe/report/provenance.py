@@ -25,7 +25,7 @@ def how_it_was_made(collection: Collection) -> Section:
     columns = [collection.of(problem) for problem in problems]
     table = Table(
         "Conditions of the runs",
-        ("", *(problem.dataset for problem in problems)),
+        ("condition", *(problem.dataset for problem in problems)),
         tuple((name, *(words(runs) for runs in columns)) for name, words in CONDITIONS.items()),
         note="Where runs differ, all values are named.",
     )
