@@ -6,6 +6,7 @@ dashes say the same in black and white. A picture without anything to show is No
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -31,22 +32,23 @@ BELOW: Style = {"color": RED, "marker": "v", "linestyle": "none"}
 
 MARKS: dict[Rival, str] = {"best": ", best", "worst": ", worst", "pick": ", validation's pick"}
 
-ADAPTIVE = (BLUE, RED, COLOURS[2], COLOURS[3])
+DENSE: Style = {"color": "black", "marker": "s", "linestyle": "--"}
+FIXED: Style = {"color": GREY, "marker": "o", "linestyle": "-"}
+ADAPTIVE: tuple[Style, ...] = (
+    {"color": BLUE, "marker": "D", "linestyle": "-"},
+    {"color": RED, "marker": "P", "linestyle": "-."},
+    {"color": COLOURS[2], "marker": "X", "linestyle": ":"},
+)
 
 
 def styles(runs: Sequence[Run]) -> dict[str, Style]:
-    """Colour and marker of each setting."""
+    """Colour, marker and dash of each setting."""
+    adaptive = itertools.cycle(ADAPTIVE)
     kinds = {run.setting: run.kind for run in runs}
-    adaptive = [setting for setting, kind in kinds.items() if kind == "adaptive"]
-    coloured: dict[str, Style] = {
-        setting: {"color": ADAPTIVE[index % len(ADAPTIVE)], "marker": "D"}
-        for index, setting in enumerate(adaptive)
+    return {
+        setting: DENSE if kind == "dense" else FIXED if kind == "fixed" else next(adaptive)
+        for setting, kind in kinds.items()
     }
-    plain: dict[str, Style] = {
-        "dense": {"color": "black", "marker": "s"},
-        "fixed": {"color": GREY, "marker": "o"},
-    }
-    return {setting: coloured.get(setting) or plain[kind] for setting, kind in kinds.items()}
 
 
 def draw_claim(runs: Sequence[Run], claim: Claim) -> Picture | None:
@@ -130,7 +132,7 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
                 steps,
                 values.mean(axis=0),
                 color=look["color"],
-                linestyle="--" if members[0].kind == "dense" else "-",
+                linestyle=look["linestyle"],
                 linewidth=0.8 if in_grid else 2,
                 alpha=0.6 if in_grid else 1,
                 zorder=2 if in_grid else 3,
@@ -170,7 +172,7 @@ def _legend(runs: Sequence[Run], style: Mapping[str, Style]) -> list[Line2D]:
             [],
             [],
             color=style[setting]["color"],
-            linestyle="--" if kind == "dense" else "-",
+            linestyle=style[setting]["linestyle"],
             linewidth=0.8 if kind == "fixed" else 2,
             label=name,
         )

@@ -49,7 +49,7 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
     places = list(_places(settings))
     if not places:
         return None
-    figure, panels = lay_out(len(places), width=3.6, height=2.3, beside=0, share=True)
+    figure, panels = lay_out(len(places), width=3.6, height=2.5, beside=0, share=True)
     for (setting, layer), axes in zip(places, panels, strict=True):
         curves = [experts_over_steps(run, layer) for run in settings[setting]]
         # Set apart a little: runs that have as many experts would hide one another.
@@ -199,15 +199,19 @@ def draw_overlap(runs: Sequence[Run]) -> Picture | None:
         np.mean([overlap(of_layer(evaluation(run), layer)) for run in settings[setting]], axis=0)
         for setting, layer in places
     ]
-    side = 0.9 + 0.36 * max(len(matrix) for matrix in matrices)
-    figure, panels = lay_out(len(places), side + 0.5, side, columns=_columns(places), beside=0)
+    letters = max(len(name) for run in runs for name in evaluated(run))
+    side = 0.9 + 0.36 * max(map(len, matrices)) + 0.06 * letters
+    width = max(3.2, side + 0.4)
+    figure, panels = lay_out(len(places), width, side, columns=_columns(places), beside=0)
     apart = np.concatenate([matrix[~np.eye(len(matrix), dtype=bool)] for matrix in matrices])
     shades = {"lightest": apart.min(), "darkest": apart.max()}
     for (setting, layer), matrix, axes in zip(places, matrices, panels, strict=True):
         names = evaluated(settings[setting][0])
         heat_map(axes, matrix, names, names, form=".2f", **shades)
         axes.set_title(_title(setting, layer, settings))
-        axes.tick_params(axis="x", rotation=45 if max(map(len, names)) > 4 else 0)
+        if letters > 4:
+            for label in axes.get_xticklabels():
+                label.set(rotation=45, ha="right", rotation_mode="anchor")
     name_axes(figure, "environment", "environment")
     return Picture(
         "overlap",
@@ -242,7 +246,7 @@ def _columns(places: Sequence[tuple[str, str]]) -> int:
 
 
 def _title(setting: str, layer: str, settings: Settings) -> str:
-    return layer if len(settings) == 1 else f"{setting}, {layer}"
+    return layer if len(settings) == 1 else f"{setting}\n{layer}"
 
 
 def _load(
@@ -252,10 +256,10 @@ def _load(
     places = [(run, layer) for run in runs for layer in layers_of(run)]
     if not places:
         return None
-    height, columns = 0.9 + 0.27 * rows, _columns([(run.setting, layer) for run, layer in places])
+    height, columns = 1.1 + 0.27 * rows, _columns([(run.setting, layer) for run, layer in places])
     figure, panels = lay_out(len(places), 4.1, height, columns=columns, beside=0)
     for (run, layer), axes in zip(places, panels, strict=True):
         draw(axes, run, of_layer(evaluation(run), layer))
-        axes.set_title(f"{run.setting}, {layer}")
+        axes.set_title(f"{run.setting}\n{layer}")
     name_axes(figure, "living expert (slot)", f"{what}; numbers: % of its routed tokens")
     return figure

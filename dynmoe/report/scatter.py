@@ -39,7 +39,7 @@ def scatter(axes: Axes, points: Sequence[Point], more_is_better: bool = False) -
         bars: dict[str, Any] = {"color": point.style["color"], "linewidth": 0.8, "alpha": 0.6}
         axes.plot([point.x] * 2, [point.y - point.y_error, point.y + point.y_error], **bars)
         axes.plot([low, high], [point.y] * 2, **bars)
-        axes.plot(point.x, point.y, linestyle="none", **point.style)
+        axes.plot(point.x, point.y, **{**point.style, "linestyle": "none"})
     best = front(points, more_is_better)
     axes.step(
         [point.x for point in best],
