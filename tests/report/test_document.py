@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -150,7 +149,6 @@ def test_the_same_document_is_the_same_bytes(document: Document, tmp_path: Path)
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-def links(markdown: Path) -> Iterator[str]:
+def links(markdown: Path) -> list[str]:
     """Files that the text links."""
-    for target in re.findall(r"\]\(([^)#]+)\)", markdown.read_text()):
-        yield target
+    return re.findall(r"\]\(([^)#]+)\)", markdown.read_text())

@@ -1,0 +1,227 @@
+"""The report says what the runs say, in every form, and again in the same bytes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import pytest
+from sweeps import write_run, write_sweep
+
+from dynmoe.report import page
+from dynmoe.report.document import Document, Picture, Section, Sheet
+from dynmoe.report.runs import read_runs
+from dynmoe.report.tables import Strong
+
+SWEEP = {
+    "dense": {"0": [0.5, 0.5], "15": [0.5, 0.5]},
+    "top-1 of 2": {"0": [0.4, 0.5], "15": [0.5, 0.5]},
+    "top-2 of 4": {"0": [0.6, 0.8], "15": [0.5, 0.5]},
+    "DynMoE": {"0": [0.55, 0.7], "15": [0.5, 0.5]},
+}
+TIMES = {
+    "command": "dynmoe-bench step --runs sweep",
+    "date": "2025-11-25",
+    "machine": {"cpu": "Example CPU"},
+    "settings": {},
+    "workload": {"batch": 8},
+    "rows": [
+        {
+            "run": "digits_dense_env0_seed0",
+            "mode": "train",
+            "median_ms": 20.0,
+            "quartiles_ms": [19.0, 21.0],
+            "samples_per_s": 400.0,
+            "samples_per_s_quartiles": [380.0, 420.0],
+            "peak_bytes": None,
+            "contaminated": False,
+        }
+    ],
+}
+
+
+def build(folder: Path) -> Document:
+    return page.build(read_runs([folder]))
+
+
+def outline(sections: list[Section] | tuple[Section, ...]) -> dict[str, list[str]]:
+    """Names of each section's tables and pictures."""
+    return {
+        section.name: [b.name for b in section.blocks if isinstance(b, Sheet | Picture)]
+        for section in sections
+    }
+
+
+def test_the_claim_comes_first_and_the_conditions_last(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", SWEEP)
+    (sweep / "timing.json").write_text(json.dumps(TIMES))
+    write_run(sweep, "DynMoE", environment="15", seed=2, state="failed")
+    document = build(sweep)
+    assert document.title == "DynMoE against fixed experts and k: RotatedDigits"
+    finding, extent = document.blocks
+    assert isinstance(finding, Strong)
+    assert finding.startswith("DynMoE on RotatedDigits, mean of 2 test environments: ")
+    assert extent == (
+        "16 runs on RotatedDigits: 4 settings, 2 test environments, 2 repetitions. "
+        "1 run without a result."
+    )
+    assert outline(list(document.sections)) == {
+        "claim": ["claim", "claim", "differences", "accuracy"],
+        "cost": ["size", "time", "search"],
+        "accuracy-by-cost": ["accuracy_by_parameters", "accuracy_by_time"],
+        "experts": ["experts", "k_by_layer", "k_by_position"],
+        "load": ["load_by_environment", "load_by_class", "overlap"],
+        "curves": ["curves"],
+        "made": ["conditions"],
+        "missing": ["absent"],
+    }
+
+
+def test_what_is_missing_has_its_reason(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"dense": {"0": [0.5]}})
+    folder = write_run(tmp_path, "DynMoE", state="failed")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{")
+    missing = build(tmp_path).sections[-1]
+    sheet, words, warnings = missing.blocks
+    assert sheet.table.rows == (  # type: ignore[union-attr]
+        (folder.path.name, "failed", "-", "DataError: no such folder"),
+    )
+    assert words == "Noticed while reading the records:"
+    assert "broken" in warnings.lines[0]  # type: ignore[union-attr]
+
+
+def test_nothing_is_missing_of_a_complete_sweep(tmp_path: Path) -> None:
+    document = build(write_sweep(tmp_path, SWEEP))
+    assert document.sections[-1].name == "made"
+
+
+def test_conditions_name_every_value(tmp_path: Path) -> None:
+    write_run(tmp_path, "dense", seed=0)
+    write_run(tmp_path, "top-1 of 2", seed=1, facts={"batch_size": 16})
+    sheet = build(tmp_path).sections[-1].blocks[0]
+    assert isinstance(sheet, Sheet)
+    assert dict(sheet.table.rows) == {
+        "test environments": "0",
+        "protocol": "domainbed",
+        "selection rule": "training-domain validation",
+        "repetitions": "seeds 0, 1",
+        "steps": "151",
+        "batch size, per training environment": "8 / 16",
+        "learning rate": "0.001",
+        "weight decay": "0.0",
+        "backbone": "vit_digits",
+        "weights": "from scratch",
+        "data hash": "abc0 / abc1",
+        "versions": "dynmoe 0.1.0, torch 2.11.0",
+        "machine": "cpu Example CPU, cores 2",
+        "device, threads": "cpu, 2",
+        "runtime": "precision 32-true",
+    }
+
+
+@pytest.mark.parametrize(
+    ("shared", "commands"),
+    [
+        (["sweep=mine", "task.note=a b"], ["dynmoe-run sweep=mine 'task.note=a b'"]),
+        (["task=x"], ["dynmoe-run task=x moe=dense seed=0", "dynmoe-run task=x moe=topk seed=0"]),
+    ],
+)
+def test_commands_are_those_that_hydra_recorded(
+    tmp_path: Path, shared: list[str], commands: list[str]
+) -> None:
+    for setting, moe in (("dense", "dense"), ("top-1 of 2", "topk")):
+        for seed in (0, 1):
+            folder = write_run(tmp_path / "a b", setting, seed=seed)
+            (folder.path / ".hydra").mkdir()
+            overrides = json.dumps([*shared, f"moe={moe}", f"seed={seed}"])  # JSON is YAML
+            (folder.path / ".hydra" / "overrides.yaml").write_text(overrides)
+    code = build(tmp_path / "a b").sections[-1].blocks[1]
+    lines = code.text.splitlines()  # type: ignore[union-attr]
+    assert lines == [*commands, f"dynmoe-report '{tmp_path / 'a b'}'"]
+
+
+def test_every_problem_has_a_section_and_files_of_its_own(tmp_path: Path) -> None:
+    settings = {"dense": {"0": [0.5]}, "top-1 of 2": {"0": [0.4]}, "DynMoE": {"0": [0.6]}}
+    write_sweep(tmp_path / "a", settings)
+    write_sweep(tmp_path / "b", settings, facts={"dataset": "Other <Set>"})
+    document = page.build(read_runs([tmp_path / "a", tmp_path / "b"]))
+    assert [section.title for section in document.sections] == [
+        "Other <Set>",
+        "RotatedDigits",
+        "How it was made",
+    ]
+    names = outline(document.sections[0].sections) | outline(document.sections[1].sections)
+    assert names["other-set-claim"][0] == "other-set-claim"
+    files = [name for found in names.values() for name in found]
+    pictures = {name for name in files if files.count(name) > 1}
+    assert pictures == {"other-set-claim", "rotateddigits-claim"}  # a figure and a table
+    overview = document.blocks[-1]
+    assert isinstance(overview, Sheet)
+    assert overview.table.rows[0] == (
+        *("Other <Set>", "DynMoE", "60.0 +/- 0.0", "40.0 +/- 0.0", "40.0 +/- 0.0"),
+        *("unknown", "unknown"),
+    )
+
+
+def test_contrast_is_a_setting_whose_tokens_choose(tmp_path: Path) -> None:
+    write_sweep(
+        tmp_path,
+        {
+            "top-1 of 2": {"0": [0.4]},
+            "top-1 of 4": {"0": [0.5]},
+            "top-4 of 4": {"0": [0.9]},
+            "DynMoE": {"0": [0.6]},
+        },
+    )
+    section = next(part for part in build(tmp_path).sections if part.name == "load")
+    picture = section.blocks[0]
+    assert isinstance(picture, Picture)
+    titles = [axes.get_title().split("\n")[0] for axes in picture.figure.axes]
+    assert titles == ["DynMoE", "DynMoE", "top-1 of 4", "top-1 of 4"]
+
+
+def test_all_forms_hold_all_tables_and_the_same_bytes(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", SWEEP)
+    collection = read_runs([sweep])
+    first = page.write(collection, tmp_path / "first")
+    second = page.write(read_runs([sweep]), tmp_path / "second")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    html = unescape((tmp_path / "first" / "report.html").read_text())
+    markdown = (tmp_path / "first" / "report.md").read_text()
+    assert "http" not in html and "<script" not in html
+    pictures = 0
+    for section in page.build(collection).sections:
+        for block in section.blocks:
+            if isinstance(block, Picture):
+                pictures += 1
+                assert f"](figures/{block.name}.png)" in markdown
+                assert (tmp_path / "first" / "figures" / f"{block.name}.svg").is_file()
+            if isinstance(block, Sheet):
+                file = tmp_path / "first" / "tables" / f"{block.name}.csv"
+                with file.open(newline="") as stream:
+                    rows = [tuple(row) for row in csv.reader(stream)]
+                assert rows == [block.table.columns, *block.table.rows]
+                latex = file.with_suffix(".tex").read_text()
+                for cell in block.table.columns:
+                    assert cell in html and cell in markdown
+                assert latex.count(r"\\") == len(rows)
+    assert html.count("<img ") == html.count(' alt="') == pictures
+    for number in ("62.5 +/- 5.3", "70.0 +/- 7.1", "+10.0"):
+        assert number in html and number in markdown
+
+
+def test_the_report_needs_neither_torch_nor_pyplot(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", SWEEP)
+    code = (
+        "import sys; from pathlib import Path;"
+        "from dynmoe.report import page; from dynmoe.report.runs import read_runs;"
+        f"page.write(read_runs([Path({str(sweep)!r})]), Path({str(tmp_path / 'out')!r}));"
+        "print({'torch', 'lightning', 'hydra', 'matplotlib.pyplot'} & set(sys.modules))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (output.stdout, output.stderr) == ("set()\n", "")
