@@ -144,7 +144,11 @@ def _sections(
         (
             "accuracy-by-cost",
             "Accuracy against cost",
-            [draw_accuracy_by_parameters(runs), draw_accuracy_by_time(runs, timings)],
+            [
+                draw_accuracy_by_parameters(runs),
+                draw_accuracy_by_time(runs, timings)
+                or f"Accuracy against time is left out: {timings.refused or 'not measured'}.",
+            ],
         ),
         (
             "experts",

@@ -40,17 +40,8 @@ def scatter(axes: Axes, points: Sequence[Point], more_is_better: bool = False) -
         axes.plot([point.x] * 2, [point.y - point.y_error, point.y + point.y_error], **bars)
         axes.plot([low, high], [point.y] * 2, **bars)
         axes.plot(point.x, point.y, **{**point.style, "linestyle": "none"})
-    best = front(points, more_is_better)
-    axes.step(
-        [point.x for point in best],
-        [point.y for point in best],
-        where="pre" if more_is_better else "post",
-        color=GREY,
-        linestyle="--",
-        linewidth=1,
-        zorder=1,
-        label="Pareto front",
-    )
+    corners = _corners(front(points, more_is_better), more_is_better)
+    axes.plot(*corners, color=GREY, linestyle="--", linewidth=1, zorder=1, label="Pareto front")
     axes.margins(0.12)
     axes.grid(alpha=0.25)
 
@@ -63,6 +54,14 @@ def front(points: Sequence[Point], more_is_better: bool = False) -> list[Point]:
         if not best or point.y > best[-1].y:
             best.append(point)
     return best[::sign]
+
+
+def _corners(best: Sequence[Point], more_is_better: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The front as stairs: what can be had for a given x is the y of the last point that costs
+    no more, or of the next one that is as fast."""
+    x = np.repeat([point.x for point in best], 2)
+    y = np.repeat([point.y for point in best], 2)
+    return (x[:-1], y[1:]) if more_is_better else (x[1:], y[:-1])
 
 
 def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
@@ -108,7 +107,8 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
         corners = places[index] + unit * OFFSETS + size * (DIRECTIONS - 1) / 2
         boxes = np.stack([corners, corners + size], axis=1)
         beyond = size.prod() - _common(boxes, [panel])
-        best = int(np.argmin(beyond + _common(boxes, taken)))
+        # A long way is worth it to keep clear of a name, not of the end of a thin line.
+        best = int(np.argmin(beyond + _common(boxes, taken) + abs(OFFSETS).max(axis=1)))
         right, up = DIRECTIONS[best]
         name.set(position=OFFSETS[best], ha=ALIGN[right], va=ALIGN_UP[up])
         taken.append(boxes[best])

@@ -100,6 +100,15 @@ def test_nothing_is_missing_of_a_complete_sweep(tmp_path: Path) -> None:
     assert document.sections[-1].name == "made"
 
 
+def test_a_picture_of_time_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    section = next(
+        part
+        for part in build(write_sweep(tmp_path, SWEEP)).sections
+        if part.name == "accuracy-by-cost"
+    )
+    assert section.blocks[1] == "Accuracy against time is left out: not measured."
+
+
 def test_conditions_name_every_value(tmp_path: Path) -> None:
     write_run(tmp_path, "dense", seed=0)
     write_run(tmp_path, "top-1 of 2", seed=1, facts={"batch_size": 16})

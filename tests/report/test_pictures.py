@@ -195,7 +195,8 @@ def test_accuracy_against_activated_parameters(tmp_path: Path) -> None:
     assert points == dense | fixed | {(1000 + 2 * (1 + 40) + 150 + 200, 60.0): "D"}
     assert sorted(text.get_text() for text in axes.texts) == sorted(SWEEP)
     best = next(line for line in axes.lines if line.get_label() == "Pareto front")
-    assert list(best.get_xdata()) == [1000, 1432, 1482]
+    assert list(best.get_xdata()) == [1000, 1432, 1432, 1482, 1482]
+    assert list(best.get_ydata()) == pytest.approx([50, 50, 60, 60, 70])
 
 
 def test_accuracy_against_time_shows_what_was_measured(tmp_path: Path) -> None:
