@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,9 +14,12 @@ from string import Template
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
+from hydra_plugins.dynmoe_sweeper import DynMoESweeper
 from omegaconf import DictConfig
 
 from dynmoe.config import options, resolvers
@@ -53,6 +57,8 @@ def run(job: Job, *, prog: str) -> None:
         if verdict.problems:
             raise _refusal(prog, report(verdict.problems))
         sys.argv[1:] = [verdict.instead.get(text, text) for text in sys.argv[1:]]
+    # Hydra looks through installed packages for its plugins, and overlooks editable ones.
+    Plugins.instance().register(DynMoESweeper)
     main = hydra.main(config_path="pkg://dynmoe.conf", config_name="config", version_base="1.3")
     main(_guarded(job, prog))()
 
@@ -76,25 +82,26 @@ def _guarded(job: Job, prog: str) -> Job:
         try:
             check(cfg, multirun=sweep)
             result = job(cfg)
-        except (UserError, InstantiationException) as error:
+        except Held as error:
+            if not sweep:
+                raise _refusal(prog, str(error)) from None
+            print(f"{prog}: job {hydra_cfg.job.num} is left to the process that is running it")
+            return None
+        except Exception as error:
             refused = _user_error(error)
+            if sweep:
+                raise _job_failed(prog, hydra_cfg, cfg, refused or error) from None
             if refused is None:
                 raise
             _remove_unused(folder)
-            if not sweep:
-                raise _refusal(prog, str(refused)) from None
-            # Now, because Hydra shows the first failure alone, at the end. SystemExit would end the
-            # whole sweep, an error ends this job alone.
-            overrides = " ".join(text.lstrip("+") for text in hydra_cfg.overrides.task)
-            _refusal(prog, f"job {hydra_cfg.job.num} ({overrides}) failed: {refused}")
-            raise refused from None
+            raise _refusal(prog, str(refused)) from None
         except (KeyboardInterrupt, SystemExit) as error:
             if not _is_ctrl_c(error):
                 raise
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # of data-parallel processes, one speaks
                 print(f"{prog}: {STOPPED}", file=sys.stderr)
             raise SystemExit(130) from None  # 128 + SIGINT, as shells count
-        if cfg.get("mode") == "check":
+        if cfg.get("mode") in ("check", "plan"):
             _remove_unused(folder)
         return result
 
@@ -106,6 +113,24 @@ def _user_error(error: BaseException | None) -> UserError | None:
     while isinstance(error, InstantiationException):
         error = error.__cause__
     return error if isinstance(error, UserError) else None
+
+
+def _job_failed(prog: str, hydra_cfg: HydraConf, cfg: DictConfig, error: Exception) -> RuntimeError:
+    """Say it now, because Hydra's launchers say nothing, and note it in the folder of the run.
+
+    What is raised ends the job alone, where SystemExit would end the sweep, and, unlike some
+    errors, can be sent from one process to another.
+    """
+    is_users = isinstance(error, UserError)
+    message = str(error) if is_users else f"{type(error).__name__}: {error}"
+    trace = "" if is_users else traceback.format_exc()
+    overrides = " ".join(text.lstrip("+") for text in hydra_cfg.overrides.task)
+    print(f"{prog}: job {hydra_cfg.job.num} ({overrides}) failed: {message}", file=sys.stderr)
+    if trace:
+        print(trace, file=sys.stderr)
+    if cfg.get("mode") == "train":
+        RunFolder(hydra_cfg.runtime.output_dir).mark_failed(message, trace)
+    return RuntimeError(message)
 
 
 def _is_ctrl_c(error: BaseException) -> bool:

@@ -26,9 +26,13 @@ def job(cfg: DictConfig) -> float | None:
     if cfg.mode == "check":
         check_data(cfg)
         return None
+    if cfg.mode == "plan":
+        show_plan(cfg, folder)
+        return None
     with nullcontext() if _is_child() else folder.hold():
         if cfg.overwrite and not _is_child():
             _clear(folder.path)
+        folder.forget_failure()
         if folder.is_done:
             print("This run was finished before; nothing is trained (overwrite=true repeats it).")
         elif not train(cfg, folder):
@@ -45,6 +49,17 @@ def check_data(cfg: DictConfig) -> None:
     data = build_data(cfg)
     data.setup()
     data.print_check()
+
+
+def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
+    """Where this run stands; of a sweep, its sweeper shows all jobs."""
+    from rich.console import Console
+
+    from dynmoe.config.identity import flat
+    from dynmoe.sweep import plan
+    from dynmoe.sweep.jobs import Job
+
+    Console().print(plan.render([Job((), folder.path.name, folder, flat(cfg))], parallel=1))
 
 
 def train(cfg: DictConfig, folder: RunFolder) -> bool:

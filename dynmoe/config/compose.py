@@ -29,14 +29,18 @@ class MissingGroup(Exception):
     """A group without a default, `args[0]`, was given no option."""
 
 
+def parser() -> OverridesParser:
+    """Hydra's; it knows the groups."""
+    return OverridesParser.create(config_loader=options.loader())
+
+
 def parse(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     """The overrides that can be read, and a message for each that cannot."""
-    parser = OverridesParser.create(config_loader=options.loader())
     parsed: list[Override] = []
     found: list[str] = []
     for text in texts:
         try:
-            parsed += parser.parse_overrides([text])
+            parsed += parser().parse_overrides([text])
         except OverrideParseException:
             found.append(
                 f"{text}: cannot be read as key=value. Quote special characters: 'k=\"v\"'"

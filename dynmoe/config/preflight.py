@@ -11,11 +11,11 @@ from hydra import initialize_config_module
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import OmegaConf
 
 from dynmoe.config import options, resolvers
 from dynmoe.config.check import MEANING
-from dynmoe.config.compose import Composer, MissingGroup, parse, single_values
+from dynmoe.config.compose import Composer, MissingGroup, parse, parser, single_values
+from dynmoe.config.jobs import Axes, job_axes
 
 
 @dataclass
@@ -81,18 +81,29 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
             for override in overrides
             if override.is_sweep_override()
         ]
-    # hydra/sweeper/basic: the command line wins over the sweep's own parameters.
-    params = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
-    by_key = {o.key_or_group: o for o in parse([f"{k}={v}" for k, v in params.items()])[0]}
-    by_key |= {o.key_or_group: o for o in overrides}
-    swept = [singles for o in by_key.values() if (singles := single_values(o))]
-    found = composer.problems([singles[0] for singles in swept], multirun=True)
-    for index, singles in enumerate(swept):
-        for other in singles[1:]:
-            job = [other if n == index else s[0] for n, s in enumerate(swept)]
-            found += composer.problems(job, multirun=True)
-    if "task" in by_key and by_key["task"].is_sweep_override() and "name" not in by_key:
+    found: list[str] = []
+    axes = job_axes(parser(), cfg.hydra.sweeper, overrides)
+    for each in axes:
+        found += _axes_problems(composer, each)
+    given = {override.key_or_group for override in overrides}
+    fixed = {key for setting in cfg.hydra.sweeper.get("settings") or [] for key in setting}
+    for key in sorted(given & fixed):
+        name = cfg.hydra.runtime.choices.sweep
+        found.append(f"{key}: sweep={name} sets it. Leave it out, or write a sweep of your own")
+    if "name" not in given and any(len(each.get("task", ())) > 1 for each in axes):
         found.append(f"name: a sweep over tasks has to name {MEANING['name']}")
+    return found
+
+
+def _axes_problems(composer: Composer, axes: Axes) -> list[str]:
+    """The first value of every key, and each other value in its place."""
+    singles = [parse(values)[0] for values in axes.values()]
+    firsts = [values[0] for values in singles]
+    found = composer.problems(firsts, multirun=True)
+    for index, values in enumerate(singles):
+        for other in values[1:]:
+            job = [*firsts[:index], other, *firsts[index + 1 :]]
+            found += composer.problems(job, multirun=True)
     return found
 
 

@@ -88,7 +88,7 @@ class Run:
     seed: int
     trial_seed: int
     hparams_seed: int
-    mode: Literal["train", "check"]
+    mode: Literal["train", "check", "plan"]
     runtime: dict[str, Any]
     overwrite: bool
 

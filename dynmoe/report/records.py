@@ -76,11 +76,11 @@ class RunFolder:
         for kind in get_args(Kind):
             if self._file(kind).exists():
                 kept = [record for record in self.read(kind) if record["step"] <= step]
-                _replace(self._file(kind), "".join(map(_line, kept)))
+                replace_file(self._file(kind), "".join(map(_line, kept)))
 
     def write_run(self, facts: Mapping[str, Any]) -> None:
         """Write `run.json`, what is known before the first step."""
-        _replace(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
+        replace_file(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
 
     def read_run(self) -> Record:
         """The facts in `run.json`. Raises RecordError when there is none."""
@@ -99,11 +99,11 @@ class RunFolder:
 
     def mark_done(self) -> None:
         """Say that the run is complete. Call it after everything else is written."""
-        _replace(self.path / "done", "done\n")
+        replace_file(self.path / "done", "done\n")
 
     def mark_failed(self, error: str, traceback: str = "") -> None:
         """Say why a job of a sweep ended early; what it wrote before stays."""
-        _replace(self.path / "failed.txt", f"{error.strip()}\n\n{traceback}".rstrip() + "\n")
+        replace_file(self.path / "failed.txt", f"{error.strip()}\n\n{traceback}".rstrip() + "\n")
 
     def forget_failure(self) -> None:
         (self.path / "failed.txt").unlink(missing_ok=True)
@@ -187,13 +187,14 @@ def _record(file: Path, number: int, line: bytes) -> Record:
         record = None
     if not (isinstance(record, dict) and "step" in record):
         raise RecordError(
-            f"{file}, line {number}: expected a JSON object with a step, found {line[:60].decode(errors='replace')!r}; "
+            f"{file}, line {number}: expected a JSON object with a step, "
+            f"found {line[:60].decode(errors='replace')!r}; "
             "delete the line, or run again with overwrite=true"
         )
     return record
 
 
-def _replace(file: Path, text: str) -> None:
+def replace_file(file: Path, text: str) -> None:
     """Write a whole file so that a kill leaves the old one or the new one, never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.tmp")

@@ -70,7 +70,7 @@ CASES = {
     "seed.x=1": "seed: expected an integer, found {'x': 1}",
     "data.test_envs.x=1": "data.test_envs.x: cannot be set: ",
     # types and words
-    "mode=chek": "mode: expected 'train' or 'check', found 'chek'",
+    "mode=chek": "mode: expected 'train' or 'check' or 'plan', found 'chek'",
     "overwrite=1": "overwrite: expected true or false, found 1",
     "task.selection=best": "task.selection: expected 'training_domain_validation' or 'oracle' or",
     "moe.layers=some": "moe.layers: expected 'last_two' or 'every_two' or 'all' or 'none' or a ",

@@ -39,12 +39,12 @@ def dynmoe_run(outputs: Path, *overrides: str) -> subprocess.CompletedProcess[st
 
 
 def only_run(outputs: Path) -> RunFolder:
-    (folder,) = outputs.glob("vit_domainbed/*")
+    (folder,) = outputs.glob("vit_domainbed/[!.]*")
     return RunFolder(folder)
 
 
 def stable(folder: RunFolder) -> list[dict[str, Any]]:
-    dropped = ("step_time", "mem_gb", "args")
+    dropped = ("step_time", "eval_time", "mem_gb", "args")
     return [
         {k: v for k, v in record.items() if k not in dropped}
         for kind in ("results", "routing", "events")

@@ -1,0 +1,37 @@
+"""The jobs of one sweep: each a configuration, and the folder its run lives in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dynmoe.report.records import RunFolder, State
+
+
+@dataclass(frozen=True)
+class Job:
+    overrides: tuple[str, ...]
+    """As Hydra launches it."""
+    label: str
+    """The overrides that tell it from the other jobs."""
+    folder: RunFolder
+    config: Mapping[str, Any]
+    """What can change its result (dynmoe/config/identity.py, `flat`)."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.path.name
+
+    @property
+    def state(self) -> State:
+        return self.folder.state
+
+
+def labels(jobs: list[tuple[str, ...]]) -> list[str]:
+    """Of each job the overrides that not all of them share; all of them where there is one job."""
+    shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return [
+        " ".join(text.lstrip("+") for text in job if text not in shared) or "the only job"
+        for job in jobs
+    ]

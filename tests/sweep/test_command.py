@@ -1,0 +1,244 @@
+"""A sweep as a user meets it: nothing twice, nothing mixed, nothing hidden.
+
+Training is a stand-in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynmoe.report.records import RunFolder
+
+SCRIPT = """
+import os, time
+from pathlib import Path
+from dynmoe.errors import DataError
+from runners import cli, train
+
+def fit(cfg, folder):
+    with open(os.environ["LOG"], "a") as log:
+        log.write(f"{cfg.moe.name} {cfg.moe.num_experts} {cfg.seed}\\n")
+    time.sleep(float(os.environ["NAP"]))
+    folder.write_run({})
+    folder.append("results", {"step": 60, "step_time": 1.0, "eval_time": 30.0})
+    if cfg.seed == 13 and not Path("mended").exists():
+        raise DataError("PACS lacks the folder 'sketch'")
+    if cfg.seed == 14:
+        raise ZeroDivisionError("a bug")
+    folder.append("results", {"step": 500, "step_time": 1.0, "eval_time": 30.0})
+    return True
+
+def show(folder):
+    folder.mark_done()
+    return 0.5
+
+train.train, train.show = fit, show
+
+if __name__ == "__main__":
+    cli.run(train.job, prog="dynmoe-run")
+"""
+OWN = """# @package _global_
+name: own
+hydra:
+  mode: MULTIRUN
+  sweeper:
+    params: {seed: '0,1'}
+    settings:
+      - {moe: dense}
+      - {moe: topk, moe.num_experts: '2,4', moe.top_k: 1}
+"""
+SWEEP = ("--config-dir", "conf", "task=vit_domainbed", "sweep=own")
+
+
+class Sweep:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "job_script.py").write_text(SCRIPT)
+        (root / "conf" / "sweep").mkdir(parents=True)
+        (root / "conf" / "sweep" / "own.yaml").write_text(OWN)
+        self.folder = root / "outputs" / "own"
+
+    def start(self, *arguments: str, nap: float = 0.0) -> subprocess.Popen[str]:
+        paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        env = {"PYTHONPATH": paths, "LOG": str(self.root / "log"), "NAP": str(nap)}
+        return subprocess.Popen(
+            [sys.executable, "job_script.py", *SWEEP, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.root,
+            env={**os.environ, **env, "COLUMNS": "200"},
+        )
+
+    def call(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    @property
+    def log(self) -> list[str]:
+        """What was trained, in order, since the last look."""
+        log = self.root / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return lines
+
+    @property
+    def states(self) -> list[str]:
+        runs = [path for path in self.folder.glob("*/") if path.name != ".locks"]
+        return sorted(RunFolder(path).state for path in runs)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    return Sweep(tmp_path)
+
+
+def test_settings_times_parameters_once_and_never_again(sweep: Sweep) -> None:
+    status, out, err = sweep.call()
+    assert (status, err) == (0, "")
+    assert "6 of 6 jobs are done. Next: dynmoe-report outputs/own" in out
+    # The settings of the first seed come first.
+    one = ["dense 1", "topk 2", "topk 4"]
+    assert sweep.log == [f"{setting} {seed}" for seed in (0, 1) for setting in one]
+    assert sweep.states == ["done"] * 6
+    status, out, _ = sweep.call("seed=0,1,2")
+    assert status == 0 and sweep.log == [f"{setting} 2" for setting in one]
+    assert "9 jobs in outputs/own: 6 done or running, 3 to do" in out
+    jobs = json.loads((sweep.folder / "sweep.json").read_text())["jobs"]
+    assert len(jobs) == 9 and set(jobs) == {path.name for path in sweep.folder.glob("rot*")}
+
+
+def test_a_failed_job_is_named_and_tried_again(sweep: Sweep) -> None:
+    status, out, err = sweep.call("seed=13,14,1")
+    assert status == 1 and len(sweep.log) == 9
+    assert sweep.states == ["done"] * 3 + ["failed"] * 6
+    assert "3 of 9 jobs are done" in out
+    assert "failed: moe=dense seed=13: PACS lacks the folder 'sketch'\n" in err
+    assert "failed: moe=dense seed=14: ZeroDivisionError: a bug\n" in err
+    assert "Traceback" in (next(sweep.folder.glob("*dense*seed14*")) / "failed.txt").read_text()
+    (sweep.root / "mended").touch()
+    status, _, err = sweep.call("seed=13,1")
+    assert (status, err) == (0, "")
+    assert [line.split()[-1] for line in sweep.log] == ["13"] * 3
+    assert sweep.states == ["done"] * 6 + ["failed"] * 3
+
+
+def test_the_plan_says_where_every_job_stands_and_starts_none(sweep: Sweep) -> None:
+    status, out, _ = sweep.call("mode=plan")
+    assert status == 0 and not sweep.folder.exists()
+    assert "6 jobs: 6 missing" in out and "unknown until a first evaluation" in out
+    sweep.call("seed=0,13")
+    assert len(sweep.log) == 6
+    _, out, _ = sweep.call("seed=0,13,2", "mode=plan")
+    assert sweep.log == []
+    assert "9 jobs: 3 done, 3 failed, 3 missing" in out
+    lines = {" ".join(line.split()) for line in out.splitlines()}
+    assert "moe=dense seed=0 done 501/501" in lines
+    # Done took 501 s and 2 x 30 s; failed 61 of 501 steps, which took 91 s.
+    assert any(line.startswith("moe=dense seed=13 failed: PACS lacks") for line in lines)
+    assert "moe=dense seed=2 missing 0/501 11 min" in lines
+
+
+def test_another_configuration_is_refused_with_the_differing_keys(sweep: Sweep) -> None:
+    sweep.call()
+    assert len(sweep.log) == 6
+    status, _, err = sweep.call("task.steps=101", "task.optimizer.lr=0.1")
+    assert status == 2 and sweep.log == []
+    assert "task.optimizer.lr: 0.001 there, 0.1 now" in err and "Traceback" not in err
+    assert "task.steps: 501 there, 101 now" in err and "name=FOLDER" in err
+    # A setting's own value, which the plain command does not show.
+    yaml = sweep.root / "conf" / "sweep" / "own.yaml"
+    yaml.write_text(OWN.replace("moe: dense}", "moe: dense, moe.init: fresh}"))
+    assert sweep.call()[0] == 0 and len(sweep.log) == 2  # two new jobs
+    assert sweep.call("name=elsewhere", "task.steps=101")[0] == 0
+    # More seeds and environments are welcome.
+    assert sweep.call("seed=5", "data.test_envs=[1]")[0] == 0
+
+
+def test_two_launchers_share_the_jobs(sweep: Sweep) -> None:
+    processes = [sweep.start(nap=1.5) for _ in range(2)]
+    ends = [process.communicate(timeout=120) for process in processes]
+    assert len(log := sweep.log) == len(set(log)) == 6, ends
+    assert sweep.states == ["done"] * 6
+    assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_a_key_that_the_sweep_sets_is_refused(sweep: Sweep) -> None:
+    status, _, err = sweep.call("moe.top_k=2", "moe=gmoe")
+    assert status == 2
+    assert "moe.top_k: sweep=own sets it" in err and "moe: sweep=own sets it" in err
+
+
+def test_every_setting_is_checked_before_any_work(sweep: Sweep) -> None:
+    yaml = sweep.root / "conf" / "sweep" / "own.yaml"
+    yaml.write_text(OWN.replace("moe.num_experts: '2,4', moe.top_k: 1", "moe.top_k: 9"))
+    status, _, err = sweep.call()
+    assert status == 2 and "top_k (9) > num_experts (8)" in err and not sweep.folder.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [
+        ("joblib", "hydra_joblib_launcher"),
+        ("submitit_local", "hydra_submitit_launcher"),
+        ("ray", "hydra_ray_launcher"),
+    ],
+)
+def test_other_launchers_run_the_same_jobs(launcher: str, plugin: str, tmp_path: Path) -> None:
+    """Three real steps each: a stand-in of this process would not reach the others."""
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    tiny = ["task.steps=3", "data.linear_baseline=false", "trainer.enable_progress_bar=false"]
+    done = subprocess.run(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "runners.train",
+                "-m",
+                "task=vit_domainbed",
+                "moe=dense,dynmoe",
+            ),
+            *(f"hydra/launcher={launcher}", "name=cluster", *tiny),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 jobs are done" in done.stdout
+    assert len(list(tmp_path.glob("outputs/cluster/*/done"))) == 2
+
+
+@pytest.mark.slow
+def test_optuna_searches(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    tiny = ["task.steps=3", "data.linear_baseline=false", "trainer.enable_progress_bar=false"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "runners.train", "task=vit_domainbed", "sweep=optuna"),
+            *("hydra.sweeper.n_trials=2", *tiny),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    runs = [path.parent for path in tmp_path.glob("outputs/vit_domainbed_optuna/*/done")]
+    configs = [RunFolder(run).read_run()["config"] for run in runs]
+    assert len({config["task.optimizer.lr"] for config in configs}) == 2
+    assert all(1e-4 <= config["task.optimizer.lr"] <= 1e-2 for config in configs)
+    assert all(config["moe.adaptation.period"] in (25, 50, 100) for config in configs)
