@@ -4,10 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/dynmoe-run
 DATA   ?= data
-SEEDS  ?= 0,1,2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench reproduce-vision reproduce-vision-small clean
+.PHONY: help install demo test test-all lint bench smoke reproduce-vision reproduce-vision-small clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -39,18 +38,24 @@ bench: install  ## How fast the MoE layer and a training step are on this machin
 	$(BIN)/dynmoe-bench layer --shape a b --k 1.5 --rounds 7
 	$(BIN)/dynmoe-bench step --k 1.5 --rounds 7
 
+smoke: install  ## A sweep on digits and its report, to see that all of it runs: about 4 minutes on 2 CPU cores
+	$(RUN) sweep=smoke task=vit_domainbed hydra/launcher=joblib
+	$(BIN)/dynmoe-bench step --runs outputs/vit_domainbed_smoke --rounds 3
+	$(BIN)/dynmoe-report outputs/vit_domainbed_smoke
+
 # The paper's vision table (DynMoE, arXiv 2405.14297, Table 1): every environment left out in turn. DATA holds
 # PACS/, VLCS/, office_home/, domain_net/. One run of 5001 steps (DomainNet: 15001) of DeiT-S/16 at 224 px
 # takes hours on one GPU and weeks on a CPU; 3 methods x 3 seeds x (4 + 4 + 4 + 6 environments) = 162 runs.
-reproduce-vision: install  ## The paper's PACS, VLCS, OfficeHome and DomainNet runs: DATA=folder, days on a GPU
-	for set in pacs vlcs office_home; do \
-	  $(RUN) -m task=vit_domainbed protocol=gmoe data=$$set data.root=$(DATA) backbone=vit_small trainer=gpu \
-	    moe=dynmoe,gmoe,dense 'data.test_envs=[0],[1],[2],[3]' seed=$(SEEDS) name=vision || exit 1; done
-	$(RUN) -m task=vit_domainbed protocol=gmoe data=domainnet data.root=$(DATA) backbone=vit_small trainer=gpu \
-	  moe=dynmoe,gmoe,dense 'data.test_envs=[0],[1],[2],[3],[4],[5]' seed=$(SEEDS) name=vision
+VISION := sweep=paper_vision task=vit_domainbed protocol=gmoe backbone=vit_small trainer=gpu data.root=$(DATA)
+reproduce-vision: install  ## The paper's PACS, VLCS, OfficeHome and DomainNet runs and their report: DATA=folder, days on a GPU
+	for set in pacs vlcs office_home; do $(RUN) $(VISION) data=$$set name=vision_$$set || exit 1; done
+	$(RUN) $(VISION) data=domainnet 'data.test_envs=[0],[1],[2],[3],[4],[5]' name=vision_domainnet
+	$(BIN)/dynmoe-report outputs/vision_pacs outputs/vision_vlcs outputs/vision_office_home outputs/vision_domainnet --out outputs/vision_report
 
-reproduce-vision-small: install  ## Its small twin on rotated digits: 3 methods, 1 environment, about 8 minutes
-	$(RUN) -m task=vit_domainbed protocol=gmoe moe=dynmoe,gmoe,dense name=vision_small
+reproduce-vision-small: install  ## The report in docs/reports/rotated_digits: 30 runs, about 30 minutes on 2 CPU cores
+	$(RUN) sweep=topk_grid task=vit_domainbed name=rotated_digits hydra/launcher=joblib
+	$(BIN)/dynmoe-bench step --runs outputs/rotated_digits
+	$(BIN)/dynmoe-report outputs/rotated_digits
 
 clean:  ## Remove .venv and caches (not outputs)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

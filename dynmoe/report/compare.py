@@ -119,7 +119,7 @@ def _accuracy(a: Run, b: Run) -> Table:
         f"Accuracy in per cent, A at step {a.outcome.step}, B at step {b.outcome.step}",
         ("environment", "split", "A", "B", "B − A, points"),
         tuple(rows),
-        note=conditions([a, b]),
+        conditions=conditions([a, b]),
     )
 
 
@@ -153,7 +153,8 @@ def _costs(a: Run, b: Run, timed: bool) -> Table:
         (*(_cost(*row) for row in rows), *measured),
         note="Counts are of the models that selection chose, but those in training; experts and k "
         "are means over MoE layers. Times are those of the runs, which may have shared their "
-        f"machine; `dynmoe-bench step` measures in turns. {conditions([a, b])}",
+        "machine; `dynmoe-bench step` measures in turns.",
+        conditions=conditions([a, b]),
     )
 
 

@@ -54,7 +54,8 @@ def cost_table(collection: Collection, problem: Problem) -> Table:
             )
             for name, cost in costs.items()
         ),
-        note=f"{conditions(runs)} {note}",
+        note=note,
+        conditions=conditions(runs),
     )
 
 
@@ -91,7 +92,8 @@ def timing_table(collection: Collection, problem: Problem) -> Table:
             "peak memory in training, GiB",
         ),
         tuple(rows),
-        note=f"{note} {conditions(runs)}",
+        note=note,
+        conditions=conditions(runs),
     )
 
 
@@ -118,7 +120,8 @@ def search_table(collection: Collection, problem: Problem, setting: str) -> Tabl
             (setting, *own),
             ("ratio", _ratio(cost.grid.runs, cost.own.runs), *map(_times_as_much, (flops, hours))),
         ),
-        note=f"{conditions(collection.of(problem))} {note}",
+        note=note,
+        conditions=conditions(collection.of(problem)),
     )
 
 

@@ -152,7 +152,7 @@ def _block(block: Block) -> str:
             return f"```\n{text}\n```"
         case Sheet(name, table):
             files = f"[CSV](tables/{name}.csv), [LaTeX](tables/{name}.tex)"
-            note = f"{_plain(table.note)} " if table.note else ""
+            note = f"{_plain(table.foot)} " if table.foot else ""
             return f"**{_plain(table.title)}**\n\n{to_markdown(_escaped(table))}\n\n{note}{files}"
         case Picture(name, _, alt, caption):
             files = f"[PNG](figures/{name}.png), [SVG](figures/{name}.svg)"
@@ -161,7 +161,7 @@ def _block(block: Block) -> str:
 
 def _escaped(table: Table) -> Table:
     columns, *rows = (tuple(map(_plain, row)) for row in (table.columns, *table.rows))
-    return Table(table.title, columns, tuple(rows), table.note)
+    return Table(table.title, columns, tuple(rows), table.note, table.conditions)
 
 
 def _plain(text: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dynmoe.report import document
 from dynmoe.report.claim import Claim, examine
-from dynmoe.report.conditions import RULES
+from dynmoe.report.conditions import RULES, counted
 from dynmoe.report.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
 from dynmoe.report.cost_tables import cost_table, search_sentence, search_table, timing_table
 from dynmoe.report.costs import search_cost
@@ -97,12 +97,14 @@ def _extent(collection: Collection) -> str:
         runs = collection.of(problem)
         repetitions = {run.repetition for run in runs}
         found.append(
-            f"{_count(len(runs), 'run')} on {problem.dataset}: "
-            f"{_count(len(settings(runs)), 'setting')}, "
-            f"{_count(len(environments(runs)), 'test environment')}, "
-            f"{_count(len(repetitions), 'repetition')}"
+            f"{counted(len(runs), 'run')} on {problem.dataset}: "
+            f"{counted(len(settings(runs)), 'setting')}, "
+            f"{counted(len(environments(runs)), 'test environment')}, "
+            f"{counted(len(repetitions), 'repetition')}"
         )
-    absent = f" {_count(len(collection.absent), 'run')} without a result." * bool(collection.absent)
+    absent = f" {counted(len(collection.absent), 'run')} without a result." * bool(
+        collection.absent
+    )
     return f"{'; '.join(found)}.{absent}"
 
 
@@ -233,7 +235,3 @@ def _named(block: Block, prefix: str) -> Block:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"

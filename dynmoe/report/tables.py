@@ -38,6 +38,14 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    """How to read it."""
+    conditions: str = ""
+    """What its numbers hold under: protocol, selection rule, seeds, weights, data, versions."""
+
+    @property
+    def foot(self) -> str:
+        """What stands below the rows."""
+        return " ".join(text for text in (self.note, self.conditions) if text)
 
 
 def format_mean(accuracies: Sequence[float]) -> str:
@@ -65,7 +73,7 @@ def to_rich(table: Table) -> RichTable:
     """For the console."""
     rich_table = RichTable(
         title=table.title,
-        caption=Text(table.note) if table.note else None,
+        caption=Text(table.foot) if table.foot else None,
         title_justify="left",
         caption_justify="left",
         title_style="bold",
@@ -113,7 +121,7 @@ def to_latex(table: Table) -> str:
             *lines[1:],
             r"\bottomrule",
             r"\end{tabular}",
-            *([rf"\par\footnotesize {_latex(table.note)}"] if table.note else []),
+            *([rf"\par\footnotesize {_latex(table.foot)}"] if table.foot else []),
             r"\end{table}",
             "",
         ]

@@ -99,7 +99,8 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
         f"{claim.setting} against the grid on {claim.problem.dataset}: accuracy, %",
         ("environment", "repetitions", claim.setting, *_columns(claim, rivals), "rank"),
         tuple(rows),
-        note=" ".join([conditions(collection.of(claim.problem)), ERROR, GRID, *_left_out(claim)]),
+        note=" ".join([ERROR, GRID, *_left_out(claim)]),
+        conditions=conditions(collection.of(claim.problem)),
     )
 
 
@@ -127,7 +128,8 @@ def difference_table(collection: Collection, claim: Claim) -> Table:
         f"{claim.setting} minus its rivals on {claim.problem.dataset}: percentage points",
         ("environment", "repetitions", *(f"− {name}" for name in _columns(claim, rivals))),
         rows,
-        note=" ".join([conditions(collection.of(claim.problem)), note, GRID, *_left_out(claim)]),
+        note=" ".join([note, GRID, *_left_out(claim)]),
+        conditions=conditions(collection.of(claim.problem)),
     )
 
 
@@ -161,18 +163,19 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
         f"Accuracy of every setting on {problem.dataset}, %",
         ("setting", *places),
         tuple((name, *(cell(name, place) for place in places)) for name in names),
-        note=f"{conditions(runs)} {ERROR} Bold: the highest of a column.",
+        note=f"{ERROR} Bold: the highest of a column.",
+        conditions=conditions(runs),
     )
 
 
 def _together(mean: Verdict, best: Verdict) -> str:
     if mean == best == "cannot be told from":
-        return "cannot be told from the mean of the grid, nor from the best"
+        return "cannot be told from the mean of the grid, nor from its best"
     if mean == best:
-        return f"{mean} the mean of the grid, and the best"
+        return f"{mean} the mean of the grid and its best"
     if (mean, best) == ("beats", "is below"):
-        return "beats the mean of the grid, not the best"
-    return f"{mean} the mean of the grid, and {best} the best"
+        return "beats the mean of the grid, not its best"
+    return f"{mean} the mean of the grid and {best} its best"
 
 
 def _sentence(claim: Claim, difference: Difference) -> str:

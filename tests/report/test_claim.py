@@ -133,16 +133,16 @@ def test_seeds_without_a_common_one_are_not_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dynmoe", "best", "words"),
     [
-        ([0.8, 0.8], [0.7, 0.7], "beats the mean of the grid, and the best."),
-        ([0.6, 0.6], [0.7, 0.7], "beats the mean of the grid, not the best."),
-        ([0.6, 0.75], [0.7, 0.7], "beats the mean of the grid, and cannot be told from the best."),
+        ([0.8, 0.8], [0.7, 0.7], "beats the mean of the grid and its best."),
+        ([0.6, 0.6], [0.7, 0.7], "beats the mean of the grid, not its best."),
+        ([0.6, 0.75], [0.7, 0.7], "beats the mean of the grid and cannot be told from its best."),
         (
             [0.5, 0.6],
             [0.7, 0.65],
-            "cannot be told from the mean of the grid, and is below the best.",
+            "cannot be told from the mean of the grid and is below its best.",
         ),
-        ([0.3, 0.9], [0.7, 0.7], "cannot be told from the mean of the grid, nor from the best."),
-        ([0.3, 0.3], [0.7, 0.7], "is below the mean of the grid, and the best."),
+        ([0.3, 0.9], [0.7, 0.7], "cannot be told from the mean of the grid, nor from its best."),
+        ([0.3, 0.3], [0.7, 0.7], "is below the mean of the grid and its best."),
         ([0.6], [0.7], "+5.0 points from the mean of the grid and −10.0 from its best, in one "),
     ],
 )
@@ -199,7 +199,7 @@ def test_what_is_missing_is_said(
 def test_words_of_each_rival(tmp_path: Path) -> None:
     _, (claim,) = read(write_sweep(tmp_path, {name: {"0": SWEEP[name]["0"]} for name in SWEEP}))
     assert sentences(claim) == [
-        "DynMoE on RotatedDigits, test environment 0: beats the mean of the grid, not the best.",
+        "DynMoE on RotatedDigits, test environment 0: beats the mean of the grid, not its best.",
         "It beats the mean of the grid (2 settings), 60.0 +/- 4.7 %: +4.0 [+2.0, +6.0] points, "
         "n = 3.",
         "It is below the best of the grid (top-2 of 4), 70.0 +/- 4.7 %: −6.0 [−8.0, −4.0] points, "
