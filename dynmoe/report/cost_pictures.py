@@ -98,4 +98,4 @@ def _timed(runs: Sequence[Run], timings: Timings, mode: Mode) -> list[Point]:
 
 
 def _place(runs: Sequence[Run]) -> str:
-    return f"accuracy, {columns(runs)[-1]}, %"
+    return f"accuracy on {columns(runs)[-1]}, %"

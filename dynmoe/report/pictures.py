@@ -68,7 +68,7 @@ def draw_claim(runs: Sequence[Run], claim: Claim) -> Picture | None:
     axes.axvline(0, color="black", linewidth=0.8)
     count = len(claim.overall.repetitions)
     axes.set_xlabel(f"difference in accuracy, percentage points (n = {count})")
-    axes.set_title(f"{claim.setting} minus …, {claim.overall.environment}")
+    axes.set_title(f"{claim.setting} minus …, tested on {claim.overall.environment}")
     axes.grid(axis="x", alpha=0.25)
     handles = [
         Line2D([], [], **look, label=label)

@@ -45,8 +45,8 @@ def headline(claim: Claim) -> str:
             f"{format_points(best.mean)} from its best, in one repetition, which proves nothing."
         )
     if _grid_size(claim, whole) == 1:
-        return f"{where}: {best.verdict} {best.setting}, the grid's only setting."
-    return f"{where}: {_together(mean.verdict, best.verdict)}."
+        return f"{where}, {best.verdict} {best.setting}, the grid's only setting."
+    return f"{where}, {_together(mean.verdict, best.verdict)}."
 
 
 def sentences(claim: Claim) -> list[str]:

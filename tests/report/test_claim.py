@@ -159,7 +159,7 @@ def test_headline(
     )
     _, (claim,) = read(tmp_path)
     assert words in headline(claim)
-    assert headline(claim).startswith("DynMoE on RotatedDigits, test environment 0: ")
+    assert headline(claim).startswith("DynMoE on RotatedDigits, test environment 0")
 
 
 def test_every_setting_that_adapts_has_its_own_claim(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_what_is_missing_is_said(
 def test_words_of_each_rival(tmp_path: Path) -> None:
     _, (claim,) = read(write_sweep(tmp_path, {name: {"0": SWEEP[name]["0"]} for name in SWEEP}))
     assert sentences(claim) == [
-        "DynMoE on RotatedDigits, test environment 0: beats the mean of the grid, not its best.",
+        "DynMoE on RotatedDigits, test environment 0, beats the mean of the grid, not its best.",
         "It beats the mean of the grid (2 settings), 60.0 +/- 4.7 %: +4.0 [+2.0, +6.0] points, "
         "n = 3.",
         "It is below the best of the grid (top-2 of 4), 70.0 +/- 4.7 %: −6.0 [−8.0, −4.0] points, "

@@ -64,7 +64,7 @@ def test_the_claim_comes_first_and_the_conditions_last(tmp_path: Path) -> None:
     assert document.title == "DynMoE against fixed experts and k: RotatedDigits"
     finding, extent = document.blocks
     assert isinstance(finding, Strong)
-    assert finding.startswith("DynMoE on RotatedDigits, mean of 2 test environments: ")
+    assert finding.startswith("DynMoE on RotatedDigits, mean of 2 test environments, ")
     assert extent == (
         "16 runs on RotatedDigits: 4 settings, 2 test environments, 2 repetitions. "
         "1 run without a result."
