@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from dynmoe.config import options, resolvers
 from dynmoe.config.check import MEANING
 from dynmoe.config.compose import Composer, MissingGroup, parse, parser, single_values
 from dynmoe.config.jobs import Axes, job_axes
+
+# Of pyproject.toml, those that bring launchers and sweepers.
+EXTRAS = ("joblib", "optuna", "ray", "submitit")
 
 
 @dataclass
@@ -56,11 +60,19 @@ def preflight(
                 found.append(f"{group}: required, {MEANING[group]}. Options: {names}")
             found += _whatever_the(group, composer, known, multirun)
         except HydraException as error:
-            found.append(" ".join(str(error).split()))
+            found.append(_missing_extra(str(error)) or " ".join(str(error).split()))
         values = [o for o in known if composer.is_plain_value(o)]
     return Verdict(
         list(dict.fromkeys(found)), {str(o.input_line): f"++{o.input_line}" for o in values}
     )
+
+
+def _missing_extra(message: str) -> str:
+    """How to get a launcher or sweeper that is not installed; empty if that is not the matter."""
+    asked = re.search(r"Could not find '(hydra/(?:launcher|sweeper))/(([a-z]+)\w*)'", message)
+    if asked is None or asked[3] not in EXTRAS:
+        return ""
+    return f'{asked[1]}={asked[2]}: not installed. It comes with pip install "dynmoe[{asked[3]}]"'
 
 
 @contextmanager

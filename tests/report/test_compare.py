@@ -79,7 +79,9 @@ def test_accuracy_at_the_selected_steps(a: Run) -> None:
     )
     strong = [cell for row in table.rows for cell in row if isinstance(cell, Strong)]
     assert strong == ["59.0", "61.3", "+2.3"]
-    assert table.conditions.startswith("Protocol domainbed; selection by training-domain validation;")
+    assert table.conditions.startswith(
+        "Protocol domainbed; selection by training-domain validation;"
+    )
 
 
 def test_costs(a: Run) -> None:

@@ -130,6 +130,6 @@ def test_states_of_a_run(folder: RunFolder) -> None:
 
 def test_a_folder_is_held_by_one_and_free_again_after(folder: RunFolder) -> None:
     for _ in range(2):
-        with folder.hold(), pytest.raises(Held, match="another process is running"):
-            with RunFolder(folder.path).hold(wait=0):
-                pass
+        refused = pytest.raises(Held, match="another process is running")
+        with folder.hold(), refused, RunFolder(folder.path).hold(wait=0):
+            pass
