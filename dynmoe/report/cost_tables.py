@@ -80,7 +80,7 @@ def timing_table(collection: Collection, problem: Problem) -> Table:
     elif not timings.by_setting:
         note = f"Not measured: dynmoe-bench step --runs {collection.folders[0]} does it."
     elif any(timing.contaminated for timing in timings.by_setting.values()):
-        note += " *: something else used the machine meanwhile."
+        note += " *: other processes were busy during more than half of the samples."
     return Table(
         f"Measured cost of every setting on {problem.dataset}",
         (
@@ -99,26 +99,25 @@ def timing_table(collection: Collection, problem: Problem) -> Table:
 
 def search_table(collection: Collection, problem: Problem, setting: str) -> Table:
     """What the grid was trained for beside what an adaptive setting was trained for."""
-    cost = search_cost(collection, problem, setting)
+    cost = search(collection, problem, setting)
     note = (
         "All runs of the same environments and repetitions, draws of hyper-parameters that lost "
         "included. FLOPs: 3 x the forward pass x samples, with the experts and k recorded in "
-        "training. Hours: training and evaluation, as recorded; runs side by side on one machine "
-        "slow one another."
+        "training. Recorded hours: training and evaluation; runs side by side on one machine slow "
+        "one another. At the measured step: training alone, steps x the time of the table above."
     )
     if cost.machines:
-        note += f" Hours are not compared, machines differ: {', '.join(cost.machines)}."
+        note += f" Recorded hours are not compared, machines differ: {', '.join(cost.machines)}."
     if any(entry.problem in (None, problem) for entry in collection.absent):
         note += " Runs without a result are not counted, so the grid may have cost more."
     grid, own = _bill(cost, cost.grid), _bill(cost, cost.own)
-    flops, hours = ratios(cost)
     return Table(
         f"What the search cost on {problem.dataset}",
-        ("", "runs", "training, TFLOP", "hours"),
+        ("", "runs", "training, TFLOP", "hours, recorded", "hours at the measured step"),
         (
             (f"the grid ({counted(cost.grid_settings, 'setting')})", *grid),
             (setting, *own),
-            ("ratio", _ratio(cost.grid.runs, cost.own.runs), *map(_times_as_much, (flops, hours))),
+            ("ratio", _ratio(cost.grid.runs, cost.own.runs), *map(_times_as_much, ratios(cost))),
         ),
         note=note,
         conditions=conditions(collection.of(problem)),
@@ -129,13 +128,16 @@ def search_sentence(cost: SearchCost) -> str:
     """The bill in a sentence."""
     if not cost.grid.runs:
         return f"{cost.setting}: there is no grid whose search it could save."
-    flops, hours = ratios(cost)
+    flops, recorded, measured = ratios(cost)
+    time = (recorded, "the recorded hours")
+    if not math.isnan(measured):
+        time = (measured, "the training time, at the measured step,")
     parts = [
         f"{_times_as_much(ratio)} {what}"
-        for ratio, what in ((flops, "the training FLOPs"), (hours, "the hours"))
+        for ratio, what in ((flops, "the training FLOPs"), time)
         if not math.isnan(ratio)
     ]
-    refused = f" Hours are not compared, machines differ: {', '.join(cost.machines)}."
+    refused = f" Recorded hours are not compared, machines differ: {', '.join(cost.machines)}."
     return (
         f"The search over the grid ({counted(cost.grid_settings, 'setting')}, "
         f"{counted(cost.grid.runs, 'run')}) took {' and '.join(parts) or 'an unknown multiple'} of "
@@ -144,10 +146,18 @@ def search_sentence(cost: SearchCost) -> str:
     )
 
 
-def ratios(cost: SearchCost) -> tuple[float, float]:
-    """The grid's over the adaptive setting's: FLOPs, and hours if they may be compared."""
-    hours = math.nan if cost.machines else _divide(cost.grid.hours, cost.own.hours)
-    return _divide(cost.grid.flops, cost.own.flops), hours
+def search(collection: Collection, problem: Problem, setting: str) -> SearchCost:
+    """The search's bill, with the step times that were measured."""
+    timings = read_timings(collection, problem).by_setting
+    step_ms = {name: each.milliseconds for (name, mode), each in timings.items() if mode == "train"}
+    return search_cost(collection, problem, setting, step_ms)
+
+
+def ratios(cost: SearchCost) -> tuple[float, float, float]:
+    """The grid's over the adaptive setting's: FLOPs, hours recorded (if comparable), measured."""
+    recorded = math.nan if cost.machines else _divide(cost.grid.recorded, cost.own.recorded)
+    measured = _divide(cost.grid.measured, cost.own.measured)
+    return _divide(cost.grid.flops, cost.own.flops), recorded, measured
 
 
 def dense(collection: Collection, problem: Problem) -> set[str]:
@@ -179,9 +189,9 @@ def _spread(middle: float, quartiles: Range) -> str:
     return f"{number(middle)} [{', '.join(map(number, quartiles))}]"
 
 
-def _bill(cost: SearchCost, bill: Bill) -> tuple[str, str, str]:
-    hours = "refused" if cost.machines else number(bill.hours)
-    return str(bill.runs), number(bill.flops / 1e12), hours
+def _bill(cost: SearchCost, bill: Bill) -> tuple[str, str, str, str]:
+    recorded = "refused" if cost.machines else number(bill.recorded)
+    return str(bill.runs), number(bill.flops / 1e12), recorded, number(bill.measured)
 
 
 def _ratio(one: float, other: float) -> str:

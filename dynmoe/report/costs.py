@@ -47,7 +47,10 @@ class Bill:
 
     runs: int
     flops: float
-    hours: float
+    recorded: float
+    """Hours of training and evaluation. Runs side by side on one machine slow one another."""
+    measured: float
+    """Hours of training alone, at the setting's step time that was measured in turns."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class SearchCost:
     own: Bill
     grid_settings: int
     machines: tuple[str, ...]
-    """Facts that differ between the runs' machines. If there are any, hours are not compared."""
+    """Facts that differ between the runs' machines. If there are any, recorded hours are not
+    compared."""
 
 
 def model_costs(runs: Iterable[Run]) -> dict[str, ModelCost]:
@@ -70,10 +74,13 @@ def model_costs(runs: Iterable[Run]) -> dict[str, ModelCost]:
     return {setting: _mean_cost(members) for setting, members in by_setting.items()}
 
 
-def search_cost(collection: Collection, problem: Problem, setting: str) -> SearchCost:
+def search_cost(
+    collection: Collection, problem: Problem, setting: str, step_ms: Mapping[str, float]
+) -> SearchCost:
     """Every run of the grid, lost draws included, against every run of an adaptive setting.
 
-    Counted are environments and repetitions that the adaptive setting has.
+    Counted are environments and repetitions that the adaptive setting has. `step_ms`: milliseconds
+    of a training step of each setting that was measured.
     """
     runs = [run for run in [*collection.runs, *collection.others] if run.problem == problem]
     own = [run for run in runs if run.setting == setting]
@@ -83,8 +90,8 @@ def search_cost(collection: Collection, problem: Problem, setting: str) -> Searc
     ]
     return SearchCost(
         setting,
-        _bill(grid),
-        _bill(own),
+        _bill(grid, step_ms),
+        _bill(own, step_ms),
         len({run.setting for run in grid}),
         different_facts([run.facts for run in (*grid, *own)], MACHINE),
     )
@@ -138,9 +145,12 @@ def _routed(lines: Iterable[Record]) -> tuple[dict[str, int], dict[str, float]]:
     )
 
 
-def _bill(runs: Sequence[Run]) -> Bill:
+def _bill(runs: Sequence[Run], step_ms: Mapping[str, float]) -> Bill:
     return Bill(
-        len(runs), sum(_training_flops(run) for run in runs), sum(_hours(run) for run in runs)
+        len(runs),
+        sum(_training_flops(run) for run in runs),
+        sum(_hours(run) for run in runs),
+        sum(run.facts["steps"] * step_ms.get(run.setting, math.nan) for run in runs) / 3.6e6,
     )
 
 

@@ -15,8 +15,13 @@ from dynmoe.report import document
 from dynmoe.report.claim import Claim, examine
 from dynmoe.report.conditions import RULES, counted
 from dynmoe.report.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
-from dynmoe.report.cost_tables import cost_table, search_sentence, search_table, timing_table
-from dynmoe.report.costs import search_cost
+from dynmoe.report.cost_tables import (
+    cost_table,
+    search,
+    search_sentence,
+    search_table,
+    timing_table,
+)
 from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
 from dynmoe.report.pictures import draw_claim, draw_curves
 from dynmoe.report.provenance import how_it_was_made, what_is_missing
@@ -200,7 +205,7 @@ def _cost(
     collection: Collection, problem: Problem, claims: Sequence[Claim]
 ) -> Iterator[Block | None]:
     for claim in claims:
-        yield search_sentence(search_cost(collection, problem, claim.setting))
+        yield search_sentence(search(collection, problem, claim.setting))
     yield Sheet("size", cost_table(collection, problem))
     yield Sheet("time", timing_table(collection, problem))
     for claim in claims:

@@ -34,7 +34,7 @@ class Timing:
     samples_quartiles: Range
     peak_bytes: float | None
     contaminated: bool
-    """Something else used the machine meanwhile."""
+    """Other processes were busy during more than half of the samples."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def read_timings(collection: Collection, problem: Problem) -> Timings:
         own = [
             (settings[path], row)
             for row in content["rows"]
-            if (path := (file.parent / row["run"]).resolve()) in settings
+            for folder in (file.parent, file.parent.parent)  # of a sweep, or of the run itself
+            if (path := (folder / row["run"]).resolve()) in settings
         ]
         for setting, row in own:
             rows[setting, row["mode"]].append(row)
@@ -115,7 +116,7 @@ def _timing(rows: list[Mapping[str, Any]]) -> Timing:
         float(np.mean([row["samples_per_s"] for row in rows])),
         _widest(row["samples_per_s_quartiles"] for row in rows),
         float(max(peaks)) if peaks else None,
-        any(row["contaminated"] for row in rows),
+        any(2 * row["contaminated"] > row["rounds"] for row in rows),
     )
 
 

@@ -63,31 +63,43 @@ def test_the_bill_of_the_search(tmp_path: Path) -> None:
     write_sweep(tmp_path, {"DynMoE": {"0": [0.5, 0.6]}})
     collection = read_runs([tmp_path])
     (problem,) = collection.problems
-    cost = search_cost(collection, problem, "DynMoE")
+    step_ms = {"top-1 of 2": 20.0, "top-2 of 4": 30.0, "DynMoE": 60.0}
+    cost = search_cost(collection, problem, "DynMoE", step_ms)
     # Seeds 0 and 1 alone, which DynMoE has; both draws of top-2 of 4.
     samples = 151 * 8 * 2
     small, large = 5000 + 2 * 4 * 242, 5000 + 2 * 4 * 482
     hours = (151 * 0.5 + 4 * 2) / 3600
     assert cost.grid == Bill(
-        5, 3 * samples * (2 * small + 3 * large), pytest.approx(5 * hours, rel=1e-12)
+        5,
+        3 * samples * (2 * small + 3 * large),
+        pytest.approx(5 * hours, rel=1e-12),
+        pytest.approx(151 * (2 * 0.02 + 3 * 0.03) / 3600, rel=1e-12),
     )
     # 1 step with 2 experts per layer, then 50 steps each with 3, 4 and 5; k 1.5 and 2.
     forward = sum(
         steps * (5000 + 2 * 4 * (20 * experts + 2) + 4 * 700)
         for steps, experts in ((1, 2), (50, 3), (50, 4), (50, 5))
     )
-    assert cost.own == Bill(2, 2 * 3 * forward * 16, pytest.approx(2 * hours, rel=1e-12))
+    assert cost.own == Bill(
+        2,
+        2 * 3 * forward * 16,
+        pytest.approx(2 * hours, rel=1e-12),
+        pytest.approx(151 * 2 * 0.06 / 3600, rel=1e-12),
+    )
     assert (cost.grid_settings, cost.machines) == (2, ())
     assert search_table(collection, problem, "DynMoE").rows[2] == (
         "ratio",
         "2.5 x",
         "2.39 x",
         "2.5 x",
+        "X",  # not measured
     )
+    over = "The search over the grid (2 settings, 5 runs) took 2.39 x the training FLOPs and "
     assert search_sentence(cost) == (
-        "The search over the grid (2 settings, 5 runs) took 2.39 x the training FLOPs and 2.5 x "
-        "the hours of DynMoE (2 runs)."
+        f"{over}1.08 x the training time, at the measured step, of DynMoE (2 runs)."
     )
+    cost = search_cost(collection, problem, "DynMoE", {})
+    assert search_sentence(cost) == f"{over}2.5 x the recorded hours of DynMoE (2 runs)."
 
 
 def test_hours_of_different_machines_are_refused(tmp_path: Path) -> None:
@@ -95,7 +107,7 @@ def test_hours_of_different_machines_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path, "DynMoE", facts={"machine": {"cpu": "Other CPU", "cores": 2}, "threads": 1})
     collection = read_runs([tmp_path])
     (problem,) = collection.problems
-    cost = search_cost(collection, problem, "DynMoE")
+    cost = search_cost(collection, problem, "DynMoE", {})
     assert cost.machines == (
         "machine (cpu Example CPU, cores 2; cpu Other CPU, cores 2)",
         "threads (2; 1)",
@@ -120,14 +132,14 @@ def test_what_was_not_recorded_is_not_made_up(tmp_path: Path) -> None:
         ("top-1 of 2", "1", *["X"] * 6),
         ("DynMoE", "1", "X", "X", "0.00276", "X", "X", "X"),
     )
-    assert search_table(collection, problem, "DynMoE").rows[2] == ("ratio", "1 x", "X", "X")
+    assert search_table(collection, problem, "DynMoE").rows[2] == ("ratio", "1 x", "X", "X", "X")
 
 
 def test_without_a_grid_or_dense(tmp_path: Path) -> None:
     write_run(tmp_path, "DynMoE")
     collection = read_runs([tmp_path])
     (problem,) = collection.problems
-    cost = search_cost(collection, problem, "DynMoE")
+    cost = search_cost(collection, problem, "DynMoE", {})
     assert search_sentence(cost) == "DynMoE: there is no grid whose search it could save."
     assert search_table(collection, problem, "DynMoE").rows[0][0] == "the grid (0 settings)"
     assert cost_table(collection, problem).rows[0][:4] == ("DynMoE", "1", "4", "1.75")

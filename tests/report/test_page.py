@@ -38,7 +38,8 @@ TIMES = {
             "samples_per_s": 400.0,
             "samples_per_s_quartiles": [380.0, 420.0],
             "peak_bytes": None,
-            "contaminated": False,
+            "contaminated": 0,
+            "rounds": 3,
         }
     ],
 }
