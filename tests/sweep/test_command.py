@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,20 @@ def test_two_launchers_share_the_jobs(sweep: Sweep) -> None:
     assert len(log := sweep.log) == len(set(log)) == 6, ends
     assert sweep.states == ["done"] * 6
     assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_a_killed_launcher_loses_one_job_at_most(sweep: Sweep) -> None:
+    process = sweep.start(nap=2.0)
+    deadline = time.monotonic() + 60
+    while "done" not in sweep.states and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    before = sweep.log
+    assert "done" in sweep.states and len(before) < 6
+    assert sweep.call()[0] == 0 and sweep.states == ["done"] * 6
+    # At most the job that was running is started twice.
+    assert len(before) + len(sweep.log) <= 7
 
 
 def test_a_key_that_the_sweep_sets_is_refused(sweep: Sweep) -> None:
