@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig
 
+from dynmoe.comparison.run import Problem, Run
+from dynmoe.comparison.runs import read_runs
 from dynmoe.errors import ConfigError
-from dynmoe.report.run import Problem, Run
-from dynmoe.report.runs import read_runs
 from runners import trained
 from runners.bench_options import RUNS_NOTE
 from runners.bench_tools import File, device_of, make_console, new_bar, progress_on

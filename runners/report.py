@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from dynmoe.comparison.runs import Collection, read_runs
 from dynmoe.errors import UserError
 from dynmoe.report.records import RecordError
-from dynmoe.report.runs import Collection, read_runs
 from dynmoe.report.tables import to_rich
 
 DESCRIPTION = """Reads records and writes one report of all runs in the given folders into the
@@ -58,8 +58,8 @@ def _report(folders: Sequence[Path], out: Path) -> None:
     if not collection.runs:
         raise RecordError(_unusable(collection, "a finished run, found none"))
 
-    from dynmoe.report import page
-    from dynmoe.report.verdict import statements
+    from dynmoe.comparison import page
+    from dynmoe.comparison.verdict import statements
 
     page.write(collection, out)
     console = Console()
@@ -78,7 +78,7 @@ def _compare(a: Path, b: Path) -> None:
     if not runs.keys() >= {a, b} or a == b:
         raise RecordError(_unusable(collection, "two finished runs that differ, found fewer"))
 
-    from dynmoe.report.compare import compare
+    from dynmoe.comparison.compare import compare
 
     result = compare(runs[a], runs[b])
     console = Console()
@@ -91,7 +91,7 @@ def _compare(a: Path, b: Path) -> None:
 
 
 def _domainbed(folder: Path) -> None:
-    from dynmoe.report import domainbed
+    from dynmoe.comparison import domainbed
 
     print(domainbed.write(folder), end="")
 

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "metrics": {"layers"},
     "sweep": {"config", "report.records"},
     "report": {"metrics.efficiency", "metrics.selection"},
+    "comparison": {"report", "metrics.efficiency", "metrics.selection"},
     "adaptation": {"layers"},
     "backbones": {"layers"},
     "benchmark": {"layers", "backbones", "config", "data", "metrics.efficiency", "runtime"},

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sweeps import ENVIRONMENTS, write_run, write_sweep
 
-from dynmoe.report.runs import read_runs
+from dynmoe.comparison.runs import read_runs
 from runners.report import main
 
 
@@ -31,7 +31,7 @@ def test_a_report_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]) ->
     failed = write_run(sweep, "top-2 of 4", seed=2, state="failed")
     main([str(sweep)])
     out = capsys.readouterr().out
-    assert out.startswith("DynMoE on RotatedDigits, mean of 2 test environments: cannot be told ")
+    assert out.startswith("DynMoE on RotatedDigits, mean of 2 test environments, cannot be told ")
     assert f"Without a result:\n  {failed.path.name}: failed, DataError: no such folder" in out
     report = sweep / "report"
     assert out.endswith(f"\n16 runs reported:\n{report / 'report.html'}\n")
@@ -84,9 +84,9 @@ def test_500_runs_without_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from dynmoe.report import page
-from dynmoe.report.runs import read_runs
-from dynmoe.report.verdict import statements
+from dynmoe.comparison import page
+from dynmoe.comparison.runs import read_runs
+from dynmoe.comparison.verdict import statements
 import runners.report
 collection = read_runs([Path({str(tmp_path)!r})])
 print(len(collection.runs), len(statements(collection)) > 5)

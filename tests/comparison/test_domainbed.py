@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dynmoe.report.domainbed import collect, tables, to_text, write
-from dynmoe.report.domainbed_records import read
+from dynmoe.comparison.domainbed import collect, tables, to_text, write
+from dynmoe.comparison.domainbed_records import read
 from dynmoe.report.records import RecordError, RunFolder
 
 # One line per run, accuracies in per cent, evaluated at steps 0 and 100. `..` is a number that no

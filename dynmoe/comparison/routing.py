@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from dynmoe.comparison.run import Run
 from dynmoe.report.records import Record
-from dynmoe.report.run import Run
 
 
 def evaluation(run: Run) -> list[Record]:

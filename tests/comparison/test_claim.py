@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from sweeps import write_run, write_sweep
 
-from dynmoe.report.claim import Claim, Comparison, examine, interval
-from dynmoe.report.conditions import conditions
-from dynmoe.report.matching import MEAN
-from dynmoe.report.runs import Collection, read_runs
-from dynmoe.report.verdict import (
+from dynmoe.comparison.claim import Claim, Comparison, examine, interval
+from dynmoe.comparison.conditions import conditions
+from dynmoe.comparison.matching import MEAN
+from dynmoe.comparison.runs import Collection, read_runs
+from dynmoe.comparison.verdict import (
     accuracy_table,
     claim_table,
     difference_table,

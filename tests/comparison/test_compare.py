@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from sweeps import write_run
 
-from dynmoe.report.compare import Comparison, compare
-from dynmoe.report.run import Run
+from dynmoe.comparison.compare import Comparison, compare
+from dynmoe.comparison.run import Run
 from dynmoe.report.tables import Strong, Table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dynmoe.report.run import Repetition, Run
+from dynmoe.comparison.run import Repetition, Run
 
 RULES = {
     "training_domain_validation": "training-domain validation",

@@ -16,11 +16,11 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from dynmoe.report.claim import Claim, Rival, interval
+from dynmoe.comparison.claim import Claim, Rival, interval
+from dynmoe.comparison.matching import score_cells
+from dynmoe.comparison.run import Run, environments
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import BLUE, COLOURS, GREY, RED, STEP, lay_out, name_axes, over_steps
-from dynmoe.report.matching import score_cells
-from dynmoe.report.run import Run, environments
 
 Style = Mapping[str, Any]
 """For `Axes.plot`."""

@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from dynmoe.report.run import Repetition, Run, environments, settings
-from dynmoe.report.runs import Absent
+from dynmoe.comparison.run import Repetition, Run, environments, settings
+from dynmoe.comparison.runs import Absent
 
 MEAN = "mean of environments"
 

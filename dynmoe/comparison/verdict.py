@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from dynmoe.report.claim import RESAMPLES, Claim, Comparison, Difference, Rival, Verdict, examine
-from dynmoe.report.conditions import conditions, counted, seeds
-from dynmoe.report.matching import columns, expected, lacks, score_cells
-from dynmoe.report.run import Problem
-from dynmoe.report.runs import Collection
+from dynmoe.comparison.claim import (
+    RESAMPLES,
+    Claim,
+    Comparison,
+    Difference,
+    Rival,
+    Verdict,
+    examine,
+)
+from dynmoe.comparison.conditions import conditions, counted, seeds
+from dynmoe.comparison.matching import columns, expected, lacks, score_cells
+from dynmoe.comparison.run import Problem
+from dynmoe.comparison.runs import Collection
 from dynmoe.report.tables import Strong, Table, format_mean, format_points
 
 RIVALS: dict[Rival, str] = {

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dynmoe.comparison.run import Problem, Run
+from dynmoe.comparison.runs import Collection
 from dynmoe.metrics.efficiency import activated, exported, flops, total
 from dynmoe.report.records import Record
-from dynmoe.report.run import Problem, Run
-from dynmoe.report.runs import Collection
 
 # What measured hours depend on besides the configuration.
 MACHINE = ("machine", "device", "threads")

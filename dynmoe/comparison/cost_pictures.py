@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from dynmoe.report.costs import model_costs
+from dynmoe.comparison.costs import model_costs
+from dynmoe.comparison.matching import columns, score_cells
+from dynmoe.comparison.pictures import styles
+from dynmoe.comparison.run import Run
+from dynmoe.comparison.scatter import Point, name_points, scatter
+from dynmoe.comparison.timings import Mode, Timings
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import lay_out
-from dynmoe.report.matching import columns, score_cells
-from dynmoe.report.pictures import styles
-from dynmoe.report.run import Run
-from dynmoe.report.scatter import Point, name_points, scatter
-from dynmoe.report.timings import Mode, Timings
 
 READING = (
     "Higher is more accurate, the standard error over repetitions as a bar; no setting beats those "

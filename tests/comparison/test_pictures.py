@@ -13,13 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sweeps import LAYERS, SELECTED, write_run, write_sweep
 
-from dynmoe.report.claim import examine
-from dynmoe.report.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
-from dynmoe.report.document import Picture
-from dynmoe.report.pictures import draw_claim, draw_curves
-from dynmoe.report.records import Record, RunFolder
-from dynmoe.report.routing import experts_at, experts_over_steps, k_by_position, mean_k, overlap
-from dynmoe.report.routing_pictures import (
+from dynmoe.comparison.claim import examine
+from dynmoe.comparison.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
+from dynmoe.comparison.pictures import draw_claim, draw_curves
+from dynmoe.comparison.routing import experts_at, experts_over_steps, k_by_position, mean_k, overlap
+from dynmoe.comparison.routing_pictures import (
     draw_experts,
     draw_k,
     draw_k_by_position,
@@ -27,10 +25,12 @@ from dynmoe.report.routing_pictures import (
     draw_load_by_environment,
     draw_overlap,
 )
-from dynmoe.report.run import Run
-from dynmoe.report.runs import read_runs
-from dynmoe.report.scatter import Point, front, name_points, scatter
-from dynmoe.report.timings import Timing, Timings
+from dynmoe.comparison.run import Run
+from dynmoe.comparison.runs import read_runs
+from dynmoe.comparison.scatter import Point, front, name_points, scatter
+from dynmoe.comparison.timings import Timing, Timings
+from dynmoe.report.document import Picture
+from dynmoe.report.records import Record, RunFolder
 
 SWEEP = {
     "dense": {"0": [0.5, 0.5]},

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dynmoe.report.conditions import conditions
-from dynmoe.report.costs import MACHINE, different_facts, model_costs
-from dynmoe.report.run import Run, short_name
+from dynmoe.comparison.conditions import conditions
+from dynmoe.comparison.costs import MACHINE, different_facts, model_costs
+from dynmoe.comparison.run import Run, short_name
 from dynmoe.report.summary import summarize
 from dynmoe.report.tables import Strong, Table, format_points
 

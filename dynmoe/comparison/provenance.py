@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from dynmoe.report.conditions import RULES, seeds
+from dynmoe.comparison.conditions import RULES, seeds
+from dynmoe.comparison.run import Run, environments
+from dynmoe.comparison.runs import Collection
 from dynmoe.report.document import Block, Code, Items, Section, Sheet
-from dynmoe.report.run import Run, environments
-from dynmoe.report.runs import Collection
 from dynmoe.report.tables import Table
 
 Words = Callable[[Sequence[Run]], str]

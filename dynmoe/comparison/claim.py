@@ -15,9 +15,9 @@ from typing import Literal
 import numpy as np
 from scipy.stats import bootstrap
 
-from dynmoe.report.matching import Cell, columns, expected, lacks, score_cells
-from dynmoe.report.run import Problem, Repetition
-from dynmoe.report.runs import Collection
+from dynmoe.comparison.matching import Cell, columns, expected, lacks, score_cells
+from dynmoe.comparison.run import Problem, Repetition
+from dynmoe.comparison.runs import Collection
 
 Rival = Literal["mean", "best", "worst", "pick", "dense"]
 Verdict = Literal["beats", "cannot be told from", "is below", "unknown"]

@@ -12,6 +12,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dynmoe.comparison.routing import (
+    evaluated,
+    evaluation,
+    experts_at,
+    experts_over_steps,
+    k_by_position,
+    layers_of,
+    mean_k,
+    of_layer,
+    on_tests,
+    overlap,
+)
+from dynmoe.comparison.run import Run
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import (
     BLUE,
@@ -25,19 +38,6 @@ from dynmoe.report.drawing import (
     whole_numbers,
 )
 from dynmoe.report.records import Record
-from dynmoe.report.routing import (
-    evaluated,
-    evaluation,
-    experts_at,
-    experts_over_steps,
-    k_by_position,
-    layers_of,
-    mean_k,
-    of_layer,
-    on_tests,
-    overlap,
-)
-from dynmoe.report.run import Run
 
 # More classes than this are more than a heat map can name.
 MOST_CLASSES = 20

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from sweeps import write_run, write_sweep
 
-from dynmoe.report.cost_tables import cost_table, search_sentence, search_table, timing_table
-from dynmoe.report.costs import Bill, ModelCost, model_costs, search_cost
+from dynmoe.comparison.cost_tables import cost_table, search_sentence, search_table, timing_table
+from dynmoe.comparison.costs import Bill, ModelCost, model_costs, search_cost
+from dynmoe.comparison.runs import read_runs
+from dynmoe.comparison.timings import Timing, read_timings
 from dynmoe.report.records import RecordError
-from dynmoe.report.runs import read_runs
-from dynmoe.report.timings import Timing, read_timings
 
 MACHINE = {"cpu": "Example CPU", "cores": 2, "threads": 2, "device": "cpu"}
 

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dynmoe.report.costs import different_facts
+from dynmoe.comparison.costs import different_facts
+from dynmoe.comparison.run import Problem
+from dynmoe.comparison.runs import Collection
 from dynmoe.report.records import RecordError
-from dynmoe.report.run import Problem
-from dynmoe.report.runs import Collection
 
 Mode = Literal["train", "inference"]
 Range = tuple[float, float]

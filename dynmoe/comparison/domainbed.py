@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dynmoe.comparison.domainbed_records import count_environments, read
 from dynmoe.metrics.selection import best_of_sweep
-from dynmoe.report.domainbed_records import count_environments, read
 from dynmoe.report.records import Record
 from dynmoe.report.tables import LATEX, Table, format_mean
 

@@ -13,10 +13,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dynmoe.comparison.run import Outcome, Problem, Repetition, Run, order, short_name
+from dynmoe.comparison.settings import name_settings
 from dynmoe.metrics.selection import best_of_sweep
 from dynmoe.report.records import RecordError, RunFolder
-from dynmoe.report.run import Outcome, Problem, Repetition, Run, order, short_name
-from dynmoe.report.settings import name_settings
 
 __all__ = ["Absent", "Collection", "Outcome", "Problem", "Run", "read_runs", "short_name"]
 

@@ -11,21 +11,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dynmoe.report import document
-from dynmoe.report.claim import Claim, examine
-from dynmoe.report.conditions import RULES, counted
-from dynmoe.report.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
-from dynmoe.report.cost_tables import (
+from dynmoe.comparison.claim import Claim, examine
+from dynmoe.comparison.conditions import RULES, counted
+from dynmoe.comparison.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
+from dynmoe.comparison.cost_tables import (
     cost_table,
     search,
     search_sentence,
     search_table,
     timing_table,
 )
-from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
-from dynmoe.report.pictures import draw_claim, draw_curves
-from dynmoe.report.provenance import how_it_was_made, what_is_missing
-from dynmoe.report.routing_pictures import (
+from dynmoe.comparison.pictures import draw_claim, draw_curves
+from dynmoe.comparison.provenance import how_it_was_made, what_is_missing
+from dynmoe.comparison.routing_pictures import (
     draw_experts,
     draw_k,
     draw_k_by_position,
@@ -33,11 +31,10 @@ from dynmoe.report.routing_pictures import (
     draw_load_by_environment,
     draw_overlap,
 )
-from dynmoe.report.run import Problem, Run, environments, settings
-from dynmoe.report.runs import Collection
-from dynmoe.report.tables import Strong, Table, format_mean
-from dynmoe.report.timings import read_timings
-from dynmoe.report.verdict import (
+from dynmoe.comparison.run import Problem, Run, environments, settings
+from dynmoe.comparison.runs import Collection
+from dynmoe.comparison.timings import read_timings
+from dynmoe.comparison.verdict import (
     accuracy_table,
     claim_table,
     difference_table,
@@ -45,6 +42,9 @@ from dynmoe.report.verdict import (
     lacking,
     sentences,
 )
+from dynmoe.report import document
+from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
+from dynmoe.report.tables import Strong, Table, format_mean
 
 
 def write(collection: Collection, out: Path) -> list[Path]:

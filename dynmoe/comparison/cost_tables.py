@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from dynmoe.report.conditions import conditions, counted
-from dynmoe.report.costs import Bill, SearchCost, model_costs, search_cost
-from dynmoe.report.run import Problem, settings
-from dynmoe.report.runs import Collection
+from dynmoe.comparison.conditions import conditions, counted
+from dynmoe.comparison.costs import Bill, SearchCost, model_costs, search_cost
+from dynmoe.comparison.run import Problem, settings
+from dynmoe.comparison.runs import Collection
+from dynmoe.comparison.timings import Mode, Range, Timing, read_timings
 from dynmoe.report.tables import Table
-from dynmoe.report.timings import Mode, Range, Timing, read_timings
 
 MISSING = "X"
 
