@@ -4,25 +4,31 @@ DynMoE (arXiv 2405.14297) is to replace a search over (experts, top-k). So it is
 mean of the grid, its best and its worst setting, and the one that a practitioner would take, the
 best by validation accuracy. The best and the worst are chosen by the test accuracy itself, which
 nobody can do without testing: it flatters the best.
+
+Words follow from a paired t test, which knows how little a few repetitions say: of three, a
+bootstrap interval is the range of the differences, and excludes 0 in 1 of 4 cases by chance alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, t
 
-from dynmoe.comparison.matching import Cell, columns, expected, lacks, score_cells
-from dynmoe.comparison.run import Problem, Repetition
+from dynmoe.comparison.matching import Cell, columns, expected, lacks, matched, score_cells
+from dynmoe.comparison.run import Problem, Repetition, Run
 from dynmoe.comparison.runs import Collection
 
-Rival = Literal["mean", "best", "worst", "pick", "dense"]
+Rival = Literal["mean", "best", "worst", "pick", "dense", "grid"]
 Verdict = Literal["beats", "cannot be told from", "is below", "unknown"]
 
 RESAMPLES = 9999
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -30,27 +36,55 @@ class Difference:
     """An adaptive setting minus a rival, in accuracy, paired by repetition."""
 
     rival: Rival
-    """mean, best, worst of the grid; pick: its best by validation; dense"""
+    """mean, best, worst of the grid; pick: in each repetition its best by validation; dense; grid:
+    each of its settings"""
     setting: str
-    """The rival's setting; empty for the mean of the grid."""
+    """The rival's setting; empty for the mean of the grid; several for different picks."""
     accuracies: tuple[float, ...]
     """The rival's, by repetition."""
     values: tuple[float, ...]
     """The differences, by repetition."""
-    interval: tuple[float, float] | None
-    """95 %; None for a single repetition."""
 
     @property
     def mean(self) -> float:
         return float(np.mean(self.values))
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % percentile bootstrap interval of the mean; None for fewer than two values."""
+        if len(self.values) < 2 or not np.isfinite(self.values).all():
+            return None
+        found = bootstrap(
+            (self.values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0
+        )
+        return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided, of Student's t test that the mean is 0; None for fewer than two values."""
+        if len(self.values) < 2 or not np.isfinite(self.values).all():
+            return None
+        error = float(np.std(self.values, ddof=1)) / math.sqrt(len(self.values))
+        if error == 0:
+            return 0.0 if self.mean else 1.0
+        return float(2 * t.sf(abs(self.mean) / error, df=len(self.values) - 1))
+
+    @property
     def verdict(self) -> Verdict:
-        """By the interval: does it lie above 0, hold it, or lie below?"""
-        if self.interval is None:
+        if self.p is None:
             return "unknown"
-        low, high = self.interval
-        return "beats" if low > 0 else "is below" if high < 0 else "cannot be told from"
+        if self.p >= LEVEL:
+            return "cannot be told from"
+        return "beats" if self.mean > 0 else "is below"
+
+
+class AtTheEnd(NamedTuple):
+    """The same models at the end of training instead of at the selected step, accuracies."""
+
+    own: float
+    grid: float
+    """Mean of the grid; NaN without one."""
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -67,15 +101,15 @@ class Comparison:
     means: Mapping[str, float]
     """Mean accuracy of every compared setting, in order."""
     left_out: tuple[str, ...]
-    """What is not compared, and why: `top-2 of 8 (2 of 3: seed 1 failed)`."""
+    """What lacks repetitions, and why: `top-2 of 8 (2 of 3: seed 1 failed)`."""
+    at_the_end: AtTheEnd | None
+    """None without results."""
 
     @property
     def rank(self) -> int | None:
         """Among `means`; 1 is best, equal settings share the better rank. None without results."""
-        if not self.accuracies:
-            return None
-        own = float(np.mean(self.accuracies))
-        return 1 + sum(mean > own for mean in self.means.values())
+        own = float(np.mean(self.accuracies)) if self.accuracies else math.nan
+        return None if math.isnan(own) else _rank(own, self.means.values())
 
     def against(self, rival: Rival) -> list[Difference]:
         """Empty where there is no such rival; several only where dense has several settings."""
@@ -92,6 +126,10 @@ class Claim:
     dense: tuple[str, ...]
     comparisons: tuple[Comparison, ...]
     """By environment; with several, their mean comes last."""
+    draws: Mapping[str, int]
+    """Of each setting, how many draws of hyper-parameters its best was chosen from."""
+    samples: tuple[int, ...]
+    """Sizes of the test splits; empty where they were not recorded."""
 
     @property
     def overall(self) -> Comparison:
@@ -131,18 +169,38 @@ def examine(collection: Collection, problem: Problem) -> list[Claim]:
             grid,
             dense,
             tuple(compared(setting, environment) for environment in columns(runs)),
+            _draws(collection, problem),
+            _samples(runs),
         )
         for setting, kind in kinds.items()
         if kind == "adaptive"
     ]
 
 
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval of the mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+def _draws(collection: Collection, problem: Problem) -> dict[str, int]:
+    counts = Counter(
+        (run.setting, run.environment, run.repetition)
+        for run in (*collection.of(problem), *collection.others)
+        if run.problem == problem and len(run.facts["test_envs"]) == 1
+    )
+    draws: dict[str, int] = {}
+    for (setting, *_), count in counts.items():
+        draws[setting] = max(count, draws.get(setting, 0))
+    return draws
+
+
+def _samples(runs: Sequence[Run]) -> tuple[int, ...]:
+    found = {
+        (run.environment, int(run.facts["sizes"][f"env{index}"]["in"]))
+        for run in runs
+        if "sizes" in run.facts
+        for index in run.facts["test_envs"]
+    }
+    return tuple(size for _, size in sorted(found))
+
+
+def _rank(own: float, others: Iterable[float]) -> int:
+    return 1 + sum(other > own for other in others)
 
 
 def _compare(
@@ -152,39 +210,47 @@ def _compare(
     kinds: Mapping[str, str],
     left_out: tuple[str, ...],
 ) -> Comparison:
-    """On the repetitions of all cells; a setting without any result does not stop the others."""
-    if setting not in cells:
-        return Comparison(environment, (), (), (), {}, left_out)
-    matched = tuple(sorted(set(cells[setting]).intersection(*cells.values())))
-    if not matched:
-        return Comparison(environment, (), (), (), {}, left_out)
-    accuracies = {
-        name: tuple(cell[repetition].accuracy for repetition in matched)
-        for name, cell in cells.items()
-    }
+    """On the repetitions that most settings have, with the settings that have all of them."""
+    others = [cell for name, cell in cells.items() if name != setting]
+    repetitions = matched(cells.get(setting, {}), others)
+    cells = {name: cell for name, cell in cells.items() if set(repetitions) <= cell.keys()}
+    if not repetitions:
+        return Comparison(environment, (), (), (), {}, left_out, None)
+    scores = {name: [cell[each] for each in repetitions] for name, cell in cells.items()}
+    accuracies = {name: tuple(score.accuracy for score in found) for name, found in scores.items()}
     own = accuracies[setting]
     means = {name: float(np.mean(values)) for name, values in accuracies.items()}
 
     def difference(rival: Rival, name: str, others: Sequence[float]) -> Difference:
         # Rounded: equal accuracies differ by 1e-17 in their means, and that is no finding.
         values = tuple(round(a - b, 12) for a, b in zip(own, others, strict=True))
-        return Difference(rival, name, tuple(others), values, interval(values))
+        return Difference(rival, name, tuple(others), values)
 
     differences = []
     grid = [name for name in cells if kinds[name] == "fixed"]
     if grid:
         by_repetition = np.mean([accuracies[name] for name in grid], axis=0).tolist()
-        validation = {
-            name: np.mean([cells[name][repetition].validation for repetition in matched])
-            for name in grid
-        }
-        named: dict[Rival, str] = {
-            "best": max(grid, key=lambda name: means[name]),
-            "worst": min(grid, key=lambda name: means[name]),
-            "pick": max(grid, key=lambda name: validation[name]),
-        }
-        differences.append(difference("mean", "", by_repetition))
-        differences += [difference(rival, name, accuracies[name]) for rival, name in named.items()]
+        best, worst = (choose(grid, key=lambda name: means[name]) for choose in (max, min))
+        picks = [
+            max(grid, key=lambda name: scores[name][index].validation)
+            for index in range(len(repetitions))
+        ]
+        picked = [accuracies[name][index] for index, name in enumerate(picks)]
+        differences = [
+            difference("mean", "", by_repetition),
+            difference("best", best, accuracies[best]),
+            difference("worst", worst, accuracies[worst]),
+            difference("pick", ", ".join(dict.fromkeys(picks)), picked),
+        ]
     dense = [name for name in cells if kinds[name] == "dense"]
     differences += [difference("dense", name, accuracies[name]) for name in dense]
-    return Comparison(environment, matched, own, tuple(differences), means, left_out)
+    differences += [difference("grid", name, accuracies[name]) for name in grid]
+    last = {name: float(np.mean([each.last for each in found])) for name, found in scores.items()}
+    at_the_end = AtTheEnd(
+        last[setting],
+        float(np.mean([last[name] for name in grid])) if grid else math.nan,
+        _rank(last[setting], last.values()),
+    )
+    return Comparison(
+        environment, repetitions, own, tuple(differences), means, left_out, at_the_end
+    )

@@ -19,6 +19,8 @@ MEAN = "mean of environments"
 class Score(NamedTuple):
     accuracy: float
     validation: float
+    last: float
+    """Accuracy at the end of training."""
 
 
 Cell = Mapping[Repetition, Score]
@@ -31,7 +33,7 @@ def score_cells(runs: Sequence[Run]) -> dict[tuple[str, str], Cell]:
     """
     cells: defaultdict[tuple[str, str], dict[Repetition, Score]] = defaultdict(dict)
     for run in runs:
-        score = Score(run.outcome.accuracy, run.outcome.validation)
+        score = Score(run.outcome.accuracy, run.outcome.validation, run.outcome.last)
         cells[run.setting, run.environment][run.repetition] = score
     names = environments(runs)
     if len(names) > 1:
@@ -39,11 +41,22 @@ def score_cells(runs: Sequence[Run]) -> dict[tuple[str, str], Cell]:
             parts = [cells[setting, name] for name in names]
             for repetition in sorted(set(parts[0]).intersection(*parts[1:])):
                 scores = [part[repetition] for part in parts]
-                cells[setting, MEAN][repetition] = Score(
-                    sum(score.accuracy for score in scores) / len(scores),
-                    sum(score.validation for score in scores) / len(scores),
-                )
+                means = (sum(values) / len(scores) for values in zip(*scores, strict=True))
+                cells[setting, MEAN][repetition] = Score(*means)
     return defaultdict(dict, cells)
+
+
+def matched(own: Cell, others: Iterable[Cell]) -> tuple[Repetition, ...]:
+    """Repetitions to compare on: those of `own` that most of the others have.
+
+    Not those that all have: one setting with a single run would take the rest from all the others.
+    """
+    pool = list(others)
+    return tuple(
+        repetition
+        for repetition in sorted(own)
+        if 2 * sum(repetition in cell for cell in pool) >= len(pool)
+    )
 
 
 def columns(runs: Sequence[Run]) -> list[str]:

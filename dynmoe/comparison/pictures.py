@@ -16,8 +16,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from dynmoe.comparison.claim import Claim, Rival, interval
-from dynmoe.comparison.matching import score_cells
+from dynmoe.comparison.claim import LEVEL, Claim, Rival, Verdict
 from dynmoe.comparison.run import Run, environments
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import BLUE, COLOURS, GREY, RED, STEP, lay_out, name_axes, over_steps
@@ -25,12 +24,18 @@ from dynmoe.report.drawing import BLUE, COLOURS, GREY, RED, STEP, lay_out, name_
 Style = Mapping[str, Any]
 """For `Axes.plot`."""
 
-# Above, across and below 0.
 BEATS: Style = {"color": BLUE, "marker": "^", "linestyle": "none"}
 OPEN: Style = {"color": GREY, "marker": "o", "linestyle": "none", "markerfacecolor": "white"}
 BELOW: Style = {"color": RED, "marker": "v", "linestyle": "none"}
 
-MARKS: dict[Rival, str] = {"best": ", best", "worst": ", worst", "pick": ", validation's pick"}
+LOOKS: dict[Verdict, Style] = {
+    "beats": BEATS,
+    "is below": BELOW,
+    "cannot be told from": OPEN,
+    "unknown": OPEN,
+}
+
+MARKS: dict[Rival, str] = {"best": ", best", "worst": ", worst"}
 
 DENSE: Style = {"color": "black", "marker": "s", "linestyle": "--"}
 FIXED: Style = {"color": GREY, "marker": "o", "linestyle": "-"}
@@ -51,24 +56,32 @@ def styles(runs: Sequence[Run]) -> dict[str, Style]:
     }
 
 
-def draw_claim(runs: Sequence[Run], claim: Claim) -> Picture | None:
+def draw_claim(claim: Claim) -> Picture | None:
     """An adaptive setting minus the mean of the grid, dense, and every setting of the grid."""
-    differences = _differences(runs, claim)
-    if not differences:
+    whole = claim.overall
+    marks: defaultdict[str, str] = defaultdict(str)
+    for rival, mark in MARKS.items():
+        for difference in whole.against(rival):
+            marks[difference.setting] += mark
+    shown = [*whole.against("mean"), *whole.against("dense"), *whole.against("grid")]
+    if not shown:
         return None
-    names = [name for name, _, _ in differences]
-    figure, (axes,) = lay_out(1, width=7, height=0.8 + 0.25 * len(names), beside=0)
-    for row, (_, values, span) in enumerate(differences):
-        low, high = span or (math.nan, math.nan)
-        look = BEATS if low > 0 else BELOW if high < 0 else OPEN
+    figure, (axes,) = lay_out(1, width=7, height=0.8 + 0.25 * len(shown), beside=0)
+    for row, each in enumerate(shown):
+        look = LOOKS[each.verdict]
+        low, high = each.interval or (math.nan, math.nan)
         axes.plot([100 * low, 100 * high], [row, row], color=look["color"], linewidth=1.4)
-        axes.plot(100 * np.mean(values), row, markersize=7, **look)
+        axes.plot(100 * each.mean, row, markersize=7, **look)
+    names = [
+        f"{each.setting}{marks[each.setting]}" if each.setting else "mean of the grid"
+        for each in shown
+    ]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=0.8)
-    count = len(claim.overall.repetitions)
+    count = len(whole.repetitions)
     axes.set_xlabel(f"difference in accuracy, percentage points (n = {count})")
-    axes.set_title(f"{claim.setting} minus …, tested on {claim.overall.environment}")
+    axes.set_title(f"{claim.setting} minus …")
     axes.grid(axis="x", alpha=0.25)
     handles = [
         Line2D([], [], **look, label=label)
@@ -81,32 +94,9 @@ def draw_claim(runs: Sequence[Run], claim: Claim) -> Picture | None:
         f"Paired differences in accuracy with bootstrap intervals: {claim.setting} minus the mean "
         "of the grid, dense, and every setting of the grid",
         f"Right of 0 {claim.setting} is better. Lines are 95 % bootstrap intervals over matched "
-        "repetitions; one that holds 0 decides nothing, and few repetitions make it too narrow.",
+        f"repetitions, too narrow for few of them; the mark is by a paired t test (p < {LEVEL}, "
+        f"not corrected for {len(shown)} comparisons).",
     )
-
-
-def _differences(
-    runs: Sequence[Run], claim: Claim
-) -> list[tuple[str, tuple[float, ...], tuple[float, float] | None]]:
-    """Name, differences by repetition and their interval: the means first, then the grid."""
-    overall = claim.overall
-    known = [*overall.against("mean"), *overall.against("dense")]
-    found = [(each.setting or "mean of the grid", each.values, each.interval) for each in known]
-    marks: defaultdict[str, str] = defaultdict(str)
-    for rival, mark in MARKS.items():
-        for difference in overall.against(rival):
-            marks[difference.setting] += mark
-    cells = score_cells(runs)
-    for setting in claim.grid:
-        if setting not in overall.means:
-            continue
-        others = cells[setting, overall.environment]
-        values = tuple(
-            round(own - others[repetition].accuracy, 12)
-            for own, repetition in zip(overall.accuracies, overall.repetitions, strict=True)
-        )
-        found.append((setting + marks[setting], values, interval(values)))
-    return found
 
 
 def draw_curves(runs: Sequence[Run]) -> Picture | None:

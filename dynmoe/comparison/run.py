@@ -40,7 +40,10 @@ class Outcome:
     accuracy: float
     """On the test environment's in split, in [0, 1]."""
     validation: float
-    """Mean out-split accuracy of the training environments, in [0, 1]."""
+    """What the rule selects by, in [0, 1]: the mean out-split accuracy of the training
+    environments; for the oracle, the test environment's own out split."""
+    last: float
+    """As `accuracy`, of the model at the end of training."""
     is_selected: bool
     """False where the rule cannot decide within one run; then `step` is the last one."""
 
@@ -91,11 +94,14 @@ class Run:
         chosen = self.chosen or selected(self.results, facts["selection"], facts["test_envs"])
         record = self.results[-1] if chosen is None else chosen
         tests = facts["test_envs"]
-        others = [index for index in range(len(facts["env_names"])) if index not in tests]
+        judges = [index for index in range(len(facts["env_names"])) if index not in tests]
+        if facts["selection"] == "oracle":
+            judges = tests
         return Outcome(
             record["step"],
             accuracy=_mean(record[f"env{index}_in_acc"] for index in tests),
-            validation=_mean(record[f"env{index}_out_acc"] for index in others),
+            validation=_mean(record[f"env{index}_out_acc"] for index in judges),
+            last=_mean(self.results[-1][f"env{index}_in_acc"] for index in tests),
             is_selected=chosen is not None,
         )
 

@@ -1,25 +1,18 @@
-"""The claim as tables and in plain words. The words follow from the intervals by rule alone."""
+"""The claim as a table and in plain words. The words follow from the numbers by rule alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import get_args
+import math
+from collections.abc import Iterator
 
-from dynmoe.comparison.claim import (
-    RESAMPLES,
-    Claim,
-    Comparison,
-    Difference,
-    Rival,
-    Verdict,
-    examine,
-)
+from dynmoe.comparison.claim import LEVEL, RESAMPLES, Claim, Comparison, Difference, Rival, examine
 from dynmoe.comparison.conditions import conditions, counted, seeds
 from dynmoe.comparison.matching import columns, expected, lacks, score_cells
 from dynmoe.comparison.run import Problem
 from dynmoe.comparison.runs import Collection
 from dynmoe.report.tables import Strong, Table, format_mean, format_points
 
+# Those that are spoken of, in order.
 RIVALS: dict[Rival, str] = {
     "mean": "mean of the grid",
     "best": "best of the grid",
@@ -34,39 +27,58 @@ ERROR = (
 GRID = (
     "The grid is all settings with fixed experts and k. Its best and worst are chosen by the test "
     "accuracy itself, which flatters the best; its best by validation is what one could have "
-    "picked."
+    "picked, in each repetition anew."
+)
+PAIRED = (
+    "Differences are paired: same environment, same repetition. In brackets the 95 % bootstrap "
+    f"interval of their mean (percentile, {RESAMPLES} resamples of the repetitions), which is too "
+    "narrow for few of them; p is of a paired t test, two-sided, not corrected for the number of "
+    f"rivals. Bold: p < {LEVEL}."
 )
 
 
 def headline(claim: Claim) -> str:
-    """One sentence: what the intervals of the mean over environments allow to say."""
+    """One sentence: what the paired tests of the mean over environments allow to say."""
     whole = claim.overall
     where = f"{claim.setting} on {claim.problem.dataset}, {_place(claim, whole)}"
     if not whole.repetitions:
-        return f"{where}: no repetition has a result of every setting, nothing can be compared."
+        return f"{where}: no repetition has a result of most settings, nothing can be compared."
     if not whole.against("mean"):
         return f"{where}: there is no grid of fixed settings to compare with."
     (mean,), (best,) = whole.against("mean"), whole.against("best")
-    if len(whole.repetitions) == 1:
+    count = len(whole.repetitions)
+    points = [f"{format_points(each.mean)} points" for each in (mean, best)]
+    if "unknown" in (mean.verdict, best.verdict):
+        why = "in one repetition, which proves nothing" if count == 1 else "accuracies are missing"
         return (
-            f"{where}: {format_points(mean.mean)} points from the mean of the grid and "
-            f"{format_points(best.mean)} from its best, in one repetition, which proves nothing."
+            f"{where}: {points[0]} from the mean of the grid and {points[1]} from its best, {why}."
         )
-    if _grid_size(claim, whole) == 1:
-        return f"{where}, {best.verdict} {best.setting}, the grid's only setting."
-    return f"{where}, {_together(mean.verdict, best.verdict)}."
+    if _grid_size(whole) == 1:
+        only = f"{best.verdict} {best.setting}, the grid's only setting"
+        return f"{where}, {only} ({points[1]}; n = {count})."
+    if (mean.verdict, best.verdict) == ("beats", "is below"):
+        words = f"beats the mean of the grid ({points[0]}), not its best ({points[1]}; n = {count})"
+    else:
+        words = (
+            f"{mean.verdict} the mean of the grid ({points[0]}) and {best.verdict} its best "
+            f"({points[1]}; n = {count})"
+        )
+    return f"{where}, {words}."
 
 
 def sentences(claim: Claim) -> list[str]:
-    """The headline, each difference, the rank, and what weakens them."""
+    """The headline, the accuracy and rank, each difference, and what weakens them."""
     whole = claim.overall
-    # In a grid of one setting all its rivals are the same.
-    shown = get_args(Rival) if _grid_size(claim, whole) > 1 else ("best", "dense")
     found = [headline(claim)]
+    if whole.rank is not None:
+        found.append(
+            f"{claim.setting} reaches {format_mean(whole.accuracies)} %: rank {whole.rank} of "
+            f"{counted(len(whole.means), 'setting')} by mean accuracy."
+        )
+    # In a grid of one setting all its rivals are the same.
+    shown = RIVALS if _grid_size(whole) > 1 else ("best", "dense")
     found += [_sentence(claim, each) for each in whole.differences if each.rival in shown]
-    if whole.rank is not None and len(whole.means) > 1:
-        found.append(f"By mean accuracy it ranks {whole.rank} of {len(whole.means)} settings.")
-    found += _caveats(whole)
+    found += _caveats(claim)
     return found
 
 
@@ -84,59 +96,39 @@ def lacking(collection: Collection, problem: Problem) -> list[str]:
     """Which side of the comparison has no finished run."""
     kinds = {run.kind for run in collection.of(problem)}
     missing = {
-        "adaptive": "no run that adapts its experts, so there is no claim to check",
-        "fixed": "no run with fixed experts, so there is no grid to compare with",
-        "dense": "no dense run to compare with",
+        "adaptive": "no finished run that adapts its experts, so there is no claim to check",
+        "fixed": "no finished run with fixed experts, so there is no grid to compare with",
+        "dense": "no finished dense run to compare with",
     }
     return [f"{problem.dataset}: {text}." for kind, text in missing.items() if kind not in kinds]
 
 
 def claim_table(collection: Collection, claim: Claim) -> Table:
-    """Accuracies of the adaptive setting and its rivals, by environment."""
-    rivals = [rival for rival in get_args(Rival) if _names(claim, rival)]
-    rows = []
+    """The adaptive setting and its rivals in every environment, with paired differences."""
+    rows: list[tuple[str, ...]] = []
     for comparison in claim.comparisons:
-        cells = [format_mean(comparison.accuracies)]
-        for rival in rivals:
-            for name in _names(claim, rival):
-                cells.append(_cell(_find(comparison, rival, name)))
-        rank = "X" if comparison.rank is None else f"{comparison.rank} of {len(comparison.means)}"
-        row = (comparison.environment, str(len(comparison.repetitions)), *cells, rank)
-        rows.append(row)
+        place = comparison.environment
+        count = str(len(comparison.repetitions))
+        rows.append((place, claim.setting, format_mean(comparison.accuracies), "", "", count))
+        for each in comparison.differences:
+            if each.rival not in RIVALS:
+                continue
+            cells = (format_points(each.mean) + _interval(each), _p(each))
+            if each.verdict in ("beats", "is below"):
+                cells = (Strong(cells[0]), Strong(cells[1]))
+            rows.append((place, _rival(each), format_mean(each.accuracies), *cells, count))
     return Table(
-        f"{claim.setting} against the grid on {claim.problem.dataset}: accuracy, %",
-        ("environment", "repetitions", claim.setting, *_columns(claim, rivals), "rank"),
-        tuple(rows),
-        note=" ".join([ERROR, GRID, *_left_out(claim)]),
-        conditions=conditions(collection.of(claim.problem)),
-    )
-
-
-def difference_table(collection: Collection, claim: Claim) -> Table:
-    """Paired differences with their intervals, by environment."""
-    rivals = [rival for rival in get_args(Rival) if _names(claim, rival)]
-    rows = tuple(
+        f"{claim.setting} against the grid on {claim.problem.dataset}",
         (
-            comparison.environment,
-            str(len(comparison.repetitions)),
-            *(
-                _interval(_find(comparison, rival, name))
-                for rival in rivals
-                for name in _names(claim, rival)
-            ),
-        )
-        for comparison in claim.comparisons
-    )
-    note = (
-        "Differences are paired: same environment, same repetition. In brackets their 95 % "
-        f"bootstrap interval (percentile, {RESAMPLES} resamples of the repetitions); bold where "
-        "it excludes 0."
-    )
-    return Table(
-        f"{claim.setting} minus its rivals on {claim.problem.dataset}: percentage points",
-        ("environment", "repetitions", *(f"− {name}" for name in _columns(claim, rivals))),
-        rows,
-        note=" ".join([note, GRID, *_left_out(claim)]),
+            "test environment",
+            "setting",
+            "accuracy, %",
+            f"{claim.setting} minus it, points",
+            "p",
+            "n",
+        ),
+        tuple(rows),
+        note=" ".join([ERROR, PAIRED, GRID, *_left_out(claim)]),
         conditions=conditions(collection.of(claim.problem)),
     )
 
@@ -176,44 +168,46 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
     )
 
 
-def _together(mean: Verdict, best: Verdict) -> str:
-    if mean == best == "cannot be told from":
-        return "cannot be told from the mean of the grid, nor from its best"
-    if mean == best:
-        return f"{mean} the mean of the grid and its best"
-    if (mean, best) == ("beats", "is below"):
-        return "beats the mean of the grid, not its best"
-    return f"{mean} the mean of the grid and {best} its best"
-
-
 def _sentence(claim: Claim, difference: Difference) -> str:
-    rival = RIVALS[difference.rival]
+    rival = _rival(difference)
     if difference.rival == "mean":
-        rival = f"the {rival} ({counted(_grid_size(claim, claim.overall), 'setting')})"
-    elif difference.setting != rival:
-        rival = f"the {rival} ({difference.setting})"
-    accuracy = f"{format_mean(difference.accuracies)} %"
-    points = f"{_interval(difference)} points"
-    repetitions = f"n = {len(difference.values)}"
+        rival = f"{rival} ({counted(_grid_size(claim.overall), 'setting')})"
+    article = "" if difference.rival == "dense" else "the "
+    rival = f"{article}{rival}, {format_mean(difference.accuracies)} %"
+    points = f"{format_points(difference.mean)}{_interval(difference)} points"
     if difference.verdict == "unknown":
-        return f"Against {rival}, {accuracy}: {points}, without interval, {repetitions}."
-    return f"It {difference.verdict} {rival}, {accuracy}: {points}, {repetitions}."
+        return f"Against {rival}: {points}."
+    return f"It {difference.verdict} {rival}: {points}, {_p_words(difference)}."
 
 
-def _caveats(comparison: Comparison) -> Iterator[str]:
-    count = len(comparison.repetitions)
-    if 2 <= count <= 3:
+def _caveats(claim: Claim) -> Iterator[str]:
+    whole = claim.overall
+    last = whole.at_the_end
+    if last is not None:
+        grid = "" if math.isnan(last.grid) else f", the mean of the grid {100 * last.grid:.1f} %"
         yield (
-            f"With {count} repetitions an interval is no more than the range of the differences: "
-            f"without any true difference it excludes 0 in 1 of {2 ** (count - 1)} comparisons."
+            f"At the end of training instead of the selected steps: {claim.setting} "
+            f"{100 * last.own:.1f} %{grid}, rank {last.rank}."
         )
-    elif 4 <= count < 10:
-        yield f"With {count} repetitions the intervals are coarse, and too narrow for 95 %."
-    if comparison.left_out:
-        held = seeds(comparison.repetitions) if count else "none"
+    if claim.samples:
+        sizes = "/".join(map(str, claim.samples))
+        own = sum(whole.accuracies) / len(whole.accuracies) if whole.accuracies else 0.5
+        error = 100 * math.sqrt(own * (1 - own) / sum(claim.samples))
         yield (
-            f"Compared are the repetitions that all settings have ({held}). Incomplete: "
-            f"{', '.join(comparison.left_out)}."
+            f"Tested on {sizes} samples: from that alone a run's accuracy has a standard error of "
+            f"{error:.1f} points."
+        )
+    if len(set(claim.draws.values())) > 1:
+        draws = ", ".join(f"{name} {count}" for name, count in claim.draws.items())
+        yield f"The search was unequal; draws of hyper-parameters to choose from: {draws}."
+    count = len(whole.repetitions)
+    if 2 <= count < 10 and whole.differences:
+        yield f"{counted(count, 'repetition')} can show large differences only."
+    if whole.left_out:
+        held = seeds(whole.repetitions) if count else "none"
+        yield (
+            f"Compared are the repetitions that most settings have ({held}), and the settings that "
+            f"have them all. Incomplete: {', '.join(whole.left_out)}."
         )
 
 
@@ -230,39 +224,30 @@ def _place(claim: Claim, comparison: Comparison) -> str:
     return f"test environment {comparison.environment}"
 
 
-def _grid_size(claim: Claim, comparison: Comparison) -> int:
-    return sum(name in comparison.means for name in claim.grid)
+def _grid_size(comparison: Comparison) -> int:
+    return len(comparison.against("grid"))
 
 
-def _names(claim: Claim, rival: Rival) -> Sequence[str]:
-    """The settings that get a column: every dense one, and one of each other rival."""
-    if rival == "dense":
-        return claim.dense
-    return [""] if claim.grid else []
+def _rival(difference: Difference) -> str:
+    name = RIVALS[difference.rival]
+    if difference.rival == "dense":
+        return difference.setting
+    return f"{name} ({difference.setting})" if difference.setting else name
 
 
-def _columns(claim: Claim, rivals: Sequence[Rival]) -> list[str]:
-    return [name or RIVALS[rival] for rival in rivals for name in _names(claim, rival)]
+def _interval(difference: Difference) -> str:
+    if difference.interval is None:
+        return ""
+    low, high = map(format_points, difference.interval)
+    return f" [{low}, {high}]"
 
 
-def _find(comparison: Comparison, rival: Rival, name: str) -> Difference | None:
-    found = (entry for entry in comparison.against(rival) if name in ("", entry.setting))
-    return next(found, None)
+def _p_words(difference: Difference) -> str:
+    p = _p(difference)
+    return f"p {p}" if p.startswith("<") else f"p = {p}"
 
 
-def _cell(difference: Difference | None) -> str:
-    if difference is None:
-        return "X"
-    named = difference.setting if difference.rival in ("best", "worst", "pick") else ""
-    mean = format_mean(difference.accuracies)
-    return f"{mean} ({named})" if named else mean
-
-
-def _interval(difference: Difference | None) -> str:
-    if difference is None:
-        return "X"
-    text = format_points(difference.mean)
-    if difference.interval is not None:
-        low, high = difference.interval
-        text = f"{text} [{format_points(low)}, {format_points(high)}]"
-    return Strong(text) if difference.verdict in ("beats", "is below") else text
+def _p(difference: Difference) -> str:
+    if difference.p is None:
+        return "-"
+    return "< 0.001" if difference.p < 0.001 else f"{difference.p:.2g}"

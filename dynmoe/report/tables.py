@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from rich import box
@@ -41,6 +43,8 @@ class Table:
     """How to read it."""
     conditions: str = ""
     """What its numbers hold under: protocol, selection rule, seeds, weights, data, versions."""
+    in_words: bool = False
+    """Its cells are words, and stand on the left."""
 
     @property
     def foot(self) -> str:
@@ -64,9 +68,18 @@ def format_mean(accuracies: Sequence[float]) -> str:
 
 
 def format_points(difference: float) -> str:
-    """A difference of accuracies in percentage points, with its sign: `−2.3`."""
-    # + 0.0 takes the sign from a zero.
-    return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "−")
+    """A difference of accuracies in percentage points, with its sign: `−2.3`; `0.0` has none.
+
+    What would round to 0 without being 0 has two decimals.
+    """
+    points = 100 * difference
+    digits = 2 if points and not round(points, 1) else 1
+    return f"{points:+.{digits}f}".replace("-", "−") if points else "0.0"
+
+
+def format_number(value: float, form: str, unit: str = "") -> str:
+    """By a format of `str.format`, with its unit; a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
 def to_rich(table: Table) -> RichTable:
@@ -80,7 +93,8 @@ def to_rich(table: Table) -> RichTable:
         box=box.SIMPLE_HEAD,
     )
     for index, column in enumerate(table.columns):
-        rich_table.add_column(Text(column), justify="right" if index else "left", no_wrap=index < 2)
+        side: Literal["left", "right"] = "right" if index and not table.in_words else "left"
+        rich_table.add_column(Text(column), justify=side, no_wrap=index < 2)
     for row in table.rows:
         cells = (Text(cell, "bold green" if isinstance(cell, Strong) else "") for cell in row)
         rich_table.add_row(*cells)
@@ -91,7 +105,7 @@ def to_markdown(table: Table) -> str:
     """Header and rows, without title and note."""
     rows = [
         table.columns,
-        ("---", *("---:" for _ in table.columns[1:])),
+        ("---", *("---" if table.in_words else "---:" for _ in table.columns[1:])),
         *(
             tuple(f"**{cell}**" if isinstance(cell, Strong) else cell for cell in row)
             for row in table.rows
@@ -114,7 +128,7 @@ def to_latex(table: Table) -> str:
         [
             r"\begin{table}",
             rf"\caption{{{_latex(table.title)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
+            rf"\begin{{tabular}}{{l{('l' if table.in_words else 'r') * (len(table.columns) - 1)}}}",
             r"\toprule",
             lines[0],
             r"\midrule",

@@ -1,26 +1,27 @@
-"""The claim in numbers worked out by hand, and in words that follow from intervals by rule."""
+"""The claim in numbers worked out by hand, and in words that follow from them by rule."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from sweeps import write_run, write_sweep
 
-from dynmoe.comparison.claim import Claim, Comparison, examine, interval
+from dynmoe.comparison.claim import Claim, Comparison, Difference, examine
 from dynmoe.comparison.conditions import conditions
 from dynmoe.comparison.matching import MEAN
 from dynmoe.comparison.runs import Collection, read_runs
 from dynmoe.comparison.verdict import (
     accuracy_table,
     claim_table,
-    difference_table,
     headline,
     lacking,
     sentences,
     statements,
 )
+from dynmoe.report.tables import Strong
 
 # Accuracies by seed. Mean of the grid: 0.5, 0.6, 0.7 on environment 0.
 SWEEP = {
@@ -42,6 +43,7 @@ def differences(comparison: Comparison) -> dict[str, tuple[str, list[float]]]:
     return {
         each.rival: (each.setting, [round(100 * value, 6) for value in each.values])
         for each in comparison.differences
+        if each.rival != "grid"
     }
 
 
@@ -65,25 +67,37 @@ def test_differences_are_paired_by_environment_and_seed(tmp_path: Path) -> None:
     assert claim.overall is mean
 
 
-def test_verdicts_follow_from_the_intervals(tmp_path: Path) -> None:
+def test_verdicts_follow_from_a_paired_t_test(tmp_path: Path) -> None:
     _, (claim,) = read(write_sweep(tmp_path, SWEEP))
     first, second, mean = claim.comparisons
+    shown = [each for each in first.differences if each.rival != "grid"]
+    # With 2 degrees of freedom the two-sided p is 1 - t / sqrt(t^2 + 2). Means 4, -6, 14, -6 with
+    # standard error 2 / sqrt(3); dense: 14, with 11.136 / sqrt(3).
+    ts = [4 / (2 / 3**0.5), 6 / (2 / 3**0.5), 14 / (2 / 3**0.5), 6 / (2 / 3**0.5)]
+    ts.append(14 / (math.sqrt((10**2 + 2**2 + 12**2) / 2) / 3**0.5))
+    assert [each.p for each in shown] == pytest.approx([1 - t / math.sqrt(t**2 + 2) for t in ts])
+    assert [each.verdict for each in shown] == [
+        "cannot be told from",  # p = 0.07
+        "is below",  # 0.035
+        "beats",  # 0.007
+        "is below",
+        "cannot be told from",  # 0.16
+    ]
     # Of three values the 2.5 % and 97.5 % quantiles of resampled means are the outermost values:
     # each has the chance 1/27 = 3.7 %.
-    assert [each.interval for each in first.differences] == [
+    assert [each.interval for each in shown] == [
         pytest.approx(span)
         for span in ((0.02, 0.06), (-0.08, -0.04), (0.12, 0.16), (-0.08, -0.04), (0.04, 0.26))
     ]
-    assert [each.verdict for each in first.differences] == [
-        "beats",
-        "is below",
-        "beats",
-        "is below",
-        "beats",
-    ]
     (equal,) = second.against("mean")
-    assert (equal.interval, equal.verdict) == ((0, 0), "cannot be told from")
+    assert (equal.interval, equal.p, equal.verdict) == ((0, 0), 1, "cannot be told from")
     assert mean.against("dense")[0].verdict == "cannot be told from"
+
+
+@pytest.mark.parametrize("values", [(0.5,), (0.1, math.nan)])
+def test_one_value_or_a_missing_one_decides_nothing(values: tuple[float, ...]) -> None:
+    difference = Difference("dense", "dense", values, values)
+    assert (difference.interval, difference.p, difference.verdict) == (None, None, "unknown")
 
 
 def test_the_pick_is_by_validation_and_the_best_by_test(tmp_path: Path) -> None:
@@ -92,8 +106,7 @@ def test_the_pick_is_by_validation_and_the_best_by_test(tmp_path: Path) -> None:
     write_run(tmp_path, "top-2 of 4", 0.5, validation=0.7)
     write_run(tmp_path, "DynMoE", 0.65, validation=0.1)
     _, (claim,) = read(tmp_path)
-    named = {each.rival: each.setting for each in claim.overall.differences}
-    assert named == {
+    assert {rival: setting for rival, (setting, _) in differences(claim.overall).items()} == {
         "mean": "",
         "best": "top-1 of 4",
         "worst": "top-2 of 4",
@@ -101,24 +114,44 @@ def test_the_pick_is_by_validation_and_the_best_by_test(tmp_path: Path) -> None:
     }
 
 
-def test_only_repetitions_that_all_have_are_compared_and_gaps_are_named(tmp_path: Path) -> None:
+def test_every_repetition_picks_anew(tmp_path: Path) -> None:
+    for seed, validation in enumerate(([0.9, 0.8], [0.7, 0.8])):
+        write_run(tmp_path, "top-1 of 2", 0.5, validation=validation[0], seed=seed)
+        write_run(tmp_path, "top-2 of 4", 0.75, validation=validation[1], seed=seed)
+        write_run(tmp_path, "DynMoE", 0.5, seed=seed)
+    _, (claim,) = read(tmp_path)
+    (pick,) = claim.overall.against("pick")
+    assert (pick.setting, pick.accuracies) == ("top-1 of 2, top-2 of 4", (0.5, 0.75))
+
+
+def test_a_setting_that_lacks_repetitions_is_left_out_and_named(tmp_path: Path) -> None:
     write_sweep(tmp_path, SWEEP | {"top-2 of 4": {"0": [0.6, 0.7], "15": [0.5] * 3}})
     write_run(tmp_path, "top-2 of 4", seed=2, state="failed")
     write_run(tmp_path, "top-1 of 8", seed=0, state="stopped")
     collection, (claim,) = read(tmp_path)
     first, second, mean = claim.comparisons
     gap, nothing = "top-2 of 4 (2 of 3: seed 2 failed)", "top-1 of 8 (0 of 3: seed 0 stopped, "
-    assert first.repetitions == mean.repetitions == ((0, 0), (1, 0))
-    assert second.repetitions == ((0, 0), (1, 0), (2, 0))
+    for comparison in claim.comparisons:
+        assert comparison.repetitions == ((0, 0), (1, 0), (2, 0))
     assert first.left_out[0] == gap and first.left_out[1].startswith(nothing)
     assert mean.left_out[0] == gap
-    assert differences(first)["mean"] == ("", [4, 2])
+    assert differences(first)["mean"] == ("", [14, 12, 16])  # of top-1 of 2 alone
+    assert differences(second)["mean"] == ("", [0, 0, 0])
     assert sentences(claim)[-1].startswith(
-        f"Compared are the repetitions that all settings have (seeds 0, 1). Incomplete: {gap}"
+        "Compared are the repetitions that most settings have (seeds 0, 1, 2), and the settings "
+        f"that have them all. Incomplete: {gap}"
     )
     rows = {row[0]: row for row in accuracy_table(collection, claim.problem).rows}
     assert rows["top-2 of 4"][1:3] == ("65.0 +/- 3.5 (2 of 3: seed 2 failed)", "50.0 +/- 0.0")
     assert rows["top-1 of 8"][1].startswith("X (0 of 3: seed 0 stopped, seed 1 missing")
+
+
+def test_a_repetition_that_few_have_is_left_out(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {name: {"0": SWEEP[name]["0"][:2]} for name in ("dense", "top-1 of 2")})
+    write_sweep(tmp_path, {name: {"0": SWEEP[name]["0"]} for name in ("DynMoE", "top-2 of 4")})
+    _, (claim,) = read(tmp_path)
+    assert claim.overall.repetitions == ((0, 0), (1, 0))
+    assert differences(claim.overall)["mean"] == ("", [4, 2])
 
 
 def test_seeds_without_a_common_one_are_not_compared(tmp_path: Path) -> None:
@@ -127,23 +160,17 @@ def test_seeds_without_a_common_one_are_not_compared(tmp_path: Path) -> None:
     collection, (claim,) = read(tmp_path)
     assert claim.overall.rank is None
     assert "nothing can be compared" in headline(claim)
-    assert claim_table(collection, claim).rows == (("0", "0", "X", "X", "X", "X", "X", "X"),)
+    assert claim_table(collection, claim).rows == (("0", "DynMoE", "X", "", "", "0"),)
 
 
 @pytest.mark.parametrize(
     ("dynmoe", "best", "words"),
     [
-        ([0.8, 0.8], [0.7, 0.7], "beats the mean of the grid and its best."),
-        ([0.6, 0.6], [0.7, 0.7], "beats the mean of the grid, not its best."),
-        ([0.6, 0.75], [0.7, 0.7], "beats the mean of the grid and cannot be told from its best."),
-        (
-            [0.5, 0.6],
-            [0.7, 0.65],
-            "cannot be told from the mean of the grid and is below its best.",
-        ),
-        ([0.3, 0.9], [0.7, 0.7], "cannot be told from the mean of the grid, nor from its best."),
-        ([0.3, 0.3], [0.7, 0.7], "is below the mean of the grid and its best."),
-        ([0.6], [0.7], "+5.0 points from the mean of the grid and −10.0 from its best, in one "),
+        ([0.8, 0.8], [0.7, 0.7], "beats the mean of the grid (+25.0 points) and beats its best ("),
+        ([0.6, 0.6], [0.7, 0.7], "beats the mean of the grid (+5.0 points), not its best (−10.0"),
+        ([0.3, 0.9], [0.7, 0.7], "cannot be told from the mean of the grid (+5.0 points) and cann"),
+        ([0.3, 0.3], [0.7, 0.7], "is below the mean of the grid (−25.0 points) and is below its b"),
+        ([0.6], [0.7], "+5.0 points from the mean of the grid and −10.0 points from its best, in "),
     ],
 )
 def test_headline(
@@ -172,11 +199,11 @@ def test_every_setting_that_adapts_has_its_own_claim(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "missing"),
     [
-        (["DynMoE"], ["no run with fixed experts", "no dense run"]),
-        (["DynMoE", "dense"], ["no run with fixed experts"]),
-        (["DynMoE", "top-1 of 2"], ["no dense run"]),
-        (["top-1 of 2"], ["no run that adapts", "no dense run"]),
-        (["dense"], ["no run that adapts", "no run with fixed experts"]),
+        (["DynMoE"], ["no finished run with fixed experts", "no finished dense run"]),
+        (["DynMoE", "dense"], ["no finished run with fixed experts"]),
+        (["DynMoE", "top-1 of 2"], ["no finished dense run"]),
+        (["top-1 of 2"], ["no finished run that adapts", "no finished dense run"]),
+        (["dense"], ["no finished run that adapts", "no finished run with fixed experts"]),
     ],
 )
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -191,62 +218,75 @@ def test_what_is_missing_is_said(
     assert statements(collection)[-len(said) :] == said
     assert len(claims) == ("DynMoE" in settings)
     for claim in claims:
-        assert len(claim_table(collection, claim).rows) == 1
-        assert len(difference_table(collection, claim).rows) == 1
+        assert claim_table(collection, claim).rows[0][1] == "DynMoE"
     assert len(accuracy_table(collection, collection.problems[0]).rows) == len(settings)
 
 
 def test_words_of_each_rival(tmp_path: Path) -> None:
-    _, (claim,) = read(write_sweep(tmp_path, {name: {"0": SWEEP[name]["0"]} for name in SWEEP}))
-    assert sentences(claim) == [
-        "DynMoE on RotatedDigits, test environment 0, beats the mean of the grid, not its best.",
-        "It beats the mean of the grid (2 settings), 60.0 +/- 4.7 %: +4.0 [+2.0, +6.0] points, "
-        "n = 3.",
+    write_sweep(tmp_path, {name: {"0": SWEEP[name]["0"]} for name in SWEEP})
+    _, (claim,) = read(tmp_path)
+    assert sentences(claim)[:7] == [
+        "DynMoE on RotatedDigits, test environment 0, cannot be told from the mean of the grid "
+        "(+4.0 points) and is below its best (−6.0 points; n = 3).",
+        "DynMoE reaches 64.0 +/- 5.2 %: rank 2 of 4 settings by mean accuracy.",
+        "It cannot be told from the mean of the grid (2 settings), 60.0 +/- 4.7 %: "
+        "+4.0 [+2.0, +6.0] points, p = 0.074.",
         "It is below the best of the grid (top-2 of 4), 70.0 +/- 4.7 %: −6.0 [−8.0, −4.0] points, "
-        "n = 3.",
+        "p = 0.035.",
         "It beats the worst of the grid (top-1 of 2), 50.0 +/- 4.7 %: +14.0 [+12.0, +16.0] points, "
-        "n = 3.",
+        "p = 0.0067.",
         "It is below the grid's best by validation (top-2 of 4), 70.0 +/- 4.7 %: −6.0 [−8.0, −4.0] "
-        "points, n = 3.",
-        "It beats dense, 50.0 +/- 0.0 %: +14.0 [+4.0, +26.0] points, n = 3.",
-        "By mean accuracy it ranks 2 of 4 settings.",
-        "With 3 repetitions an interval is no more than the range of the differences: without any "
-        "true difference it excludes 0 in 1 of 4 comparisons.",
+        "points, p = 0.035.",
+        "It cannot be told from dense, 50.0 +/- 0.0 %: +14.0 [+4.0, +26.0] points, p = 0.16.",
     ]
+    assert sentences(claim)[-1] == "3 repetitions can show large differences only."
+
+
+def test_what_weakens_the_words(tmp_path: Path) -> None:
+    sizes = {f"env{index}": {"in": 240, "out": 60} for index in range(3)}
+    for seed in (0, 1):
+        write_run(tmp_path, "top-1 of 2", 0.5, seed=seed, facts={"sizes": sizes})
+        write_run(tmp_path, "DynMoE", 0.6, seed=seed, facts={"sizes": sizes})
+        write_run(tmp_path, "DynMoE", 0.6, seed=seed, hparams_seed=1, facts={"sizes": sizes})
+    _, (claim,) = read(tmp_path)
+    said = sentences(claim)
+    # sqrt(0.6 x 0.4 / 240) = 3.16 %
+    assert (
+        "Tested on 240 samples: from that alone a run's accuracy has a standard error of 3.2 "
+        "points." in said
+    )
+    assert (
+        "The search was unequal; draws of hyper-parameters to choose from: top-1 of 2 1, DynMoE 2."
+        in said
+    )
+
+
+def test_the_end_of_training_stands_beside_the_selected_step(tmp_path: Path) -> None:
+    for name, selected, last in (("top-1 of 2", 0.7, 0.4), ("DynMoE", 0.5, 0.6)):
+        for seed in (0, 1):
+            run = write_run(tmp_path, name, selected, seed=seed)
+            record = run.read("results")[-1]
+            worse = {key: 0.0 for key in record if key.endswith("out_acc")}
+            run.append("results", {**record, **worse, "step": 999, "env0_in_acc": last})
+    _, (claim,) = read(tmp_path)
+    assert claim.overall.rank == 2
+    assert (
+        "At the end of training instead of the selected steps: DynMoE 60.0 %, the mean of the grid "
+        "40.0 %, rank 1." in sentences(claim)
+    )
 
 
 def test_tables(tmp_path: Path) -> None:
     collection, (claim,) = read(write_sweep(tmp_path, SWEEP))
     table = claim_table(collection, claim)
-    assert table.columns[2:] == (
-        "DynMoE",
-        "mean of the grid",
-        "best of the grid",
-        "worst of the grid",
-        "grid's best by validation",
-        "dense",
-        "rank",
+    assert table.columns[2:] == ("accuracy, %", "DynMoE minus it, points", "p", "n")
+    assert table.rows[:3] == (
+        ("0", "DynMoE", "64.0 +/- 5.2", "", "", "3"),
+        ("0", "mean of the grid", "60.0 +/- 4.7", "+4.0 [+2.0, +6.0]", "0.074", "3"),
+        ("0", "best of the grid (top-2 of 4)", "70.0 +/- 4.7", "−6.0 [−8.0, −4.0]", "0.035", "3"),
     )
-    assert table.rows[0] == (
-        "0",
-        "3",
-        "64.0 +/- 5.2",
-        "60.0 +/- 4.7",
-        "70.0 +/- 4.7 (top-2 of 4)",
-        "50.0 +/- 4.7 (top-1 of 2)",
-        "70.0 +/- 4.7 (top-2 of 4)",
-        "50.0 +/- 0.0",
-        "2 of 4",
-    )
-    assert difference_table(collection, claim).rows[2] == (
-        MEAN,
-        "3",
-        "+2.0 [+1.0, +3.0]",
-        "−3.0 [−4.0, −2.0]",
-        "+7.0 [+6.0, +8.0]",
-        "−3.0 [−4.0, −2.0]",
-        "−5.5 [−10.5, +0.5]",
-    )
+    assert [isinstance(row[3], Strong) for row in table.rows[:3]] == [False, False, True]
+    assert len(table.rows) == 3 * 6 and table.rows[12][0] == MEAN
     assert accuracy_table(collection, claim.problem).rows[-1] == (
         "DynMoE",
         "64.0 +/- 5.2",
@@ -270,7 +310,7 @@ def test_the_note_names_the_conditions(tmp_path: Path) -> None:
     assert "data abc0 / abc1 / abc2 and 2 more;" in note
 
 
-def test_interval_needs_two_repetitions_and_is_the_same_again() -> None:
-    assert interval([0.5]) is None
-    values = [0.01, -0.02, 0.03, 0.04, 0.005]
-    assert interval(values) == interval(values)
+def test_the_interval_is_the_same_again() -> None:
+    values = (0.01, -0.02, 0.03, 0.04, 0.005)
+    first, again = (Difference("dense", "dense", values, values) for _ in range(2))
+    assert first.interval == again.interval

@@ -71,7 +71,7 @@ def test_the_claim_comes_first_and_the_conditions_last(tmp_path: Path) -> None:
         "1 run without a result."
     )
     assert outline(list(document.sections)) == {
-        "claim": ["claim", "claim", "differences", "accuracy"],
+        "claim": ["claim", "claim", "accuracy"],
         "cost": ["size", "time", "search"],
         "accuracy-by-cost": ["accuracy_by_parameters", "accuracy_by_time"],
         "experts": ["experts", "k_by_layer", "k_by_position"],

@@ -36,7 +36,7 @@ def test_a_sweep_is_read_in_order_and_reports_the_selected_step(tmp_path: Path) 
         ("15", (0, 0)),
         ("15", (1, 0)),
     ]
-    assert collection.runs[2].outcome == Outcome(SELECTED, 0.75, 0.75, is_selected=True)
+    assert collection.runs[2].outcome == Outcome(SELECTED, 0.75, 0.75, last=0.76, is_selected=True)
     assert [run.kind for run in collection.runs[::3]] == ["dense", *["fixed"] * 4, "adaptive"]
     assert collection.problems == [PROBLEM]
     assert not collection.absent and not collection.warnings and not collection.others
@@ -93,7 +93,7 @@ def test_of_draws_the_best_by_validation_stands(tmp_path: Path) -> None:
     collection = read_runs([tmp_path])
     (run,) = collection.runs
     assert (run.setting, run.facts["hparams_seed"]) == ("dense", 1)
-    assert run.outcome == Outcome(SELECTED, 0.6, 0.8, is_selected=True)
+    assert run.outcome == Outcome(SELECTED, 0.6, 0.8, last=0.61, is_selected=True)
     assert [other.facts["hparams_seed"] for other in collection.others] == [0, 2]
 
 
