@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from dynmoe.comparison.run import Run
 from dynmoe.comparison.runs import Collection, read_runs
 from dynmoe.errors import UserError
 from dynmoe.report.records import RecordError
@@ -19,6 +20,7 @@ DESCRIPTION = """Reads records and writes one report of all runs in the given fo
 folder report/ of the first: report.html, report.md, tables as CSV and LaTeX, figures as PNG and
 SVG. FOLDER is the folder of a sweep, outputs/<name>, or of a run, outputs/<name>/<run>. Two run
 folders are compared with each other on the console instead."""
+NO_OUT = "--out: expected with a report of sweeps, found with {}; leave it out"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -26,8 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     try:
         if args.domainbed is not None:
+            if args.out is not None:
+                raise UserError(NO_OUT.format("--domainbed, whose tables go into its folder"))
             _domainbed(args.domainbed)
-        elif len(args.folders) == 2 and args.out is None and all(map(_is_run, args.folders)):
+        elif len(args.folders) == 2 and all(map(_is_run, args.folders)):
+            if args.out is not None:
+                raise UserError(NO_OUT.format("two runs, which are compared on the console"))
             _compare(*args.folders)
         else:
             _report(args.folders, args.out or args.folders[0] / "report")
@@ -73,14 +79,13 @@ def _report(folders: Sequence[Path], out: Path) -> None:
 
 
 def _compare(a: Path, b: Path) -> None:
-    collection = read_runs([a, b])
-    runs = {run.folder.path: run for run in [*collection.runs, *collection.others]}
-    if not runs.keys() >= {a, b} or a == b:
-        raise RecordError(_unusable(collection, "two finished runs that differ, found fewer"))
+    if a.resolve() == b.resolve():
+        raise RecordError(f"{a}: expected two runs, found the same one twice")
+    first, second = _run(a), _run(b)
 
     from dynmoe.comparison.compare import compare
 
-    result = compare(runs[a], runs[b])
+    result = compare(first, second)
     console = Console()
     for warning in result.warnings:
         console.print(Text(f"warning: {warning}", "yellow"))
@@ -88,6 +93,15 @@ def _compare(a: Path, b: Path) -> None:
         console.print(Text(sentence))
     for table in result.tables:
         console.print(to_rich(table))
+
+
+def _run(folder: Path) -> Run:
+    """A finished run; read alone, so that a run and its repeat under other versions both count."""
+    collection = read_runs([folder])
+    runs = [*collection.runs, *collection.others]
+    if not runs:
+        raise RecordError(_unusable(collection, "a finished run, found none"))
+    return runs[0]
 
 
 def _domainbed(folder: Path) -> None:

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dynmoe.comparison.conditions import conditions
+from dynmoe.comparison.conditions import conditions, counted
 from dynmoe.comparison.costs import MACHINE, different_facts, model_costs
 from dynmoe.comparison.run import Run, short_name
 from dynmoe.report.summary import summarize
-from dynmoe.report.tables import Strong, Table, format_points
+from dynmoe.report.tables import Strong, Table, format_number, format_points
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _sentences(a: Run, b: Run) -> Iterator[str]:
     points = format_points(abs(second - first))[1:]
     verdict = f"{points} points {'above' if second > first else 'below'}"
     yield (
-        f"On {a.environment}, B is {'level with' if points == '0.0' else verdict} A: "
+        f"On {a.environment}, B is {'level with' if second == first else verdict} A: "
         f"{_percent(second)} against {_percent(first)}."
     )
     seeds = [f"seed {seed}, trial seed {trial}" for seed, trial in (a.repetition, b.repetition)]
@@ -93,7 +93,7 @@ def _configuration(a: Run, b: Run) -> Table:
     keys = sorted(a.config.keys() | b.config.keys())
     rows = [(key, _value(a.config, key), _value(b.config, key)) for key in keys]
     differing = tuple((key, first, second) for key, first, second in rows if first != second)
-    count = f"{len(differing)} key{'s' * (len(differing) != 1)} differ{'s' * (len(differing) == 1)}"
+    count = f"{counted(len(differing), 'key')} differ{'s' * (len(differing) == 1)}"
     return Table(
         f"Configuration: {count}",
         ("key", "A", "B"),
@@ -130,7 +130,7 @@ def _record(run: Run) -> dict[str, Any]:
 def _accuracies(first: float, second: float) -> tuple[str, ...]:
     difference = second - first
     points = "–" if math.isnan(difference) else format_points(difference)
-    return _number(100 * first, ".1f"), _number(100 * second, ".1f"), points
+    return format_number(100 * first, ".1f"), format_number(100 * second, ".1f"), points
 
 
 def _costs(a: Run, b: Run, timed: bool) -> Table:
@@ -167,7 +167,12 @@ def _measured(run: Run) -> tuple[float, float, float]:
 
 def _cost(name: str, first: float, second: float, form: str) -> tuple[str, ...]:
     ratio = second / first if first else math.nan
-    return name, _number(first, form), _number(second, form), _number(ratio, ".2f")
+    return (
+        name,
+        format_number(first, form),
+        format_number(second, form),
+        format_number(ratio, ".2f"),
+    )
 
 
 def _value(config: dict[str, Any], key: str) -> str:
@@ -176,7 +181,3 @@ def _value(config: dict[str, Any], key: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _number(value: float, form: str) -> str:
-    return "–" if math.isnan(value) else f"{value:{form}}"

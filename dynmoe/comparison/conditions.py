@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from dynmoe.comparison.run import Repetition, Run
-
-RULES = {
-    "training_domain_validation": "training-domain validation",
-    "oracle": "oracle (test-domain validation)",
-    "leave_one_domain_out": "leave-one-domain-out validation",
-}
+from dynmoe.metrics.selection import RULES
 
 
 def conditions(runs: Sequence[Run]) -> str:
@@ -24,12 +19,12 @@ def conditions(runs: Sequence[Run]) -> str:
     repetitions = sorted({run.repetition for run in runs})
     versions = sorted({(name, text) for fact in facts for name, text in _versions(fact)})
     parts = [
-        f"Protocol {_all(fact['protocol'] for fact in facts)}",
-        f"selection by {_all(RULES[fact['selection']] for fact in facts)}",
+        f"Protocol {every(fact['protocol'] for fact in facts)}",
+        f"selection by {every(RULES[fact['selection']] for fact in facts)}",
         f"{counted(len(repetitions), 'repetition')} ({seeds(repetitions)})",
-        f"{_all(fact['steps'] for fact in facts)} steps",
-        f"backbone {_all(fact['backbone'] for fact in facts)}",
-        f"weights {_all(fact['weights'] for fact in facts)}",
+        f"{every(fact['steps'] for fact in facts)} steps",
+        f"backbone {every(fact['backbone'] for fact in facts)}",
+        f"weights {every(fact['weights'] for fact in facts)}",
         f"data {_data(facts)}",
         f"versions {', '.join(f'{name} {text}' for name, text in versions) or 'unknown'}",
     ]
@@ -42,6 +37,18 @@ def conditions(runs: Sequence[Run]) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 run`, `2 runs`."""
     return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def in_words(value: object) -> str:
+    """A fact as text: `cpu Example CPU, cores 2`; `unknown` where it was not recorded."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return "unknown" if value is None else str(value)
+
+
+def every(values: Iterable[object]) -> str:
+    """All values that differ: `8 / 16`."""
+    return " / ".join(dict.fromkeys(map(in_words, values)))
 
 
 def seeds(repetitions: Iterable[Repetition]) -> str:
@@ -62,7 +69,3 @@ def _data(facts: Sequence[dict[str, object]]) -> str:
     hashes = sorted({str(fact.get("data_hash", "unknown")) for fact in facts})
     more = f" and {len(hashes) - 3} more" if len(hashes) > 3 else ""
     return f"{' / '.join(hashes[:3])}{more}"
-
-
-def _all(values: Iterable[object]) -> str:
-    return " / ".join(dict.fromkeys(str(value) for value in values))

@@ -14,8 +14,8 @@ from matplotlib.ticker import EngFormatter
 from dynmoe.comparison.costs import model_costs
 from dynmoe.comparison.matching import columns, score_cells
 from dynmoe.comparison.pictures import styles
-from dynmoe.comparison.run import Run
-from dynmoe.comparison.scatter import Point, name_points, scatter
+from dynmoe.comparison.run import Run, environments
+from dynmoe.comparison.scatter import Point, name_points, scatter, set_apart
 from dynmoe.comparison.timings import Mode, Timings
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import lay_out
@@ -29,13 +29,14 @@ READING = (
 def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
     """Accuracy of every setting against the parameters that a test token activates."""
     costs = model_costs(runs)
-    points = [
+    known = [
         point._replace(x=costs[point.name].activated)
         for point in _points(runs)
         if not math.isnan(costs[point.name].activated)
     ]
-    if not points:
+    if not known:
         return None
+    points = set_apart(known)
     figure, (axes,) = lay_out(1, width=7.6, height=4.6, beside=0)
     scatter(axes, points)
     axes.set(xlabel="parameters that a test token activates, mean over runs", ylabel=_place(runs))
@@ -45,7 +46,8 @@ def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
         "accuracy_by_parameters",
         figure,
         "Accuracy of every setting against its activated parameters, with the Pareto front",
-        f"{READING} Better is up and left.",
+        f"{READING} Better is up and left. Settings of almost as many parameters are set apart a "
+        "little.",
     )
 
 
@@ -98,4 +100,7 @@ def _timed(runs: Sequence[Run], timings: Timings, mode: Mode) -> list[Point]:
 
 
 def _place(runs: Sequence[Run]) -> str:
-    return f"accuracy on {columns(runs)[-1]}, %"
+    places = environments(runs)
+    if len(places) > 1:
+        return f"accuracy, mean of {len(places)} test environments, %"
+    return f"accuracy on test environment {places[0]}, %"

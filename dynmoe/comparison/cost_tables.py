@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from dynmoe.comparison.conditions import conditions, counted
-from dynmoe.comparison.costs import Bill, SearchCost, model_costs, search_cost
+from dynmoe.comparison.costs import Bill, SearchCost, model_costs
 from dynmoe.comparison.run import Problem, settings
 from dynmoe.comparison.runs import Collection
-from dynmoe.comparison.timings import Mode, Range, Timing, read_timings
+from dynmoe.comparison.timings import Mode, Range, Timing, Timings
 from dynmoe.report.tables import Table
 
 MISSING = "X"
@@ -59,27 +59,30 @@ def cost_table(collection: Collection, problem: Problem) -> Table:
     )
 
 
-def timing_table(collection: Collection, problem: Problem) -> Table:
-    """Measured times and memory of every setting; refused where machines differ."""
+def unmeasured(collection: Collection, timings: Timings) -> str:
+    """Why there is no table of times; empty if there is one."""
+    if timings.refused:
+        return f"Times and memory are not compared: {timings.refused}."
+    if not timings.by_setting:
+        command = f"dynmoe-bench step --runs {collection.folders[0]}"
+        return f"Times and memory are not measured: {command} does it."
+    return ""
+
+
+def timing_table(collection: Collection, problem: Problem, timings: Timings) -> Table:
+    """Measured times and memory of every setting."""
     runs = collection.of(problem)
-    timings = read_timings(collection, problem)
-    names = settings(runs)
     rows = []
-    for name in names:
+    for name in settings(runs):
         by_mode = [timings.by_setting.get((name, mode)) for mode in _modes()]
         peak = by_mode[0].peak_bytes if by_mode[0] else None
         memory = MISSING if peak is None else number(peak / 2**30)
-        cells = (*(cell for timing in by_mode for cell in _times(timing)), memory)
-        rows.append((name, *(("refused",) * len(cells) if timings.refused else cells)))
+        rows.append((name, *(cell for timing in by_mode for cell in _times(timing)), memory))
     note = (
-        "Median with quartiles, of a trained model on batches of its own data; memory is that of a "
-        f"training step beyond weights and optimizer state; {timings.conditions}."
+        "Median with quartiles, of a trained model on batches of its own data; "
+        f"{timings.conditions}."
     )
-    if timings.refused:
-        note = f"Times are not compared: {timings.refused}."
-    elif not timings.by_setting:
-        note = f"Not measured: dynmoe-bench step --runs {collection.folders[0]} does it."
-    elif any(timing.contaminated for timing in timings.by_setting.values()):
+    if any(timing.contaminated for timing in timings.by_setting.values()):
         note += " *: other processes were busy during more than half of the samples."
     return Table(
         f"Measured cost of every setting on {problem.dataset}",
@@ -89,7 +92,7 @@ def timing_table(collection: Collection, problem: Problem) -> Table:
             "training, samples/s",
             "inference step, ms",
             "inference, samples/s",
-            "peak memory in training, GiB",
+            "peak memory of a training step beyond weights and optimizer, GiB",
         ),
         tuple(rows),
         note=note,
@@ -97,9 +100,9 @@ def timing_table(collection: Collection, problem: Problem) -> Table:
     )
 
 
-def search_table(collection: Collection, problem: Problem, setting: str) -> Table:
+def search_table(collection: Collection, cost: SearchCost) -> Table:
     """What the grid was trained for beside what an adaptive setting was trained for."""
-    cost = search(collection, problem, setting)
+    problem = cost.problem
     note = (
         "All runs of the same environments and repetitions, draws of hyper-parameters that lost "
         "included. FLOPs: 3 x the forward pass x samples, with the experts and k recorded in "
@@ -116,7 +119,7 @@ def search_table(collection: Collection, problem: Problem, setting: str) -> Tabl
         ("", "runs", "training, TFLOP", "hours, recorded", "hours at the measured step"),
         (
             (f"the grid ({counted(cost.grid_settings, 'setting')})", *grid),
-            (setting, *own),
+            (cost.setting, *own),
             ("ratio", _ratio(cost.grid.runs, cost.own.runs), *map(_times_as_much, ratios(cost))),
         ),
         note=note,
@@ -125,32 +128,19 @@ def search_table(collection: Collection, problem: Problem, setting: str) -> Tabl
 
 
 def search_sentence(cost: SearchCost) -> str:
-    """The bill in a sentence."""
+    """The bill in a sentence; recorded hours, which depend on what else ran, are in the table."""
     if not cost.grid.runs:
         return f"{cost.setting}: there is no grid whose search it could save."
-    flops, recorded, measured = ratios(cost)
-    time = (recorded, "the recorded hours")
-    if not math.isnan(measured):
-        time = (measured, "the training time, at the measured step,")
+    flops, _, measured = ratios(cost)
+    shares = {"the training FLOPs": flops, "the training time, at the measured step,": measured}
     parts = [
-        f"{_times_as_much(ratio)} {what}"
-        for ratio, what in ((flops, "the training FLOPs"), time)
-        if not math.isnan(ratio)
+        f"{_times_as_much(ratio)} {what}" for what, ratio in shares.items() if not math.isnan(ratio)
     ]
-    refused = f" Recorded hours are not compared, machines differ: {', '.join(cost.machines)}."
     return (
         f"The search over the grid ({counted(cost.grid_settings, 'setting')}, "
         f"{counted(cost.grid.runs, 'run')}) took {' and '.join(parts) or 'an unknown multiple'} of "
         f"{cost.setting} ({counted(cost.own.runs, 'run')})."
-        f"{refused if cost.machines else ''}"
     )
-
-
-def search(collection: Collection, problem: Problem, setting: str) -> SearchCost:
-    """The search's bill, with the step times that were measured."""
-    timings = read_timings(collection, problem).by_setting
-    step_ms = {name: each.milliseconds for (name, mode), each in timings.items() if mode == "train"}
-    return search_cost(collection, problem, setting, step_ms)
 
 
 def ratios(cost: SearchCost) -> tuple[float, float, float]:

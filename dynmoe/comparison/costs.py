@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dynmoe.comparison.conditions import in_words
 from dynmoe.comparison.run import Problem, Run
 from dynmoe.comparison.runs import Collection
 from dynmoe.metrics.efficiency import activated, exported, flops, total
@@ -57,6 +58,7 @@ class Bill:
 class SearchCost:
     """The grid's bill beside an adaptive setting's, for the same environments and repetitions."""
 
+    problem: Problem
     setting: str
     grid: Bill
     own: Bill
@@ -89,6 +91,7 @@ def search_cost(
         run for run in runs if run.kind == "fixed" and (run.environment, run.repetition) in places
     ]
     return SearchCost(
+        problem,
         setting,
         _bill(grid, step_ms),
         _bill(own, step_ms),
@@ -99,7 +102,7 @@ def search_cost(
 
 def different_facts(facts: Sequence[Record], keys: Iterable[str]) -> tuple[str, ...]:
     """`key (value, value)` of each fact that is not the same everywhere."""
-    found = {key: dict.fromkeys(_words(fact.get(key)) for fact in facts) for key in keys}
+    found = {key: dict.fromkeys(in_words(fact.get(key)) for fact in facts) for key in keys}
     return tuple(f"{key} ({'; '.join(values)})" for key, values in found.items() if len(values) > 1)
 
 
@@ -188,9 +191,3 @@ def _hours(run: Run) -> float:
         seconds += record.get("eval_time", math.nan)
         before = record["step"]
     return seconds / 3600
-
-
-def _words(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return "unknown" if value is None else str(value)

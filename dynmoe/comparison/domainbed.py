@@ -21,8 +21,8 @@ from dynmoe.metrics.selection import best_of_sweep
 from dynmoe.report.records import Record
 from dynmoe.report.tables import LATEX, Table, format_mean
 
-# The three selection rules, in the order and by the names of the printed tables.
-RULES = {
+# The three selection rules, in DomainBed's order and in the words that it prints.
+HEADINGS = {
     "training_domain_validation": "training-domain validation set",
     "leave_one_domain_out": "leave-one-domain-out cross-validation",
     "oracle": "test-domain validation set (oracle)",
@@ -101,14 +101,14 @@ def collect(records: Sequence[Record]) -> Results:
         len(records),
         _ordered({record["args"]["algorithm"] for record in records}, ALGORITHMS.split()),
         environments,
-        {rule: _accuracies(records, rule) for rule in RULES},
+        {rule: _accuracies(records, rule) for rule in HEADINGS},
     )
 
 
 def tables(results: Results, rule: str) -> list[Table]:
     """By one selection rule, a table per data set, and last that of their averages."""
     accuracies = results.accuracies[rule]
-    method = f"model selection method: {RULES[rule]}"
+    method = f"model selection method: {HEADINGS[rule]}"
     found = []
     for dataset, names in results.environments.items():
         rows = []
@@ -129,7 +129,7 @@ def tables(results: Results, rule: str) -> list[Table]:
 
 def gaps(results: Results) -> Iterator[str]:
     """What the averages lack: DomainBed averages the environments that a trial happens to have."""
-    for rule, name in RULES.items():
+    for rule, name in HEADINGS.items():
         for (dataset, algorithm), trials in results.accuracies[rule].items():
             if not any(trials.values()):  # an X says so
                 continue
@@ -146,7 +146,7 @@ def gaps(results: Results) -> Iterator[str]:
 def to_text(results: Results) -> str:
     """The tables in the layout of `collect_results`: columns of 20 and 25 characters."""
     lines = [f"Total records: {results.total}"]
-    for rule in RULES:
+    for rule in HEADINGS:
         found = tables(results, rule)
         for table in found:
             width = 25 if table is found[-1] else 20
@@ -166,7 +166,7 @@ def to_latex(results: Results) -> str:
         r"\section{Full DomainBed results}",
         f"% Total records: {results.total}",
     ]
-    for rule, name in RULES.items():
+    for rule, name in HEADINGS.items():
         lines += ["", rf"\subsection{{Model selection: {name}}}"]
         headings = [*results.environments, "Averages"]
         for heading, table in zip(headings, tables(results, rule), strict=True):

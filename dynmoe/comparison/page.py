@@ -12,17 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from dynmoe.comparison.claim import Claim, examine
-from dynmoe.comparison.conditions import RULES, counted
+from dynmoe.comparison.conditions import counted
 from dynmoe.comparison.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
 from dynmoe.comparison.cost_tables import (
     cost_table,
-    search,
     search_sentence,
     search_table,
     timing_table,
+    unmeasured,
 )
+from dynmoe.comparison.costs import search_cost
 from dynmoe.comparison.pictures import draw_claim, draw_curves
-from dynmoe.comparison.provenance import how_it_was_made, what_is_missing
+from dynmoe.comparison.provenance import every_run, how_it_was_made, what_is_missing
 from dynmoe.comparison.routing_pictures import (
     draw_experts,
     draw_k,
@@ -33,15 +34,15 @@ from dynmoe.comparison.routing_pictures import (
 )
 from dynmoe.comparison.run import Problem, Run, environments, settings
 from dynmoe.comparison.runs import Collection
-from dynmoe.comparison.timings import read_timings
+from dynmoe.comparison.timings import Timings, read_timings
 from dynmoe.comparison.verdict import (
     accuracy_table,
     claim_table,
-    difference_table,
     headline,
     lacking,
     sentences,
 )
+from dynmoe.metrics.selection import RULES
 from dynmoe.report import document
 from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
 from dynmoe.report.tables import Strong, Table, format_mean
@@ -60,24 +61,37 @@ def build(collection: Collection) -> Document:
     """The report as a document; with several problems each has a section of its own."""
     problems = collection.problems
     claims = {problem: examine(collection, problem) for problem in problems}
-    rest = [how_it_was_made(collection), what_is_missing(collection)]
+    timings = read_timings(collection)
+    several = len(problems) > 1
+    names = {problem: _slug(_title_of(problem, problems)) for problem in problems}
+    prefixes = {problem: f"{names[problem]}-" if several else "" for problem in problems}
+    rest = [
+        how_it_was_made(collection, timings.values()),
+        what_is_missing(collection),
+        Section(
+            "every-run",
+            "Every run",
+            [
+                Sheet(f"{prefix}runs", every_run(collection, problem))
+                for problem, prefix in prefixes.items()
+            ],
+        ),
+    ]
+    parts = {
+        problem: _sections(collection, problem, claims[problem], timings[problem], prefix)
+        for problem, prefix in prefixes.items()
+    }
     lead: list[Block] = [Strong(headline(claim)) for found in claims.values() for claim in found]
     lead.append(_extent(collection))
-    if len(problems) == 1:
-        (problem,) = problems
-        parts = _sections(collection, problem, claims[problem], "")
-    else:
+    if several:
         lead.append(Sheet("overview", _overview(claims)))
-        parts = [
-            Section(
-                name,
-                _title_of(problem, problems),
-                sections=_sections(collection, problem, claims[problem], f"{name}-"),
-            )
-            for problem in problems
-            for name in [_slug(_title_of(problem, problems))]
+        found = [
+            Section(name, _title_of(problem, problems), sections=parts[problem])
+            for problem, name in names.items()
         ]
-    return Document(_title(collection), lead, [*parts, *(part for part in rest if part.blocks)])
+    else:
+        (found,) = parts.values()
+    return Document(_title(collection), lead, [*found, *(part for part in rest if part.blocks)])
 
 
 def _title(collection: Collection) -> str:
@@ -138,16 +152,19 @@ def _overview(claims: dict[Problem, list[Claim]]) -> Table:
 
 
 def _sections(
-    collection: Collection, problem: Problem, claims: Sequence[Claim], prefix: str
+    collection: Collection,
+    problem: Problem,
+    claims: Sequence[Claim],
+    timings: Timings,
+    prefix: str,
 ) -> list[Section]:
     """All there is to say of one problem; names begin with `prefix`."""
     runs = collection.of(problem)
-    timings = read_timings(collection, problem)
     shown = _exemplary(runs)
     examples = [next(run for run in runs if run.setting == setting) for setting in shown]
     parts: list[tuple[str, str, Iterable[Block | None]]] = [
         ("claim", "The claim", _claim(collection, problem, claims)),
-        ("cost", "What it costs", _cost(collection, problem, claims)),
+        ("cost", "What it costs", _cost(collection, problem, claims, timings)),
         (
             "accuracy-by-cost",
             "Accuracy against cost",
@@ -184,17 +201,15 @@ def _sections(
 def _claim(
     collection: Collection, problem: Problem, claims: Sequence[Claim]
 ) -> Iterator[Block | None]:
-    runs = collection.of(problem)
     for claim in claims:
         tag = "" if len(claims) == 1 else f"_{_slug(claim.setting)}"
         first, *others = sentences(claim)
         if len(collection.problems) > 1 or len(claims) > 1:  # else it stands above already
             yield Strong(first)
         yield Items(others)
-        picture = draw_claim(runs, claim)
+        picture = draw_claim(claim)
         yield picture and replace(picture, name=picture.name + tag)
         yield Sheet(f"claim{tag}", claim_table(collection, claim))
-        yield Sheet(f"differences{tag}", difference_table(collection, claim))
     missing = lacking(collection, problem)
     if missing:
         yield Items(missing)
@@ -202,15 +217,17 @@ def _claim(
 
 
 def _cost(
-    collection: Collection, problem: Problem, claims: Sequence[Claim]
+    collection: Collection, problem: Problem, claims: Sequence[Claim], timings: Timings
 ) -> Iterator[Block | None]:
-    for claim in claims:
-        yield search_sentence(search(collection, problem, claim.setting))
+    costs = [search_cost(collection, problem, claim.setting, timings.step_ms) for claim in claims]
+    yield from map(search_sentence, costs)
     yield Sheet("size", cost_table(collection, problem))
-    yield Sheet("time", timing_table(collection, problem))
-    for claim in claims:
-        tag = "" if len(claims) == 1 else f"_{_slug(claim.setting)}"
-        yield Sheet(f"search{tag}", search_table(collection, problem, claim.setting))
+    yield unmeasured(collection, timings) or Sheet(
+        "time", timing_table(collection, problem, timings)
+    )
+    for cost in costs:
+        tag = "" if len(costs) == 1 else f"_{_slug(cost.setting)}"
+        yield Sheet(f"search{tag}", search_table(collection, cost))
 
 
 def _exemplary(runs: Sequence[Run]) -> list[str]:

@@ -130,7 +130,10 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
             if not in_grid:
                 band = values.min(axis=0), values.max(axis=0)
                 axes.fill_between(steps, *band, color=look["color"], alpha=0.15, linewidth=0)
-        axes.set_title(f"tested on {place}")
+                selected = float(np.mean([run.outcome.step for run in members]))
+                height = np.interp(selected, steps, values.mean(axis=0))
+                axes.plot(selected, height, color=look["color"], marker=look["marker"], zorder=4)
+        axes.set_title(f"test environment {place}")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         over_steps(axes)
     name_axes(figure, STEP, "accuracy on the test environment")
@@ -140,7 +143,8 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
         figure,
         "Accuracy on each test environment over training",
         "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
-        "setting of the grid.",
+        "setting of the grid. A marker stands at the mean of the steps that selection chose, "
+        "whose accuracies are reported.",
     )
 
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from dynmoe.comparison.conditions import RULES, seeds
-from dynmoe.comparison.run import Run, environments
+from dynmoe.comparison.conditions import conditions, every, seeds
+from dynmoe.comparison.run import Problem, Run, environments
 from dynmoe.comparison.runs import Collection
+from dynmoe.comparison.timings import Timings
+from dynmoe.metrics.selection import RULES
 from dynmoe.report.document import Block, Code, Items, Section, Sheet
 from dynmoe.report.tables import Table
 
 Words = Callable[[Sequence[Run]], str]
 
 
-def how_it_was_made(collection: Collection) -> Section:
+def how_it_was_made(collection: Collection, timings: Iterable[Timings]) -> Section:
     """The conditions of every problem's runs in a table, and the commands."""
     problems = collection.problems
     columns = [collection.of(problem) for problem in problems]
@@ -28,8 +29,9 @@ def how_it_was_made(collection: Collection) -> Section:
         ("condition", *(problem.dataset for problem in problems)),
         tuple((name, *(words(runs) for runs in columns)) for name, words in CONDITIONS.items()),
         note="Where runs differ, all values are named.",
+        in_words=True,
     )
-    commands = "\n".join(_commands(collection))
+    commands = "\n".join(_commands(collection, timings))
     return Section("made", "How it was made", [Sheet("conditions", table), Code(commands)])
 
 
@@ -45,6 +47,7 @@ def what_is_missing(collection: Collection) -> Section:
                 for entry in collection.absent
             ),
             note="Nothing above counts them. The sweep's command, started again, runs them.",
+            in_words=True,
         )
         blocks.append(Sheet("absent", table))
     if collection.warnings:
@@ -52,18 +55,44 @@ def what_is_missing(collection: Collection) -> Section:
     return Section("missing", "What is missing", blocks)
 
 
+def every_run(collection: Collection, problem: Problem) -> Table:
+    """What is reported of each run of a problem, so that all the means can be worked out again."""
+    runs = collection.of(problem)
+    return Table(
+        f"Every run on {problem.dataset}",
+        (
+            *("setting", "test environment", "seed", "trial seed", "selected step"),
+            *("accuracy, %", "validation, %", "accuracy at the last step, %"),
+        ),
+        tuple(
+            (
+                *(run.setting, run.environment, *map(str, run.repetition), str(run.outcome.step)),
+                *map(_percent, (run.outcome.accuracy, run.outcome.validation, run.outcome.last)),
+            )
+            for run in runs
+        ),
+        note="Accuracy on the test environment's in split; validation is what selected the step.",
+        conditions=conditions(runs),
+    )
+
+
+def _percent(share: float) -> str:
+    return "X" if math.isnan(share) else f"{100 * share:.2f}"
+
+
 def _fact(key: str) -> Words:
-    return lambda runs: _all(run.facts.get(key) for run in runs)
+    return lambda runs: every(run.facts.get(key) for run in runs)
 
 
 def _config(key: str) -> Words:
-    return lambda runs: _all(run.config.get(key) for run in runs)
+    return lambda runs: every(run.config.get(key) for run in runs)
 
 
 CONDITIONS: dict[str, Words] = {
     "test environments": lambda runs: ", ".join(environments(runs)),
+    "images of a test environment": lambda runs: every(map(_sizes, runs)),
     "protocol": _fact("protocol"),
-    "selection rule": lambda runs: _all(RULES[run.facts["selection"]] for run in runs),
+    "selection rule": lambda runs: every(RULES[run.facts["selection"]] for run in runs),
     "repetitions": lambda runs: seeds({run.repetition for run in runs}),
     "steps": _fact("steps"),
     "batch size, per training environment": _fact("batch_size"),
@@ -71,10 +100,10 @@ CONDITIONS: dict[str, Words] = {
     "weight decay": _config("task.optimizer.weight_decay"),
     "backbone": _fact("backbone"),
     "weights": _fact("weights"),
-    "data hash": lambda runs: _all(sorted({str(run.facts.get("data_hash")) for run in runs})),
+    "data hash": lambda runs: every(sorted({str(run.facts.get("data_hash")) for run in runs})),
     "versions": _fact("versions"),
     "machine": _fact("machine"),
-    "device, threads": lambda runs: _all(
+    "device, threads": lambda runs: every(
         f"{run.facts.get('device', 'unknown')}, {run.facts.get('threads', 'unknown')}"
         for run in runs
     ),
@@ -82,28 +111,24 @@ CONDITIONS: dict[str, Words] = {
 }
 
 
-def _all(values: Iterable[Any]) -> str:
-    return " / ".join(dict.fromkeys(map(_words, values)))
+def _sizes(run: Run) -> str | None:
+    """`0: 240 in, 60 out`, by split."""
+    sizes = run.facts.get("sizes") or {}
+    found = [sizes.get(f"env{index}") for index in run.facts["test_envs"]]
+    known = [f"{size['in']} in, {size['out']} out" for size in found if size]
+    return f"{run.environment}: {' + '.join(known)}" if known else None
 
 
-def _words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return "unknown" if value is None else str(value)
-
-
-def _commands(collection: Collection) -> Iterator[str]:
+def _commands(collection: Collection, timings: Iterable[Timings]) -> Iterator[str]:
     """Of the runs, their timing and this report; as far as the folders tell them."""
     found: dict[str, None] = {}
     by_folder: dict[Path, list[Run]] = {}
     for run in collection.runs:
         by_folder.setdefault(run.folder.path.parent, []).append(run)
     for folder, runs in by_folder.items():
-        found |= dict.fromkeys(_training(runs))
-        timing = folder / "timing.json"
-        if timing.exists():
-            found[json.loads(timing.read_text(encoding="utf-8"))["command"]] = None
+        found |= dict.fromkeys(collection.commands.get(folder) or _training(runs))
     yield from found
+    yield from dict.fromkeys(command for each in timings for command in each.commands)
     yield shlex.join(["dynmoe-report", *map(str, collection.folders)])
 
 

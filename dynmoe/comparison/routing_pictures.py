@@ -51,7 +51,7 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
         return None
     figure, panels = lay_out(len(places), width=3.6, height=2.5, beside=0, share=True)
     for (setting, layer), axes in zip(places, panels, strict=True):
-        curves = [experts_over_steps(run, layer) for run in settings[setting]]
+        curves = [_with_room(*experts_over_steps(run, layer)) for run in settings[setting]]
         # Set apart a little: runs that have as many experts would hide one another.
         for (steps, counts), apart in zip(curves, np.linspace(-0.2, 0.2, len(curves)), strict=True):
             line = np.asarray(counts) + (apart if len(curves) > 1 else 0)
@@ -69,8 +69,13 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
         "Living experts in each MoE layer over training",
         "Each thin line is one run (one seed and test environment), the thick line their mean; a "
         "step up is an expert added, a step down experts removed. Thin lines are set apart a "
-        "little.",
+        "little; all go on a little after the last step.",
     )
+
+
+def _with_room(steps: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Room after the last step: an update just before it would be a spike at the edge."""
+    return [*steps, steps[-1] + max(1, steps[-1] // 25)], [*counts, counts[-1]]
 
 
 def draw_k(runs: Sequence[Run]) -> Picture | None:

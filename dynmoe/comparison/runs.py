@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from dynmoe.comparison.checks import check_config, check_facts, check_results, check_routing
 from dynmoe.comparison.run import Outcome, Problem, Repetition, Run, order, short_name
 from dynmoe.comparison.settings import name_settings
 from dynmoe.metrics.selection import best_of_sweep
@@ -55,6 +56,8 @@ class Collection:
     others: list[Run] = field(default_factory=list)
     """Further finished runs that the choice of `runs` needed: draws of hyper-parameters that lost,
     and runs with two test environments for leave-one-domain-out selection."""
+    commands: Mapping[Path, Sequence[str]] = field(default_factory=dict)
+    """Of sweep folders: those that made their runs, where `sweep.json` remembers them."""
 
     @property
     def problems(self) -> list[Problem]:
@@ -74,7 +77,10 @@ def read_runs(folders: Sequence[Path]) -> Collection:
     finished: list[Run] = []
     begun: list[Run] = []
     absent: dict[Path, Absent] = {}
-    jobs = {path: job for folder in folders for path, job in _jobs(Path(folder)).items()}
+    sweeps = {folder: _sweep(folder) for folder in map(Path, folders)}
+    jobs = {
+        path: job for folder, sweep in sweeps.items() for path, job in _jobs(folder, sweep).items()
+    }
     for path, job in jobs.items():
         folder = RunFolder(path)
         state = folder.state
@@ -91,7 +97,7 @@ def read_runs(folders: Sequence[Path]) -> Collection:
             absent[path] = Absent(path.name, job.get("overrides", ""), state, folder.failure)
     named = _named([*finished, *begun])
     done = _without_copies(named[: len(finished)], warnings)
-    runs, others = _chosen(done)
+    runs, others = (_readable(found, warnings) for found in _chosen(done))
     places = {run.folder.path: run for run in named[len(finished) :]}
     env_names = {run.problem.dataset: run.facts["env_names"] for run in named if run.results}
     return Collection(
@@ -100,24 +106,35 @@ def read_runs(folders: Sequence[Path]) -> Collection:
         absent=[_placed(entry, places.get(path), env_names) for path, entry in absent.items()],
         warnings=[*warnings, *_different_data(done)],
         others=sorted(others, key=order),
+        commands={folder: sweep["commands"] for folder, sweep in sweeps.items() if sweep},
     )
 
 
-def _jobs(folder: Path) -> dict[Path, Job]:
+def _sweep(folder: Path) -> dict[str, Any]:
+    """`sweep.json` of a folder; empty if it has none."""
+    file = folder / "sweep.json"
+    if not file.exists():
+        return {}
+    try:
+        sweep = json.loads(file.read_text(encoding="utf-8"))
+        jobs, commands = dict(sweep["jobs"]), list(map(str, sweep.get("commands", [])))
+        for name, job in jobs.items():
+            if job.get("config"):
+                check_config(f"{file}, {name}", job["config"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RecordError(
+            f"{file}: expected the jobs of a sweep, found damage; start the sweep again"
+        ) from None
+    return {"jobs": jobs, "commands": commands}
+
+
+def _jobs(folder: Path, sweep: Mapping[str, Any]) -> dict[Path, Job]:
     """The run folders in a folder, or itself, and those that its sweep asks for."""
     if not folder.is_dir():
         raise RecordError(f"{folder}: expected the folder of a sweep or a run, found no folder")
     if (folder / "run.json").exists():
         return {folder: {}}
-    asked: Mapping[str, Job] = {}
-    sweep = folder / "sweep.json"
-    if sweep.exists():
-        try:
-            asked = json.loads(sweep.read_text(encoding="utf-8"))["jobs"]
-        except (ValueError, KeyError):
-            raise RecordError(
-                f"{sweep}: expected the jobs of a sweep, found damage; start the sweep again"
-            ) from None
+    asked: Mapping[str, Job] = sweep.get("jobs", {})
     found = {
         file.parent.name for kind in ("run.json", "failed.txt") for file in folder.glob(f"*/{kind}")
     }
@@ -134,14 +151,11 @@ def _read(folder: RunFolder, finished: bool) -> Run | None:
     if not finished and not (folder.path / "run.json").exists():
         return None
     facts = folder.read_run()
-    if "config" not in facts:
-        raise RecordError(
-            f"{folder.path}: expected `config` in run.json, found a run of an earlier version; "
-            "run it again with overwrite=true"
-        )
+    check_facts(folder, facts)
     results = folder.read("results") if finished else []
     if finished and not (results and facts["test_envs"]):
         raise RecordError(f"{folder.path}: expected results on a test environment, found none")
+    check_results(folder, facts, results)
     return Run(folder, facts, results)
 
 
@@ -177,11 +191,27 @@ def _named(runs: Sequence[Run]) -> list[Run]:
 
 def _without_copies(runs: Iterable[Run], warnings: list[str]) -> list[Run]:
     first: dict[object, Run] = {}
+    repeats = []
     for run in runs:
         key = (run.problem, run.setting, run.environment, run.repetition, run.facts["hparams_seed"])
         if first.setdefault(key, run) is not run:
-            warnings.append(f"{run.folder.path}: repeats {first[key].folder.path}; left out")
+            repeats.append(f"{run.folder.path}: repeats {first[key].folder.path}; left out")
+    if len(repeats) > 1:
+        repeats = [f"{len(repeats)} runs repeat others, the first is {repeats[0]}"]
+    warnings += repeats
     return list(first.values())
+
+
+def _readable(runs: Iterable[Run], warnings: list[str]) -> list[Run]:
+    """The runs whose routing and events are sound."""
+    sound = []
+    for run in runs:
+        try:
+            check_routing(run)
+            sound.append(run)
+        except RecordError as error:
+            warnings.append(f"{error}; left out")
+    return sound
 
 
 def _chosen(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:

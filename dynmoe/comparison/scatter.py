@@ -22,6 +22,10 @@ ALIGN = {-1: "right", 0: "center", 1: "left"}
 ALIGN_UP = {-1: "top", 0: "center", 1: "bottom"}
 
 
+# The least distance of two error bars, as a share of the span of all points.
+APART = 0.012
+
+
 class Point(NamedTuple):
     name: str
     x: float
@@ -41,9 +45,33 @@ def scatter(axes: Axes, points: Sequence[Point], more_is_better: bool = False) -
         axes.plot([low, high], [point.y] * 2, **bars)
         axes.plot(point.x, point.y, **{**point.style, "linestyle": "none"})
     corners = _corners(front(points, more_is_better), more_is_better)
-    axes.plot(*corners, color=GREY, linestyle="--", linewidth=1, zorder=1, label="Pareto front")
+    axes.plot(*corners, color=GREY, linestyle="--", linewidth=1, zorder=1)
     axes.margins(0.12)
     axes.grid(alpha=0.25)
+
+
+def set_apart(points: Sequence[Point]) -> list[Point]:
+    """Points of almost the same x moved a little sideways, so that no error bar hides another.
+
+    They keep their order, the better one of equal x first, so the front stays as it is.
+    """
+    ordered = sorted(points, key=lambda point: (point.x, -point.y))
+    least = APART * (ordered[-1].x - ordered[0].x)
+    groups = [ordered[:1]]
+    for before, point in itertools.pairwise(ordered):
+        if point.x - before.x >= least:
+            groups.append([])
+        groups[-1].append(point)
+    return [
+        point._replace(x=place)
+        for group in groups
+        for middle in [(group[0].x + group[-1].x) / 2]
+        for point, place in zip(group, middle + least * _centred(len(group)), strict=True)
+    ]
+
+
+def _centred(count: int) -> np.ndarray:
+    return np.arange(count) - (count - 1) / 2
 
 
 def front(points: Sequence[Point], more_is_better: bool = False) -> list[Point]:
@@ -92,6 +120,7 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
             xytext=(0, 0),
             textcoords="offset points",
             fontsize=font,
+            parse_math=False,
             color=point.style["color"],
             arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3},
             bbox={

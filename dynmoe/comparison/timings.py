@@ -15,12 +15,19 @@ from typing import Any, Literal
 import numpy as np
 
 from dynmoe.comparison.costs import different_facts
-from dynmoe.comparison.run import Problem
+from dynmoe.comparison.run import Problem, Run
 from dynmoe.comparison.runs import Collection
 from dynmoe.report.records import RecordError
 
 Mode = Literal["train", "inference"]
 Range = tuple[float, float]
+
+# What `timing.json` and each of its rows hold.
+PARTS = {"command": str, "machine": dict, "settings": dict, "workload": dict, "rows": list}
+ROW = {
+    *("run", "mode", "median_ms", "quartiles_ms", "samples_per_s", "samples_per_s_quartiles"),
+    *("peak_bytes", "contaminated", "rounds"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,19 +51,34 @@ class Timings:
     """Machine, settings and workload; empty without a measurement."""
     refused: str
     """Why the times are not compared; empty if they are."""
+    commands: tuple[str, ...] = ()
+    """Those that measured."""
+
+    @property
+    def step_ms(self) -> dict[str, float]:
+        """Milliseconds of a training step, by setting."""
+        return {
+            setting: timing.milliseconds
+            for (setting, mode), timing in self.by_setting.items()
+            if mode == "train"
+        }
 
 
-def read_timings(collection: Collection, problem: Problem) -> Timings:
-    """The times of a problem's settings.
+def read_timings(collection: Collection) -> dict[Problem, Timings]:
+    """The times of every problem's settings.
 
     Raises:
         RecordError: a damaged `timing.json`.
     """
-    settings = {run.folder.path.resolve(): run.setting for run in collection.of(problem)}
+    contents = {file: _read(file) for file in dict.fromkeys(_files(collection))}
+    return {problem: _timings(collection.of(problem), contents) for problem in collection.problems}
+
+
+def _timings(runs: Iterable[Run], contents: Mapping[Path, dict[str, Any]]) -> Timings:
+    settings = {run.folder.path.resolve(): run.setting for run in runs}
     rows: defaultdict[tuple[str, Mode], list[Mapping[str, Any]]] = defaultdict(list)
-    circumstances = []
-    for file in dict.fromkeys(_files(collection)):
-        content = _read(file)
+    circumstances, commands = [], []
+    for file, content in contents.items():
         own = [
             (settings[path], row)
             for row in content["rows"]
@@ -66,6 +88,7 @@ def read_timings(collection: Collection, problem: Problem) -> Timings:
         for setting, row in own:
             rows[setting, row["mode"]].append(row)
         if own:
+            commands.append(content["command"])
             circumstances.append(
                 {
                     f"{part}.{key}": value
@@ -76,13 +99,15 @@ def read_timings(collection: Collection, problem: Problem) -> Timings:
     keys = dict.fromkeys(key for facts in circumstances for key in facts)
     different = different_facts(circumstances, keys)
     if different:
-        return Timings({}, "", f"measured under different conditions: {', '.join(different)}")
+        refused = f"measured under different conditions: {', '.join(different)}"
+        return Timings({}, "", refused, tuple(commands))
     conditions = ", ".join(
         f"{key.split('.', 1)[1]} {value}"
         for facts in circumstances[:1]
         for key, value in facts.items()
     )
-    return Timings({key: _timing(found) for key, found in rows.items()}, conditions, "")
+    by_setting = {key: _timing(found) for key, found in rows.items()}
+    return Timings(by_setting, conditions, "", tuple(commands))
 
 
 def _files(collection: Collection) -> Iterable[Path]:
@@ -99,12 +124,19 @@ def _read(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         content = None
-    parts = {"machine", "settings", "workload", "rows"}
-    if isinstance(content, dict) and parts <= content.keys():
+    if _is_whole(content):
         return content
     raise RecordError(
         f"{file}: expected what `dynmoe-bench step --runs {file.parent}` writes, found something "
         "else; measure again, or delete the file"
+    )
+
+
+def _is_whole(content: Any) -> bool:
+    return (
+        isinstance(content, dict)
+        and all(isinstance(content.get(part), kind) for part, kind in PARTS.items())
+        and all(isinstance(row, dict) and row.keys() >= ROW for row in content["rows"])
     )
 
 

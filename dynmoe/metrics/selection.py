@@ -21,6 +21,13 @@ import numpy as np
 
 Record = Mapping[str, Any]
 
+# What tables and summaries call the rules.
+RULES = {
+    "training_domain_validation": "training-domain validation",
+    "oracle": "oracle (test-domain validation)",
+    "leave_one_domain_out": "leave-one-domain-out validation",
+}
+
 
 @dataclass(frozen=True)
 class Choice:

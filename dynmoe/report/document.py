@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -161,7 +161,7 @@ def _block(block: Block) -> str:
 
 def _escaped(table: Table) -> Table:
     columns, *rows = (tuple(map(_plain, row)) for row in (table.columns, *table.rows))
-    return Table(table.title, columns, tuple(rows), table.note, table.conditions)
+    return replace(table, columns=columns, rows=tuple(rows))
 
 
 def _plain(text: str) -> str:

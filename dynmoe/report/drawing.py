@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 # Okabe & Ito 2008, "Color Universal Design". Black is kept for what a figure compares with; grey
@@ -25,6 +27,16 @@ STEP = "optimizer step"
 
 # Above this many columns the numbers in a heat map's cells would run into one another.
 MOST_NUMBERS = 20
+
+
+class PlainFigure(Figure):
+    """A figure whose text is no mathematics: the name of a folder may hold dollar signs."""
+
+    def draw(self, renderer: RendererBase) -> None:
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        with rc_context({"text.parse_math": False}):  # for ticks that are made while drawing
+            super().draw(renderer)
 
 
 def lay_out(
@@ -39,7 +51,7 @@ def lay_out(
     columns = min(count, columns)
     rows = math.ceil(count / columns)
     size = (columns * width + beside, rows * height + 0.6)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = PlainFigure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat
     for axes in grid[count:]:
         axes.remove()

@@ -83,19 +83,25 @@ class RunFolder:
         replace_file(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
 
     def read_run(self) -> Record:
-        """The facts in `run.json`. Raises RecordError when there is none."""
+        """The facts in `run.json`. Raises RecordError when there is none, or damage."""
         file = self.path / "run.json"
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            facts = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecordError(
                 f"{self.path}: expected a run folder, found no run.json in it; "
                 "give a folder outputs/<name>/<run> that dynmoe-run wrote"
             ) from None
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise RecordError(
                 f"{file}: expected JSON, found damage ({error}); run again with overwrite=true"
             ) from None
+        if not isinstance(facts, dict):
+            raise RecordError(
+                f"{file}: expected a JSON object, found {str(facts)[:60]!r}; "
+                "run again with overwrite=true"
+            )
+        return facts
 
     def mark_done(self) -> None:
         """Say that the run is complete. Call it after everything else is written."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from dynmoe.metrics.selection import RULES
 from dynmoe.report.summary import Layer, Summary
-from dynmoe.report.tables import Strong, Table, to_rich
+from dynmoe.report.tables import Strong, Table, format_number, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
 
 
@@ -47,7 +47,7 @@ def _title(summary: Summary) -> str:
 def _setting(summary: Summary) -> str:
     run = summary.run
     return (
-        f"Protocol {run['protocol']}, selection {_words(run['selection'])}; "
+        f"Protocol {run['protocol']}, selection {RULES[run['selection']]}; "
         f"seed {run['seed']}, trial seed {run['trial_seed']}, "
         f"hparams seed {run['hparams_seed']}; backbone {run['backbone']}, {run['weights']}"
     )
@@ -106,8 +106,8 @@ def _experts(summary: Summary) -> Table:
                 layer.name,
                 _growth(layer),
                 str(layer.experts),
-                _number(layer.k_train, ".2f"),
-                _number(layer.k_test, ".2f"),
+                format_number(layer.k_train, ".2f"),
+                format_number(layer.k_test, ".2f"),
                 _percent(layer.unrouted),
             )
             for layer in summary.layers
@@ -129,15 +129,18 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "unfinished", f"{summary.last_step + 1} of {steps} steps are recorded"
     if summary.layers:
         yield "parameters", f"{summary.total_parameters:,} (living experts only)"
-        activated = _number(summary.activated_parameters, ",.0f")
+        activated = format_number(summary.activated_parameters, ",.0f")
         yield "activated per token", f"{activated} (at the mean k on test)"
     else:
         yield "parameters", f"{summary.total_parameters:,}, all of them active (no MoE layer)"
-    yield "training loss", f"{_number(summary.loss, '.4f')} (mean over the last window)"
-    yield "speed", f"{_number(summary.steps_per_second, '.2f')} steps/s on {summary.run['device']}"
+    yield "training loss", f"{format_number(summary.loss, '.4f')} (mean over the last window)"
+    yield (
+        "speed",
+        f"{format_number(summary.steps_per_second, '.2f')} steps/s on {summary.run['device']}",
+    )
     if "runtime" in summary.run:  # which runs of early versions did not record
         yield "runtime", _runtime(summary.run)
-    yield "peak memory", _number(summary.peak_memory, ".2f", " GiB")
+    yield "peak memory", format_number(summary.peak_memory, ".2f", " GiB")
     yield "figures", ", ".join(summary.figures) or "none"
 
 
@@ -156,20 +159,9 @@ def _runtime(run: dict[str, Any]) -> str:
 def _step(summary: Summary) -> str:
     if summary.is_selected:
         return f"the selected step, {summary.step} of {summary.run['steps']}"
-    rule = _words(summary.run["selection"])
+    rule = RULES[summary.run["selection"]]
     return f"the last step, {summary.step} ({rule} does not decide within one run)"
 
 
-def _words(rule: str) -> str:
-    return {
-        "training_domain_validation": "training-domain validation",
-        "leave_one_domain_out": "leave-one-domain-out",
-    }.get(rule, rule)
-
-
 def _percent(share: float) -> str:
-    return _number(100 * share, ".1f", " %")
-
-
-def _number(value: float, form: str, unit: str = "") -> str:
-    return "–" if math.isnan(value) else f"{value:{form}}{unit}"
+    return format_number(100 * share, ".1f", " %")

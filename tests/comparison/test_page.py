@@ -14,7 +14,7 @@ from sweeps import write_run, write_sweep
 
 from dynmoe.comparison import page
 from dynmoe.comparison.runs import read_runs
-from dynmoe.report.document import Document, Picture, Section, Sheet
+from dynmoe.report.document import Code, Document, Picture, Section, Sheet
 from dynmoe.report.tables import Strong
 
 SWEEP = {
@@ -49,6 +49,12 @@ def build(folder: Path) -> Document:
     return page.build(read_runs([folder]))
 
 
+def commands_of(folder: Path) -> list[str]:
+    code = build(folder).sections[-2].blocks[1]
+    assert isinstance(code, Code)
+    return code.text.splitlines()
+
+
 def outline(sections: list[Section] | tuple[Section, ...]) -> dict[str, list[str]]:
     """Names of each section's tables and pictures."""
     return {
@@ -79,6 +85,7 @@ def test_the_claim_comes_first_and_the_conditions_last(tmp_path: Path) -> None:
         "curves": ["curves"],
         "made": ["conditions"],
         "missing": ["absent"],
+        "every-run": ["runs"],
     }
 
 
@@ -87,7 +94,7 @@ def test_what_is_missing_has_its_reason(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "DynMoE", state="failed")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "run.json").write_text("{")
-    missing = build(tmp_path).sections[-1]
+    missing = build(tmp_path).sections[-2]
     sheet, words, warnings = missing.blocks
     assert sheet.table.rows == (  # type: ignore[union-attr]
         (folder.path.name, "failed", "-", "DataError: no such folder"),
@@ -98,7 +105,25 @@ def test_what_is_missing_has_its_reason(tmp_path: Path) -> None:
 
 def test_nothing_is_missing_of_a_complete_sweep(tmp_path: Path) -> None:
     document = build(write_sweep(tmp_path, SWEEP))
-    assert document.sections[-1].name == "made"
+    assert [section.name for section in document.sections[-2:]] == ["made", "every-run"]
+
+
+def test_every_run_can_be_worked_out_again(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"dense": {"0": [0.5]}, "DynMoE": {"0": [0.6, 0.7015625]}})
+    (sheet,) = build(tmp_path).sections[-1].blocks
+    assert isinstance(sheet, Sheet)
+    assert sheet.table.rows == (
+        ("dense", "0", "0", "0", "100", "50.00", "50.00", "51.00"),
+        ("DynMoE", "0", "0", "0", "100", "60.00", "60.00", "61.00"),
+        ("DynMoE", "0", "1", "0", "100", "70.16", "70.16", "71.16"),
+    )
+
+
+def test_without_a_measurement_a_sentence_says_so(tmp_path: Path) -> None:
+    cost = build(write_sweep(tmp_path, SWEEP)).sections[1]
+    assert cost.blocks[2] == (
+        f"Times and memory are not measured: dynmoe-bench step --runs {tmp_path} does it."
+    )
 
 
 def test_a_picture_of_time_is_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -111,12 +136,14 @@ def test_a_picture_of_time_is_left_out_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_conditions_name_every_value(tmp_path: Path) -> None:
-    write_run(tmp_path, "dense", seed=0)
+    sizes = {"env0": {"in": 240, "out": 60}}
+    write_run(tmp_path, "dense", seed=0, facts={"sizes": sizes})
     write_run(tmp_path, "top-1 of 2", seed=1, facts={"batch_size": 16})
-    sheet = build(tmp_path).sections[-1].blocks[0]
-    assert isinstance(sheet, Sheet)
+    sheet = build(tmp_path).sections[-2].blocks[0]
+    assert isinstance(sheet, Sheet) and sheet.table.in_words
     assert dict(sheet.table.rows) == {
         "test environments": "0",
+        "images of a test environment": "0: 240 in, 60 out / unknown",
         "protocol": "domainbed",
         "selection rule": "training-domain validation",
         "repetitions": "seeds 0, 1",
@@ -150,9 +177,15 @@ def test_commands_are_those_that_hydra_recorded(
             (folder.path / ".hydra").mkdir()
             overrides = json.dumps([*shared, f"moe={moe}", f"seed={seed}"])  # JSON is YAML
             (folder.path / ".hydra" / "overrides.yaml").write_text(overrides)
-    code = build(tmp_path / "a b").sections[-1].blocks[1]
-    lines = code.text.splitlines()  # type: ignore[union-attr]
-    assert lines == [*commands, f"dynmoe-report '{tmp_path / 'a b'}'"]
+    assert commands_of(tmp_path / "a b") == [*commands, f"dynmoe-report '{tmp_path / 'a b'}'"]
+
+
+def test_commands_that_the_sweep_remembers_and_that_measured(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", SWEEP)
+    (sweep / "timing.json").write_text(json.dumps(TIMES))
+    commands = ["dynmoe-run sweep=mine seed=0", "dynmoe-run sweep=mine seed=1"]
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": {}, "commands": commands}))
+    assert commands_of(sweep) == [*commands, TIMES["command"], f"dynmoe-report {sweep}"]
 
 
 def test_every_problem_has_a_section_and_files_of_its_own(tmp_path: Path) -> None:
@@ -164,7 +197,11 @@ def test_every_problem_has_a_section_and_files_of_its_own(tmp_path: Path) -> Non
         "Other <Set>",
         "RotatedDigits",
         "How it was made",
+        "Every run",
     ]
+    assert outline(document.sections[-1:]) == {
+        "every-run": ["other-set-runs", "rotateddigits-runs"]
+    }
     names = outline(document.sections[0].sections) | outline(document.sections[1].sections)
     assert names["other-set-claim"][0] == "other-set-claim"
     files = [name for found in names.values() for name in found]

@@ -27,9 +27,10 @@ from dynmoe.comparison.routing_pictures import (
 )
 from dynmoe.comparison.run import Run
 from dynmoe.comparison.runs import read_runs
-from dynmoe.comparison.scatter import Point, front, name_points, scatter
+from dynmoe.comparison.scatter import Point, front, name_points, scatter, set_apart
 from dynmoe.comparison.timings import Timing, Timings
 from dynmoe.report.document import Picture
+from dynmoe.report.drawing import save
 from dynmoe.report.records import Record, RunFolder
 
 SWEEP = {
@@ -129,8 +130,8 @@ def test_experts_over_steps_and_their_mean(tmp_path: Path) -> None:
     assert at.tolist() == [2, 2, 3, 5]
     axes = figure_of(draw_experts(runs)).axes[0]
     mean = axes.lines[-1]
-    assert list(mean.get_xdata()) == [0, 49, 99, 149, 150]
-    assert list(mean.get_ydata()) == [2, 2.5, 4.5, 5, 5]
+    assert list(mean.get_xdata()) == [0, 49, 99, 149, 150, 156]  # room for the last update
+    assert list(mean.get_ydata()) == [2, 2.5, 4.5, 5, 5, 5]
 
 
 def test_load_is_a_share_of_the_rows_tokens(tmp_path: Path) -> None:
@@ -195,7 +196,8 @@ def test_accuracy_against_activated_parameters(tmp_path: Path) -> None:
     dense = {(1000, 50.0): "s"}
     assert points == dense | fixed | {(1000 + 2 * (1 + 40) + 150 + 200, 60.0): "D"}
     assert sorted(text.get_text() for text in axes.texts) == sorted(SWEEP)
-    best = next(line for line in axes.lines if line.get_label() == "Pareto front")
+    assert axes.get_ylabel() == "accuracy on test environment 0, %"
+    best = next(line for line in axes.lines if line.get_linestyle() == "--")
     assert list(best.get_xdata()) == [1000, 1432, 1432, 1482, 1482]
     assert list(best.get_ydata()) == pytest.approx([50, 50, 60, 60, 70])
 
@@ -221,6 +223,34 @@ def test_front_keeps_what_nothing_beats_in_both() -> None:
     assert [point.name for point in front(points, more_is_better=True)] == ["e"]
 
 
+def test_points_of_almost_the_same_x_are_set_apart() -> None:
+    places = {"a": (0, 5), "b": (500, 3), "c": (500, 4), "d": (501, 9), "e": (1000, 1)}
+    points = [Point(name, x, y, 0.1, {}) for name, (x, y) in places.items()]
+    moved = set_apart(points)
+    assert [(point.name, point.x) for point in moved] == [
+        *(("a", 0), ("c", 488.5), ("b", 500.5), ("d", 512.5), ("e", 1000))
+    ]
+    assert [p.name for p in front(moved)] == [p.name for p in front(points)]
+    assert set_apart(points[:1]) == points[:1]
+
+
+def test_names_with_dollar_signs_are_no_mathematics(tmp_path: Path) -> None:
+    names = {"env_names": [r"$\frac{$", "15", "30"], "class_names": ["$_", "$^$"]}
+    runs = runs_in(write_sweep(tmp_path / "sweep", SWEEP, facts=names))
+    for draw in DRAWINGS:
+        picture = draw(runs)
+        assert picture is not None
+        save(picture.figure, tmp_path / "figure.svg")
+    figure = Figure()
+    axes = figure.subplots()
+    points = [
+        Point(r"$\frac{$", 0, 0, 0.1, {"color": "black"}),
+        Point("b", 1, 1, 0.1, {"color": "k"}),
+    ]
+    scatter(axes, points)
+    name_points(axes, points)
+
+
 def test_names_of_points_do_not_cover_one_another() -> None:
     style = {"color": "black", "marker": "o"}
     points = [Point(f"top-{n} of 8", 10 + n % 3, 5 + n // 3, 0.1, style) for n in range(9)]
@@ -240,10 +270,15 @@ def test_curves_are_means_over_seeds_with_a_panel_for_each_environment(tmp_path:
     write_sweep(tmp_path, {"dense": {"0": [0.2, 0.4], "15": [0.5]}, "DynMoE": {"0": [0.5]}})
     picture = draw_curves(runs_in(tmp_path))
     figure = figure_of(picture)
-    assert [axes.get_title() for axes in figure.axes] == ["tested on 0", "tested on 15"]
-    dense = figure.axes[0].lines[0]
+    assert [axes.get_title() for axes in figure.axes] == [
+        "test environment 0",
+        "test environment 15",
+    ]
+    dense, marker = figure.axes[0].lines[:2]
     assert list(dense.get_xdata()) == [0, 50, 100, 150]
     assert dense.get_ydata() == pytest.approx([0.31, 0.31, 0.3, 0.31])
+    assert (marker.get_marker(), list(marker.get_xdata())) == ("s", [SELECTED])
+    assert list(marker.get_ydata()) == pytest.approx([0.3])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "DynMoE"]
 
 

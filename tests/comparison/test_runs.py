@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sweeps import BATCH, SELECTED, write_run, write_sweep
@@ -179,6 +181,78 @@ def test_a_run_that_cannot_be_used_is_named_and_left_out(tmp_path: Path) -> None
         assert str(run.path) in warning and what in warning
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda facts: None, "expected a JSON object, found 'None'"),
+        (lambda facts: [], "expected a JSON object, found '[]'"),
+        (lambda facts: {"config": {}}, "expected `dataset` as text, found none"),
+        *(
+            (
+                lambda facts, key=key: {k: v for k, v in facts.items() if k != key},
+                f"run.json: expected `{key}` as {kind}, found none; run it again with ",
+            )
+            for key, kind in [
+                *(("env_names", "a list"), ("test_envs", "a list"), ("class_names", "a list")),
+                *(("seed", "a whole number"), ("steps", "a whole number")),
+                *(("batch_size", "a whole number"), ("selection", "text")),
+                *(("start_experts", "an object"), ("parameters", "an object")),
+            ]
+        ),
+        (lambda facts: facts | {"config": {}}, "config: expected `moe.algorithm` as text"),
+        (lambda facts: facts | {"costs": {}}, "costs: expected `parameters` as an object"),
+        (lambda facts: facts | {"start_experts": {}}, "expected `blocks.2.mlp` as a whole number"),
+        (lambda facts: facts | {"selection": "best"}, "expected `selection` as one of training_"),
+        (lambda facts: facts | {"test_envs": [7]}, "expected `test_envs` as positions in `env_nam"),
+    ],
+)
+def test_damaged_facts_are_named_and_their_run_left_out(
+    tmp_path: Path, change: Callable[[Any], Any], message: str
+) -> None:
+    good, bad = write_run(tmp_path, seed=0), write_run(tmp_path, seed=1)
+    (bad.path / "run.json").write_text(json.dumps(change(bad.read_run())))
+    collection = read_runs([tmp_path])
+    assert [run.folder.path for run in collection.runs] == [good.path]
+    (warning,) = collection.warnings
+    assert warning.startswith(str(bad.path / "run.json")) and message in warning
+    assert warning.endswith("run again with overwrite=true; left out") or warning.endswith(
+        "run it again with overwrite=true; left out"
+    )
+
+
+@pytest.mark.parametrize("setting", ["DynMoE", "top-1 of 2"])
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("results.jsonl", '{"step": 50}', "line 2: expected `args` as an object"),
+        ("routing.jsonl", '{"step": 100, "la', "line 2: expected a JSON object with a step"),
+        ("routing.jsonl", '{"step": 100, "a": 1}', "step 100: expected `layer` as text"),
+        ("events.jsonl", "{", "expected a JSON object with a step, found '{'"),
+        ("events.jsonl", '{"step": 50}', "step 50: expected `layer` as text"),
+    ],
+)
+def test_a_damaged_line_is_named_and_its_run_left_out(
+    tmp_path: Path, setting: str, file: str, line: str, message: str
+) -> None:
+    good, bad = write_run(tmp_path, setting, seed=0), write_run(tmp_path, setting, seed=1)
+    lines = (bad.path / file).read_text().splitlines()
+    lines[1:2] = [line]
+    (bad.path / file).write_text("".join(f"{text}\n" for text in lines))
+    collection = read_runs([tmp_path])
+    assert [run.folder.path for run in collection.runs] == [good.path]
+    (warning,) = collection.warnings
+    assert warning.startswith(str(bad.path / file)) and message in warning
+
+
+def test_a_layer_or_environment_without_its_line_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    lines = (run.path / "routing.jsonl").read_text().splitlines()
+    kept = [text for text in lines if not ('"step": 100' in text and '"env1"' in text)]
+    (run.path / "routing.jsonl").write_text("".join(f"{text}\n" for text in kept))
+    (warning,) = read_runs([tmp_path]).warnings
+    assert "expected a line for every layer and environment at step 100, found 6 lines" in warning
+
+
 def test_copies_and_different_data_are_named(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a")
     copy = write_run(tmp_path / "b")
@@ -190,13 +264,37 @@ def test_copies_and_different_data_are_named(tmp_path: Path) -> None:
     assert "seed 0" in data and "abc0, other" in data
 
 
+def test_many_copies_are_one_warning(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        for seed in range(3):
+            write_run(tmp_path / folder, seed=seed)
+    a, b = tmp_path / "a", tmp_path / "b"
+    name = "digits_dynmoe_env0_seed0"
+    assert read_runs([a, b]).warnings == [
+        f"3 runs repeat others, the first is {b / name}: repeats {a / name}; left out"
+    ]
+
+
 def test_folders_that_hold_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="found no run"):
         read_runs([tmp_path])
     with pytest.raises(RecordError, match="found no folder"):
         read_runs([tmp_path / "nowhere"])
-    (tmp_path / "sweep.json").write_text('{"jobs"')
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"jobs"', "[]", '{"jobs": [1]}', '{"jobs": {"a": null}}', '{"jobs": {}, "commands": 1}'],
+)
+def test_a_damaged_sweep_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(RecordError, match=r"sweep\.json: expected the jobs"):
+        read_runs([tmp_path])
+
+
+def test_a_job_whose_configuration_says_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text('{"jobs": {"a": {"config": {"seed": 0}}}}')
+    with pytest.raises(RecordError, match=r"sweep\.json, a: expected `moe.algorithm` as text"):
         read_runs([tmp_path])
 
 

@@ -152,3 +152,16 @@ def test_the_same_document_is_the_same_bytes(document: Document, tmp_path: Path)
 def links(markdown: Path) -> list[str]:
     """Files that the text links."""
     return re.findall(r"\]\(([^)#]+)\)", markdown.read_text())
+
+
+def test_a_table_of_words_stands_on_the_left(tmp_path: Path) -> None:
+    words = Table("Words", ("what", "how"), (("backbone", "a ViT"),), in_words=True)
+    write(Document("Title", [Sheet("words", words)], []), tmp_path)
+    assert '<table class="words">' in (tmp_path / "report.html").read_text()
+    assert "| --- | --- |" in (tmp_path / "report.md").read_text()
+    assert r"\begin{tabular}{ll}" in (tmp_path / "tables" / "words.tex").read_text()
+
+
+def test_a_figure_stays_legible_on_a_phone(document: Document, tmp_path: Path) -> None:
+    write(document, tmp_path)
+    assert 'style="width: 192px; min-width: 153px"' in (tmp_path / "report.html").read_text()

@@ -30,6 +30,12 @@ def test_all_figures_of_an_adaptive_run(synthetic_run: RunFolder) -> None:
             assert len(set(image.convert("L").tobytes())) > 50
 
 
+def test_a_name_with_dollar_signs_is_no_mathematics(synthetic_run: RunFolder) -> None:
+    facts = synthetic_run.read_run()
+    synthetic_run.write_run(facts | {"env_names": [r"$\frac{$", *facts["env_names"][1:]]})
+    assert names(draw_all(synthetic_run)) == ALL
+
+
 @pytest.mark.parametrize(
     ("missing", "drawn"),
     [

@@ -86,6 +86,9 @@ def test_damaged_run_facts_are_named(folder: RunFolder) -> None:
     (folder.path / "run.json").write_text("{")
     with pytest.raises(UserError, match=r"run\.json: expected JSON, found damage"):
         folder.read_run()
+    (folder.path / "run.json").write_text("[]")
+    with pytest.raises(UserError, match=r"run\.json: expected a JSON object, found '\[\]'"):
+        folder.read_run()
 
 
 def test_a_kill_at_any_byte_loses_nothing_earlier(folder: RunFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,18 @@ def test_two_runs_are_compared(sweep: Path, capsys: pytest.CaptureFixture[str]) 
     assert not (Path(a) / "report").exists()
 
 
+def test_a_run_is_compared_with_its_repeat(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, again = (write_run(tmp_path / name, "dense").path for name in ("old", "new"))
+    facts = json.loads((again / "run.json").read_text())
+    facts["versions"]["torch"] = "2.12.0"
+    (again / "run.json").write_text(json.dumps(facts))
+    main([str(first), str(again)])
+    out = capsys.readouterr().out
+    assert "B is level with A" in out and "torch (2.11.0; 2.12.0)" in out.replace("\n", " ")
+
+
 def test_domainbeds_own_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, "dense", 0.25)
     main(["--domainbed", str(tmp_path)])
@@ -74,7 +87,11 @@ def test_what_cannot_be_reported_is_refused(
         f"  {run.name}: failed, DataError: no such folder\n"
     )
     other = write_run(tmp_path, seed=1).path
-    assert "two finished runs that differ" in refused([str(run), str(other)], capsys)
+    assert f"{run}: expected a finished run, found none" in refused([str(run), str(other)], capsys)
+    assert "expected two runs, found the same one twice" in refused([str(other)] * 2, capsys)
+    for arguments in (["--domainbed", str(tmp_path)], [str(run), str(other)]):
+        message = refused([*arguments, "--out", str(tmp_path / "page")], capsys)
+        assert "--out: expected with a report of sweeps, found with " in message
 
 
 def test_500_runs_without_torch(tmp_path: Path) -> None:
