@@ -25,15 +25,13 @@ from omegaconf import DictConfig
 from dynmoe.config import options, resolvers
 from dynmoe.config.check import check, report
 from dynmoe.config.preflight import preflight, search_path
-from dynmoe.errors import UserError
+from dynmoe.errors import STOPPED, UserError
 from dynmoe.report.records import Held, RunFolder
 
 Job = Callable[[DictConfig], float | None]
 
 # What Hydra puts into the folder of a run before the job starts (conf/hydra/job_logging).
 HYDRAS_FILES = {".hydra", "run.log"}
-
-STOPPED = "stopped. The same command goes on from the last evaluation."
 
 # At import, not in run(): a parallel launcher's processes import this module with the job, and have
 # to resolve the same configuration.
@@ -129,7 +127,8 @@ def _job_failed(prog: str, hydra_cfg: HydraConf, cfg: DictConfig, error: Excepti
     if trace:
         print(trace, file=sys.stderr)
     if cfg.get("mode") == "train":
-        RunFolder(hydra_cfg.runtime.output_dir).mark_failed(message, trace)
+        line = " ".join(message.split())
+        RunFolder(hydra_cfg.runtime.output_dir).mark_failed(line, trace)
     return RuntimeError(message)
 
 

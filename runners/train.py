@@ -59,7 +59,9 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
     from dynmoe.sweep import plan
     from dynmoe.sweep.jobs import Job
 
-    Console().print(plan.render([Job((), folder.path.name, folder, flat(cfg))], parallel=1))
+    steps, eval_every = cfg.task.steps, cfg.task.eval_every
+    job = Job((), folder.path.name, "", folder, flat(cfg), steps, eval_every)
+    Console().print(plan.render([job], parallel=1))
 
 
 def train(cfg: DictConfig, folder: RunFolder) -> bool:

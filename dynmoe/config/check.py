@@ -113,7 +113,9 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
     if not known.open:
         words = {*known.parameters, *(() if path else GROUPS)}
         for key in map(str, cfg):
-            if key not in known.parameters.keys() | INSTANTIATE | {"hydra"}:
+            if not path and key in GROUPS:
+                yield f"{key}: the file of this group has to begin with '# @package _global_'"
+            elif key not in known.parameters.keys() | INSTANTIATE | {"hydra"}:
                 yield f"{dot}{key}: unknown key.{did_you_mean(key, words)}"
     if "_target_" not in cfg:
         for key, parameter in known.parameters.items():

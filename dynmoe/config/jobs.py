@@ -8,45 +8,111 @@ for some mixtures alone. So `hydra.sweeper.settings` lists what belongs together
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+# Runs that differ in these alone repeat one setting.
+REPETITION = ("seed", "trial_seed", "hparams_seed", "data.test_envs")
+
+SWEEPER = "hydra_plugins.dynmoe_sweeper.DynMoESweeper"
+KEYS = ("_target_", "max_batch_size", "params", "settings")
+
 Axes = dict[str, list[str]]
 """Of every key the overrides it takes in turn: {"seed": ["seed=0", "seed=1"]}."""
 
 
-def job_axes(parser: OverridesParser, sweeper: DictConfig, given: Sequence[Override]) -> list[Axes]:
-    """The axes of each setting. The command line, `given`, wins over `params`, a setting over both.
+@dataclass(frozen=True)
+class SweepJob:
+    overrides: tuple[str, ...]
+    setting: str
+    """Those that say which setting it is; what all jobs share, and repetitions, left out."""
 
-    An interval, which only a search can draw from, is no axis.
-    """
+
+@dataclass(frozen=True)
+class Sweep:
+    settings: list[Axes]
+    """Of each setting its own keys; they win over `shared`."""
+    shared: Axes
+    """From `params` and, over them, the command line."""
+
+    @property
+    def axes(self) -> list[Axes]:
+        """Of each setting all keys, its own first."""
+        return [
+            own | {k: v for k, v in self.shared.items() if k not in own} for own in self.settings
+        ]
+
+    @property
+    def base(self) -> list[str]:
+        """The overrides that every job has."""
+        return [each[0] for each in self.shared.values() if len(each) == 1]
+
+    @property
+    def jobs(self) -> list[SweepJob]:
+        """All of them, equal ones once.
+
+        All settings of the first seed come first, so that an unfinished sweep can be compared.
+        """
+        several = [key for key, each in self.shared.items() if len(each) > 1]
+        found: dict[tuple[str, ...], tuple[list[int], SweepJob]] = {}
+        for own, axes in zip(self.settings, self.axes, strict=True):
+            telling = {*own, *several} - set(REPETITION)
+            for values in itertools.product(*axes.values()):
+                job = dict(zip(axes, values, strict=True))
+                setting = " ".join(text.lstrip("+") for key, text in job.items() if key in telling)
+                turn = [self.shared[key].index(job[key]) for key in several if key not in own]
+                found.setdefault(values, (turn, SweepJob(values, setting)))
+        return [job for _, job in sorted(found.values(), key=lambda each: each[0])]
+
+
+def read_sweep(parser: OverridesParser, sweeper: DictConfig, given: Sequence[Override]) -> Sweep:
+    """The sweep of a sweeper's node, in which `problems_of` finds none, and a command line."""
     node = OmegaConf.to_container(sweeper, resolve=True)
     assert isinstance(node, dict)
-    shared = _read(parser, node.get("params") or {}) | _axes(given)
-    settings = [_read(parser, setting) for setting in node.get("settings") or [{}]]
-    return [
-        {key: each for key, each in (own | shared | own).items() if each}  # own keys stand first
-        for own in settings
-    ]
+    return Sweep(
+        [_read(parser, setting) for setting in node.get("settings") or [{}]],
+        _read(parser, node.get("params") or {}) | _axes(given),
+    )
 
 
-def jobs(axes: Sequence[Axes]) -> list[list[str]]:
-    """The overrides of every job; equal jobs count once.
+def problems_of(sweeper: DictConfig) -> Iterator[str]:
+    """What is wrong with the shape of our sweeper's node."""
+    node = OmegaConf.to_container(sweeper)
+    assert isinstance(node, dict)
+    for key in map(str, node):
+        if key not in KEYS:
+            yield f"hydra.sweeper.{key}: unknown key. Known: {', '.join(KEYS[1:])}"
+    size = node.get("max_batch_size")
+    if size is not None and not (isinstance(size, int) and size >= 1):
+        yield f"hydra.sweeper.max_batch_size: expected null, or 1 or more, found {size}"
+    params, settings = node.get("params"), node.get("settings")
+    if params is not None:
+        yield from _mapping_problems("hydra.sweeper.params", params)
+    if not isinstance(settings, list):
+        yield f"hydra.sweeper.settings: expected a list of {{key: 'value,value'}}, found {settings}"
+    else:
+        for index, setting in enumerate(settings):
+            yield from _mapping_problems(f"hydra.sweeper.settings[{index}]", setting)
 
-    All settings of the first seed come first, so that an unfinished sweep can be compared.
-    """
-    common = [key for key in axes[0] if all(each.get(key) == axes[0][key] for each in axes)]
-    every = [
-        dict(zip(each, job, strict=True))
-        for each in axes
-        for job in itertools.product(*each.values())
-    ]
-    every.sort(key=lambda job: [axes[0][key].index(job[key]) for key in common])
-    return [list(job) for job in dict.fromkeys(tuple(job.values()) for job in every)]
+
+def _mapping_problems(place: str, node: Any) -> Iterator[str]:
+    if not isinstance(node, dict):
+        yield f"{place}: expected {{key: 'value,value'}}, found {node}"
+        return
+    for key, value in node.items():
+        if isinstance(value, list):
+            several = ",".join(map(str, value))
+            yield (
+                f"{place}.{key}: expected text, found a list. Several values are written "
+                f"'{several}', one that is a list '[{several}]'"
+            )
+        elif isinstance(value, dict) or value is None:
+            yield f"{place}.{key}: expected a value, found {value}"
 
 
 def _read(parser: OverridesParser, values: Mapping[str, Any]) -> Axes:
@@ -54,10 +120,12 @@ def _read(parser: OverridesParser, values: Mapping[str, Any]) -> Axes:
 
 
 def _axes(overrides: Sequence[Override]) -> Axes:
-    return {override.key_or_group: _each(override) for override in overrides}
+    axes = {override.key_or_group: _each(override) for override in overrides}
+    return {key: each for key, each in axes.items() if each}
 
 
 def _each(override: Override) -> list[str]:
+    """None for an interval, which only a search can draw from."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if not override.is_discrete_sweep():

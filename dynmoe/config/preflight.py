@@ -12,11 +12,14 @@ from hydra import initialize_config_module
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dynmoe.config import options, resolvers
 from dynmoe.config.check import MEANING
 from dynmoe.config.compose import Composer, MissingGroup, parse, parser, single_values
-from dynmoe.config.jobs import Axes, job_axes
+from dynmoe.config.jobs import SWEEPER, Axes, problems_of, read_sweep
 
 # Of pyproject.toml, those that bring launchers and sweepers.
 EXTRAS = ("joblib", "optuna", "ray", "submitit")
@@ -59,7 +62,7 @@ def preflight(
                 names = ", ".join(options.options(group, composer.search))
                 found.append(f"{group}: required, {MEANING[group]}. Options: {names}")
             found += _whatever_the(group, composer, known, multirun)
-        except HydraException as error:
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
             found.append(_missing_extra(str(error)) or " ".join(str(error).split()))
         values = [o for o in known if composer.is_plain_value(o)]
     return Verdict(
@@ -84,6 +87,8 @@ def search_path() -> Iterator[None]:
 
 
 def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun: bool) -> list[str]:
+    if any(o.key_or_group == "sweep" and o.is_sweep_override() for o in overrides):
+        return ["sweep: one at a time, start them one after the other"]
     firsts = [single for override in overrides for single in single_values(override)[:1]]
     cfg = composer.compose(firsts).cfg
     if not multirun and cfg.hydra.mode != RunMode.MULTIRUN:
@@ -93,23 +98,40 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
             for override in overrides
             if override.is_sweep_override()
         ]
+    node, name = cfg.hydra.sweeper, cfg.hydra.runtime.choices.get("sweep")
+    ours = node._target_ == SWEEPER
+    wrong = list(problems_of(node)) if ours else []
+    if ours and not wrong:
+        for values in (node.params or {}, *node.settings):
+            wrong += parse([f"{key}={value}" for key, value in values.items()])[1]
+    if wrong:
+        return [f"sweep={name}: {text}" if name else text for text in wrong]
+    sweep = read_sweep(parser(), node, overrides)
     found: list[str] = []
-    axes = job_axes(parser(), cfg.hydra.sweeper, overrides)
-    for each in axes:
-        found += _axes_problems(composer, each)
+    for axes in sweep.axes:
+        found += _axes_problems(composer, axes)
     given = {override.key_or_group for override in overrides}
-    fixed = {key for setting in cfg.hydra.sweeper.get("settings") or [] for key in setting}
-    for key in sorted(given & fixed):
-        name = cfg.hydra.runtime.choices.sweep
+    for key in sorted(given & {key for own in sweep.settings for key in own}):
         found.append(f"{key}: sweep={name} sets it. Leave it out, or write a sweep of your own")
-    if "name" not in given and any(len(each.get("task", ())) > 1 for each in axes):
+    if "name" not in given and any(len(axes.get("task", ())) > 1 for axes in sweep.axes):
         found.append(f"name: a sweep over tasks has to name {MEANING['name']}")
+    if ours:
+        found += [
+            f"{override.input_line}: an interval is drawn from by a search: sweep=optuna"
+            for override in overrides
+            if override.is_sweep_override() and not override.is_discrete_sweep()
+        ]
+    elif OmegaConf.select(cfg, "mode") == "plan":
+        found.append("mode: a search draws its jobs as it goes, there is no plan of it")
     return found
 
 
 def _axes_problems(composer: Composer, axes: Axes) -> list[str]:
     """The first value of every key, and each other value in its place."""
     singles = [parse(values)[0] for values in axes.values()]
+    unknown = [text for each in singles for one in each for text in composer.unknown_options(one)]
+    if unknown:
+        return unknown
     firsts = [values[0] for values in singles]
     found = composer.problems(firsts, multirun=True)
     for index, values in enumerate(singles):

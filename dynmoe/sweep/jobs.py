@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,13 @@ class Job:
     """As Hydra launches it."""
     label: str
     """The overrides that tell it from the other jobs."""
+    setting: str
+    """Those of its setting alone, without seeds and test environments."""
     folder: RunFolder
     config: Mapping[str, Any]
     """What can change its result (dynmoe/config/identity.py, `flat`)."""
+    steps: int
+    eval_every: int
 
     @property
     def name(self) -> str:
@@ -28,10 +32,7 @@ class Job:
         return self.folder.state
 
 
-def labels(jobs: list[tuple[str, ...]]) -> list[str]:
-    """Of each job the overrides that not all of them share; all of them where there is one job."""
+def labels(jobs: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of each job the overrides that not all jobs share."""
     shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    return [
-        " ".join(text.lstrip("+") for text in job if text not in shared) or "the only job"
-        for job in jobs
-    ]
+    return [" ".join(text.lstrip("+") for text in job if text not in shared) for job in jobs]

@@ -8,28 +8,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
+from dynmoe.config.jobs import REPETITION
 from dynmoe.errors import ConfigError
-from dynmoe.report.records import replace_file
+from dynmoe.report.records import LOCKS, replace_file
 from dynmoe.sweep.jobs import Job
 
 FILE = "sweep.json"
 Config = Mapping[str, Any]
 
-# More of these are more of the same sweep.
-REPETITION = ("seed", "trial_seed", "hparams_seed", "data.test_envs")
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other launchers from checking and writing meanwhile."""
+    (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCKS / FILE):
+        yield
 
 
 def check(folder: Path, sweep: str, base: Config, jobs: Sequence[Job]) -> None:
     """Compare a sweep with the one that the folder was made for.
 
-    `base` is the configuration of its command without what it sweeps. More jobs are welcome: other
-    seeds, further settings.
+    `base` is the configuration of its command without what it sweeps. Further seeds, test
+    environments and settings are welcome.
 
     Raises:
-        ConfigError: another sweep, or other values; it names every key that differs.
+        ConfigError: another sweep, other values of what all jobs share, or of a setting; it names
+            every key that differs. Or a damaged file.
     """
     known = _read(folder)
     if not known:
@@ -38,10 +48,10 @@ def check(folder: Path, sweep: str, base: Config, jobs: Sequence[Job]) -> None:
     if known["sweep"] != sweep:
         found.append(f"sweep: {known['sweep']} there, {sweep} now")
     found += _differences(known["base"], base)
-    before = {job["overrides"]: job["config"] for job in known["jobs"].values()}
+    before = {job["setting"]: job["config"] for job in known["jobs"].values()}
     for job in jobs:
-        if job.label in before:
-            found += _differences(before[job.label], job.config)
+        if job.setting in before:
+            found += _differences(before[job.setting], job.config)
     if found:
         lines = "\n  ".join(dict.fromkeys(found))
         raise ConfigError(
@@ -50,18 +60,39 @@ def check(folder: Path, sweep: str, base: Config, jobs: Sequence[Job]) -> None:
         )
 
 
-def write(folder: Path, sweep: str, base: Config, jobs: Sequence[Job]) -> None:
-    """Add the jobs to those that are known."""
-    known = _read(folder)
-    entries = known["jobs"] if known else {}
-    entries |= {job.name: {"overrides": job.label, "config": dict(job.config)} for job in jobs}
-    content = {"sweep": sweep, "base": dict(base), "jobs": entries}
+def write(folder: Path, sweep: str, command: str, base: Config, jobs: Sequence[Job]) -> None:
+    """Add the command and its jobs to those that are known."""
+    known = _read(folder) or {"commands": [], "jobs": {}}
+    entries = {
+        job.name: {"overrides": job.label, "setting": job.setting, "config": dict(job.config)}
+        for job in jobs
+    }
+    content = {
+        "sweep": sweep,
+        "commands": list(dict.fromkeys([*known["commands"], command])),
+        "base": dict(base),
+        "jobs": known["jobs"] | entries,
+    }
     replace_file(folder / FILE, json.dumps(content, indent=1) + "\n")
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    """Empty where there is no file."""
     file = folder / FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for key, kind in (("sweep", str), ("commands", list), ("base", dict), ("jobs", dict)):
+            if not isinstance(content[key], kind):
+                raise TypeError(key)
+        _ = [(job["setting"], job["config"].keys()) for job in content["jobs"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file}: expected what an earlier start of the sweep wrote, found damage "
+            f"({type(error).__name__}: {error}). Delete it; the next start writes it anew"
+        ) from None
+    return content
 
 
 def _differences(old: Config, new: Config) -> Iterator[str]:

@@ -4,80 +4,99 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dynmoe.report.records import Record, RunFolder
+from dynmoe.report.records import Record, State
 from dynmoe.sweep.jobs import Job
 
 
-def seconds(results: Sequence[Record]) -> float:
-    """Training and evaluation so far, by the records."""
-    total, before = 0.0, -1
-    for record in results:
-        total += (record["step"] - before) * record.get("step_time", 0.0)
-        total += record.get("eval_time", 0.0)
-        before = record["step"]
-    return total
+@dataclass(frozen=True)
+class Standing:
+    """One look at a job's folder."""
 
+    job: Job
+    state: State
+    results: Sequence[Record]
 
-def progress(results: Sequence[Record], steps: int) -> float:
-    """The share of the run that its last record has seen."""
-    return (results[-1]["step"] + 1) / steps if results else 0.0
+    @classmethod
+    def of(cls, job: Job) -> Standing:
+        return cls(job, job.state, job.folder.read("results"))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the records have seen."""
+        return self.results[-1]["step"] + 1 if self.results else 0
 
 
 def render(jobs: Sequence[Job], parallel: int) -> RenderableType:
     """A line for each job, the counts, and the time left with `parallel` jobs at once."""
+    standings = [Standing.of(job) for job in jobs]
+    left = seconds_left(standings)
     table = Table(box=None, pad_edge=False)
     for column in ("job", "state", "steps", "left"):
         table.add_column(column, justify="right" if column in ("steps", "left") else "left")
-    left = dict(zip((job.name for job in jobs), seconds_left(jobs), strict=True))
-    for job in jobs:
-        state, steps = job.state, job.config["task.steps"]
-        done = round(steps * progress(job.folder.read("results"), steps))
-        time = "" if state == "done" else _time(left[job.name])
-        table.add_row(job.label, _state(job.folder), f"{done}/{steps}", time)
-    return Group(table, "", *_totals(jobs, list(left.values()), parallel))
+    for each, seconds in zip(standings, left, strict=True):
+        state = each.state
+        text = f"failed: {each.job.folder.failure}" if state == "failed" else state
+        time = "" if state == "done" else _time(seconds)
+        table.add_row(each.job.label, text, f"{each.steps}/{each.job.steps}", time)
+    return Group(table, "", *_totals(standings, left, parallel))
 
 
-def seconds_left(jobs: Sequence[Job]) -> list[float]:
-    """Of each job, by the jobs of its setting that have records, else by all; NaN without any."""
-    results = [job.folder.read("results") for job in jobs]
-    whole: dict[str, list[float]] = {}
-    for job, records in zip(jobs, results, strict=True):
-        share = progress(records, job.config["task.steps"])
-        if share and seconds(records):
-            whole.setdefault(_setting(job), []).append(seconds(records) / share)
-    overall = [each for times in whole.values() for each in times] or [math.nan]
-    return [
-        fmean(whole.get(_setting(job), overall))
-        * (1 - progress(records, job.config["task.steps"]))
-        * (job.state != "done")
-        for job, records in zip(jobs, results, strict=True)
-    ]
+def seconds_left(standings: Sequence[Standing]) -> list[float]:
+    """Of each job, at the pace of the jobs of its setting, else of all; NaN without any record.
+
+    Steps and evaluations are counted apart: the first evaluation comes after one step already.
+    """
+    paces: dict[str, list[Mapping[str, float]]] = {}
+    for each in standings:
+        if each.results:
+            paces.setdefault(each.job.setting, []).append(_pace(each.results))
+    overall = [pace for found in paces.values() for pace in found]
+    return [_left(each, paces.get(each.job.setting, overall)) for each in standings]
 
 
-def _setting(job: Job) -> str:
-    return " ".join(text for text in job.label.split() if not text.startswith("seed="))
+def _pace(results: Sequence[Record]) -> Mapping[str, float]:
+    """Seconds of a step and of an evaluation, mean over the records; of the last step, if long."""
+    before = [-1, *(record["step"] for record in results)]
+    steps = [record["step"] - last for record, last in zip(results, before, strict=False)]
+    trained = sum(n * record["step_time"] for n, record in zip(steps, results, strict=True))
+    return {
+        "step": trained / sum(steps),
+        "evaluation": fmean(record.get("eval_time", 0.0) for record in results),
+    }
 
 
-def _state(folder: RunFolder) -> str:
-    return f"failed: {folder.failure}" if folder.state == "failed" else folder.state
+def _left(standing: Standing, paces: Sequence[Mapping[str, float]]) -> float:
+    if standing.state == "done":
+        return 0.0
+    if not paces:
+        return math.nan
+    job = standing.job
+    steps = job.steps - standing.steps
+    evaluations = math.ceil((job.steps - 1) / job.eval_every) + 1 - len(standing.results)
+    return sum(
+        count * fmean(pace[what] for pace in paces)
+        for count, what in ((steps, "step"), (evaluations, "evaluation"))
+    )
 
 
-def _totals(jobs: Sequence[Job], left: Sequence[float], parallel: int) -> Iterator[Text]:
-    counts = Counter(job.state for job in jobs)
+def _totals(standings: Sequence[Standing], left: Sequence[float], parallel: int) -> Iterator[Text]:
+    counts = Counter(each.state for each in standings)
     listed = ", ".join(f"{count} {state}" for state, count in counts.items())
-    yield Text(f"{len(jobs)} jobs: {listed}", style="bold")
+    yield Text(f"{len(standings)} job{'s' * (len(standings) != 1)}: {listed}", style="bold")
     total = sum(left)
     if math.isnan(total):
         yield Text("Time left: unknown until a first evaluation has been recorded.")
     elif total:
-        at_once = f", {_time(total / parallel)} with {parallel} at once" if parallel > 1 else ""
+        soonest = max(total / parallel, *left)  # no job is divided
+        at_once = f", {_time(soonest)} with {parallel} at once" if parallel > 1 else ""
         yield Text(f"Time left: about {_time(total)} of work{at_once}.")
 
 

@@ -167,14 +167,6 @@ def test_other_errors_keep_their_traceback(script: Path) -> None:
     assert "ZeroDivisionError: a bug" in done.stderr
 
 
-def test_a_combination_is_checked_when_its_job_starts(script: Path) -> None:
-    # Each value is right beside the first of the other, the two last ones are not.
-    done = call(script, "-m", TASK, "moe=topk", "moe.top_k=1,3", "moe.num_experts=4,2")
-    assert done.returncode == 1
-    assert "top_k (3) > num_experts (2)" in done.stderr
-    assert len(folders(done)) == 3
-
-
 def test_help_lists_groups_and_needs_no_task(script: Path) -> None:
     done = call(script, "--help")
     assert done.returncode == 0

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dynmoe.config.preflight import preflight
 from dynmoe.report.records import RunFolder
 
 SCRIPT = """
@@ -65,6 +66,13 @@ class Sweep:
         (root / "conf" / "sweep" / "own.yaml").write_text(OWN)
         self.folder = root / "outputs" / "own"
 
+    def rewrite(self, before: str, after: str) -> None:
+        """Replace a text in the sweep's file."""
+        file = self.root / "conf" / "sweep" / "own.yaml"
+        text = file.read_text()
+        assert before in text
+        file.write_text(text.replace(before, after))
+
     def start(self, *arguments: str, nap: float = 0.0) -> subprocess.Popen[str]:
         paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         env = {"PYTHONPATH": paths, "LOG": str(self.root / "log"), "NAP": str(nap)}
@@ -112,7 +120,12 @@ def test_settings_times_parameters_once_and_never_again(sweep: Sweep) -> None:
     status, out, _ = sweep.call("seed=0,1,2")
     assert status == 0 and sweep.log == [f"{setting} 2" for setting in one]
     assert "9 jobs in outputs/own: 6 done or running, 3 to do" in out
-    jobs = json.loads((sweep.folder / "sweep.json").read_text())["jobs"]
+    content = json.loads((sweep.folder / "sweep.json").read_text())
+    assert content["commands"] == [
+        "dynmoe-run task=vit_domainbed sweep=own",
+        "dynmoe-run task=vit_domainbed sweep=own seed=0,1,2",
+    ]
+    jobs = content["jobs"]
     assert len(jobs) == 9 and set(jobs) == {path.name for path in sweep.folder.glob("rot*")}
 
 
@@ -142,9 +155,11 @@ def test_the_plan_says_where_every_job_stands_and_starts_none(sweep: Sweep) -> N
     assert "9 jobs: 3 done, 3 failed, 3 missing" in out
     lines = {" ".join(line.split()) for line in out.splitlines()}
     assert "moe=dense seed=0 done 501/501" in lines
-    # Done took 501 s and 2 x 30 s; failed 61 of 501 steps, which took 91 s.
-    assert any(line.startswith("moe=dense seed=13 failed: PACS lacks") for line in lines)
-    assert "moe=dense seed=2 missing 0/501 11 min" in lines
+    # 501 steps of 1 s and 11 evaluations of 30 s; of seed 13, 61 steps and 1 evaluation are done.
+    assert "moe=dense seed=2 missing 0/501 14 min" in lines
+    (failed,) = (line for line in lines if line.startswith("moe=dense seed=13 failed: PACS lacks"))
+    assert failed.endswith("61/501 13 min")
+    assert "Time left: about 79 min of work." in lines  # 3 x 831 s + 3 x 740 s = 78.6 min
 
 
 def test_another_configuration_is_refused_with_the_differing_keys(sweep: Sweep) -> None:
@@ -154,13 +169,43 @@ def test_another_configuration_is_refused_with_the_differing_keys(sweep: Sweep) 
     assert status == 2 and sweep.log == []
     assert "task.optimizer.lr: 0.001 there, 0.1 now" in err and "Traceback" not in err
     assert "task.steps: 501 there, 101 now" in err and "name=FOLDER" in err
-    # A setting's own value, which the plain command does not show.
-    yaml = sweep.root / "conf" / "sweep" / "own.yaml"
-    yaml.write_text(OWN.replace("moe: dense}", "moe: dense, moe.init: fresh}"))
-    assert sweep.call()[0] == 0 and len(sweep.log) == 2  # two new jobs
-    assert sweep.call("name=elsewhere", "task.steps=101")[0] == 0
-    # More seeds and environments are welcome.
-    assert sweep.call("seed=5", "data.test_envs=[1]")[0] == 0
+    assert sweep.call("name=elsewhere", "task.steps=101")[0] == 0 and len(sweep.log) == 6
+
+
+@pytest.mark.parametrize("seeds", ["seed=2", "seed=0,1,2"])
+def test_a_changed_file_is_refused_whatever_the_seeds(sweep: Sweep, seeds: str) -> None:
+    sweep.rewrite("{seed: '0,1'}", "{seed: '0', task.steps: 61}")
+    assert sweep.call()[0] == 0 and len(sweep.log) == 3
+    sweep.rewrite("task.steps: 61", "task.steps: 31")
+    status, _, err = sweep.call(seeds)
+    assert status == 2 and sweep.log == [] and "task.steps: 61 there, 31 now" in err
+
+
+def test_a_changed_option_of_a_setting_is_refused(sweep: Sweep, tmp_path: Path) -> None:
+    """What the plain command, which has moe=dynmoe, does not show."""
+    options = tmp_path / "conf" / "moe"
+    options.mkdir()
+    (options / "mine.yaml").write_text("defaults: [topk, _self_]\naux_weight: 0.1\n")
+    sweep.rewrite("moe: dense", "moe: mine")
+    assert sweep.call("seed=0")[0] == 0 and len(sweep.log) == 3
+    (options / "mine.yaml").write_text("defaults: [topk, _self_]\naux_weight: 0.2\n")
+    status, _, err = sweep.call("seed=1")
+    assert status == 2 and sweep.log == [] and "moe.aux_weight: 0.1 there, 0.2 now" in err
+
+
+def test_seeds_environments_and_settings_may_join(sweep: Sweep) -> None:
+    assert sweep.call("seed=0")[0] == 0 and len(sweep.log) == 3
+    assert sweep.call("seed=5", "data.test_envs=[1]")[0] == 0 and len(sweep.log) == 3
+    sweep.rewrite("'2,4'", "'8'")
+    assert sweep.call("seed=0")[0] == 0 and sweep.log == ["topk 8 0"]
+
+
+def test_a_damaged_manifest_is_named(sweep: Sweep) -> None:
+    sweep.folder.mkdir(parents=True)
+    for text in ("", "{", "[]", '{"sweep": "own"}'):
+        (sweep.folder / "sweep.json").write_text(text)
+        status, _, err = sweep.call("seed=0", "mode=plan")
+        assert status == 2 and "sweep.json: expected what an earlier start" in err
 
 
 def test_two_launchers_share_the_jobs(sweep: Sweep) -> None:
@@ -192,10 +237,68 @@ def test_a_key_that_the_sweep_sets_is_refused(sweep: Sweep) -> None:
 
 
 def test_every_setting_is_checked_before_any_work(sweep: Sweep) -> None:
-    yaml = sweep.root / "conf" / "sweep" / "own.yaml"
-    yaml.write_text(OWN.replace("moe.num_experts: '2,4', moe.top_k: 1", "moe.top_k: 9"))
+    sweep.rewrite("moe.num_experts: '2,4', moe.top_k: 1", "moe.top_k: 9")
     status, _, err = sweep.call()
     assert status == 2 and "top_k (9) > num_experts (8)" in err and not sweep.folder.exists()
+
+
+def test_every_combination_is_checked_before_any_work(sweep: Sweep) -> None:
+    """Each value is right beside the first of the other; the last two are not."""
+    sweep.rewrite("'2,4', moe.top_k: 1", "'4,2', moe.top_k: '1,3'")
+    status, _, err = sweep.call("seed=0")
+    assert status == 2 and sweep.log == []
+    assert "moe.num_experts=2 moe.top_k=3: moe: top_k (3) > num_experts (2)" in err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("moe: dense", "moe: [dense, topk]", "settings[0].moe: expected text, found a list. Sev"),
+        ("moe: dense", "moe: denze", "moe: no option 'denze'. Did you mean 'dense'?"),
+        ("- {moe: dense}", "- dense", "settings[0]: expected {key: 'value,value'}, found dense"),
+        ("{seed: '0,1'}", "seed", "hydra.sweeper.params: expected {key: 'value,value'}, found"),
+        ("params:", "max_batch_size: -1\n    params:", "max_batch_size: expected null, or 1 or"),
+        ("    settings:", "    setings:", "hydra.sweeper.setings: unknown key. Known: max_batch"),
+        ("# @package _global_", "", "sweep: the file of this group has to begin with '# @packa"),
+        ("moe: dense", "moe: 'den=se['", "cannot be read as key=value"),
+        ("{moe: dense}", "{moe: dense", "own.yaml"),
+        ("moe: dense", "task.steps: '${foo.bar}'", "foo"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, before: str, after: str, message: str) -> None:
+    sweep = Sweep(tmp_path)
+    sweep.rewrite(before, after)
+    found = preflight(list(SWEEP[2:]), config_dir=str(tmp_path / "conf")).problems
+    assert any(message in text for text in found), found
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["seed=interval(0,1)"], "seed=interval(0,1): an interval is drawn from by a search"),
+        (["sweep=smoke,topk_grid"], "sweep: one at a time, start them one after the other"),
+        (["sweep=optuna", "mode=plan"], "mode: a search draws its jobs as it goes, there is no"),
+    ],
+)
+def test_commands_that_mean_nothing_are_refused(texts: list[str], message: str) -> None:
+    (found,) = preflight(["task=vit_domainbed", *texts], multirun=True).problems
+    assert found.startswith(message)
+
+
+def test_launchers_do_not_write_over_one_another(tmp_path: Path) -> None:
+    """Each adds its jobs to sweep.json, as two processes do."""
+    code = (
+        "import sys; from pathlib import Path; from dynmoe.sweep import manifest;"
+        "from dynmoe.sweep.jobs import Job; from dynmoe.report.records import RunFolder\n"
+        "folder, who = Path(sys.argv[1]), sys.argv[2]\n"
+        "for n in range(30):\n"
+        "    job = Job((), f'{who}{n}', f'{who}{n}', RunFolder(folder / f'{who}{n}'), {}, 1, 1)\n"
+        "    with manifest.locked(folder): manifest.write(folder, 'own', 'c', {}, [job])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    for process in [subprocess.Popen([*command, who]) for who in "ab"]:
+        assert process.wait(timeout=60) == 0
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["jobs"]) == 60
 
 
 @pytest.mark.slow

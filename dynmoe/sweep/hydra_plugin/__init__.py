@@ -4,6 +4,7 @@ pyproject.toml puts this one."""
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from dynmoe.config.check import problems, report
 from dynmoe.config.identity import flat, run_name
-from dynmoe.config.jobs import job_axes, jobs
-from dynmoe.errors import ConfigError
+from dynmoe.config.jobs import read_sweep
+from dynmoe.errors import STOPPED, ConfigError, UserError
 from dynmoe.report.records import RunFolder
 from dynmoe.sweep import manifest, plan
 from dynmoe.sweep.jobs import Job, labels
@@ -42,8 +45,7 @@ class DynMoESweeper(Sweeper):
         settings: Sequence[dict[str, str]] = (),
     ) -> None:
         self.max_batch_size = max_batch_size
-        self.params = params
-        self.settings = settings
+        self.node = OmegaConf.create({"params": params, "settings": list(settings)})
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -58,59 +60,101 @@ class DynMoESweeper(Sweeper):
         """Launch what is to do, and end with a line for each job that has no result.
 
         Raises:
-            SystemExit: with 2, the folder holds a sweep of another configuration; with 1, some jobs
-                failed.
+            SystemExit: with 2 for what the user can mend, 1 if some jobs failed, 130 on Ctrl-C.
         """
+        try:
+            return self._sweep(arguments)
+        except (UserError, OSError) as error:  # which Hydra would show with a traceback
+            print(f"dynmoe-run: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print(f"dynmoe-run: {STOPPED}", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    def _sweep(self, arguments: list[str]) -> list[JobReturn]:
         assert self.config is not None
-        sweep = self.config.hydra.runtime.choices.get("sweep")
+        sweep, mode = self.config.hydra.runtime.choices.get("sweep"), self.config.get("mode")
         folder = Path(self.config.hydra.sweep.dir)
-        base, found = self._jobs(arguments, folder)
-        if sweep:
-            try:
-                manifest.check(folder, sweep, base, found)
-            except ConfigError as error:  # which Hydra would show with a traceback
-                print(f"dynmoe-run: {error}", file=sys.stderr)
-                raise SystemExit(2) from None
-        mode = self.config.get("mode")
-        if mode == "plan":
-            Console().print(plan.render(found, self._parallel()))
-            return []
-        todo = found
-        if mode == "train" and not self.config.get("overwrite"):
-            todo = [job for job in found if job.state not in LEFT_ALONE]
-        if mode == "train":
-            kept = len(found) - len(todo)
-            print(f"{len(found)} jobs in {folder}: {kept} done or running, {len(todo)} to do")
-            folder.mkdir(parents=True, exist_ok=True)
+        with Console(stderr=True).status("composing the jobs"):
+            base, jobs = self._jobs(arguments, folder)
+        if mode != "train":
             if sweep:
-                manifest.write(folder, sweep, base, found)
-        returns = []
-        size = self.max_batch_size or max(1, len(todo))
-        for start in range(0, len(todo), size):
-            batch = [list(job.overrides) for job in todo[start : start + size]]
-            returns.append(self.launcher.launch(batch, initial_job_idx=start))
-        if mode == "train":
-            _tell(folder, found)
+                manifest.check(folder, sweep, base, jobs)
+            if mode == "plan":
+                Console().print(plan.render(jobs, self._parallel()))
+                return []
+            returns = self._launch(jobs)
+            if any(each.status is JobStatus.FAILED for each in returns):
+                raise SystemExit(1)
+            return returns
+        with manifest.locked(folder):
+            if sweep:
+                manifest.check(folder, sweep, base, jobs)
+                manifest.write(folder, sweep, self._command(arguments), base, jobs)
+        again = self.config.get("overwrite")
+        todo = [job for job in jobs if again or job.state not in LEFT_ALONE]
+        counts = f"{len(jobs) - len(todo)} done or running, {len(todo)} to do"
+        print(f"{len(jobs)} job{'s' * (len(jobs) != 1)} in {folder}: {counts}")
+        returns = self._launch(todo)
+        _tell(folder, jobs)
         return returns
 
     def _jobs(self, arguments: list[str], folder: Path) -> tuple[dict[str, Any], list[Job]]:
-        """The configuration without what is swept, and all jobs."""
+        """The configuration without what is swept, and all jobs.
+
+        Raises:
+            ConfigError: with the problems of every job.
+        """
         assert self.config is not None and self.hydra_context is not None
         config, loader = self.config, self.hydra_context.config_loader
         parser = OverridesParser.create(config_loader=loader)
-        given = parser.parse_overrides(arguments)
-        node = OmegaConf.create({"params": self.params, "settings": list(self.settings)})
-        overrides = [tuple(job) for job in jobs(job_axes(parser, node, given))]
+        sweep = read_sweep(parser, self.node, parser.parse_overrides(arguments))
+        found: list[str] = []
+        jobs: dict[str, Job] = {}
+        asked = sweep.jobs
+        for job, label in zip(asked, labels([each.overrides for each in asked]), strict=True):
+            cfg = loader.load_sweep_config(config, list(job.overrides))
+            wrong = problems(cfg, multirun=True)
+            if wrong:
+                found += [f"{label}: {text}" for text in wrong]
+                continue
+            run = RunFolder(folder / run_name(cfg))
+            made = Job(
+                job.overrides,
+                label,
+                job.setting,
+                run,
+                flat(cfg),
+                steps=cfg.task.steps,
+                eval_every=cfg.task.eval_every,
+            )
+            jobs.setdefault(made.name, made)
+        if found:
+            raise ConfigError(report(found))
+        return flat(loader.load_sweep_config(config, sweep.base)), list(jobs.values())
 
-        def load(texts: Sequence[str]) -> DictConfig:
-            return loader.load_sweep_config(config, list(texts))
+    def _launch(self, jobs: Sequence[Job]) -> list[JobReturn]:
+        returns: list[JobReturn] = []
+        size = self.max_batch_size or max(1, len(jobs))
+        for start in range(0, len(jobs), size):
+            rest, before = list(jobs[start : start + size]), 0
+            while rest and len(rest) != before:
+                try:
+                    overrides = [list(job.overrides) for job in rest]
+                    returns += self.launcher.launch(overrides, initial_job_idx=start)
+                    break
+                except Exception as error:  # a process of the launcher was killed
+                    print(f"dynmoe-run: the launcher stopped: {error}", file=sys.stderr)
+                    before, rest = len(rest), [job for job in rest if job.state == "missing"]
+        return returns
 
-        shared = [str(o.input_line) for o in given if not o.is_sweep_override()]
-        made = []
-        for texts, label in zip(overrides, labels(overrides), strict=True):
-            cfg = load(texts)
-            made.append(Job(texts, label, RunFolder(folder / run_name(cfg)), flat(cfg)))
-        return flat(load(shared)), list({job.name: job for job in made}.values())
+    def _command(self, arguments: Sequence[str]) -> str:
+        assert self.config is not None
+        mode = "hydra.mode=MULTIRUN"
+        hydras = [str(text) for text in self.config.hydra.overrides.hydra]
+        flag = ["-m"] if mode in hydras else []
+        given = [text.removeprefix("++") for text in arguments]
+        return shlex.join(["dynmoe-run", *flag, *given, *(text for text in hydras if text != mode)])
 
     def _parallel(self) -> int:
         """Jobs at once, where the launcher says it."""
@@ -126,11 +170,12 @@ def _tell(folder: Path, jobs: Sequence[Job]) -> None:
     Raises:
         SystemExit: with 1, if some have no result and nobody is working on it.
     """
-    rest = [job for job in jobs if job.state != "done"]
+    states = {job.name: job.state for job in jobs}
+    rest = [job for job in jobs if states[job.name] != "done"]
     for job in rest:
-        why = f": {job.folder.failure}" if job.state == "failed" else ""
-        print(f"{job.state}: {job.label}{why}\n  {job.folder.path}", file=sys.stderr)
+        why = f": {job.folder.failure}" if states[job.name] == "failed" else ""
+        print(f"{states[job.name]}: {job.label}{why}\n  {job.folder.path}", file=sys.stderr)
     print(f"{len(jobs) - len(rest)} of {len(jobs)} jobs are done. Next: dynmoe-report {folder}")
-    if any(job.state != "running" for job in rest):
+    if any(states[job.name] != "running" for job in rest):
         print("The same command runs again what is not done.", file=sys.stderr)
         raise SystemExit(1)
