@@ -20,9 +20,8 @@ FACTS: Keys = {
     **dict.fromkeys(("env_names", "test_envs", "class_names"), list),
     **dict.fromkeys(("config", "parameters", "start_experts"), dict),
 }
-CONFIG: Keys = {"moe.algorithm": str, "moe.num_experts": int}
+CONFIG: Keys = {"moe.algorithm": str, "moe.num_experts": int, "hparams_seed": int}
 COSTS: Keys = {"parameters": dict, "slots": dict, "flops": KNOWN_OR_NOT}
-ARGS: Keys = {"test_envs": list, "hparams_seed": int}
 ROUTING: Keys = {
     **dict.fromkeys(("layer", "source"), str),
     **dict.fromkeys(("slots", "load"), list),
@@ -73,8 +72,12 @@ def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -
     }
     for number, record in enumerate(results, start=1):
         place = f"{folder.path / 'results.jsonl'}, line {number}"
-        _expect(place, record, {"args": dict, **accuracies})
-        _expect(f"{place}, args", record["args"], ARGS)
+        times = {key: NUMBER for key in ("step_time", "eval_time") if key in record}
+        _expect(place, record, {"args": dict, **accuracies, **times})
+        for key in ("test_envs", "hparams_seed"):  # by which selection finds a run's records
+            if record["args"].get(key) != facts[key]:
+                expected = f"`{key}` {facts[key]} in `args`, as in run.json"
+                raise _error(place, expected, record["args"].get(key, "none"))
 
 
 def check_routing(run: Run) -> None:
@@ -94,8 +97,9 @@ def check_routing(run: Run) -> None:
         _expect(f"{file.with_name('events.jsonl')}, step {event['step']}", event, EVENT)
     layers = run.facts["parameters"]["layers"]
     sources = [f"env{index}" for index in range(len(run.facts["env_names"]))]
-    found = {(line["layer"], line["source"]) for line in run.routing_at_outcome}
-    if found and not found >= set(product(layers, sources)):
+    lines = [line for line in run.routing_at_outcome if line["source"] != "train"]
+    found = {(line["layer"], line["source"]) for line in lines}
+    if found and found != set(product(layers, sources)):
         raise _error(
             str(file),
             f"a line for every layer and environment at step {run.outcome.step}",

@@ -191,7 +191,7 @@ def _record(file: Path, number: int, line: bytes) -> Record:
         record = json.loads(line)
     except ValueError:  # no JSON, or no UTF-8
         record = None
-    if not (isinstance(record, dict) and "step" in record):
+    if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
         raise RecordError(
             f"{file}, line {number}: expected a JSON object with a step, "
             f"found {line[:60].decode(errors='replace')!r}; "
