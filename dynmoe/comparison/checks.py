@@ -72,7 +72,7 @@ def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -
     }
     for number, record in enumerate(results, start=1):
         place = f"{folder.path / 'results.jsonl'}, line {number}"
-        times = {key: NUMBER for key in ("step_time", "eval_time") if key in record}
+        times: Keys = {key: NUMBER for key in ("step_time", "eval_time") if key in record}
         _expect(place, record, {"args": dict, **accuracies, **times})
         for key in ("test_envs", "hparams_seed"):  # by which selection finds a run's records
             if record["args"].get(key) != facts[key]:
