@@ -107,21 +107,25 @@ def search_table(collection: Collection, cost: SearchCost) -> Table:
         "All runs of the same environments and repetitions, draws of hyper-parameters that lost "
         "included. FLOPs: 3 x the forward pass x samples, with the experts and k recorded in "
         "training. Recorded hours: training and evaluation; runs side by side on one machine slow "
-        "one another. At the measured step: training alone, steps x the time of the table above."
+        "one another."
     )
+    columns = ["", "runs", "training, TFLOP", "hours, recorded"]
+    if not math.isnan(cost.grid.measured + cost.own.measured):
+        columns.append("hours at the measured step")
+        note += " At the measured step: training alone, steps x the time of the table above."
     if cost.machines:
         note += f" Recorded hours are not compared, machines differ: {', '.join(cost.machines)}."
     if any(entry.problem in (None, problem) for entry in collection.absent):
         note += " Runs without a result are not counted, so the grid may have cost more."
-    grid, own = _bill(cost, cost.grid), _bill(cost, cost.own)
+    rows = (
+        (f"the grid ({counted(cost.grid_settings, 'setting')})", *_bill(cost, cost.grid)),
+        (cost.setting, *_bill(cost, cost.own)),
+        ("ratio", _ratio(cost.grid.runs, cost.own.runs), *map(_times_as_much, ratios(cost))),
+    )
     return Table(
         f"What the search cost on {problem.dataset}",
-        ("", "runs", "training, TFLOP", "hours, recorded", "hours at the measured step"),
-        (
-            (f"the grid ({counted(cost.grid_settings, 'setting')})", *grid),
-            (cost.setting, *own),
-            ("ratio", _ratio(cost.grid.runs, cost.own.runs), *map(_times_as_much, ratios(cost))),
-        ),
+        tuple(columns),
+        tuple(row[: len(columns)] for row in rows),
         note=note,
         conditions=conditions(collection.of(problem)),
     )
