@@ -17,7 +17,7 @@ from dynmoe.comparison.conditions import in_words
 from dynmoe.comparison.run import Problem, Run
 from dynmoe.comparison.runs import Collection
 from dynmoe.metrics.efficiency import activated, exported, flops, total
-from dynmoe.report.records import Record
+from dynmoe.report.records import Record, stretches
 
 # What measured hours depend on besides the configuration.
 MACHINE = ("machine", "device", "threads")
@@ -159,7 +159,7 @@ def _bill(runs: Sequence[Run], step_ms: Mapping[str, float]) -> Bill:
 
 def _training_flops(run: Run) -> float:
     """3 x the forward pass x samples, with the experts and the k of each recorded window."""
-    costs, steps = run.facts.get("costs"), [record["step"] for record in run.results]
+    costs = run.facts.get("costs")
     if costs is None or costs["flops"] is None:
         return math.nan
     # A fixed mixture routes the same at every step; reading one step saves most of the time.
@@ -170,11 +170,11 @@ def _training_flops(run: Run) -> float:
             windows[line["step"]].append(line)
     at_outcome = windows[run.outcome.step]
     forward = 0.0
-    for before, step in zip([-1, *steps], steps, strict=False):
-        experts, mean_k = _routed(windows.get(step, at_outcome))
+    for steps, record in stretches(run.results):
+        experts, mean_k = _routed(windows.get(record["step"], at_outcome))
         if not mean_k.keys() >= costs["slots"].keys():
             return math.nan
-        forward += (step - before) * (flops(costs, experts, mean_k) or math.nan)
+        forward += steps * (flops(costs, experts, mean_k) or math.nan)
     return 3 * forward * _samples_per_step(run.facts)
 
 
@@ -185,9 +185,8 @@ def _samples_per_step(facts: Record) -> int:
 
 def _hours(run: Run) -> float:
     """Training and evaluation, as recorded; NaN where a record lacks its time."""
-    seconds, before = 0.0, -1
-    for record in run.results:
-        seconds += (record["step"] - before) * record.get("step_time", math.nan)
-        seconds += record.get("eval_time", math.nan)
-        before = record["step"]
+    seconds = sum(
+        steps * record.get("step_time", math.nan) + record.get("eval_time", math.nan)
+        for steps, record in stretches(run.results)
+    )
     return seconds / 3600

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from dynmoe.comparison.claim import LEVEL, RESAMPLES, Claim, Comparison, Difference, Rival, examine
 from dynmoe.comparison.conditions import conditions, counted, seeds
-from dynmoe.comparison.matching import columns, expected, lacks, score_cells
+from dynmoe.comparison.matching import MEAN, columns, expected, lacks, score_cells
 from dynmoe.comparison.run import Problem
 from dynmoe.comparison.runs import Collection
 from dynmoe.report.tables import Strong, Table, format_mean, format_points
@@ -109,19 +109,19 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
     for comparison in claim.comparisons:
         place = comparison.environment
         count = str(len(comparison.repetitions))
-        rows.append((place, claim.setting, format_mean(comparison.accuracies), "", "", count))
+        rows.append((claim.setting, place, format_mean(comparison.accuracies), "", "", count))
         for each in comparison.differences:
             if each.rival not in RIVALS:
                 continue
             cells = (format_points(each.mean) + _interval(each), _p(each))
             if each.verdict in ("beats", "is below"):
                 cells = (Strong(cells[0]), Strong(cells[1]))
-            rows.append((place, _rival(each), format_mean(each.accuracies), *cells, count))
+            rows.append((_rival(each), place, format_mean(each.accuracies), *cells, count))
     return Table(
         f"{claim.setting} against the grid on {claim.problem.dataset}",
         (
-            "test environment",
             "setting",
+            "test environment",
             "accuracy, %",
             f"{claim.setting} minus it, points",
             "p",
@@ -161,7 +161,7 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
 
     return Table(
         f"Accuracy of every setting on {problem.dataset}, %",
-        ("setting", *places),
+        ("setting", *(place if place == MEAN else f"test environment {place}" for place in places)),
         tuple((name, *(cell(name, place) for place in places)) for name in names),
         note=f"{ERROR} Bold: the highest of a column.",
         conditions=conditions(runs),

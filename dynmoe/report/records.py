@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -170,6 +170,14 @@ class RunFolder:
 
     def _file(self, kind: Kind) -> Path:
         return self.path / f"{kind}.jsonl"
+
+
+def stretches(results: Iterable[Record]) -> Iterator[tuple[int, Record]]:
+    """Each result behind the number of optimizer steps since the one before it."""
+    before = -1
+    for record in results:
+        yield record["step"] - before, record
+        before = record["step"]
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dynmoe.metrics.efficiency import activated, exported
 from dynmoe.metrics.selection import selected
-from dynmoe.report.records import Record, RecordError, RunFolder
+from dynmoe.report.records import Record, RecordError, RunFolder, stretches
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,6 @@ def _token_mean(lines: Sequence[Record], key: str) -> float:
 
 def _steps_per_second(results: Iterable[Record]) -> float:
     """Over all training steps; `step_time` is the mean seconds per step since the last record."""
-    seconds, before = 0.0, -1
-    for record in results:
-        seconds += (record["step"] - before) * record.get("step_time", math.nan)
-        before = record["step"]
-    return (before + 1) / seconds if seconds else math.nan
+    found = [(n, n * record.get("step_time", math.nan)) for n, record in stretches(results)]
+    seconds = sum(each for _, each in found)
+    return sum(n for n, _ in found) / seconds if seconds else math.nan

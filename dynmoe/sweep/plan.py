@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dynmoe.report.records import Record, State
+from dynmoe.report.records import Record, State, stretches
 from dynmoe.sweep.jobs import Job
 
 
@@ -63,12 +63,10 @@ def seconds_left(standings: Sequence[Standing]) -> list[float]:
 
 
 def _pace(results: Sequence[Record]) -> Mapping[str, float]:
-    """Seconds of a step and of an evaluation, mean over the records; of the last step, if long."""
-    before = [-1, *(record["step"] for record in results)]
-    steps = [record["step"] - last for record, last in zip(results, before, strict=False)]
-    trained = sum(n * record["step_time"] for n, record in zip(steps, results, strict=True))
+    """Mean seconds of a step and of an evaluation."""
+    trained = sum(steps * record["step_time"] for steps, record in stretches(results))
     return {
-        "step": trained / sum(steps),
+        "step": trained / (results[-1]["step"] + 1),
         "evaluation": fmean(record.get("eval_time", 0.0) for record in results),
     }
 

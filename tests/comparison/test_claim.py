@@ -160,7 +160,7 @@ def test_seeds_without_a_common_one_are_not_compared(tmp_path: Path) -> None:
     collection, (claim,) = read(tmp_path)
     assert claim.overall.rank is None
     assert "nothing can be compared" in headline(claim)
-    assert claim_table(collection, claim).rows == (("0", "DynMoE", "X", "", "", "0"),)
+    assert claim_table(collection, claim).rows == (("DynMoE", "0", "X", "", "", "0"),)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_what_is_missing_is_said(
     assert statements(collection)[-len(said) :] == said
     assert len(claims) == ("DynMoE" in settings)
     for claim in claims:
-        assert claim_table(collection, claim).rows[0][1] == "DynMoE"
+        assert claim_table(collection, claim).rows[0][0] == "DynMoE"
     assert len(accuracy_table(collection, collection.problems[0]).rows) == len(settings)
 
 
@@ -281,12 +281,12 @@ def test_tables(tmp_path: Path) -> None:
     table = claim_table(collection, claim)
     assert table.columns[2:] == ("accuracy, %", "DynMoE minus it, points", "p", "n")
     assert table.rows[:3] == (
-        ("0", "DynMoE", "64.0 +/- 5.2", "", "", "3"),
-        ("0", "mean of the grid", "60.0 +/- 4.7", "+4.0 [+2.0, +6.0]", "0.074", "3"),
-        ("0", "best of the grid (top-2 of 4)", "70.0 +/- 4.7", "−6.0 [−8.0, −4.0]", "0.035", "3"),
+        ("DynMoE", "0", "64.0 +/- 5.2", "", "", "3"),
+        ("mean of the grid", "0", "60.0 +/- 4.7", "+4.0 [+2.0, +6.0]", "0.074", "3"),
+        ("best of the grid (top-2 of 4)", "0", "70.0 +/- 4.7", "−6.0 [−8.0, −4.0]", "0.035", "3"),
     )
     assert [isinstance(row[3], Strong) for row in table.rows[:3]] == [False, False, True]
-    assert len(table.rows) == 3 * 6 and table.rows[12][0] == MEAN
+    assert len(table.rows) == 3 * 6 and table.rows[12][1] == MEAN
     assert accuracy_table(collection, claim.problem).rows[-1] == (
         "DynMoE",
         "64.0 +/- 5.2",
