@@ -1,0 +1,56 @@
+"""Other launchers and the search run real jobs, three steps each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynmoe.report.records import RunFolder
+
+TINY = ("task.steps=3", "data.linear_baseline=false", "trainer.enable_progress_bar=false")
+
+
+def finished(folder: Path, *arguments: str) -> list[RunFolder]:
+    """The runs that a command finishes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "runners.train", "task=vit_domainbed", *arguments, *TINY],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [RunFolder(path.parent) for path in folder.glob("outputs/*/*/done")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [
+        ("joblib", "hydra_joblib_launcher"),
+        ("submitit_local", "hydra_submitit_launcher"),
+        ("ray", "hydra_ray_launcher"),  # not in the developers' extra: it wants an older joblib
+    ],
+)
+def test_launchers(launcher: str, plugin: str, tmp_path: Path) -> None:
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    runs = finished(
+        tmp_path, "hydra.mode=MULTIRUN", "moe=dense,dynmoe", f"hydra/launcher={launcher}"
+    )
+    assert sorted(run.read_run()["moe"] for run in runs) == ["dense", "dynmoe"]
+
+
+@pytest.mark.slow
+def test_optuna_searches(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    runs = finished(tmp_path, "sweep=optuna", "hydra.sweeper.n_trials=2")
+    configs = [run.read_run()["config"] for run in runs]
+    assert len({config["task.optimizer.lr"] for config in configs}) == 2
+    assert all(1e-4 <= config["task.optimizer.lr"] <= 1e-2 for config in configs)
+    assert all(config["moe.adaptation.period"] in (25, 50, 100) for config in configs)
