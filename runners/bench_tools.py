@@ -47,7 +47,8 @@ class File:
     def write(self, conditions: Conditions, rows: Sequence[object]) -> None:
         from dynmoe.benchmark import results
 
-        results.write(self.path, sys.argv, self._date, conditions, rows)
+        command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        results.write(self.path, command, self._date, conditions, rows)
 
 
 def device_of(args: argparse.Namespace) -> torch.device:

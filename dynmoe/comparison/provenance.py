@@ -150,6 +150,8 @@ def _training(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _overrides(run: Run) -> list[str]:
-    """As Hydra recorded them; none if it did not."""
+    """As the user wrote them: dynmoe-run hands values to Hydra as `++key=value`. None if Hydra
+    recorded none."""
     file = run.folder.path / ".hydra" / "overrides.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else []
+    texts = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else []
+    return [text.removeprefix("++") for text in texts]

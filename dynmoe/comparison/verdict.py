@@ -56,14 +56,15 @@ def headline(claim: Claim) -> str:
     if _grid_size(whole) == 1:
         only = f"{best.verdict} {best.setting}, the grid's only setting"
         return f"{where}, {only} ({points[1]}; n = {count})."
+    link = f"and {best.verdict}"
     if (mean.verdict, best.verdict) == ("beats", "is below"):
-        words = f"beats the mean of the grid ({points[0]}), not its best ({points[1]}; n = {count})"
-    else:
-        words = (
-            f"{mean.verdict} the mean of the grid ({points[0]}) and {best.verdict} its best "
-            f"({points[1]}; n = {count})"
-        )
-    return f"{where}, {words}."
+        link = "but not"
+    elif mean.verdict == best.verdict:
+        link = "nor from" if mean.verdict == "cannot be told from" else "and"
+    return (
+        f"{where}, {mean.verdict} the mean of the grid ({points[0]}) {link} its best "
+        f"({points[1]}; n = {count})."
+    )
 
 
 def sentences(claim: Claim) -> list[str]:

@@ -166,10 +166,26 @@ def test_seeds_without_a_common_one_are_not_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dynmoe", "best", "words"),
     [
-        ([0.8, 0.8], [0.7, 0.7], "beats the mean of the grid (+25.0 points) and beats its best ("),
-        ([0.6, 0.6], [0.7, 0.7], "beats the mean of the grid (+5.0 points), not its best (−10.0"),
-        ([0.3, 0.9], [0.7, 0.7], "cannot be told from the mean of the grid (+5.0 points) and cann"),
-        ([0.3, 0.3], [0.7, 0.7], "is below the mean of the grid (−25.0 points) and is below its b"),
+        (
+            [0.8, 0.8],
+            [0.7, 0.7],
+            "beats the mean of the grid (+25.0 points) and its best (+10.0 po",
+        ),
+        (
+            [0.6, 0.6],
+            [0.7, 0.7],
+            "beats the mean of the grid (+5.0 points) but not its best (−10.0",
+        ),
+        (
+            [0.3, 0.9],
+            [0.7, 0.7],
+            "cannot be told from the mean of the grid (+5.0 points) nor from ",
+        ),
+        (
+            [0.3, 0.3],
+            [0.7, 0.7],
+            "is below the mean of the grid (−25.0 points) and its best (−40.0",
+        ),
         ([0.6], [0.7], "+5.0 points from the mean of the grid and −10.0 points from its best, in "),
     ],
 )
