@@ -52,7 +52,7 @@ reproduce-vision: install  ## The paper's PACS, VLCS, OfficeHome and DomainNet r
 	$(RUN) $(VISION) data=domainnet 'data.test_envs=[0],[1],[2],[3],[4],[5]' name=vision_domainnet
 	$(BIN)/dynmoe-report outputs/vision_pacs outputs/vision_vlcs outputs/vision_office_home outputs/vision_domainnet --out outputs/vision_report
 
-reproduce-vision-small: install  ## The report in docs/reports/rotated_digits: 30 runs, about 30 minutes on 2 CPU cores
+reproduce-vision-small: install  ## The report in docs/reports/rotated_digits: 30 runs, about 20 minutes on 2 CPU cores
 	$(RUN) sweep=topk_grid task=vit_domainbed name=rotated_digits hydra/launcher=joblib
 	$(BIN)/dynmoe-bench step --runs outputs/rotated_digits
 	$(BIN)/dynmoe-report outputs/rotated_digits
