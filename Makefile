@@ -38,7 +38,7 @@ bench: install  ## How fast the MoE layer and a training step are on this machin
 	$(BIN)/dynmoe-bench layer --shape a b --k 1.5 --rounds 7
 	$(BIN)/dynmoe-bench step --k 1.5 --rounds 7
 
-smoke: install  ## A sweep on digits and its report, to see that all of it runs: about 4 minutes on 2 CPU cores
+smoke: install  ## A sweep on digits and its report, to see that all of it runs: 1 to 2 minutes on 2 CPU cores
 	$(RUN) sweep=smoke task=vit_domainbed hydra/launcher=joblib
 	$(BIN)/dynmoe-bench step --runs outputs/vit_domainbed_smoke --rounds 3
 	$(BIN)/dynmoe-report outputs/vit_domainbed_smoke

@@ -20,6 +20,7 @@ from dynmoe.config import options, resolvers
 from dynmoe.config.check import MEANING
 from dynmoe.config.compose import Composer, MissingGroup, parse, parser, single_values
 from dynmoe.config.jobs import SWEEPER, Axes, problems_of, read_sweep
+from dynmoe.config.source import did_you_mean
 
 # Of pyproject.toml, those that bring launchers and sweepers.
 EXTRAS = ("joblib", "optuna", "ray", "submitit")
@@ -63,19 +64,25 @@ def preflight(
                 found.append(f"{group}: required, {MEANING[group]}. Options: {names}")
             found += _whatever_the(group, composer, known, multirun)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
-            found.append(_missing_extra(str(error)) or " ".join(str(error).split()))
+            found.append(_missing_plugin(str(error)) or " ".join(str(error).split()))
         values = [o for o in known if composer.is_plain_value(o)]
     return Verdict(
         list(dict.fromkeys(found)), {str(o.input_line): f"++{o.input_line}" for o in values}
     )
 
 
-def _missing_extra(message: str) -> str:
-    """How to get a launcher or sweeper that is not installed; empty if that is not the matter."""
-    asked = re.search(r"Could not find '(hydra/(?:launcher|sweeper))/(([a-z]+)\w*)'", message)
-    if asked is None or asked[3] not in EXTRAS:
+def _missing_plugin(message: str) -> str:
+    """Of a launcher or sweeper that is not there; empty if that is not the matter."""
+    text = " ".join(message.split())
+    asked = re.search(r"Could not find '(hydra/(?:launcher|sweeper))/(([a-z]+)\w*)'(.*)", text)
+    if asked is None:
         return ""
-    return f'{asked[1]}={asked[2]}: not installed. It comes with pip install "dynmoe[{asked[3]}]"'
+    group, name, family, rest = asked.groups()
+    if family in EXTRAS:
+        return f'{group}={name}: not installed. It comes with pip install "dynmoe[{family}]"'
+    listed = re.search(r"Available options in '[^']*': (.*?) Config search path", rest)
+    known = listed[1].split() if listed else []
+    return f"{group}: no option '{name}'.{did_you_mean(name, known)} Options: {', '.join(known)}"
 
 
 @contextmanager

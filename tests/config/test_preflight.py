@@ -185,6 +185,11 @@ def test_an_unknown_task_is_one_message() -> None:
 # --- sweeps ---
 
 
+def test_an_unknown_launcher_names_those_that_are_known() -> None:
+    (found,) = problems(TASK, "hydra/launcher=basc", "seed=0,1", multirun=True)
+    assert found.startswith("hydra/launcher: no option 'basc'. Did you mean 'basic'? Options: ")
+
+
 def test_a_launcher_that_is_not_installed_names_its_extra() -> None:
     if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
         pytest.skip("it is installed")
