@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _compare(*args.folders)
         else:
             _report(args.folders, args.out or args.folders[0] / "report")
-    except UserError as error:
+    except (UserError, OSError) as error:  # of --out, say: the error names the folder
         print(f"dynmoe-report: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

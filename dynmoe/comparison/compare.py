@@ -99,6 +99,7 @@ def _configuration(a: Run, b: Run) -> Table:
         ("key", "A", "B"),
         differing,
         note="–: the key is absent." if any("–" in row for row in differing) else "",
+        in_words=True,
     )
 
 

@@ -94,8 +94,9 @@ def search_path() -> Iterator[None]:
 
 
 def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun: bool) -> list[str]:
-    if any(o.key_or_group == "sweep" and o.is_sweep_override() for o in overrides):
-        return ["sweep: one at a time, start them one after the other"]
+    for override in overrides:
+        if override.key_or_group in ("sweep", "mode") and override.is_sweep_override():
+            return [f"{override.key_or_group}: one at a time, start them one after the other"]
     firsts = [single for override in overrides for single in single_values(override)[:1]]
     cfg = composer.compose(firsts).cfg
     if not multirun and cfg.hydra.mode != RunMode.MULTIRUN:

@@ -144,7 +144,13 @@ def batch_divides(cfg: DictConfig) -> Iterator[str]:
 
 
 def ranges(cfg: DictConfig) -> Iterator[str]:
-    for key in ("task.steps", "task.eval_every", "trainer.max_steps", "data.batch_size"):
+    for key in (
+        "task.steps",
+        "task.eval_every",
+        "trainer.max_steps",
+        "data.batch_size",
+        "data.eval_batch_size",
+    ):
         count = read(cfg, key, int)
         if count is not None and count < 1:
             yield f"{key}: expected 1 or more, found {count}"

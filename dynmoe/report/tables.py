@@ -94,7 +94,8 @@ def to_rich(table: Table) -> RichTable:
     )
     for index, column in enumerate(table.columns):
         side: Literal["left", "right"] = "right" if index and not table.in_words else "left"
-        rich_table.add_column(Text(column), justify=side, no_wrap=index < 2)
+        whole = index < 2 and not table.in_words  # words may fold, a column must not vanish
+        rich_table.add_column(Text(column), justify=side, no_wrap=whole, overflow="fold")
     for row in table.rows:
         cells = (Text(cell, "bold green" if isinstance(cell, Strong) else "") for cell in row)
         rich_table.add_row(*cells)

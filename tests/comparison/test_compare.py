@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from sweeps import write_run
 
 from dynmoe.comparison.compare import Comparison, compare
 from dynmoe.comparison.run import Run
-from dynmoe.report.tables import Strong, Table
+from dynmoe.report.tables import Strong, Table, to_rich
 
 
 def read(sweep: Path, *args: Any, **options: Any) -> Run:
@@ -41,6 +43,16 @@ def test_sentences(a: Run) -> None:
         "They are matched: both ran with seed 0, trial seed 0. Only more seeds tell chance apart.",
     ]
     assert comparison.warnings == []
+
+
+def test_both_values_are_shown_on_a_narrow_console(tmp_path: Path) -> None:
+    found = compare(read(tmp_path, "dense"), read(tmp_path, "DynMoE"))
+    table = next(each for each in found.tables if each.title.startswith("Configuration"))
+    console = Console(width=60, file=StringIO(), record=True)
+    console.print(to_rich(table))
+    text = console.export_text()
+    for row in table.rows:
+        assert row[1][:8] in text and row[2][:8] in text
 
 
 @pytest.mark.parametrize(

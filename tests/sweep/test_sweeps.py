@@ -122,8 +122,8 @@ def test_settings_times_parameters_once_and_never_again(sweep: Sweep) -> None:
     assert "9 jobs in outputs/own: 6 done or running, 3 to do" in out
     content = json.loads((sweep.folder / "sweep.json").read_text())
     assert content["commands"] == [
-        "dynmoe-run task=vit_domainbed sweep=own",
-        "dynmoe-run task=vit_domainbed sweep=own seed=0,1,2",
+        "dynmoe-run --config-dir conf task=vit_domainbed sweep=own",
+        "dynmoe-run --config-dir conf task=vit_domainbed sweep=own seed=0,1,2",
     ]
     jobs = content["jobs"]
     assert len(jobs) == 9 and set(jobs) == {path.name for path in sweep.folder.glob("rot*")}
@@ -277,6 +277,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path, before: str, after: str, messag
     [
         (["seed=interval(0,1)"], "seed=interval(0,1): an interval is drawn from by a search"),
         (["sweep=smoke,topk_grid"], "sweep: one at a time, start them one after the other"),
+        (["mode=plan,train"], "mode: one at a time, start them one after the other"),
         (["sweep=optuna", "mode=plan"], "mode: a search draws its jobs as it goes, there is no"),
     ],
 )

@@ -90,7 +90,7 @@ class DynMoESweeper(Sweeper):
         with manifest.locked(folder):
             if sweep:
                 manifest.check(folder, sweep, base, jobs)
-                manifest.write(folder, sweep, self._command(arguments), base, jobs)
+                manifest.write(folder, sweep, self._command(), base, jobs)
         again = self.config.get("overwrite")
         todo = [job for job in jobs if again or job.state not in LEFT_ALONE]
         counts = f"{len(jobs) - len(todo)} done or running, {len(todo)} to do"
@@ -148,13 +148,9 @@ class DynMoESweeper(Sweeper):
                     before, rest = len(rest), [job for job in rest if job.state == "missing"]
         return returns
 
-    def _command(self, arguments: Sequence[str]) -> str:
-        assert self.config is not None
-        mode = "hydra.mode=MULTIRUN"
-        hydras = [str(text) for text in self.config.hydra.overrides.hydra]
-        flag = ["-m"] if mode in hydras else []
-        given = [text.removeprefix("++") for text in arguments]
-        return shlex.join(["dynmoe-run", *flag, *given, *(text for text in hydras if text != mode)])
+    def _command(self) -> str:
+        """As the user gave it: dynmoe-run hands values to Hydra as `++key=value`."""
+        return shlex.join(["dynmoe-run", *(text.removeprefix("++") for text in sys.argv[1:])])
 
     def _parallel(self) -> int:
         """Jobs at once, where the launcher says it."""
