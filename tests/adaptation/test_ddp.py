@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from test_callback import DIM, Model, make_callback, nobody, only_expert_0
+from torch.multiprocessing.spawn import ProcessExitedException
 from torch.utils.data import DataLoader
 
 
@@ -34,7 +35,18 @@ class SaveEachRank(L.Callback):
 
 
 def fit_two(folder: Path, max_epochs: int, window: int, ckpt_path: Path | None = None) -> list[Any]:
-    """Train on two CPU processes; the state and events of each."""
+    """Train on two CPU processes; the state and events of each.
+
+    Now and then a process aborts in gloo's threads ("terminate called without an active
+    exception"), at no fault of what is tested: then once more.
+    """
+    try:
+        return _fit_two(folder, max_epochs, window, ckpt_path)
+    except ProcessExitedException:
+        return _fit_two(folder, max_epochs, window, ckpt_path)
+
+
+def _fit_two(folder: Path, max_epochs: int, window: int, ckpt_path: Path | None) -> list[Any]:
     events: list[dict[str, Any]] = []
     trainer = L.Trainer(
         accelerator="cpu",
