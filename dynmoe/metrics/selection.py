@@ -1,12 +1,18 @@
-"""Which step of which run a result is reported for: DomainBed's three selection rules.
+"""Which step of which run a result is reported for: DomainBed's three selection rules, GLUE's two.
 
-Source: Gulrajani & Lopez-Paz 2021, "In Search of Lost Domain Generalization", section 3, and
-domainbed/model_selection.py. A record is one line of `results.jsonl`. A rule looks at the records
-of one draw of hyper-parameters; `best_of_sweep` compares the draws. Reported is always the accuracy
-on the test environment's in split, its larger part.
+A record is one line of `results.jsonl`. A rule looks at the records of one draw of
+hyper-parameters; `best_of_sweep` compares the draws. `judged` tells the numbers of any one record.
 
-One deviation: a NaN validation accuracy never beats a number. DomainBed holds to that between
-draws, but within a run its plain `max` keeps a NaN that comes first.
+DomainBed: Gulrajani & Lopez-Paz 2021, "In Search of Lost Domain Generalization", section 3, and
+domainbed/model_selection.py. Reported is always the accuracy on the test environment's in split,
+its larger part.
+
+GLUE: the test sets have no public labels, so the score on dev is reported. Published tables choose
+the epoch, and the learning rate, by that same score (`best_dev`), which flatters all of them;
+`heldout` chooses by examples set aside from the training set.
+
+One deviation from DomainBed: a NaN validation accuracy never beats a number. DomainBed holds to
+that between draws, but within a run its plain `max` keeps a NaN that comes first.
 """
 
 from __future__ import annotations
@@ -26,7 +32,13 @@ RULES = {
     "training_domain_validation": "training-domain validation",
     "oracle": "oracle (test-domain validation)",
     "leave_one_domain_out": "leave-one-domain-out validation",
+    "best_dev": "best score on dev, which is also reported",
+    "heldout": "held-out part of the training set",
 }
+
+# Of the rules whose runs are scored on whole sets, not on the splits of environments: which set
+# selects.
+SELECTING_SET = {"best_dev": "dev", "heldout": "heldout"}
 
 
 @dataclass(frozen=True)
@@ -90,10 +102,22 @@ def leave_one_domain_out(records: Sequence[Record], test_env: int) -> Choice | N
     )
 
 
+def best_dev(records: Sequence[Record], test_env: int) -> Choice | None:
+    """The evaluation with the best score on dev, the first evaluation set; of equals the first."""
+    return _best_on("best_dev", records, test_env)
+
+
+def heldout(records: Sequence[Record], test_env: int) -> Choice | None:
+    """The evaluation with the best score on held-out training examples; dev is only reported."""
+    return _best_on("heldout", records, test_env)
+
+
 SELECTION: dict[str, Rule] = {
     "training_domain_validation": training_domain_validation,
     "oracle": oracle,
     "leave_one_domain_out": leave_one_domain_out,
+    "best_dev": best_dev,
+    "heldout": heldout,
 }
 
 
@@ -109,6 +133,35 @@ def selected(records: Sequence[Record], rule: str, test_envs: Sequence[int]) -> 
     return None if choice is None else choice.record
 
 
+def judged(record: Record, facts: Mapping[str, Any]) -> Choice:
+    """What a run's rule judges one of its records by, and what is reported for it.
+
+    `facts` are those of `run.json`. Of several test environments it is the mean. Where
+    leave_one_domain_out cannot decide within one run, validation is as for
+    training_domain_validation. NaN: not recorded, or no environment to judge by.
+    """
+    rule, tests = facts["selection"], facts["test_envs"]
+    if rule in SELECTING_SET:
+        judges = [f"{SELECTING_SET[rule]}_score"]
+    else:
+        environments = range(len(facts["env_names"]))
+        judges = [
+            f"env{env}_out_acc" for env in environments if (env in tests) == (rule == "oracle")
+        ]
+    reported = [reported_key(facts, env) for env in tests]
+    validation, test = (
+        _mean(record.get(key, math.nan) for key in keys) for keys in (judges, reported)
+    )
+    return Choice(record, validation, test)
+
+
+def reported_key(facts: Mapping[str, Any], index: int) -> str:
+    """The key of a record under which an environment's, or evaluation set's, result stands."""
+    if facts["selection"] in SELECTING_SET:
+        return f"{facts['env_names'][index]}_score"
+    return f"env{index}_in_acc"
+
+
 def best_of_sweep(records: Iterable[Record], rule: str, test_env: int) -> Choice | None:
     """The best draw of hyper-parameters, and the step in it, by validation accuracy.
 
@@ -120,6 +173,14 @@ def best_of_sweep(records: Iterable[Record], rule: str, test_env: int) -> Choice
         draws.setdefault(record["args"]["hparams_seed"], []).append(record)
     choices = [SELECTION[rule](draw, test_env) for draw in draws.values()]
     return _best(choice for choice in reversed(choices) if choice is not None)
+
+
+def _best_on(rule: str, records: Sequence[Record], test_env: int) -> Choice | None:
+    key = f"{SELECTING_SET[rule]}_score"
+    return _best(
+        Choice(record, record[key], record["dev_score"])
+        for record in _holding_out({test_env}, records)
+    )
 
 
 def _best(choices: Iterable[Choice]) -> Choice | None:
@@ -155,4 +216,5 @@ def _environments(record: Record) -> list[int]:
 def _mean(accuracies: Iterable[float]) -> float:
     # numpy's sum, as in DomainBed: since Python 3.12 the built-in one rounds otherwise, which
     # can decide a tie.
-    return float(np.mean(list(accuracies)))
+    values = list(accuracies)
+    return float(np.mean(values)) if values else math.nan

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from dynmoe.metrics.selection import selected
+from dynmoe.metrics.selection import SELECTING_SET, reported_key, selected
 from dynmoe.report.drawing import (
     BLUE,
     COLOURS,
@@ -32,6 +33,7 @@ from dynmoe.report.drawing import (
     whole_numbers,
 )
 from dynmoe.report.records import Record, RunFolder
+from dynmoe.report.words import words_of
 
 
 def draw_all(folder: RunFolder) -> list[Path]:
@@ -42,7 +44,9 @@ def draw_all(folder: RunFolder) -> list[Path]:
     evaluation = [line for line in routing if line["source"] != "train"]
     with_thresholds = [line for line in training if line["thresholds"] is not None]
     figures: dict[str, Figure] = {}
-    if results:
+    if results and run["selection"] in SELECTING_SET:
+        figures["scores"] = draw_scores(run, results)
+    elif results:
         figures["accuracy"] = draw_accuracy(run, results)
     if events:
         figures["experts"] = draw_experts(run, events)
@@ -77,25 +81,70 @@ def draw_accuracy(run: Record, results: Sequence[Record]) -> Figure:
         Line2D([], [], color=GREY, linestyle="-", label="in split"),
         Line2D([], [], color=GREY, linestyle="--", label="out split"),
     ]
-    choice = selected(results, run["selection"], run["test_envs"])
-    if choice is not None:
-        line = axes.axvline(choice["step"], color=GREY, linewidth=1, linestyle="-.")
-        line.set_label(f"selected step ({choice['step']})")
-        legend.append(line)
-    baseline = run["baseline"] or {}
-    for index in run["test_envs"]:
-        if f"env{index}_in_acc" in baseline:
-            line = axes.axhline(
-                baseline[f"env{index}_in_acc"], color=GREY, linewidth=1, linestyle=":"
-            )
-            line.set_label(f"{baseline['name']},\n{run['env_names'][index]}, in split")
-            legend.append(line)
-    title = f"{run['algorithm']} on {run['dataset']}, protocol {run['protocol']}"
-    axes.set(xlabel=STEP, ylabel="accuracy", title=title)
+    legend += _marks(axes, run, results, ", in split")
+    axes.set(xlabel=STEP, ylabel="accuracy", title=_title(run))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     over_steps(axes)
     figure.legend(handles=legend, loc="outside right center", frameon=False, title="environment")
     return figure
+
+
+def draw_scores(run: Record, results: Sequence[Record]) -> Figure:
+    """The score on every evaluation set, the selected step, and the baseline if there is one."""
+    figure, (axes,) = lay_out(1, width=7.6, height=4)
+    steps = [record["step"] for record in results]
+    reported = [run["env_names"][index] for index in run["test_envs"]]
+    names = list(dict.fromkeys([*run["env_names"], SELECTING_SET[run["selection"]]]))
+    legend = []
+    for index, name in enumerate(names):
+        values = [100 * record.get(f"{name}_score", math.nan) for record in results]
+        legend += axes.plot(
+            steps,
+            values,
+            color="black" if name in reported else COLOURS[index % len(COLOURS)],
+            linestyle=DASHES[index % len(DASHES)],
+            linewidth=2.6 if name in reported else 1.3,
+            marker=".",
+            label=f"{name} (reported)" if name in reported else name,
+        )
+    legend += _marks(axes, run, results, scale=100)
+    axes.set(xlabel=STEP, ylabel=words_of(run).column, title=_title(run))
+    over_steps(axes)
+    last = results[-1]
+    if last["step"] > 0:
+        steps_per_epoch = last["step"] / last["epoch"]
+        epochs = axes.secondary_xaxis(
+            "top",
+            functions=(lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch),
+        )
+        epochs.set_xlabel("epoch")
+        epochs.xaxis.set_major_locator(whole_numbers())
+    figure.legend(handles=legend, loc="outside right center", frameon=False, title="evaluated on")
+    return figure
+
+
+def _marks(
+    axes: Axes, run: Record, results: Sequence[Record], split: str = "", scale: float = 1
+) -> list[Line2D]:
+    """Lines for the selected step and the baseline, for the legend."""
+    lines = []
+    choice = selected(results, run["selection"], run["test_envs"])
+    if choice is not None:
+        line = axes.axvline(choice["step"], color=GREY, linewidth=1, linestyle="-.")
+        line.set_label(f"selected step ({choice['step']})")
+        lines.append(line)
+    baseline = run["baseline"] or {}
+    for index in run["test_envs"]:
+        key = reported_key(run, index)
+        if key in baseline:
+            line = axes.axhline(scale * baseline[key], color=GREY, linewidth=1, linestyle=":")
+            line.set_label(f"{baseline['name']},\n{run['env_names'][index]}{split}")
+            lines.append(line)
+    return lines
+
+
+def _title(run: Record) -> str:
+    return f"{run['algorithm']} on {run['dataset']}, protocol {run['protocol']}"
 
 
 def draw_experts(run: Record, events: Sequence[Record]) -> Figure:
@@ -172,8 +221,9 @@ def draw_load(run: Record, evaluation: Sequence[Record]) -> Figure:
         heat_map(axes, percent_of_rows(loads, len(slots)), rows=list(last), columns=slots)
         axes.set_title(layer)
     figure.supxlabel("living expert (slot)")
-    figure.supylabel("environment")
-    figure.suptitle("Expert load: share of an environment's routed tokens, in %")
+    part = words_of(run).part
+    figure.supylabel(part)
+    figure.suptitle(f"Expert load: share of an {part}'s routed tokens, in %")
     return figure
 
 
@@ -217,4 +267,5 @@ def _layers(run: Record) -> list[str]:
 
 def _environment(run: Record, index: int) -> str:
     name = run["env_names"][index]
-    return f"{name} (test)" if index in run["test_envs"] else name
+    is_test = index in run["test_envs"] and run["selection"] not in SELECTING_SET
+    return f"{name} (test)" if is_test else name

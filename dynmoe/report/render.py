@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from dynmoe.metrics.selection import RULES
+from dynmoe.metrics.selection import RULES, SELECTING_SET, reported_key
 from dynmoe.report.summary import Layer, Summary
 from dynmoe.report.tables import Strong, Table, format_number, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
+from dynmoe.report.words import METRICS, words_of
 
 
 def to_console(summary: Summary) -> RenderableType:
@@ -56,6 +58,8 @@ def _setting(summary: Summary) -> str:
 def _tables(summary: Summary) -> Iterator[Table]:
     if summary.environments:
         yield _accuracy(summary)
+    if summary.scores:
+        yield _scores(summary)
     if summary.layers:
         yield _experts(summary)
 
@@ -81,12 +85,37 @@ def _accuracy(summary: Summary) -> Table:
     )
 
 
+def _scores(summary: Summary) -> Table:
+    """A column for the score, and for each of the metrics if it is the mean of several."""
+    metrics = [key for key in METRICS if any(key in each.metrics for each in summary.scores)]
+    if len(metrics) == 1:
+        metrics = []
+    selecting = SELECTING_SET[summary.run["selection"]]
+    rows: list[tuple[str, ...]] = []
+    for each in summary.scores:
+        role = "reported" if each.is_reported else "selects" if each.name == selecting else ""
+        numbers = (each.score, *(each.metrics.get(key, math.nan) for key in metrics))
+        score, *others = (format_number(100 * number, ".1f") for number in numbers)
+        name = f"{each.name} ({role})" if role else each.name
+        rows.append((name, Strong(score) if each.is_reported else score, *others))
+    words = words_of(summary.run)
+    return Table(
+        f"Scores at {_step(summary)}",
+        (words.place, words.column, *(METRICS[key] for key in metrics)),
+        tuple(rows),
+        note="\n".join(_baseline(summary)),
+    )
+
+
 def _baseline(summary: Summary) -> Iterator[str]:
-    baseline = summary.run["baseline"] or {}
-    for index, environment in enumerate(summary.environments):
-        if environment.is_test and f"env{index}_in_acc" in baseline:
-            accuracy = _percent(baseline[f"env{index}_in_acc"])
-            yield f"{baseline['name']}, same split: {accuracy} on {environment.name}, test-in"
+    run = summary.run
+    baseline = run["baseline"] or {}
+    for index in sorted(run["test_envs"]):
+        key = reported_key(run, index)
+        if key in baseline:
+            what, split = ("set", "") if summary.scores else ("split", ", test-in")
+            number = format_number(100 * baseline[key], ".1f", words_of(run).unit)
+            yield f"{baseline['name']}, same {what}: {number} on {run['env_names'][index]}{split}"
 
 
 def _experts(summary: Summary) -> Table:
@@ -98,7 +127,7 @@ def _experts(summary: Summary) -> Table:
             "experts",
             at_step,
             "mean k, train",
-            "mean k, test",
+            f"mean k, {_tested(summary)}",
             "unrouted",
         ),
         tuple(
@@ -125,14 +154,21 @@ def _growth(layer: Layer) -> str:
 
 def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
     steps = summary.run["steps"]
-    if summary.last_step + 1 < steps:
+    if summary.has_stopped_early:
+        yield (
+            "stopped early",
+            f"after {summary.last_step + 1} of {steps} steps (patience {summary.run['patience']})",
+        )
+    elif summary.last_step + 1 < steps:
         yield "unfinished", f"{summary.last_step + 1} of {steps} steps are recorded"
     if summary.layers:
         yield "parameters", f"{summary.total_parameters:,} (living experts only)"
         activated = format_number(summary.activated_parameters, ",.0f")
-        yield "activated per token", f"{activated} (at the mean k on test)"
+        yield "activated per token", f"{activated} (at the mean k on {_tested(summary)})"
     else:
         yield "parameters", f"{summary.total_parameters:,}, all of them active (no MoE layer)"
+    if "mean_tokens" in summary.run:
+        yield "length", f"{summary.run['mean_tokens']:.1f} tokens per example, on average"
     yield "training loss", f"{format_number(summary.loss, '.4f')} (mean over the last window)"
     yield (
         "speed",
@@ -156,9 +192,14 @@ def _runtime(run: dict[str, Any]) -> str:
     )
 
 
+def _tested(summary: Summary) -> str:
+    return ", ".join(each.name for each in summary.scores if each.is_reported) or "test"
+
+
 def _step(summary: Summary) -> str:
     if summary.is_selected:
-        return f"the selected step, {summary.step} of {summary.run['steps']}"
+        epoch = f" (epoch {summary.epoch:.1f})" if summary.scores else ""
+        return f"the selected step, {summary.step} of {summary.run['steps']}{epoch}"
     rule = RULES[summary.run["selection"]]
     return f"the last step, {summary.step} ({rule} does not decide within one run)"
 

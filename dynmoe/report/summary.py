@@ -1,6 +1,6 @@
-"""One run in numbers, computed from its records alone: accuracy, experts, parameters, cost.
+"""One run in numbers, computed from its records alone: scores, experts, parameters, cost.
 
-Accuracy, k, and parameters describe one model: the one at the step that the protocol's rule
+Scores, k, and parameters describe one model: the one at the step that the protocol's rule
 selects, or the last one where a single run cannot decide (`dynmoe.metrics.selection.selected`).
 A number that was not recorded is NaN.
 """
@@ -8,13 +8,14 @@ A number that was not recorded is NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dynmoe.metrics.efficiency import activated, exported
-from dynmoe.metrics.selection import selected
+from dynmoe.metrics.selection import SELECTING_SET, judged, selected
 from dynmoe.report.records import Record, RecordError, RunFolder, stretches
+from dynmoe.report.words import METRICS
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,17 @@ class Environment:
     is_test: bool
     in_accuracy: float
     out_accuracy: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A run's results on an evaluation set, as shares of 1."""
+
+    name: str
+    is_reported: bool
+    score: float
+    """The mean of the metrics."""
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -53,12 +65,20 @@ class Summary:
     is_selected: bool
     """Whether the rule chose `step`; else it is the last one."""
     last_step: int
+    epoch: float
+    """At `step`."""
+    has_stopped_early: bool
+    """Whether patience ended the run before its planned steps."""
+    validation: float
+    """What the rule judges the model at `step` by."""
     environments: tuple[Environment, ...]
+    """Of runs on environments; the others have `scores`."""
+    scores: tuple[Scores, ...]
     layers: tuple[Layer, ...]
     total_parameters: int
     """Of living experts only."""
     activated_parameters: float
-    """Per token of the test environments: parameters outside the MoE layers, routers, and k
+    """Per token of what is reported on: parameters outside the MoE layers, routers, and k
     experts per MoE layer."""
     loss: float
     """Mean over the last window of training steps."""
@@ -77,26 +97,23 @@ def summarize(folder: RunFolder) -> Summary:
             "the run stopped before its first evaluation, start it again"
         )
     chosen = selected(results, run["selection"], run["test_envs"])
-    model, last = chosen or results[-1], results[-1]
+    model, last = dict(chosen or results[-1]), results[-1]
     layers = _layers(run, folder, model["step"])
     costs = run.get("costs", {"parameters": run["parameters"]})  # early versions had no costs
     experts = {layer.name: layer.experts for layer in layers}
     k = {layer.name: layer.k_test for layer in layers}
+    on_sets = run["selection"] in SELECTING_SET
     return Summary(
         folder=folder.path,
         run=run,
         step=model["step"],
         is_selected=chosen is not None,
         last_step=last["step"],
-        environments=tuple(
-            Environment(
-                name,
-                index in run["test_envs"],
-                model.get(f"env{index}_in_acc", math.nan),
-                model.get(f"env{index}_out_acc", math.nan),
-            )
-            for index, name in enumerate(run["env_names"])
-        ),
+        epoch=model.get("epoch", math.nan),
+        has_stopped_early=_has_stopped_early(run, results, model),
+        validation=judged(model, run).validation,
+        environments=() if on_sets else _environments(run, model),
+        scores=_scores(run, model) if on_sets else (),
         layers=layers,
         total_parameters=exported(costs, experts),
         activated_parameters=activated(costs, experts, k),
@@ -105,6 +122,39 @@ def summarize(folder: RunFolder) -> Summary:
         peak_memory=max(record.get("mem_gb", math.nan) for record in results),
         figures=tuple(sorted(path.name for path in (folder.path / "figures").glob("*.png"))),
     )
+
+
+def _environments(run: Record, model: Record) -> tuple[Environment, ...]:
+    return tuple(
+        Environment(
+            name,
+            index in run["test_envs"],
+            model.get(f"env{index}_in_acc", math.nan),
+            model.get(f"env{index}_out_acc", math.nan),
+        )
+        for index, name in enumerate(run["env_names"])
+    )
+
+
+def _scores(run: Record, model: Record) -> tuple[Scores, ...]:
+    """Of the evaluation sets, and of the set that selects where it is none of them."""
+    reported = [run["env_names"][index] for index in run["test_envs"]]
+    return tuple(
+        Scores(
+            name,
+            name in reported,
+            model.get(f"{name}_score", math.nan),
+            {key: model[f"{name}_{key}"] for key in METRICS if f"{name}_{key}" in model},
+        )
+        for name in dict.fromkeys([*run["env_names"], SELECTING_SET[run["selection"]]])
+    )
+
+
+def _has_stopped_early(run: Record, results: Sequence[Record], model: Record) -> bool:
+    patience = run.get("patience")
+    if patience is None or results[-1]["step"] + 1 >= run["steps"]:
+        return False
+    return len(results) - 1 - results.index(model) >= patience
 
 
 def _layers(run: Record, folder: RunFolder, step: int) -> tuple[Layer, ...]:
