@@ -1,0 +1,145 @@
+"""Texts as token ids, made once and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock
+
+from dynmoe.data.protocol import IntArray
+from dynmoe.data.text_sets import TextSet
+from dynmoe.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+BATCH = 1000  # texts handed to the tokenizer at once
+
+Row = dict[str, list[int]]
+
+
+class Encoded:
+    """Token ids of every example, not padded; `lengths` [N] counts them."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        import pyarrow.compute
+
+        self._dataset = dataset
+        counts = pyarrow.compute.list_value_length(dataset.data.column("input_ids"))
+        self.lengths: IntArray = counts.to_numpy().astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rows(self, indices: list[int]) -> list[Row]:
+        """What the tokenizer gave for each: input_ids, attention_mask, maybe token_type_ids."""
+        columns = self._dataset[indices]
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def encode(
+    texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int, cache: Path | None
+) -> Encoded:
+    """Token ids of at most `max_length` per example, cut from the longer text of a pair.
+
+    `cache` is a folder: the file in it is named after the texts, the tokenizer and `max_length`.
+    Processes that ask for the same file wait for the first; a damaged file is made anew.
+
+    Raises:
+        DataError: a tokenizer without a tokenizer.json.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"backbone.path: {type(tokenizer).__name__} has no tokenizer.json. Save one there with "
+            "transformers' save_pretrained, or take a backbone with a fast tokenizer."
+        )
+    if cache is None:
+        return Encoded(_tokenized(texts, tokenizer, max_length, None))
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / f"tokens-{_fingerprint(texts, tokenizer, max_length)}.arrow"
+    with FileLock(f"{file}.lock"):
+        kept = _kept(file, len(texts))
+        return Encoded(kept or _tokenized(texts, tokenizer, max_length, file))
+
+
+def word_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """Lower-case words of `texts`, the most frequent first, equals in alphabetical order.
+
+    `size` counts the special tokens [PAD] (0), [UNK], [CLS] and [SEP] too.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.normalizer = normalizers.BertNormalizer()
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=size, special_tokens=special, show_progress=False
+    )
+    words.train_from_iterator(texts, trainer)
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, words.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def _fingerprint(texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    for changed_by_use in ("truncation", "padding"):
+        state.pop(changed_by_use)
+    settings = (tokenizer.model_input_names, tokenizer.truncation_side, max_length)
+    content = json.dumps([texts.digest(), state, settings], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _kept(file: Path, rows: int) -> Dataset | None:
+    """The file's data set, or None if there is none or it is damaged."""
+    import pyarrow
+    from datasets import Dataset
+
+    if not file.exists():
+        return None
+    try:
+        dataset = Dataset.from_file(str(file))
+    except (pyarrow.ArrowException, OSError, ValueError):
+        return None
+    return dataset if len(dataset) == rows else None
+
+
+def _tokenized(
+    texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int, file: Path | None
+) -> Dataset:
+    from datasets import Dataset
+
+    columns = {"first": texts.first}
+    if texts.second is not None:
+        columns["second"] = texts.second
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return dict(tokenizer(*batch.values(), truncation=True, max_length=max_length))
+
+    return Dataset.from_dict(columns).map(
+        tokenize,
+        batched=True,
+        batch_size=BATCH,
+        remove_columns=list(columns),
+        cache_file_name=None if file is None else str(file),
+        load_from_cache_file=False,
+        new_fingerprint="tokens" if file is None else file.stem,  # hashing the tokenizer is slow
+    )
