@@ -97,10 +97,13 @@ def _raw(task: GlueTask, where: str, table: pyarrow.Table) -> RawTexts:
         raise DataError(
             f"{where}: no column {', '.join(missing)}. Found {', '.join(table.column_names)}."
         )
-    has_index = "idx" in table.column_names
+    if "idx" not in table.column_names:
+        table = table.append_column("idx", [range(len(table))])
+    complete = table.select([*task.columns, "label", "idx"]).drop_null()
     return RawTexts(
         where=where,
-        texts=[table[name].to_pylist() for name in task.columns],
-        labels=table["label"].to_pylist(),
-        index=table["idx"].to_pylist() if has_index else range(len(table)),
+        texts=[complete[name].to_pylist() for name in task.columns],
+        labels=complete["label"].to_pylist(),
+        index=complete["idx"].to_pylist(),
+        dropped=len(table) - len(complete),
     )

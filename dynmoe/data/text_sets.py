@@ -44,6 +44,7 @@ class TextSet:
             index=self.index[indices],
         )
 
+    @property
     def digest(self) -> str:
         """16 hex digits that change with any text, label or order."""
         digest = hashlib.sha256(self.label.tobytes())
@@ -82,7 +83,7 @@ def text_set(
         raise DataError(f"{raw.where}: no label column.")
     words = None if raw.labels is None else [str(label) for label in raw.labels]
     label = (
-        _scores(words, raw)
+        _scores(words, raw, labelled=labelled)
         if task.regression
         else _classes(words, raw, known or _words(task), labelled=labelled)
     )
@@ -115,10 +116,15 @@ def _classes(
     return np.array([known[word] for word in words], dtype=np.int64)
 
 
-def _scores(words: list[str] | None, raw: RawTexts) -> LabelArray:
+def _scores(words: list[str] | None, raw: RawTexts, *, labelled: bool) -> LabelArray:
     if words is None:
         return np.full(len(raw.index), np.nan, dtype=np.float32)
     try:
-        return np.array([float(word) for word in words], dtype=np.float32)
+        scores = np.array([float(word) for word in words], dtype=np.float32)
     except ValueError as error:
         raise DataError(f"{raw.where}: a score is not a number: {error}.") from None
+    if not labelled:  # published test sets say -1
+        scores[scores == -1] = np.nan
+    elif not np.isfinite(scores).all():
+        raise DataError(f"{raw.where}: a score is not a finite number.")
+    return scores

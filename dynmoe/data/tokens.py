@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BATCH = 1000  # texts handed to the tokenizer at once
+LONG_PASS = 20_000  # texts from which a progress bar is shown
 
 Row = dict[str, list[int]]
 
@@ -104,7 +105,7 @@ def _fingerprint(texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length:
     for changed_by_use in ("truncation", "padding"):
         state.pop(changed_by_use)
     settings = (tokenizer.model_input_names, tokenizer.truncation_side, max_length)
-    content = json.dumps([texts.digest(), state, settings], sort_keys=True)
+    content = json.dumps([texts.digest, state, settings], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -125,7 +126,7 @@ def _kept(file: Path, rows: int) -> Dataset | None:
 def _tokenized(
     texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int, file: Path | None
 ) -> Dataset:
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
 
     columns = {"first": texts.first}
     if texts.second is not None:
@@ -134,8 +135,10 @@ def _tokenized(
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return dict(tokenizer(*batch.values(), truncation=True, max_length=max_length))
 
+    (enable_progress_bars if len(texts) >= LONG_PASS else disable_progress_bars)()
     return Dataset.from_dict(columns).map(
         tokenize,
+        desc="tokenizing",
         batched=True,
         batch_size=BATCH,
         remove_columns=list(columns),

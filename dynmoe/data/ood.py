@@ -1,0 +1,173 @@
+"""Further sets to evaluate a trained task on, after GLUE-X (Yang et al., ACL 2023): other sources of
+text, labels mapped to the task's own.
+
+Each is read from its published files below `data.ood_root`, or below a folder of its name there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from dynmoe.data.glue_tasks import GlueTask
+from dynmoe.data.text_sets import RawTexts, TextSet, text_set
+from dynmoe.data.text_tables import first_file, read_table
+from dynmoe.errors import DataError
+
+# Classes of the tasks that a class of a set stands for: the first that the task has.
+ENTAILED = ("entailment",)
+NEUTRAL = ("neutral", "not_entailment")
+CONTRADICTED = ("contradiction", "not_entailment")
+NOT_ENTAILED = ("not_entailment",)
+SAME = ("equivalent", "duplicate")
+DIFFERENT = ("not_equivalent", "not_duplicate")
+UNDECIDED = ()  # the annotators did not agree: the example is left out
+
+Classes = tuple[str, ...]
+VOTES: tuple[Classes, ...] = (*[DIFFERENT] * 3, UNDECIDED, *[SAME] * 3)
+
+
+@dataclass(frozen=True)
+class OodSet:
+    """The published form of a set.
+
+    `columns` are the two texts and the label; `header` names a TSV file's columns where its first
+    line does not; `only` keeps the rows with a value in a column, where there is such a column.
+    """
+
+    tasks: tuple[str, ...]
+    files: tuple[str, ...]
+    columns: tuple[str, str, str]
+    labels: Mapping[str, Classes]
+    header: tuple[str, ...] | None = None
+    only: tuple[str, str] | None = None
+
+
+NLI: dict[str, Classes] = {
+    "entailment": ENTAILED,
+    "neutral": NEUTRAL,
+    "contradiction": CONTRADICTED,
+    "-": UNDECIDED,
+}
+
+OOD = {
+    "scitail": OodSet(
+        tasks=("rte",),
+        files=("scitail_1.0_test.tsv", "tsv_format/scitail_1.0_test.tsv"),
+        columns=("premise", "hypothesis", "label"),
+        labels={"entails": ENTAILED, "neutral": NOT_ENTAILED},
+        header=("premise", "hypothesis", "label"),
+    ),
+    "hans": OodSet(
+        tasks=("rte",),
+        files=("heuristics_evaluation_set.txt", "heuristics_evaluation_set.jsonl"),
+        columns=("sentence1", "sentence2", "gold_label"),
+        labels={"entailment": ENTAILED, "non-entailment": NOT_ENTAILED},
+    ),
+    "snli": OodSet(
+        tasks=("mnli", "rte"),
+        files=("snli_1.0_test.txt", "snli_1.0_test.jsonl"),
+        columns=("sentence1", "sentence2", "gold_label"),
+        labels=NLI,
+    ),
+    "sick": OodSet(
+        tasks=("mnli", "rte"),
+        files=("SICK.txt",),
+        columns=("sentence_A", "sentence_B", "entailment_label"),
+        labels={word.upper(): classes for word, classes in NLI.items() if classes},
+        only=("SemEval_set", "TEST"),
+    ),
+    "qqp": OodSet(
+        tasks=("mrpc",),
+        files=("dev.tsv",),
+        columns=("question1", "question2", "is_duplicate"),
+        labels={"1": SAME, "0": DIFFERENT},
+    ),
+    "twitter": OodSet(  # how many of six annotators saw a paraphrase
+        tasks=("mrpc", "qqp"),
+        files=("Twitter_URL_Corpus_test.txt",),
+        columns=("sentence1", "sentence2", "votes"),
+        labels={
+            f"({n},{space}6)": classes for n, classes in enumerate(VOTES) for space in ("", " ")
+        },
+        header=("sentence1", "sentence2", "votes", "url"),
+    ),
+}
+
+
+def read_ood(name: str, root: str | None, task: GlueTask) -> TextSet:
+    """A set of `OOD`, or the file `<root>/<name>.tsv` or `.jsonl` with the task's columns + label.
+
+    Raises:
+        DataError: no such file, damaged, or a set that does not fit the task.
+    """
+    if root is None or not Path(root).is_dir():
+        raise DataError(
+            f"data.ood_root: {'not given' if root is None else f'no folder {root}'}. "
+            f"Give the folder that holds the files of {name}."
+        )
+    own = [Path(root) / f"{name}{suffix}" for suffix in (".tsv", ".jsonl")]
+    if file := first_file(own):
+        table = read_table(file, (*task.columns, "label"))
+        texts = [table.columns[column] for column in task.columns]
+        raw = RawTexts(str(file), texts, table.columns["label"], table.row)
+        return text_set(raw, task, labelled=True)
+    if name not in OOD:
+        raise DataError(
+            f"data.ood: {name} is neither one of {', '.join(OOD)} nor a file: no {own[0]} or "
+            f"{own[1].name}, with columns {', '.join(task.columns)}, label."
+        )
+    published = OOD[name]
+    if task.name not in published.tasks:
+        raise DataError(
+            f"data.ood: {name} fits {' and '.join(published.tasks)}, not {task.name}: its labels "
+            f"mean something else. For {task.name} take {_fitting(task)}."
+        )
+    folders = _folders(Path(root), name)
+    file = first_file([folder / each for folder, each in product(folders, published.files)])
+    if file is None:
+        raise DataError(
+            f"data.ood_root: no file {' or '.join(published.files)} of {name} in "
+            f"{' or '.join(map(str, folders))}."
+        )
+    return _published(published, file, task)
+
+
+def _folders(root: Path, name: str) -> list[Path]:
+    """SciTailV1.1/ or snli_1.0/ below `root`, then `root` itself."""
+    below = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
+    return [*(entry for entry in below if entry.name.lower().startswith(name)), root]
+
+
+def _fitting(task: GlueTask) -> str:
+    names = [name for name, published in OOD.items() if task.name in published.tasks]
+    own = f"a file with columns {', '.join(task.columns)}, label"
+    return f"{', '.join(names)} or {own}" if names else own
+
+
+def _published(published: OodSet, file: Path, task: GlueTask) -> TextSet:
+    *text_columns, label = published.columns
+    only = published.only
+    optional = (only[0],) if only else ()
+    table = read_table(file, published.columns, optional, published.header)
+    numbers = {
+        word: next(task.labels.index(name) for name in classes if name in task.labels)
+        for word, classes in published.labels.items()
+        if classes
+    }
+    undecided = published.labels.keys() - numbers.keys()
+    keep = [
+        row
+        for row, word in enumerate(table.columns[label])
+        if word not in undecided
+        and (only is None or only[0] not in table.columns or table.columns[only[0]][row] == only[1])
+    ]
+    raw = RawTexts(
+        where=str(file),
+        texts=[[table.columns[column][row] for row in keep] for column in text_columns],
+        labels=[table.columns[label][row] for row in keep],
+        index=[table.row[row] for row in keep],
+    )
+    return text_set(raw, task, labelled=True, known=numbers)
