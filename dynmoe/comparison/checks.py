@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from dynmoe.comparison.run import Run
-from dynmoe.metrics.selection import RULES
+from dynmoe.metrics.selection import RULES, SELECTING_SET
 from dynmoe.report.records import Record, RecordError, RunFolder
 
 Keys = Mapping[str, type | tuple[type, ...]]
@@ -65,15 +65,17 @@ def check_config(place: str, config: Any) -> None:
 
 
 def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -> None:
-    """Raises RecordError where a result lacks an accuracy."""
-    environments = range(len(facts["env_names"]))
-    accuracies = {
-        f"env{index}_{split}_acc": NUMBER for index in environments for split in ("in", "out")
-    }
+    """Raises RecordError where a result lacks an accuracy or a score."""
+    rule, names = facts["selection"], facts["env_names"]
+    if rule in SELECTING_SET:
+        keys = [f"{name}_score" for name in (*names, SELECTING_SET[rule])]
+    else:
+        keys = [f"env{env}_{split}_acc" for env in range(len(names)) for split in ("in", "out")]
+    measures: Keys = dict.fromkeys(keys, NUMBER)
     for number, record in enumerate(results, start=1):
         place = f"{folder.path / 'results.jsonl'}, line {number}"
         times: Keys = {key: NUMBER for key in ("step_time", "eval_time") if key in record}
-        _expect(place, record, {"args": dict, **accuracies, **times})
+        _expect(place, record, {"args": dict, **measures, **times})
         for key in ("test_envs", "hparams_seed"):  # by which selection finds a run's records
             if record["args"].get(key) != facts[key]:
                 expected = f"`{key}` {facts[key]} in `args`, as in run.json"

@@ -33,13 +33,13 @@ class ModelCost:
     exported: float
     """Parameters of living experts and the rest."""
     activated: float
-    """Parameters per token of the test environments."""
+    """Parameters per token of what is reported on."""
     flops: float
-    """Of the forward pass of one sample of the test environments."""
+    """Of the forward pass of one sample of it."""
     experts: float
     """Living, mean over MoE layers; NaN for dense."""
     mean_k: float
-    """Experts per test token, mean over MoE layers; NaN for dense."""
+    """Experts per token of it, mean over MoE layers; NaN for dense."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _bill(runs: Sequence[Run], step_ms: Mapping[str, float]) -> Bill:
         len(runs),
         sum(_training_flops(run) for run in runs),
         sum(_hours(run) for run in runs),
-        sum(run.facts["steps"] * step_ms.get(run.setting, math.nan) for run in runs) / 3.6e6,
+        sum(_steps(run) * step_ms.get(run.setting, math.nan) for run in runs) / 3.6e6,
     )
 
 
@@ -179,8 +179,14 @@ def _training_flops(run: Run) -> float:
 
 
 def _samples_per_step(facts: Record) -> int:
-    """The batch size counts samples per training environment, as in DomainBed."""
-    return facts["batch_size"] * (len(facts["env_names"]) - len(facts["test_envs"]))
+    """Where it is not recorded, DomainBed's rule: a batch for each training environment."""
+    training = len(facts["env_names"]) - len(facts["test_envs"])
+    return int(facts.get("samples_per_step", facts["batch_size"] * training))
+
+
+def _steps(run: Run) -> int:
+    """Those taken: patience may end a run before its planned steps."""
+    return int(run.results[-1]["step"]) + 1
 
 
 def _hours(run: Run) -> float:

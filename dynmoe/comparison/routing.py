@@ -53,7 +53,7 @@ def k_by_position(run: Run, layer: str) -> np.ndarray:
 def experts_over_steps(run: Run, layer: str) -> tuple[list[int], list[int]]:
     """Steps at which the number of living experts changes, and the number from then on."""
     updates = [event for event in run.events if event["layer"] == layer]
-    start, last = run.facts["start_experts"][layer], run.facts["steps"] - 1
+    start, last = run.facts["start_experts"][layer], run.results[-1]["step"]
     counts = [start, *(event["after"] for event in updates)]
     return [0, *(event["step"] for event in updates), last], [*counts, counts[-1]]
 

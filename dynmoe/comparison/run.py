@@ -8,14 +8,14 @@ alone, and only they are averaged.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from dynmoe.metrics.selection import selected
+from dynmoe.metrics.selection import judged, selected
 from dynmoe.report.records import Record, RunFolder
+from dynmoe.report.words import Words, words_of
 
 Kind = Literal["dense", "fixed", "adaptive"]
 KINDS: tuple[Kind, ...] = ("dense", "fixed", "adaptive")
@@ -38,10 +38,9 @@ class Outcome:
 
     step: int
     accuracy: float
-    """On the test environment's in split, in [0, 1]."""
+    """What is reported, as a share of 1: `metrics.selection.judged` tells it of each rule."""
     validation: float
-    """What the rule selects by, in [0, 1]: the mean out-split accuracy of the training
-    environments; for the oracle, the test environment's own out split."""
+    """What the rule selects by, in the same unit."""
     last: float
     """As `accuracy`, of the model at the end of training."""
     is_selected: bool
@@ -81,6 +80,16 @@ class Run:
         return self.facts["seed"], self.facts["trial_seed"]
 
     @property
+    def searched(self) -> dict[str, Any]:
+        """The keys that its protocol searches over, and their values here."""
+        keys = self.config.get("protocol.searched") or ()
+        return {key: self.config.get(key) for key in keys}
+
+    @property
+    def words(self) -> Words:
+        return words_of(self.facts)
+
+    @property
     def kind(self) -> Kind:
         """`adaptive`: training adds and removes experts; `fixed`: a mixture that stays as it is."""
         if self.facts["config"].get("moe.router", "") is None:
@@ -92,16 +101,13 @@ class Run:
     def outcome(self) -> Outcome:
         facts = self.facts
         chosen = self.chosen or selected(self.results, facts["selection"], facts["test_envs"])
-        record = self.results[-1] if chosen is None else chosen
-        tests = facts["test_envs"]
-        judges = [index for index in range(len(facts["env_names"])) if index not in tests]
-        if facts["selection"] == "oracle":
-            judges = tests
+        last = judged(self.results[-1], facts)
+        reported = last if chosen is None else judged(chosen, facts)
         return Outcome(
-            record["step"],
-            accuracy=_mean(record[f"env{index}_in_acc"] for index in tests),
-            validation=_mean(record[f"env{index}_out_acc"] for index in judges),
-            last=_mean(self.results[-1][f"env{index}_in_acc"] for index in tests),
+            reported.record["step"],
+            accuracy=reported.test,
+            validation=reported.validation,
+            last=last.test,
             is_selected=chosen is not None,
         )
 
@@ -163,8 +169,3 @@ def environments(runs: Iterable[Run]) -> list[str]:
 def settings(runs: Iterable[Run]) -> list[str]:
     """The settings of one problem's runs, in order."""
     return list(dict.fromkeys(run.setting for run in runs))
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else math.nan

@@ -6,6 +6,7 @@ A run that cannot be used does not stop the report of the others: a warning name
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,10 +14,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dynmoe.comparison.checks import check_config, check_facts, check_results, check_routing
 from dynmoe.comparison.run import Outcome, Problem, Repetition, Run, order, short_name
 from dynmoe.comparison.settings import name_settings
-from dynmoe.metrics.selection import best_of_sweep
+from dynmoe.metrics.selection import SELECTING_SET, best_of_sweep
 from dynmoe.report.records import RecordError, RunFolder
 
 __all__ = ["Absent", "Collection", "Outcome", "Problem", "Run", "read_runs", "short_name"]
@@ -54,8 +57,9 @@ class Collection:
     absent: list[Absent]
     warnings: list[str]
     others: list[Run] = field(default_factory=list)
-    """Further finished runs that the choice of `runs` needed: draws of hyper-parameters that lost,
-    and runs with two test environments for leave-one-domain-out selection."""
+    """Further finished runs that the choice of `runs` needed: draws and searched values of
+    hyper-parameters that lost, and runs with two test environments for leave-one-domain-out
+    selection."""
     commands: Mapping[Path, Sequence[str]] = field(default_factory=dict)
     """Of sweep folders: those that made their runs, where `sweep.json` remembers them."""
 
@@ -164,11 +168,12 @@ def _asked(folder: RunFolder, job: Job) -> Run | None:
     config = job.get("config")
     if not config:
         return None
+    selection = config.get("task.selection", "")
     facts = {
         "dataset": config.get("data.name", ""),
         "protocol": config.get("protocol.name", ""),
-        "selection": config.get("task.selection", ""),
-        "test_envs": config.get("data.test_envs", []),
+        "selection": selection,
+        "test_envs": [0] if selection in SELECTING_SET else config.get("data.test_envs", []),
         **{key: config.get(key, 0) for key in ("seed", "trial_seed", "hparams_seed")},
         "config": config,
     }
@@ -193,7 +198,8 @@ def _without_copies(runs: Iterable[Run], warnings: list[str]) -> list[Run]:
     first: dict[object, Run] = {}
     repeats = []
     for run in runs:
-        key = (run.problem, run.setting, run.environment, run.repetition, run.facts["hparams_seed"])
+        search = (run.facts["hparams_seed"], json.dumps(run.searched))
+        key = (run.problem, run.setting, run.environment, run.repetition, search)
         if first.setdefault(key, run) is not run:
             repeats.append(f"{run.folder.path}: repeats {first[key].folder.path}; left out")
     if len(repeats) > 1:
@@ -217,18 +223,37 @@ def _readable(runs: Iterable[Run], warnings: list[str]) -> list[Run]:
 def _chosen(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
     """The runs that stand for their repetitions, and the others.
 
-    Of several draws of hyper-parameters the best by validation stands, as in DomainBed.
+    Of several draws of hyper-parameters the best by validation stands, as in DomainBed; of values
+    that a protocol searches over, one for all repetitions of a setting.
     """
+    runs = list(runs)
     trials: defaultdict[object, list[Run]] = defaultdict(list)
-    for run in sorted(runs, key=order):
+    for run in _with_best_values(sorted(runs, key=order)):
         trials[run.problem, run.setting, run.repetition].append(run)
-    standing, others = [], []
-    for trial in trials.values():
-        chosen = list(_standing(trial))
-        standing += chosen
-        paths = {run.folder.path for run in chosen}
-        others += [run for run in trial if run.folder.path not in paths]
-    return standing, others
+    standing = [run for trial in trials.values() for run in _standing(trial)]
+    paths = {run.folder.path for run in standing}
+    return standing, [run for run in runs if run.folder.path not in paths]
+
+
+def _with_best_values(runs: Iterable[Run]) -> Iterable[Run]:
+    """Of each setting the runs with the searched values of the best mean validation.
+
+    Values that lack repetitions which others have are not taken: their mean is of other runs.
+    """
+    searches: defaultdict[object, defaultdict[str, list[Run]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for run in runs:
+        searches[run.problem, run.setting][json.dumps(run.searched)].append(run)
+    for by_values in searches.values():
+        most = max(map(len, by_values.values()))
+        complete = [members for members in by_values.values() if len(members) == most]
+        yield from complete[0] if len(complete) == 1 else max(complete, key=_mean_validation)
+
+
+def _mean_validation(runs: Iterable[Run]) -> float:
+    mean = float(np.mean([run.outcome.validation for run in runs]))
+    return -math.inf if math.isnan(mean) else mean
 
 
 def _standing(trial: Sequence[Run]) -> Iterable[Run]:

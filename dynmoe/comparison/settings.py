@@ -3,7 +3,8 @@
 A configuration is the flat `config` of a `run.json`. Those of one setting differ in chance alone:
 in seeds, in the environment they are tested on, and in where the data lie. Draws of
 hyper-parameters (`hparams_seed`) belong to one setting too: the search is part of the method, as in
-DomainBed.
+DomainBed. So do the values of the keys that a protocol searches over (`protocol.searched`), as the
+learning rate on GLUE.
 """
 
 from __future__ import annotations
@@ -45,7 +46,12 @@ def _identities(configs: Sequence[Config]) -> list[Config]:
     """Each configuration without what does not distinguish settings."""
     chance = (*REPETITION, "hparams_seed", "data.root")
     plain = [
-        {key: value for key, value in config.items() if key not in chance} for config in configs
+        {
+            key: value
+            for key, value in config.items()
+            if key not in (*chance, *(config.get("protocol.searched") or ()))
+        }
+        for config in configs
     ]
     without_draw = [{**config, **dict.fromkeys(DRAWN, "drawn")} for config in plain]
     is_draw = [config.get("hparams_seed", 0) > 0 for config in configs]

@@ -25,27 +25,40 @@ class Words(NamedTuple):
     """What it is reported on."""
     part: str
     """Any part of the data that is evaluated, reported or not."""
-    examples: str
 
     @property
-    def is_share(self) -> bool:
-        """Whether the measure is a share, and not a correlation, which may be below 0."""
-        return "accuracy" in self.measure
+    def noun(self) -> str:
+        """The measure in short, within sentences."""
+        return "accuracy" if self.measure == "accuracy" else "score"
 
     @property
-    def column(self) -> str:
-        """The heading of a column: every measure is shown times 100."""
-        return f"{self.measure}, %" if self.is_share else f"{self.measure} x 100"
+    def nouns(self) -> str:
+        return "accuracies" if self.measure == "accuracy" else "scores"
+
+    @property
+    def scale(self) -> str:
+        """What all numbers are shown in: correlations, which may be below 0, are no shares."""
+        return "%" if "accuracy" in self.measure else "x 100"
 
     @property
     def unit(self) -> str:
-        """What follows a number times 100 within a sentence."""
-        return " %" if self.is_share else ""
+        """What follows a number within a sentence."""
+        return " %" if self.scale == "%" else ""
+
+    @property
+    def column(self) -> str:
+        """The heading of a column of numbers."""
+        return f"{self.measure}, {self.scale}"
 
 
 def words_of(facts: Mapping[str, Any]) -> Words:
     """Of a run; `facts` are those of its `run.json`."""
     if facts["selection"] in SELECTING_SET:
         measure = facts.get("measure", "accuracy")
-        return Words(measure, "evaluation set", "evaluation set", "examples")
-    return Words("accuracy", "test environment", "environment", "images")
+        return Words(measure, "evaluation set", "evaluation set")
+    return Words("accuracy", "test environment", "environment")
+
+
+def capital(text: str) -> str:
+    """With a capital first letter; the others stay."""
+    return text[:1].upper() + text[1:]
