@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
+from dynmoe.backbones.ffns import blocks_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers.experts import Init
 from dynmoe.layers.moe import MoELayer
+from dynmoe.layers.split import linears
 
 Placement = Literal["none", "all", "every_two", "last_two"] | Sequence[int]
 
@@ -50,34 +52,31 @@ def add_moe_layers(
     recompute: bool = False,
     keep_origin: bool = False,
 ) -> None:
-    """Turn the FFNs (``block.mlp``) of the chosen ``backbone.blocks`` into MoE layers, in place.
+    """Turn the FFNs of the chosen blocks into MoE layers, in place.
 
-    ``init="upcycle"``: every expert starts as a copy of the block's FFN, biases included (GMoE,
-    DynMoE); ``fresh``: each is drawn anew, for training from scratch. ``expert_dropout`` acts after
-    the activation inside experts only (0.1 in GMoE); None keeps the FFN's own. ``recompute``: see
-    ``MoELayer``.
+    ``init="copy"``: every expert starts as a copy of the block's FFN (GMoE, DynMoE); ``cluster`` or
+    ``random``: as a part of it (EMoE); ``fresh``: drawn anew, for training from scratch.
+    ``expert_dropout`` acts after the activation inside experts only (0.1 in GMoE); None keeps the
+    FFN's own. ``recompute``: see ``MoELayer``. All of an MoE layer is trained, whatever was frozen.
 
     Raises:
-        ConfigError: blocks that are not there, or whose FFN is not ``fc1``, activation, ``fc2``.
+        ConfigError: blocks that are not there, or whose FFN is of a form not known.
     """
-    blocks: Any = backbone.blocks
+    if layers == "none":
+        return
+    blocks, form = blocks_of(backbone, parts=init in ("cluster", "random"))
     for index in placed_blocks(layers, len(blocks)):
         assert router is not None, "moe.layers asks for MoE layers, but moe.router is null"
-        mlp: Any = getattr(blocks[index], "mlp", None)
-        if not (hasattr(mlp, "fc1") and hasattr(mlp, "fc2")):
+        try:
+            expert = form.expert(blocks[index], expert_dropout)
+        except AttributeError as error:
             raise ConfigError(
-                f"moe.layers={layers}: block {index} of {type(backbone).__name__} has no FFN "
-                "`mlp` with fc1 and fc2, as timm's Vision Transformers have; use one of those"
-            )
-        if expert_dropout is not None:
-            mlp.drop1 = nn.Dropout(expert_dropout)
-        blocks[index].mlp = MoELayer(
-            mlp,
-            mlp.fc1.in_features,
-            router,
-            num_experts,
-            max_experts,
-            init,
-            keep_origin,
-            recompute,
+                f"moe.layers={layers}: block {index} of {type(backbone).__name__} has no FFN as "
+                f"timm's Vision Transformers or known transformers models have ({error})"
+            ) from error
+        expert.requires_grad_(True)
+        dim = linears(expert)[0].in_features
+        layer = MoELayer(
+            expert, dim, router, num_experts, max_experts, init, keep_origin, recompute
         )
+        form.put(blocks[index], layer)

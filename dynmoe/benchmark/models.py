@@ -91,7 +91,7 @@ def build_models(
             num_experts=moe.num_experts,
             max_experts=slots,
             layers=layers,  # type: ignore[arg-type]
-            init="fresh" if fresh else "upcycle",
+            init="fresh" if fresh else "copy",
             expert_dropout=moe.expert_dropout,
             recompute=moe.recompute,
         )

@@ -19,12 +19,16 @@ from dynmoe.layers import dispatch
 from dynmoe.layers.ffn import read_ffn
 from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
 from dynmoe.layers.routing import Routing
+from dynmoe.layers.split import linears, split_ffn
 
-Init = Literal["upcycle", "fresh"]
+Init = Literal["copy", "cluster", "random", "fresh"]
 
 
 class Experts(nn.Module):
-    """``num_slots`` FFNs made from one: copies of it (``upcycle``) or newly drawn (``fresh``).
+    """``num_slots`` FFNs made from one.
+
+    ``init``: ``copy`` for full copies of it, ``cluster`` or ``random`` for shares of its hidden
+    neurons (``split.py``), ``fresh`` for newly drawn ones of its size.
 
     ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs of two
     plain linear layers (``ffn.read_ffn``) take the fast path of ``grouped.py``, where ``recompute``
@@ -32,10 +36,13 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, mlp: nn.Module, num_slots: int, init: Init = "upcycle", recompute: bool = False
+        self, mlp: nn.Module, num_slots: int, init: Init = "copy", recompute: bool = False
     ) -> None:
         super().__init__()
-        self.slots = nn.ModuleList(copy.deepcopy(mlp) for _ in range(num_slots))
+        if init == "cluster" or init == "random":
+            self.slots = nn.ModuleList(split_ffn(mlp, num_slots, init))
+        else:
+            self.slots = nn.ModuleList(copy.deepcopy(mlp) for _ in range(num_slots))
         self.recompute = recompute
         if init == "fresh":
             for slot in self.slots:
@@ -47,6 +54,11 @@ class Experts(nn.Module):
         if torch.compiler.is_exporting():
             return _traceable_forward(experts, x_TD, routing)
         return _sparse_forward(experts, x_TD, routing, self.recompute)
+
+    @torch.no_grad()
+    def mean_keys(self, live: Sequence[int]) -> Tensor:
+        """The mean row of each expert's first matrix, fp32, [E, D]."""
+        return torch.stack([linears(self.slots[slot])[0].weight.float().mean(0) for slot in live])
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dynmoe.layers.average_key import AverageKeyRouter
 from dynmoe.layers.experts import Experts, Init, redraw
 from dynmoe.layers.routing import Routing
 from dynmoe.layers.top_any import TopAnyRouter
@@ -38,6 +39,8 @@ class Routed(NamedTuple):
     stats: RoutingStats
     mask: Tensor
     """Bool, the input's shape with E for D: who was served by whom. All False on padding."""
+    token_mask: Tensor | None
+    """Bool, the input's shape without D: False on padding. None where nothing is padding."""
 
 
 class MoELayer(nn.Module):
@@ -61,7 +64,7 @@ class MoELayer(nn.Module):
         router: Callable[[int, int], nn.Module],
         num_experts: int,
         max_experts: int | None = None,
-        init: Init = "upcycle",
+        init: Init = "copy",
         keep_origin: bool = False,
         recompute: bool = False,
     ) -> None:
@@ -76,15 +79,21 @@ class MoELayer(nn.Module):
         self.register_buffer("active_E", torch.arange(max_experts) < num_experts)
         self._live = tuple(range(num_experts))
         self._tape: list[Routed] | None = None
+        self._token_mask: Tensor | None = None
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """``token_mask`` (bool, x's shape without D) is False on padding, which routes nowhere.
+
+        Without one, that of ``mask_padding`` holds: blocks of other libraries pass x alone.
 
         Raises:
             ValueError: the last dimension of x is not the layer's.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"expected x of shape [..., {self.dim}], found {list(x.shape)}")
+        token_mask = self._token_mask if token_mask is None else token_mask
+        if isinstance(self.router, AverageKeyRouter):
+            self.router.keys_ED = self.experts.mean_keys(self.live)
         x_TD = x.reshape(-1, self.dim)
         token_mask_T = None if token_mask is None else token_mask.reshape(-1)
         routing = self.router(x_TD, self.live, token_mask_T)
@@ -92,7 +101,7 @@ class MoELayer(nn.Module):
         if self._tape is not None:
             stats = routing_stats(x_TD, routing, token_mask_T)
             mask = routing.mask_TE.view(*x.shape[:-1], -1)
-            self._tape.append(Routed(routing.aux, stats, mask))
+            self._tape.append(Routed(routing.aux, stats, mask, token_mask))
         return y_TD.view(x.shape)
 
     @property
@@ -147,7 +156,7 @@ class MoELayer(nn.Module):
 
         ``init`` is where its FFN comes from: whatever the ``slot`` holds (the official code), a
         copy of the living expert with most tokens in ``load``, the ``mean`` of the living ones,
-        the ``pretrained`` FFN of before the upcycling, or a ``fresh`` draw with ``seed``.
+        the ``pretrained`` FFN that the experts were made from, or a ``fresh`` draw with ``seed``.
 
         Raises:
             ValueError: the slot is taken, or ``pretrained`` without ``keep_origin``.
@@ -226,3 +235,16 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
     finally:
         for layer in layers.values():
             layer._tape = None
+
+
+@contextmanager
+def mask_padding(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
+    """Within the block MoE layers take ``token_mask`` (bool, [B, N]) for that of their input."""
+    layers = moe_layers(model).values()
+    for layer in layers:
+        layer._token_mask = token_mask
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._token_mask = None

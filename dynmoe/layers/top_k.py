@@ -25,6 +25,8 @@ class TopKRouter(nn.Module):
 
     ``noise`` > 0 adds Gaussian noise of standard deviation noise / E to the logits in training.
     ``aux``: ``load_balance`` (GShard) or ``importance_load`` (needs noise).
+    ``weights_sum``: ``one``, or ``k`` for experts that are parts of one FFN, whose outputs add up
+    (``moe.init=cluster`` or ``random``).
     ``capacity_factor``: None is dropless; else each expert takes at most
     ``k * int(capacity_factor * ceil(T / E))`` tokens, the most confident first (Tutel's
     batch-prioritised routing), and the overflow gets nothing from it, in evaluation too.
@@ -40,6 +42,7 @@ class TopKRouter(nn.Module):
         noise: float = 0.0,
         aux: Literal["load_balance", "importance_load"] = "load_balance",
         capacity_factor: float | None = None,
+        weights_sum: Literal["one", "k"] = "one",
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_slots:
@@ -51,6 +54,7 @@ class TopKRouter(nn.Module):
         self.noise = noise
         self.aux = aux
         self.capacity_factor = capacity_factor
+        self.weights_sum = weights_sum
         self._build_scorer(dim)
 
     def _build_scorer(self, dim: int) -> None:
@@ -80,6 +84,8 @@ class TopKRouter(nn.Module):
             weights_TE = probs_TE * mask_TE
             if self.top_k > 1:
                 weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
+            if self.weights_sum == "k":
+                weights_TE = weights_TE * self.top_k
             aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
             if self.capacity_factor is not None:
                 mask_TE = self._within_capacity(mask_TE, probs_TE, choice_TK)
@@ -137,10 +143,11 @@ class CosineTopKRouter(TopKRouter):
         capacity_factor: float | None = None,
         projection: int = 256,
         init_temperature: float = 0.5,
+        weights_sum: Literal["one", "k"] = "one",
     ) -> None:
         self.projection = projection
         self.init_temperature = init_temperature
-        super().__init__(dim, num_slots, top_k, noise, aux, capacity_factor)
+        super().__init__(dim, num_slots, top_k, noise, aux, capacity_factor, weights_sum)
 
     def _build_scorer(self, dim: int) -> None:
         self.project = nn.Linear(dim, self.projection)

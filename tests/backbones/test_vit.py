@@ -30,7 +30,7 @@ def add(vit: nn.Module, **kwargs: object) -> None:
         "num_experts": 3,
         "max_experts": 4,
         "layers": "last_two",
-        "init": "upcycle",
+        "init": "copy",
         **kwargs,
     }
     add_moe_layers(vit, **options)  # type: ignore[arg-type]
@@ -73,7 +73,7 @@ def test_blocks_that_are_not_there(layers: object) -> None:
         placed_blocks(layers, 3)  # type: ignore[arg-type]
 
 
-def test_upcycled_vit_starts_at_the_dense_function() -> None:
+def test_vit_of_copies_starts_at_the_dense_function() -> None:
     """Thresholds below every score: all experts serve every token, and their mean is the FFN."""
     dense, sparse = small_vit().eval(), small_vit().eval()
     add(sparse)

@@ -1,4 +1,4 @@
-"""The MoE layer: upcycling keeps the function, experts come and go, compaction changes nothing."""
+"""The MoE layer: copies keep the function, experts come and go, compaction changes nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_layer(**kwargs: object) -> MoELayer:
     return MoELayer(make_mlp(), DIM, **options)  # type: ignore[arg-type]
 
 
-def test_upcycled_layer_is_the_ffn_for_every_served_token() -> None:
+def test_layer_of_copies_is_the_ffn_for_every_served_token() -> None:
     mlp = make_mlp()
     layer = MoELayer(mlp, DIM, TopAnyRouter, 3, 5)
     x = torch.randn(4, 7, DIM)

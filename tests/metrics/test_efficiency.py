@@ -194,7 +194,7 @@ def test_flops_by_hand() -> None:
     attention = tokens * 2 * dim * 4 * dim + 2 * 2 * tokens**2 * dim
     outside = attention + 2 * 196 * 3 * 16**2 * dim + 2 * dim * 7
     assert flops(count(deit, images), {}, {}) == outside + tokens * ffn
-    options: Any = {"router": CosineTopKRouter, "layers": [0], "init": "upcycle"}
+    options: Any = {"router": CosineTopKRouter, "layers": [0], "init": "copy"}
     add_moe_layers(deit, num_experts=6, max_experts=6, **options)
     router = {"router": 2 * 256, "router_fixed": 2 * dim * 256}
     layers = {"blocks.0.mlp": {"tokens": tokens, "expert": ffn, **router}}

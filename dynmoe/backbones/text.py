@@ -1,0 +1,193 @@
+"""Text classifiers of the transformers library: from its hub, from a folder, or from scratch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
+from transformers.utils import logging
+
+from dynmoe.backbones.lora import add_adapters
+from dynmoe.errors import ConfigError
+from dynmoe.layers.moe import mask_padding
+
+modality = "text"
+
+# It announces the new classification head, and paints a bar over the weights it reads.
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+class TextClassifier(nn.Module):
+    """A sequence classifier of transformers, whose MoE layers leave padding out.
+
+    ``{"input_ids": [B, N], "attention_mask": [B, N], ...} -> [B, C]``. ``grad_checkpointing``
+    recomputes blocks in the backward pass, with the padding of their own forward.
+    """
+
+    def __init__(self, model: Any, grad_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self._token_mask: Tensor | None = None
+        if grad_checkpointing:
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": self._forward_and_recompute}
+            )
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of transformers."""
+        return self.model.config
+
+    def forward(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        self._token_mask = tokens["attention_mask"].bool()
+        with mask_padding(self.model, self._token_mask):
+            return self.model(**tokens).logits
+
+    def _forward_and_recompute(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        assert self._token_mask is not None
+        return nullcontext(), mask_padding(self.model, self._token_mask)
+
+
+def build_text_classifier(
+    model: str | None,
+    num_classes: int,
+    vocab_size: int | None = None,
+    pad_token_id: int | None = None,
+    path: str | None = None,
+    pretrained: bool = False,
+    architecture: str | None = None,
+    grad_checkpointing: bool = False,
+    lora: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> TextClassifier:
+    """A text classifier with a new head; ``num_classes=1`` is regression.
+
+    One of three names the architecture: ``model`` on Hugging Face's hub; ``path``, a folder with
+    config.json, weights and tokenizer, which goes before ``model`` and needs no network; or
+    ``architecture``, a ``model_type`` of transformers, whose ``vocab_size`` is then the data's.
+    ``pretrained``: load the weights too. ``pad_token_id`` is for models without one of their own.
+    ``lora`` (``{r, alpha, dropout}``): see ``lora.add_adapters``. ``options`` change the
+    configuration of transformers (num_hidden_layers, hidden_dropout_prob, ...).
+
+    Raises:
+        ConfigError: a model, folder or option that is not there, or weights that do not fit.
+    """
+    config = _configuration(model, path, architecture, options or {})
+    config.num_labels = num_classes
+    if architecture is not None and vocab_size is not None:
+        config.vocab_size = vocab_size
+    if architecture is not None or config.pad_token_id is None:
+        config.pad_token_id = pad_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id
+    if pretrained:
+        classifier = _with_weights(model, path, config)
+    else:
+        try:
+            classifier = AutoModelForSequenceClassification.from_config(config)
+        except ValueError as error:
+            raise ConfigError(
+                f"backbone: transformers cannot build this {type(config).__name__}: {error}"
+            ) from error
+    if lora is not None:
+        add_adapters(classifier, **lora)
+    return TextClassifier(classifier, grad_checkpointing)
+
+
+def _configuration(
+    model: str | None, path: str | None, architecture: str | None, options: Mapping[str, Any]
+) -> Any:
+    source = path or model
+    if (source is None) == (architecture is None):
+        raise ConfigError(
+            "backbone: expected a model of the hub (backbone.model), a folder (backbone.path) or "
+            f"an architecture, found model={model}, path={path}, architecture={architecture}"
+        )
+    if path is not None and not (Path(path).expanduser() / "config.json").is_file():
+        raise ConfigError(
+            f"backbone.path={path}: expected a folder with config.json, weights and tokenizer"
+        )
+    try:
+        if architecture is not None:
+            _check_options(AutoConfig.for_model(architecture), options)
+            return AutoConfig.for_model(architecture, **options)
+        _check_options(AutoConfig.from_pretrained(**_where(model, path)), options)
+        return AutoConfig.from_pretrained(**_where(model, path), **options)
+    except StrictDataclassError as error:
+        raise ConfigError(f"backbone.options: {error}") from error
+    except (OSError, ValueError) as error:
+        raise _not_found(model, path, architecture, error) from error
+
+
+def _check_options(config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
+    """transformers would take any key."""
+    for key in options:
+        if not hasattr(config, key):
+            known = [name for name in dir(config) if not name.startswith("_")]
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"backbone.options: {type(config).__name__} has no '{key}'.{hint}")
+
+
+def _with_weights(model: str | None, path: str | None, config: Any) -> Any:
+    """The pretrained model under a new head.
+
+    Raises:
+        ConfigError: no weights, or weights of another model.
+    """
+    if path is None and model is None:
+        raise ConfigError(
+            "backbone.pretrained=true: an architecture has no weights. Give backbone.model or "
+            "backbone.path, or train from scratch with backbone.pretrained=false."
+        )
+    try:
+        classifier, loaded = AutoModelForSequenceClassification.from_pretrained(
+            **_where(model, path),
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise _not_found(model, path, None, error) from error
+    body = f"{classifier.base_model_prefix}."
+    absent = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
+    absent = sorted(key for key in absent if key.startswith(body) and "pooler" not in key)
+    if absent:
+        raise ConfigError(
+            f"backbone.{'path' if path else 'model'}={path or model}: the weights do not fit the "
+            f"configuration; absent or of another size: {', '.join(absent[:3])}"
+            f"{' ...' if len(absent) > 3 else ''} ({len(absent)} in all)"
+        )
+    return classifier
+
+
+def _where(model: str | None, path: str | None) -> dict[str, Any]:
+    source = model if path is None else str(Path(path).expanduser())
+    return {"pretrained_model_name_or_path": source, "local_files_only": path is not None}
+
+
+def _not_found(
+    model: str | None, path: str | None, architecture: str | None, error: Exception
+) -> ConfigError:
+    reason = str(error).splitlines()[0]
+    if architecture is not None:
+        return ConfigError(
+            f"backbone.architecture={architecture}: transformers knows no such model type"
+        )
+    if path is not None:
+        return ConfigError(f"backbone.path={path}: transformers cannot load it: {reason}")
+    return ConfigError(
+        f"backbone.model={model}: could not be had from Hugging Face's hub ({reason}). Without "
+        "network give its folder: backbone.path=FOLDER with config.json, weights and tokenizer."
+    )
