@@ -178,7 +178,7 @@ def _load(
                 environment=run.environment,
                 model=task.backbone,
                 loss=partial(_loss, task),
-                optimizer=task.configure_optimizers(),
+                optimizer=task.new_optimizer(),
             )
         )
     return batches, models

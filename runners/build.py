@@ -6,23 +6,23 @@ import logging
 import platform
 import warnings
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import timm
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import DictConfig, OmegaConf
 
 import dynmoe
 from dynmoe import runtime
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.identity import flat
-from dynmoe.data.baseline import linear_baseline
-from dynmoe.data.module import DomainData
+from dynmoe.data.task_data import TaskData
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency, selection
@@ -39,7 +39,7 @@ warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
 warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")  # the task sums over ranks itself
 
 
-def build_data(cfg: DictConfig) -> DomainData:
+def build_data(cfg: DictConfig) -> TaskData:
     """The data module. Nothing is read from disk before ``setup``."""
     return instantiate(cfg.data)
 
@@ -51,19 +51,19 @@ def settle_runtime(cfg: DictConfig) -> dict[str, Any]:
     return runtime.settle(cfg.runtime, "cpu" if device_type == "auto" else device_type)
 
 
-def build_task(cfg: DictConfig, data: DomainData, fused_attention: bool) -> MoETask:
+def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETask:
     """Backbone, MoE layers and task, on the CPU. Seeds the weights by ``seed``.
 
     Raises:
         ConfigError: a backbone that cannot be built, or blocks it does not have.
     """
     L.seed_everything(cfg.seed, verbose=False)
-    backbone = instantiate(cfg.backbone, num_classes=data.num_classes, in_chans=data.channels)
+    backbone = instantiate(cfg.backbone, **data.backbone_arguments)
     runtime.set_fused_attention(backbone, fused_attention)
     moe = cfg.moe
     init = moe.init
     if init == "auto":
-        init = "upcycle" if cfg.backbone.pretrained else "fresh"
+        init = "copy" if cfg.backbone.pretrained else "fresh"
     add_moe_layers(
         backbone,
         router=instantiate(moe.router),
@@ -77,30 +77,34 @@ def build_task(cfg: DictConfig, data: DomainData, fused_attention: bool) -> MoET
     )
     return instantiate(
         cfg.task.module,
-        num_classes=data.num_classes,
-        num_envs=len(data.env_names),
-        test_envs=data.test_envs,
+        **data.task_arguments,
         backbone=backbone,
         optimizer=instantiate(cfg.task.optimizer),
+        scheduler=instantiate(cfg.task.get("scheduler")),
         seed=cfg.seed,
     )
 
 
-def build_callbacks(cfg: DictConfig, data: DomainData, folder: RunFolder) -> list[L.Callback]:
-    """The adaptation of experts, if any; records and checkpoints; the progress bar."""
+def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:
+    """The adaptation of experts, if any; records and checkpoints; early stop; progress bar."""
     callbacks: list[L.Callback] = []
     if cfg.moe.adaptation is not None:
         callbacks.append(instantiate(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
-    select = partial(
-        selection.selected, rule=cfg.task.selection, test_envs=list(cfg.data.test_envs)
-    )
-    callbacks.append(RunRecorder(folder, select, constants(cfg, folder), data.steps_per_epoch))
+    select = partial(selection.selected, rule=cfg.task.selection, test_envs=data.test_envs)
+    callbacks.append(RunRecorder(folder, select, constants(cfg, data, folder), data.epoch_at))
+    if cfg.task.get("patience") is not None:
+        score = "heldout" if cfg.task.selection == "heldout" else "dev"
+        callbacks.append(
+            EarlyStopping(f"val/{score}_score", mode="max", patience=cfg.task.patience)
+        )
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RunProgress())
     return callbacks
 
 
-def build_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: RunFolder) -> L.Trainer:
+def build_trainer(
+    cfg: DictConfig, callbacks: list[L.Callback], folder: RunFolder, max_steps: int
+) -> L.Trainer:
     """The Lightning trainer.
 
     Raises:
@@ -109,7 +113,11 @@ def build_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: RunFolde
     loggers = [instantiate(node) for node in (cfg.logger or {}).values()]
     try:
         return instantiate(
-            cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=str(folder.path)
+            cfg.trainer,
+            max_steps=max_steps,
+            callbacks=callbacks,
+            logger=loggers,
+            default_root_dir=str(folder.path),
         )
     except InstantiationException as error:
         if isinstance(error.__cause__, MisconfigurationException):
@@ -117,7 +125,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[L.Callback], folder: RunFolde
         raise
 
 
-def constants(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
+def constants(cfg: DictConfig, data: TaskData, folder: RunFolder) -> dict[str, Any]:
     """``args`` and ``hparams`` of a result line, as domainbed/scripts/train.py writes them."""
     recipe = {
         "lr": cfg.task.optimizer.lr,
@@ -128,15 +136,15 @@ def constants(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     args = {
         "algorithm": cfg.moe.algorithm,
         "dataset": cfg.data.name,
-        "test_envs": list(cfg.data.test_envs),
+        "test_envs": data.test_envs,
         "trial_seed": cfg.trial_seed,
         "hparams_seed": cfg.hparams_seed,
         "seed": cfg.seed,
         "holdout_fraction": cfg.protocol.holdout_fraction,
         "uda_holdout_fraction": 0,
-        "task": "domain_generalization",
-        "steps": cfg.trainer.max_steps,
-        "checkpoint_freq": cfg.task.eval_every,
+        "task": "domain_generalization" if data.modality == "image" else cfg.task.name,
+        "steps": data.steps,
+        "checkpoint_freq": data.eval_every,
         "data_dir": cfg.data.get("root"),
         "output_dir": str(folder.path),
         "hparams": None,
@@ -148,19 +156,13 @@ def constants(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
 
 def facts(
     cfg: DictConfig,
-    data: DomainData,
+    data: TaskData,
     task: MoETask,
     trainer: L.Trainer,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """What ``run.json`` says: everything a table or figure needs beside the records."""
-    pretrained = cfg.backbone.pretrained
-    weights = "from scratch"
-    if pretrained:
-        tag = Path(pretrained).name if isinstance(pretrained, str) else "timm"
-        weights = f"pretrained: {tag}"
-    size = cfg.data.image_size
-    costs = efficiency.count(task.backbone, torch.empty(1, data.channels, size, size))
+    costs = efficiency.count(task.backbone, *data.sample)
     return {
         "name": cfg.name,
         "protocol": cfg.protocol.name,
@@ -168,7 +170,7 @@ def facts(
         "algorithm": cfg.moe.algorithm,
         "moe": cfg.moe.name,
         "backbone": _backbone_name(cfg.backbone),
-        "weights": weights,
+        "weights": _weights(cfg.backbone),
         "dataset": cfg.data.name,
         "env_names": data.env_names,
         "test_envs": data.test_envs,
@@ -176,20 +178,22 @@ def facts(
         "seed": cfg.seed,
         "trial_seed": cfg.trial_seed,
         "hparams_seed": cfg.hparams_seed,
-        "steps": cfg.trainer.max_steps,
+        "steps": data.steps,
+        "eval_every": data.eval_every,
+        "patience": cfg.task.get("patience"),
         "batch_size": cfg.data.batch_size,
         "data_hash": data.data_hash,
         "sizes": data.sizes,
+        **data.facts,
         "config": flat(cfg),
         "costs": costs,
         "parameters": costs["parameters"],  # as in runs that have no costs
         "start_experts": {n: len(m.live) for n, m in moe_layers(task.backbone).items()},
-        "baseline": linear_baseline(data) if data.linear_baseline else None,
         "versions": {
             "dynmoe": dynmoe.__version__,
             "torch": torch.__version__,
             "lightning": L.__version__,
-            "timm": timm.__version__,
+            **{name: version(name) for name in data.libraries},
             "python": platform.python_version(),
         },
         "machine": runtime.machine(),
@@ -204,9 +208,20 @@ def facts(
 
 
 def _backbone_name(backbone: DictConfig) -> str:
-    """The timm name and what was changed in it, e.g. ``vit_tiny_patch16_224 (depth 6)``."""
+    """Its name and what was changed in it, e.g. ``vit_tiny_patch16_224 (depth 6)``."""
+    name = Path(backbone.get("path") or backbone.model or backbone.architecture).name
     changes = ", ".join(f"{key} {value}" for key, value in backbone.options.items())
-    return f"{backbone.model} ({changes})" if changes else backbone.model
+    return f"{name} ({changes})" if changes else name
+
+
+def _weights(backbone: DictConfig) -> str:
+    """``from scratch``, or where they come from."""
+    pretrained = backbone.pretrained
+    if not pretrained:
+        return "from scratch"
+    place = pretrained if isinstance(pretrained, str) else backbone.get("path")
+    hub = "hub" if "path" in backbone else "timm"
+    return f"pretrained: {Path(place).name if place else hub}"
 
 
 def _device_name(trainer: L.Trainer) -> str:

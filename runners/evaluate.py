@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,31 +15,43 @@ from runners import trained
 
 HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
 
-  dynmoe-eval run=FOLDER [checkpoint=selected|last|FILE] [data.root=FOLDER] [data.workers=N]
-              [data.eval_batch_size=N] [trainer.accelerator=cpu|gpu]
+  dynmoe-eval run=FOLDER [checkpoint=selected|last|FILE] [mode=evaluate|submit] [key=value ...]
 
-FOLDER is outputs/<name>/<run>. Prints the accuracy of every environment beside the recorded one:
-on the same machine they are equal. Nothing is written.
+FOLDER is outputs/<name>/<run>. mode=evaluate prints every score beside the recorded one: on the
+same machine they are equal; nothing is written. mode=submit, for GLUE tasks, predicts the test
+sets and writes FOLDER/submission/*.tsv as the GLUE server takes them.
+
+Keys that may differ from the run's own: {keys}
 """
 
-OVERRIDES = ("data.root", "data.workers", "data.eval_batch_size", "trainer.accelerator")
+OVERRIDES = (
+    "data.root",
+    "data.workers",
+    "data.eval_batch_size",
+    "data.ood",
+    "data.ood_root",
+    "backbone.path",
+    "trainer.accelerator",
+)
+MODES = ("evaluate", "submit")
 
 
 def main() -> None:
     """Exit 0, or 2 with a message that names what is wrong."""
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        print(HELP)
+        print(HELP.format(keys=", ".join(OVERRIDES)))
         return
     try:
-        evaluate(*parse(arguments))
+        mode, *run = parse(arguments)
+        (submit if mode == "submit" else evaluate)(*run)
     except UserError as error:
         print(f"dynmoe-eval: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def parse(arguments: list[str]) -> tuple[RunFolder, Path, DictConfig]:
-    """The run folder, the checkpoint file and the configuration to evaluate with.
+def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
+    """The mode, the run folder, the checkpoint file and the configuration to evaluate with.
 
     Raises:
         ConfigError: an unknown key, a folder that is no run, or a checkpoint that is not there.
@@ -45,62 +59,105 @@ def parse(arguments: list[str]) -> tuple[RunFolder, Path, DictConfig]:
     given = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not equals or key not in ("run", "checkpoint", *OVERRIDES):
-            known = ", ".join(f"{k}=" for k in ("run", "checkpoint", *OVERRIDES))
+        if not equals or key not in ("run", "checkpoint", "mode", *OVERRIDES):
+            known = ", ".join(f"{k}=" for k in ("run", "checkpoint", "mode", *OVERRIDES))
             raise ConfigError(f"{argument}: unknown argument, expected {known}")
         given[key] = value
     if "run" not in given:
         raise ConfigError("run=FOLDER is missing: the folder outputs/<name>/<run> of a trained run")
     folder = RunFolder(given.pop("run"))
     cfg = trained.configuration(folder)
-    name = given.pop("checkpoint", "selected")
+    name, mode = given.pop("checkpoint", "selected"), given.pop("mode", "evaluate")
+    if mode not in MODES:
+        raise ConfigError(f"mode={mode}: expected one of {', '.join(MODES)}")
     checkpoint = trained.checkpoint_of(folder, name)
     if not checkpoint.exists():
         raise ConfigError(f"checkpoint={name}: there is no file {checkpoint}; try checkpoint=last")
-    if "data.root" in given:  # the saved configuration is resolved: the root stands there twice
-        if "root" not in cfg.data:
-            raise ConfigError(f"data.root: {cfg.data.name} is built in, it has no folder")
+    for key in given:
+        node, _, leaf = key.partition(".")
+        if leaf not in cfg[node]:
+            raise ConfigError(f"{key}: this run on {cfg.data.name} has no such key")
+    # The saved configuration is resolved: some values stand there twice.
+    if "data.root" in given and "environments" in cfg.data:
         cfg.data.environments.root = given["data.root"]
+    if "backbone.path" in given:
+        cfg.data.tokenizer_path = given["backbone.path"]
     overrides = OmegaConf.from_dotlist([f"{key}={value}" for key, value in given.items()])
-    return folder, checkpoint, OmegaConf.merge(cfg, overrides)  # type: ignore[return-value]
+    return mode, folder, checkpoint, OmegaConf.merge(cfg, overrides)  # type: ignore[return-value]
 
 
 def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, float]:
-    """Accuracies by DomainBed's names; prints them beside the recorded ones."""
+    """Scores by their names in ``results.jsonl``; prints them beside the recorded ones."""
+    data, task, step, trainer = _load(folder, checkpoint, cfg)
+    data.repeat_evaluation_of(step)
+    trainer.validate(task, datamodule=data, verbose=False)
+    scores = task.scores()
+    recorded = {r["step"]: r for r in folder.read("results")}.get(step, {})
+    _print(folder, checkpoint, step, scores, recorded, data.env_names)
+    return scores
+
+
+def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
+    """Write what the model predicts for the test sets, as the GLUE server takes it.
+
+    Raises:
+        ConfigError: the run is not on a task of GLUE.
+        DataError: there are no test sets.
+    """
+    import numpy as np
+
+    from dynmoe.data.submission import write_submission
+
+    if not str(cfg.data._target_).endswith(".GlueData"):
+        raise ConfigError(f"mode=submit: {cfg.data.name} is no task of GLUE")
+    data, task, step, trainer = _load(folder, checkpoint, cfg)
+    data.read_tests()
+    batches = trainer.predict(task, datamodule=data)
+    files = []
+    for name, found in zip(data.test_sets, batches if len(data.test_sets) > 1 else [batches]):
+        rows, predicted = (np.concatenate([part.numpy() for part in each]) for each in zip(*found))
+        index = data.sets[name].index[rows]
+        files.append(
+            write_submission(folder.path / "submission", data.task, name, index, predicted)
+        )
+    print(f"{checkpoint.name}, step {step}. To be zipped and sent to gluebenchmark.com:")
+    for file in files:
+        print(file)
+    return files
+
+
+def _load(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, Any, int, Any]:
+    """Data that has been set up, the trained task, its step, and a trainer."""
     from runners import build
 
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     data.setup()
     task, step = trained.load(cfg, data, settings["fused_attention"], checkpoint)
-    data.repeat_evaluation_of(step)
-    trainer = build.build_trainer(cfg, [], folder)
-    trainer.validate(task, datamodule=data, verbose=False)
-    accuracies = task.scores()
-    recorded = {r["step"]: r for r in folder.read("results")}.get(step)
-    _print(folder, checkpoint, step, accuracies, recorded, data.env_names)
-    return accuracies
+    return data, task, step, build.build_trainer(cfg, [], folder, data.steps)
 
 
 def _print(
     folder: RunFolder,
     checkpoint: Path,
     step: int,
-    accuracies: dict[str, float],
-    recorded: Record | None,
+    scores: Mapping[str, float],
+    recorded: Record,
     env_names: list[str],
 ) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console, table = Console(), Table()
-    for column in ("environment", "split", "accuracy", "recorded"):
-        table.add_column(column, justify="right" if column in ("accuracy", "recorded") else "left")
-    for key, accuracy in accuracies.items():
-        env, split, _ = key.split("_")
-        before = "-" if recorded is None else f"{100 * recorded[key]:.2f} %"
-        table.add_row(env_names[int(env[3:])], split, f"{100 * accuracy:.2f} %", before)
-    console.print(f"{folder.path.name}, {checkpoint.name}, step {step}")
+    for column in ("evaluated on", "measure", "now", "recorded"):
+        table.add_column(column, justify="right" if column in ("now", "recorded") else "left")
+    for key, score in scores.items():
+        place, *what = key.split("_")
+        if place.startswith("env"):
+            place = env_names[int(place[3:])]
+        before = f"{100 * recorded[key]:.2f}" if key in recorded else "-"
+        table.add_row(place, " ".join(what), f"{100 * score:.2f}", before)
+    console.print(f"{folder.path.name}, {checkpoint.name}, step {step}; in %")
     console.print(table)
 
 

@@ -16,7 +16,7 @@ from runners import cli
 
 
 def job(cfg: DictConfig) -> float | None:
-    """One run, from its configuration to its summary. Returns the accuracy it is selected by.
+    """One run, from its configuration to its summary. Returns the score it is selected by.
 
     A finished run is shown, not repeated; an interrupted one goes on from its last evaluation.
     """
@@ -72,7 +72,8 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     data = build.build_data(cfg)
     data.setup()
     task = build.build_task(cfg, data, settings["fused_attention"])
-    trainer = build.build_trainer(cfg, build.build_callbacks(cfg, data, folder), folder)
+    callbacks = build.build_callbacks(cfg, data, folder)
+    trainer = build.build_trainer(cfg, callbacks, folder, data.steps)
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
     if trainer.is_global_zero:
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
@@ -97,8 +98,7 @@ def show(folder: RunFolder) -> float:
         folder.mark_done()
     Console().print(render.to_console(result))
     print(f"Run folder, with figures/ and summary.md:\n{folder.path}")  # one line, to be copied
-    outs = [env.out_accuracy for env in result.environments if not env.is_test]
-    return sum(outs) / len(outs)
+    return result.validation
 
 
 def _step_of(checkpoint: Path) -> int:

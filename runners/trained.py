@@ -11,7 +11,7 @@ from dynmoe.errors import ConfigError
 from dynmoe.report.records import RunFolder
 
 if TYPE_CHECKING:
-    from dynmoe.data.module import DomainData
+    from dynmoe.data.task_data import TaskData
     from dynmoe.tasks.base import MoETask
 
 # What runs of early versions did not save.
@@ -32,6 +32,8 @@ def configuration(folder: RunFolder) -> DictConfig:
         raise ConfigError(f"{folder.path}: expected a folder with a config.yaml, found none")
     cfg = OmegaConf.merge(EARLIER, OmegaConf.load(saved))
     assert isinstance(cfg, DictConfig)
+    if cfg.moe.init == "upcycle":  # its name in early versions
+        cfg.moe.init = "copy"
     cfg.trainer.update(devices=1, strategy="auto")
     cfg.logger = None
     cfg.backbone.pretrained = False  # the weights come from a checkpoint
@@ -46,7 +48,7 @@ def checkpoint_of(folder: RunFolder, name: str) -> Path:
 
 
 def load(
-    cfg: DictConfig, data: DomainData, fused_attention: bool, checkpoint: Path
+    cfg: DictConfig, data: TaskData, fused_attention: bool, checkpoint: Path
 ) -> tuple[MoETask, int]:
     """The task as the checkpoint left it, on the CPU, and the step it is of."""
     import torch

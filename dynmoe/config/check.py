@@ -26,7 +26,7 @@ from dynmoe.errors import ConfigError
 INSTANTIATE = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 # Groups that leave no key of their own in the configuration.
-GROUPS = ("experiment", "sweep")
+GROUPS = ("experiment", "schedule", "sweep")
 
 # What a value that has no default is.
 MEANING = {

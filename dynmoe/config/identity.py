@@ -49,9 +49,9 @@ def sha8(text: str) -> str:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """`<data>_<moe>_env<test envs>_seed<seed>_<hash>`, e.g. `pacs_dynmoe_env0_seed0_1f3a90bc`."""
-    test_envs = "-".join(str(env) for env in cfg.data.test_envs)
-    parts = (cfg.data.name, cfg.moe.name, f"env{test_envs}", f"seed{cfg.seed}", config_hash(cfg))
+    """`<data>_<moe>[_env<test envs>]_seed<seed>_<hash>`: `pacs_dynmoe_env0_seed0_1f3a90bc`."""
+    tests = [f"env{'-'.join(map(str, cfg.data.test_envs))}"] if "test_envs" in cfg.data else []
+    parts = (cfg.data.name, cfg.moe.name, *tests, f"seed{cfg.seed}", config_hash(cfg))
     return re.sub(r"[^a-z0-9_.-]+", "-", "_".join(str(part) for part in parts).lower())
 
 

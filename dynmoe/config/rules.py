@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -146,20 +147,27 @@ def batch_divides(cfg: DictConfig) -> Iterator[str]:
 def ranges(cfg: DictConfig) -> Iterator[str]:
     for key in (
         "task.steps",
+        "task.epochs",
         "task.eval_every",
+        "task.patience",
         "trainer.max_steps",
         "data.batch_size",
         "data.eval_batch_size",
+        "data.max_length",
     ):
         count = read(cfg, key, int)
-        if count is not None and count < 1:
+        if count == -1 and key in ("task.steps", "trainer.max_steps"):
+            if read(cfg, "task.epochs", int) is None:
+                yield f"{key}: -1 takes its length from task.epochs, which this task has not"
+        elif count is not None and count < 1:
             yield f"{key}: expected 1 or more, found {count}"
     for key in ("seed", "trial_seed", "hparams_seed"):
         seed = read(cfg, key, int)
         if seed is not None and seed < 0:
             yield f"{key}: expected 0 or more, found {seed}"
     share = read(cfg, "protocol.holdout_fraction", float)
-    if share is not None and not 0 < share < 1:
+    none_will_do = share == 0 and _modality(cfg, "task.module") == "text"
+    if share is not None and not (0 < share < 1 or none_will_do):
         yield f"protocol.holdout_fraction: expected a share between 0 and 1, found {share}"
 
 
@@ -182,9 +190,55 @@ def pretrained_weights(cfg: DictConfig) -> Iterator[str]:
 
 
 def data_folder(cfg: DictConfig) -> Iterator[str]:
-    root = read(cfg, "data.root", str)
-    if root is not None and not Path(root).expanduser().is_dir():
-        yield f"data.root: no folder '{root}'. Give the folder of the data set: data.root=FOLDER"
+    for key in ("data.root", "data.ood_root"):
+        root = read(cfg, key, str)
+        if root is not None and not Path(root).expanduser().is_dir():
+            yield f"{key}: no folder '{root}'. Give the folder of the data set: {key}=FOLDER"
+
+
+def text_run(cfg: DictConfig) -> Iterator[str]:
+    """What a run on texts needs beside its keys."""
+    if _modality(cfg, "task.module") != "text" or _modality(cfg, "data") != "text":
+        return
+    missing = [name for name in ("transformers", "datasets") if find_spec(name) is None]
+    if missing:
+        yield f'task: needs {" and ".join(missing)}: pip install "dynmoe[language]"'
+    source, root = read(cfg, "data.source", str), read(cfg, "data.root", str)
+    if source in ("tsv", "parquet") and root is None:
+        yield f"data.root: data.source={source} needs the folder of the files: data.root=FOLDER"
+    if source in ("hub", "embedded") and root is not None:
+        yield f"data.root: data.source={source} reads no folder. Add data.source=tsv or parquet"
+    ood, ood_root = read(cfg, "data.ood", list), read(cfg, "data.ood_root", str)
+    if ood and ood_root is None:
+        yield f"data.ood_root: data.ood={ood} needs the folder of their files: data.ood_root=FOLDER"
+    path = read(cfg, "backbone.path", str)
+    if path is not None and not (Path(path).expanduser() / "config.json").is_file():
+        yield f"backbone.path: expected a folder with a config.json, found none in '{path}'"
+    if read(cfg, "hparams_seed", int):
+        yield "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer.lr instead"
+
+
+def selection_fits(cfg: DictConfig) -> Iterator[str]:
+    selection, modality = read(cfg, "task.selection", str), _modality(cfg, "task.module")
+    of_texts = selection in ("best_dev", "heldout")
+    if selection is None or modality is None:
+        return
+    if of_texts != (modality == "text"):
+        fix = "protocol=glue or glue_heldout" if modality == "text" else "protocol=domainbed"
+        yield f"task.selection: {selection} is not for a task on {modality}. Choose {fix}."
+    elif selection == "heldout" and read(cfg, "protocol.holdout_fraction", float) == 0:
+        yield (
+            "protocol.holdout_fraction: 0 leaves nothing to select by. "
+            "Set a share, e.g. 0.1, or task.selection=best_dev"
+        )
+
+
+def adaptation_there(cfg: DictConfig) -> Iterator[str]:
+    """A schedule alone is no adaptation."""
+    adaptation = read(cfg, "moe.adaptation", dict)
+    if adaptation is not None and "_target_" not in adaptation:
+        name = read(cfg, "moe.name", str)
+        yield f"schedule: moe={name} does not adapt its experts. Leave it out, or choose moe=dynmoe"
 
 
 def run_folder(cfg: DictConfig) -> Iterator[str]:
@@ -259,6 +313,9 @@ RULES: tuple[Rule, ...] = (
     ranges,
     pretrained_weights,
     data_folder,
+    text_run,
+    selection_fits,
+    adaptation_there,
     run_folder,
     clipping_optimizer,
 )

@@ -12,13 +12,16 @@ from typing import Any, Literal
 
 from dynmoe.config.signature import Parameter, Signature
 
-Selection = Literal["training_domain_validation", "oracle", "leave_one_domain_out"]
+Selection = Literal[
+    "training_domain_validation", "oracle", "leave_one_domain_out", "best_dev", "heldout"
+]
 Placement = Literal["last_two", "every_two", "all", "none"]
 
 
 @dataclass
 class Paths:
     outputs: str
+    cache: str
 
 
 @dataclass
@@ -27,6 +30,7 @@ class Recipe:
 
     steps: int = 0
     eval_every: int = 0
+    epochs: int = 0
     batch_size: int = 0
     lr: float = 0.0
     weight_decay: float = 0.0
@@ -36,9 +40,12 @@ class Recipe:
 class Protocol:
     name: str
     holdout_fraction: float
-    augment_eval: bool
     defaults: dict[str, Any]
     datasets: dict[str, Any]
+    augment_eval: bool = False  # images only
+    selection: Selection | None = None  # text only, as the others
+    patience: int | None = None
+    searched: list[str] | None = None
 
 
 @dataclass
@@ -48,7 +55,7 @@ class MoE:
     num_experts: int
     max_experts: int
     layers: Placement | list[int]
-    init: Literal["auto", "upcycle", "fresh"]
+    init: Literal["auto", "copy", "cluster", "random", "fresh"]
     expert_dropout: float | None
     recompute: bool
     aux_weight: float
@@ -62,9 +69,12 @@ class Task:
     name: str
     selection: Selection
     steps: int
-    eval_every: int
+    eval_every: int | None
     optimizer: dict[str, Any]
     module: dict[str, Any]
+    epochs: int | None = None
+    patience: int | None = None
+    scheduler: dict[str, Any] | None = None
 
 
 @dataclass

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
-from dynmoe.data.module import DomainData
 from dynmoe.data.protocol import IntArray
 from dynmoe.data.sampling import IN, OUT, Examples, Key
+
+if TYPE_CHECKING:
+    from dynmoe.data.module import DomainData
 
 SIDE = 28  # pixels; larger images are shrunk to it
 

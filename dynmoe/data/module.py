@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
 from dynmoe.data import checks, photographs
+from dynmoe.data.baseline import linear_baseline
 from dynmoe.data.environments import ArrayEnvironment, Environment, data_hash
 from dynmoe.data.folders import FolderEnvironment
 from dynmoe.data.protocol import IntArray, split
@@ -26,10 +26,11 @@ from dynmoe.data.sampling import (
     class_balanced_weights,
     collate,
 )
+from dynmoe.data.task_data import TaskData
 from dynmoe.errors import DataError
 
 
-class DomainData(LightningDataModule):
+class DomainData(TaskData):
     """A DomainBed data set: every environment split in and out, some kept for testing.
 
     Training batches come from the training environments' in splits; evaluation covers both splits
@@ -38,6 +39,7 @@ class DomainData(LightningDataModule):
     """
 
     modality = "image"
+    libraries = ("timm", "torchvision")
 
     def __init__(
         self,
@@ -85,7 +87,6 @@ class DomainData(LightningDataModule):
         self._cache = cache
         self._cache_gb = cache_gb
         self.linear_baseline = linear_baseline
-        self._repeated_step: int | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, checks and splits the environments; a second call does nothing.
@@ -155,6 +156,40 @@ class DomainData(LightningDataModule):
     @property
     def channels(self) -> int:
         return self.environments[0].channels
+
+    @property
+    def backbone_arguments(self) -> dict[str, Any]:
+        return {"num_classes": self.num_classes, "in_chans": self.channels}
+
+    @property
+    def task_arguments(self) -> dict[str, Any]:
+        return {
+            "num_classes": self.num_classes,
+            "num_envs": len(self.environments),
+            "test_envs": self.test_envs,
+        }
+
+    @property
+    def sample(self) -> tuple[torch.Tensor]:
+        return (torch.empty(1, self.channels, self._image_size, self._image_size),)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "samples_per_step": self._batch_size * len(self.train_envs),
+            "baseline": linear_baseline(self) if self.linear_baseline else None,
+        }
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    @property
+    def eval_every(self) -> int:
+        return self._eval_every
+
+    def epoch_at(self, step: int) -> float:
+        return step / self.steps_per_epoch
 
     @property
     def sizes(self) -> dict[str, dict[str, int]]:
@@ -259,20 +294,3 @@ class DomainData(LightningDataModule):
         if isinstance(self.environments[0], ArrayEnvironment):
             return 0
         return min(8, (os.cpu_count() or 1) - 1)
-
-    def repeat_evaluation_of(self, step: int) -> None:
-        """Evaluate with the augmentations that training used at `step`."""
-        self._repeated_step = step
-
-    def _next_step(self) -> int:
-        if self._repeated_step is not None:
-            return self._repeated_step + 1
-        return self.trainer.global_step if self.trainer else 0
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer else 1

@@ -40,6 +40,11 @@ class Batch(NamedTuple):
     env: Tensor
     split: Tensor
 
+    @property
+    def inputs(self) -> tuple[Tensor]:
+        """What the backbone is called with."""
+        return (self.image,)
+
 
 class Example(NamedTuple):
     """One row of a Batch before collation."""

@@ -150,6 +150,7 @@ ROUTERS: dict[str, Callable[[MoELayer], tuple[int, int]]] = {
 
 def _flops(model: nn.Module, sample: tuple[Tensor, ...]) -> Costs | None:
     """One pass of shapes without data, in which every token has the first expert alone."""
+    from torch.utils._pytree import tree_map
     from torch.utils.flop_counter import FlopCounterMode
 
     from dynmoe.layers import moe_layers
@@ -177,7 +178,7 @@ def _flops(model: nn.Module, sample: tuple[Tensor, ...]) -> Costs | None:
         layer.forward = partial(first_expert, name)  # type: ignore[method-assign]
     try:
         with FlopCounterMode(display=False) as counter:
-            shell(*(x.to("meta") for x in sample))
+            shell(*tree_map(lambda x: x.to("meta"), sample))
     except RuntimeError:  # what it does depends on data
         return None
     if counter.get_total_flops() != found.total():

@@ -21,7 +21,9 @@ class Job:
     config: Mapping[str, Any]
     """What can change its result (dynmoe/config/identity.py, `flat`)."""
     steps: int
-    eval_every: int
+    """-1: those of some epochs, which the run counts once it has read its data."""
+    eval_every: int | None
+    """None: an epoch."""
 
     @property
     def name(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from rich.console import Group, RenderableType
@@ -23,10 +23,21 @@ class Standing:
     job: Job
     state: State
     results: Sequence[Record]
+    planned: int | None
+    """Optimizer steps; None where the data has not told yet how many an epoch has."""
+    eval_every: int | None
 
     @classmethod
     def of(cls, job: Job) -> Standing:
-        return cls(job, job.state, job.folder.read("results"))
+        begun = (job.folder.path / "run.json").exists()
+        facts = job.folder.read_run() if begun else {}
+        return cls(
+            job,
+            job.state,
+            job.folder.read("results"),
+            job.steps if job.steps > 0 else facts.get("steps"),
+            job.eval_every or facts.get("eval_every"),
+        )
 
     @property
     def steps(self) -> int:
@@ -36,7 +47,7 @@ class Standing:
 
 def render(jobs: Sequence[Job], parallel: int) -> RenderableType:
     """A line for each job, the counts, and the time left with `parallel` jobs at once."""
-    standings = [Standing.of(job) for job in jobs]
+    standings = _completed([Standing.of(job) for job in jobs])
     left = seconds_left(standings)
     table = Table(box=None, pad_edge=False)
     for column in ("job", "state", "steps", "left"):
@@ -45,8 +56,20 @@ def render(jobs: Sequence[Job], parallel: int) -> RenderableType:
         state = each.state
         text = f"failed: {each.job.folder.failure}" if state == "failed" else state
         time = "" if state == "done" else _time(seconds)
-        table.add_row(each.job.label, text, f"{each.steps}/{each.job.steps}", time)
+        table.add_row(each.job.label, text, f"{each.steps}/{each.planned or '?'}", time)
     return Group(table, "", *_totals(standings, left, parallel))
+
+
+def _completed(standings: Sequence[Standing]) -> list[Standing]:
+    """A job that has not read its data is as long as one on the same data that has."""
+    known = {each.job.config.get("data.name"): each for each in standings if each.planned}
+    found = []
+    for each in standings:
+        other = known.get(each.job.config.get("data.name"))
+        if each.planned is None and other is not None:
+            each = replace(each, planned=other.planned, eval_every=other.eval_every)
+        found.append(each)
+    return found
 
 
 def seconds_left(standings: Sequence[Standing]) -> list[float]:
@@ -74,11 +97,11 @@ def _pace(results: Sequence[Record]) -> Mapping[str, float]:
 def _left(standing: Standing, paces: Sequence[Mapping[str, float]]) -> float:
     if standing.state == "done":
         return 0.0
-    if not paces:
+    if not paces or standing.planned is None or standing.eval_every is None:
         return math.nan
-    job = standing.job
-    steps = job.steps - standing.steps
-    evaluations = math.ceil((job.steps - 1) / job.eval_every) + 1 - len(standing.results)
+    steps = standing.planned - standing.steps
+    evaluations = math.ceil((standing.planned - 1) / standing.eval_every) + 1
+    evaluations = max(0, evaluations - len(standing.results))
     return sum(
         count * fmean(pace[what] for pace in paces)
         for count, what in ((steps, "step"), (evaluations, "evaluation"))

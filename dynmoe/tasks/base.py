@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from dynmoe.data.protocol import seed_hash
@@ -18,6 +19,8 @@ from dynmoe.metrics.routing import TRAIN, RoutingMeter
 
 class MoETask(L.LightningModule):
     """A backbone with any number of MoE layers, trained on a task loss plus their auxiliary losses.
+
+    ``scheduler`` is called as ``scheduler(optimizer=..., num_training_steps=...)``.
 
     All randomness of a step (dropout, stochastic depth, routing noise) is seeded by (``seed``,
     step, micro-batch, rank). Nothing of it has to be saved: a resumed run goes on as if never
@@ -31,10 +34,12 @@ class MoETask(L.LightningModule):
         aux_weight: float,
         seed: int,
         num_classes: int = 0,
+        scheduler: Callable[..., LRScheduler] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
         self.aux_weight = aux_weight
         self.seed = seed
         self.routing = RoutingMeter(backbone, num_classes)
@@ -86,5 +91,17 @@ class MoETask(L.LightningModule):
         self.mean_aux.reset()
         return means
 
-    def configure_optimizers(self) -> Optimizer:
+    def new_optimizer(self) -> Optimizer:
         return self.make_optimizer(p for p in self.parameters() if p.requires_grad)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the schedule of its learning rate over the planned steps."""
+        optimizer = self.new_optimizer()
+        if self.make_scheduler is None:
+            return optimizer
+        steps = self.trainer.max_steps
+        scheduler = self.make_scheduler(optimizer=optimizer, num_training_steps=steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

@@ -25,7 +25,8 @@ class RunRecorder(Checkpoint):
     ``select`` chooses among all so far. Records are written before the checkpoint; on resuming,
     ``RunFolder.truncate_after`` drops those the checkpoint has not seen.
 
-    ``constants`` (DomainBed's ``args`` and ``hparams``) are part of every result line.
+    ``constants`` (DomainBed's ``args`` and ``hparams``) are part of every result line;
+    ``epoch_at`` tells the epoch of a step.
     """
 
     def __init__(
@@ -33,12 +34,12 @@ class RunRecorder(Checkpoint):
         folder: RunFolder,
         select: Select,
         constants: Mapping[str, Any],
-        steps_per_epoch: float,
+        epoch_at: Callable[[int], float],
     ) -> None:
         self.folder = folder
         self.select = select
         self.constants = constants
-        self.steps_per_epoch = steps_per_epoch
+        self.epoch_at = epoch_at
         self._clock = 0.0
         self._training = 0.0
         self._first_step = 0
@@ -58,7 +59,7 @@ class RunRecorder(Checkpoint):
         steps = trainer.global_step - self._first_step
         result = {
             "step": step,
-            "epoch": step / self.steps_per_epoch,
+            "epoch": self.epoch_at(step),
             "step_time": self._training / max(1, steps),
             "eval_time": time.perf_counter() - self._clock,
             **pl_module.losses_since_last(),

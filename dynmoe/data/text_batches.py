@@ -1,0 +1,141 @@
+"""Which texts make the batch of a step: about equally long ones, by pure functions of (seed, step).
+
+Nothing here has a state to save: a run that was killed continues with the very batches it would
+have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from dynmoe.data.protocol import IntArray, seed_hash
+
+BUCKET = 50
+"""Batches that are drawn together and sorted by length before they are cut."""
+
+
+class Key(NamedTuple):
+    """Names one example: the set it is from, and its row there."""
+
+    source: str
+    row: int
+
+
+class TextBatch(NamedTuple):
+    """Examples of one set, padded to the longest of them."""
+
+    tokens: dict[str, Tensor]
+    """input_ids and attention_mask [B, N] int64, for some models token_type_ids."""
+    label: Tensor
+    """[B], int64; float32 for regression."""
+    source: str
+    row: Tensor
+    """[B] int64, rows of the set."""
+
+    @property
+    def inputs(self) -> tuple[dict[str, Tensor]]:
+        """What the backbone is called with."""
+        return (self.tokens,)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainBatches(Sampler[list[Key]]):
+    """Micro-batches of the steps from `next_step()` up to the next evaluation.
+
+    An epoch sees every example once, in `steps_per_epoch` batches, the last of which may be
+    smaller. Examples are drawn in buckets of `BUCKET` batches, sorted by length within, so that
+    little is padded. Micro-batch m of rank r takes examples m * world_size + r, + parts, + 2 parts
+    ... of a step's batch: all get texts of all its lengths. It has no length, for the stretch
+    between evaluations varies.
+    """
+
+    rows: IntArray
+    """Of the training set."""
+    lengths: IntArray
+    """Tokens of each of `rows`."""
+    batch_size: int
+    seed: int
+    steps: int
+    eval_every: int
+    next_step: Callable[[], int]
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.rows), self.batch_size, self.accumulate * self.world_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        first = self.next_step()
+        last = next_eval_step(first, self.steps, self.eval_every)
+        parts = self.accumulate * self.world_size
+        epoch_of = lru_cache(maxsize=1)(self.epoch)
+        for step in range(first, last + 1):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            batch = epoch_of(epoch)[place]
+            for micro in range(self.accumulate):
+                own = batch[micro * self.world_size + self.rank :: parts]
+                yield [Key("train", row) for row in own.tolist()]
+
+    def epoch(self, epoch: int) -> list[IntArray]:
+        """The batches of one epoch, as rows of the training set."""
+        rng = np.random.default_rng(seed_hash(self.seed, "epoch", epoch))
+        order = rng.permutation(len(self.rows))
+        size = BUCKET * self.batch_size
+        batches = []
+        for start in range(0, len(order), size):
+            bucket = order[start : start + size]
+            bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
+            batches += np.split(bucket, range(self.batch_size, len(bucket), self.batch_size))
+        batches = batches[: self.steps_per_epoch]
+        return [self.rows[batches[place]] for place in rng.permutation(len(batches))]
+
+
+@dataclass(frozen=True, eq=False)
+class EvalBatches(Sampler[list[Key]]):
+    """Every example of every set once, long ones first, sets never mixed in a batch.
+
+    Rank r takes batches r, r + world_size, ...
+    """
+
+    lengths: dict[str, IntArray]
+    """Of each set the tokens of its examples."""
+    rows: dict[str, IntArray]
+    """Of each set the rows to evaluate."""
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return len(self._batches())
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        yield from self._batches()
+
+    def _batches(self) -> list[list[Key]]:
+        batches = []
+        for source, rows in self.rows.items():
+            order = rows[np.argsort(-self.lengths[source][rows], kind="stable")].tolist()
+            for start in range(0, len(order), self.batch_size):
+                batches.append([Key(source, row) for row in order[start : start + self.batch_size]])
+        return batches[self.rank :: self.world_size]
+
+
+def steps_per_epoch(examples: int, batch_size: int, parts: int) -> int:
+    """Batches of an epoch. A last one with fewer examples than `parts` is left out: some rank or
+    micro-batch would have nothing."""
+    full, rest = divmod(examples, batch_size)
+    return full + (rest >= parts)
+
+
+def next_eval_step(step: int, steps: int, every: int) -> int:
+    """The first step, not before `step`, that an evaluation follows: every-th ones and the last."""
+    return min((step // every + 1) * every, steps) - 1
