@@ -1,1 +1,1 @@
-"""Data sets of environments, read and evaluated by DomainBed's protocol."""
+"""Data sets: environments of images by DomainBed's protocol, and the texts of GLUE."""

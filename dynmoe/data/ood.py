@@ -1,7 +1,7 @@
-"""Further sets to evaluate a trained task on, after GLUE-X (Yang et al., ACL 2023): other sources of
-text, labels mapped to the task's own.
+"""Further sets to evaluate a trained task on: texts of other sources, labels mapped to the task's.
 
-Each is read from its published files below `data.ood_root`, or below a folder of its name there.
+The choice is that of GLUE-X (Yang et al., ACL 2023). Each set is read from its published files
+below `data.ood_root`, or below a folder of its name there.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _folders(root: Path, name: str) -> list[Path]:
 def _fitting(task: GlueTask) -> str:
     names = [name for name, published in OOD.items() if task.name in published.tasks]
     own = f"a file with columns {', '.join(task.columns)}, label"
-    return f"{', '.join(names)} or {own}" if names else own
+    return " or ".join(filter(None, [", ".join(names), own]))
 
 
 def _published(published: OodSet, file: Path, task: GlueTask) -> TextSet:

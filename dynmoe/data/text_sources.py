@@ -41,7 +41,10 @@ def read(task: GlueTask, source: Source, root: str | None) -> Sets:
             problems.append(str(error))
             continue
         if raw.dropped:
-            warnings.append(f"{task.title} {name}: dropped {raw.dropped:,} rows of missing fields")
+            rows = "row" if raw.dropped == 1 else "rows"
+            warnings.append(
+                f"{task.title} {name}: dropped {raw.dropped:,} {rows} with missing fields"
+            )
         if len(sets[name]) != task.sizes[name]:
             warnings.append(
                 f"{task.title} {name}: expected {task.sizes[name]:,} rows, "

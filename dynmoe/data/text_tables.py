@@ -88,8 +88,10 @@ def _jsonl(
     path: Path, required: Sequence[str], optional: Sequence[str], header: Sequence[str] | None
 ) -> Table:
     try:
-        rows = [json.loads(line) for line in _lines(path)]
-    except json.JSONDecodeError as error:
+        rows = [dict(json.loads(line)) for line in _lines(path)]
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, TypeError) as error:
         raise DataError(f"{path}: not one JSON object per line: {error}.") from None
     wanted = _present(path, list(rows[0]) if rows else [], required, optional)
     return _table(

@@ -1,0 +1,125 @@
+"""Proves what tokens are kept, when they are made anew, and the order of a made vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dynmoe.data import tokens
+from dynmoe.data.text_sets import TextSet
+from dynmoe.data.tokens import encode, word_tokenizer
+from dynmoe.errors import DataError
+
+FIRST = ["the cat sat on the mat", "a dog", "the end of the long story of the cat", ""]
+SECOND = ["the mat", "a long dog of a dog", "end", "cat"]
+
+
+def texts(second: list[str] | None = SECOND) -> TextSet:
+    return TextSet(FIRST, second, np.zeros(4, dtype=np.int64), np.arange(4))
+
+
+def tokenizer(size: int = 50):
+    return word_tokenizer([*FIRST, *SECOND], size)
+
+
+def forbid_tokenizing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_tokenized", lambda *_: pytest.fail("made anew"))
+
+
+def test_most_frequent_words_come_first_and_equals_by_alphabet() -> None:
+    made = word_tokenizer(["b B a c", "c a d e"], 8)
+    assert made.convert_ids_to_tokens(range(len(made))) == [
+        *("[PAD]", "[UNK]", "[CLS]", "[SEP]"),
+        *("a", "b", "c", "d"),
+    ]
+    assert made.pad_token_id == 0
+
+
+def test_sentences_are_framed_as_in_bert() -> None:
+    made = tokenizer()
+    pair = made("The cat", "unseen dog")
+    assert made.convert_ids_to_tokens(pair["input_ids"]) == [
+        *("[CLS]", "the", "cat", "[SEP]"),
+        *("[UNK]", "dog", "[SEP]"),
+    ]
+    assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+    assert made("cat")["token_type_ids"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("second", [None, SECOND])
+@pytest.mark.parametrize("kept", [True, False])
+def test_rows_are_what_the_tokenizer_gives(
+    tmp_path: Path, second: list[str] | None, kept: bool
+) -> None:
+    made = tokenizer()
+    encoded = encode(texts(second), made, 8, tmp_path if kept else None)
+    columns = (FIRST,) if second is None else (FIRST, second)
+    wanted = [
+        dict(made(*pair, truncation=True, max_length=8)) for pair in zip(*columns, strict=True)
+    ]
+    assert encoded.rows([2, 0, 0]) == [wanted[2], wanted[0], wanted[0]]
+    assert encoded.lengths.tolist() == [len(row["input_ids"]) for row in wanted]
+    assert len(encoded) == 4
+    assert encoded.lengths.max() == 8
+
+
+def test_a_kept_file_is_read_again_after_the_tokenizer_was_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tokenizer()
+    rows = encode(texts(), made, 8, tmp_path).rows([0, 1, 2, 3])
+    made(FIRST, padding=True, truncation=True, max_length=3)
+    forbid_tokenizing(monkeypatch)
+    assert encode(texts(), made, 8, tmp_path).rows([0, 1, 2, 3]) == rows
+
+
+def test_each_of_texts_tokenizer_and_length_has_its_own_file(tmp_path: Path) -> None:
+    encode(texts(), tokenizer(), 8, tmp_path)
+    encode(texts(None), tokenizer(), 8, tmp_path)
+    encode(texts(), tokenizer(10), 8, tmp_path)
+    encode(texts(), tokenizer(), 9, tmp_path)
+    assert len(list(tmp_path.glob("*.arrow"))) == 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: b"garbage" * 99,
+        lambda content: content[: -len(content) // 2],
+    ],
+    ids=["empty", "garbage", "cut"],
+)
+def test_a_damaged_file_is_made_anew(
+    tmp_path: Path, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = encode(texts(), tokenizer(), 8, tmp_path).rows([0, 1, 2, 3])
+    (file,) = tmp_path.glob("*.arrow")
+    file.write_bytes(damage(file.read_bytes()))
+    assert encode(texts(), tokenizer(), 8, tmp_path).rows([0, 1, 2, 3]) == rows
+    forbid_tokenizing(monkeypatch)
+    encode(texts(), tokenizer(), 8, tmp_path)
+
+
+def _lengths(cache: str) -> list[int]:
+    return encode(texts(), tokenizer(), 8, Path(cache)).lengths.tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_file(tmp_path: Path) -> None:
+    with get_context("spawn").Pool(2) as pool:
+        one, other = pool.map(_lengths, [str(tmp_path)] * 2)
+    assert one == other == _lengths(str(tmp_path))
+    assert len(list(tmp_path.glob("*.arrow"))) == 1
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(DataError, match=r"backbone.path: Slow has no tokenizer.json"):
+        encode(texts(), Slow(), 8, None)  # type: ignore[arg-type]
