@@ -23,6 +23,7 @@ from scipy.stats import bootstrap, t
 from dynmoe.comparison.matching import Cell, columns, expected, lacks, matched, score_cells
 from dynmoe.comparison.run import Problem, Repetition, Run
 from dynmoe.comparison.runs import Collection
+from dynmoe.report.words import Words
 
 Rival = Literal["mean", "best", "worst", "pick", "dense", "grid"]
 Verdict = Literal["beats", "cannot be told from", "is below", "unknown"]
@@ -130,6 +131,7 @@ class Claim:
     """Of each setting, how many draws of hyper-parameters its best was chosen from."""
     samples: tuple[int, ...]
     """Sizes of the test splits; empty where they were not recorded."""
+    words: Words
 
     @property
     def overall(self) -> Comparison:
@@ -171,6 +173,7 @@ def examine(collection: Collection, problem: Problem) -> list[Claim]:
             tuple(compared(setting, environment) for environment in columns(runs)),
             _draws(collection, problem),
             _samples(runs),
+            runs[0].words,
         )
         for setting, kind in kinds.items()
         if kind == "adaptive"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from dynmoe.comparison.run import Repetition, Run
 from dynmoe.metrics.selection import RULES
@@ -22,7 +23,7 @@ def conditions(runs: Sequence[Run]) -> str:
         f"Protocol {every(fact['protocol'] for fact in facts)}",
         f"selection by {every(RULES[fact['selection']] for fact in facts)}",
         f"{counted(len(repetitions), 'repetition')} ({seeds(repetitions)})",
-        f"{every(fact['steps'] for fact in facts)} steps",
+        f"{every(map(_steps, facts))} steps",
         f"backbone {every(fact['backbone'] for fact in facts)}",
         f"weights {every(fact['weights'] for fact in facts)}",
         f"data {_data(facts)}",
@@ -57,6 +58,11 @@ def seeds(repetitions: Iterable[Repetition]) -> str:
     if len({trial for _, trial in pairs}) > 1:
         return f"seed/trial seed {', '.join(f'{seed}/{trial}' for seed, trial in pairs)}"
     return f"seed{'s' * (len(pairs) != 1)} {', '.join(str(seed) for seed, _ in pairs)}"
+
+
+def _steps(fact: dict[str, Any]) -> str:
+    patience = fact.get("patience")
+    return str(fact["steps"]) if patience is None else f"at most {fact['steps']}"
 
 
 def _versions(fact: dict[str, object]) -> list[tuple[str, str]]:

@@ -19,9 +19,10 @@ from dynmoe.comparison.scatter import Point, name_points, scatter, set_apart
 from dynmoe.comparison.timings import Mode, Timings
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import lay_out
+from dynmoe.report.words import capital
 
 READING = (
-    "Higher is more accurate, the standard error over repetitions as a bar; no setting beats those "
+    "Higher is {}, the standard error over repetitions as a bar; no setting beats those "
     "on the dashed line in both measures."
 )
 
@@ -45,9 +46,10 @@ def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
     return Picture(
         "accuracy_by_parameters",
         figure,
-        "Accuracy of every setting against its activated parameters, with the Pareto front",
-        f"{READING} Better is up and left. Settings of almost as many parameters are set apart a "
-        "little.",
+        f"{capital(runs[0].words.noun)} of every setting against its activated parameters, with "
+        "the Pareto front",
+        f"{_reading(runs)} Better is up and left. Settings of almost as many parameters are set "
+        "apart a little.",
     )
 
 
@@ -69,14 +71,15 @@ def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | No
     return Picture(
         "accuracy_by_time",
         figure,
-        "Accuracy of every setting against its measured time, with the Pareto front",
-        f"{READING} Better is up, and left for ms, right for samples/s. Horizontal bars span the "
-        f"quartiles. Measured in turns: {timings.conditions}.",
+        f"{capital(runs[0].words.noun)} of every setting against its measured time, with the "
+        "Pareto front",
+        f"{_reading(runs)} Better is up, and left for ms, right for samples/s. Horizontal bars "
+        f"span the quartiles. Measured in turns: {timings.conditions}.",
     )
 
 
 def _points(runs: Sequence[Run]) -> list[Point]:
-    """Every setting's accuracy in per cent, on the repetitions it has; x is still to be filled."""
+    """Every setting's result times 100, on the repetitions it has; x is still to be filled."""
     cells, place = score_cells(runs), columns(runs)[-1]
     points = []
     for setting, style in styles(runs).items():
@@ -100,7 +103,11 @@ def _timed(runs: Sequence[Run], timings: Timings, mode: Mode) -> list[Point]:
 
 
 def _place(runs: Sequence[Run]) -> str:
-    places = environments(runs)
+    places, words = environments(runs), runs[0].words
     if len(places) > 1:
         return f"accuracy, mean of {len(places)} test environments, %"
-    return f"accuracy on test environment {places[0]}, %"
+    return f"{words.measure} on {words.place} {places[0]}, {words.scale}"
+
+
+def _reading(runs: Sequence[Run]) -> str:
+    return READING.format("more accurate" if runs[0].words.noun == "accuracy" else "better")

@@ -21,8 +21,8 @@ def cost_table(collection: Collection, problem: Problem) -> Table:
     unknown = [name for name, cost in costs.items() if math.isnan(cost.flops)]
     note = (
         "Mean over runs, at the reported step. Total: in training, empty slots included; exported: "
-        "living experts only; activated: per token of the test environment, every living expert "
-        "scored and k computed. FLOPs: one forward pass of a sample, 2 per multiply-add."
+        f"living experts only; activated: per token of the {runs[0].words.place}, every living "
+        "expert scored and k computed. FLOPs: one forward pass of a sample, 2 per multiply-add."
     )
     if unknown:
         note += f" X: records do not tell it ({', '.join(unknown)})."

@@ -34,7 +34,9 @@ from dynmoe.comparison.routing_pictures import (
 )
 from dynmoe.comparison.run import Problem, Run, environments, settings
 from dynmoe.comparison.runs import Collection
+from dynmoe.comparison.tasks import task_tables
 from dynmoe.comparison.timings import Timings, read_timings
+from dynmoe.comparison.values import values_table
 from dynmoe.comparison.verdict import (
     accuracy_table,
     claim_table,
@@ -46,6 +48,7 @@ from dynmoe.metrics.selection import RULES
 from dynmoe.report import document
 from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
 from dynmoe.report.tables import Strong, Table, format_mean
+from dynmoe.report.words import capital
 
 
 def write(collection: Collection, out: Path) -> list[Path]:
@@ -83,6 +86,7 @@ def build(collection: Collection) -> Document:
     }
     lead: list[Block] = [Strong(headline(claim)) for found in claims.values() for claim in found]
     lead.append(_extent(collection))
+    lead += [Sheet(name, table) for name, table in task_tables(collection).items()]
     if several:
         lead.append(Sheet("overview", _overview(claims)))
         found = [
@@ -118,7 +122,7 @@ def _extent(collection: Collection) -> str:
         found.append(
             f"{counted(len(runs), 'run')} on {problem.dataset}: "
             f"{counted(len(settings(runs)), 'setting')}, "
-            f"{counted(len(environments(runs)), 'test environment')}, "
+            f"{counted(len(environments(runs)), runs[0].words.place)}, "
             f"{counted(len(repetitions), 'repetition')}"
         )
     absent = f" {counted(len(collection.absent), 'run')} without a result." * bool(
@@ -141,10 +145,12 @@ def _overview(claims: dict[Problem, list[Claim]]) -> Table:
             verdicts = [each[0].verdict if each else "unknown" for each in rivals]
             cells = map(format_mean, accuracies)
             rows.append((problem.dataset, claim.setting, *cells, *verdicts))
-    columns = ("data set", "setting", "accuracy, %", "mean of the grid, %", "best of the grid, %")
+    columns = ("accuracy, %", "mean of the grid, %", "best of the grid, %")
+    if any(claim.words.noun == "score" for found in claims.values() for claim in found):
+        columns = ("score, x 100", "mean of the grid", "best of the grid")
     return Table(
         "The claim on every data set",
-        (*columns, "against the mean", "against the best"),
+        ("data set", "setting", *columns, "against the mean", "against the best"),
         tuple(rows),
         note="Protocol, selection rule, seeds, weights, data and versions stand below the tables "
         "of each data set.",
@@ -160,6 +166,7 @@ def _sections(
 ) -> list[Section]:
     """All there is to say of one problem; names begin with `prefix`."""
     runs = collection.of(problem)
+    noun = capital(runs[0].words.noun)
     shown = _exemplary(runs)
     examples = [next(run for run in runs if run.setting == setting) for setting in shown]
     parts: list[tuple[str, str, Iterable[Block | None]]] = [
@@ -167,11 +174,11 @@ def _sections(
         ("cost", "What it costs", _cost(collection, problem, claims, timings)),
         (
             "accuracy-by-cost",
-            "Accuracy against cost",
+            f"{noun} against cost",
             [
                 draw_accuracy_by_parameters(runs),
                 draw_accuracy_by_time(runs, timings)
-                or f"Accuracy against time is left out: {timings.refused or 'not measured'}.",
+                or f"{noun} against time is left out: {timings.refused or 'not measured'}.",
             ],
         ),
         (
@@ -214,6 +221,9 @@ def _claim(
     if missing:
         yield Items(missing)
     yield Sheet("accuracy", accuracy_table(collection, problem))
+    values = values_table(collection, problem)
+    if values is not None:
+        yield Sheet("values", values)
 
 
 def _cost(

@@ -18,8 +18,10 @@ from matplotlib.ticker import PercentFormatter
 
 from dynmoe.comparison.claim import LEVEL, Claim, Rival, Verdict
 from dynmoe.comparison.run import Run, environments
+from dynmoe.metrics.selection import judged
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import BLUE, COLOURS, GREY, RED, STEP, lay_out, name_axes, over_steps
+from dynmoe.report.words import capital
 
 Style = Mapping[str, Any]
 """For `Axes.plot`."""
@@ -80,7 +82,8 @@ def draw_claim(claim: Claim) -> Picture | None:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=0.8)
     count = len(whole.repetitions)
-    axes.set_xlabel(f"difference in accuracy, percentage points (n = {count})")
+    points = "percentage points" if claim.words.scale == "%" else "points"
+    axes.set_xlabel(f"difference in {claim.words.noun}, {points} (n = {count})")
     axes.set_title(f"{claim.setting} minus …")
     axes.grid(axis="x", alpha=0.25)
     handles = [
@@ -91,8 +94,8 @@ def draw_claim(claim: Claim) -> Picture | None:
     return Picture(
         "claim",
         figure,
-        f"Paired differences in accuracy with bootstrap intervals: {claim.setting} minus the mean "
-        "of the grid, dense, and every setting of the grid",
+        f"Paired differences in {claim.words.noun} with bootstrap intervals: {claim.setting} minus "
+        "the mean of the grid, dense, and every setting of the grid",
         f"Right of 0 {claim.setting} is better. Lines are 95 % bootstrap intervals over matched "
         f"repetitions, too narrow for few of them; the mark is by a paired t test (p < {LEVEL}, "
         f"not corrected for {len(shown)} comparisons).",
@@ -100,11 +103,11 @@ def draw_claim(claim: Claim) -> Picture | None:
 
 
 def draw_curves(runs: Sequence[Run]) -> Picture | None:
-    """Accuracy on each test environment over training, every setting."""
+    """What is reported on each test environment over training, every setting."""
     places = environments(runs)
     if not places:
         return None
-    style = styles(runs)
+    style, words = styles(runs), runs[0].words
     wide = len(places) == 1
     figure, panels = lay_out(
         len(places), 6 if wide else 2.9, 3.6 if wide else 2.3, beside=0, share=True
@@ -115,12 +118,14 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
             if not members:
                 continue
             curves = [_curve(run) for run in members]
-            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-            values = np.array([[curve[step] for step in steps] for curve in curves])
+            # Some end before others where patience ends them.
+            steps = sorted(set().union(*curves))
+            values = np.array([[curve.get(step, math.nan) for step in steps] for curve in curves])
+            mean = np.nanmean(values, axis=0)
             in_grid = members[0].kind == "fixed"
             axes.plot(
                 steps,
-                values.mean(axis=0),
+                mean,
                 color=look["color"],
                 linestyle=look["linestyle"],
                 linewidth=0.8 if in_grid else 2,
@@ -128,30 +133,29 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
                 zorder=2 if in_grid else 3,
             )
             if not in_grid:
-                band = values.min(axis=0), values.max(axis=0)
+                band = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
                 axes.fill_between(steps, *band, color=look["color"], alpha=0.15, linewidth=0)
                 selected = float(np.mean([run.outcome.step for run in members]))
-                height = np.interp(selected, steps, values.mean(axis=0))
+                height = np.interp(selected, steps, mean)
                 axes.plot(selected, height, color=look["color"], marker=look["marker"], zorder=4)
-        axes.set_title(f"test environment {place}")
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_title(f"{words.place} {place}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=words.unit.strip()))
         over_steps(axes)
-    name_axes(figure, STEP, "accuracy on the test environment")
+    name_axes(figure, STEP, f"{words.measure} on the {words.place}")
     figure.legend(handles=_legend(runs, style), loc="outside upper center", ncols=4, frameon=False)
     return Picture(
         "curves",
         figure,
-        "Accuracy on each test environment over training",
+        f"{capital(words.measure)} on each {words.place} over training",
         "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
         "setting of the grid. A marker stands at the mean of the steps that selection chose, "
-        "whose accuracies are reported.",
+        f"whose {words.nouns} are reported.",
     )
 
 
 def _curve(run: Run) -> dict[int, float]:
-    """Accuracy on the test environments' in split, by step."""
-    keys = [f"env{index}_in_acc" for index in run.facts["test_envs"]]
-    return {record["step"]: float(np.mean([record[key] for key in keys])) for record in run.results}
+    """What would be reported of each step."""
+    return {record["step"]: judged(record, run.facts).test for record in run.results}
 
 
 def _legend(runs: Sequence[Run], style: Mapping[str, Style]) -> list[Line2D]:

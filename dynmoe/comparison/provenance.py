@@ -13,9 +13,10 @@ from dynmoe.comparison.conditions import conditions, every, seeds
 from dynmoe.comparison.run import Problem, Run, environments
 from dynmoe.comparison.runs import Collection
 from dynmoe.comparison.timings import Timings
-from dynmoe.metrics.selection import RULES
+from dynmoe.metrics.selection import RULES, SELECTING_SET
 from dynmoe.report.document import Block, Code, Items, Section, Sheet
 from dynmoe.report.tables import Table
+from dynmoe.report.words import capital
 
 Words = Callable[[Sequence[Run]], str]
 
@@ -24,10 +25,11 @@ def how_it_was_made(collection: Collection, timings: Iterable[Timings]) -> Secti
     """The conditions of every problem's runs in a table, and the commands."""
     problems = collection.problems
     columns = [collection.of(problem) for problem in problems]
+    rows = _conditions(all(problem.selection in SELECTING_SET for problem in problems))
     table = Table(
         "Conditions of the runs",
         ("condition", *(problem.dataset for problem in problems)),
-        tuple((name, *(words(runs) for runs in columns)) for name, words in CONDITIONS.items()),
+        tuple((name, *(words(runs) for runs in columns)) for name, words in rows.items()),
         note="Where runs differ, all values are named.",
         in_words=True,
     )
@@ -58,11 +60,16 @@ def what_is_missing(collection: Collection) -> Section:
 def every_run(collection: Collection, problem: Problem) -> Table:
     """What is reported of each run of a problem, so that all the means can be worked out again."""
     runs = collection.of(problem)
+    words = runs[0].words
+    on_sets = problem.selection in SELECTING_SET
+    reported = "" if on_sets else " on the test environment's in split"
     return Table(
         f"Every run on {problem.dataset}",
         (
-            *("setting", "test environment", "seed", "trial seed", "selected step"),
-            *("accuracy, %", "validation, %", "accuracy at the last step, %"),
+            *("setting", words.place, "seed", "trial seed", "selected step"),
+            words.column,
+            f"validation, {words.scale}",
+            f"{words.noun} at the last step, {words.scale}",
         ),
         tuple(
             (
@@ -71,7 +78,7 @@ def every_run(collection: Collection, problem: Problem) -> Table:
             )
             for run in runs
         ),
-        note="Accuracy on the test environment's in split; validation is what selected the step.",
+        note=f"{capital(words.measure)}{reported}; validation is what selected the step.",
         conditions=conditions(runs),
     )
 
@@ -88,27 +95,41 @@ def _config(key: str) -> Words:
     return lambda runs: every(run.config.get(key) for run in runs)
 
 
-CONDITIONS: dict[str, Words] = {
-    "test environments": lambda runs: ", ".join(environments(runs)),
-    "images of a test environment": lambda runs: every(map(_sizes, runs)),
-    "protocol": _fact("protocol"),
-    "selection rule": lambda runs: every(RULES[run.facts["selection"]] for run in runs),
-    "repetitions": lambda runs: seeds({run.repetition for run in runs}),
-    "steps": _fact("steps"),
-    "batch size, per training environment": _fact("batch_size"),
-    "learning rate": _config("task.optimizer.lr"),
-    "weight decay": _config("task.optimizer.weight_decay"),
-    "backbone": _fact("backbone"),
-    "weights": _fact("weights"),
-    "data hash": lambda runs: every(sorted({str(run.facts.get("data_hash")) for run in runs})),
-    "versions": _fact("versions"),
-    "machine": _fact("machine"),
-    "device, threads": lambda runs: every(
-        f"{run.facts.get('device', 'unknown')}, {run.facts.get('threads', 'unknown')}"
-        for run in runs
-    ),
-    "runtime": _fact("runtime"),
-}
+def _conditions(on_sets: bool) -> dict[str, Words]:
+    """What stands in the rows; `on_sets`: whether all runs are scored on whole sets."""
+    batch_size = "batch size, per training environment"
+    evaluated: dict[str, Words] = {
+        "test environments": lambda runs: ", ".join(environments(runs)),
+        "images of a test environment": lambda runs: every(map(_sizes, runs)),
+    }
+    if on_sets:
+        batch_size = "batch size"
+        evaluated = {
+            "measure": lambda runs: every(run.words.measure for run in runs),
+            "examples": lambda runs: every(map(_examples, runs)),
+            "tokens of an example, mean": _fact("mean_tokens"),
+            "patience, in evaluations": _fact("patience"),
+        }
+    return {
+        **evaluated,
+        "protocol": _fact("protocol"),
+        "selection rule": lambda runs: every(RULES[run.facts["selection"]] for run in runs),
+        "repetitions": lambda runs: seeds({run.repetition for run in runs}),
+        "steps": _fact("steps"),
+        batch_size: _fact("batch_size"),
+        "learning rate": _config("task.optimizer.lr"),
+        "weight decay": _config("task.optimizer.weight_decay"),
+        "backbone": _fact("backbone"),
+        "weights": _fact("weights"),
+        "data hash": lambda runs: every(sorted({str(run.facts.get("data_hash")) for run in runs})),
+        "versions": _fact("versions"),
+        "machine": _fact("machine"),
+        "device, threads": lambda runs: every(
+            f"{run.facts.get('device', 'unknown')}, {run.facts.get('threads', 'unknown')}"
+            for run in runs
+        ),
+        "runtime": _fact("runtime"),
+    }
 
 
 def _sizes(run: Run) -> str | None:
@@ -117,6 +138,17 @@ def _sizes(run: Run) -> str | None:
     found = [sizes.get(f"env{index}") for index in run.facts["test_envs"]]
     known = [f"{size['in']} in, {size['out']} out" for size in found if size]
     return f"{run.environment}: {' + '.join(known)}" if known else None
+
+
+def _examples(run: Run) -> str:
+    """`2490 train, 277 dev`."""
+    sizes = run.facts.get("sizes") or {}
+    counts = {name: sizes.get(name) for name in ("train", "heldout")}
+    counts |= {
+        name: sizes.get(f"env{index}", {}).get("in")
+        for index, name in enumerate(run.facts["env_names"])
+    }
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
 def _commands(collection: Collection, timings: Iterable[Timings]) -> Iterator[str]:

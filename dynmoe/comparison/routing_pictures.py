@@ -25,6 +25,7 @@ from dynmoe.comparison.routing import (
     overlap,
 )
 from dynmoe.comparison.run import Run
+from dynmoe.metrics.selection import SELECTING_SET
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import (
     BLUE,
@@ -106,9 +107,9 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
         "k_by_layer",
         figure,
         "Experts that a test token activates, by MoE layer",
-        "Blue: experts that a token of the test environments activates on average; thin lines: "
-        "single runs. Black: the experts there are. Blue near black means that nearly all are "
-        "used.",
+        f"Blue: experts that a token of the {runs[0].words.place}s activates on average; thin "
+        "lines: single runs. Black: the experts there are. Blue near black means that nearly all "
+        "are used.",
     )
 
 
@@ -130,7 +131,10 @@ def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
         k = np.mean([[k_by_position(run, layer) for layer in layers] for run in members], axis=0)
         heat_map(axes, k, layers, range(k.shape[1]), form=".1f", lightest=k.min())
         axes.set_title(setting)
-    name_axes(figure, "token position (0: class token; then patches, row by row)")
+    order = "class token; then patches, row by row"
+    if _on_sets(runs[0]):
+        order = "the first; a position counts the texts that reach it"
+    name_axes(figure, f"token position (0: {order})")
     return Picture(
         "k_by_position",
         figure,
@@ -145,22 +149,24 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
 
     def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
         tests = {f"env{index}" for index in run.facts["test_envs"]}
-        marks = [" (test)" if line["source"] in tests else "" for line in lines]
+        mark = " (reported)" if _on_sets(run) else " (test)"
+        marks = [mark if line["source"] in tests else "" for line in lines]
         rows = [name + mark for name, mark in zip(evaluated(run), marks, strict=True)]
         slots = lines[0]["slots"]
         shares = percent_of_rows([line["load"] for line in lines], len(slots))
         heat_map(axes, shares, rows, slots)
 
     rows = max((len(run.facts["env_names"]) for run in runs), default=0)
-    figure = _load([run for run in runs if evaluation(run)], "environment", rows, draw)
+    part = runs[0].words.part if runs else ""
+    figure = _load([run for run in runs if evaluation(run)], part, rows, draw)
     if figure is None:
         return None
     return Picture(
         "load_by_environment",
         figure,
-        "Share of each environment's routed tokens that each expert serves",
-        "A row is an environment, its numbers the per cent of its routed tokens that go to each "
-        "living expert; equal rows mean that experts do not tell the environments apart. "
+        f"Share of each {part}'s routed tokens that each expert serves",
+        f"A row is an {part}, its numbers the per cent of its routed tokens that go to each "
+        f"living expert; equal rows mean that experts do not tell the {part}s apart. "
         "Shades are each panel's own.",
     )
 
@@ -188,7 +194,8 @@ def draw_load_by_class(runs: Sequence[Run]) -> Picture | None:
         "load_by_class",
         figure,
         "Share of each class's routed tokens that each expert serves",
-        "A row is a class, its numbers the per cent of its routed tokens, over all environments, "
+        "A row is a class, its numbers the per cent of its routed tokens, over all "
+        f"{runs[0].words.part}s, "
         "that go to each living expert; an expert of one class is a dark cell in a pale column. "
         "Shades are each panel's own." + (some if classes > MOST_CLASSES else ""),
     )
@@ -217,14 +224,19 @@ def draw_overlap(runs: Sequence[Run]) -> Picture | None:
         if letters > 4:
             for label in axes.get_xticklabels():
                 label.set(rotation=45, ha="right", rotation_mode="anchor")
-    name_axes(figure, "environment", "environment")
+    part = runs[0].words.part
+    name_axes(figure, part, part)
     return Picture(
         "overlap",
         figure,
-        "Routing overlap between environments in each MoE layer",
-        "The share of routing that two environments have in common, mean over runs: 1 means the "
+        f"Routing overlap between {part}s in each MoE layer",
+        f"The share of routing that two {part}s have in common, mean over runs: 1 means the "
         "same use of experts, 0 disjoint experts; shades span the values off the diagonal.",
     )
+
+
+def _on_sets(run: Run) -> bool:
+    return run.problem.selection in SELECTING_SET
 
 
 Settings = dict[str, list[Run]]

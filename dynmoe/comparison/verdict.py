@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dynmoe.comparison.claim import LEVEL, RESAMPLES, Claim, Comparison, Difference, Rival, examine
 from dynmoe.comparison.conditions import conditions, counted, seeds
 from dynmoe.comparison.matching import MEAN, columns, expected, lacks, score_cells
 from dynmoe.comparison.run import Problem
 from dynmoe.comparison.runs import Collection
+from dynmoe.comparison.values import taken
+from dynmoe.metrics.selection import SELECTING_SET
 from dynmoe.report.tables import Strong, Table, format_mean, format_points
+from dynmoe.report.words import Words, capital
 
 # Those that are spoken of, in order.
 RIVALS: dict[Rival, str] = {
@@ -25,8 +28,8 @@ ERROR = (
     "says nothing."
 )
 GRID = (
-    "The grid is all settings with fixed experts and k. Its best and worst are chosen by the test "
-    "accuracy itself, which flatters the best; its best by validation is what one could have "
+    "The grid is all settings with fixed experts and k. Its best and worst are chosen by the {} "
+    "itself, which flatters the best; its best by validation is what one could have "
     "picked, in each repetition anew."
 )
 PAIRED = (
@@ -49,7 +52,8 @@ def headline(claim: Claim) -> str:
     count = len(whole.repetitions)
     points = [f"{format_points(each.mean)} points" for each in (mean, best)]
     if "unknown" in (mean.verdict, best.verdict):
-        why = "in one repetition, which proves nothing" if count == 1 else "accuracies are missing"
+        missing = f"{claim.words.nouns} are missing"
+        why = "in one repetition, which proves nothing" if count == 1 else missing
         return (
             f"{where}: {points[0]} from the mean of the grid and {points[1]} from its best, {why}."
         )
@@ -73,8 +77,8 @@ def sentences(claim: Claim) -> list[str]:
     found = [headline(claim)]
     if whole.rank is not None:
         found.append(
-            f"{claim.setting} reaches {format_mean(whole.accuracies)} %: rank {whole.rank} of "
-            f"{counted(len(whole.means), 'setting')} by mean accuracy."
+            f"{claim.setting} reaches {_measured(claim.words, whole.accuracies)}: rank "
+            f"{whole.rank} of {counted(len(whole.means), 'setting')} by mean {claim.words.noun}."
         )
     # In a grid of one setting all its rivals are the same.
     shown = RIVALS if _grid_size(whole) > 1 else ("best", "dense")
@@ -122,14 +126,14 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
         f"{claim.setting} against the grid on {claim.problem.dataset}",
         (
             "setting",
-            "test environment",
-            "accuracy, %",
+            claim.words.place,
+            claim.words.column,
             f"{claim.setting} minus it, points",
             "p",
             "n",
         ),
         tuple(rows),
-        note=" ".join([ERROR, PAIRED, GRID, *_left_out(claim)]),
+        note=" ".join([ERROR, PAIRED, _grid(claim), *_left_out(claim)]),
         conditions=conditions(collection.of(claim.problem)),
     )
 
@@ -137,6 +141,8 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
 def accuracy_table(collection: Collection, problem: Problem) -> Table:
     """Every setting in every environment, on all repetitions it has."""
     runs = collection.of(problem)
+    words, values = runs[0].words, taken(collection, problem)
+    keys = [f"{', '.join(runs[0].searched)} taken"] if values else []
     absent = [entry for entry in collection.absent if entry.problem == problem]
     cells, places = score_cells(runs), columns(runs)
     repetitions = expected(runs, absent)
@@ -161,9 +167,16 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
         return Strong(text) if name == best[place] else text
 
     return Table(
-        f"Accuracy of every setting on {problem.dataset}, %",
-        ("setting", *(place if place == MEAN else f"test environment {place}" for place in places)),
-        tuple((name, *(cell(name, place) for place in places)) for name in names),
+        f"{capital(words.measure)} of every setting on {problem.dataset}, {words.scale}",
+        (
+            "setting",
+            *(place if place == MEAN else f"{words.place} {place}" for place in places),
+            *keys,
+        ),
+        tuple(
+            (name, *(cell(name, place) for place in places), *[values.get(name, "X")] * len(keys))
+            for name in names
+        ),
         note=f"{ERROR} Bold: the highest of a column.",
         conditions=conditions(runs),
     )
@@ -174,7 +187,7 @@ def _sentence(claim: Claim, difference: Difference) -> str:
     if difference.rival == "mean":
         rival = f"{rival} ({counted(_grid_size(claim.overall), 'setting')})"
     article = "" if difference.rival == "dense" else "the "
-    rival = f"{article}{rival}, {format_mean(difference.accuracies)} %"
+    rival = f"{article}{rival}, {format_mean(difference.accuracies)}{claim.words.unit}"
     points = f"{format_points(difference.mean)}{_interval(difference)} points"
     if difference.verdict == "unknown":
         return f"Against {rival}: {points}."
@@ -183,14 +196,20 @@ def _sentence(claim: Claim, difference: Difference) -> str:
 
 def _caveats(claim: Claim) -> Iterator[str]:
     whole = claim.overall
-    last = whole.at_the_end
+    last, unit = whole.at_the_end, claim.words.unit
     if last is not None:
-        grid = "" if math.isnan(last.grid) else f", the mean of the grid {100 * last.grid:.1f} %"
+        of_grid = f", the mean of the grid {100 * last.grid:.1f}{unit}"
+        grid = "" if math.isnan(last.grid) else of_grid
         yield (
             f"At the end of training instead of the selected steps: {claim.setting} "
-            f"{100 * last.own:.1f} %{grid}, rank {last.rank}."
+            f"{100 * last.own:.1f}{unit}{grid}, rank {last.rank}."
         )
-    if claim.samples:
+    if claim.problem.selection == "best_dev":
+        yield (
+            "Steps are selected by the very score that is reported, as in published tables: it "
+            "flatters every setting."
+        )
+    if claim.samples and claim.words.measure == "accuracy":
         sizes = "/".join(map(str, claim.samples))
         own = sum(whole.accuracies) / len(whole.accuracies) if whole.accuracies else 0.5
         error = 100 * math.sqrt(own * (1 - own) / sum(claim.samples))
@@ -222,7 +241,18 @@ def _place(claim: Claim, comparison: Comparison) -> str:
     environments = len(claim.comparisons) - 1
     if environments:
         return f"mean of {environments} test environments"
-    return f"test environment {comparison.environment}"
+    return f"{claim.words.place} {comparison.environment}"
+
+
+def _measured(words: Words, values: Sequence[float]) -> str:
+    """`71.2 +/- 0.3 %`, or `65.2 +/- 0.3 (Matthews correlation, x 100)`."""
+    of = "" if words.measure == "accuracy" else f" ({words.column})"
+    return f"{format_mean(values)}{'' if of else words.unit}{of}"
+
+
+def _grid(claim: Claim) -> str:
+    on_sets = claim.problem.selection in SELECTING_SET
+    return GRID.format(f"reported {claim.words.noun}" if on_sets else "test accuracy")
 
 
 def _grid_size(comparison: Comparison) -> int:

@@ -1,0 +1,114 @@
+"""Settings by task, as in the tables of GLUE: what each reaches on every task, and their mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from dynmoe.comparison.conditions import every, seeds
+from dynmoe.comparison.published import MARK, NOTE, ROWS, published
+from dynmoe.comparison.run import Problem, Repetition, Run, order
+from dynmoe.comparison.runs import Collection
+from dynmoe.metrics.selection import RULES, SELECTING_SET
+from dynmoe.report.tables import Strong, Table, format_mean
+
+Cell = Mapping[Repetition, float]
+"""What a setting reaches on a task, by repetition."""
+
+
+def task_tables(collection: Collection) -> dict[str, Table]:
+    """By name, a table for each protocol whose tasks are scored on whole sets."""
+    groups: dict[tuple[str, str], list[Problem]] = {}
+    for problem in collection.problems:
+        if problem.selection in SELECTING_SET:
+            groups.setdefault((problem.protocol, problem.selection), []).append(problem)
+    return {
+        "_".join(["tasks", *key]) if len(groups) > 1 else "tasks": _table(collection, problems)
+        for key, problems in groups.items()
+    }
+
+
+def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
+    runs = [run for problem in problems for run in collection.of(problem)]
+    tasks = [problem.dataset for problem in problems]
+    columns = [*tasks, "mean of tasks"] if len(tasks) > 1 else tasks
+    rows = _rows(runs, tasks)
+    best = [max(map(_mean, cells)) for cells in zip(*rows.values(), strict=True)]
+    published_rows = list(_published(tasks, len(columns)))
+    return Table(
+        f"What every setting reaches on {', '.join(tasks)}, x 100",
+        ("setting", *columns),
+        (
+            *((name, *map(_text, cells, best)) for name, cells in rows.items()),
+            *published_rows,
+        ),
+        note=" ".join(_notes(runs, tasks, NOTE if published_rows else "")),
+        conditions=_conditions(runs),
+    )
+
+
+def _rows(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, list[Cell]]:
+    """By setting, dense first: a cell for every task, and one for their mean if there are several.
+
+    The mean is of the repetitions that all tasks have.
+    """
+    ordered = sorted(runs, key=lambda run: order(run)[len(Problem._fields) :])
+    rows: dict[str, list[Cell]] = {}
+    for setting in dict.fromkeys(run.setting for run in ordered):
+        own = [run for run in ordered if run.setting == setting]
+        cells: list[Cell] = [
+            {run.repetition: run.outcome.accuracy for run in own if run.problem.dataset == task}
+            for task in tasks
+        ]
+        if len(tasks) > 1:
+            shared = set(cells[0]).intersection(*cells[1:])
+            cells.append({each: float(np.mean([cell[each] for cell in cells])) for each in shared})
+        rows[setting] = cells
+    return rows
+
+
+def _mean(cell: Cell) -> float:
+    return float(np.mean(list(cell.values()))) if cell else -math.inf
+
+
+def _text(cell: Cell, best: float) -> str:
+    text = format_mean(list(cell.values()))
+    return Strong(text) if cell and _mean(cell) == best else text
+
+
+def _published(tasks: Sequence[str], columns: int) -> Iterator[tuple[str, ...]]:
+    """Rows for the tasks at hand; the mean only where all of them are there."""
+    for method in ROWS:
+        values = [published(method, task) for task in tasks]
+        known = [value for value in values if value is not None]
+        if not known:
+            continue
+        cells = ["X" if value is None else f"{value:.1f}" for value in values]
+        if columns > len(tasks):
+            cells.append(f"{np.mean(known):.1f}" if len(known) == len(tasks) else "X")
+        yield f"{method} ({MARK})", *cells
+
+
+def _notes(runs: Sequence[Run], tasks: Sequence[str], published_note: str) -> Iterator[str]:
+    measures = {run.problem.dataset: run.words.measure for run in runs}
+    yield f"{'; '.join(f'{task}: {measures[task]}' for task in tasks)}."
+    yield "Mean over repetitions of the selected step, +/- the standard error (ddof 0)."
+    searched = dict.fromkeys(key for run in runs for key in run.searched)
+    if searched:
+        yield f"For each cell, the {', '.join(searched)} of the best mean validation is taken."
+    yield "Bold: the highest of our own in a column."
+    if published_note:
+        yield published_note
+
+
+def _conditions(runs: Sequence[Run]) -> str:
+    facts = [run.facts for run in runs]
+    return (
+        f"Protocol {every(fact['protocol'] for fact in facts)}; "
+        f"selection by {every(RULES[fact['selection']] for fact in facts)}; "
+        f"{seeds({run.repetition for run in runs})}; "
+        f"backbone {every(fact['backbone'] for fact in facts)}; "
+        f"weights {every(fact['weights'] for fact in facts)}."
+    )
