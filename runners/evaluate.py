@@ -112,10 +112,14 @@ def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
         raise ConfigError(f"mode=submit: {cfg.data.name} is no task of GLUE")
     data, task, step, trainer = _load(folder, checkpoint, cfg)
     data.read_tests()
-    batches = trainer.predict(task, datamodule=data)
+    found = trainer.predict(task, datamodule=data)
+    by_set = found if len(data.test_sets) > 1 else [found]
     files = []
-    for name, found in zip(data.test_sets, batches if len(data.test_sets) > 1 else [batches]):
-        rows, predicted = (np.concatenate([part.numpy() for part in each]) for each in zip(*found))
+    for name, batches in zip(data.test_sets, by_set, strict=True):
+        rows, predicted = (
+            np.concatenate([part.numpy() for part in parts])
+            for parts in zip(*batches, strict=True)
+        )
         index = data.sets[name].index[rows]
         files.append(
             write_submission(folder.path / "submission", data.task, name, index, predicted)

@@ -23,7 +23,14 @@ MAY_IMPORT = {
     "adaptation": {"layers"},
     "backbones": {"layers"},
     "benchmark": {"layers", "backbones", "config", "data", "metrics.efficiency", "runtime"},
-    "tasks": {"layers", "metrics", "data.protocol", "data.sampling", "report.records"},
+    "tasks": {
+        "layers",
+        "metrics",
+        "data.protocol",
+        "data.sampling",
+        "data.text_batches",
+        "report.records",
+    },
 }
 
 

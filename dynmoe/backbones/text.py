@@ -28,13 +28,14 @@ logging.disable_progress_bar()
 class TextClassifier(nn.Module):
     """A sequence classifier of transformers, whose MoE layers leave padding out.
 
-    ``{"input_ids": [B, N], "attention_mask": [B, N], ...} -> [B, C]``. ``grad_checkpointing``
-    recomputes blocks in the backward pass, with the padding of their own forward.
+    ``{"input_ids": [B, N], "attention_mask": [B, N], ...} -> [B, C]``; without a mask nothing is
+    padding. ``grad_checkpointing`` recomputes blocks in the backward pass, with the padding of
+    their own forward.
     """
 
     def __init__(self, model: Any, grad_checkpointing: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.train()  # from_pretrained leaves it in evaluation mode
         self._token_mask: Tensor | None = None
         if grad_checkpointing:
             model.gradient_checkpointing_enable(
@@ -47,14 +48,14 @@ class TextClassifier(nn.Module):
         return self.model.config
 
     def forward(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        self._token_mask = tokens["attention_mask"].bool()
+        mask = tokens.get("attention_mask")
+        self._token_mask = None if mask is None else mask.bool()
         with mask_padding(self.model, self._token_mask):
             return self.model(**tokens).logits
 
     def _forward_and_recompute(
         self,
     ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        assert self._token_mask is not None
         return nullcontext(), mask_padding(self.model, self._token_mask)
 
 

@@ -150,7 +150,7 @@ class GlueData(TaskData):
             key = "backbone.path" if local else "backbone.model"
             raise ConfigError(
                 f"{key}={place}: its tokenizer could not be loaded ({type(error).__name__}: "
-                f"{str(error).splitlines()[0]}). Without network give a folder with config.json, "
+                f"{' '.join(str(error).split())[:200]}). Without network give a folder with config.json, "
                 "weights and tokenizer: backbone.path=FOLDER"
             ) from error
         if tokenizer.pad_token is None:  # decoders
@@ -191,7 +191,7 @@ class GlueData(TaskData):
     def sample(self) -> tuple[dict[str, torch.Tensor]]:
         """As long as the mean training text."""
         ids = torch.zeros(1, max(1, round(self.mean_tokens)), dtype=torch.long)
-        return ({"input_ids": ids, "attention_mask": torch.ones_like(ids)},)
+        return ({"input_ids": ids},)  # without a mask nothing depends on data
 
     @property
     def mean_tokens(self) -> float:
