@@ -76,10 +76,14 @@ def machine() -> dict[str, Any]:
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Choose between PyTorch's fused attention and plain products in timm's attention blocks."""
+    """Choose between PyTorch's fused attention and plain products, in models of timm and of
+    transformers. Where transformers has no fused one for a model, it keeps the plain one."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused  # type: ignore[assignment]
+        elif hasattr(module, "set_attn_implementation"):
+            use: Any = module
+            use.set_attn_implementation("sdpa" if fused and use._supports_sdpa else "eager")
 
 
 def tune_malloc() -> None:

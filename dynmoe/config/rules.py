@@ -83,6 +83,25 @@ def expert_bounds(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+def parts_add_up(cfg: DictConfig) -> Iterator[str]:
+    """Parts of one FFN need weights that sum to k; EMoE's router needs such parts."""
+    init, router = read(cfg, "moe.init", str), read(cfg, "moe.router", dict)
+    if init is None or router is None:
+        return
+    parts = init in ("cluster", "random")
+    average = str(router.get("_target_")).endswith("AverageKeyRouter")
+    if parts and not average and router.get("weights_sum") != "k":
+        yield (
+            f"moe.init: {init} makes experts whose outputs add up, but this router's weights sum "
+            "to 1. Choose moe=emoe or moe=emoe_learn, or set moe.init=copy."
+        )
+    if average and not parts:
+        yield (
+            f"moe.init: {init} makes whole experts, but moe.router adds up outputs. "
+            "Set moe.init=cluster or random."
+        )
+
+
 def expert_layers(cfg: DictConfig) -> Iterator[str]:
     layers = read(cfg, "moe.layers", list)
     if layers is not None and all(isinstance(index, int) for index in layers):
@@ -306,6 +325,7 @@ def _modality(cfg: DictConfig, node: str = "") -> str | None:
 RULES: tuple[Rule, ...] = (
     top_k_within_experts,
     expert_bounds,
+    parts_add_up,
     expert_layers,
     same_modality,
     test_environments,

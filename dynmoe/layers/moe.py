@@ -238,7 +238,7 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
 
 
 @contextmanager
-def mask_padding(model: nn.Module, token_mask: Tensor) -> Iterator[None]:
+def mask_padding(model: nn.Module, token_mask: Tensor | None) -> Iterator[None]:
     """Within the block MoE layers take ``token_mask`` (bool, [B, N]) for that of their input."""
     layers = moe_layers(model).values()
     for layer in layers:

@@ -67,8 +67,9 @@ def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | 
     return float(costs["flops"]["other"] + inside)
 
 
-def count(model: nn.Module, *sample: Tensor) -> Costs:
-    """The sizes everything above is computed from. ``sample``: inputs of a batch of one.
+def count(model: nn.Module, *sample: Any) -> Costs:
+    """The sizes everything above is computed from. ``sample``: inputs of a batch of one, tensors or
+    containers of them.
 
     - ``parameters``: ``{"other": n, "layers": {name: {"expert", "router", "router_fixed"}}}``, all
       outside MoE layers; of a layer those of one expert, the router's for each expert, and its
@@ -108,7 +109,8 @@ def _parameters(layer: MoELayer) -> dict[str, int]:
     }
 
 
-# FLOPs of a call of a module by itself, without its children. By name: timm may be missing.
+# FLOPs of a call of a module by itself, without its children. By name: timm, transformers may be
+# missing.
 def _linear(module: Any, x: Tensor, y: Tensor) -> int:
     return 2 * int(module.in_features) * y.numel()
 
@@ -123,11 +125,46 @@ def _attention(module: Any, x: Tensor, y: Tensor) -> int:
     return 4 * batch * tokens**2 * int(module.num_heads * module.head_dim)
 
 
+def _conv1d(module: Any, x: Tensor, y: Tensor) -> int:
+    return 2 * int(module.nx) * y.numel()
+
+
+def _configured_attention(module: Any, x: Tensor, y: Tensor) -> int:
+    """The same in transformers, where the configuration knows the heads."""
+    batch, tokens, _ = x.shape
+    heads, config = int(module.config.num_attention_heads), module.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 4 * batch * tokens**2 * int(heads * head_dim)
+
+
 PRODUCTS: dict[str, Callable[[Any, Tensor, Tensor], int]] = {
     "torch.nn.modules.linear.Linear": _linear,
     "torch.nn.modules.conv.Conv2d": _convolution,
     "timm.layers.attention.Attention": _attention,
     "timm.models.eva.EvaAttention": _attention,
+    "transformers.pytorch_utils.Conv1D": _conv1d,
+    **{
+        f"transformers.models.{model}.modeling_{model}.{name}": _configured_attention
+        for model, name in {
+            "bert": "BertSelfAttention",
+            "camembert": "CamembertSelfAttention",
+            "distilbert": "DistilBertSelfAttention",
+            "electra": "ElectraSelfAttention",
+            "gemma": "GemmaAttention",
+            "gpt2": "GPT2Attention",
+            "gpt_neo": "GPTNeoSelfAttention",
+            "gpt_neox": "GPTNeoXAttention",
+            "llama": "LlamaAttention",
+            "mistral": "MistralAttention",
+            "phi": "PhiAttention",
+            "qwen2": "Qwen2Attention",
+            "qwen3": "Qwen3Attention",
+            "roberta": "RobertaSelfAttention",
+            "smollm3": "SmolLM3Attention",
+            "stablelm": "StableLmAttention",
+            "xlm_roberta": "XLMRobertaSelfAttention",
+        }.items()
+    },
 }
 
 
@@ -144,11 +181,12 @@ def _projected_scores(layer: MoELayer) -> tuple[int, int]:
 ROUTERS: dict[str, Callable[[MoELayer], tuple[int, int]]] = {
     "dynmoe.layers.top_any.TopAnyRouter": _scores,
     "dynmoe.layers.top_k.TopKRouter": _scores,
+    "dynmoe.layers.average_key.AverageKeyRouter": _scores,
     "dynmoe.layers.top_k.CosineTopKRouter": _projected_scores,
 }
 
 
-def _flops(model: nn.Module, sample: tuple[Tensor, ...]) -> Costs | None:
+def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
     """One pass of shapes without data, in which every token has the first expert alone."""
     from torch.utils._pytree import tree_map
     from torch.utils.flop_counter import FlopCounterMode
@@ -161,8 +199,11 @@ def _flops(model: nn.Module, sample: tuple[Tensor, ...]) -> Costs | None:
         return None
     found, tokens = Counter[str](), Counter[str]()
 
-    def add(owner: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found[owner] += PRODUCTS[_class(module)](module, inputs[0], output)
+    def add(
+        owner: str, module: nn.Module, inputs: tuple[Tensor, ...], named: Any, output: Tensor
+    ) -> None:
+        x = inputs[0] if inputs else named["hidden_states"]
+        found[owner] += PRODUCTS[_class(module)](module, x, output)
 
     def first_expert(name: str, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         x_TD = x.reshape(-1, layers[name].dim)
@@ -173,7 +214,7 @@ def _flops(model: nn.Module, sample: tuple[Tensor, ...]) -> Costs | None:
     for name, module in shell.named_modules():
         if _class(module) in PRODUCTS:
             owner = next((layer for layer in layers if name.startswith(f"{layer}.")), "")
-            module.register_forward_hook(partial(add, owner))
+            module.register_forward_hook(partial(add, owner), with_kwargs=True)
     for name, layer in layers.items():
         layer.forward = partial(first_expert, name)  # type: ignore[method-assign]
     try:

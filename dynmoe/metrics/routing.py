@@ -30,7 +30,7 @@ class _Sums(NamedTuple):
     k_hist_S: Tensor
     """Tokens by k, 0 to S."""
     position_2N: Tensor
-    """Tokens at each position, and the sum of their k. Evaluations only, as is ``class_CS``."""
+    """Real tokens at each position, and the sum of their k. Evaluations only, as ``class_CS``."""
     class_CS: Tensor
     """Routed tokens of each class."""
 
@@ -61,8 +61,10 @@ class RoutingMeter:
                 if label_B is None:
                     continue
                 k_BN = call.mask[:, :POSITIONS].sum(2)
-                sums.position_2N[0, : k_BN.shape[1]] += len(k_BN)
-                sums.position_2N[1, : k_BN.shape[1]] += k_BN.sum(0)
+                real_BN = torch.ones_like(k_BN, dtype=torch.bool)
+                if call.token_mask is not None:
+                    real_BN = call.token_mask[:, :POSITIONS]
+                sums.position_2N[:, : k_BN.shape[1]] += torch.stack([real_BN.sum(0), k_BN.sum(0)])
                 load_CE = torch.zeros_like(sums.class_CS[:, live])
                 sums.class_CS[:, live] += load_CE.index_add_(0, label_B, call.mask.sum(1))
 

@@ -104,6 +104,9 @@ CASES = {
     "moe.num_experts=99": "moe: num_experts (99) > max_experts (",
     "moe.adaptation.min_experts=0": "moe.adaptation.min_experts: expected 1 or more, found 0",
     "moe.adaptation.min_experts=9": "moe: adaptation.min_experts (9) > num_experts (",
+    "moe.init=cluster": (
+        "moe.init: cluster makes experts whose outputs add up, but this router's weights sum to 1."
+    ),
     "moe.layers=[1,1]": "moe.layers: expected distinct block indices, found [1, 1]",
     "moe.layers=[-1]": "moe.layers: expected block indices from 0, found [-1]",
     "moe.layers=[6]": (
