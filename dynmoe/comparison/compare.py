@@ -16,8 +16,10 @@ from typing import Any
 from dynmoe.comparison.conditions import conditions, counted
 from dynmoe.comparison.costs import MACHINE, different_facts, model_costs
 from dynmoe.comparison.run import Run, short_name
+from dynmoe.metrics.selection import SELECTING_SET
 from dynmoe.report.summary import summarize
 from dynmoe.report.tables import Strong, Table, format_number, format_points
+from dynmoe.report.words import METRICS, metrics_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def compare(a: Run, b: Run) -> Comparison:
     """Run `a` beside run `b`; differences are B minus A."""
     tables = [_configuration(a, b)]
     if _same_test(a, b):
-        tables.append(_accuracy(a, b))
+        tables.append(_scores(a, b) if _on_sets(a) else _accuracy(a, b))
     obstacles = _obstacles(a, b)
     tables.append(_costs(a, b, timed=not obstacles))
     return Comparison(list(_sentences(a, b)), tables, list(_warnings(a, b, obstacles)))
@@ -49,14 +51,15 @@ def _sentences(a: Run, b: Run) -> Iterator[str]:
         yield f"{name} is {run.setting or short_name(run)}: {run.folder.path}"
     if not _same_test(a, b):
         tests = (f"{run.facts['dataset']}, {run.environment}" for run in (a, b))
-        yield "Accuracies are not compared: A is tested on {}, B on {}.".format(*tests)
+        nouns = "Accuracies" if a.words.nouns == b.words.nouns == "accuracies" else "Scores"
+        yield "{} are not compared: A is tested on {}, B on {}.".format(nouns, *tests)
         return
     first, second = a.outcome.accuracy, b.outcome.accuracy
     points = format_points(abs(second - first))[1:]
     verdict = f"{points} points {'above' if second > first else 'below'}"
     yield (
         f"On {a.environment}, B is {'level with' if second == first else verdict} A: "
-        f"{_percent(second)} against {_percent(first)}."
+        f"{_amount(b, second)} against {_amount(a, first)}."
     )
     seeds = [f"seed {seed}, trial seed {trial}" for seed, trial in (a.repetition, b.repetition)]
     if a.repetition == b.repetition:
@@ -69,10 +72,11 @@ def _warnings(a: Run, b: Run, obstacles: list[str]) -> Iterator[str]:
     facts = [a.facts, b.facts]
     rules = different_facts(facts, ("protocol", "selection"))
     if rules:
-        yield f"Other rules, so the accuracies mean different things: {', '.join(rules)}."
+        yield f"Other rules, so the {a.words.nouns} mean different things: {', '.join(rules)}."
     data = different_facts(facts, ("data_hash",))
     if data and _same_test(a, b):
-        yield f"Other images or other splits of them: {data[0]}."
+        what = "examples" if _on_sets(a) else "images"
+        yield f"Other {what} or other splits of them: {data[0]}."
     if obstacles:
         yield f"Times and memory are not compared: {', '.join(obstacles)}."
 
@@ -105,7 +109,7 @@ def _configuration(a: Run, b: Run) -> Table:
 
 def _accuracy(a: Run, b: Run) -> Table:
     """On both splits of each environment; what the protocol reports stands out."""
-    first, second = (_record(run) for run in (a, b))
+    first, second = a.reported, b.reported
     rows: list[tuple[str, ...]] = []
     for index, name in enumerate(a.facts["env_names"]):
         is_test = index in a.facts["test_envs"]
@@ -124,8 +128,28 @@ def _accuracy(a: Run, b: Run) -> Table:
     )
 
 
-def _record(run: Run) -> dict[str, Any]:
-    return next(record for record in run.results if record["step"] == run.outcome.step)
+def _scores(a: Run, b: Run) -> Table:
+    """On each evaluation set that both have, and by each metric, where several make the score."""
+    names = [name for name in a.facts["env_names"] if name in b.facts["env_names"]]
+    metrics = metrics_of(a.reported, names[0])
+    measures = {"score": a.words.measure} | {key: METRICS[key] for key in metrics}
+    rows: list[tuple[str, ...]] = []
+    for name in names:
+        for key, measure in measures.items():
+            values = (run.reported.get(f"{name}_{key}", math.nan) for run in (a, b))
+            row = _accuracies(*values)
+            is_reported = name == a.environment and key == "score"
+            rows.append((name, measure, *(map(Strong, row) if is_reported else row)))
+    return Table(
+        f"Scores times 100, A at step {a.outcome.step}, B at step {b.outcome.step}",
+        (a.words.place, "measure", "A", "B", "B − A, points"),
+        tuple(rows),
+        conditions=conditions([a, b]),
+    )
+
+
+def _on_sets(run: Run) -> bool:
+    return run.problem.selection in SELECTING_SET
 
 
 def _accuracies(first: float, second: float) -> tuple[str, ...]:
@@ -180,5 +204,5 @@ def _value(config: dict[str, Any], key: str) -> str:
     return json.dumps(config[key], ensure_ascii=False) if key in config else "–"
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _amount(run: Run, share: float) -> str:
+    return f"{100 * share:.1f}{run.words.unit}"

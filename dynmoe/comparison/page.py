@@ -34,7 +34,7 @@ from dynmoe.comparison.routing_pictures import (
 )
 from dynmoe.comparison.run import Problem, Run, environments, settings
 from dynmoe.comparison.runs import Collection
-from dynmoe.comparison.tasks import task_tables
+from dynmoe.comparison.tasks import sets_table, task_tables
 from dynmoe.comparison.timings import Timings, read_timings
 from dynmoe.comparison.values import values_table
 from dynmoe.comparison.verdict import (
@@ -221,9 +221,10 @@ def _claim(
     if missing:
         yield Items(missing)
     yield Sheet("accuracy", accuracy_table(collection, problem))
-    values = values_table(collection, problem)
-    if values is not None:
-        yield Sheet("values", values)
+    further = {"sets": sets_table, "values": values_table}
+    for name, make in further.items():
+        table = make(collection, problem)
+        yield None if table is None else Sheet(name, table)
 
 
 def _cost(

@@ -25,7 +25,7 @@ def how_it_was_made(collection: Collection, timings: Iterable[Timings]) -> Secti
     """The conditions of every problem's runs in a table, and the commands."""
     problems = collection.problems
     columns = [collection.of(problem) for problem in problems]
-    rows = _conditions(all(problem.selection in SELECTING_SET for problem in problems))
+    rows = _conditions(any(problem.selection in SELECTING_SET for problem in problems))
     table = Table(
         "Conditions of the runs",
         ("condition", *(problem.dataset for problem in problems)),
@@ -96,17 +96,16 @@ def _config(key: str) -> Words:
 
 
 def _conditions(on_sets: bool) -> dict[str, Words]:
-    """What stands in the rows; `on_sets`: whether all runs are scored on whole sets."""
-    batch_size = "batch size, per training environment"
+    """What stands in the rows; `on_sets`: whether there are runs that are scored on whole sets."""
     evaluated: dict[str, Words] = {
         "test environments": lambda runs: ", ".join(environments(runs)),
         "images of a test environment": lambda runs: every(map(_sizes, runs)),
     }
     if on_sets:
-        batch_size = "batch size"
         evaluated = {
             "measure": lambda runs: every(run.words.measure for run in runs),
-            "examples": lambda runs: every(map(_examples, runs)),
+            "evaluated on": lambda runs: ", ".join(environments(runs)),
+            "examples": lambda runs: every(map(_sizes, runs)),
             "tokens of an example, mean": _fact("mean_tokens"),
             "patience, in evaluations": _fact("patience"),
         }
@@ -116,7 +115,7 @@ def _conditions(on_sets: bool) -> dict[str, Words]:
         "selection rule": lambda runs: every(RULES[run.facts["selection"]] for run in runs),
         "repetitions": lambda runs: seeds({run.repetition for run in runs}),
         "steps": _fact("steps"),
-        batch_size: _fact("batch_size"),
+        f"batch size{', per training environment' * (not on_sets)}": _fact("batch_size"),
         "learning rate": _config("task.optimizer.lr"),
         "weight decay": _config("task.optimizer.weight_decay"),
         "backbone": _fact("backbone"),
@@ -133,22 +132,16 @@ def _conditions(on_sets: bool) -> dict[str, Words]:
 
 
 def _sizes(run: Run) -> str | None:
-    """`0: 240 in, 60 out`, by split."""
+    """`0: 240 in, 60 out`, by split; of whole sets `2490 train, 277 dev`."""
     sizes = run.facts.get("sizes") or {}
+    if run.problem.selection in SELECTING_SET:
+        counts = {name: sizes.get(name) for name in ("train", "heldout")}
+        for index, name in enumerate(run.facts["env_names"]):
+            counts[name] = sizes.get(f"env{index}", {}).get("in")
+        return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or None
     found = [sizes.get(f"env{index}") for index in run.facts["test_envs"]]
     known = [f"{size['in']} in, {size['out']} out" for size in found if size]
     return f"{run.environment}: {' + '.join(known)}" if known else None
-
-
-def _examples(run: Run) -> str:
-    """`2490 train, 277 dev`."""
-    sizes = run.facts.get("sizes") or {}
-    counts = {name: sizes.get(name) for name in ("train", "heldout")}
-    counts |= {
-        name: sizes.get(f"env{index}", {}).get("in")
-        for index, name in enumerate(run.facts["env_names"])
-    }
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
 def _commands(collection: Collection, timings: Iterable[Timings]) -> Iterator[str]:

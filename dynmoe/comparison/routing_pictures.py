@@ -68,9 +68,9 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
         "experts",
         figure,
         "Living experts in each MoE layer over training",
-        "Each thin line is one run (one seed and test environment), the thick line their mean; a "
-        "step up is an expert added, a step down experts removed. Thin lines are set apart a "
-        "little; all go on a little after the last step.",
+        f"Each thin line is one run (one seed and {runs[0].words.place}), the thick line their "
+        "mean; a step up is an expert added, a step down experts removed. Thin lines are set apart "
+        "a little; all go on a little after the last step.",
     )
 
 

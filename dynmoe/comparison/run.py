@@ -111,6 +111,11 @@ class Run:
             is_selected=chosen is not None,
         )
 
+    @property
+    def reported(self) -> Record:
+        """The result of the model that is reported."""
+        return next(each for each in self.results if each["step"] == self.outcome.step)
+
     @cached_property
     def routing(self) -> list[Record]:
         return self.folder.read("routing")

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from dynmoe.comparison.conditions import every, seeds
+from dynmoe.comparison.conditions import conditions, every, seeds
 from dynmoe.comparison.published import MARK, NOTE, ROWS, published
-from dynmoe.comparison.run import Problem, Repetition, Run, order
+from dynmoe.comparison.run import Problem, Repetition, Run, order, settings
 from dynmoe.comparison.runs import Collection
 from dynmoe.metrics.selection import RULES, SELECTING_SET
 from dynmoe.report.tables import Strong, Table, format_mean
+from dynmoe.report.words import capital
 
 Cell = Mapping[Repetition, float]
 """What a setting reaches on a task, by repetition."""
@@ -28,6 +29,28 @@ def task_tables(collection: Collection) -> dict[str, Table]:
         "_".join(["tasks", *key]) if len(groups) > 1 else "tasks": _table(collection, problems)
         for key, problems in groups.items()
     }
+
+
+def sets_table(collection: Collection, problem: Problem) -> Table | None:
+    """Every setting on every evaluation set of a task, at the same step; None with one set."""
+    runs = collection.of(problem)
+    names = list(dict.fromkeys(name for run in runs for name in run.facts["env_names"]))
+    if problem.selection not in SELECTING_SET or len(names) == 1:
+        return None
+    words = runs[0].words
+    rows = []
+    for setting in settings(runs):
+        records = [run.reported for run in runs if run.setting == setting]
+        keys = [f"{name}_score" for name in names]
+        cells = [[record[key] for record in records if key in record] for key in keys]
+        rows.append((setting, *map(format_mean, cells)))
+    return Table(
+        f"{capital(words.measure)} on every evaluation set of {problem.dataset}, {words.scale}",
+        ("setting", *names),
+        tuple(rows),
+        note="At the step that selection chose; no set but the one that selects had a part in it.",
+        conditions=conditions(runs),
+    )
 
 
 def _table(collection: Collection, problems: Sequence[Problem]) -> Table:

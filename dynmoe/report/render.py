@@ -88,8 +88,6 @@ def _accuracy(summary: Summary) -> Table:
 def _scores(summary: Summary) -> Table:
     """A column for the score, and for each of the metrics if it is the mean of several."""
     metrics = [key for key in METRICS if any(key in each.metrics for each in summary.scores)]
-    if len(metrics) == 1:
-        metrics = []
     selecting = SELECTING_SET[summary.run["selection"]]
     rows: list[tuple[str, ...]] = []
     for each in summary.scores:

@@ -15,7 +15,7 @@ from pathlib import Path
 from dynmoe.metrics.efficiency import activated, exported
 from dynmoe.metrics.selection import SELECTING_SET, judged, selected
 from dynmoe.report.records import Record, RecordError, RunFolder, stretches
-from dynmoe.report.words import METRICS
+from dynmoe.report.words import metrics_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Scores:
     name: str
     is_reported: bool
     score: float
-    """The mean of the metrics."""
     metrics: Mapping[str, float]
+    """Whose mean the score is; empty if it is one alone."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _scores(run: Record, model: Record) -> tuple[Scores, ...]:
             name,
             name in reported,
             model.get(f"{name}_score", math.nan),
-            {key: model[f"{name}_{key}"] for key in METRICS if f"{name}_{key}" in model},
+            {key: model[f"{name}_{key}"] for key in metrics_of(model, name)},
         )
         for name in dict.fromkeys([*run["env_names"], SELECTING_SET[run["selection"]]])
     )

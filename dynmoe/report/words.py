@@ -59,6 +59,12 @@ def words_of(facts: Mapping[str, Any]) -> Words:
     return Words("accuracy", "test environment", "environment")
 
 
+def metrics_of(record: Mapping[str, Any], name: str) -> list[str]:
+    """The keys of the metrics whose mean is the score on an evaluation set; none if it is one."""
+    found = [key for key in METRICS if f"{name}_{key}" in record]
+    return found if len(found) > 1 else []
+
+
 def capital(text: str) -> str:
     """With a capital first letter; the others stay."""
     return text[:1].upper() + text[1:]

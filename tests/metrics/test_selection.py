@@ -1,4 +1,4 @@
-"""The three selection rules choose what DomainBed's own test cases and its source say."""
+"""The selection rules choose what DomainBed's own test cases, its source, and GLUE's tables say."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import pytest
 from dynmoe.metrics.selection import (
     SELECTION,
     Choice,
+    best_dev,
     best_of_sweep,
+    heldout,
+    judged,
     leave_one_domain_out,
     oracle,
     selected,
@@ -122,3 +125,35 @@ def test_one_run_has_a_selected_record_only_with_one_test_environment() -> None:
     assert selected(TWO_STEPS, "leave_one_domain_out", [0]) is None
     assert selected(TWO_STEPS, "oracle", [0, 1]) is None
     assert selected([], "oracle", [0]) is None
+
+
+def scored(step: int, dev: float, held_out: float) -> Record:
+    args = {"test_envs": [0], "hparams_seed": 0}
+    scores = {"dev_score": dev, "mismatched_score": 1.0, "heldout_score": held_out}
+    return {"step": step, "args": args, **scores}
+
+
+EPOCHS = [scored(0, -0.1, math.nan), scored(1, 0.3, 0.2), scored(2, 0.3, 0.1), scored(3, 0.1, 0.4)]
+
+
+def test_on_glue_the_first_best_epoch_on_the_selecting_set_is_chosen() -> None:
+    assert outcome(best_dev(EPOCHS, 0)) == (1, 0.3, 0.3)
+    assert outcome(heldout(EPOCHS, 0)) == (3, 0.4, 0.1)
+    assert outcome(best_dev(EPOCHS[:1], 0)) == (0, -0.1, -0.1)
+    assert selected(EPOCHS, "heldout", [0]) is EPOCHS[3]
+
+
+def test_any_record_is_judged_as_its_rule_judges() -> None:
+    def numbers(record: Record, rule: str, tests: list[int], names: list[str]) -> tuple[float, ...]:
+        facts = {"selection": rule, "test_envs": tests, "env_names": names}
+        choice = judged(record, facts)
+        return choice.validation, choice.test
+
+    sets = ["dev", "mismatched"]
+    assert numbers(EPOCHS[1], "best_dev", [0], sets) == (0.3, 0.3)
+    assert numbers(EPOCHS[1], "heldout", [0], sets) == (0.2, 0.3)
+    record, names = TWO_STEPS[1], ["a", "b", "c"]
+    assert numbers(record, "training_domain_validation", [0], names) == (0.75, 0.3)
+    assert numbers(record, "oracle", [0], names) == (0.4, 0.3)
+    assert numbers(record, "training_domain_validation", [0, 1], names) == (0.8, 0.15)
+    assert all(map(math.isnan, numbers(record, "oracle", [], names)))
