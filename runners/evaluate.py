@@ -43,8 +43,8 @@ def main() -> None:
         print(HELP.format(keys=", ".join(OVERRIDES)))
         return
     try:
-        mode, *run = parse(arguments)
-        (submit if mode == "submit" else evaluate)(*run)
+        mode, folder, checkpoint, cfg = parse(arguments)
+        (submit if mode == "submit" else evaluate)(folder, checkpoint, cfg)
     except UserError as error:
         print(f"dynmoe-eval: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -117,8 +117,7 @@ def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
     files = []
     for name, batches in zip(data.test_sets, by_set, strict=True):
         rows, predicted = (
-            np.concatenate([part.numpy() for part in parts])
-            for parts in zip(*batches, strict=True)
+            np.concatenate([part.numpy() for part in parts]) for parts in zip(*batches, strict=True)
         )
         index = data.sets[name].index[rows]
         files.append(

@@ -150,8 +150,8 @@ class GlueData(TaskData):
             key = "backbone.path" if local else "backbone.model"
             raise ConfigError(
                 f"{key}={place}: its tokenizer could not be loaded ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}). Without network give a folder with config.json, "
-                "weights and tokenizer: backbone.path=FOLDER"
+                f"{' '.join(str(error).split())[:200]}). Without network give "
+                "a folder with config.json, weights and tokenizer: backbone.path=FOLDER"
             ) from error
         if tokenizer.pad_token is None:  # decoders
             tokenizer.pad_token = tokenizer.eos_token
@@ -199,11 +199,12 @@ class GlueData(TaskData):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        own = {name: len(self.rows[name]) for name in ("train", "heldout") if name in self.rows}
-        envs = {
-            f"env{index}": {"in": len(self.rows[name])} for index, name in enumerate(self.env_names)
+        sizes: dict[str, Any] = {
+            name: len(self.rows[name]) for name in ("train", "heldout") if name in self.rows
         }
-        return {**own, **envs}
+        for index, name in enumerate(self.env_names):
+            sizes[f"env{index}"] = {"in": len(self.rows[name])}
+        return sizes
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -330,10 +331,12 @@ class _Texts(Dataset[Any]):
 
 
 class _Collate:
+    """Pads what `_Texts` fetched."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.pad = DataCollatorWithPadding(tokenizer)
 
-    def __call__(self, fetched: tuple[str, list[int], Any, Any]) -> TextBatch:
+    def __call__(self, fetched: Any) -> TextBatch:
         source, rows, texts, labels = fetched
         return TextBatch(
             dict(self.pad(texts)), torch.as_tensor(labels), source, torch.as_tensor(rows)

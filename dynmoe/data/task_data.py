@@ -24,6 +24,10 @@ class TaskData(LightningDataModule):
     """Those of `env_names` that results are reported for."""
     _repeated_step: int | None = None
 
+    @abstractmethod
+    def setup(self, stage: str | None = None) -> None:
+        """Read and check the data; a second call does nothing."""
+
     @property
     @abstractmethod
     def env_names(self) -> list[str]:

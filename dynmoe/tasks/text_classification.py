@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import (
     BinaryF1Score,
     BinaryMatthewsCorrCoef,
@@ -40,12 +40,15 @@ class TextClassification(MoETask):
         self.env_names = list(env_names)
         self.num_classes = num_classes
         sets = [*env_names, "heldout"] if heldout else list(env_names)
-        self.measures = nn.ModuleDict(
+        self.measures: Any = nn.ModuleDict(
             {
-                each: nn.ModuleDict({name: _metric(name, num_classes) for name in metrics})
+                each: MetricCollection(
+                    {name: _metric(name, num_classes) for name in metrics}, compute_groups=False
+                )
                 for each in sets
             }
         )
+        self._scores: dict[str, float] = {}
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         logits, tape = self.routed_forward(batch.tokens)
@@ -57,15 +60,13 @@ class TextClassification(MoETask):
         return F.cross_entropy(logits, label)
 
     def on_validation_epoch_start(self) -> None:
-        for metric in self._metrics():
-            metric.reset()
+        for metrics in self.measures.values():
+            metrics.reset()
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """A batch comes from one set."""
         logits, tape = self.routed_forward(batch.tokens)
-        prediction = self.predicted(logits)
-        for metric in self.measures[batch.source].values():  # type: ignore[operator, union-attr]
-            metric.update(prediction, batch.label)
+        self.measures[batch.source].update(self.predicted(logits), batch.label)
         if batch.source in self.env_names:
             source = f"env{self.env_names.index(batch.source)}"
             self.routing.update(source, tape, batch.label if self.num_classes else None)
@@ -81,10 +82,7 @@ class TextClassification(MoETask):
     def on_validation_epoch_end(self) -> None:
         self._scores = {}
         for each, metrics in self.measures.items():
-            values = {
-                name: metric.compute().item()
-                for name, metric in metrics.items()  # type: ignore[operator, union-attr]
-            }
+            values = {name: value.item() for name, value in metrics.compute().items()}
             self._scores |= {f"{each}_{name}": value for name, value in values.items()}
             self._scores[f"{each}_score"] = sum(values.values()) / len(values)
         # Metrics sum over ranks themselves, so every rank has the same numbers.
@@ -99,9 +97,6 @@ class TextClassification(MoETask):
         return self.routing.records(
             sources, lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum")
         )
-
-    def _metrics(self) -> list[Metric]:
-        return [module for module in self.measures.modules() if isinstance(module, Metric)]
 
 
 def _metric(name: str, num_classes: int) -> Metric:
