@@ -62,7 +62,7 @@ def write_language_run(
             "data.name": dataset,
             "protocol.name": protocol,
             "protocol.searched": ["task.optimizer.lr"],
-            "task.selection": selection,
+            "protocol.selection": selection,
             **(config or {}),
         },
         facts={

@@ -15,7 +15,7 @@ from dynmoe.comparison.runs import Collection
 from dynmoe.comparison.timings import Timings
 from dynmoe.metrics.selection import RULES, SELECTING_SET
 from dynmoe.report.document import Block, Code, Items, Section, Sheet
-from dynmoe.report.tables import Table
+from dynmoe.report.tables import Table, format_number
 from dynmoe.report.words import capital
 
 Words = Callable[[Sequence[Run]], str]
@@ -106,7 +106,9 @@ def _conditions(on_sets: bool) -> dict[str, Words]:
             "measure": lambda runs: every(run.words.measure for run in runs),
             "evaluated on": lambda runs: ", ".join(environments(runs)),
             "examples": lambda runs: every(map(_sizes, runs)),
-            "tokens of an example, mean": _fact("mean_tokens"),
+            "tokens of an example, mean": lambda runs: every(
+                format_number(run.facts.get("mean_tokens", math.nan), ".1f") for run in runs
+            ),
             "patience, in evaluations": _fact("patience"),
         }
     return {

@@ -39,6 +39,7 @@ from dynmoe.report.drawing import (
     whole_numbers,
 )
 from dynmoe.report.records import Record
+from dynmoe.report.words import layer_name
 
 # More classes than this are more than a heat map can name.
 MOST_CLASSES = 20
@@ -96,7 +97,9 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
             axes.plot(places, values, color=GREY, linewidth=0.8, alpha=0.6)
         axes.plot(places, k.mean(axis=0), color=BLUE, linewidth=2.2, marker="o", label="mean k")
         axes.plot(places, np.mean(experts, axis=0), "k:s", markersize=4, label="living experts")
-        axes.set_xticks(places, layers, rotation=30 if len(layers) > 4 else 0)
+        axes.set_xticks(
+            places, list(map(layer_name, layers)), rotation=30 if len(layers) > 4 else 0
+        )
         axes.margins(x=0.15, y=0.1)
         axes.set(title=setting, ylim=(0, None))
         axes.grid(alpha=0.25)
@@ -129,7 +132,9 @@ def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
     for (setting, members), axes in zip(settings.items(), panels, strict=True):
         layers = layers_of(members[0])
         k = np.mean([[k_by_position(run, layer) for layer in layers] for run in members], axis=0)
-        heat_map(axes, k, layers, range(k.shape[1]), form=".1f", lightest=k.min())
+        heat_map(
+            axes, k, list(map(layer_name, layers)), range(k.shape[1]), form=".1f", lightest=k.min()
+        )
         axes.set_title(setting)
     order = "class token; then patches, row by row"
     if _on_sets(runs[0]):
@@ -263,7 +268,8 @@ def _columns(places: Sequence[tuple[str, str]]) -> int:
 
 
 def _title(setting: str, layer: str, settings: Settings) -> str:
-    return layer if len(settings) == 1 else f"{setting}\n{layer}"
+    name = layer_name(layer)
+    return name if len(settings) == 1 else f"{setting}\n{name}"
 
 
 def _load(
@@ -277,6 +283,6 @@ def _load(
     figure, panels = lay_out(len(places), 4.1, height, columns=columns, beside=0)
     for (run, layer), axes in zip(places, panels, strict=True):
         draw(axes, run, of_layer(evaluation(run), layer))
-        axes.set_title(f"{run.setting}\n{layer}")
+        axes.set_title(f"{run.setting}\n{layer_name(layer)}")
     name_axes(figure, "living expert (slot)", f"{what}; numbers: % of its routed tokens")
     return figure

@@ -168,7 +168,7 @@ def _asked(folder: RunFolder, job: Job) -> Run | None:
     config = job.get("config")
     if not config:
         return None
-    selection = config.get("task.selection", "")
+    selection = config.get("task.selection") or config.get("protocol.selection", "")
     facts = {
         "dataset": config.get("data.name", ""),
         "protocol": config.get("protocol.name", ""),

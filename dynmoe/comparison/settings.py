@@ -44,7 +44,7 @@ def name_settings(short_names: Sequence[str], configs: Sequence[Config]) -> list
 
 def _identities(configs: Sequence[Config]) -> list[Config]:
     """Each configuration without what does not distinguish settings."""
-    chance = (*REPETITION, "hparams_seed", "data.root")
+    chance = (*REPETITION, "hparams_seed", "data.root", "data.ood_root")
     plain = [
         {
             key: value

@@ -33,7 +33,7 @@ from dynmoe.report.drawing import (
     whole_numbers,
 )
 from dynmoe.report.records import Record, RunFolder
-from dynmoe.report.words import words_of
+from dynmoe.report.words import layer_name, words_of
 
 
 def draw_all(folder: RunFolder) -> list[Path]:
@@ -168,7 +168,7 @@ def draw_experts(run: Record, events: Sequence[Record]) -> Figure:
         axes.plot(added, [0.93] * len(added), marker="^", color=BLUE, **at_edge)
         axes.plot(removed, [0.07] * len(removed), marker="v", color=RED, **at_edge)
         lost = sum(len(event["removed"]) for event in updates)
-        axes.set_title(f"{layer}: {counts[0]} → {counts[-1]} (+{len(added)}, −{lost})")
+        axes.set_title(f"{layer_name(layer)}: {counts[0]} → {counts[-1]} (+{len(added)}, −{lost})")
         axes.yaxis.set_major_locator(whole_numbers())
         over_steps(axes)
     panels[0].margins(y=0.25)
@@ -196,13 +196,14 @@ def draw_k(run: Record, training: Sequence[Record]) -> Figure:
             [line["mean_k"] for line in lines],
             color=colours[index],
             linestyle=DASHES[index % len(DASHES)],  # Neighbours have almost the same colour.
-            label=layer,
+            label=layer_name(layer),
         )
         histograms.append(lines[-1]["k_hist"])
     curves.set(xlabel=STEP, ylabel="mean k (experts per training token)", title="over training")
     over_steps(curves)
     k = range(max(map(len, histograms)))
-    heat_map(spread, percent_of_rows(histograms, len(k)), rows=layers, columns=k)
+    rows = list(map(layer_name, layers))
+    heat_map(spread, percent_of_rows(histograms, len(k)), rows=rows, columns=k)
     spread.set(xlabel="k (experts per token)", title="at the end: share of training tokens, in %")
     figure.suptitle("How many experts a token activates")
     figure.legend(loc="outside right center", frameon=False, title="MoE layer")
@@ -219,7 +220,7 @@ def draw_load(run: Record, evaluation: Sequence[Record]) -> Figure:
         slots = next(iter(last.values()))["slots"]
         loads = [line["load"] for line in last.values()]
         heat_map(axes, percent_of_rows(loads, len(slots)), rows=list(last), columns=slots)
-        axes.set_title(layer)
+        axes.set_title(layer_name(layer))
     figure.supxlabel("living expert (slot)")
     part = words_of(run).part
     figure.supylabel(part)
@@ -247,7 +248,7 @@ def draw_thresholds(run: Record, training: Sequence[Record]) -> Figure:
         by_slot = [dict(zip(line["slots"], line["thresholds"], strict=True)) for line in lines]
         for slot in slots:
             axes.plot(steps, [values.get(slot, math.nan) for values in by_slot], **styles[slot])
-        axes.set_title(layer)
+        axes.set_title(layer_name(layer))
         over_steps(axes)
     figure.supxlabel(STEP)
     figure.supylabel("threshold")

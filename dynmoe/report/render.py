@@ -14,7 +14,7 @@ from dynmoe.metrics.selection import RULES, SELECTING_SET, reported_key
 from dynmoe.report.summary import Layer, Summary
 from dynmoe.report.tables import Strong, Table, format_number, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
-from dynmoe.report.words import METRICS, words_of
+from dynmoe.report.words import METRICS, layer_name, words_of
 
 
 def to_console(summary: Summary) -> RenderableType:
@@ -130,7 +130,7 @@ def _experts(summary: Summary) -> Table:
         ),
         tuple(
             (
-                layer.name,
+                layer_name(layer.name),
                 _growth(layer),
                 str(layer.experts),
                 format_number(layer.k_train, ".2f"),

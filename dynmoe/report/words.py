@@ -65,6 +65,12 @@ def metrics_of(record: Mapping[str, Any], name: str) -> list[str]:
     return found if len(found) > 1 else []
 
 
+def layer_name(module: str) -> str:
+    """What figures and tables call an MoE layer: the last parts of its module's name,
+    `layer.10.intermediate` of `model.bert.encoder.layer.10.intermediate`."""
+    return ".".join(module.split(".")[-3:])
+
+
 def capital(text: str) -> str:
     """With a capital first letter; the others stay."""
     return text[:1].upper() + text[1:]

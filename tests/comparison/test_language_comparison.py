@@ -164,7 +164,8 @@ def test_an_absent_run_has_its_place(tmp_path: Path) -> None:
     write(tmp_path, "dense", 0.6)
     write(tmp_path, "dense", 0.6, seed=1, state="failed")
     write(tmp_path, "DynMoE", 0.7)
-    config = read(tmp_path / "RTE").runs[-1].config | {"seed": 1, "data.test_envs": None}
+    config = read(tmp_path / "RTE").runs[-1].config | {"seed": 1}
+    del config["data.test_envs"], config["task.selection"]  # as in a configuration of the task
     job = {"overrides": "seed=1", "config": config}
     (tmp_path / "RTE" / "sweep.json").write_text(json.dumps({"jobs": {"later": job}}))
     collection = read(tmp_path / "RTE")
