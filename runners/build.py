@@ -36,6 +36,7 @@ for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=r".*LeafSpec.*")  # inside Lightning 2.6, torch >= 2.11
 warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
+warnings.filterwarnings("ignore", message=r".*will save all targets and predictions.*")
 warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")  # the task sums over ranks itself
 
 
@@ -93,9 +94,14 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
     select = partial(selection.selected, rule=cfg.task.selection, test_envs=data.test_envs)
     callbacks.append(RunRecorder(folder, select, constants(cfg, data, folder), data.epoch_at))
     if cfg.task.get("patience") is not None:
-        score = "heldout" if cfg.task.selection == "heldout" else "dev"
         callbacks.append(
-            EarlyStopping(f"val/{score}_score", mode="max", patience=cfg.task.patience)
+            EarlyStopping(
+                f"val/{selection.SELECTING_SET[cfg.task.selection]}_score",
+                mode="max",
+                patience=cfg.task.patience,
+                check_finite=False,  # a constant prediction has no correlation
+                check_on_train_epoch_end=False,  # there a resumed run has no score yet
+            )
         )
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RunProgress())

@@ -1,0 +1,107 @@
+"""Batches of texts: every example once an epoch, resumable, little padding."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import numpy as np
+import pytest
+
+from dynmoe.data.text_batches import EvalBatches, TrainBatches, next_eval_step, steps_per_epoch
+
+LENGTHS = np.random.default_rng(0).integers(3, 100, size=330)
+
+
+def train_batches(**changes: object) -> TrainBatches:
+    given: dict[str, object] = {
+        "rows": np.arange(1000, 1330),
+        "lengths": LENGTHS,
+        "batch_size": 16,
+        "seed": 0,
+        "steps": 42,
+        "eval_every": 21,
+        "next_step": lambda: 0,
+    }
+    return TrainBatches(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def rows(batches: TrainBatches) -> list[list[int]]:
+    return [[key.row for key in batch] for batch in batches]
+
+
+def test_an_epoch_has_every_example_once_the_last_batch_smaller() -> None:
+    seen = rows(train_batches())
+    assert len(seen) == 21
+    assert sorted(row for batch in seen for row in batch) == list(range(1000, 1330))
+    assert sorted(map(len, seen)) == [10, *[16] * 20]
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    first, second = rows(train_batches()), rows(train_batches(next_step=lambda: 21))
+    assert first != second
+    assert rows(train_batches(seed=1)) != first
+    assert rows(train_batches()) == first
+
+
+def test_goes_on_in_the_middle_of_an_epoch() -> None:
+    """Evaluations every 8 steps: the stretches put together are the epoch."""
+    at = [0, 8, 16]
+    stretches = [rows(train_batches(eval_every=8, steps=21, next_step=lambda s=s: s)) for s in at]
+    assert [len(stretch) for stretch in stretches] == [8, 8, 5]
+    assert [*chain(*stretches)] == rows(train_batches(eval_every=21, steps=21))
+
+
+@pytest.mark.parametrize(("accumulate", "world_size"), [(4, 1), (1, 2), (2, 2)])
+def test_parts_make_the_same_batch(accumulate: int, world_size: int) -> None:
+    whole = rows(train_batches())
+    parts = [
+        rows(train_batches(accumulate=accumulate, world_size=world_size, rank=rank))
+        for rank in range(world_size)
+    ]
+    assert len(parts[0]) == 21 * accumulate
+    for step, batch in enumerate(whole):
+        micro = (rank[step * accumulate + index] for rank in parts for index in range(accumulate))
+        own = [*chain(*micro)]
+        assert sorted(own) == sorted(batch)
+
+
+def test_no_part_is_empty() -> None:
+    """A last batch of 10 cannot be cut into 16."""
+    assert steps_per_epoch(330, 16, parts=10) == 21
+    assert steps_per_epoch(330, 16, parts=16) == 20
+    for batch in train_batches(accumulate=16, steps=20, eval_every=20):
+        assert len(batch) == 1
+
+
+def test_little_is_padded() -> None:
+    def padding(batches: list[list[int]]) -> float:
+        lengths = [LENGTHS[np.array(batch) - 1000] for batch in batches]
+        return 1 - LENGTHS.sum() / sum(len(each) * each.max() for each in lengths)
+
+    shuffled = np.random.default_rng(1).permutation(np.arange(1000, 1330))
+    assert padding(rows(train_batches())) < 0.1
+    assert padding([part.tolist() for part in np.array_split(shuffled, 21)]) > 0.4
+
+
+def test_evaluation_sees_every_example_of_every_set_once() -> None:
+    lengths = {"dev": np.array([3, 9, 5, 7]), "hans": np.array([2, 4])}
+    given = {name: np.arange(len(each)) for name, each in lengths.items()}
+    batches = list(EvalBatches(lengths, given, batch_size=3))
+    assert batches == [
+        [("dev", 1), ("dev", 3), ("dev", 2)],
+        [("dev", 0)],
+        [("hans", 1), ("hans", 0)],
+    ]
+    ranks = [list(EvalBatches(lengths, given, 3, rank, world_size=2)) for rank in (0, 1)]
+    assert sorted(ranks[0] + ranks[1]) == sorted(batches)
+    assert len(EvalBatches(lengths, given, 3, 1, 2)) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "every", "expected"),
+    [(0, 20, 8, 7), (7, 20, 8, 7), (8, 20, 8, 15), (16, 20, 8, 19), (0, 3, 8, 2)],
+)
+def test_evaluations_follow_every_nth_step_and_the_last(
+    step: int, steps: int, every: int, expected: int
+) -> None:
+    assert next_eval_step(step, steps, every) == expected

@@ -1,0 +1,186 @@
+"""Whole runs on texts: records, early stop, resume, other sets, regression, submission files."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny_texts import DEV, TRAIN, config, pairs, write, write_rte, write_stsb
+
+from dynmoe.errors import ConfigError
+from dynmoe.report.records import RunFolder
+from dynmoe.tasks.text_classification import TextClassification
+from runners import evaluate, train
+
+
+@pytest.fixture
+def rte(tmp_path: Path) -> Path:
+    return write_rte(tmp_path / "glue")
+
+
+def run(root: Path, folder: Path, *overrides: str, moe: str = "dynmoe_glue") -> RunFolder:
+    made = RunFolder(folder)
+    folder.mkdir(exist_ok=True)
+    train.train(config(root, f"paths.outputs={root}", "data=rte", *overrides, moe=moe), made)
+    train.show(made)
+    return made
+
+
+def stable(folder: RunFolder) -> list[dict[str, Any]]:
+    dropped = ("step_time", "eval_time", "mem_gb", "args")
+    return [
+        {k: v for k, v in record.items() if k not in dropped}
+        for kind in ("results", "routing", "events")
+        for record in folder.read(kind)  # type: ignore[arg-type]
+    ]
+
+
+def test_a_run_leaves_what_it_promises(
+    rte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        folder = run(rte, tmp_path / "run")
+    assert "RTE train: expected 2,490 rows, found 22" in caplog.text
+    results, facts = folder.read("results"), folder.read_run()
+    assert [(r["step"], r["epoch"]) for r in results] == [(2, 1.0), (5, 2.0)]
+    assert {"dev_accuracy", "dev_score", "loss", "aux_loss"} <= results[0].keys()
+    assert facts["steps"] == 6 and facts["env_names"] == ["dev"]
+    assert facts["sizes"] == {"train": TRAIN, "env0": {"in": DEV}}
+    assert (facts["measure"], facts["samples_per_step"]) == ("accuracy", 8)
+    assert facts["costs"]["flops"] is not None
+    assert facts["versions"].keys() >= {"transformers", "tokenizers", "datasets"}
+    assert [e["step"] for e in folder.read("events")] == [2, 2, 5, 5]
+    sources = {r["source"] for r in folder.read("routing")}
+    assert sources == {"train", "env0"}
+    for name in ("summary.md", "figures/scores.png", "checkpoints/selected.ckpt", "done"):
+        assert (folder.path / name).exists()
+    assert "dev (reported)" in capsys.readouterr().out
+
+
+def test_routing_counts_real_tokens(rte: Path, tmp_path: Path) -> None:
+    """Each of the 22 examples once an epoch: the tokens are those of the texts, not of padding."""
+    folder = run(rte, tmp_path / "run")
+    facts = folder.read_run()
+    train_tokens = [
+        r["tokens"]
+        for r in folder.read("routing")
+        if r["source"] == "train" and ".0." in r["layer"]
+    ]
+    assert train_tokens == [round(facts["mean_tokens"] * TRAIN)] * 2
+
+
+def test_a_stopped_run_goes_on_as_if_never_stopped(
+    rte: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run(rte, tmp_path / "straight", "task.epochs=3")
+    folder = RunFolder(tmp_path / "stopped")
+    folder.path.mkdir()
+    cfg = config(rte, f"paths.outputs={rte}", "data=rte", "task.epochs=3")
+    step = TextClassification.training_step
+
+    def until_step_4(self: TextClassification, batch: Any, index: int) -> Any:
+        if self.global_step == 4:
+            raise RuntimeError("killed")
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(TextClassification, "training_step", until_step_4)
+        train.train(cfg, folder)
+    assert [r["step"] for r in folder.read("results")] == [2]
+    train.train(cfg, folder)
+    assert stable(folder) == stable(straight)
+
+
+def test_training_stops_without_gain(
+    rte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(rte, tmp_path / "run", "task.epochs=9", "task.patience=1", "task.optimizer.lr=0.0")
+    assert [r["step"] for r in folder.read("results")] == [2, 5]
+    assert folder.is_done and folder.read_run()["steps"] == 27
+    assert "unfinished" not in capsys.readouterr().out
+
+
+def test_the_learning_rate_falls_to_0(rte: Path, tmp_path: Path) -> None:
+    folder = run(rte, tmp_path / "run")
+    state = torch.load(folder.path / "checkpoints/last.ckpt", weights_only=True)
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == 0
+    assert state["lr_schedulers"][0]["last_epoch"] == 6
+
+
+def test_heldout_chooses_and_dev_is_reported(rte: Path, tmp_path: Path) -> None:
+    folder = run(rte, tmp_path / "run", "protocol=glue_heldout", "protocol.holdout_fraction=0.3")
+    facts, results = folder.read_run(), folder.read("results")
+    assert facts["sizes"]["train"] == 16 and facts["sizes"]["heldout"] == 6
+    assert facts["selection"] == "heldout"
+    assert all({"heldout_score", "dev_score"} <= r.keys() for r in results)
+
+
+def test_other_sets_are_evaluated_too(rte: Path, tmp_path: Path) -> None:
+    header = "sentence1\tsentence2\tlabel"
+    lines = [line.split("\t", 1)[1] for line in pairs(5, ("entailment", "not_entailment"), 7)]
+    write(rte / "ood" / "mine.tsv", [header, *lines])
+    folder = run(rte, tmp_path / "run", "data.ood=[mine]", f"data.ood_root={rte / 'ood'}")
+    assert "mine_accuracy" in folder.read("results")[0]
+    assert folder.read_run()["env_names"] == ["dev", "mine"]
+    assert {r["source"] for r in folder.read("routing")} == {"train", "env0", "env1"}
+
+
+def test_regression(tmp_path: Path) -> None:
+    root = write_stsb(tmp_path / "glue")
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    train.train(config(root, f"paths.outputs={root}", "data=stsb"), folder)
+    train.show(folder)
+    record = folder.read("results")[-1]
+    assert record["dev_score"] == pytest.approx(
+        (record["dev_pearson"] + record["dev_spearman"]) / 2
+    )
+    assert folder.read_run()["measure"] == "mean of Pearson and Spearman"
+
+
+@pytest.mark.parametrize("moe", ["dense", "topk", "gmoe", "emoe", "emoe_learn"])
+def test_every_mixture(rte: Path, tmp_path: Path, moe: str) -> None:
+    own = [] if moe == "dense" else ["moe.num_experts=4", "moe.top_k=2"]
+    folder = run(rte, tmp_path / "run", "task.epochs=1", *own, moe=moe)
+    assert len(folder.read("results")) == 1
+
+
+def test_evaluation_repeats_the_recorded_scores_and_submits(
+    rte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(rte, tmp_path / "run")
+    scores = evaluate.evaluate(*evaluate.parse([f"run={folder.path}", "checkpoint=last"])[1:])
+    recorded = folder.read("results")[-1]
+    assert scores == {key: recorded[key] for key in scores}
+    mode, *parsed = evaluate.parse([f"run={folder.path}", "mode=submit"])
+    assert mode == "submit"
+    (file,) = evaluate.submit(*parsed)
+    lines = file.read_text().splitlines()
+    assert file.name == "RTE.tsv" and lines[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(6)]
+    assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
+    assert str(file) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("mode=guess", "expected one of evaluate, submit"), ("data.workers=1", "no such key")],
+)
+def test_eval_refuses(rte: Path, tmp_path: Path, argument: str, message: str) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "selected.ckpt").touch()
+    OmegaConf.save(config(rte, "data=rte", f"paths.outputs={rte}"), folder / "config.yaml")
+    with pytest.raises(ConfigError, match=message):
+        evaluate.parse([f"run={folder}", argument])
+
+
+def test_a_sweeps_runs_share_their_tokens(rte: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run(rte, tmp_path / f"run{seed}", f"seed={seed}", "task.epochs=1")
+    files = list((rte / ".cache").rglob("*.arrow"))
+    assert len(files) == 2  # train and dev, once
