@@ -1,4 +1,4 @@
-"""The runs below folders: which finished, which are absent, and which one stands for a repetition.
+"""The runs below folders: which finished, which are absent, and what their settings are called.
 
 A run that cannot be used does not stop the report of the others: a warning names it.
 """
@@ -6,20 +6,17 @@ A run that cannot be used does not stop the report of the others: a warning name
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dynmoe.comparison.checks import check_config, check_facts, check_results, check_routing
 from dynmoe.comparison.run import Outcome, Problem, Repetition, Run, order, short_name
 from dynmoe.comparison.settings import name_settings
-from dynmoe.metrics.selection import SELECTING_SET, best_of_sweep
+from dynmoe.comparison.standing import choose
+from dynmoe.metrics.selection import SELECTING_SET
 from dynmoe.report.records import RecordError, RunFolder
 
 __all__ = ["Absent", "Collection", "Outcome", "Problem", "Run", "read_runs", "short_name"]
@@ -101,7 +98,7 @@ def read_runs(folders: Sequence[Path]) -> Collection:
             absent[path] = Absent(path.name, job.get("overrides", ""), state, folder.failure)
     named = _named([*finished, *begun])
     done = _without_copies(named[: len(finished)], warnings)
-    runs, others = (_readable(found, warnings) for found in _chosen(done))
+    runs, others = (_readable(found, warnings) for found in choose(done))
     places = {run.folder.path: run for run in named[len(finished) :]}
     env_names = {run.problem.dataset: run.facts["env_names"] for run in named if run.results}
     return Collection(
@@ -218,62 +215,6 @@ def _readable(runs: Iterable[Run], warnings: list[str]) -> list[Run]:
         except RecordError as error:
             warnings.append(f"{error}; left out")
     return sound
-
-
-def _chosen(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs that stand for their repetitions, and the others.
-
-    Of several draws of hyper-parameters the best by validation stands, as in DomainBed; of values
-    that a protocol searches over, one for all repetitions of a setting.
-    """
-    runs = list(runs)
-    trials: defaultdict[object, list[Run]] = defaultdict(list)
-    for run in _with_best_values(sorted(runs, key=order)):
-        trials[run.problem, run.setting, run.repetition].append(run)
-    standing = [run for trial in trials.values() for run in _standing(trial)]
-    paths = {run.folder.path for run in standing}
-    return standing, [run for run in runs if run.folder.path not in paths]
-
-
-def _with_best_values(runs: Iterable[Run]) -> Iterable[Run]:
-    """Of each setting the runs with the searched values of the best mean validation.
-
-    Values that lack repetitions which others have are not taken: their mean is of other runs.
-    """
-    searches: defaultdict[object, defaultdict[str, list[Run]]] = defaultdict(
-        lambda: defaultdict(list)
-    )
-    for run in runs:
-        searches[run.problem, run.setting][json.dumps(run.searched)].append(run)
-    for by_values in searches.values():
-        most = max(map(len, by_values.values()))
-        complete = [members for members in by_values.values() if len(members) == most]
-        yield from complete[0] if len(complete) == 1 else max(complete, key=_mean_validation)
-
-
-def _mean_validation(runs: Iterable[Run]) -> float:
-    mean = float(np.mean([run.outcome.validation for run in runs]))
-    return -math.inf if math.isnan(mean) else mean
-
-
-def _standing(trial: Sequence[Run]) -> Iterable[Run]:
-    """For each test environment of one setting's repetition, the run that stands for it."""
-    rule = trial[0].problem.selection
-    draws: defaultdict[tuple[int, ...], list[Run]] = defaultdict(list)
-    for run in trial:
-        draws[tuple(run.facts["test_envs"])].append(run)
-    for tests, candidates in draws.items():
-        if len(tests) == 1:
-            holding_out = (run.results for run in trial if tests[0] in run.facts["test_envs"])
-            choice = best_of_sweep(chain.from_iterable(holding_out), rule, tests[0])
-            if choice is None:  # leave-one-domain-out without its pairs: the last step is shown
-                yield candidates[0]
-                continue
-            draw = choice.record["args"]["hparams_seed"]
-            (best,) = (run for run in candidates if run.facts["hparams_seed"] == draw)
-            yield replace(best, chosen=dict(choice.record))
-        elif rule != "leave_one_domain_out":
-            yield max(candidates, key=lambda run: run.outcome.validation)
 
 
 def _placed(entry: Absent, run: Run | None, env_names: Mapping[str, list[str]]) -> Absent:

@@ -206,8 +206,8 @@ def _caveats(claim: Claim) -> Iterator[str]:
         )
     if claim.problem.selection == "best_dev":
         yield (
-            "Steps are selected by the very score that is reported, as in published tables: it "
-            "flatters every setting."
+            "What validation chooses is chosen by the very score that is reported, as in published "
+            "tables: it flatters every setting."
         )
     if claim.samples and claim.words.measure == "accuracy":
         sizes = "/".join(map(str, claim.samples))
