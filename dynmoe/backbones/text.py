@@ -38,9 +38,11 @@ class TextClassifier(nn.Module):
         self.model = model.train()  # from_pretrained leaves it in evaluation mode
         self._token_mask: Tensor | None = None
         if grad_checkpointing:
-            model.gradient_checkpointing_enable(
-                {"use_reentrant": False, "context_fn": self._forward_and_recompute}
+            # The second is the name in early versions of transformers 5.
+            enable = getattr(
+                model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
             )
+            enable({"use_reentrant": False, "context_fn": self._forward_and_recompute})
 
     @property
     def config(self) -> PreTrainedConfig:

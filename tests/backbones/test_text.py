@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig
 
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.backbones.text import TextClassifier, build_text_classifier
-from dynmoe.layers import (
-    AverageKeyRouter,
-    TopAnyRouter,
-    TopKRouter,
-    moe_layers,
-)
+from dynmoe.errors import ConfigError
+from dynmoe.layers import AverageKeyRouter, TopAnyRouter, TopKRouter, moe_layers, record_routing
 from dynmoe.layers.ffn import read_ffn
+from dynmoe.runtime import set_fused_attention
 
 WIDE = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
 SIZES = {**WIDE, "intermediate_size": 32}
@@ -53,9 +53,10 @@ def classifier(architecture: str, options: Any = None, **kwargs: Any) -> TextCla
         options={**MODELS[architecture], **(options or {})},
         **kwargs,
     )
+    torch.manual_seed(1)
     for name, parameter in model.named_parameters():  # biases start at 0: they would hide errors
         if name.endswith("bias"):
-            nn.init.normal_(parameter)
+            nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
@@ -96,3 +97,199 @@ def test_all_parts_together_are_the_dense_function(name: str, init: str) -> None
     add(dense, partial(AverageKeyRouter, top_k=8), 8, init=init)
     assert sum(p.numel() for p in dense.parameters()) == before
     torch.testing.assert_close(dense(tokens()), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_can_be_chosen(fused: bool) -> None:
+    for name in MODELS:
+        model = classifier(name)
+        expected = model(tokens())
+        set_fused_attention(model, fused)
+        used = model.config._attn_implementation
+        assert used == ("sdpa" if fused and model.model._supports_sdpa else "eager")
+        torch.testing.assert_close(model(tokens()), expected, atol=1e-5, rtol=0)
+
+
+# Padding: what is routed, counted and learned must be the same without it.
+
+ROUTERS = {"top-any": TopAnyRouter, "top-k": partial(TopKRouter, top_k=2)}
+
+
+def sparse(name: str, router: str, training: bool, **kwargs: Any) -> TextClassifier:
+    model = classifier(name, NO_DROPOUT[name], **kwargs)
+    add(model, ROUTERS[router], init="fresh")
+    for layer in moe_layers(model).values():
+        for threshold in getattr(layer.router, "thresholds", []):
+            nn.init.constant_(threshold, 0.3)  # some tokens are served by none
+    return model.train(training)
+
+
+def learn(model: TextClassifier, batch: dict[str, Tensor]) -> tuple[Tensor, Any, list[Tensor]]:
+    """Logits, routing and gradients."""
+    model.zero_grad()
+    with record_routing(model) as tape:
+        logits = model(batch)
+    calls = [call for calls in tape.values() for call in calls]
+    loss = F.cross_entropy(logits, torch.arange(len(logits)) % 3)
+    (loss + sum(call.aux for call in calls)).backward()
+    grads = [torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()]
+    return logits.detach(), [call.stats for call in calls], grads
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("name", NO_DROPOUT)
+def test_padding_changes_nothing(
+    name: str, router: str, training: bool, checkpointing: bool
+) -> None:
+    model = sparse(name, router, training, grad_checkpointing=checkpointing)
+    bare = tokens((5, 5, 5), width=5)
+    padded = {key: F.pad(value, (0, 4)) for key, value in bare.items()}
+    expected, found = learn(model, bare), learn(model, padded)
+    if router == "top-any":  # else there is no fallback to test
+        assert any(0 < stats.k_hist[0] < 15 for stats in expected[1])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NO_DROPOUT)
+def test_sentences_do_not_see_each_others_padding(name: str) -> None:
+    model, batch = sparse(name, "top-any", training=False), tokens((7, 2, 5))
+    with record_routing(model) as together:
+        logits = model(batch)
+    with record_routing(model) as alone:
+        for row, length in enumerate((7, 2, 5)):
+            each = model({key: value[row : row + 1, :length] for key, value in batch.items()})
+            torch.testing.assert_close(each[0], logits[row], atol=1e-5, rtol=0)
+    for layer, (call,) in together.items():
+        assert call.mask[batch["attention_mask"] == 0].sum() == 0
+        for key in ("load_E", "k_hist", "unserved_D"):
+            total = sum(getattr(one.stats, key) for one in alone[layer])
+            torch.testing.assert_close(getattr(call.stats, key), total, atol=1e-5, rtol=1e-5)
+
+
+def test_recomputation_sees_the_padding_of_its_own_forward() -> None:
+    plain = sparse("bert", "top-any", training=True)
+    recomputed = sparse("bert", "top-any", training=True, grad_checkpointing=True)
+    _, _, expected = learn(plain, tokens((7, 4, 5)))
+    logits = recomputed(tokens((7, 4, 5)))
+    with record_routing(recomputed) as tape:
+        logits = recomputed(tokens((7, 4, 5)))
+    recomputed(tokens((2, 3, 7)))
+    aux = sum(call.aux for calls in tape.values() for call in calls)
+    (F.cross_entropy(logits, torch.arange(3)) + aux).backward()
+    found = [torch.zeros(()) if p.grad is None else p.grad for p in recomputed.parameters()]
+    torch.testing.assert_close(found, expected)
+
+
+# Where models come from.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("bert")
+    classifier("bert").model.save_pretrained(path)
+    return str(path)
+
+
+def test_weights_from_a_folder_under_a_head_of_another_size(folder: str) -> None:
+    model = build_text_classifier("not/used", 1, path=folder, pretrained=True)
+    donor = classifier("bert")
+    assert model.eval()(tokens()).shape == (3, 1)
+    for key, value in donor.model.bert.state_dict().items():
+        assert torch.equal(model.model.bert.state_dict()[key], value)
+
+
+def test_the_architecture_of_a_folder_alone(folder: str) -> None:
+    model = build_text_classifier(None, 2, path=folder, options={"num_hidden_layers": 1})
+    assert len(model.model.bert.encoder.layer) == 1
+    weight = model.model.bert.embeddings.word_embeddings.weight
+    assert not torch.equal(weight, classifier("bert").model.bert.embeddings.word_embeddings.weight)
+
+
+def test_decoders_get_a_token_for_padding() -> None:
+    assert classifier("gpt2").config.pad_token_id == 0
+    model = build_text_classifier(None, 2, architecture="gpt2", options=MODELS["gpt2"])
+    assert model.config.pad_token_id == model.config.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "expected a model of the hub"),
+        ({"architecture": "bert", "path": "{folder}"}, "expected a model of the hub"),
+        ({"architecture": "brt"}, "backbone.architecture=brt: transformers knows no such"),
+        ({"architecture": "bert", "pretrained": True}, "an architecture has no weights"),
+        ({"path": "{folder}/no"}, "expected a folder with config.json, weights and tokenizer"),
+        (
+            {"path": "{folder}", "options": {"num_layers": 1}},
+            "BertConfig has no 'num_layers'. Did you mean 'num_labels'?",
+        ),
+        (
+            {"architecture": "bert", "options": {"hidden_size": "x"}},
+            "hidden_size' expected int",
+        ),
+        ({"architecture": "bert", "options": {"hidden_size": 7}}, "cannot build this BertConfig"),
+        (
+            {"path": "{folder}", "pretrained": True, "options": {"num_hidden_layers": 3}},
+            r"the weights do not fit.*bert.encoder.layer.2.*\(16 in all\)",
+        ),
+        (
+            {"model": "some/model"},
+            "could not be had from Hugging Face's hub .*backbone.path=FOLDER",
+        ),
+    ],
+)
+def test_refused_models(
+    arguments: dict[str, Any], message: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_network(pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        if Path(pretrained_model_name_or_path).is_dir():
+            return load(pretrained_model_name_or_path, **kwargs)
+        raise OSError("We couldn't connect to 'https://huggingface.co'\nCheck your connection")
+
+    load = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", no_network)
+    given = {
+        key: value.format(folder=folder) if key == "path" else value
+        for key, value in arguments.items()
+    }
+    with pytest.raises(ConfigError, match=message):
+        build_text_classifier(**{"model": None, "num_classes": 2, **given})
+
+
+def test_models_without_a_known_form_can_be_dense_only() -> None:
+    options = {**SIZES, "embedding_size": 16}
+    model = build_text_classifier(None, 2, 40, 0, architecture="albert", options=options)
+    add(model, None, layers="none")
+    assert model(tokens()).shape == (3, 2)
+    with pytest.raises(ConfigError, match=r"'albert' models: not known where .*Known: bert, "):
+        add(model, TopAnyRouter)
+
+
+def test_expert_dropout_acts_after_the_activation() -> None:
+    for name in ("bert", "llama"):
+        model = add(classifier(name), TopAnyRouter, expert_dropout=0.2)
+        ps = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m.p == 0.2]
+        assert len(ps) == 2 * 4
+    model = add(classifier("gpt2"), TopAnyRouter, expert_dropout=0.2)
+    first = moe_layers(model)["model.transformer.h.0.mlp.c_fc"].experts.slots[0]
+    assert [type(m) for m in first] == [nn.Linear, nn.GELU, nn.Dropout, nn.Linear]
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "gpt2", "gpt_neox", "llama", "mpnet"])
+def test_lora_trains_adapters_moe_layers_and_the_head(name: str) -> None:
+    pytest.importorskip("peft")
+    expected = classifier(name)(tokens())
+    model = classifier(name, lora={"r": 2, "alpha": 4, "dropout": 0.0})
+    adapters = [key for key, _ in model.named_parameters() if "lora_" in key]
+    assert len(adapters) == 2 * (2 if name in ("gpt2", "gpt_neox") else 4)
+    add(model, partial(TopKRouter, top_k=2), layers=[1], keep_origin=True)
+    torch.testing.assert_close(model(tokens()), expected, atol=1e-5, rtol=0)  # B starts at 0
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    heads = ("classifier", "score", "pooler")
+    kept = (".1.output.dense.bias", ".1.mlp.c_proj.bias", ".1.mlp.dense_4h_to_h.bias")
+    for key, _ in model.named_parameters():
+        of_moe = ".experts." in key or ".router." in key or key.endswith(kept)
+        head = key.split(".")[1] in heads
+        assert (key in trained) == ("lora_" in key or of_moe or head), key
