@@ -188,6 +188,7 @@ ROUTERS: dict[str, Callable[[MoELayer], tuple[int, int]]] = {
 
 def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
     """One pass of shapes without data, in which every token has the first expert alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._pytree import tree_map
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -218,8 +219,11 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
     for name, layer in layers.items():
         layer.forward = partial(first_expert, name)  # type: ignore[method-assign]
     try:
-        with FlopCounterMode(display=False) as counter:
-            shell(*tree_map(lambda x: x.to("meta"), sample))
+        # Fake tensors, because transformers asks any others whether there is padding in them.
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            shapes = tree_map(lambda x: fake.from_tensor(x.to("meta")), sample)
+            with FlopCounterMode(display=False) as counter:
+                shell(*shapes)
     except RuntimeError:  # what it does depends on data
         return None
     if counter.get_total_flops() != found.total():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dynmoe.layers import CosineTopKRouter, TopAnyRouter, TopKRouter
+from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, TopAnyRouter, TopKRouter
 from dynmoe.layers.routing import cosine
 
 DIM, SLOTS = 8, 4
@@ -22,6 +22,7 @@ ROUTERS = {
     "topk": TopKRouter,
     "gmoe": CosineTopKRouter,
     "gmoe with capacity": partial(CosineTopKRouter, capacity_factor=1.5),
+    "emoe": partial(AverageKeyRouter, top_k=2),
 }
 
 

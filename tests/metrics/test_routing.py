@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynmoe.layers import MoELayer, TopAnyRouter, TopKRouter, record_routing
+from dynmoe.layers import MoELayer, TopAnyRouter, TopKRouter, mask_padding, record_routing
 from dynmoe.metrics.routing import RoutingMeter
 
 DIM = 6
@@ -102,3 +102,16 @@ def test_evaluations_are_broken_down_by_position_and_class() -> None:
         (mask_BNE[0] + mask_BNE[2].int()).sum(0).tolist(),
     ]
     assert "load_by_class" not in train
+
+
+def test_positions_count_real_tokens_only() -> None:
+    model = make_model(TopKRouter, experts=3)
+    meter = RoutingMeter(model, classes=2)
+    real_BN = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    with record_routing(model) as tape, mask_padding(model, real_BN):
+        model(torch.randn(3, 4, DIM))
+    meter.update("env0", tape, torch.tensor([0, 1, 1]))
+    (env0,) = meter.records(["env0"], reduce=lambda t: t)
+    assert env0["tokens"] == 7 and env0["mean_k"] == 2 and env0["unrouted"] == 0
+    assert env0["k_by_position"] == [2, 2, 2, 2]
+    assert [sum(row) for row in env0["load_by_class"]] == [8, 6]

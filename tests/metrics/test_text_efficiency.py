@@ -1,0 +1,108 @@
+"""The formulas for text classifiers against PyTorch's FLOP counter."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.backbones.text import build_text_classifier
+from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, TopKRouter, moe_layers
+from dynmoe.metrics.efficiency import activated, count, flops, total
+from dynmoe.runtime import set_fused_attention
+
+WIDE = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 16}
+SIZES = {**WIDE, "intermediate_size": 32}
+GROUPED = {**SIZES, "num_key_value_heads": 1}
+MODELS: dict[str, dict[str, Any]] = {
+    "bert": SIZES,
+    "roberta": SIZES,
+    "xlm-roberta": SIZES,
+    "camembert": SIZES,
+    "electra": {**SIZES, "embedding_size": 16},
+    "distilbert": {**WIDE, "hidden_dim": 32},
+    "gpt2": {**WIDE, "n_inner": 32},
+    "gpt_neo": {**WIDE, "intermediate_size": 32, "attention_layers": ["global", "local", "global"]},
+    "gpt_neox": SIZES,
+    "phi": SIZES,
+    "gemma": {**GROUPED, "head_dim": 12},
+    "llama": GROUPED,
+    "mistral": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": {**GROUPED, "head_dim": 12},
+    "smollm3": GROUPED,
+    "stablelm": GROUPED,
+}
+TOKENS = 7
+MOES: dict[str, tuple[Any, str]] = {
+    "top-2": (partial(TopKRouter, top_k=2), "copy"),
+    "emoe": (partial(AverageKeyRouter, top_k=2), "cluster"),
+    "emoe_learn": (partial(CosineTopKRouter, top_k=2, weights_sum="k"), "random"),
+}
+
+
+def text_classifier(name: str, **kwargs: Any) -> nn.Module:
+    model = build_text_classifier(
+        None, 3, 40, 0, architecture=name, options=MODELS[name], **kwargs
+    ).eval()
+    set_fused_attention(model, False)  # PyTorch's counter does not know the fused one of CPUs
+    return model
+
+
+def check(model: nn.Module) -> None:
+    ids = torch.full((1, TOKENS), 5)
+    sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    costs = count(model, sample)
+    assert total(costs) == sum(p.numel() for p in model.parameters())
+    layers = moe_layers(model)
+    k = dict.fromkeys(layers, 2.0)
+    experts = {name: len(layer.live) for name, layer in layers.items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(sample)
+    assert flops(costs, experts, k) == counter.get_total_flops()
+    assert activated(costs, experts, k) <= total(costs)
+
+
+@pytest.fixture(autouse=True)
+def no_padding():  # type: ignore[no-untyped-def]
+    """At "highest" no row is computed in vain (`grouped.row_multiple`)."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_of_known_architectures(name: str) -> None:
+    model = text_classifier(name)
+    check(model)
+    router, init = MOES["emoe"]
+    add_moe_layers(model, router=router, num_experts=4, max_experts=4, layers=[0, 2], init=init)
+    check(model)
+
+
+@pytest.mark.parametrize("moe", MOES)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_flops_with_moe_layers(name: str, moe: str) -> None:
+    model = text_classifier(name)
+    router, init = MOES[moe]
+    add_moe_layers(model, router=router, num_experts=4, max_experts=4, layers=[1], init=init)
+    check(model)
+
+
+def test_flops_with_adapters() -> None:
+    pytest.importorskip("peft")
+    check(text_classifier("bert", lora={"r": 2}))
+
+
+def test_the_price_of_fused_attention_is_that_of_plain_products() -> None:
+    model = text_classifier("bert")
+    sample = {"input_ids": torch.full((1, TOKENS), 5)}
+    plain = count(model, sample)
+    set_fused_attention(model, True)
+    assert count(model, sample) == plain and plain["flops"] is not None
