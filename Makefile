@@ -6,7 +6,8 @@ RUN    := $(BIN)/dynmoe-run
 DATA   ?= data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench smoke reproduce-vision reproduce-vision-small clean
+.PHONY: help install demo demo-language test test-all lint bench smoke reproduce-vision reproduce-vision-small \
+	reproduce-language reproduce-language-small clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -22,6 +23,9 @@ install: $(BIN)/dynmoe-run  ## Make .venv and install dynmoe into it (about 6 GB
 
 demo: install  ## Train DynMoE on rotated digits: 2 to 3 minutes on 2 CPU cores
 	$(RUN) task=vit_domainbed
+
+demo-language: install  ## Train DynMoE on WordNet's glosses: about a minute on 2 CPU cores
+	$(RUN) task=glue
 
 test: install  ## Run the tests (under 5 minutes on 2 CPU cores)
 	$(BIN)/python -m pytest -m 'not slow'
@@ -56,6 +60,20 @@ reproduce-vision-small: install  ## The report in docs/reports/rotated_digits: 3
 	$(RUN) sweep=topk_grid task=vit_domainbed name=rotated_digits hydra/launcher=joblib
 	$(BIN)/dynmoe-bench step --runs outputs/rotated_digits
 	$(BIN)/dynmoe-report outputs/rotated_digits
+
+# The paper's GLUE table (Figure 2): dense BERT-large, 8 grid settings, DynMoE; 3 learning rates x 3 seeds. DATA holds
+# CoLA/, MRPC/, QNLI/, MNLI/, RTE/ as official TSV files. 5 x 90 runs.
+reproduce-language: install  ## The paper's GLUE runs with BERT-large and their report: DATA=folder, days on a GPU
+	for set in cola mrpc qnli mnli rte; do \
+	  $(RUN) sweep=paper_glue task=glue data=$$set data.source=tsv data.root=$(DATA) trainer=gpu name=glue_$$set || exit 1; done
+	$(BIN)/dynmoe-report outputs/glue_cola outputs/glue_mrpc outputs/glue_qnli outputs/glue_mnli outputs/glue_rte --out outputs/glue_report
+
+MODEL ?= minilm
+SMALL := sweep=glue_small task=glue data.source=tsv data.root=$(DATA) backbone=minilm backbone.path=$(MODEL)
+reproduce-language-small: install  ## The report in docs/reports/glue_small: DATA=folder of GLUE, MODEL=folder of MiniLM; hours on 2 CPU cores
+	for set in rte cola; do $(RUN) $(SMALL) data=$$set name=glue_small_$$set hydra/launcher=joblib || exit 1; done
+	for set in rte cola; do $(BIN)/dynmoe-bench step --runs outputs/glue_small_$$set || exit 1; done
+	$(BIN)/dynmoe-report outputs/glue_small_rte outputs/glue_small_cola --out outputs/glue_small
 
 clean:  ## Remove .venv and caches (not outputs)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -32,7 +32,7 @@ GROUPS = ("experiment", "schedule", "sweep")
 MEANING = {
     "data.root": "the folder of the data set, e.g. data.root=/data/PACS",
     "name": "the folder of the runs, e.g. name=my_runs",
-    "task": "what to learn, e.g. task=vit_domainbed",
+    "task": "what to learn, e.g. task=vit_domainbed or task=glue",
 }
 
 
