@@ -97,7 +97,7 @@ def build_text_classifier(
         classifier = _with_weights(model, path, config)
     else:
         try:
-            classifier = AutoModelForSequenceClassification.from_config(config)
+            classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         except ValueError as error:
             raise ConfigError(
                 f"backbone: transformers cannot build this {type(config).__name__}: {error}"

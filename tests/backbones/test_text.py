@@ -207,6 +207,13 @@ def test_the_architecture_of_a_folder_alone(folder: str) -> None:
     assert not torch.equal(weight, classifier("bert").model.bert.embeddings.word_embeddings.weight)
 
 
+def test_weights_are_fp32_whatever_the_folder_says(tmp_path: Path) -> None:
+    classifier("bert").model.bfloat16().save_pretrained(tmp_path)
+    for pretrained in (False, True):
+        model = build_text_classifier(None, 2, path=str(tmp_path), pretrained=pretrained)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_decoders_get_a_token_for_padding() -> None:
     assert classifier("gpt2").config.pad_token_id == 0
     model = build_text_classifier(None, 2, architecture="gpt2", options=MODELS["gpt2"])

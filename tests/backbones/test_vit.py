@@ -13,7 +13,7 @@ from torch import nn
 from dynmoe.backbones.surgery import add_moe_layers, placed_blocks
 from dynmoe.backbones.vit import build_vit
 from dynmoe.errors import ConfigError
-from dynmoe.layers import CosineTopKRouter, TopAnyRouter, moe_layers
+from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, TopAnyRouter, moe_layers
 from dynmoe.metrics.efficiency import count
 
 SMALL = {"patch_size": 7, "embed_dim": 16, "depth": 4, "num_heads": 2}
@@ -82,6 +82,19 @@ def test_vit_of_copies_starts_at_the_dense_function() -> None:
             threshold.data.fill_(-2.0)
     x = torch.randn(3, 1, 28, 28)
     torch.testing.assert_close(sparse(x), dense(x))
+
+
+@pytest.mark.parametrize("init", ["cluster", "random"])
+def test_all_parts_together_are_the_dense_vit(init: str) -> None:
+    dense, sparse = small_vit(), small_vit()
+    for vit in (dense.eval(), sparse):
+        for block in vit.blocks:
+            nn.init.constant_(block.mlp.fc2.bias, 0.1)
+    router = partial(AverageKeyRouter, top_k=8)
+    add(sparse, router=router, num_experts=8, max_experts=8, init=init, expert_dropout=0.1)
+    x = torch.randn(3, 1, 28, 28)
+    torch.testing.assert_close(sparse.eval()(x), dense(x))
+    assert size(sparse) == size(dense)
 
 
 def test_expert_dropout_acts_after_the_activation_of_experts_only() -> None:

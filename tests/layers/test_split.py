@@ -99,11 +99,12 @@ def test_uneven_shares_are_refused(how) -> None:  # type: ignore[no-untyped-def]
     [
         nn.Sequential(nn.Linear(DIM, 6), nn.GELU(), nn.Linear(6, DIM)),
         nn.Sequential(nn.Linear(DIM, 6), nn.LayerNorm(6), nn.Linear(6, DIM, bias=False)),
+        nn.Sequential(nn.Linear(DIM, 12), nn.GLU(), nn.Linear(6, DIM, bias=False)),
     ],
-    ids=["output bias", "norm"],
+    ids=["output bias", "norm", "two halves"],
 )
 def test_ffns_that_do_not_split_are_refused(mlp: nn.Module) -> None:
-    with pytest.raises(ConfigError, match="linear layers alone, without output bias, found Seq"):
+    with pytest.raises(ConfigError, match="without output bias, found Sequential"):
         split_ffn(mlp, 2, "random")
 
 

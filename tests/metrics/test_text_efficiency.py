@@ -100,6 +100,10 @@ def test_flops_with_adapters() -> None:
     check(text_classifier("bert", lora={"r": 2}))
 
 
+def test_flops_with_recomputed_blocks() -> None:
+    check(text_classifier("bert", grad_checkpointing=True))
+
+
 def test_the_price_of_fused_attention_is_that_of_plain_products() -> None:
     model = text_classifier("bert")
     sample = {"input_ids": torch.full((1, TOKENS), 5)}
