@@ -16,7 +16,7 @@ from omegaconf.errors import (
 )
 
 from dynmoe.config.annotations import mismatch
-from dynmoe.config.rules import RULES, SWEEP_RULES
+from dynmoe.config.rules import RULES, SWEEP_RULES, same_modality
 from dynmoe.config.schema import schema
 from dynmoe.config.signature import Parameter, Signature, TargetError, signature
 from dynmoe.config.source import did_you_mean
@@ -54,6 +54,8 @@ def problems(cfg: DictConfig, *, multirun: bool = False) -> list[str]:
         direct: list[str] = []
         indirect: list[str] = []
         _walk(cfg, "", direct, indirect)
+        if any(same_modality(cfg)):  # images ask for what no text backbone has, and say so here
+            direct = [text for text in direct if "Interpolation key" not in text]
         for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
             direct.extend(rule(cfg))
     # What is wrong with a value shows again in all that is computed from it: say so only where

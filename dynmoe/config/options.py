@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
-from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 CONFIG_NAME = "config"
@@ -32,19 +31,21 @@ def options(group: str, search: list[str] | None = None) -> list[str]:
 
 
 def options_with(group: str, fits: Callable[[DictConfig], bool]) -> list[str]:
-    """Options whose own file satisfies `fits`; none where Hydra is not running."""
+    """Options whose file, with its parents, satisfies `fits`; none where Hydra is not running."""
     if not GlobalHydra.instance().is_initialized():
         return []
-    return [option for option in options(group) if fits(_load(group, option))]
+    return [option for option in options(group) if fits(_own(group, option))]
 
 
-def _load(group: str, option: str) -> DictConfig:
-    try:
-        cfg = loader().load_configuration(None, [f"+{group}={option}"], run_mode=RunMode.RUN)
-    except HydraException:
+def _own(group: str, option: str) -> DictConfig:
+    """What a file and those of its group that it builds on say; composing takes a hundred times as
+    long, and a refusal would wait for every option."""
+    found = loader().repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
+    if found is None:
         return OmegaConf.create()
-    node = cfg.get(group)
-    return node if isinstance(node, DictConfig) else OmegaConf.create()
+    parents = [e.path for e in found.defaults_list or [] if isinstance(e, ConfigDefault)]
+    nodes = [_own(group, str(name)) for name in parents if name != "_self_"]
+    return OmegaConf.merge(*nodes, found.config)  # type: ignore[return-value]
 
 
 def loader() -> ConfigLoader:
