@@ -1,22 +1,39 @@
-"""``dynmoe-bench``: how fast a layer is, whole training steps and inference, and the data."""
+"""``dynmoe-bench``: how fast a layer is, training steps and inference, epochs, and the data."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from dynmoe.benchmark import plan
-from dynmoe.errors import UserError
-from runners.bench_options import LAYER_NOTE, STEP_NOTE, Command, parser, refuse_beside_runs
+from dynmoe.errors import ConfigError, UserError
+from runners.bench_options import (
+    LAYER_NOTE,
+    STEP_NOTE,
+    TEXT_NOTE,
+    Command,
+    parser,
+    refuse_beside_runs,
+)
 from runners.bench_tools import File, device_of, make_console, new_bar, progress_on
 
 
 def main() -> None:
     """Exit 0, 2 with a message that names what is wrong, or 130 when interrupted."""
+    # PyTorch's profiler, which counts allocations, reports every start and stop, and memory that
+    # it saw freed but not allocated: a text's mask of the step before.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        commands: dict[str, Command] = {"layer": layer, "step": step, "data": data}
+        commands: dict[str, Command] = {
+            "layer": layer,
+            "step": step,
+            "data": data,
+            "epoch": epoch,
+        }
         args = parser(commands).parse_args(_overrides_first(sys.argv[1:]))
         run: Command = args.run
         run(args)
@@ -97,45 +114,51 @@ def step(args: argparse.Namespace) -> None:
         return
     from dynmoe.benchmark import configured
 
-    cfg = configured.configuration(args.overrides, configured.STEP_DEFAULTS)
+    cfg = configured.configuration(args.overrides, configured.step_defaults(args.overrides))
     cases = plan.step_cases(args.only, args.k, cfg.moe.num_experts)
     file = File(args.json, "step")
 
     import torch
 
     from dynmoe import runtime
-    from dynmoe.benchmark import models, results, steps, tables
+    from dynmoe.benchmark import models, results, steps, tables, workload
     from dynmoe.benchmark.rows import StepRow
 
     device = device_of(args)
     settings = runtime.settle(cfg.runtime, device.type)
-    dense = models.build_dense(cfg, device)
+    is_text = configured.modality(cfg) == "text"
+    if is_text:
+        work = workload.texts(cfg, args.batch, device)
+    else:
+        work = workload.images(cfg, args.batch or 32, device)
+    dense = models.build_dense(cfg, work, device)
     runtime.set_fused_attention(dense, settings["fused_attention"])
     layers = models.moe_blocks(cfg, dense, given="moe.layers" in configured.keys(args.overrides))
-    workload = models.facts(cfg, layers, args.batch)
-    conditions = results.Conditions(results.machine_facts(device, args.dtype), settings, workload)
+    facts = models.facts(cfg, work, layers)
+    conditions = results.Conditions(results.machine_facts(device, args.dtype), settings, facts)
     baseline: list[StepRow] = []
     if args.baseline:
         old, baseline = results.read(args.baseline, StepRow)
-        results.check_equal(old.machine | old.workload, conditions.machine | workload)
+        results.check_equal(old.machine | old.workload, conditions.machine | facts)
     amp = args.dtype == "amp"
-    batches = steps.random_batches(
-        args.batch, models.CHANNELS, cfg.backbone.image_size, models.CLASSES, device
-    )
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        built = models.build_models(cfg, dense, layers, cases, args.k, batches[0].image)
+        built = models.build_models(cfg, dense, layers, cases, args.k, work.batches)
     file.make_folder()
     console, rows = make_console(), list[StepRow]()
     with progress_on(console) as progress:
         # Inference comes last: it makes the layers compact.
         for mode in ("train", "inference") if args.mode == "both" else (args.mode,):
             advance, weight = new_bar(progress, mode), cfg.moe.aux_weight
-            rows += steps.measure_steps(mode, built, batches, weight, amp, args.rounds, advance)
+            rows += steps.measure_steps(
+                mode, built, work.batches, weight, amp, args.rounds, advance
+            )
             file.write(conditions, rows)
     console.print(str(conditions))
     for table in tables.of_steps(rows):
         console.print(table)
     console.print(STEP_NOTE + "\n")
+    if is_text:
+        console.print(TEXT_NOTE + "\n")
     if args.baseline:
         differing = results.differences(old.settings, settings)
         console.print("Settings that differ from the baseline's:", ", ".join(differing) or "none")
@@ -152,13 +175,16 @@ def data(args: argparse.Namespace) -> None:
     from dynmoe.benchmark import configured
 
     cfg = configured.configuration(args.overrides, configured.DATA_DEFAULTS)
+    if configured.modality(cfg) != "image":
+        raise ConfigError(f"task={cfg.task.name}: expected a task on images, task=vit_domainbed")
     file = File(args.json, "data")
 
     import torch
 
     from dynmoe.benchmark import results, tables
-    from dynmoe.benchmark.loader import ENDLESS, measure_loader
+    from dynmoe.benchmark.loader import measure_loader
     from dynmoe.benchmark.rows import DataRow
+    from dynmoe.benchmark.workload import ENDLESS
 
     cfg.data.steps = cfg.data.eval_every = ENDLESS
     rows: list[DataRow] = []
@@ -180,6 +206,13 @@ def data(args: argparse.Namespace) -> None:
     console.print(str(conditions))
     console.print(tables.of_loaders(rows))
     console.print(f"Written to {file.path}")
+
+
+def epoch(args: argparse.Namespace) -> None:
+    """Measure, print the table, write the file."""
+    from runners.bench_epoch import time_epochs
+
+    time_epochs(args)
 
 
 def _changes(baseline: Sequence[Any], rows: Sequence[Any]) -> Any:

@@ -18,7 +18,7 @@ SYNTHETIC: dict[str, Any] = {
     "overrides": [],
     "k": [1.0, 1.5, 2.0],
     "only": plan.STEP_DEFAULT,
-    "batch": 32,
+    "batch": None,
     "dtype": "fp32",
     "baseline": None,
 }
@@ -28,7 +28,8 @@ def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     """The options of each subcommand, and the function that ``run`` has for it."""
     top = argparse.ArgumentParser(prog="dynmoe-bench", description="Measure dynmoe's speed.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for name, add in (("layer", _add_layer), ("step", _add_step), ("data", _add_data)):
+    adders = {"layer": _add_layer, "step": _add_step, "data": _add_data, "epoch": _add_epoch}
+    for name, add in adders.items():
         add(commands).set_defaults(run=run[name])
     return top
 
@@ -118,6 +119,9 @@ they stay there. Images are noise, the optimizer is fused AdamW. The default is 
 with 8 experts. Of dynmoe-run's settings backbone.*, moe.* and runtime.* count: backbone=vit_small,
 moe.layers=[8,10], ...
 
+With task=glue it is a small BERT on training batches of the embedded definitions; data.* counts
+too: data=rte data.source=tsv data.root=FOLDER backbone=minilm backbone.path=FOLDER.
+
 With --runs it times trained models instead: of each setting of a sweep the finished run of the
 lowest seed, as its selected checkpoint left it, on training batches of its own data. The file is
 FOLDER/timing.json, which dynmoe-report reads."""
@@ -125,12 +129,17 @@ STEP_NOTE = """\
 ideal: FLOPs of the dense model over those of the case, whose FFNs count k times, routers included.
 used: parameters that a token activates. Inference is of compact layers; a token that no expert
 serves takes its best one there. disturbed: samples during which other processes were busy."""
+TEXT_NOTE = """\
+Batches have as many positions as their longest text: times are means over all 8 of them, the peak
+is that of the largest. tokens/s are real tokens. ideal counts real tokens in MoE layers, which
+leave padding out, and all positions elsewhere, as in the dense model."""
 
 
 RUNS_NOTE = """\
 All on the same batches, the first run's; a step is forward, losses and routing statistics,
 backward and the run's optimizer at learning rate 0, without gradient clipping and without the
-training loop around it. Inference is of compact layers. disturbed: samples during which other
+training loop around it. Where batches differ in shape, times are means over 8 of them, the peak is
+that of the largest. Inference is of compact layers. disturbed: samples during which other
 processes were busy."""
 
 
@@ -160,8 +169,14 @@ def _add_step(commands: Subparsers) -> argparse.ArgumentParser:
     )
     add("--only", nargs="+", default=SYNTHETIC["only"], metavar="CASE", help="see below")
     add("--mode", choices=["train", "inference", "both"], default="both", help="default: both")
-    batch, dtype = SYNTHETIC["batch"], SYNTHETIC["dtype"]
-    add("--batch", type=_positive, default=batch, metavar="N", help=f"images (default: {batch})")
+    dtype = SYNTHETIC["dtype"]
+    add(
+        "--batch",
+        type=_positive,
+        default=SYNTHETIC["batch"],
+        metavar="N",
+        help="samples of a batch (default: 32; of texts data.batch_size)",
+    )
     add(
         "--dtype",
         choices=["fp32", "amp"],
@@ -171,6 +186,34 @@ def _add_step(commands: Subparsers) -> argparse.ArgumentParser:
     _add_timing(p)
     _add_json(p, "step")
     _add_baseline(p)
+    return p
+
+
+EPOCH = """\
+Time a training epoch of the dense encoder in dynmoe's runner (Lightning, batches of about equally
+long texts, its task) and in the loop one writes with transformers and Lightning alone (shuffled
+batches), in turns: the same model, tokens, batch size and precision, fused AdamW, linear decay, no
+evaluation. The settings are those of dynmoe-run, such as data=rte data.source=tsv
+data.root=FOLDER backbone=minilm backbone.path=FOLDER; the default is the embedded definitions."""
+EPOCH_NOTE = """\
+tokens/s are real tokens, and "of plain" is by them: with --steps the loops see other texts. padded
+is a share of all positions. Of the process's settings matmul_precision and malloc hold for plain
+too; its attention is transformers' own, runtime.fused_attention=true gives dynmoe the same.
+disturbed: samples during which other processes were busy."""
+
+
+def _add_epoch(commands: Subparsers) -> argparse.ArgumentParser:
+    p = commands.add_parser(
+        "epoch",
+        help="a training epoch on texts beside a plain loop",
+        description=EPOCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = p.add_argument
+    add("overrides", nargs="*", metavar="key=value", help="of the configuration, as in dynmoe-run")
+    add("--steps", type=_positive, metavar="N", help="the first N steps only (default: all)")
+    _add_timing(p, rounds=3)
+    _add_json(p, "epoch")
     return p
 
 
@@ -205,11 +248,11 @@ def _listed(cases: dict[str, str]) -> str:
     return "\n".join(f"  {name:17}{text}" for name, text in cases.items())
 
 
-def _add_timing(p: argparse.ArgumentParser) -> None:
+def _add_timing(p: argparse.ArgumentParser, rounds: int = 15) -> None:
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     p.add_argument("--threads", type=_positive, metavar="N", help="default: PyTorch's")
-    text = "samples of each case (default: 15)"
-    p.add_argument("--rounds", type=_positive, default=15, metavar="N", help=text)
+    text = f"samples of each case (default: {rounds})"
+    p.add_argument("--rounds", type=_positive, default=rounds, metavar="N", help=text)
 
 
 def _add_json(p: argparse.ArgumentParser, command: str) -> None:

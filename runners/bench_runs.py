@@ -7,7 +7,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,16 +17,17 @@ from dynmoe.comparison.runs import read_runs
 from dynmoe.errors import ConfigError
 from runners import trained
 from runners.bench_options import RUNS_NOTE
-from runners.bench_tools import File, device_of, make_console, new_bar, progress_on
+from runners.bench_tools import PRECISIONS, File, device_of, make_console, new_bar, progress_on
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from dynmoe.benchmark.trained import Trained
-    from dynmoe.data.sampling import Batch
+    from dynmoe.benchmark.workload import LabelledBatch
 
-PRECISIONS = {"32-true": "fp32", "bf16-mixed": "amp"}
+# What a run's batches depend on besides its problem.
+OF_BATCHES = ("image_size", "tokenizer_path", "tokenizer_name", "max_length")
 
 
 class Candidate(NamedTuple):
@@ -41,8 +41,9 @@ class Candidate(NamedTuple):
 def time_runs(args: argparse.Namespace) -> None:
     """Measure one run of each setting, print the tables, write the file.
 
-    The runs of one problem and image size are measured in turns, on the same batches: training
-    batches of the first one's data. It is the reference, the dense run if there is one.
+    The runs of one problem whose batches are of one kind are measured in turns, on the same
+    batches: training batches of the first one's data. It is the reference, the dense run if there
+    is one.
 
     Raises:
         UserError: nothing to measure, or runs that cannot be measured beside each other; nothing
@@ -51,9 +52,10 @@ def time_runs(args: argparse.Namespace) -> None:
     candidates = [_candidate(run) for run in representatives(args.runs)]
     cfg = candidates[0].cfg
     _check_equal_conditions(candidates)
-    groups: defaultdict[tuple[Problem, int], list[Candidate]] = defaultdict(list)
+    groups: defaultdict[tuple[Problem, tuple[Any, ...]], list[Candidate]] = defaultdict(list)
     for each in candidates:
-        groups[each.run.problem, each.cfg.data.image_size].append(each)
+        kind = tuple(each.cfg.data.get(key) for key in OF_BATCHES)
+        groups[each.run.problem, kind].append(each)
     file = File(args.json or args.runs / "timing.json", "step")
 
     from dynmoe import runtime
@@ -147,26 +149,14 @@ def _check_equal_conditions(candidates: Sequence[Candidate]) -> None:
 
 def _load(
     group: Sequence[Candidate], fused_attention: bool, device: torch.device
-) -> tuple[list[Batch], list[Trained]]:
+) -> tuple[list[LabelledBatch], list[Trained]]:
     """Batches of the first one's training data, and all models as their checkpoints left them."""
-    from dynmoe.benchmark.loader import ENDLESS
-    from dynmoe.benchmark.steps import BATCHES
     from dynmoe.benchmark.trained import Trained
-    from dynmoe.data.sampling import Batch
-    from runners import build
+    from dynmoe.benchmark.workload import training_batches
 
     # Tasks log their losses, to a trainer that is not there.
     warnings.filterwarnings("ignore", message=r".*`self\.trainer` reference is not registered.*")
-    cfg = group[0].cfg.data
-    cfg.steps = cfg.eval_every = ENDLESS  # a loader stops at each evaluation
-    cfg.update(accumulate=1, workers=0)
-    data = build.build_data(group[0].cfg)
-    data.setup()
-    data.repeat_evaluation_of(0)  # go on after step 0, behind which there is an evaluation
-    batches = [
-        Batch(*(part.to(device) for part in batch))
-        for batch in islice(data.train_dataloader(), BATCHES)
-    ]
+    data, batches = training_batches(group[0].cfg.data, device)
     models = []
     for run, cfg, checkpoint in group:
         task, _ = trained.load(cfg, data, fused_attention, checkpoint)
@@ -184,6 +174,6 @@ def _load(
     return batches, models
 
 
-def _loss(task: Any, batch: Batch) -> Tensor:
+def _loss(task: Any, batch: LabelledBatch) -> Tensor:
     loss: Tensor = task.training_step(batch, 0)["loss"]
     return loss

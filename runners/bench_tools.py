@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -18,6 +17,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from dynmoe.benchmark.results import Conditions
+
+PRECISIONS = {"32-true": "fp32", "bf16-mixed": "amp"}
+"""Lightning's words and ours."""
 
 
 class File:
@@ -53,8 +55,6 @@ class File:
 
 def device_of(args: argparse.Namespace) -> torch.device:
     """The device to measure; sets the number of threads."""
-    # Its profiler, which counts allocations, reports every start and stop.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():

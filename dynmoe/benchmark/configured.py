@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hydra import compose
@@ -13,17 +14,28 @@ from omegaconf import DictConfig
 from dynmoe.config.check import report
 from dynmoe.config.options import CONFIG_NAME
 from dynmoe.config.preflight import preflight, search_path
+from dynmoe.config.signature import class_attribute
 from dynmoe.errors import ConfigError, UserError
 
 DATA_DEFAULTS = ["task=vit_domainbed"]
-STEP_DEFAULTS = [
-    "task=vit_domainbed",
-    "backbone=vit_tiny",
-    "backbone.pretrained=false",
-    "backbone.image_size=64",
-    "moe.num_experts=8",
-    "moe.max_experts=${moe.num_experts}",
-]
+EPOCH_DEFAULTS = ["task=glue", "moe=dense"]
+FEW_EXPERTS = ["moe.num_experts=8", "moe.max_experts=${moe.num_experts}"]
+STEP_DEFAULTS = {
+    "vit_domainbed": [
+        "backbone=vit_tiny",
+        "backbone.pretrained=false",
+        "backbone.image_size=64",
+        *FEW_EXPERTS,
+    ],
+    "glue": ["backbone.pretrained=false", *FEW_EXPERTS],
+}
+
+
+def step_defaults(given: Sequence[str]) -> list[str]:
+    """Those of the task that is given, else of the first."""
+    chosen = [value for key, _, value in (text.partition("=") for text in given) if key == "task"]
+    task = chosen[0] if chosen else next(iter(STEP_DEFAULTS))
+    return [f"task={task}", *STEP_DEFAULTS.get(task, [])]
 
 
 def configuration(given: Sequence[str], defaults: Sequence[str]) -> DictConfig:
@@ -46,10 +58,22 @@ def keys(overrides: Sequence[str]) -> set[str]:
     return {text.partition("=")[0].lstrip("+~") for text in overrides}
 
 
+def modality(cfg: DictConfig) -> object:
+    """What the task works on: ``image``, ``text``."""
+    return class_attribute(cfg.task.module._target_, "modality")
+
+
 def built(node: DictConfig, **arguments: Any) -> Any:
-    """``instantiate``; what the user can mend comes without Hydra's wrapping."""
-    try:
+    """``instantiate``, its errors ``unwrapped``."""
+    with unwrapped():
         return instantiate(node, **arguments)
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """What the user can mend comes without Hydra's wrapping."""
+    try:
+        yield
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

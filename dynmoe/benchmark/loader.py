@@ -14,8 +14,6 @@ from dynmoe.data.sampling import Batch
 
 WARM_UP = 3
 """Batches: workers start, transforms are set up."""
-ENDLESS = 10**9
-"""Steps of a run that is never evaluated: a loader stops at each evaluation."""
 
 
 def measure_loader(data: DomainData, seconds: float) -> DataRow:

@@ -14,24 +14,24 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from dynmoe.backbones.ffns import blocks_of
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.benchmark.configured import built
 from dynmoe.benchmark.fit import fit_thresholds
 from dynmoe.benchmark.results import Facts
+from dynmoe.benchmark.workload import LabelledBatch, Workload, calls_of_sample, model_name
 from dynmoe.errors import ConfigError
 from dynmoe.layers import Experts, Routing, TopAnyRouter, TopKRouter, moe_layers
 
-CLASSES, CHANNELS = 10, 3
 
-
-def build_dense(cfg: DictConfig, device: torch.device) -> nn.Module:
+def build_dense(cfg: DictConfig, work: Workload, device: torch.device) -> nn.Module:
     """The backbone of the configuration.
 
     Raises:
         ConfigError: it cannot be built.
     """
     torch.manual_seed(0)
-    model: nn.Module = built(cfg.backbone, num_classes=CLASSES, in_chans=CHANNELS)
+    model: nn.Module = built(cfg.backbone, **work.backbone_arguments)
     return model.to(device)
 
 
@@ -41,20 +41,18 @@ def moe_blocks(cfg: DictConfig, dense: nn.Module, given: bool) -> list[int] | st
     Raises:
         ConfigError: nowhere.
     """
-    blocks: Any = dense.blocks
-    layers = cfg.moe.layers if given else list(range(1, len(blocks), 2))
+    layers = cfg.moe.layers if given else list(range(1, len(blocks_of(dense)[0]), 2))
     if layers == "none" or not len(layers):
         raise ConfigError(f"moe.layers={layers}: expected some blocks with MoE layers, e.g. [0]")
     return layers if isinstance(layers, str) else list(layers)
 
 
-def facts(cfg: DictConfig, layers: list[int] | str, batch: int) -> Facts:
+def facts(cfg: DictConfig, work: Workload, layers: list[int] | str) -> Facts:
     """What all models of a run have in common."""
     return {
-        "model": cfg.backbone.model,
+        "model": model_name(cfg.backbone),
         "options": str(cfg.backbone.options),
-        "px": cfg.backbone.image_size,
-        "batch": batch,
+        **work.facts,
         "moe_layers": layers,
         "experts": cfg.moe.num_experts,
     }
@@ -66,9 +64,10 @@ def build_models(
     layers: list[int] | str,
     cases: Sequence[str],
     ks: Sequence[float],
-    images: Tensor,
+    batches: Sequence[LabelledBatch],
 ) -> dict[str, nn.Module]:
-    """The ``cases`` of ``plan.step_cases``, fitted to k on a batch of ``images``.
+    """The ``cases`` of ``plan.step_cases``, fitted to k on the first of the ``batches``, or on all
+    of them where they are of different shapes.
 
     Raises:
         ConfigError: MoE layers that do not fit, or a router without thresholds.
@@ -104,7 +103,7 @@ def build_models(
         model = with_router(top_any, moe.max_experts)
         for layer in moe_layers(model).values():
             layer.experts = experts(layer.experts)
-        fit(model, k, images)
+        fit(model, k, batches[: calls_of_sample(batches)])
         return model
 
     makers: dict[str, Callable[[], nn.Module]] = {
@@ -119,16 +118,20 @@ def build_models(
 
 
 @torch.no_grad()
-def fit(model: nn.Module, k: float, images: Tensor) -> None:
+def fit(model: nn.Module, k: float, batches: Sequence[LabelledBatch]) -> None:
     """Fit the thresholds of one layer after the other: what it sees depends on those before it."""
+    for layer in moe_layers(model).values():
+        seen: list[Tensor] = []
 
-    def fit_first(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        fit_thresholds(layer.router, layer.live, inputs[0].reshape(-1, layer.dim), k)
+        def see(layer: Any, inputs: tuple[Tensor, ...], seen: list[Tensor] = seen) -> None:
+            mask = layer._token_mask
+            seen.append((inputs[0] if mask is None else inputs[0][mask]).reshape(-1, layer.dim))
 
-    hooks = [layer.register_forward_pre_hook(fit_first) for layer in moe_layers(model).values()]
-    model(images)
-    for hook in hooks:
-        hook.remove()
+        with layer.register_forward_pre_hook(see):
+            for batch in batches:
+                model(*batch.inputs)
+        assert isinstance(layer.router, TopAnyRouter)
+        fit_thresholds(layer.router, layer.live, torch.cat(seen), k)
 
 
 class Loop(Experts):

@@ -114,6 +114,8 @@ class StepRow:
     rounds: int
     slow: bool
     contaminated: int
+    tokens_per_s: float | None = None
+    """Of texts, padding left out."""
 
     @property
     def key(self) -> tuple[str | float, ...]:
@@ -152,6 +154,29 @@ class TrainedRow:
     """Experts per token, the mean over MoE layers and batches; None without MoE layers."""
     peak_bytes: int | None
     """Of a training step, beyond weights and optimizer state."""
+    rounds: int
+    contaminated: int
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """One way to write the training loop, over one epoch of texts."""
+
+    case: str
+    steps: int
+    samples: int
+    tokens: int
+    """Real ones, of all texts."""
+    padded: float
+    """Share of the positions computed that are padding."""
+    seconds: float
+    seconds_quartiles: tuple[float, float]
+    samples_per_s: float
+    tokens_per_s: float
+    """Padding left out."""
+    ratio: float
+    """Tokens per second over those of the plain loop, the median over rounds."""
+    ratio_quartiles: tuple[float, float]
     rounds: int
     contaminated: int
 

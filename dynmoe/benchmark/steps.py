@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,31 +16,17 @@ from torch.optim import Optimizer
 from dynmoe.benchmark.memory import Outputs, peak_and_kept
 from dynmoe.benchmark.rows import StepRow
 from dynmoe.benchmark.timing import Speed, interleave
-from dynmoe.data.sampling import Batch
+from dynmoe.benchmark.workload import (
+    LabelledBatch,
+    calls_of_sample,
+    costs_of_sample,
+    largest,
+    tokens_of,
+)
 from dynmoe.layers import moe_layers, record_routing
-from dynmoe.metrics.efficiency import activated, count, flops
+from dynmoe.metrics.efficiency import activated, flops
 
 Mode = Literal["train", "inference"]
-
-BATCHES = 8
-"""They differ, and with them the loads of the experts, as in training."""
-
-
-def random_batches(
-    size: int, channels: int, px: int, classes: int, device: torch.device
-) -> list[Batch]:
-    """Noise, whatever it is: the time of a step depends on loads, not on what is learned."""
-    torch.manual_seed(1)
-    none = torch.zeros(size, dtype=torch.long, device=device)
-    return [
-        Batch(
-            torch.randn(size, channels, px, px).to(device),
-            torch.randint(classes, (size,)).to(device),
-            env=none,
-            split=none,
-        )
-        for _ in range(BATCHES)
-    ]
 
 
 class Training:
@@ -51,9 +38,9 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
-        loss: Callable[[Batch], Tensor],
+        loss: Callable[[Any], Tensor],
         optimizer: Optimizer,
-        batches: Sequence[Batch],
+        batches: Sequence[LabelledBatch],
         amp: bool,
     ) -> None:
         self.model = model.train()
@@ -64,9 +51,8 @@ class Training:
         self.amp = amp
         self._next = cycle(batches)
 
-    def forward(self) -> Outputs:
-        batch = next(self._next)
-        with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=self.amp):
+    def forward(self, batch: LabelledBatch) -> Outputs:
+        with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=self.amp):
             return (self.loss(batch),)
 
     def backward(self, outputs: Outputs) -> None:
@@ -75,17 +61,26 @@ class Training:
         self.optimizer.zero_grad()
 
     def __call__(self) -> None:
-        self.backward(self.forward())
+        self.backward(self.forward(next(self._next)))
+
+    def peak_bytes(self, batch: LabelledBatch) -> int:
+        """Of a step, beyond weights and optimizer state."""
+        forward = partial(self.forward, batch)
+        return peak_and_kept(forward, self.backward, batch.label.device).peak
 
 
 def classification(
-    model: nn.Module, batches: Sequence[Batch], aux_weight: float, amp: bool
+    model: nn.Module, batches: Sequence[LabelledBatch], aux_weight: float, amp: bool
 ) -> Training:
-    """Cross-entropy and the auxiliary losses, AdamW."""
+    """Cross-entropy, of numbers the squared error, and the auxiliary losses, AdamW."""
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: LabelledBatch) -> Tensor:
         with record_routing(model) as tape:
-            value = F.cross_entropy(model(batch.image), batch.label)
+            output = model(*batch.inputs)
+        if batch.label.is_floating_point():
+            value = F.mse_loss(output.squeeze(1), batch.label)
+        else:
+            value = F.cross_entropy(output, batch.label)
         for calls in tape.values():
             value = value + aux_weight * sum(call.aux for call in calls)
         return value
@@ -100,7 +95,7 @@ class Inference:
     A token that no expert serves takes its best one then, so k is above that of training.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], amp: bool) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[LabelledBatch], amp: bool) -> None:
         for name, layer in moe_layers(model).items():
             model.set_submodule(name, layer.compact())
         self.model = model.eval()
@@ -109,16 +104,16 @@ class Inference:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        images = next(self._next).image
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
-            logits: Tensor = self.model(images)
+        batch = next(self._next)
+        with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=self.amp):
+            logits: Tensor = self.model(*batch.inputs)
         return logits
 
 
 def measure_steps(
     mode: Mode,
     models: Mapping[str, nn.Module],
-    batches: Sequence[Batch],
+    batches: Sequence[LabelledBatch],
     aux_weight: float,
     amp: bool,
     rounds: int,
@@ -128,8 +123,9 @@ def measure_steps(
 
     ``inference`` changes the models for good, so measure ``train`` before it.
     """
-    device = batches[0].image.device
-    costs = {name: count(model, batches[0].image[:1]) for name, model in models.items()}
+    device, whole, tokens = batches[0].label.device, calls_of_sample(batches), tokens_of(batches)
+    size = fmean(len(batch.label) for batch in batches)
+    costs = {name: costs_of_sample(model, batches) for name, model in models.items()}
     dense = flops(costs["dense"], {}, {})
     cases: dict[str, Training | Inference] = {
         name: classification(model, batches, aux_weight, amp)
@@ -137,10 +133,10 @@ def measure_steps(
         else Inference(model, batches, amp)
         for name, model in models.items()
     }
-    samples = interleave(cases, rounds, device, reference="dense", advance=advance)
+    samples = interleave(cases, rounds, device, "dense", advance, whole)
     rows = []
     for name, case in cases.items():
-        speed = Speed.of(samples[name], samples["dense"], len(batches[0].label))
+        speed = Speed.of(samples[name], samples["dense"], size)
         k = mean_k(case.model, batches, amp)
         experts = {layer: len(module.live) for layer, module in moe_layers(case.model).items()}
         own = flops(costs[name], experts, k)
@@ -160,26 +156,27 @@ def measure_steps(
                 of_ideal=None if ideal is None else speed.ratio / ideal,
                 parameters=sum(p.numel() for p in case.model.parameters()),
                 activated=activated(costs[name], experts, k),
-                peak_bytes=peak_and_kept(case.forward, case.backward, device).peak
+                peak_bytes=case.peak_bytes(largest(batches))
                 if isinstance(case, Training)
                 else None,
                 rounds=len(samples[name]),
                 slow=len(samples[name]) < rounds,
                 contaminated=speed.contaminated,
+                tokens_per_s=None if tokens is None else 1e3 * tokens / speed.median_ms,
             )
         )
     return rows
 
 
 @torch.no_grad()
-def mean_k(model: nn.Module, batches: Sequence[Batch], amp: bool) -> dict[str, float]:
+def mean_k(model: nn.Module, batches: Sequence[LabelledBatch], amp: bool) -> dict[str, float]:
     """Experts per token of each MoE layer, over all batches."""
     with (
         record_routing(model) as tape,
-        torch.autocast(batches[0].image.device.type, torch.bfloat16, enabled=amp),
+        torch.autocast(batches[0].label.device.type, torch.bfloat16, enabled=amp),
     ):
         for batch in batches:
-            model(batch.image)
+            model(*batch.inputs)
     pairs = {n: sum(int(c.stats.load_E.sum()) for c in calls) for n, calls in tape.items()}
     tokens = {n: sum(int(c.stats.k_hist.sum()) for c in calls) for n, calls in tape.items()}
     return {name: pairs[name] / tokens[name] for name in pairs}

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from dynmoe.benchmark.results import Change
-from dynmoe.benchmark.rows import DataRow, LayerRow, StepRow, TrainedRow
+from dynmoe.benchmark.rows import DataRow, EpochRow, LayerRow, StepRow, TrainedRow
 
 MIB = 2**20
 
@@ -81,17 +81,21 @@ def of_summary(rows: Sequence[LayerRow]) -> Table:
 def of_steps(rows: Sequence[StepRow]) -> Iterable[Table]:
     """One table for training, one for inference."""
     for mode, group in groupby(rows, key=lambda row: row.mode):
+        texts = rows[0].tokens_per_s is not None
         table = _table(
             mode,
-            *("case", "real k", "samples/s", "quartiles", "ms", "of dense", "quartiles", "ideal"),
-            *("of\nideal", "params\nM", "used,\nM", "peak\nMiB", "note"),
+            *("case", "real k", "samples/s", "tokens/s" if texts else "quartiles", "ms"),
+            *("of dense", "quartiles", "ideal", "of\nideal", "params\nM", "used,\nM"),
+            *("peak\nMiB", "note"),
         )
         for row in group:
             table.add_row(
                 row.case,
                 "-" if row.real_k is None else f"{row.real_k:.3f}",
                 _short(row.samples_per_s),
-                "–".join(map(_short, row.samples_per_s_quartiles)),
+                "–".join(map(_short, row.samples_per_s_quartiles))
+                if row.tokens_per_s is None
+                else _short(row.tokens_per_s),
                 _short(row.median_ms),
                 f"{row.ratio:.2f}",
                 "{:.2f}–{:.2f}".format(*row.ratio_quartiles),
@@ -141,6 +145,29 @@ def of_loaders(rows: Sequence[DataRow]) -> Table:
             f"{row.ms_per_image:.4f}",
             "-" if cpu is None else f"{cpu:.4f}",
             str(row.images),
+        )
+    return table
+
+
+def of_epochs(rows: Sequence[EpochRow]) -> Table:
+    """A line for each loop; the reference is first."""
+    table = _table(
+        f"One training epoch, {rows[0].steps} steps, {rows[0].samples} texts",
+        *("case", "s", "quartiles", "samples/s", "tokens/s", f"of {rows[0].case}", "quartiles"),
+        *("padded", "rounds", "disturbed"),
+    )
+    for row in rows:
+        table.add_row(
+            row.case,
+            _short(row.seconds),
+            "–".join(map(_short, row.seconds_quartiles)),
+            _short(row.samples_per_s),
+            _short(row.tokens_per_s),
+            f"{row.ratio:.2f}",
+            "{:.2f}–{:.2f}".format(*row.ratio_quartiles),
+            f"{row.padded:.1%}",
+            str(row.rounds),
+            str(row.contaminated),
         )
     return table
 

@@ -48,19 +48,22 @@ def interleave(
     device: torch.device,
     reference: str = "limit",
     advance: Callable[[int, int], None] = lambda done, total: None,
+    whole: int = 1,
+    warm_ups: int = 2,
 ) -> dict[str, list[Sample]]:
     """Time the cases round-robin, in a new (seeded) order each round.
 
     What a case returns, its gradients, is freed outside the timing. ``advance`` is told the samples
-    that are done, of how many.
+    that are done, of how many. A sample is of a multiple of ``whole`` calls: what a case works on
+    may come around in so many.
 
     Returns:
         Of each case one sample per round; those of a slow case are from the first rounds.
     """
     warm = {}
     for name, case in cases.items():
-        _seconds(case, 1, device)  # the first call creates kernels and fills the allocator
-        warm[name] = _seconds(case, 1, device)
+        for _ in range(warm_ups):  # the first call creates kernels and fills the allocator
+            warm[name] = _seconds(case, whole, device) / whole
     samples: dict[str, list[Sample]] = {name: [] for name in cases}
     slow = {name for name in cases if warm[name] > SLOW * warm[reference]}
     turns = [
@@ -70,7 +73,7 @@ def interleave(
     done, total = 0, sum(map(len, turns))
     for turn in turns:
         for name in order.sample(turn, len(turn)):
-            calls = max(1, math.ceil(MIN_SAMPLE / warm[name]))
+            calls = whole * max(1, math.ceil(MIN_SAMPLE / (whole * warm[name])))
             samples[name].append(_sample(cases[name], calls, device))
             if name in slow:  # and large: with what it frees, the tuned heap grew to 24 GiB
                 release_memory()

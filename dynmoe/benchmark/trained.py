@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynmoe.benchmark.memory import peak_and_kept
 from dynmoe.benchmark.rows import TrainedRow
 from dynmoe.benchmark.steps import Inference, Mode, Training, mean_k
 from dynmoe.benchmark.timing import Speed, interleave
-from dynmoe.data.sampling import Batch
+from dynmoe.benchmark.workload import LabelledBatch, calls_of_sample, largest
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Trained:
     setting: str
     environment: str
     model: nn.Module
-    loss: Callable[[Batch], Tensor]
+    loss: Callable[[Any], Tensor]
     optimizer: Optimizer
 
 
@@ -32,7 +32,7 @@ def measure_trained(
     mode: Mode,
     problem: str,
     models: Sequence[Trained],
-    batches: Sequence[Batch],
+    batches: Sequence[LabelledBatch],
     amp: bool,
     rounds: int,
     advance: Callable[[int, int], None],
@@ -41,7 +41,8 @@ def measure_trained(
 
     ``inference`` changes the models for good, so measure ``train`` before it.
     """
-    device, size = batches[0].image.device, len(batches[0].label)
+    device, whole = batches[0].label.device, calls_of_sample(batches)
+    sizes = [len(batch.label) for batch in batches]
     cases: dict[str, Training | Inference] = {
         each.setting: Training(each.model, each.loss, each.optimizer, batches, amp)
         if mode == "train"
@@ -49,15 +50,12 @@ def measure_trained(
         for each in models
     }
     reference = models[0].setting
-    samples = interleave(cases, rounds, device, reference, advance)
+    samples = interleave(cases, rounds, device, reference, advance, whole)
     rows = []
     for each in models:
         case, own = cases[each.setting], samples[each.setting]
-        speed = Speed.of(own, samples[reference], size)
+        speed = Speed.of(own, samples[reference], fmean(sizes))
         k = mean_k(each.model, batches, amp)
-        peak = None
-        if isinstance(case, Training):
-            peak = peak_and_kept(case.forward, case.backward, device).peak
         rows.append(
             TrainedRow(
                 run=each.run,
@@ -65,7 +63,7 @@ def measure_trained(
                 setting=each.setting,
                 environment=each.environment,
                 mode=mode,
-                batch=size,
+                batch=max(sizes),
                 median_ms=speed.median_ms,
                 quartiles_ms=speed.quartiles_ms,
                 samples_per_s=speed.per_s,
@@ -73,7 +71,9 @@ def measure_trained(
                 ratio=speed.ratio,
                 ratio_quartiles=speed.ratio_quartiles,
                 mean_k=fmean(k.values()) if k else None,
-                peak_bytes=peak,
+                peak_bytes=case.peak_bytes(largest(batches))
+                if isinstance(case, Training)
+                else None,
                 rounds=len(own),
                 contaminated=speed.contaminated,
             )

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dynmoe.benchmark.models import AllThenMask, Loop, fit
-from dynmoe.benchmark.steps import classification, random_batches
+from dynmoe.benchmark.steps import classification
+from dynmoe.benchmark.workload import random_batches
 from dynmoe.layers import Experts, MoELayer, TopAnyRouter, moe_layers
 from runners import bench
 
@@ -177,7 +178,7 @@ def tiny_model() -> torch.nn.Module:
         MoELayer(mlp, 6, TopAnyRouter, 4, init="fresh"),
         torch.nn.Linear(6, 10),
     )
-    fit(model, 2.0, torch.randn(64, 3, 4, 4))
+    fit(model, 2.0, random_batches(64, 3, 4, 10, torch.device("cpu"))[:1])
     return model
 
 

@@ -38,6 +38,16 @@ def test_short_calls_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sample.seconds == pytest.approx(0.03)
 
 
+def test_samples_are_of_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+    monkeypatch.setattr(
+        timing, "_seconds", lambda case, calls, device: batches.append(calls) or 0.03 * calls
+    )
+    (sample,) = interleave({"limit": object}, 1, torch.device("cpu"), whole=3, warm_ups=1)["limit"]
+    assert batches == [3, 6]
+    assert sample.seconds == pytest.approx(0.03)
+
+
 @pytest.mark.parametrize(("others", "contaminated"), [(0.19, False), (0.21, True)])
 def test_contaminated_by_other_processes(
     monkeypatch: pytest.MonkeyPatch, others: float, contaminated: bool
