@@ -34,6 +34,7 @@ from dynmoe.tasks.recorder import RunRecorder
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
 for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=r".*using a custom batch sampler.*")
 warnings.filterwarnings("ignore", message=r".*LeafSpec.*")  # inside Lightning 2.6, torch >= 2.11
 warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
 warnings.filterwarnings("ignore", message=r".*will save all targets and predictions.*")

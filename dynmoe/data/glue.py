@@ -12,19 +12,20 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data.glue_tasks import TASKS
 from dynmoe.data.ood import read_ood
-from dynmoe.data.protocol import IntArray, split
+from dynmoe.data.protocol import split
 from dynmoe.data.task_data import TaskData
 from dynmoe.data.text_baseline import linear_text_baseline
-from dynmoe.data.text_batches import EvalBatches, Key, TextBatch, TrainBatches, steps_per_epoch
+from dynmoe.data.text_batches import EvalBatches, TrainBatches, steps_per_epoch
+from dynmoe.data.text_examples import Collate, Examples
 from dynmoe.data.text_sets import TextSet
 from dynmoe.data.text_sources import Source, read
-from dynmoe.data.tokens import Encoded, encode, word_tokenizer
-from dynmoe.errors import ConfigError, DataError
+from dynmoe.data.tokens import Encoded, encode, load_tokenizer, word_tokenizer
+from dynmoe.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,6 @@ class GlueData(TaskData):
         self.test_envs = [0]
         self.task = TASKS[task]
         self.sets: dict[str, TextSet] = {}
-        self.rows: dict[str, IntArray] = {}
         self.baseline: dict[str, Any] | None = None
         self.tokenizer: PreTrainedTokenizerBase
         self._encoded: dict[str, Encoded] = {}
@@ -112,51 +112,35 @@ class GlueData(TaskData):
         sets = {name: each for name, each in found.sets.items() if name not in TESTS}
         for name in self._ood:
             sets[name] = read_ood(name, self._ood_root, self.task)
+        if self._holdout_fraction:
+            train = sets["train"]
+            kept, held = split(len(train), self._trial_seed, 0, self._holdout_fraction)
+            sets["train"] = train.subset(np.sort(kept))
+            sets["heldout"] = train.subset(np.sort(held))
         self._check(sets)
         self.tokenizer = self._make_tokenizer(sets["train"])
         self._encoded = {name: self._encode(each) for name, each in sets.items()}
-        self.rows = {name: np.arange(len(each)) for name, each in sets.items()}
-        if self._holdout_fraction:
-            kept, held = split(len(self.rows["train"]), self._trial_seed, 0, self._holdout_fraction)
-            self.rows["train"], self.rows["heldout"] = np.sort(kept), np.sort(held)
         self.sets = sets
         if self._linear_baseline:
-            train = sets["train"].subset(self.rows["train"])
-            self.baseline = linear_text_baseline(train, sets["dev"])
+            self.baseline = linear_text_baseline(sets["train"], sets["dev"])
 
     def _check(self, sets: dict[str, TextSet]) -> None:
-        parts = self._accumulate * self._world_size
-        held = int(len(sets["train"]) * self._holdout_fraction)
-        trained = len(sets["train"]) - held
+        trained, parts = len(sets["train"]), self._accumulate * self._world_size
         if steps_per_epoch(trained, self._batch_size, parts) < 1:
             raise DataError(
                 f"data {self.name}: {trained} training examples make no batch of {self._batch_size}"
                 f" in {parts} parts. Lower data.batch_size or the number of parts."
             )
-        if self._holdout_fraction and not held:
+        if not all(map(len, sets.values())):
             raise DataError(
                 f"data {self.name}: protocol.holdout_fraction={self._holdout_fraction} of "
                 f"{trained} training examples leaves none to hold out"
             )
 
     def _make_tokenizer(self, train: TextSet) -> PreTrainedTokenizerBase:
-        place = self._tokenizer_path or self._tokenizer_name
-        if place is None:
+        if self._tokenizer_path is None and self._tokenizer_name is None:
             return word_tokenizer([*train.first, *(train.second or [])], VOCABULARY)
-        local = self._tokenizer_path is not None
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=local)
-        except Exception as error:  # transformers raises many kinds
-            key = "backbone.path" if local else "backbone.model"
-            raise ConfigError(
-                f"{key}={place}: its tokenizer could not be loaded ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}). Without network give "
-                "a folder with config.json, weights and tokenizer: backbone.path=FOLDER"
-            ) from error
-        if tokenizer.pad_token is None:  # decoders
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "right"
-        return tokenizer
+        return load_tokenizer(self._tokenizer_path, self._tokenizer_name)
 
     def _encode(self, texts: TextSet) -> Encoded:
         cache = None if self._cache is None else Path(self._cache)
@@ -164,7 +148,7 @@ class GlueData(TaskData):
 
     @property
     def env_names(self) -> list[str]:
-        return [name for name in self.sets if name not in ("train", *TESTS)]
+        return [name for name in self.sets if name not in ("train", "heldout", *TESTS)]
 
     @property
     def class_names(self) -> list[str]:
@@ -184,7 +168,7 @@ class GlueData(TaskData):
             "num_classes": len(self.task.labels),
             "metrics": self.task.metrics,
             "env_names": self.env_names,
-            "heldout": "heldout" in self.rows,
+            "heldout": "heldout" in self.sets,
         }
 
     @property
@@ -195,15 +179,15 @@ class GlueData(TaskData):
 
     @property
     def mean_tokens(self) -> float:
-        return float(self._encoded["train"].lengths[self.rows["train"]].mean())
+        return float(self._encoded["train"].lengths.mean())
 
     @property
     def sizes(self) -> dict[str, Any]:
         sizes: dict[str, Any] = {
-            name: len(self.rows[name]) for name in ("train", "heldout") if name in self.rows
+            name: len(self.sets[name]) for name in ("train", "heldout") if name in self.sets
         }
         for index, name in enumerate(self.env_names):
-            sizes[f"env{index}"] = {"in": len(self.rows[name])}
+            sizes[f"env{index}"] = {"in": len(self.sets[name])}
         return sizes
 
     @property
@@ -218,7 +202,7 @@ class GlueData(TaskData):
     @property
     def steps_per_epoch(self) -> int:
         parts = self._accumulate * self._world_size
-        return steps_per_epoch(len(self.rows["train"]), self._batch_size, parts)
+        return steps_per_epoch(len(self.sets["train"]), self._batch_size, parts)
 
     @property
     def steps(self) -> int:
@@ -235,31 +219,26 @@ class GlueData(TaskData):
     @property
     def data_hash(self) -> str:
         digests = [f"{name} {texts.digest}" for name, texts in self.sets.items()]
-        digests.append(str(self.rows.get("heldout", np.zeros(0)).tolist()))
         return sha256("\n".join(digests).encode()).hexdigest()[:8]
 
     def print_check(self, console: Console | None = None) -> None:
         """Table with one column per set: its examples, its tokens, its examples per class."""
         table = Table(title=f"{self.name}, data {self.data_hash}")
         table.add_column("")
-        for name in self.rows:
+        for name in self.sets:
             table.add_column(name, justify="right")
-        columns = [self._encoded[_set_of(name)].lengths[rows] for name, rows in self.rows.items()]
+        columns = [self._encoded[name].lengths for name in self.sets]
         table.add_row("examples", *(str(len(lengths)) for lengths in columns))
         table.add_row("mean tokens", *(f"{lengths.mean():.1f}" for lengths in columns))
         table.add_row("longest", *(str(lengths.max()) for lengths in columns), end_section=True)
         for label, class_name in enumerate(self.class_names):
-            counts = [
-                int((self.sets[_set_of(name)].label[rows] == label).sum())
-                for name, rows in self.rows.items()
-            ]
+            counts = [int((texts.label == label).sum()) for texts in self.sets.values()]
             table.add_row(class_name, *map(str, counts))
         (console or Console()).print(table)
 
     def train_dataloader(self) -> DataLoader[Any]:
         batches = TrainBatches(
-            rows=self.rows["train"],
-            lengths=self._encoded["train"].lengths[self.rows["train"]],
+            lengths=self._encoded["train"].lengths,
             batch_size=self._batch_size,
             seed=self._seed,
             steps=self.steps,
@@ -272,17 +251,16 @@ class GlueData(TaskData):
         return self._loader(batches)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader(
-            {name: rows for name, rows in self.rows.items() if name != "train"}
-        )
+        evaluated = [name for name in self.sets if name not in ("train", *TESTS)]
+        return self._eval_loader(evaluated)
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """One for each test set of the task, in the order of `test_sets`."""
-        return [self._eval_loader({name: self.rows[name]}) for name in self.test_sets]
+        """One for each of `test_sets`."""
+        return [self._eval_loader([name]) for name in self.test_sets]
 
     @property
     def test_sets(self) -> list[str]:
-        return [name for name in TESTS if name in self._encoded]
+        return [name for name in TESTS if name in self.sets]
 
     def read_tests(self) -> None:
         """Reads the sets of the GLUE server as well.
@@ -295,54 +273,21 @@ class GlueData(TaskData):
         if not tests:
             raise DataError(f"data {self.name}: expected a test set to predict, found none")
         for name, each in tests.items():
-            self._encoded[name] = self._encode(each)
-            self.rows[name] = np.arange(len(each))
-            self.sets[name] = each
+            self.sets[name], self._encoded[name] = each, self._encode(each)
 
-    def _eval_loader(self, rows: dict[str, IntArray]) -> DataLoader[Any]:
-        lengths = {name: self._encoded[_set_of(name)].lengths for name in rows}
+    def _eval_loader(self, names: list[str]) -> DataLoader[Any]:
+        lengths = {name: self._encoded[name].lengths for name in names}
         return self._loader(
-            EvalBatches(lengths, rows, self._eval_batch_size, self._rank, self._world_size)
+            EvalBatches(lengths, self._eval_batch_size, self._rank, self._world_size)
         )
 
     def _loader(self, batches: TrainBatches | EvalBatches) -> DataLoader[Any]:
         return DataLoader(
-            _Texts(self._encoded, self.sets),
+            Examples(self.sets, self._encoded),
             batch_sampler=batches,
-            collate_fn=_Collate(self.tokenizer),
+            collate_fn=Collate(self.tokenizer),  # type: ignore[arg-type]
             pin_memory=self.trainer is not None
             and self.trainer.strategy.root_device.type == "cuda",
             # A loader draws a base seed at each pass: not from the generator the model uses.
             generator=torch.Generator(),
         )
-
-
-class _Texts(Dataset[Any]):
-    """All sets behind one index; whole batches are fetched at once."""
-
-    def __init__(self, encoded: dict[str, Encoded], sets: dict[str, TextSet]) -> None:
-        self.encoded = encoded
-        self.sets = sets
-
-    def __getitems__(self, keys: list[Key]) -> tuple[str, list[int], Any, Any]:
-        source, rows = keys[0].source, [key.row for key in keys]
-        name = _set_of(source)
-        return source, rows, self.encoded[name].rows(rows), self.sets[name].label[rows]
-
-
-class _Collate:
-    """Pads what `_Texts` fetched."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.pad = DataCollatorWithPadding(tokenizer)
-
-    def __call__(self, fetched: Any) -> TextBatch:
-        source, rows, texts, labels = fetched
-        return TextBatch(
-            dict(self.pad(texts)), torch.as_tensor(labels), source, torch.as_tensor(rows)
-        )
-
-
-def _set_of(name: str) -> str:
-    """The set that a part is read from."""
-    return "train" if name == "heldout" else name

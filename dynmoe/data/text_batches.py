@@ -56,10 +56,8 @@ class TrainBatches(Sampler[list[Key]]):
     between evaluations varies.
     """
 
-    rows: IntArray
-    """Of the training set."""
     lengths: IntArray
-    """Tokens of each of `rows`."""
+    """Tokens of each example of the training set."""
     batch_size: int
     seed: int
     steps: int
@@ -71,7 +69,9 @@ class TrainBatches(Sampler[list[Key]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.rows), self.batch_size, self.accumulate * self.world_size)
+        return steps_per_epoch(
+            len(self.lengths), self.batch_size, self.accumulate * self.world_size
+        )
 
     def __iter__(self) -> Iterator[list[Key]]:
         first = self.next_step()
@@ -88,7 +88,7 @@ class TrainBatches(Sampler[list[Key]]):
     def epoch(self, epoch: int) -> list[IntArray]:
         """The batches of one epoch, as rows of the training set."""
         rng = np.random.default_rng(seed_hash(self.seed, "epoch", epoch))
-        order = rng.permutation(len(self.rows))
+        order = rng.permutation(len(self.lengths))
         size = BUCKET * self.batch_size
         batches = []
         for start in range(0, len(order), size):
@@ -96,7 +96,7 @@ class TrainBatches(Sampler[list[Key]]):
             bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
             batches += np.split(bucket, range(self.batch_size, len(bucket), self.batch_size))
         batches = batches[: self.steps_per_epoch]
-        return [self.rows[batches[place]] for place in rng.permutation(len(batches))]
+        return [batches[place] for place in rng.permutation(len(batches))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +108,6 @@ class EvalBatches(Sampler[list[Key]]):
 
     lengths: dict[str, IntArray]
     """Of each set the tokens of its examples."""
-    rows: dict[str, IntArray]
-    """Of each set the rows to evaluate."""
     batch_size: int
     rank: int = 0
     world_size: int = 1
@@ -122,8 +120,8 @@ class EvalBatches(Sampler[list[Key]]):
 
     def _batches(self) -> list[list[Key]]:
         batches = []
-        for source, rows in self.rows.items():
-            order = rows[np.argsort(-self.lengths[source][rows], kind="stable")].tolist()
+        for source, lengths in self.lengths.items():
+            order = np.argsort(-lengths, kind="stable").tolist()
             for start in range(0, len(order), self.batch_size):
                 batches.append([Key(source, row) for row in order[start : start + self.batch_size]])
         return batches[self.rank :: self.world_size]

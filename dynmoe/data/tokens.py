@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from dynmoe.data.protocol import IntArray
 from dynmoe.data.text_sets import TextSet
-from dynmoe.errors import DataError
+from dynmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,6 +67,29 @@ def encode(
     with FileLock(f"{file}.lock"):
         kept = _kept(file, len(texts))
         return Encoded(kept or _tokenized(texts, tokenizer, max_length, file))
+
+
+def load_tokenizer(path: str | None, name: str | None) -> PreTrainedTokenizerBase:
+    """That of a folder, which needs no network, else of a name on Hugging Face's hub.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    key, place = ("backbone.model", name) if path is None else ("backbone.path", path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=path is not None)
+    except Exception as error:  # transformers raises many kinds
+        raise ConfigError(
+            f"{key}={place}: its tokenizer could not be loaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). Without network give "
+            "a folder with config.json, weights and tokenizer: backbone.path=FOLDER"
+        ) from error
+    if tokenizer.pad_token is None:  # decoders
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def word_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
