@@ -143,6 +143,7 @@ def step(args: argparse.Namespace) -> None:
     amp = args.dtype == "amp"
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         built = models.build_models(cfg, dense, layers, cases, args.k, work.batches)
+    costs = {name: workload.costs_of_sample(model, work.batches) for name, model in built.items()}
     file.make_folder()
     console, rows = make_console(), list[StepRow]()
     with progress_on(console) as progress:
@@ -150,7 +151,7 @@ def step(args: argparse.Namespace) -> None:
         for mode in ("train", "inference") if args.mode == "both" else (args.mode,):
             advance, weight = new_bar(progress, mode), cfg.moe.aux_weight
             rows += steps.measure_steps(
-                mode, built, work.batches, weight, amp, args.rounds, advance
+                mode, built, costs, work.batches, weight, amp, args.rounds, advance
             )
             file.write(conditions, rows)
     console.print(str(conditions))

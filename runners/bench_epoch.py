@@ -88,10 +88,10 @@ def _loops(
     from dynmoe.benchmark.plain import LabelledTexts, PlainFineTuning, plain_loader
     from dynmoe.data.tokens import encode
 
-    train, rows = data.sets["train"], data.rows["train"]
+    train = data.sets["train"]
     cache = None if cfg.data.cache is None else Path(cfg.data.cache)
     encoded = encode(train, data.tokenizer, cfg.data.max_length, cache)
-    texts = LabelledTexts(encoded, train.label, rows)
+    texts = LabelledTexts(encoded, train.label)
     model: Any = copy.deepcopy(task.backbone.model)
     runtime.set_fused_attention(model, True)  # transformers' own choice
     optimizer = cfg.task.optimizer
@@ -112,9 +112,7 @@ def _loops(
 
     ours: Any = data.train_dataloader().batch_sampler
     work = {
-        "plain": Work.of(
-            encoded.lengths[rows[batch]] for batch in islice(loader().batch_sampler, steps)
-        ),
+        "plain": Work.of(encoded.lengths[batch] for batch in islice(loader().batch_sampler, steps)),
         "dynmoe": Work.of(
             encoded.lengths[[key.row for key in batch]] for batch in islice(ours, steps)
         ),

@@ -122,16 +122,17 @@ def fit(model: nn.Module, k: float, batches: Sequence[LabelledBatch]) -> None:
     """Fit the thresholds of one layer after the other: what it sees depends on those before it."""
     for layer in moe_layers(model).values():
         seen: list[Tensor] = []
-
-        def see(layer: Any, inputs: tuple[Tensor, ...], seen: list[Tensor] = seen) -> None:
-            mask = layer._token_mask
-            seen.append((inputs[0] if mask is None else inputs[0][mask]).reshape(-1, layer.dim))
-
-        with layer.register_forward_pre_hook(see):
+        with layer.register_forward_pre_hook(partial(_see, seen)):
             for batch in batches:
                 model(*batch.inputs)
         assert isinstance(layer.router, TopAnyRouter)
         fit_thresholds(layer.router, layer.live, torch.cat(seen), k)
+
+
+def _see(seen: list[Tensor], layer: Any, inputs: tuple[Tensor, ...]) -> None:
+    """The layer's tokens, without padding."""
+    mask = layer._token_mask
+    seen.append((inputs[0] if mask is None else inputs[0][mask]).reshape(-1, layer.dim))
 
 
 class Loop(Experts):

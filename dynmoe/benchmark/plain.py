@@ -15,7 +15,6 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.tokens import Encoded
 
 
@@ -49,20 +48,18 @@ class PlainFineTuning(L.LightningModule):
 
 
 class LabelledTexts(Dataset[dict[str, Any]]):
-    """Tokens and label of each of the ``rows``; a batch is fetched at once."""
+    """Tokens and label of each example; a batch is fetched at once."""
 
-    def __init__(self, encoded: Encoded, labels: np.ndarray, rows: IntArray) -> None:
+    def __init__(self, encoded: Encoded, labels: np.ndarray) -> None:
         self.encoded = encoded
         self.labels = labels
-        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.labels)
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        rows = self.rows[indices]
-        texts = self.encoded.rows(rows.tolist())
-        labels = self.labels[rows].tolist()
+        texts = self.encoded.rows(indices)
+        labels = self.labels[indices].tolist()
         return [{**text, "label": label} for text, label in zip(texts, labels, strict=True)]
 
 

@@ -19,12 +19,11 @@ from dynmoe.benchmark.timing import Speed, interleave
 from dynmoe.benchmark.workload import (
     LabelledBatch,
     calls_of_sample,
-    costs_of_sample,
     largest,
     tokens_of,
 )
 from dynmoe.layers import moe_layers, record_routing
-from dynmoe.metrics.efficiency import activated, flops
+from dynmoe.metrics.efficiency import Costs, activated, flops
 
 Mode = Literal["train", "inference"]
 
@@ -113,19 +112,19 @@ class Inference:
 def measure_steps(
     mode: Mode,
     models: Mapping[str, nn.Module],
+    costs: Mapping[str, Costs],
     batches: Sequence[LabelledBatch],
     aux_weight: float,
     amp: bool,
     rounds: int,
     advance: Callable[[int, int], None],
 ) -> list[StepRow]:
-    """A row for each of the ``models``, one of which is ``dense``.
+    """A row for each of the ``models``, one of which is ``dense``, and its ``costs_of_sample``.
 
     ``inference`` changes the models for good, so measure ``train`` before it.
     """
     device, whole, tokens = batches[0].label.device, calls_of_sample(batches), tokens_of(batches)
     size = fmean(len(batch.label) for batch in batches)
-    costs = {name: costs_of_sample(model, batches) for name, model in models.items()}
     dense = flops(costs["dense"], {}, {})
     cases: dict[str, Training | Inference] = {
         name: classification(model, batches, aux_weight, amp)

@@ -125,16 +125,10 @@ class GlueData(TaskData):
             self.baseline = linear_text_baseline(sets["train"], sets["dev"])
 
     def _check(self, sets: dict[str, TextSet]) -> None:
-        trained, parts = len(sets["train"]), self._accumulate * self._world_size
-        if steps_per_epoch(trained, self._batch_size, parts) < 1:
-            raise DataError(
-                f"data {self.name}: {trained} training examples make no batch of {self._batch_size}"
-                f" in {parts} parts. Lower data.batch_size or the number of parts."
-            )
         if not all(map(len, sets.values())):
             raise DataError(
                 f"data {self.name}: protocol.holdout_fraction={self._holdout_fraction} of "
-                f"{trained} training examples leaves none to hold out"
+                f"{len(sets['train'])} training examples leaves none to hold out"
             )
 
     def _make_tokenizer(self, train: TextSet) -> PreTrainedTokenizerBase:
@@ -201,8 +195,7 @@ class GlueData(TaskData):
 
     @property
     def steps_per_epoch(self) -> int:
-        parts = self._accumulate * self._world_size
-        return steps_per_epoch(len(self.sets["train"]), self._batch_size, parts)
+        return steps_per_epoch(len(self.sets["train"]), self._batch_size)
 
     @property
     def steps(self) -> int:

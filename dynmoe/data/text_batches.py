@@ -52,8 +52,9 @@ class TrainBatches(Sampler[list[Key]]):
     An epoch sees every example once, in `steps_per_epoch` batches, the last of which may be
     smaller. Examples are drawn in buckets of `BUCKET` batches, sorted by length within, so that
     little is padded. Micro-batch m of rank r takes examples m * world_size + r, + parts, + 2 parts
-    ... of a step's batch: all get texts of all its lengths. It has no length, for the stretch
-    between evaluations varies.
+    ... of a step's batch: all get texts of all its lengths, and none goes empty, for a last batch
+    of fewer examples than parts repeats them. It has no length, for the stretch between evaluations
+    varies.
     """
 
     lengths: IntArray
@@ -67,20 +68,16 @@ class TrainBatches(Sampler[list[Key]]):
     rank: int = 0
     world_size: int = 1
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(
-            len(self.lengths), self.batch_size, self.accumulate * self.world_size
-        )
-
     def __iter__(self) -> Iterator[list[Key]]:
         first = self.next_step()
         last = next_eval_step(first, self.steps, self.eval_every)
         parts = self.accumulate * self.world_size
         epoch_of = lru_cache(maxsize=1)(self.epoch)
         for step in range(first, last + 1):
-            epoch, place = divmod(step, self.steps_per_epoch)
+            epoch, place = divmod(step, steps_per_epoch(len(self.lengths), self.batch_size))
             batch = epoch_of(epoch)[place]
+            if len(batch) < parts:
+                batch = np.resize(batch, parts)
             for micro in range(self.accumulate):
                 own = batch[micro * self.world_size + self.rank :: parts]
                 yield [Key("train", row) for row in own.tolist()]
@@ -95,7 +92,6 @@ class TrainBatches(Sampler[list[Key]]):
             bucket = order[start : start + size]
             bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
             batches += np.split(bucket, range(self.batch_size, len(bucket), self.batch_size))
-        batches = batches[: self.steps_per_epoch]
         return [batches[place] for place in rng.permutation(len(batches))]
 
 
@@ -103,7 +99,7 @@ class TrainBatches(Sampler[list[Key]]):
 class EvalBatches(Sampler[list[Key]]):
     """Every example of every set once, long ones first, sets never mixed in a batch.
 
-    Rank r takes batches r, r + world_size, ...
+    Rank r takes every world_size-th example of each set.
     """
 
     lengths: dict[str, IntArray]
@@ -121,17 +117,14 @@ class EvalBatches(Sampler[list[Key]]):
     def _batches(self) -> list[list[Key]]:
         batches = []
         for source, lengths in self.lengths.items():
-            order = np.argsort(-lengths, kind="stable").tolist()
+            order = np.argsort(-lengths, kind="stable")[self.rank :: self.world_size].tolist()
             for start in range(0, len(order), self.batch_size):
                 batches.append([Key(source, row) for row in order[start : start + self.batch_size]])
-        return batches[self.rank :: self.world_size]
+        return batches
 
 
-def steps_per_epoch(examples: int, batch_size: int, parts: int) -> int:
-    """Batches of an epoch. A last one with fewer examples than `parts` is left out: some rank or
-    micro-batch would have nothing."""
-    full, rest = divmod(examples, batch_size)
-    return full + (rest >= parts)
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    return -(-examples // batch_size)
 
 
 def next_eval_step(step: int, steps: int, every: int) -> int:

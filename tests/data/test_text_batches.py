@@ -65,11 +65,12 @@ def test_parts_make_the_same_batch(accumulate: int, world_size: int) -> None:
 
 
 def test_no_part_is_empty() -> None:
-    """A last batch of 10 cannot be cut into 16."""
-    assert steps_per_epoch(330, 16, parts=10) == 21
-    assert steps_per_epoch(330, 16, parts=16) == 20
-    for batch in train_batches(accumulate=16, steps=20, eval_every=20):
-        assert len(batch) == 1
+    """Twenty batches of 16 and one of 10, which is cut into 16 parts: six examples come twice."""
+    assert steps_per_epoch(330, 16) == 21
+    parts = rows(train_batches(accumulate=16, steps=21))
+    assert [len(part) for part in parts] == [1] * 21 * 16
+    seen = [row for part in parts for row in part]
+    assert set(seen) == set(range(330)) and len(seen) == 336
 
 
 def test_little_is_padded() -> None:
@@ -91,8 +92,9 @@ def test_evaluation_sees_every_example_of_every_set_once() -> None:
         [("hans", 1), ("hans", 0)],
     ]
     ranks = [list(EvalBatches(lengths, 3, rank, world_size=2)) for rank in (0, 1)]
-    assert sorted(ranks[0] + ranks[1]) == sorted(batches)
-    assert len(EvalBatches(lengths, 3, 1, 2)) == 1
+    assert sorted(chain(*chain(*ranks))) == sorted(chain(*batches))
+    assert [len(batch) for batch in ranks[1]] == [2, 1]
+    assert len(EvalBatches(lengths, 3, 1, 2)) == 2
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_runs import NO_DROPOUT, TINY, TINY_DYNMOE
+from tiny_texts import FEW_EXPERTS, TINY_TEXT, write_rte
 
 from dynmoe.errors import ConfigError
 from dynmoe.report.records import RunFolder
@@ -38,8 +39,8 @@ def dynmoe_run(outputs: Path, *overrides: str) -> subprocess.CompletedProcess[st
     )
 
 
-def only_run(outputs: Path) -> RunFolder:
-    (folder,) = outputs.glob("vit_domainbed/[!.]*")
+def only_run(outputs: Path, name: str = "vit_domainbed") -> RunFolder:
+    (folder,) = outputs.glob(f"{name}/[!.]*")
     return RunFolder(folder)
 
 
@@ -112,6 +113,26 @@ def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
         for key in (k for k in a if k.endswith("_acc")):
             assert a[key] == pytest.approx(b[key], abs=0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_records_of_one_on_texts(tmp_path: Path) -> None:
+    """22 examples in batches of 8: the last batch of an epoch is smaller."""
+    root = write_rte(tmp_path / "glue")
+    dropouts = "hidden_dropout_prob: 0, attention_probs_dropout_prob: 0"
+    tiny = [text.replace("{", f"{{{dropouts}, ") for text in TINY_TEXT]
+    options = (*tiny, *FEW_EXPERTS, "data=rte", f"data.root={root}")
+    one = dynmoe_run(tmp_path / "one", *options)
+    two = dynmoe_run(tmp_path / "two", *options, "trainer=ddp", "trainer.accelerator=cpu")
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    single, double = (only_run(tmp_path / each, "glue") for each in ("one", "two"))
+    assert double.read("events") == single.read("events") and double.is_done
+    assert len(double.read("results")) == 2
+    for a, b in zip(double.read("results"), single.read("results"), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["dev_score"] == pytest.approx(b["dev_score"], abs=0.11)  # one of ten
 
 
 @pytest.mark.slow
