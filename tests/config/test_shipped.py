@@ -24,7 +24,13 @@ TEXT_BACKBONES = (
 TEXTS = {
     *(f"data={name}" for name in TEXT_DATA),
     *(f"backbone={name}" for name in TEXT_BACKBONES),
-    *("protocol=glue", "protocol=glue_heldout", "sweep=glue_small", "sweep=paper_glue"),
+    *(
+        "protocol=glue",
+        "protocol=glue_heldout",
+        "sweep=glue_small",
+        "sweep=paper_glue",
+        "experiment=glue_lora",
+    ),
 }
 
 
