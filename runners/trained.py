@@ -34,6 +34,8 @@ def configuration(folder: RunFolder) -> DictConfig:
     assert isinstance(cfg, DictConfig)
     if cfg.moe.init == "upcycle":  # its name in early versions
         cfg.moe.init = "copy"
+    elif cfg.moe.init == "cluster":  # equal shapes, without the k-means
+        cfg.moe.init = "random"
     cfg.trainer.update(devices=1, strategy="auto")
     cfg.logger = None
     cfg.backbone.pretrained = False  # the weights come from a checkpoint
