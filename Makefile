@@ -28,7 +28,7 @@ demo-language: install  ## Train DynMoE on WordNet's glosses: about a minute on 
 	$(RUN) task=glue
 
 test: install  ## Run the tests (under 5 minutes on 2 CPU cores)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto
 
 test-all: install lint  ## What CI runs: checks, and all tests
 	$(BIN)/python -m pytest

@@ -15,7 +15,6 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import DictConfig, OmegaConf
 
 import dynmoe
@@ -28,6 +27,7 @@ from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency, selection
 from dynmoe.report.records import RunFolder
 from dynmoe.tasks.base import MoETask
+from dynmoe.tasks.patience import Patience
 from dynmoe.tasks.progress import RunProgress
 from dynmoe.tasks.recorder import RunRecorder
 
@@ -57,10 +57,13 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
     """Backbone, MoE layers and task, on the CPU. Seeds the weights by ``seed``.
 
     Raises:
-        ConfigError: a backbone that cannot be built, or blocks it does not have.
+        ConfigError: a backbone that cannot be built, that is too short for the data's texts, or
+            blocks it does not have.
     """
     L.seed_everything(cfg.seed, verbose=False)
     backbone = instantiate(cfg.backbone, **data.backbone_arguments)
+    if data.modality == "text":
+        backbone.check_length(cfg.data.max_length)
     runtime.set_fused_attention(backbone, fused_attention)
     moe = cfg.moe
     init = moe.init
@@ -95,15 +98,8 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
     select = partial(selection.selected, rule=cfg.task.selection, test_envs=data.test_envs)
     callbacks.append(RunRecorder(folder, select, constants(cfg, data, folder), data.epoch_at))
     if cfg.task.get("patience") is not None:
-        callbacks.append(
-            EarlyStopping(
-                f"val/{selection.SELECTING_SET[cfg.task.selection]}_score",
-                mode="max",
-                patience=cfg.task.patience,
-                check_finite=False,  # a constant prediction has no correlation
-                check_on_train_epoch_end=False,  # there a resumed run has no score yet
-            )
-        )
+        score = f"val/{selection.SELECTING_SET[cfg.task.selection]}_score"
+        callbacks.append(Patience(score, cfg.task.patience))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RunProgress())
     return callbacks
@@ -217,8 +213,10 @@ def facts(
 def _backbone_name(backbone: DictConfig) -> str:
     """Its name and what was changed in it, e.g. ``vit_tiny_patch16_224 (depth 6)``."""
     name = Path(backbone.get("path") or backbone.model or backbone.architecture).name
-    changes = ", ".join(f"{key} {value}" for key, value in backbone.options.items())
-    return f"{name} ({changes})" if changes else name
+    changes = [f"{key} {value}" for key, value in backbone.options.items()]
+    if backbone.get("lora"):
+        changes.append(f"LoRA {', '.join(f'{k} {v}' for k, v in backbone.lora.items())}")
+    return f"{name} ({', '.join(changes)})" if changes else name
 
 
 def _weights(backbone: DictConfig) -> str:

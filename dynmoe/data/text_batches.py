@@ -26,6 +26,9 @@ class Key(NamedTuple):
 
     source: str
     row: int
+    weight: float = 1.0
+    """Of the loss of its micro-batch, such that the mean over the parts of a step's batch is that
+    of its examples, also where the parts are not equally large."""
 
 
 class TextBatch(NamedTuple):
@@ -38,6 +41,8 @@ class TextBatch(NamedTuple):
     source: str
     row: Tensor
     """[B] int64, rows of the set."""
+    weight: float = 1.0
+    """See `Key`."""
 
     @property
     def inputs(self) -> tuple[dict[str, Tensor]]:
@@ -52,9 +57,9 @@ class TrainBatches(Sampler[list[Key]]):
     An epoch sees every example once, in `steps_per_epoch` batches, the last of which may be
     smaller. Examples are drawn in buckets of `BUCKET` batches, sorted by length within, so that
     little is padded. Micro-batch m of rank r takes examples m * world_size + r, + parts, + 2 parts
-    ... of a step's batch: all get texts of all its lengths, and none goes empty, for a last batch
-    of fewer examples than parts repeats them. It has no length, for the stretch between evaluations
-    varies.
+    ... of a step's batch: all get texts of all its lengths. None goes empty: of a last batch with
+    fewer examples than parts some come again, with weight 0. It has no length, for the stretch
+    between evaluations varies.
     """
 
     lengths: IntArray
@@ -76,11 +81,12 @@ class TrainBatches(Sampler[list[Key]]):
         for step in range(first, last + 1):
             epoch, place = divmod(step, steps_per_epoch(len(self.lengths), self.batch_size))
             batch = epoch_of(epoch)[place]
-            if len(batch) < parts:
-                batch = np.resize(batch, parts)
+            size, batch = len(batch), np.resize(batch, max(len(batch), parts))
             for micro in range(self.accumulate):
-                own = batch[micro * self.world_size + self.rank :: parts]
-                yield [Key("train", row) for row in own.tolist()]
+                part = micro * self.world_size + self.rank
+                own = batch[part::parts].tolist()
+                weight = len(own) * parts / size if part < size else 0.0
+                yield [Key("train", row, weight) for row in own]
 
     def epoch(self, epoch: int) -> list[IntArray]:
         """The batches of one epoch, as rows of the training set."""

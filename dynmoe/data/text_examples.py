@@ -21,6 +21,7 @@ class Fetched(NamedTuple):
     rows: list[int]
     texts: list[Row]
     label: LabelArray
+    weight: float
 
 
 class Examples(Dataset[Fetched]):
@@ -31,8 +32,9 @@ class Examples(Dataset[Fetched]):
         self.encoded = encoded
 
     def __getitems__(self, keys: list[Key]) -> Fetched:
-        source, rows = keys[0].source, [key.row for key in keys]
-        return Fetched(source, rows, self.encoded[source].rows(rows), self.sets[source].label[rows])
+        (source, _, weight), rows = keys[0], [key.row for key in keys]
+        texts, label = self.encoded[source].rows(rows), self.sets[source].label[rows]
+        return Fetched(source, rows, texts, label, weight)
 
 
 class Collate:
@@ -47,4 +49,5 @@ class Collate:
             label=torch.as_tensor(fetched.label),
             source=fetched.source,
             row=torch.as_tensor(fetched.rows),
+            weight=fetched.weight,
         )

@@ -52,7 +52,7 @@ class TextClassification(MoETask):
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         logits, tape = self.routed_forward(batch.tokens)
-        return self.total_loss(self.loss(logits, batch.label), tape)
+        return self.total_loss(batch.weight * self.loss(logits, batch.label), tape)
 
     def loss(self, logits: Tensor, label: Tensor) -> Tensor:
         if self.num_classes == 0:

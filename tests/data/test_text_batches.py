@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from dynmoe.data.text_batches import EvalBatches, TrainBatches, next_eval_step, steps_per_epoch
+from dynmoe.data.text_batches import EvalBatches, Key, TrainBatches, next_eval_step, steps_per_epoch
 
 LENGTHS = np.random.default_rng(0).integers(3, 100, size=330)
 
@@ -64,11 +64,23 @@ def test_parts_make_the_same_batch(accumulate: int, world_size: int) -> None:
         assert sorted(own) == sorted(batch)
 
 
+def test_parts_of_unequal_size_are_weighted() -> None:
+    """The mean over parts of (weight x mean of the part) is the mean of the batch."""
+    whole = list(train_batches())
+    parts = list(train_batches(accumulate=4))
+    for step, batch in enumerate(whole):
+        own = parts[4 * step :][:4]
+        means = [part[0].weight * np.mean([key.row for key in part]) for part in own]
+        assert np.mean(means) == pytest.approx(np.mean([key.row for key in batch]))
+
+
 def test_no_part_is_empty() -> None:
     """Twenty batches of 16 and one of 10, which is cut into 16 parts: six examples come twice."""
     assert steps_per_epoch(330, 16) == 21
     parts = rows(train_batches(accumulate=16, steps=21))
     assert [len(part) for part in parts] == [1] * 21 * 16
+    weights = [batch[0].weight for batch in train_batches(accumulate=16, steps=21)]
+    assert sorted(set(weights)) == [0.0, 1.0, 1.6] and weights.count(0.0) == 6
     seen = [row for part in parts for row in part]
     assert set(seen) == set(range(330)) and len(seen) == 336
 
@@ -87,9 +99,9 @@ def test_evaluation_sees_every_example_of_every_set_once() -> None:
     lengths = {"dev": np.array([3, 9, 5, 7]), "hans": np.array([2, 4])}
     batches = list(EvalBatches(lengths, batch_size=3))
     assert batches == [
-        [("dev", 1), ("dev", 3), ("dev", 2)],
-        [("dev", 0)],
-        [("hans", 1), ("hans", 0)],
+        [Key("dev", 1), Key("dev", 3), Key("dev", 2)],
+        [Key("dev", 0)],
+        [Key("hans", 1), Key("hans", 0)],
     ]
     ranks = [list(EvalBatches(lengths, 3, rank, world_size=2)) for rank in (0, 1)]
     assert sorted(chain(*chain(*ranks))) == sorted(chain(*batches))

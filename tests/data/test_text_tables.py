@@ -58,7 +58,7 @@ def test_jsonl(tmp_path: Path) -> None:
         ("a.tsv", "id\tlabel\n", "no column text. Found id, label."),
         ("a.tsv", b"text\ncaf\xe9\n", "not UTF-8 at byte"),
         ("a.tsv.gz", b"text\n", "damaged gzip file"),
-        ("a.tsv.gz", gzip.compress(b"text\n" * 100)[:-12], "damaged gzip file"),
+        ("a.tsv.gz", gzip.compress(b"text\n" * 100, mtime=0)[:-12], "damaged gzip file"),
         ("a.jsonl", "text\n", "not one JSON object per line"),
         ("a.jsonl", "[1]\n", "not one JSON object per line"),
     ],

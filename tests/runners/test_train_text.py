@@ -102,6 +102,9 @@ def test_training_stops_without_gain(
     assert [r["step"] for r in folder.read("results")] == [2, 5]
     assert folder.is_done and folder.read_run()["steps"] == 27
     assert "unfinished" not in capsys.readouterr().out
+    (folder.path / "done").unlink()  # as if killed before the summary
+    run(rte, tmp_path / "run", "task.epochs=9", "task.patience=1", "task.optimizer.lr=0.0")
+    assert [r["step"] for r in folder.read("results")] == [2, 5]
 
 
 def test_the_learning_rate_falls_to_0(rte: Path, tmp_path: Path) -> None:
