@@ -91,7 +91,7 @@ def write_language_run(
             scores["heldout"] = heldout[place]
         record: dict[str, Any] = {
             "step": step,
-            "epoch": step / 50,
+            "epoch": (step + 1) / 50,
             "step_time": STEP_TIME,
             "eval_time": EVAL_TIME,
             "loss": 1.0 / (step + 1),

@@ -16,7 +16,6 @@ from typing import Any
 from dynmoe.comparison.conditions import conditions, counted
 from dynmoe.comparison.costs import MACHINE, different_facts, model_costs
 from dynmoe.comparison.run import Run, short_name
-from dynmoe.metrics.selection import SELECTING_SET
 from dynmoe.report.summary import summarize
 from dynmoe.report.tables import Strong, Table, format_number, format_points
 from dynmoe.report.words import METRICS, metrics_of
@@ -36,7 +35,7 @@ def compare(a: Run, b: Run) -> Comparison:
     """Run `a` beside run `b`; differences are B minus A."""
     tables = [_configuration(a, b)]
     if _same_test(a, b):
-        tables.append(_scores(a, b) if _on_sets(a) else _accuracy(a, b))
+        tables.append(_scores(a, b) if a.problem.on_sets else _accuracy(a, b))
     obstacles = _obstacles(a, b)
     tables.append(_costs(a, b, timed=not obstacles))
     return Comparison(list(_sentences(a, b)), tables, list(_warnings(a, b, obstacles)))
@@ -75,7 +74,7 @@ def _warnings(a: Run, b: Run, obstacles: list[str]) -> Iterator[str]:
         yield f"Other rules, so the {a.words.nouns} mean different things: {', '.join(rules)}."
     data = different_facts(facts, ("data_hash",))
     if data and _same_test(a, b):
-        what = "examples" if _on_sets(a) else "images"
+        what = "examples" if a.problem.on_sets else "images"
         yield f"Other {what} or other splits of them: {data[0]}."
     if obstacles:
         yield f"Times and memory are not compared: {', '.join(obstacles)}."
@@ -148,10 +147,6 @@ def _scores(a: Run, b: Run) -> Table:
     )
 
 
-def _on_sets(run: Run) -> bool:
-    return run.problem.selection in SELECTING_SET
-
-
 def _accuracies(first: float, second: float) -> tuple[str, ...]:
     difference = second - first
     points = "–" if math.isnan(difference) else format_points(difference)
@@ -160,9 +155,10 @@ def _accuracies(first: float, second: float) -> tuple[str, ...]:
 
 def _costs(a: Run, b: Run, timed: bool) -> Table:
     first, second = (model_costs([run])[run.setting] for run in (a, b))
+    tested = a.environment if a.problem.on_sets else "test"
     rows = [
         ("experts per MoE layer", first.experts, second.experts, ".1f"),
-        ("experts per token (mean k on test)", first.mean_k, second.mean_k, ".2f"),
+        (f"experts per token (mean k on {tested})", first.mean_k, second.mean_k, ".2f"),
         ("parameters in training", first.total, second.total, ",.0f"),
         ("parameters of living experts and the rest", first.exported, second.exported, ",.0f"),
         ("parameters activated per token", first.activated, second.activated, ",.0f"),

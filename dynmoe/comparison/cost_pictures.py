@@ -40,7 +40,8 @@ def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
     points = set_apart(known)
     figure, (axes,) = lay_out(1, width=7.6, height=4.6, beside=0)
     scatter(axes, points)
-    axes.set(xlabel="parameters that a test token activates, mean over runs", ylabel=_place(runs))
+    token = runs[0].words.token
+    axes.set(xlabel=f"parameters that a {token} activates, mean over runs", ylabel=_place(runs))
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     name_points(axes, points)
     return Picture(

@@ -22,7 +22,8 @@ def cost_table(collection: Collection, problem: Problem) -> Table:
     note = (
         "Mean over runs, at the reported step. Total: in training, empty slots included; exported: "
         f"living experts only; activated: per token of the {runs[0].words.place}, every living "
-        "expert scored and k computed. FLOPs: one forward pass of a sample, 2 per multiply-add."
+        f"expert scored and k computed. FLOPs: one forward pass of a {runs[0].words.sample}, 2 per "
+        "multiply-add."
     )
     if unknown:
         note += f" X: records do not tell it ({', '.join(unknown)})."
@@ -103,12 +104,16 @@ def timing_table(collection: Collection, problem: Problem, timings: Timings) -> 
 def search_table(collection: Collection, cost: SearchCost) -> Table:
     """What the grid was trained for beside what an adaptive setting was trained for."""
     problem = cost.problem
+    runs = collection.of(problem)
+    of_what = f" of a {runs[0].words.sample}" if problem.on_sets else ""
     note = (
         "All runs of the same environments and repetitions, draws of hyper-parameters that lost "
-        "included. FLOPs: 3 x the forward pass x samples, with the experts and k recorded in "
-        "training. Recorded hours: training and evaluation; runs side by side on one machine slow "
-        "one another."
+        f"included. FLOPs: 3 x the forward pass{of_what} x samples, with the experts and k "
+        "recorded in training. Recorded hours: training and evaluation; runs side by side on one "
+        "machine slow one another."
     )
+    if any(run.has_lora for run in runs):
+        note += " X: with LoRA most weights are frozen, and such a step's FLOPs are not counted."
     columns = ["", "runs", "training, TFLOP", "hours, recorded"]
     if not math.isnan(cost.grid.measured + cost.own.measured):
         columns.append("hours at the measured step")
@@ -127,7 +132,7 @@ def search_table(collection: Collection, cost: SearchCost) -> Table:
         tuple(columns),
         tuple(row[: len(columns)] for row in rows),
         note=note,
-        conditions=conditions(collection.of(problem)),
+        conditions=conditions(runs),
     )
 
 

@@ -158,9 +158,12 @@ def _bill(runs: Sequence[Run], step_ms: Mapping[str, float]) -> Bill:
 
 
 def _training_flops(run: Run) -> float:
-    """3 x the forward pass x samples, with the experts and the k of each recorded window."""
+    """3 x the forward pass x samples, with the experts and the k of each recorded window.
+
+    Not known of LoRA runs, whose backward pass leaves out the products of frozen weights.
+    """
     costs = run.facts.get("costs")
-    if costs is None or costs["flops"] is None:
+    if run.has_lora or costs is None or costs["flops"] is None:
         return math.nan
     # A fixed mixture routes the same at every step; reading one step saves most of the time.
     lines = run.routing if run.kind == "adaptive" else run.routing_at_outcome

@@ -118,9 +118,8 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
             if not members:
                 continue
             curves = [_curve(run) for run in members]
-            # Some end before others where patience ends them.
             steps = sorted(set().union(*curves))
-            values = np.array([[curve.get(step, math.nan) for step in steps] for curve in curves])
+            values = np.array([_carried_on(curve, steps) for curve in curves])
             mean = np.nanmean(values, axis=0)
             in_grid = members[0].kind == "fixed"
             axes.plot(
@@ -143,19 +142,33 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
         over_steps(axes)
     name_axes(figure, STEP, f"{words.measure} on the {words.place}")
     figure.legend(handles=_legend(runs, style), loc="outside upper center", ncols=4, frameon=False)
+    caption = (
+        "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
+        "setting of the grid. A marker stands at the mean of the steps that selection chose, "
+        f"whose {words.nouns} are reported."
+    )
+    if runs[0].problem.on_sets:
+        caption += (
+            " It is on the mean curve: reported is each run at its own step. Where patience ended "
+            "a run before others, its last value goes on."
+        )
     return Picture(
         "curves",
         figure,
         f"{capital(words.measure)} on each {words.place} over training",
-        "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
-        "setting of the grid. A marker stands at the mean of the steps that selection chose, "
-        f"whose {words.nouns} are reported.",
+        caption,
     )
 
 
 def _curve(run: Run) -> dict[int, float]:
     """What would be reported of each step."""
     return {record["step"]: judged(record, run.facts).test for record in run.results}
+
+
+def _carried_on(curve: Mapping[int, float], steps: Sequence[int]) -> list[float]:
+    """Its values at the steps; after its end the last one, or the mean would be of other runs."""
+    last = max(curve)
+    return [curve.get(min(step, last), math.nan) for step in steps]
 
 
 def _legend(runs: Sequence[Run], style: Mapping[str, Style]) -> list[Line2D]:

@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -13,7 +14,7 @@ from dynmoe.comparison.conditions import conditions, every, seeds
 from dynmoe.comparison.run import Problem, Run, environments
 from dynmoe.comparison.runs import Collection
 from dynmoe.comparison.timings import Timings
-from dynmoe.metrics.selection import RULES, SELECTING_SET
+from dynmoe.metrics.selection import RULES
 from dynmoe.report.document import Block, Code, Items, Section, Sheet
 from dynmoe.report.tables import Table, format_number
 from dynmoe.report.words import capital
@@ -21,15 +22,26 @@ from dynmoe.report.words import capital
 Words = Callable[[Sequence[Run]], str]
 
 
+class Row(NamedTuple):
+    name: str
+    words: Words
+    on_sets: bool | None = None
+    """Of which problems alone: those scored on whole sets, or on environments; None: of all."""
+
+    def cell(self, problem: Problem, runs: Sequence[Run]) -> str:
+        return self.words(runs) if self.on_sets in (None, problem.on_sets) else "-"
+
+
 def how_it_was_made(collection: Collection, timings: Iterable[Timings]) -> Section:
     """The conditions of every problem's runs in a table, and the commands."""
     problems = collection.problems
-    columns = [collection.of(problem) for problem in problems]
-    rows = _conditions(any(problem.selection in SELECTING_SET for problem in problems))
+    columns = {problem: collection.of(problem) for problem in problems}
+    kinds = {None, *(problem.on_sets for problem in problems)}
+    rows = [row for row in _conditions() if row.on_sets in kinds]
     table = Table(
         "Conditions of the runs",
         ("condition", *(problem.dataset for problem in problems)),
-        tuple((name, *(words(runs) for runs in columns)) for name, words in rows.items()),
+        tuple((row.name, *(row.cell(*column) for column in columns.items())) for row in rows),
         note="Where runs differ, all values are named.",
         in_words=True,
     )
@@ -61,8 +73,7 @@ def every_run(collection: Collection, problem: Problem) -> Table:
     """What is reported of each run of a problem, so that all the means can be worked out again."""
     runs = collection.of(problem)
     words = runs[0].words
-    on_sets = problem.selection in SELECTING_SET
-    reported = "" if on_sets else " on the test environment's in split"
+    reported = "" if problem.on_sets else " on the test environment's in split"
     return Table(
         f"Every run on {problem.dataset}",
         (
@@ -95,48 +106,47 @@ def _config(key: str) -> Words:
     return lambda runs: every(run.config.get(key) for run in runs)
 
 
-def _conditions(on_sets: bool) -> dict[str, Words]:
-    """What stands in the rows; `on_sets`: whether there are runs that are scored on whole sets."""
-    evaluated: dict[str, Words] = {
-        "test environments": lambda runs: ", ".join(environments(runs)),
-        "images of a test environment": lambda runs: every(map(_sizes, runs)),
-    }
-    if on_sets:
-        evaluated = {
-            "measure": lambda runs: every(run.words.measure for run in runs),
-            "evaluated on": lambda runs: ", ".join(environments(runs)),
-            "examples": lambda runs: every(map(_sizes, runs)),
-            "tokens of an example, mean": lambda runs: every(
-                format_number(run.facts.get("mean_tokens", math.nan), ".1f") for run in runs
-            ),
-            "patience, in evaluations": _fact("patience"),
-        }
-    return {
-        **evaluated,
-        "protocol": _fact("protocol"),
-        "selection rule": lambda runs: every(RULES[run.facts["selection"]] for run in runs),
-        "repetitions": lambda runs: seeds({run.repetition for run in runs}),
-        "steps": _fact("steps"),
-        f"batch size{', per training environment' * (not on_sets)}": _fact("batch_size"),
-        "learning rate": _config("task.optimizer.lr"),
-        "weight decay": _config("task.optimizer.weight_decay"),
-        "backbone": _fact("backbone"),
-        "weights": _fact("weights"),
-        "data hash": lambda runs: every(sorted({str(run.facts.get("data_hash")) for run in runs})),
-        "versions": _fact("versions"),
-        "machine": _fact("machine"),
-        "device, threads": lambda runs: every(
-            f"{run.facts.get('device', 'unknown')}, {run.facts.get('threads', 'unknown')}"
-            for run in runs
-        ),
-        "runtime": _fact("runtime"),
-    }
+def _conditions() -> Iterator[Row]:
+    """What stands in the rows, in order."""
+    yield Row("test environments", lambda runs: ", ".join(environments(runs)), False)
+    yield Row("images of a test environment", lambda runs: every(map(_sizes, runs)), False)
+    yield Row("measure", lambda runs: every(run.words.measure for run in runs), True)
+    yield Row("evaluated on", lambda runs: ", ".join(environments(runs)), True)
+    yield Row("examples", lambda runs: every(map(_sizes, runs)), True)
+    yield Row("tokens of an example, mean", lambda runs: every(map(_mean_tokens, runs)), True)
+    yield Row("patience, in evaluations", _fact("patience"), True)
+    yield Row("protocol", _fact("protocol"))
+    yield Row("selection rule", lambda runs: every(RULES[run.facts["selection"]] for run in runs))
+    yield Row("repetitions", lambda runs: seeds({run.repetition for run in runs}))
+    yield Row("steps", _fact("steps"))
+    yield Row("batch size, per training environment", _fact("batch_size"), False)
+    yield Row("batch size", _fact("batch_size"), True)
+    yield Row("learning rate", _config("task.optimizer.lr"))
+    yield Row("weight decay", _config("task.optimizer.weight_decay"))
+    yield Row("backbone", _fact("backbone"))
+    yield Row("weights", _fact("weights"))
+    yield Row(
+        "data hash",
+        lambda runs: every(sorted({str(run.facts.get("data_hash")) for run in runs})),
+    )
+    yield Row("versions", _fact("versions"))
+    yield Row("machine", _fact("machine"))
+    yield Row("device, threads", lambda runs: every(map(_device, runs)))
+    yield Row("runtime", _fact("runtime"))
+
+
+def _mean_tokens(run: Run) -> str:
+    return format_number(run.facts.get("mean_tokens", math.nan), ".1f")
+
+
+def _device(run: Run) -> str:
+    return f"{run.facts.get('device', 'unknown')}, {run.facts.get('threads', 'unknown')}"
 
 
 def _sizes(run: Run) -> str | None:
     """`0: 240 in, 60 out`, by split; of whole sets `2490 train, 277 dev`."""
     sizes = run.facts.get("sizes") or {}
-    if run.problem.selection in SELECTING_SET:
+    if run.problem.on_sets:
         counts = {name: sizes.get(name) for name in ("train", "heldout")}
         for index, name in enumerate(run.facts["env_names"]):
             counts[name] = sizes.get(f"env{index}", {}).get("in")

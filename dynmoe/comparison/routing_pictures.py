@@ -25,7 +25,6 @@ from dynmoe.comparison.routing import (
     overlap,
 )
 from dynmoe.comparison.run import Run
-from dynmoe.metrics.selection import SELECTING_SET
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import (
     BLUE,
@@ -93,8 +92,10 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
         experts = [
             [len(of_layer(on_tests(run), layer)[0]["slots"]) for layer in layers] for run in members
         ]
+        # Of one layer there is no line to see.
+        mark = "_" if len(layers) == 1 else None
         for values in k:
-            axes.plot(places, values, color=GREY, linewidth=0.8, alpha=0.6)
+            axes.plot(places, values, color=GREY, linewidth=0.8, alpha=0.6, marker=mark)
         axes.plot(places, k.mean(axis=0), color=BLUE, linewidth=2.2, marker="o", label="mean k")
         axes.plot(places, np.mean(experts, axis=0), "k:s", markersize=4, label="living experts")
         axes.set_xticks(
@@ -105,15 +106,22 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
         axes.grid(alpha=0.25)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    name_axes(figure, "MoE layer, from the first up", "experts per test token")
+    words = runs[0].words
+    name_axes(figure, "MoE layer, from the first up", f"experts per {words.token}")
     return Picture(
         "k_by_layer",
         figure,
-        "Experts that a test token activates, by MoE layer",
-        f"Blue: experts that a token of the {runs[0].words.place}s activates on average; thin "
+        f"Experts that a {words.token} activates, by MoE layer",
+        f"Blue: experts that a token of the {_tests(runs)} activates on average; thin "
         "lines: single runs. Black: the experts there are. Blue near black means that nearly all "
         "are used.",
     )
+
+
+def _tests(runs: Sequence[Run]) -> str:
+    """What k is shown of: `test environments`, `evaluation set dev`."""
+    place = runs[0].words.place
+    return f"{place} {runs[0].environment}" if runs[0].problem.on_sets else f"{place}s"
 
 
 def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
@@ -137,13 +145,13 @@ def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
         )
         axes.set_title(setting)
     order = "class token; then patches, row by row"
-    if _on_sets(runs[0]):
+    if runs[0].problem.on_sets:
         order = "the first; a position counts the texts that reach it"
     name_axes(figure, f"token position (0: {order})")
     return Picture(
         "k_by_position",
         figure,
-        "Experts that a test token activates, by MoE layer and token position",
+        f"Experts that a {runs[0].words.token} activates, by MoE layer and token position",
         "Mean k of the tokens at each position, mean over runs: darker tokens activate more "
         "experts; the shades span the smallest to the largest value.",
     )
@@ -154,7 +162,7 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
 
     def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
         tests = {f"env{index}" for index in run.facts["test_envs"]}
-        mark = " (reported)" if _on_sets(run) else " (test)"
+        mark = " (reported)" if run.problem.on_sets else " (test)"
         marks = [mark if line["source"] in tests else "" for line in lines]
         rows = [name + mark for name, mark in zip(evaluated(run), marks, strict=True)]
         slots = lines[0]["slots"]
@@ -208,7 +216,8 @@ def draw_load_by_class(runs: Sequence[Run]) -> Picture | None:
 
 def draw_overlap(runs: Sequence[Run]) -> Picture | None:
     """How far two environments use the same experts, per layer, as the mean of each setting."""
-    settings = _settings(run for run in runs if len(evaluated(run)) > 1)
+    most = max(map(evaluated, runs), key=len, default=[])
+    settings = _settings(run for run in runs if len(most) > 1 and evaluated(run) == most)
     places = list(_places(settings))
     if not places:
         return None
@@ -238,10 +247,6 @@ def draw_overlap(runs: Sequence[Run]) -> Picture | None:
         f"The share of routing that two {part}s have in common, mean over runs: 1 means the "
         "same use of experts, 0 disjoint experts; shades span the values off the diagonal.",
     )
-
-
-def _on_sets(run: Run) -> bool:
-    return run.problem.selection in SELECTING_SET
 
 
 Settings = dict[str, list[Run]]
@@ -284,5 +289,7 @@ def _load(
     for (run, layer), axes in zip(places, panels, strict=True):
         draw(axes, run, of_layer(evaluation(run), layer))
         axes.set_title(f"{run.setting}\n{layer_name(layer)}")
-    name_axes(figure, "living expert (slot)", f"{what}; numbers: % of its routed tokens")
+    # Of few rows a panel is too low for the long name; the caption says it too.
+    share = "" if runs[0].problem.on_sets else "; numbers: % of its routed tokens"
+    name_axes(figure, "living expert (slot)", what + share)
     return figure

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from dynmoe.metrics.selection import judged, selected
+from dynmoe.metrics.selection import judged, on_sets, selected
 from dynmoe.report.records import Record, RunFolder
 from dynmoe.report.words import Words, words_of
 
@@ -30,6 +30,11 @@ class Problem(NamedTuple):
     dataset: str
     protocol: str
     selection: str
+
+    @property
+    def on_sets(self) -> bool:
+        """Whether its runs are scored on whole sets, not on the splits of environments."""
+        return on_sets(self.selection)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ class Run:
         """The keys that its protocol searches over, and their values here."""
         keys = self.config.get("protocol.searched") or ()
         return {key: self.config.get(key) for key in keys}
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether most of its weights are frozen."""
+        return any(key.startswith("backbone.lora.") for key in self.config)
 
     @property
     def words(self) -> Words:

@@ -16,7 +16,7 @@ from dynmoe.comparison.checks import check_config, check_facts, check_results, c
 from dynmoe.comparison.run import Outcome, Problem, Repetition, Run, order, short_name
 from dynmoe.comparison.settings import name_settings
 from dynmoe.comparison.standing import choose
-from dynmoe.metrics.selection import SELECTING_SET
+from dynmoe.metrics.selection import on_sets, rule_of
 from dynmoe.report.records import RecordError, RunFolder
 
 __all__ = ["Absent", "Collection", "Outcome", "Problem", "Run", "read_runs", "short_name"]
@@ -165,12 +165,12 @@ def _asked(folder: RunFolder, job: Job) -> Run | None:
     config = job.get("config")
     if not config:
         return None
-    selection = config.get("task.selection") or config.get("protocol.selection", "")
+    selection = rule_of(config)
     facts = {
         "dataset": config.get("data.name", ""),
         "protocol": config.get("protocol.name", ""),
         "selection": selection,
-        "test_envs": [0] if selection in SELECTING_SET else config.get("data.test_envs", []),
+        "test_envs": [0] if on_sets(selection) else config.get("data.test_envs", []),
         **{key: config.get(key, 0) for key in ("seed", "trial_seed", "hparams_seed")},
         "config": config,
     }

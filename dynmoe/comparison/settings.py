@@ -1,7 +1,8 @@
 """Which configurations are one setting, and what it is called.
 
 A configuration is the flat `config` of a `run.json`. Those of one setting differ in chance alone:
-in seeds, in the environment they are tested on, and in where the data lie. Draws of
+in seeds, in the environment they are tested on, in where data and weights lie and how they are
+read, and in what is evaluated besides. Draws of
 hyper-parameters (`hparams_seed`) belong to one setting too: the search is part of the method, as in
 DomainBed. So do the values of the keys that a protocol searches over (`protocol.searched`), as the
 learning rate on GLUE.
@@ -12,12 +13,23 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Config = Mapping[str, Any]
 
 # What distinguishes repetitions of one setting.
 REPETITION = ("seed", "trial_seed", "data.test_envs")
+
+# Where data lie, how they are read, and what is evaluated or fitted besides.
+READING = (
+    "data.root",
+    "data.source",
+    "data.eval_batch_size",
+    "data.ood",
+    "data.ood_root",
+    "data.linear_baseline",
+)
 
 # What hparams_seed > 0 draws at random (dynmoe/config/resolvers.py).
 DRAWN = ("task.optimizer.lr", "task.optimizer.weight_decay", "data.batch_size")
@@ -44,11 +56,11 @@ def name_settings(short_names: Sequence[str], configs: Sequence[Config]) -> list
 
 def _identities(configs: Sequence[Config]) -> list[Config]:
     """Each configuration without what does not distinguish settings."""
-    chance = (*REPETITION, "hparams_seed", "data.root", "data.ood_root")
+    chance = (*REPETITION, "hparams_seed", *READING)
     plain = [
         {
             key: value
-            for key, value in config.items()
+            for key, value in _by_name(config).items()
             if key not in (*chance, *(config.get("protocol.searched") or ()))
         }
         for config in configs
@@ -66,6 +78,19 @@ def _identities(configs: Sequence[Config]) -> list[Config]:
         found if drawn or (_text(found) in searches and len(by_hand[_text(found)]) == 1) else config
         for config, found, drawn in zip(plain, without_draw, is_draw, strict=True)
     ]
+
+
+def _by_name(config: Config) -> Config:
+    """With the last part of a path for the path: weights are known by the folder's name, or by the
+    hub's, wherever they lie."""
+    if "backbone.path" not in config:
+        return config
+    found = dict(config)
+    found["backbone.model"] = found.pop("backbone.path") or found.get("backbone.model")
+    for key in ("backbone.model", "data.tokenizer_path"):
+        if found.get(key):
+            found[key] = Path(found[key]).name
+    return found
 
 
 def _differing(identities: Sequence[Config]) -> list[str]:

@@ -11,7 +11,8 @@ from dynmoe.comparison.conditions import conditions, every, seeds
 from dynmoe.comparison.published import MARK, NOTE, ROWS, published
 from dynmoe.comparison.run import Problem, Repetition, Run, order, settings
 from dynmoe.comparison.runs import Collection
-from dynmoe.metrics.selection import RULES, SELECTING_SET
+from dynmoe.comparison.values import taken
+from dynmoe.metrics.selection import RULES
 from dynmoe.report.tables import Strong, Table, format_mean
 from dynmoe.report.words import capital
 
@@ -23,7 +24,7 @@ def task_tables(collection: Collection) -> dict[str, Table]:
     """By name, a table for each protocol whose tasks are scored on whole sets."""
     groups: dict[tuple[str, str], list[Problem]] = {}
     for problem in collection.problems:
-        if problem.selection in SELECTING_SET:
+        if problem.on_sets:
             groups.setdefault((problem.protocol, problem.selection), []).append(problem)
     return {
         "_".join(["tasks", *key]) if len(groups) > 1 else "tasks": _table(collection, problems)
@@ -35,7 +36,7 @@ def sets_table(collection: Collection, problem: Problem) -> Table | None:
     """Every setting on every evaluation set of a task, at the same step; None with one set."""
     runs = collection.of(problem)
     names = list(dict.fromkeys(name for run in runs for name in run.facts["env_names"]))
-    if problem.selection not in SELECTING_SET or len(names) == 1:
+    if not problem.on_sets or len(names) == 1:
         return None
     words = runs[0].words
     rows = []
@@ -60,6 +61,8 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
     rows = _rows(runs, tasks)
     best = [max(map(_mean, cells)) for cells in zip(*rows.values(), strict=True)]
     published_rows = list(_published(tasks, len(columns)))
+    searched = any(taken(collection, problem) for problem in problems)
+    notes = _notes(runs, tasks, searched, NOTE if published_rows else "")
     return Table(
         f"What every setting reaches on {', '.join(tasks)}, x 100",
         ("setting", *columns),
@@ -67,7 +70,7 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
             *((name, *map(_text, cells, best)) for name, cells in rows.items()),
             *published_rows,
         ),
-        note=" ".join(_notes(runs, tasks, NOTE if published_rows else "")),
+        note=" ".join(notes),
         conditions=_conditions(runs),
     )
 
@@ -114,13 +117,15 @@ def _published(tasks: Sequence[str], columns: int) -> Iterator[tuple[str, ...]]:
         yield f"{method} ({MARK})", *cells
 
 
-def _notes(runs: Sequence[Run], tasks: Sequence[str], published_note: str) -> Iterator[str]:
+def _notes(
+    runs: Sequence[Run], tasks: Sequence[str], searched: bool, published_note: str
+) -> Iterator[str]:
     measures = {run.problem.dataset: run.words.measure for run in runs}
     yield f"{'; '.join(f'{task}: {measures[task]}' for task in tasks)}."
     yield "Mean over repetitions of the selected step, +/- the standard error (ddof 0)."
-    searched = dict.fromkeys(key for run in runs for key in run.searched)
     if searched:
-        yield f"For each cell, the {', '.join(searched)} of the best mean validation is taken."
+        keys = dict.fromkeys(key for run in runs for key in run.searched)
+        yield f"For each cell, the {', '.join(keys)} of the best mean validation is taken."
     yield "Bold: the highest of our own in a column."
     if published_note:
         yield published_note

@@ -58,12 +58,14 @@ def values_table(collection: Collection, problem: Problem) -> Table | None:
 
 
 def _tried(collection: Collection, problem: Problem) -> dict[str, dict[str, list[Run]]]:
-    """Runs by setting and value, in order."""
+    """Runs by setting and value, in order; none if no setting has several values."""
     found: defaultdict[str, dict[str, list[Run]]] = defaultdict(dict)
     runs = [run for run in (*collection.runs, *collection.others) if run.problem == problem]
     for run in sorted(runs, key=lambda run: str(run.searched)):
         if run.searched:
             found[run.setting].setdefault(_value(run), []).append(run)
+    if all(len(by_value) == 1 for by_value in found.values()):
+        return {}
     order = dict.fromkeys(run.setting for run in runs)
     return {setting: found[setting] for setting in order if setting in found}
 

@@ -11,7 +11,6 @@ from dynmoe.comparison.matching import MEAN, columns, expected, lacks, score_cel
 from dynmoe.comparison.run import Problem
 from dynmoe.comparison.runs import Collection
 from dynmoe.comparison.values import taken
-from dynmoe.metrics.selection import SELECTING_SET
 from dynmoe.report.tables import Strong, Table, format_mean, format_points
 from dynmoe.report.words import Words, capital
 
@@ -251,7 +250,7 @@ def _measured(words: Words, values: Sequence[float]) -> str:
 
 
 def _grid(claim: Claim) -> str:
-    on_sets = claim.problem.selection in SELECTING_SET
+    on_sets = claim.problem.on_sets
     return GRID.format(f"reported {claim.words.noun}" if on_sets else "test accuracy")
 
 

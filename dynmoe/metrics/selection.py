@@ -36,9 +36,18 @@ RULES = {
     "heldout": "held-out part of the training set",
 }
 
-# Of the rules whose runs are scored on whole sets, not on the splits of environments: which set
-# selects.
+# Of the rules whose runs are scored on whole sets: which set selects.
 SELECTING_SET = {"best_dev": "dev", "heldout": "heldout"}
+
+
+def on_sets(rule: str) -> bool:
+    """Whether the rule's runs are scored on whole sets, not on the splits of environments."""
+    return rule in SELECTING_SET
+
+
+def rule_of(config: Mapping[str, Any]) -> str:
+    """The rule of a flat configuration; of texts it is the protocol's, which the task copies."""
+    return config.get("task.selection") or config.get("protocol.selection", "")
 
 
 @dataclass(frozen=True)
@@ -141,7 +150,7 @@ def judged(record: Record, facts: Mapping[str, Any]) -> Choice:
     training_domain_validation. NaN: not recorded, or no environment to judge by.
     """
     rule, tests = facts["selection"], facts["test_envs"]
-    if rule in SELECTING_SET:
+    if on_sets(rule):
         judges = [f"{SELECTING_SET[rule]}_score"]
     else:
         environments = range(len(facts["env_names"]))
@@ -157,7 +166,7 @@ def judged(record: Record, facts: Mapping[str, Any]) -> Choice:
 
 def reported_key(facts: Mapping[str, Any], index: int) -> str:
     """The key of a record under which an environment's, or evaluation set's, result stands."""
-    if facts["selection"] in SELECTING_SET:
+    if on_sets(facts["selection"]):
         return f"{facts['env_names'][index]}_score"
     return f"env{index}_in_acc"
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from dynmoe.metrics.selection import SELECTING_SET, reported_key, selected
+from dynmoe.metrics.selection import SELECTING_SET, on_sets, reported_key, selected
 from dynmoe.report.drawing import (
     BLUE,
     COLOURS,
@@ -44,7 +44,7 @@ def draw_all(folder: RunFolder) -> list[Path]:
     evaluation = [line for line in routing if line["source"] != "train"]
     with_thresholds = [line for line in training if line["thresholds"] is not None]
     figures: dict[str, Figure] = {}
-    if results and run["selection"] in SELECTING_SET:
+    if results and on_sets(run["selection"]):
         figures["scores"] = draw_scores(run, results)
     elif results:
         figures["accuracy"] = draw_accuracy(run, results)
@@ -111,14 +111,16 @@ def draw_scores(run: Record, results: Sequence[Record]) -> Figure:
     axes.set(xlabel=STEP, ylabel=words_of(run).column, title=_title(run))
     over_steps(axes)
     last = results[-1]
-    if last["step"] > 0:
-        steps_per_epoch = last["step"] / last["epoch"]
-        epochs = axes.secondary_xaxis(
-            "top",
-            functions=(lambda step: step / steps_per_epoch, lambda epoch: epoch * steps_per_epoch),
-        )
-        epochs.set_xlabel("epoch")
-        epochs.xaxis.set_major_locator(whole_numbers())
+    steps_per_epoch = (last["step"] + 1) / last["epoch"]  # steps are counted from 0
+    epochs = axes.secondary_xaxis(
+        "top",
+        functions=(
+            lambda step: (step + 1) / steps_per_epoch,
+            lambda epoch: epoch * steps_per_epoch - 1,
+        ),
+    )
+    epochs.set_xlabel("epoch")
+    epochs.xaxis.set_major_locator(whole_numbers())
     figure.legend(handles=legend, loc="outside right center", frameon=False, title="evaluated on")
     return figure
 
@@ -268,5 +270,5 @@ def _layers(run: Record) -> list[str]:
 
 def _environment(run: Record, index: int) -> str:
     name = run["env_names"][index]
-    is_test = index in run["test_envs"] and run["selection"] not in SELECTING_SET
+    is_test = index in run["test_envs"] and not on_sets(run["selection"])
     return f"{name} (test)" if is_test else name

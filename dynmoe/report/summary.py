@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynmoe.metrics.efficiency import activated, exported
-from dynmoe.metrics.selection import SELECTING_SET, judged, selected
+from dynmoe.metrics.selection import SELECTING_SET, judged, on_sets, selected
 from dynmoe.report.records import Record, RecordError, RunFolder, stretches
 from dynmoe.report.words import metrics_of
 
@@ -102,7 +102,7 @@ def summarize(folder: RunFolder) -> Summary:
     costs = run.get("costs", {"parameters": run["parameters"]})  # early versions had no costs
     experts = {layer.name: layer.experts for layer in layers}
     k = {layer.name: layer.k_test for layer in layers}
-    on_sets = run["selection"] in SELECTING_SET
+    has_scores = on_sets(run["selection"])
     return Summary(
         folder=folder.path,
         run=run,
@@ -110,10 +110,10 @@ def summarize(folder: RunFolder) -> Summary:
         is_selected=chosen is not None,
         last_step=last["step"],
         epoch=model.get("epoch", math.nan),
-        has_stopped_early=_has_stopped_early(run, results, model),
+        has_stopped_early=_has_stopped_early(run, results),
         validation=judged(model, run).validation,
-        environments=() if on_sets else _environments(run, model),
-        scores=_scores(run, model) if on_sets else (),
+        environments=() if has_scores else _environments(run, model),
+        scores=_scores(run, model) if has_scores else (),
         layers=layers,
         total_parameters=exported(costs, experts),
         activated_parameters=activated(costs, experts, k),
@@ -150,11 +150,17 @@ def _scores(run: Record, model: Record) -> tuple[Scores, ...]:
     )
 
 
-def _has_stopped_early(run: Record, results: Sequence[Record], model: Record) -> bool:
+def _has_stopped_early(run: Record, results: Sequence[Record]) -> bool:
+    """Counted as training counts (`dynmoe.tasks.patience`): NaN is no gain, even at first."""
     patience = run.get("patience")
     if patience is None or results[-1]["step"] + 1 >= run["steps"]:
         return False
-    return len(results) - 1 - results.index(model) >= patience
+    best, without_gain = -math.inf, 0
+    for record in results:
+        score = judged(record, run).validation
+        without_gain = 0 if score > best else without_gain + 1
+        best = score if score > best else best
+    return without_gain >= patience
 
 
 def _layers(run: Record, folder: RunFolder, step: int) -> tuple[Layer, ...]:

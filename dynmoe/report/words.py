@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dynmoe.metrics.selection import SELECTING_SET
+from dynmoe.metrics.selection import on_sets
 
 # The single measures of a task, in the words of tables; results have them as `<set>_<measure>`.
 METRICS = {
@@ -25,6 +25,10 @@ class Words(NamedTuple):
     """What it is reported on."""
     part: str
     """Any part of the data that is evaluated, reported or not."""
+    token: str
+    """Of what is reported on."""
+    sample: str
+    """What FLOPs are counted of."""
 
     @property
     def noun(self) -> str:
@@ -53,10 +57,11 @@ class Words(NamedTuple):
 
 def words_of(facts: Mapping[str, Any]) -> Words:
     """Of a run; `facts` are those of its `run.json`."""
-    if facts["selection"] in SELECTING_SET:
+    if on_sets(facts["selection"]):
         measure = facts.get("measure", "accuracy")
-        return Words(measure, "evaluation set", "evaluation set")
-    return Words("accuracy", "test environment", "environment")
+        text = "text of the training set's mean length"
+        return Words(measure, "evaluation set", "evaluation set", "token", text)
+    return Words("accuracy", "test environment", "environment", "test token", "sample")
 
 
 def metrics_of(record: Mapping[str, Any], name: str) -> list[str]:

@@ -7,13 +7,25 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dynmoe.metrics.selection import on_sets, rule_of
 from dynmoe.report.records import Record, State, stretches
 from dynmoe.sweep.jobs import Job
+
+# What tells how many steps a run takes that counts them in epochs.
+LENGTH = (
+    "data.name",
+    "data.batch_size",
+    "protocol.holdout_fraction",
+    "task.epochs",
+    "task.steps",
+    "task.eval_every",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,19 @@ class Standing:
         """Optimizer steps that the records have seen."""
         return self.results[-1]["step"] + 1 if self.results else 0
 
+    @property
+    def length(self) -> tuple[Any, ...]:
+        """Jobs with the same are equally long."""
+        return tuple(self.job.config.get(key) for key in LENGTH)
+
+    @property
+    def evaluations(self) -> int:
+        """All that are planned; runs on environments have one after the first step already."""
+        assert self.planned is not None and self.eval_every is not None
+        if on_sets(rule_of(self.job.config)):
+            return math.ceil(self.planned / self.eval_every)
+        return math.ceil((self.planned - 1) / self.eval_every) + 1
+
 
 def render(jobs: Sequence[Job], parallel: int) -> RenderableType:
     """A line for each job, the counts, and the time left with `parallel` jobs at once."""
@@ -61,11 +86,11 @@ def render(jobs: Sequence[Job], parallel: int) -> RenderableType:
 
 
 def _completed(standings: Sequence[Standing]) -> list[Standing]:
-    """A job that has not read its data is as long as one on the same data that has."""
-    known = {each.job.config.get("data.name"): each for each in standings if each.planned}
+    """A job that has not read its data is as long as an equally long one that has."""
+    known = {each.length: each for each in standings if each.planned}
     found = []
     for each in standings:
-        other = known.get(each.job.config.get("data.name"))
+        other = known.get(each.length)
         if each.planned is None and other is not None:
             each = replace(each, planned=other.planned, eval_every=other.eval_every)
         found.append(each)
@@ -73,10 +98,7 @@ def _completed(standings: Sequence[Standing]) -> list[Standing]:
 
 
 def seconds_left(standings: Sequence[Standing]) -> list[float]:
-    """Of each job, at the pace of the jobs of its setting, else of all; NaN without any record.
-
-    Steps and evaluations are counted apart: the first evaluation comes after one step already.
-    """
+    """Of each job, at the pace of the jobs of its setting, else of all; NaN without any record."""
     paces: dict[str, list[Mapping[str, float]]] = {}
     for each in standings:
         if each.results:
@@ -100,8 +122,7 @@ def _left(standing: Standing, paces: Sequence[Mapping[str, float]]) -> float:
     if not paces or standing.planned is None or standing.eval_every is None:
         return math.nan
     steps = standing.planned - standing.steps
-    evaluations = math.ceil((standing.planned - 1) / standing.eval_every) + 1
-    evaluations = max(0, evaluations - len(standing.results))
+    evaluations = max(0, standing.evaluations - len(standing.results))
     return sum(
         count * fmean(pace[what] for pace in paces)
         for count, what in ((steps, "step"), (evaluations, "evaluation"))

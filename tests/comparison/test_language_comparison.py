@@ -13,8 +13,11 @@ from sweeps import EVAL_TIME, FLOPS_OTHER, STEP_TIME, write_sweep
 from dynmoe.comparison import page
 from dynmoe.comparison.claim import examine
 from dynmoe.comparison.compare import compare
+from dynmoe.comparison.cost_tables import cost_table, search_table
 from dynmoe.comparison.costs import search_cost
+from dynmoe.comparison.pictures import draw_curves
 from dynmoe.comparison.published import ROWS
+from dynmoe.comparison.routing_pictures import draw_overlap
 from dynmoe.comparison.runs import Collection, read_runs
 from dynmoe.comparison.tasks import sets_table, task_tables
 from dynmoe.comparison.values import taken, values_table
@@ -82,6 +85,61 @@ def test_the_search_is_shown_with_every_value(tmp_path: Path) -> None:
     assert settings.rows[1] == ("DynMoE", "70.5 +/- 0.4", "2e-05 (of 3)")
 
 
+def test_a_single_value_is_no_search(tmp_path: Path) -> None:
+    write(tmp_path, "dense", 0.6)
+    write(tmp_path, "DynMoE", 0.7)
+    collection = read(tmp_path / "RTE")
+    (problem,) = collection.problems
+    assert taken(collection, problem) == {} and values_table(collection, problem) is None
+    assert accuracy_table(collection, problem).columns == ("setting", "evaluation set dev")
+
+
+def test_where_data_and_weights_lie_is_no_setting(tmp_path: Path) -> None:
+    hub = {"backbone.model": "sentence-transformers/minilm", "backbone.path": None}
+    for seed, place in enumerate(
+        (
+            {**hub, "data.source": "hub", "data.root": None, "data.ood": []},
+            {**hub, "backbone.path": "/here/minilm", "data.source": "tsv", "data.root": "/here"},
+            {**hub, "backbone.path": "there/minilm", "data.eval_batch_size": 8, "data.ood": ["x"]},
+        )
+    ):
+        write(tmp_path, "dense", 0.6, seed, config=place)
+    write(tmp_path, "dense", 0.6, config=hub | {"backbone.path": "/here/bert"})
+    names = [run.setting for run in read(tmp_path / "RTE").runs]
+    assert names == ["dense, backbone.model=bert", *["dense, backbone.model=minilm"] * 3]
+
+
+def test_the_bill_of_lora_runs_is_not_known(tmp_path: Path) -> None:
+    for setting in ("top-1 of 2", "DynMoE"):
+        write(tmp_path, setting, 0.6, config={"backbone.lora.r": 8})
+    collection = read(tmp_path / "RTE")
+    cost = search_cost(collection, collection.problems[0], "DynMoE", {})
+    table = search_table(collection, cost)
+    assert [row[2] for row in table.rows] == ["X", "X", "X"] and "are frozen" in table.note
+
+
+def test_flops_are_of_a_text_of_mean_length(tmp_path: Path) -> None:
+    write(tmp_path, "dense", 0.6)
+    collection = read(tmp_path / "RTE")
+    note = cost_table(collection, collection.problems[0]).note
+    assert "one forward pass of a text of the training set's mean length" in note
+
+
+def test_a_run_that_ended_early_stays_in_the_mean_curve(tmp_path: Path) -> None:
+    write_language_run(tmp_path, "dense", (0.5, 0.6), seed=0)
+    write_language_run(tmp_path, "dense", (0.3, 0.4, 0.5, 0.6), seed=1)
+    picture = draw_curves(read(tmp_path / "RTE").runs)
+    assert picture is not None and "its last value goes on" in picture.caption
+    mean = picture.figure.axes[0].get_lines()[0]
+    assert mean.get_ydata() == pytest.approx([0.4, 0.5, 0.55, 0.6])
+
+
+def test_sets_that_not_all_runs_have_are_left_out_of_the_overlap(tmp_path: Path) -> None:
+    write(tmp_path, "DynMoE", 0.6, seed=0, others=["hans"])
+    write(tmp_path, "DynMoE", 0.6, seed=1)
+    assert draw_overlap(read_runs([tmp_path / "RTE"]).runs) is not None
+
+
 def test_the_bill_of_the_search_counts_lost_values_and_the_steps_taken(tmp_path: Path) -> None:
     for lr in LRS[:2]:
         write(tmp_path, "top-1 of 2", 0.6, lr=lr, facts={"steps": 1000})
@@ -128,9 +186,12 @@ def test_tasks_side_by_side_with_their_mean_and_published_rows(tmp_path: Path) -
     )
     assert [type(cell) for cell in table.rows[1]] == [str, Strong, Strong, Strong]
     assert table.rows[2] == ("dense (published)", "64.0", "74.4", "69.2")
+    assert table.rows[3] == ("top-1 of 16 (published)", "63.6", "74.0", "68.8")
+    assert ("mean of 8 fixed settings (published)", "64.3", "74.1", "69.2") in table.rows
     assert len(table.rows) == 2 + len(ROWS)
     assert table.note.startswith("CoLA: Matthews correlation; RTE: accuracy. ")
-    assert "second-hand" in table.note
+    assert "second-hand" in table.note and "chosen by the dev score itself" in table.note
+    assert "task.optimizer.lr" not in table.note  # a single value was no search
 
 
 def test_one_task_has_no_mean_and_an_unknown_one_nothing_published(tmp_path: Path) -> None:
@@ -206,7 +267,11 @@ def test_language_beside_vision(tmp_path: Path) -> None:
     ]
     assert sheet.table.columns == ("setting", "RTE")
     text = to_text(document)
-    assert "| examples | 2000 train, 200 dev | unknown |" in text
+    assert "| examples | 2000 train, 200 dev | - |" in text
+    assert "| images of a test environment | - | unknown |" in text
+    assert "| test environments | - | 0 |" in text
+    assert "| batch size, per training environment | - | 8 |" in text
+    assert "| protocol | glue | domainbed |" in text
     assert "test environment 0" in text and "evaluation set dev" in text
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import pytest
 from language_runs import write_language_run
 
 from dynmoe.report.figures import draw_all, draw_scores
@@ -39,7 +41,7 @@ def test_the_held_out_set_selects_and_dev_is_reported(tmp_path: Path) -> None:
         others=["ood"],
     )
     summary = summarize(folder)
-    assert (summary.step, summary.validation, summary.epoch) == (50, 0.4, 1.0)
+    assert (summary.step, summary.validation, summary.epoch) == (50, 0.4, 1.02)
     assert (
         "| evaluation set | Matthews correlation, x 100 |\n"
         "| --- | ---: |\n"
@@ -61,6 +63,9 @@ def test_patience_ends_a_run_that_is_not_unfinished(tmp_path: Path) -> None:
     assert "- stopped early: after 151 of 300 steps (patience 2)\n" in early
     running = shown(write_language_run(tmp_path, dev=(0.6, 0.6, 0.7, 0.65), facts=facts))
     assert "- unfinished: 151 of 300 steps are recorded\n" in running
+    nan = math.nan  # no correlation with a constant prediction; the first one is no gain either
+    constant = shown(write_language_run(tmp_path, dataset="CoLA", dev=(nan, nan), facts=facts))
+    assert "- stopped early: after 51 of 300 steps (patience 2)\n" in constant
     without = shown(write_language_run(tmp_path, facts={"steps": 300, "patience": None}))
     assert "- unfinished: 151 of 300 steps are recorded\n" in without
 
@@ -73,9 +78,14 @@ def test_the_figure_of_scores_has_epochs_and_every_set(tmp_path: Path) -> None:
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["dev (reported)", "mismatched", "selected step (100)"]
     assert figure.axes[0].get_ylabel() == "accuracy, %"
-    assert figure.axes[0].child_axes[0].get_xlabel() == "epoch"
+    epochs = figure.axes[0].child_axes[0]
+    assert epochs.get_xlabel() == "epoch"
+    figure.draw_without_rendering()
+    ends = zip(figure.axes[0].get_xlim(), epochs.get_xlim(), strict=True)
+    for step, epoch in ends:  # the first epoch, of 50 steps, is over after step 49
+        assert epoch == pytest.approx((step + 1) / 50)
 
 
-def test_one_evaluation_before_the_first_step_is_drawn(tmp_path: Path) -> None:
+def test_one_evaluation_is_drawn(tmp_path: Path) -> None:
     folder = write_language_run(tmp_path, dev=(0.5,))
-    assert draw_scores(folder.read_run(), folder.read("results")).axes[0].child_axes == []
+    draw_scores(folder.read_run(), folder.read("results")).draw_without_rendering()
