@@ -135,7 +135,7 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
     from its output bias in ViTs too.
 
     Raises:
-        ConfigError: a kind of model that is not known.
+        ConfigError: a kind of model that is not known, or one that cuts its FFNs' input in chunks.
     """
     config: Any = getattr(model, "config", None)
     if config is None:
@@ -147,6 +147,12 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
             f"backbone: MoE layers in '{config.model_type}' models: not known where their FFNs "
             f"are. Known: {', '.join(FORMS)}. Another is a line in FORMS of "
             "dynmoe/backbones/ffns.py; moe=dense needs none."
+        )
+    chunk = getattr(config, "chunk_size_feed_forward", 0)
+    if chunk:
+        raise ConfigError(
+            f"backbone.options.chunk_size_feed_forward: expected 0 with MoE layers, found {chunk}: "
+            "they route whole texts, whose padding they are told of. Set it to 0, or moe=dense."
         )
     depth = config.num_hidden_layers
     lists: Any = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from dynmoe.errors import ConfigError
@@ -14,13 +15,17 @@ TARGETS = (
 )
 
 
-def add_adapters(model: Any, r: int = 8, alpha: int = 16, dropout: float = 0.1) -> None:
+def add_adapters(
+    model: Any, fresh: Collection[str] = (), r: int = 8, alpha: int = 16, dropout: float = 0.1
+) -> None:
     """Freeze a transformers classifier but for its head, and add trained adapters, in place.
 
-    Defaults are EMoE's. MoE layers that come later are trained whole.
+    ``fresh`` names other parameters to train: those that no pretraining has seen. Defaults are
+    EMoE's. MoE layers that come later are trained whole.
 
     Raises:
         ConfigError: peft is not installed.
+        ValueError: a value out of its range, or a model whose attention is not in ``TARGETS``.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -35,6 +40,6 @@ def add_adapters(model: Any, r: int = 8, alpha: int = 16, dropout: float = 0.1) 
     )
     inject_adapter_in_model(config, model)
     inside = {id(p) for p in model.base_model.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in inside:
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in inside or name in fresh:
             parameter.requires_grad = True

@@ -54,13 +54,16 @@ def add_moe_layers(
 ) -> None:
     """Turn the FFNs of the chosen blocks into MoE layers, in place.
 
-    ``init="copy"``: every expert starts as a copy of the block's FFN (GMoE, DynMoE); ``cluster`` or
-    ``random``: as a part of it (EMoE); ``fresh``: drawn anew, for training from scratch.
+    ``init="copy"``: every expert starts as a copy of the block's FFN (GMoE, DynMoE), and so the
+    layer as that FFN where a token's weights sum to 1, which top-1's do not (``TopKRouter``);
+    ``cluster`` or ``random``: as a part of it (EMoE); ``fresh``: drawn anew, for training from
+    scratch.
     ``expert_dropout`` acts after the activation inside experts only (0.1 in GMoE); None keeps the
     FFN's own. ``recompute``: see ``MoELayer``. All of an MoE layer is trained, whatever was frozen.
 
     Raises:
-        ConfigError: blocks that are not there, or whose FFN is of a form not known.
+        ConfigError: blocks that are not there, or whose FFN is of a form not known or cannot be
+            split.
     """
     if layers == "none":
         return

@@ -49,6 +49,24 @@ class TextClassifier(nn.Module):
         """Of transformers."""
         return self.model.config
 
+    def check_length(self, tokens: int) -> None:
+        """Whether texts of so many tokens have a position for each.
+
+        Raises:
+            ConfigError: there are fewer positions. Relative and rotary ones have no end.
+        """
+        for name, module in self.model.named_modules():
+            if not name.endswith((".position_embeddings", ".wpe")):
+                continue
+            # The first ones are for padding where it has a position, as in RoBERTa.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            if tokens > module.num_embeddings - first:
+                raise ConfigError(
+                    f"data.max_length={tokens}: this backbone has positions for "
+                    f"{module.num_embeddings - first} tokens. Set data.max_length="
+                    f"{module.num_embeddings - first}, or choose another backbone."
+                )
+
     def forward(self, tokens: Mapping[str, Tensor]) -> Tensor:
         mask = tokens.get("attention_mask")
         self._token_mask = None if mask is None else mask.bool()
@@ -78,23 +96,26 @@ def build_text_classifier(
     One of three names the architecture: ``model`` on Hugging Face's hub; ``path``, a folder with
     config.json, weights and tokenizer, which goes before ``model`` and needs no network; or
     ``architecture``, a ``model_type`` of transformers, whose ``vocab_size`` is then the data's.
-    ``pretrained``: load the weights too. ``pad_token_id`` is for models without one of their own.
+    ``pretrained``: load the weights too. ``pad_token_id`` is the data's, if there is one: decoders
+    look for the last token that is not padding.
     ``lora`` (``{r, alpha, dropout}``): see ``lora.add_adapters``. ``options`` change the
     configuration of transformers (num_hidden_layers, hidden_dropout_prob, ...).
 
     Raises:
-        ConfigError: a model, folder or option that is not there, or weights that do not fit.
+        ConfigError: a model, folder or option that is not there, weights that do not fit, or
+            adapters that do not.
     """
     config = _configuration(model, path, architecture, options or {})
     config.num_labels = num_classes
     if architecture is not None and vocab_size is not None:
         config.vocab_size = vocab_size
-    if architecture is not None or config.pad_token_id is None:
+    if architecture is not None or pad_token_id is not None:
         config.pad_token_id = pad_token_id
     if config.pad_token_id is None:
         config.pad_token_id = config.eos_token_id
+    fresh: list[str] = []
     if pretrained:
-        classifier = _with_weights(model, path, config)
+        classifier, fresh = _with_weights(model, path, config)
     else:
         try:
             classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -103,7 +124,13 @@ def build_text_classifier(
                 f"backbone: transformers cannot build this {type(config).__name__}: {error}"
             ) from error
     if lora is not None:
-        add_adapters(classifier, **lora)
+        try:
+            add_adapters(classifier, fresh, **lora)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"backbone.lora: expected keys among r, alpha, dropout and a model whose attention "
+                f"they fit, found {dict(lora)} for {config.model_type}: {error}"
+            ) from error
     return TextClassifier(classifier, grad_checkpointing)
 
 
@@ -142,8 +169,8 @@ def _check_options(config: PreTrainedConfig, options: Mapping[str, Any]) -> None
             raise ConfigError(f"backbone.options: {type(config).__name__} has no '{key}'.{hint}")
 
 
-def _with_weights(model: str | None, path: str | None, config: Any) -> Any:
-    """The pretrained model under a new head.
+def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any, list[str]]:
+    """The pretrained model under a new head, and the parameters in it that were not pretrained.
 
     Raises:
         ConfigError: no weights, or weights of another model.
@@ -164,15 +191,19 @@ def _with_weights(model: str | None, path: str | None, config: Any) -> Any:
     except (OSError, ValueError) as error:
         raise _not_found(model, path, None, error) from error
     body = f"{classifier.base_model_prefix}."
-    absent = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
-    absent = sorted(key for key in absent if key.startswith(body) and "pooler" not in key)
+    fresh = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
+    absent = sorted(key for key in fresh if key.startswith(body) and "pooler" not in key)
     if absent:
         raise ConfigError(
             f"backbone.{'path' if path else 'model'}={path or model}: the weights do not fit the "
             f"configuration; absent or of another size: {', '.join(absent[:3])}"
             f"{' ...' if len(absent) > 3 else ''} ({len(absent)} in all)"
         )
-    return classifier
+    head = {name for name, _ in classifier.named_parameters() if not name.startswith(body)}
+    for name in head.difference(fresh):  # of another task, of as many classes
+        classifier.get_parameter(name)._is_hf_initialized = False
+        classifier._init_weights(classifier.get_submodule(name.rpartition(".")[0]))
+    return classifier, fresh
 
 
 def _where(model: str | None, path: str | None) -> dict[str, Any]:

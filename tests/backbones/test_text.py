@@ -11,12 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, BertModel
 
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.backbones.text import TextClassifier, build_text_classifier
 from dynmoe.errors import ConfigError
-from dynmoe.layers import AverageKeyRouter, TopAnyRouter, TopKRouter, moe_layers, record_routing
+from dynmoe.layers import (
+    AverageKeyRouter,
+    MoELayer,
+    TopAnyRouter,
+    TopKRouter,
+    moe_layers,
+    record_routing,
+)
 from dynmoe.layers.ffn import read_ffn
 from dynmoe.runtime import set_fused_attention
 
@@ -110,6 +117,13 @@ def test_attention_can_be_chosen(fused: bool) -> None:
         torch.testing.assert_close(model(tokens()), expected, atol=1e-5, rtol=0)
 
 
+def test_a_copy_under_top_1_starts_at_the_probability_of_its_choice() -> None:
+    ffn = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    layer, x = MoELayer(ffn, 8, partial(TopKRouter, top_k=1), 4), torch.randn(5, 8)
+    best = layer.router.logits(x).softmax(1).amax(1, keepdim=True)  # type: ignore[operator]
+    torch.testing.assert_close(layer(x), best * ffn(x))
+
+
 # Padding: what is routed, counted and learned must be the same without it.
 
 ROUTERS = {"top-any": TopAnyRouter, "top-k": partial(TopKRouter, top_k=2)}
@@ -200,6 +214,15 @@ def test_weights_from_a_folder_under_a_head_of_another_size(folder: str) -> None
         assert torch.equal(model.model.bert.state_dict()[key], value)
 
 
+def test_the_head_of_another_task_is_not_kept(folder: str) -> None:
+    torch.manual_seed(2)
+    model = build_text_classifier(None, 3, path=folder, pretrained=True)
+    donor = classifier("bert")
+    assert not torch.equal(model.model.classifier.weight, donor.model.classifier.weight)
+    assert not model.model.classifier.bias.any()
+    assert torch.equal(model.model.bert.pooler.dense.weight, donor.model.bert.pooler.dense.weight)
+
+
 def test_the_architecture_of_a_folder_alone(folder: str) -> None:
     model = build_text_classifier(None, 2, path=folder, options={"num_hidden_layers": 1})
     assert len(model.model.bert.encoder.layer) == 1
@@ -214,8 +237,16 @@ def test_weights_are_fp32_whatever_the_folder_says(tmp_path: Path) -> None:
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_decoders_get_a_token_for_padding() -> None:
+def test_decoders_get_a_token_for_padding(tmp_path: Path) -> None:
     assert classifier("gpt2").config.pad_token_id == 0
+    folder = str(tmp_path)
+    classifier("gpt2", {"pad_token_id": 3}).model.save_pretrained(folder)
+    for given in (0, 7, None):
+        for pretrained in (False, True):
+            model = build_text_classifier(
+                None, 2, pad_token_id=given, path=folder, pretrained=pretrained
+            )
+            assert model.config.pad_token_id == (0 if given is None else given)
     model = build_text_classifier(None, 2, architecture="gpt2", options=MODELS["gpt2"])
     assert model.config.pad_token_id == model.config.eos_token_id
 
@@ -274,6 +305,29 @@ def test_models_without_a_known_form_can_be_dense_only() -> None:
         add(model, TopAnyRouter)
 
 
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("bert", 20), ("gpt2", 20), ("roberta", 19), ("mpnet", 18), ("llama", None)],
+)
+def test_texts_fit_the_positions(name: str, most: int | None) -> None:
+    """The first ones may be for padding (RoBERTa's up to the id 0 of it here, MPNet's up to 1);
+    rotary ones have no end."""
+    model = classifier(name, {"max_position_embeddings": 20})
+    model.check_length(most or 30)
+    model(tokens((most or 30,), width=most or 30))
+    if most is not None:
+        with pytest.raises(ConfigError, match=rf"^data.max_length={most + 1}: .* {most} tokens"):
+            model.check_length(most + 1)
+        with pytest.raises((RuntimeError, IndexError)):
+            model(tokens((most + 1,), width=most + 1))
+
+
+def test_moe_layers_take_no_chunks_of_texts() -> None:
+    model = classifier("bert", {"chunk_size_feed_forward": 4})
+    with pytest.raises(ConfigError, match="chunk_size_feed_forward: expected 0 with MoE layers"):
+        add(model, TopAnyRouter)
+
+
 def test_expert_dropout_acts_after_the_activation() -> None:
     for name in ("bert", "llama"):
         model = add(classifier(name), TopAnyRouter, expert_dropout=0.2)
@@ -300,3 +354,23 @@ def test_lora_trains_adapters_moe_layers_and_the_head(name: str) -> None:
         of_moe = ".experts." in key or ".router." in key or key.endswith(kept)
         head = key.split(".")[1] in heads
         assert (key in trained) == ("lora_" in key or of_moe or head), key
+
+
+def test_lora_trains_a_pooler_that_was_not_pretrained(folder: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    BertModel.from_pretrained(folder, add_pooling_layer=False).save_pretrained(tmp_path)
+    for path, untrained in ((folder, False), (str(tmp_path), True)):
+        model = build_text_classifier(None, 3, path=path, pretrained=True, lora={"r": 2})
+        assert model.model.bert.pooler.dense.weight.requires_grad == untrained
+        assert model.model.classifier.weight.requires_grad
+        assert not model.model.bert.embeddings.word_embeddings.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "lora"), [("electra", {"rank": 8}), ("electra", {"r": 0}), ("fnet", {"r": 2})]
+)
+def test_refused_adapters(name: str, lora: dict[str, int]) -> None:
+    pytest.importorskip("peft")
+    options = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    with pytest.raises(ConfigError, match=r"^backbone.lora: expected keys among r, alpha, dropout"):
+        build_text_classifier(None, 2, 40, 0, architecture=name, lora=lora, options=options)
