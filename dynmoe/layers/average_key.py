@@ -20,6 +20,9 @@ class AverageKeyRouter(nn.Module):
     Qiu et al. (arXiv 2310.10908), sec. 3. An expert's keys are the rows of its first matrix; the
     layer puts their current means into ``keys_ED`` at every forward. Weight 1 is for experts that
     are parts of one FFN (``moe.init=cluster`` or ``random``): all of them together are that FFN.
+
+    Raises:
+        ValueError: ``top_k`` is not 1 to ``num_slots``.
     """
 
     adaptive = False

@@ -33,6 +33,9 @@ class Experts(nn.Module):
     ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs of two
     plain linear layers (``ffn.read_ffn``) take the fast path of ``grouped.py``, where ``recompute``
     holds; others are called one after the other.
+
+    Raises:
+        ConfigError: ``cluster`` or ``random`` of an FFN that cannot be split so (``split_ffn``).
     """
 
     def __init__(

@@ -53,6 +53,10 @@ class MoELayer(nn.Module):
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
     inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
+
+    Raises:
+        ValueError: ``num_experts`` is not 1 to ``max_experts``.
+        ConfigError: ``init`` splits an FFN that cannot be split so (``split.split_ffn``).
     """
 
     active_E: Tensor

@@ -21,15 +21,16 @@ class TopKRouter(nn.Module):
     """Softmax over a linear score, the k largest experts per token (GShard, Switch, Mixtral).
 
     For k > 1 the chosen probabilities are renormalised to sum to 1; at k = 1 they are not, because
-    the constant weight 1 would leave the router without a task gradient.
+    the constant weight 1 would leave the router without a task gradient. Copies of an FFN then
+    start at that probability, about 1/E, times its output; for k > 1 they start at its output.
 
     ``noise`` > 0 adds Gaussian noise of standard deviation noise / E to the logits in training.
     ``aux``: ``load_balance`` (GShard) or ``importance_load`` (needs noise).
     ``weights_sum``: ``one``, or ``k`` for experts that are parts of one FFN, whose outputs add up
     (``moe.init=cluster`` or ``random``).
     ``capacity_factor``: None is dropless; else each expert takes at most
-    ``k * int(capacity_factor * ceil(T / E))`` tokens, the most confident first (Tutel's
-    batch-prioritised routing), and the overflow gets nothing from it, in evaluation too.
+    ``k * int(capacity_factor * ceil(T / E))`` of the T real tokens, the most confident first
+    (Tutel's batch-prioritised routing), and the overflow gets nothing from it, in evaluation too.
     """
 
     adaptive = False
@@ -88,7 +89,7 @@ class TopKRouter(nn.Module):
                 weights_TE = weights_TE * self.top_k
             aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
             if self.capacity_factor is not None:
-                mask_TE = self._within_capacity(mask_TE, probs_TE, choice_TK)
+                mask_TE = self._within_capacity(mask_TE, probs_TE, choice_TK, token_mask_T)
                 weights_TE = weights_TE * mask_TE
             unserved_T = ~mask_TE.any(1)
             if token_mask_T is not None:
@@ -109,11 +110,13 @@ class TopKRouter(nn.Module):
         kth_logit_T = noisy_TE.gather(1, choice_TK[:, -1:]).squeeze(1)
         return losses.importance_and_load(probs_TE, kth_logit_T, self.noise / self.num_slots)
 
-    def _within_capacity(self, mask_TE: Tensor, probs_TE: Tensor, choice_TK: Tensor) -> Tensor:
+    def _within_capacity(
+        self, mask_TE: Tensor, probs_TE: Tensor, choice_TK: Tensor, token_mask_T: Tensor | None
+    ) -> Tensor:
         """Keep the pairs that find a place: first choices before second ones, and within a choice
         the tokens with the largest probability first."""
         assert self.capacity_factor is not None
-        tokens = len(mask_TE)
+        tokens = len(mask_TE) if token_mask_T is None else int(token_mask_T.sum())
         places = self.top_k * int(self.capacity_factor * math.ceil(tokens / self.num_slots))
         order_T = probs_TE.amax(1).argsort(descending=True, stable=True)
         kept_TE = torch.zeros_like(mask_TE)
