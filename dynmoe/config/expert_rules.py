@@ -8,6 +8,9 @@ from omegaconf import DictConfig
 
 from dynmoe.config.reading import read
 
+# The number of blocks, in timm's options and in those of transformers' families.
+DEPTHS = ("depth", "num_hidden_layers", "n_layer", "n_layers")
+
 
 def top_k_within_experts(cfg: DictConfig) -> Iterator[str]:
     top_k, experts = read(cfg, "moe.top_k", int), read(cfg, "moe.num_experts", int)
@@ -54,7 +57,7 @@ def expert_bounds(cfg: DictConfig) -> Iterator[str]:
 
 
 def parts_add_up(cfg: DictConfig) -> Iterator[str]:
-    """Parts of one FFN need weights that sum to k; EMoE's router needs such parts."""
+    """Parts of one FFN need weights that sum to k, and such weights need parts."""
     init, router = read(cfg, "moe.init", str), read(cfg, "moe.router", dict)
     if init is None or router is None:
         return
@@ -65,7 +68,7 @@ def parts_add_up(cfg: DictConfig) -> Iterator[str]:
             f"moe.init: {init} makes experts whose outputs add up, but this router's weights sum "
             "to 1. Choose moe=emoe or moe=emoe_learn, or set moe.init=copy."
         )
-    if average and not parts:
+    if not parts and (average or router.get("weights_sum") == "k"):
         yield (
             f"moe.init: {init} makes whole experts, but moe.router adds up outputs. "
             "Set moe.init=cluster or random."
@@ -79,12 +82,13 @@ def expert_layers(cfg: DictConfig) -> Iterator[str]:
             yield f"moe.layers: expected distinct block indices, found {layers}"
         if any(index < 0 for index in layers):
             yield f"moe.layers: expected block indices from 0, found {layers}"
-        depth = read(cfg, "backbone.options.depth", int)
-        if depth is not None and any(index >= depth for index in layers):
-            yield (
-                f"moe.layers: expected block indices below {depth} (backbone.options.depth), "
-                f"found {layers}"
-            )
+        for key in DEPTHS:
+            depth = read(cfg, f"backbone.options.{key}", int)
+            if depth is not None and any(index >= depth for index in layers):
+                yield (
+                    f"moe.layers: expected block indices below {depth} (backbone.options.{key}), "
+                    f"found {layers}"
+                )
     wanted = layers if layers is not None else read(cfg, "moe.layers", str)
     if wanted is None or "router" not in cfg.get("moe", {}):
         return

@@ -168,6 +168,15 @@ def test_a_fixed_router_fills_its_slots() -> None:
     assert found == [f"{SLOTS} Set moe.max_experts=4."]
 
 
+@pytest.mark.parametrize(("moe", "init"), [("emoe", "copy"), ("emoe_learn", "auto")])
+def test_whole_experts_do_not_add_up(moe: str, init: str) -> None:
+    (found,) = problems(TASK, f"moe={moe}", f"moe.init={init}")
+    assert found == (
+        f"moe.init: {init} makes whole experts, but moe.router adds up outputs. "
+        "Set moe.init=cluster or random."
+    )
+
+
 def test_one_wrong_value_is_reported_once_however_often_it_is_used() -> None:
     assert problems(TASK, "hparams_seed=x") == ["hparams_seed: expected an integer, found 'x'"]
     assert problems(TASK, "moe=topk", "moe.top_k=x") == [
