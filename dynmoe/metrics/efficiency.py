@@ -137,12 +137,19 @@ def _configured_attention(module: Any, x: Tensor, y: Tensor) -> int:
     return 4 * batch * tokens**2 * int(heads * head_dim)
 
 
+def _sized_attention(module: Any, x: Tensor, y: Any) -> int:
+    """The same where the module itself does."""
+    batch, tokens, _ = x.shape
+    return 4 * batch * tokens**2 * int(module.all_head_size)
+
+
 PRODUCTS: dict[str, Callable[[Any, Tensor, Tensor], int]] = {
     "torch.nn.modules.linear.Linear": _linear,
     "torch.nn.modules.conv.Conv2d": _convolution,
     "timm.layers.attention.Attention": _attention,
     "timm.models.eva.EvaAttention": _attention,
     "transformers.pytorch_utils.Conv1D": _conv1d,
+    "transformers.models.mpnet.modeling_mpnet.MPNetSelfAttention": _sized_attention,
     **{
         f"transformers.models.{model}.modeling_{model}.{name}": _configured_attention
         for model, name in {

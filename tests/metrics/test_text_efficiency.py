@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "roberta": SIZES,
     "xlm-roberta": SIZES,
     "camembert": SIZES,
+    "mpnet": SIZES,
     "electra": {**SIZES, "embedding_size": 16},
     "distilbert": {**WIDE, "hidden_dim": 32},
     "gpt2": {**WIDE, "n_inner": 32},
