@@ -24,6 +24,12 @@ from dynmoe.config import options
 from dynmoe.config.check import problems
 from dynmoe.config.source import did_you_mean
 
+# What is had in another way than by an option of its name.
+ELSEWHERE = {
+    "data=ax": " AX is a test set of MNLI's models: train with data=mnli, then dynmoe-eval "
+    "run=FOLDER mode=submit."
+}
+
 
 class MissingGroup(Exception):
     """A group without a default, `args[0]`, was given no option."""
@@ -94,8 +100,10 @@ class Composer:
         for single in single_values(override):
             value = single.value()
             chosen += map(str, value if isinstance(value, list) else [value] if value else [])
+        group = override.key_or_group
         return [
-            f"{override.key_or_group}: no option '{name}'.{did_you_mean(name, names)} "
+            f"{group}: no option '{name}'."
+            f"{ELSEWHERE.get(f'{group}={name}') or did_you_mean(name, names)} "
             f"Options: {', '.join(names)}"
             for name in dict.fromkeys(chosen)
             if name not in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dynmoe.config.reading import modality, read
+from dynmoe.data.glue_tasks import LABELLED, TASKS, TESTS
+
+OWN_SETS = (*LABELLED, "heldout", *TESTS)
 
 
 def text_run(cfg: DictConfig) -> Iterator[str]:
@@ -26,11 +30,25 @@ def text_run(cfg: DictConfig) -> Iterator[str]:
     ood, ood_root = read(cfg, "data.ood", list), read(cfg, "data.ood_root", str)
     if ood and ood_root is None:
         yield f"data.ood_root: data.ood={ood} needs the folder of their files: data.ood_root=FOLDER"
+    for name in map(str, ood or ()):
+        if name in OWN_SETS:
+            yield f"data.ood: {name} is a set of the task itself. Take another name"
+        elif not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            yield f"data.ood: expected a name of letters, digits, _ and -, found '{name}'"
+    task = TASKS.get(read(cfg, "data.task", str) or "")
+    if read(cfg, "data.linear_baseline", bool) and task is not None and task.regression:
+        yield "data.linear_baseline: tells classes apart, this task has none. Set it to false"
     path = read(cfg, "backbone.path", str)
     if path is not None and not (Path(path).expanduser() / "config.json").is_file():
         yield f"backbone.path: expected a folder with a config.json, found none in '{path}'"
     if read(cfg, "hparams_seed", int):
         yield "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer.lr instead"
+
+
+def patience_fits(cfg: DictConfig) -> Iterator[str]:
+    patience = read(cfg, "task.patience", object)
+    if patience is not None and modality(cfg, "task.module") == "image":
+        yield "task.patience: only runs on texts stop early. Leave it out"
 
 
 def selection_fits(cfg: DictConfig) -> Iterator[str]:
@@ -48,4 +66,4 @@ def selection_fits(cfg: DictConfig) -> Iterator[str]:
         )
 
 
-RULES = (text_run, selection_fits)
+RULES = (text_run, patience_fits, selection_fits)

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dynmoe.data.glue_tasks import TASKS
+from dynmoe.data.glue_tasks import LABELLED, TASKS, TESTS
 from dynmoe.data.ood import read_ood
 from dynmoe.data.protocol import split
 from dynmoe.data.task_data import TaskData
@@ -31,9 +31,6 @@ log = logging.getLogger(__name__)
 
 VOCABULARY = 8192
 """Words of a tokenizer made from the training set; rarer ones are unknown."""
-
-TESTS = ("test", "test_mismatched", "ax")
-"""Sets without labels, for the GLUE server."""
 
 
 class GlueData(TaskData):
@@ -106,10 +103,7 @@ class GlueData(TaskData):
         """
         if self.sets:
             return
-        found = read(self.task, self._source, self._root)
-        for text in found.warnings:
-            log.warning("%s", text)
-        sets = {name: each for name, each in found.sets.items() if name not in TESTS}
+        sets = self._read(LABELLED)
         for name in self._ood:
             sets[name] = read_ood(name, self._ood_root, self.task)
         if self._holdout_fraction:
@@ -122,7 +116,13 @@ class GlueData(TaskData):
         self._encoded = {name: self._encode(each) for name, each in sets.items()}
         self.sets = sets
         if self._linear_baseline:
-            self.baseline = linear_text_baseline(sets["train"], sets["dev"])
+            self.baseline = linear_text_baseline(sets["train"], sets["dev"], self.task.metrics)
+
+    def _read(self, names: Sequence[str]) -> dict[str, TextSet]:
+        found = read(self.task, self._source, self._root, names)
+        for text in found.warnings:
+            log.warning("%s", text)
+        return found.sets
 
     def _check(self, sets: dict[str, TextSet]) -> None:
         if not all(map(len, sets.values())):
@@ -259,10 +259,9 @@ class GlueData(TaskData):
         """Reads the sets of the GLUE server as well.
 
         Raises:
-            DataError: there are none.
+            DataError: there are none, or they cannot be read.
         """
-        found = read(self.task, self._source, self._root).sets
-        tests = {name: each for name, each in found.items() if name in TESTS}
+        tests = self._read(TESTS)
         if not tests:
             raise DataError(f"data {self.name}: expected a test set to predict, found none")
         for name, each in tests.items():

@@ -40,7 +40,7 @@ def parquet_loaders(task: GlueTask, root: Path) -> dict[str, Loader]:
 
 
 def hub_loaders(task: GlueTask) -> dict[str, Loader]:
-    """Fetches the task from the hub, or takes it from the cache of `datasets`.
+    """Fetches the task from the hub, or takes it from the cache of `datasets`; ax when it is read.
 
     Raises:
         DataError: it cannot be fetched.
@@ -62,7 +62,7 @@ def hub_loaders(task: GlueTask) -> dict[str, Loader]:
         for name, split in _splits(task).items()
     }
     if task.name == "mnli":
-        loaders["ax"] = partial(_raw, task, f"{HUB} ax test", fetch("ax")["test"])
+        loaders["ax"] = lambda: _raw(task, f"{HUB} ax test", fetch("ax")["test"])
     return loaders
 
 

@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+LABELLED = ("train", "dev", "mismatched")
+TESTS = ("test", "test_mismatched", "ax")
+"""Sets without labels, for the GLUE server."""
+
 MEASURES = {
     ("accuracy",): "accuracy",
     ("matthews",): "Matthews correlation",

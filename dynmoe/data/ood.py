@@ -122,8 +122,8 @@ def read_ood(name: str, root: str | None, task: GlueTask) -> TextSet:
     published = OOD[name]
     if task.name not in published.tasks:
         raise DataError(
-            f"data.ood: {name} fits {' and '.join(published.tasks)}, not {task.name}: its labels "
-            f"mean something else. For {task.name} take {_fitting(task)}."
+            f"data.ood: {name} fits {' and '.join(published.tasks)}, not {task.name}: "
+            f"{_misfit(published, task)}. For {task.name} take {_fitting(task)}."
         )
     folders = _folders(Path(root), name)
     file = first_file([folder / each for folder, each in product(folders, published.files)])
@@ -139,6 +139,13 @@ def _folders(root: Path, name: str) -> list[Path]:
     """SciTailV1.1/ or snli_1.0/ below `root`, then `root` itself."""
     below = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
     return [*(entry for entry in below if entry.name.lower().startswith(name)), root]
+
+
+def _misfit(published: OodSet, task: GlueTask) -> str:
+    for classes in published.labels.values():
+        if classes and not set(classes) & set(task.labels):
+            return f"its class {' or '.join(classes)} is none of {task.name}'s"
+    return "its labels mean something else"
 
 
 def _fitting(task: GlueTask) -> str:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dynmoe.data.glosses import gloss_loaders
 from dynmoe.data.glue_parquet import hub_loaders, parquet_loaders
-from dynmoe.data.glue_tasks import GlueTask
+from dynmoe.data.glue_tasks import LABELLED, TESTS, GlueTask
 from dynmoe.data.glue_tsv import tsv_loaders
 from dynmoe.data.text_sets import Loader, TextSet, text_set
 from dynmoe.errors import DataError
 
 Source = Literal["hub", "tsv", "parquet", "embedded"]
 
-LABELLED = ("train", "dev", "mismatched")
-
 
 class Sets(NamedTuple):
-    """`sets` has train and dev; mismatched, test, test_mismatched and ax where the source does."""
+    """Of the sets asked for: train and dev, and those of the others that the source has."""
 
     sets: dict[str, TextSet]
     warnings: list[str]
 
 
-def read(task: GlueTask, source: Source, root: str | None) -> Sets:
-    """All sets of a task, and warnings where their sizes are not the published ones.
+def read(
+    task: GlueTask,
+    source: Source,
+    root: str | None,
+    names: Sequence[str] = (*LABELLED, *TESTS),
+) -> Sets:
+    """The sets `names` of a task, and warnings where their sizes are not the published ones.
 
     Raises:
         DataError: lists every problem of every set.
@@ -34,6 +38,8 @@ def read(task: GlueTask, source: Source, root: str | None) -> Sets:
     warnings: list[str] = []
     problems: list[str] = []
     for name, load in _loaders(task, source, root).items():
+        if name not in names:
+            continue
         try:
             raw = load()
             sets[name] = text_set(raw, task, labelled=name in LABELLED)

@@ -17,7 +17,7 @@ from dynmoe.errors import DataError
 class Table:
     """Columns of equal length; `row` numbers their lines from 0, counting the `dropped` ones too.
 
-    A line is dropped if it ends before a column, or lacks its key.
+    A line is dropped if it ends before a column, or lacks its key, or says null.
     """
 
     columns: dict[str, list[str]]
@@ -97,8 +97,8 @@ def _jsonl(
     return _table(
         wanted,
         (
-            (row, [str(fields[name]) for name in wanted] if set(wanted) <= set(fields) else None)
-            for row, fields in enumerate(rows)
+            (row, None if None in values else list(map(str, values)))
+            for row, values in enumerate([fields.get(name) for name in wanted] for fields in rows)
         ),
     )
 

@@ -54,6 +54,7 @@ def encode(
 
     Raises:
         DataError: a tokenizer without a tokenizer.json.
+        ConfigError: `cache` cannot be written.
     """
     if not tokenizer.is_fast:
         raise DataError(
@@ -62,11 +63,17 @@ def encode(
         )
     if cache is None:
         return Encoded(_tokenized(texts, tokenizer, max_length, None))
-    cache.mkdir(parents=True, exist_ok=True)
     file = cache / f"tokens-{_fingerprint(texts, tokenizer, max_length)}.arrow"
-    with FileLock(f"{file}.lock"):
-        kept = _kept(file, len(texts))
-        return Encoded(kept or _tokenized(texts, tokenizer, max_length, file))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            kept = _kept(file, len(texts))
+            return Encoded(kept or _tokenized(texts, tokenizer, max_length, file))
+    except OSError as error:
+        raise ConfigError(
+            f"paths.cache: cannot write to {cache}: {error.strerror or error}. "
+            "Choose another folder: paths.cache=FOLDER, or keep none: data.cache=null"
+        ) from error
 
 
 def load_tokenizer(path: str | None, name: str | None) -> PreTrainedTokenizerBase:

@@ -30,6 +30,12 @@ CASES = {
     ("data.source=csv",): "data.source: expected 'hub' or 'tsv' or 'parquet' or 'embedded'",
     ("data.ood=[hans]",): "data.ood_root: data.ood=['hans'] needs the folder of their files",
     ("data.ood=[hans]", "data.ood_root=nowhere"): "data.ood_root: no folder 'nowhere'",
+    ("data.ood=[dev]", "data.ood_root=."): "data.ood: dev is a set of the task itself.",
+    ("data.ood=[mismatched]", "data.ood_root=."): "data.ood: mismatched is a set of the task",
+    ("data.ood=[a.b]", "data.ood_root=."): "data.ood: expected a name of letters, digits, _ and -",
+    ("data=stsb", "data.linear_baseline=true"): "data.linear_baseline: tells classes apart",
+    ("data=ax",): "data: no option 'ax'. AX is a test set of MNLI's models: train with data=mnli",
+    ("moe.layers=[1,4]",): "moe.layers: expected block indices below 4 (backbone.options.num_hidd",
     ("backbone=minilm", "backbone.path=nowhere"): "backbone.path: expected a folder with a config",
     ("hparams_seed=1",): "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer",
     ("protocol=domainbed",): "task.selection",
@@ -52,6 +58,11 @@ def test_wrong_commands(overrides: tuple[str, ...]) -> None:
 def test_steps_without_epochs_are_not_endless() -> None:
     (text,) = preflight(["task=vit_domainbed", "task.steps=-1"]).problems
     assert text.startswith("task.steps: -1 takes its length from task.epochs")
+
+
+def test_patience_is_for_texts() -> None:
+    (text,) = preflight(["task=vit_domainbed", "+task.patience=2"]).problems
+    assert text == "task.patience: only runs on texts stop early. Leave it out"
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from dynmoe.data.glue_tasks import TASKS
 from dynmoe.data.text_baseline import linear_text_baseline
@@ -30,13 +31,22 @@ def test_no_gloss_names_its_topic() -> None:
 
 def test_words_alone_reach_three_quarters() -> None:
     sets = read(TASKS["glosses"], "embedded", None).sets
-    found = linear_text_baseline(sets["train"], sets["dev"])
+    found = linear_text_baseline(sets["train"], sets["dev"], ("accuracy",))
     assert found["name"] == "TF-IDF + logistic regression"
     assert 0.75 < float(found["dev_score"]) < 0.82
+
+
+def test_the_baseline_is_scored_as_the_task_is() -> None:
+    words = ["yes"] * 6 + ["no"] * 2
+    train = TextSet(words, None, np.array([1] * 6 + [0] * 2), np.arange(8))
+    dev = TextSet(words, None, np.array([1] * 5 + [0] * 3), np.arange(8))  # one word misleads
+    for metrics, score in ((("accuracy", "f1"), (7 / 8 + 10 / 11) / 2), (("matthews",), 0.745)):
+        found = linear_text_baseline(train, dev, metrics)
+        assert found["dev_score"] == pytest.approx(score, abs=1e-3)
 
 
 def test_the_baseline_reads_both_texts_of_a_pair() -> None:
     words = ["yes", "no"] * 10
     label = np.array([1, 0] * 10)
     pairs = TextSet(["the same"] * 20, words, label, np.arange(20))
-    assert linear_text_baseline(pairs, pairs)["dev_score"] == 1
+    assert linear_text_baseline(pairs, pairs, ("accuracy",))["dev_score"] == 1

@@ -77,9 +77,10 @@ def test_a_file_of_ones_own(tmp_path: Path, suffix: str) -> None:
         (
             "hans",
             "mnli",
-            "data.ood: hans fits rte, not mnli: its labels mean something else. For mnli take "
-            "snli, sick or a file with columns premise, hypothesis, label.",
+            "data.ood: hans fits rte, not mnli: its class not_entailment is none of mnli's. For "
+            "mnli take snli, sick or a file with columns premise, hypothesis, label.",
         ),
+        ("snli", "qnli", "data.ood: snli fits mnli and rte, not qnli: its labels mean something"),
         ("snli", "cola", "For cola take a file with columns sentence, label."),
         ("hans", "rte", "data.ood_root: no file heuristics_evaluation_set.txt or "),
         ("hnas", "rte", "data.ood: hnas is neither one of scitail, hans, snli, sick, qqp, twitter"),

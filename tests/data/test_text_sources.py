@@ -11,7 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dynmoe.data.glue_tasks import TASKS
+from dynmoe.data.glue_parquet import MNLI_SPLITS
+from dynmoe.data.glue_tasks import LABELLED, TASKS, TESTS
 from dynmoe.data.glue_tsv import LAYOUTS
 from dynmoe.data.text_sets import TextSet
 from dynmoe.data.text_sources import Sets, read
@@ -85,6 +86,29 @@ def test_parquet_and_hub_give_the_examples_of_tsv(
         assert sets.keys() == wanted.sets.keys()
         assert all(equal(sets[name], wanted.sets[name]) for name in sets)
         assert warnings == wanted.warnings
+
+
+def test_what_is_not_asked_for_is_neither_read_nor_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rte(tmp_path)
+    (tmp_path / "test.tsv").write_text("damaged")
+    assert read(TASKS["rte"], "tsv", str(tmp_path), LABELLED).sets.keys() == {"train", "dev"}
+    with pytest.raises(DataError, match="no column sentence1"):
+        read(TASKS["rte"], "tsv", str(tmp_path), TESTS)
+
+    table = {"premise": ["a"], "hypothesis": ["b"], "label": [0], "idx": [0]}
+    hub = {split: datasets.Dataset.from_dict(table) for split in MNLI_SPLITS.values()}
+    fetched = []
+
+    def load(path: str, name: str) -> datasets.DatasetDict:
+        fetched.append(name)
+        return datasets.DatasetDict(hub if name == "mnli" else {"test": hub["train"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    read(TASKS["mnli"], "hub", None, LABELLED)
+    assert fetched == ["mnli"]
+    assert read(TASKS["mnli"], "hub", None).sets["ax"].first == ["a"]
 
 
 def test_parquet_of_single_files_without_index_drops_rows_with_nulls(tmp_path: Path) -> None:

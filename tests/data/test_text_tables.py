@@ -47,8 +47,9 @@ def test_a_given_header_serves_where_the_first_line_is_none(tmp_path: Path) -> N
 
 
 def test_jsonl(tmp_path: Path) -> None:
-    file = written(tmp_path / "a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n')
-    assert read_table(file, ("text",), ("label",)) == Table({"text": ["x"], "label": ["1"]}, [0], 1)
+    rows = '{"text": "x", "label": 1}\n{"text": "y"}\n{"text": null, "label": 0}\n'
+    file = written(tmp_path / "a.jsonl", rows)
+    assert read_table(file, ("text",), ("label",)) == Table({"text": ["x"], "label": ["1"]}, [0], 2)
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from dynmoe.data import tokens
 from dynmoe.data.text_sets import TextSet
-from dynmoe.data.tokens import encode, word_tokenizer
-from dynmoe.errors import DataError
+from dynmoe.data.tokens import encode, load_tokenizer, word_tokenizer
+from dynmoe.errors import ConfigError, DataError
 
 FIRST = ["the cat sat on the mat", "a dog", "the end of the long story of the cat", ""]
 SECOND = ["the mat", "a long dog of a dog", "end", "cat"]
@@ -115,6 +117,28 @@ def test_two_processes_share_a_file(tmp_path: Path) -> None:
         one, other = pool.map(_lengths, [str(tmp_path)] * 2)
     assert one == other == _lengths(str(tmp_path))
     assert len(list(tmp_path.glob("*.arrow"))) == 1
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"paths.cache: cannot write to \S+: Not a directory."):
+        encode(texts(), tokenizer(), 8, tmp_path / "file" / "cache")
+
+
+def test_deberta_v3_has_a_sentencepiece_model_alone(tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(FIRST + SECOND),
+        model_writer=model,
+        vocab_size=24,
+        minloglevel=2,
+    )
+    (tmp_path / "spm.model").write_bytes(model.getvalue())
+    (tmp_path / "config.json").write_text('{"model_type": "deberta-v2"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    made = load_tokenizer(str(tmp_path), None)
+    row = encode(texts(None), made, 128, None).rows([0])[0]["input_ids"]
+    assert made.decode(row, skip_special_tokens=True) == FIRST[0]
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
