@@ -140,7 +140,8 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
         axes.set_title(f"{words.place} {place}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=words.unit.strip()))
         over_steps(axes)
-    name_axes(figure, STEP, f"{words.measure} on the {words.place}")
+    scale = "" if words.unit else f", {words.scale}"  # a unit stands at the ticks
+    name_axes(figure, STEP, f"{words.measure} on the {words.place}{scale}")
     figure.legend(handles=_legend(runs, style), loc="outside upper center", ncols=4, frameon=False)
     caption = (
         "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "

@@ -174,12 +174,13 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
     figure = _load([run for run in runs if evaluation(run)], part, rows, draw)
     if figure is None:
         return None
+    equal = f"; equal rows mean that experts do not tell the {part}s apart" if rows > 1 else ""
     return Picture(
         "load_by_environment",
         figure,
         f"Share of each {part}'s routed tokens that each expert serves",
         f"A row is an {part}, its numbers the per cent of its routed tokens that go to each "
-        f"living expert; equal rows mean that experts do not tell the {part}s apart. "
+        f"living expert{equal}. "
         "Shades are each panel's own.",
     )
 

@@ -60,6 +60,7 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
     columns = [*tasks, "mean of tasks"] if len(tasks) > 1 else tasks
     rows = _rows(runs, tasks)
     best = [max(map(_mean, cells)) for cells in zip(*rows.values(), strict=True)]
+    most = max(len(cell) for cells in rows.values() for cell in cells)
     published_rows = list(_published(tasks, len(columns)))
     searched = any(taken(collection, problem) for problem in problems)
     notes = _notes(runs, tasks, searched, NOTE if published_rows else "")
@@ -67,7 +68,10 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
         f"What every setting reaches on {', '.join(tasks)}, x 100",
         ("setting", *columns),
         (
-            *((name, *map(_text, cells, best)) for name, cells in rows.items()),
+            *(
+                (name, *(_text(*each, most) for each in zip(cells, best, strict=True)))
+                for name, cells in rows.items()
+            ),
             *published_rows,
         ),
         note=" ".join(notes),
@@ -99,8 +103,10 @@ def _mean(cell: Cell) -> float:
     return float(np.mean(list(cell.values()))) if cell else -math.inf
 
 
-def _text(cell: Cell, best: float) -> str:
-    text = format_mean(list(cell.values()))
+def _text(cell: Cell, best: float, most: int) -> str:
+    """With the number of repetitions where others have more."""
+    few = f" (n = {len(cell)})" if 0 < len(cell) < most else ""
+    text = format_mean(list(cell.values())) + few
     return Strong(text) if cell and _mean(cell) == best else text
 
 

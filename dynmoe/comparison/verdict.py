@@ -32,7 +32,7 @@ GRID = (
     "picked, in each repetition anew."
 )
 PAIRED = (
-    "Differences are paired: same environment, same repetition. In brackets the 95 % bootstrap "
+    "Differences are paired: same {}, same repetition. In brackets the 95 % bootstrap "
     f"interval of their mean (percentile, {RESAMPLES} resamples of the repetitions), which is too "
     "narrow for few of them; p is of a paired t test, two-sided, not corrected for the number of "
     f"rivals. Bold: p < {LEVEL}."
@@ -132,7 +132,7 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
             "n",
         ),
         tuple(rows),
-        note=" ".join([ERROR, PAIRED, _grid(claim), *_left_out(claim)]),
+        note=" ".join([ERROR, PAIRED.format(claim.words.part), _grid(claim), *_left_out(claim)]),
         conditions=conditions(collection.of(claim.problem)),
     )
 

@@ -115,8 +115,8 @@ def draw_scores(run: Record, results: Sequence[Record]) -> Figure:
     epochs = axes.secondary_xaxis(
         "top",
         functions=(
-            lambda step: (step + 1) / steps_per_epoch,
-            lambda epoch: epoch * steps_per_epoch - 1,
+            lambda step: np.add(step, 1) / steps_per_epoch,
+            lambda epoch: np.multiply(epoch, steps_per_epoch) - 1,
         ),
     )
     epochs.set_xlabel("epoch")

@@ -177,11 +177,11 @@ def test_tasks_side_by_side_with_their_mean_and_published_rows(tmp_path: Path) -
     for dataset, best in (("CoLA", 0.3), ("RTE", 0.7)):
         for seed in (0, 1):
             write(tmp_path, "DynMoE", best + seed / 50, seed, dataset=dataset)
-    write(tmp_path, "dense", 0.6)
+    write(tmp_path, "dense", 0.6)  # one seed of two
     (table,) = task_tables(read(tmp_path / "CoLA", tmp_path / "RTE")).values()
     assert table.columns == ("setting", "CoLA", "RTE", "mean of tasks")
     assert table.rows[:2] == (
-        ("dense", "X", "60.0 +/- 0.0", "X"),
+        ("dense", "X", "60.0 +/- 0.0 (n = 1)", "X"),
         ("DynMoE", "31.0 +/- 0.7", "71.0 +/- 0.7", "51.0 +/- 0.7"),
     )
     assert [type(cell) for cell in table.rows[1]] == [str, Strong, Strong, Strong]
@@ -253,7 +253,7 @@ def test_the_page_of_several_tasks(tmp_path: Path) -> None:
     assert sheets == ["tasks", "overview"]
     text = to_text(document)
     assert "| CoLA | DynMoE |" in text and "1 evaluation set, 2 repetitions" in text
-    for word in ("image", "test environment", "class token"):
+    for word in ("image", "environment,", "environments", "test token", "class token"):
         assert word not in text
     assert "| examples | 2000 train, 200 dev | 2000 train, 200 dev |" in text
 
