@@ -143,6 +143,7 @@ def _sized_attention(module: Any, x: Tensor, y: Any) -> int:
     return 4 * batch * tokens**2 * int(module.all_head_size)
 
 
+# DeBERTa is not here: its products with relative positions are made once for a batch of any size.
 PRODUCTS: dict[str, Callable[[Any, Tensor, Tensor], int]] = {
     "torch.nn.modules.linear.Linear": _linear,
     "torch.nn.modules.conv.Conv2d": _convolution,
