@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe.config.text_rules import text_run
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.report.records import Record, RunFolder
 from runners import trained
@@ -54,7 +55,8 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     """The mode, the run folder, the checkpoint file and the configuration to evaluate with.
 
     Raises:
-        ConfigError: an unknown key, a folder that is no run, or a checkpoint that is not there.
+        ConfigError: an unknown key or wrong value, a folder that is no run, or a checkpoint that is
+            not there.
     """
     given = {}
     for argument in arguments:
@@ -83,7 +85,10 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     if "backbone.path" in given:
         cfg.data.tokenizer_path = given["backbone.path"]
     overrides = OmegaConf.from_dotlist([f"{key}={value}" for key, value in given.items()])
-    return mode, folder, checkpoint, OmegaConf.merge(cfg, overrides)  # type: ignore[return-value]
+    cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
+    if wrong := list(text_run(cfg)):
+        raise ConfigError("\n".join(wrong))
+    return mode, folder, checkpoint, cfg
 
 
 def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, float]:
@@ -93,7 +98,11 @@ def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, 
     trainer.validate(task, datamodule=data, verbose=False)
     scores = task.scores()
     recorded = {r["step"]: r for r in folder.read("results")}.get(step, {})
-    _print(folder, checkpoint, step, scores, recorded, data.env_names)
+    if data.modality == "text":
+        places = {name: name for name in (*data.env_names, "heldout")}
+    else:
+        places = {f"env{index}": name for index, name in enumerate(data.env_names)}
+    _print(folder, checkpoint, step, scores, recorded, places)
     return scores
 
 
@@ -146,8 +155,9 @@ def _print(
     step: int,
     scores: Mapping[str, float],
     recorded: Record,
-    env_names: list[str],
+    places: Mapping[str, str],
 ) -> None:
+    """`places` are what names of scores begin with, and in words."""
     from rich.console import Console
     from rich.table import Table
 
@@ -155,11 +165,10 @@ def _print(
     for column in ("evaluated on", "measure", "now", "recorded"):
         table.add_column(column, justify="right" if column in ("now", "recorded") else "left")
     for key, score in scores.items():
-        place, *what = key.split("_")
-        if place.startswith("env"):
-            place = env_names[int(place[3:])]
+        place = max((place for place in places if key.startswith(f"{place}_")), key=len)
+        what = key.removeprefix(f"{place}_").replace("_", " ")
         before = f"{100 * recorded[key]:.2f}" if key in recorded else "-"
-        table.add_row(place, " ".join(what), f"{100 * score:.2f}", before)
+        table.add_row(places[place], what, f"{100 * score:.2f}", before)
     console.print(f"{folder.path.name}, {checkpoint.name}, step {step}; in %")
     console.print(table)
 

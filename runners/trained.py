@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe.config.reading import modality
 from dynmoe.errors import ConfigError
 from dynmoe.report.records import RunFolder
 
@@ -22,7 +23,7 @@ EARLIER = {
 
 
 def configuration(folder: RunFolder) -> DictConfig:
-    """What the run was trained with, for one device and without loggers.
+    """What the run was trained with, for one device, without loggers, and without kept tokens.
 
     Raises:
         ConfigError: the folder is no run.
@@ -39,6 +40,8 @@ def configuration(folder: RunFolder) -> DictConfig:
     cfg.trainer.update(devices=1, strategy="auto")
     cfg.logger = None
     cfg.backbone.pretrained = False  # the weights come from a checkpoint
+    if modality(cfg, "data") == "text":
+        cfg.data.cache = None  # the folder may be of another machine
     return cfg
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +123,18 @@ def test_heldout_chooses_and_dev_is_reported(rte: Path, tmp_path: Path) -> None:
     assert all({"heldout_score", "dev_score"} <= r.keys() for r in results)
 
 
-def test_other_sets_are_evaluated_too(rte: Path, tmp_path: Path) -> None:
+def test_other_sets_are_evaluated_too(
+    rte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     header = "sentence1\tsentence2\tlabel"
     lines = [line.split("\t", 1)[1] for line in pairs(5, ("entailment", "not_entailment"), 7)]
-    write(rte / "ood" / "mine.tsv", [header, *lines])
-    folder = run(rte, tmp_path / "run", "data.ood=[mine]", f"data.ood_root={rte / 'ood'}")
-    assert "mine_accuracy" in folder.read("results")[0]
-    assert folder.read_run()["env_names"] == ["dev", "mine"]
+    write(rte / "ood" / "env_my_set.tsv", [header, *lines])
+    folder = run(rte, tmp_path / "run", "data.ood=[env_my_set]", f"data.ood_root={rte / 'ood'}")
+    assert "env_my_set_accuracy" in folder.read("results")[0]
+    assert folder.read_run()["env_names"] == ["dev", "env_my_set"]
     assert {r["source"] for r in folder.read("routing")} == {"train", "env0", "env1"}
+    evaluate.evaluate(*evaluate.parse([f"run={folder.path}"])[1:])
+    assert "│ env_my_set   │ accuracy │" in capsys.readouterr().out
 
 
 def test_regression(tmp_path: Path) -> None:
@@ -156,7 +161,9 @@ def test_evaluation_repeats_the_recorded_scores_and_submits(
     rte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run(rte, tmp_path / "run")
+    shutil.rmtree(rte / ".cache")
     scores = evaluate.evaluate(*evaluate.parse([f"run={folder.path}", "checkpoint=last"])[1:])
+    assert not (rte / ".cache").exists()
     recorded = folder.read("results")[-1]
     assert scores == {key: recorded[key] for key in scores}
     mode, *parsed = evaluate.parse([f"run={folder.path}", "mode=submit"])
@@ -171,7 +178,11 @@ def test_evaluation_repeats_the_recorded_scores_and_submits(
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("mode=guess", "expected one of evaluate, submit"), ("data.workers=1", "no such key")],
+    [
+        ("mode=guess", "expected one of evaluate, submit"),
+        ("data.workers=1", "no such key"),
+        ("data.ood=[dev]", "data.ood: dev is a set of the task itself"),
+    ],
 )
 def test_eval_refuses(rte: Path, tmp_path: Path, argument: str, message: str) -> None:
     folder = tmp_path / "run"
