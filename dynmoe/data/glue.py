@@ -211,7 +211,8 @@ class GlueData(TaskData):
 
     @property
     def data_hash(self) -> str:
-        digests = [f"{name} {texts.digest}" for name, texts in self.sets.items()]
+        own = (item for item in self.sets.items() if item[0] not in self._ood)
+        digests = [f"{name} {texts.digest}" for name, texts in own]
         return sha256("\n".join(digests).encode()).hexdigest()[:8]
 
     def print_check(self, console: Console | None = None) -> None:

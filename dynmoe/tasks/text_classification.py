@@ -42,7 +42,7 @@ class TextClassification(MoETask):
         sets = [*env_names, "heldout"] if heldout else list(env_names)
         self.measures: Any = nn.ModuleDict(
             {
-                each: MetricCollection(
+                _key(each): MetricCollection(
                     {name: _metric(name, num_classes) for name in metrics}, compute_groups=False
                 )
                 for each in sets
@@ -66,7 +66,7 @@ class TextClassification(MoETask):
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """A batch comes from one set."""
         logits, tape = self.routed_forward(batch.tokens)
-        self.measures[batch.source].update(self.predicted(logits), batch.label)
+        self.measures[_key(batch.source)].update(self.predicted(logits), batch.label)
         if batch.source in self.env_names:
             source = f"env{self.env_names.index(batch.source)}"
             self.routing.update(source, tape, batch.label if self.num_classes else None)
@@ -81,7 +81,8 @@ class TextClassification(MoETask):
 
     def on_validation_epoch_end(self) -> None:
         self._scores = {}
-        for each, metrics in self.measures.items():
+        for key, metrics in self.measures.items():
+            each = key.removeprefix(_key(""))
             values = {name: value.item() for name, value in metrics.compute().items()}
             self._scores |= {f"{each}_{name}": value for name, value in values.items()}
             self._scores[f"{each}_score"] = sum(values.values()) / len(values)
@@ -97,6 +98,11 @@ class TextClassification(MoETask):
         return self.routing.records(
             sources, lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum")
         )
+
+
+def _key(name: str) -> str:
+    """A set's name as that of a module: `type` or `update` alone are taken."""
+    return f"set {name}"
 
 
 def _metric(name: str, num_classes: int) -> Metric:

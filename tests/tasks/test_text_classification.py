@@ -97,8 +97,8 @@ def test_one_class_predicted_is_0_and_no_error() -> None:
 
 
 def test_sets_are_measured_apart_and_anew() -> None:
-    made = task(("accuracy",), 2, env_names=["dev", "hans"], heldout=True)
-    sets = {name: classified(2, seed) for seed, name in enumerate(("dev", "hans", "heldout"))}
+    made = task(("accuracy",), 2, env_names=["dev", "type"], heldout=True)
+    sets = {name: classified(2, seed) for seed, name in enumerate(("dev", "type", "heldout"))}
     first = evaluated(made, **sets)
     assert first.keys() == {f"{name}_{what}" for name in sets for what in ("accuracy", "score")}
     for name, (logits, label) in sets.items():
