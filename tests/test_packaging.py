@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "layers": set(),
-    "config": {"data.protocol"},
+    "config": {"data.glue_tasks", "data.protocol"},
     "data": set(),
     "metrics": {"layers"},
-    "sweep": {"config", "report.records"},
+    "sweep": {"config", "metrics.selection", "report.records"},
     "report": {"metrics.efficiency", "metrics.selection"},
     "comparison": {"report", "metrics.efficiency", "metrics.selection"},
     "adaptation": {"layers"},
