@@ -212,8 +212,9 @@ def facts(
 
 def _backbone_name(backbone: DictConfig) -> str:
     """Its name and what was changed in it, e.g. ``vit_tiny_patch16_224 (depth 6)``."""
-    name = Path(backbone.get("path") or backbone.model or backbone.architecture).name
-    changes = [f"{key} {value}" for key, value in backbone.options.items()]
+    name = Path(backbone.model or backbone.get("path") or backbone.architecture).name
+    changes = [f"folder {Path(backbone.path).name}"] if backbone.get("path") else []
+    changes += [f"{key} {value}" for key, value in backbone.options.items()]
     if backbone.get("lora"):
         changes.append(f"LoRA {', '.join(f'{k} {v}' for k, v in backbone.lora.items())}")
     return f"{name} ({', '.join(changes)})" if changes else name

@@ -35,7 +35,8 @@ def placed_blocks(layers: Placement, depth: int) -> list[int]:
     blocks = named[layers] if isinstance(layers, str) else sorted(set(layers))
     if blocks and not (blocks[0] >= 0 and blocks[-1] < depth):
         raise ConfigError(
-            f"moe.layers={layers}: the backbone has blocks 0 to {depth - 1}, asked for {blocks}"
+            f"moe.layers={layers}: the backbone has {depth} blocks, 0 to {depth - 1}. Choose "
+            "moe.layers=all, last_two, or a list of some of them"
         )
     return blocks
 

@@ -6,6 +6,7 @@ how the runs were made, and which are missing.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -49,6 +50,9 @@ from dynmoe.report import document
 from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
 from dynmoe.report.tables import Strong, Table, format_mean
 from dynmoe.report.words import capital
+
+LONGEST = 48
+"""Letters of a name within a file's name."""
 
 
 def write(collection: Collection, out: Path) -> list[Path]:
@@ -267,4 +271,8 @@ def _named(block: Block, prefix: str) -> Block:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    """A part of file names: a setting's name may be longer than a file's may be."""
+    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    if len(slug) <= LONGEST:
+        return slug
+    return f"{slug[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -20,6 +20,7 @@ from dynmoe.config.rules import RULES, SWEEP_RULES, same_modality
 from dynmoe.config.schema import schema
 from dynmoe.config.signature import Parameter, Signature, TargetError, signature
 from dynmoe.config.source import did_you_mean
+from dynmoe.config.text_rules import protocol_fits
 from dynmoe.errors import ConfigError
 
 # Keys of hydra.utils.instantiate, no parameters of the target.
@@ -54,7 +55,8 @@ def problems(cfg: DictConfig, *, multirun: bool = False) -> list[str]:
         direct: list[str] = []
         indirect: list[str] = []
         _walk(cfg, "", direct, indirect)
-        if any(same_modality(cfg)):  # images ask for what no text backbone has, and say so here
+        # Images ask for what no text backbone or protocol has: the rules say so better.
+        if any(same_modality(cfg)) or any(protocol_fits(cfg)):
             direct = [text for text in direct if "Interpolation key" not in text]
         for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
             direct.extend(rule(cfg))

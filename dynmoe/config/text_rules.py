@@ -51,6 +51,15 @@ def patience_fits(cfg: DictConfig) -> Iterator[str]:
         yield "task.patience: only runs on texts stop early. Leave it out"
 
 
+def protocol_fits(cfg: DictConfig) -> Iterator[str]:
+    """Protocols of texts say what selects; those of images leave it to the task."""
+    kind, name = modality(cfg, "task.module"), read(cfg, "protocol.name", str)
+    of_texts = read(cfg, "protocol.selection", str) is not None
+    if None not in (kind, name) and of_texts != (kind == "text"):
+        fix = "glue or glue_heldout" if kind == "text" else "domainbed, gmoe or swad"
+        yield f"protocol: task.module works on {kind}, {name} does not. Choose protocol={fix}."
+
+
 def selection_fits(cfg: DictConfig) -> Iterator[str]:
     selection, kind = read(cfg, "task.selection", str), modality(cfg, "task.module")
     of_texts = selection in ("best_dev", "heldout")
@@ -66,4 +75,4 @@ def selection_fits(cfg: DictConfig) -> Iterator[str]:
         )
 
 
-RULES = (text_run, patience_fits, selection_fits)
+RULES = (text_run, patience_fits, protocol_fits, selection_fits)

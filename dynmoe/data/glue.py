@@ -264,7 +264,10 @@ class GlueData(TaskData):
         """
         tests = self._read(TESTS)
         if not tests:
-            raise DataError(f"data {self.name}: expected a test set to predict, found none")
+            raise DataError(
+                f"data {self.name}: expected a test set to predict, found none. GLUE's are "
+                "test.tsv, test-*.parquet or on the hub: data.root=FOLDER"
+            )
         for name, each in tests.items():
             self.sets[name], self._encoded[name] = each, self._encode(each)
 

@@ -38,7 +38,7 @@ CASES = {
     ("moe.layers=[1,4]",): "moe.layers: expected block indices below 4 (backbone.options.num_hidd",
     ("backbone=minilm", "backbone.path=nowhere"): "backbone.path: expected a folder with a config",
     ("hparams_seed=1",): "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer",
-    ("protocol=domainbed",): "task.selection",
+    ("protocol=domainbed",): "protocol: task.module works on text, domainbed does not. Choose",
     ("task.selection=oracle",): "task.selection: oracle is not for a task on text. Choose protocol",
     ("task.selection=heldout",): "protocol.holdout_fraction: 0 leaves nothing to select by.",
     ("task.epochs=0",): "task.epochs: expected 1 or more, found 0",
@@ -53,6 +53,13 @@ CASES = {
 def test_wrong_commands(overrides: tuple[str, ...]) -> None:
     found = problems(*overrides)
     assert any(text.startswith(CASES[overrides]) for text in found), found
+
+
+def test_a_protocol_of_texts_is_not_for_images() -> None:
+    found = preflight(["task=vit_domainbed", "protocol=glue"]).problems
+    expected = "protocol: task.module works on image, glue does not. Choose"
+    assert any(text.startswith(expected) for text in found)
+    assert not any("Interpolation" in text for text in found)
 
 
 def test_steps_without_epochs_are_not_endless() -> None:
