@@ -85,7 +85,7 @@ def test_a_killed_run_goes_on_and_is_evaluated_again(
     assert (only_run(broken).path / "results.jsonl").stat().st_mtime_ns == before
 
     for name in ("selected", "last"):
-        folder, checkpoint, cfg = evaluate.parse([f"run={straight.path}", f"checkpoint={name}"])
+        _, folder, checkpoint, cfg = evaluate.parse([f"run={straight.path}", f"checkpoint={name}"])
         scores = evaluate.evaluate(folder, checkpoint, cfg)
         (recorded,) = [r for r in straight.read("results") if r["step"] == _step(checkpoint)]
         assert scores == {k: recorded[k] for k in scores}
@@ -154,7 +154,7 @@ def test_evaluation_on_data_that_moved(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (tmp_path / "here").rename(tmp_path / "there")
     path = only_run(tmp_path).path
-    folder, checkpoint, cfg = evaluate.parse([f"run={path}", f"data.root={tmp_path}/there"])
+    _, folder, checkpoint, cfg = evaluate.parse([f"run={path}", f"data.root={tmp_path}/there"])
     scores = evaluate.evaluate(folder, checkpoint, cfg)
     (recorded,) = [r for r in folder.read("results") if r["step"] == _step(checkpoint)]
     assert scores == {k: recorded[k] for k in scores}
