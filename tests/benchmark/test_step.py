@@ -123,7 +123,7 @@ def test_baseline_may_have_other_settings_but_no_other_workload(
         (["backbone.options.depth=1"], "moe.layers=[]: expected some blocks with MoE layers"),
         (
             ["moe.layers=[12]", "~backbone.options.depth"],
-            "moe.layers=[12]: the backbone has blocks",
+            "moe.layers=[12]: the backbone has 12 blocks",
         ),
         (["backbone.model=nothing"], "backbone.model=nothing: timm knows no such model"),
         (["--baseline", "gone.json"], "--baseline gone.json: there is no such file"),
