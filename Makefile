@@ -24,7 +24,7 @@ install: $(BIN)/dynmoe-run  ## Make .venv and install dynmoe into it (about 6 GB
 demo: install  ## Train DynMoE on rotated digits: 2 to 3 minutes on 2 CPU cores
 	$(RUN) task=vit_domainbed
 
-demo-language: install  ## Train DynMoE on WordNet's glosses: about a minute on 2 CPU cores
+demo-language: install  ## Train DynMoE on WordNet's glosses: 1 to 2 minutes on 2 CPU cores
 	$(RUN) task=glue
 
 test: install  ## Run the tests (under 5 minutes on 2 CPU cores)
