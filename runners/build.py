@@ -21,6 +21,7 @@ import dynmoe
 from dynmoe import runtime
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.identity import flat
+from dynmoe.config.stages import start_folder
 from dynmoe.data.task_data import TaskData
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import moe_layers
@@ -30,6 +31,7 @@ from dynmoe.tasks.base import MoETask
 from dynmoe.tasks.patience import Patience
 from dynmoe.tasks.progress import RunProgress
 from dynmoe.tasks.recorder import RunRecorder
+from runners import trained
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
 for _name in ("lightning.pytorch", "lightning.fabric"):
@@ -56,19 +58,24 @@ def settle_runtime(cfg: DictConfig) -> dict[str, Any]:
 def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETask:
     """Backbone, MoE layers and task, on the CPU. Seeds the weights by ``seed``.
 
+    Weights of an earlier stage are loaded before MoE layers are made of them.
+
     Raises:
         ConfigError: a backbone that cannot be built, that is too short for the data's texts, or
-            blocks it does not have.
+            blocks it does not have; an earlier stage whose weights do not fit.
     """
     L.seed_everything(cfg.seed, verbose=False)
     backbone = instantiate(cfg.backbone, **data.backbone_arguments)
+    start = start_folder(cfg)
+    if start is not None:
+        trained.load_backbone(backbone, start)
     if data.modality == "text":
         backbone.check_length(cfg.data.max_length)
     runtime.set_fused_attention(backbone, fused_attention)
     moe = cfg.moe
     init = moe.init
     if init == "auto":
-        init = "copy" if cfg.backbone.pretrained else "fresh"
+        init = "copy" if cfg.backbone.pretrained or start is not None else "fresh"
     add_moe_layers(
         backbone,
         router=instantiate(moe.router),
@@ -172,6 +179,7 @@ def facts(
         "selection": cfg.task.selection,
         "algorithm": cfg.moe.algorithm,
         "moe": cfg.moe.name,
+        "stage": cfg.stage.name if cfg.get("stage") else None,
         "backbone": _backbone_name(cfg.backbone),
         "weights": _weights(cfg.backbone),
         "dataset": cfg.data.name,

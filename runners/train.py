@@ -10,9 +10,12 @@ from pickle import UnpicklingError
 
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe.config import stages
 from dynmoe.errors import ConfigError
 from dynmoe.report.records import RunFolder
 from runners import cli
+
+WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the stage before
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -35,9 +38,34 @@ def job(cfg: DictConfig) -> float | None:
         folder.forget_failure()
         if folder.is_done:
             print("This run was finished before; nothing is trained (overwrite=true repeats it).")
-        elif not train(cfg, folder):
-            return None
+        else:
+            complete_stage_before(cfg)
+            if not train(cfg, folder):
+                return None
         return show(folder)
+
+
+def complete_stage_before(cfg: DictConfig) -> None:
+    """Train what a run starts from, unless that is done. Runs that need the same wait for one."""
+    earlier = stages.previous(cfg)
+    if earlier is None or _is_child():
+        return
+    folder = RunFolder(stages.run_folder(earlier))
+    with folder.hold(wait=WAIT):
+        if folder.is_done:
+            print(f"stage {earlier.stage.name}: done before, {folder.path}")
+            return
+        if stages.is_distributed(cfg):
+            raise ConfigError(
+                f"stage.start: stage {earlier.stage.name} is not done. On several devices stages "
+                f"run one by one: the same command with stage={earlier.stage.name}, without what "
+                "it says of moe, comes first."
+            )
+        complete_stage_before(earlier)
+        print(f"stage {earlier.stage.name}: {folder.path}")
+        train(earlier, folder)
+        score = show(folder, quiet=True)
+        print(f"stage {earlier.stage.name}: done, score {100 * score:.1f}")
 
 
 def check_data(cfg: DictConfig) -> None:
@@ -76,6 +104,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     trainer = build.build_trainer(cfg, callbacks, folder, data.steps)
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
     if trainer.is_global_zero:
+        folder.path.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
         folder.write_run(build.facts(cfg, data, task, trainer, settings))
         folder.truncate_after(_step_of(checkpoint))
@@ -83,7 +112,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     return trainer.is_global_zero
 
 
-def show(folder: RunFolder) -> float:
+def show(folder: RunFolder, quiet: bool = False) -> float:
     """Draw the figures and write the summary if that is still to do; print the summary."""
     from rich.console import Console
 
@@ -96,6 +125,8 @@ def show(folder: RunFolder) -> float:
         result = summary.summarize(folder)
         (folder.path / "summary.md").write_text(render.to_markdown(result), encoding="utf-8")
         folder.mark_done()
+    if quiet:
+        return result.validation
     Console().print(render.to_console(result))
     print(f"Run folder, with figures/ and summary.md:\n{folder.path}")  # one line, to be copied
     return result.validation

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe.config.reading import modality
 from dynmoe.errors import ConfigError
 from dynmoe.report.records import RunFolder
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dynmoe.data.task_data import TaskData
     from dynmoe.tasks.base import MoETask
 
@@ -40,7 +41,11 @@ def configuration(folder: RunFolder) -> DictConfig:
     cfg.trainer.update(devices=1, strategy="auto")
     cfg.logger = None
     cfg.backbone.pretrained = False  # the weights come from a checkpoint
-    if modality(cfg, "data") == "text":
+    if "vision" in cfg.backbone:
+        cfg.backbone.vision.pretrained = False
+    if cfg.get("stage") is not None:
+        cfg.stage.start = None
+    if "cache" in cfg.data:
         cfg.data.cache = None  # the folder may be of another machine
     return cfg
 
@@ -50,6 +55,32 @@ def checkpoint_of(folder: RunFolder, name: str) -> Path:
     if name in ("selected", "last"):
         return folder.path / "checkpoints" / f"{name}.ckpt"
     return Path(name)
+
+
+def load_backbone(backbone: nn.Module, start: Path) -> None:
+    """Give a backbone the weights that a finished run ends with.
+
+    Raises:
+        ConfigError: no such run, or weights of another model.
+    """
+    import torch
+
+    folder = RunFolder(start)
+    file = checkpoint_of(folder, "last")
+    if not folder.is_done or not file.exists():
+        raise ConfigError(
+            f"stage.start={start}: expected the folder of a finished run with checkpoints/last.ckpt"
+        )
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    prefix = "backbone."
+    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"stage.start={start}: its weights are not those of this backbone before it gets MoE "
+            f"layers: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def load(

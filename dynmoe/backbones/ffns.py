@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class Form(Protocol):
     def put(self, block: Any, layer: nn.Module) -> None:
         """Put an MoE layer of such experts into the block."""
 
+    def modules(self, block: Any) -> list[nn.Module]:
+        """Those that hold the FFN's parameters, or the MoE layer's in its place."""
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -40,7 +43,8 @@ class Chain:
 
     The output bias stays in the block, added once whatever the experts: they have none. Where
     ``place`` is given the layer takes the place of this module, which holds no more than the first
-    two; else that of ``first``.
+    two; else that of ``first``. Where ``whole`` is given, the module that holds all three and no
+    more, the layer takes its place, and experts have output biases of their own.
     """
 
     first: str
@@ -49,10 +53,11 @@ class Chain:
     place: str | None = None
     dropout: str | None = None
     """Between the activation and the second linear layer, where there is one."""
+    whole: str | None = None
 
     def expert(self, block: nn.Module, dropout: float | None) -> nn.Module:
         first = linear(block.get_submodule(self.first), bias=True)
-        second = linear(block.get_submodule(self.second), bias=False)
+        second = linear(block.get_submodule(self.second), bias=self.whole is not None)
         parts = [first, torch_activation(block.get_submodule(self.activation))]
         if dropout is not None:
             parts.append(nn.Dropout(dropout))
@@ -61,12 +66,19 @@ class Chain:
         return nn.Sequential(*parts, second)
 
     def put(self, block: Any, layer: nn.Module) -> None:
+        if self.whole is not None:
+            block.set_submodule(self.whole, layer)
+            return
         bias_D = getattr(block.get_submodule(self.second), "bias", None)
         block.set_submodule(self.second, nn.Identity() if bias_D is None else Bias(bias_D))
         block.set_submodule(self.activation, nn.Identity())
         if self.dropout is not None:
             block.set_submodule(self.dropout, nn.Identity())
         block.set_submodule(self.place or self.first, layer)
+
+    def modules(self, block: Any) -> list[nn.Module]:
+        paths = [self.whole] if self.whole is not None else [self.place or self.first, self.second]
+        return [block.get_submodule(path) for path in paths]
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,9 @@ class Gated:
 
     def put(self, block: Any, layer: nn.Module) -> None:
         block.mlp = layer
+
+    def modules(self, block: Any) -> list[nn.Module]:
+        return [block.mlp]
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,9 @@ class TimmMlp:
 
     def put(self, block: Any, layer: nn.Module) -> None:
         block.mlp = layer
+
+    def modules(self, block: Any) -> list[nn.Module]:
+        return [block.mlp]
 
 
 BERT = Chain(
@@ -117,7 +135,8 @@ FORMS: dict[str, Form] = {
     "gpt2": GPT2,
     "gpt_neo": GPT2,
     "gpt_neox": Chain("mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),
-    "phi": Chain("mlp.fc1", "mlp.activation_fn", "mlp.fc2"),
+    # MoE-LLaVA's and DynMoE's checkpoints have an output bias in every expert.
+    "phi": Chain("mlp.fc1", "mlp.activation_fn", "mlp.fc2", whole="mlp"),
     "gemma": Gated(),
     "llama": Gated(),
     "mistral": Gated(),
@@ -132,7 +151,7 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
     """The blocks of a timm ViT or a transformers model, and how their FFNs are built in.
 
     ``parts``: experts will be parts of the FFN whose outputs add up, so that it must be taken apart
-    from its output bias in ViTs too.
+    from its output bias everywhere.
 
     Raises:
         ConfigError: a kind of model that is not known, or one that cuts its FFNs' input in chunks.
@@ -148,6 +167,8 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
             f"are. Known: {', '.join(FORMS)}. Another is a line in FORMS of "
             "dynmoe/backbones/ffns.py; moe=dense needs none."
         )
+    if parts and isinstance(form, Chain):
+        form = replace(form, whole=None)
     chunk = getattr(config, "chunk_size_feed_forward", 0)
     if chunk:
         raise ConfigError(

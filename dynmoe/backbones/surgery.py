@@ -13,7 +13,10 @@ from dynmoe.layers.experts import Init
 from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.split import linears
 
-Placement = Literal["none", "all", "every_two", "last_two"] | Sequence[int]
+Placement = (
+    Literal["none", "all", "every_two", "last_two", "sparse", "first_half", "second_half", "dense"]
+    | Sequence[int]
+)
 
 
 def placed_blocks(layers: Placement, depth: int) -> list[int]:
@@ -21,7 +24,9 @@ def placed_blocks(layers: Placement, depth: int) -> list[int]:
 
     ``every_two``: two MoE layers with a dense block after each, at depth 12 blocks 8 and 10. This
     is GMoE's placement (which its paper calls "last two": the last two even layers) and DynMoE's
-    vision runs' (which their code calls "every two"). ``last_two``: the last two blocks.
+    vision runs' (which their code calls "every two"). ``last_two``: the last two blocks. As in
+    MoE-LLaVA: ``sparse``, every second block from the first; ``first_half``, ``second_half``;
+    ``dense``, which is ``all``.
 
     Raises:
         ConfigError: an index outside the model, or a depth too small for the placement.
@@ -29,6 +34,10 @@ def placed_blocks(layers: Placement, depth: int) -> list[int]:
     named = {
         "none": [],
         "all": list(range(depth)),
+        "dense": list(range(depth)),
+        "sparse": list(range(0, depth, 2)),
+        "first_half": list(range(depth // 2)),
+        "second_half": list(range(depth // 2, depth)),
         "every_two": [depth - 4, depth - 2],
         "last_two": [depth - 2, depth - 1],
     }
@@ -68,7 +77,8 @@ def add_moe_layers(
     """
     if layers == "none":
         return
-    blocks, form = blocks_of(backbone, parts=init in ("cluster", "random"))
+    host = getattr(backbone, "language_model", backbone)
+    blocks, form = blocks_of(host, parts=init in ("cluster", "random"))
     for index in placed_blocks(layers, len(blocks)):
         assert router is not None, "moe.layers asks for MoE layers, but moe.router is null"
         try:

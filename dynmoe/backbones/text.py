@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig
-from transformers.utils import logging
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
+from dynmoe.backbones import hub
 from dynmoe.backbones.lora import add_adapters
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import mask_padding
 
 modality = "text"
-
-# It announces the new classification head, and paints a bar over the weights it reads.
-logging.set_verbosity_error()
-logging.disable_progress_bar()
 
 
 class TextClassifier(nn.Module):
@@ -105,7 +98,7 @@ def build_text_classifier(
         ConfigError: a model, folder or option that is not there, weights that do not fit, or
             adapters that do not.
     """
-    config = _configuration(model, path, architecture, options or {})
+    config = hub.configuration(model, path, architecture, options or {})
     config.num_labels = num_classes
     if architecture is not None and vocab_size is not None:
         config.vocab_size = vocab_size
@@ -134,41 +127,6 @@ def build_text_classifier(
     return TextClassifier(classifier, grad_checkpointing)
 
 
-def _configuration(
-    model: str | None, path: str | None, architecture: str | None, options: Mapping[str, Any]
-) -> Any:
-    source = path or model
-    if (source is None) == (architecture is None):
-        raise ConfigError(
-            "backbone: expected a model of the hub (backbone.model), a folder (backbone.path) or "
-            f"an architecture, found model={model}, path={path}, architecture={architecture}"
-        )
-    if path is not None and not (Path(path).expanduser() / "config.json").is_file():
-        raise ConfigError(
-            f"backbone.path={path}: expected a folder with config.json, weights and tokenizer"
-        )
-    try:
-        if architecture is not None:
-            _check_options(AutoConfig.for_model(architecture), options)
-            return AutoConfig.for_model(architecture, **options)
-        _check_options(AutoConfig.from_pretrained(**_where(model, path)), options)
-        return AutoConfig.from_pretrained(**_where(model, path), **options)
-    except StrictDataclassError as error:
-        raise ConfigError(f"backbone.options: {error}") from error
-    except (OSError, ValueError) as error:
-        raise _not_found(model, path, architecture, error) from error
-
-
-def _check_options(config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
-    """transformers would take any key."""
-    for key in options:
-        if not hasattr(config, key):
-            known = [name for name in dir(config) if not name.startswith("_")]
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"backbone.options: {type(config).__name__} has no '{key}'.{hint}")
-
-
 def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any, list[str]]:
     """The pretrained model under a new head, and the parameters in it that were not pretrained.
 
@@ -182,14 +140,14 @@ def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any
         )
     try:
         classifier, loaded = AutoModelForSequenceClassification.from_pretrained(
-            **_where(model, path),
+            **hub.where(model, path),
             config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise _not_found(model, path, None, error) from error
+        raise hub.not_found(model, path, None, error) from error
     body = f"{classifier.base_model_prefix}."
     fresh = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
     absent = sorted(key for key in fresh if key.startswith(body) and "pooler" not in key)
@@ -204,24 +162,3 @@ def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any
         classifier.get_parameter(name)._is_hf_initialized = False
         classifier._init_weights(classifier.get_submodule(name.rpartition(".")[0]))
     return classifier, fresh
-
-
-def _where(model: str | None, path: str | None) -> dict[str, Any]:
-    source = model if path is None else str(Path(path).expanduser())
-    return {"pretrained_model_name_or_path": source, "local_files_only": path is not None}
-
-
-def _not_found(
-    model: str | None, path: str | None, architecture: str | None, error: Exception
-) -> ConfigError:
-    reason = str(error).splitlines()[0]
-    if architecture is not None:
-        return ConfigError(
-            f"backbone.architecture={architecture}: transformers knows no such model type"
-        )
-    if path is not None:
-        return ConfigError(f"backbone.path={path}: transformers cannot load it: {reason}")
-    return ConfigError(
-        f"backbone.model={model}: could not be had from Hugging Face's hub ({reason}). Without "
-        "network give its folder: backbone.path=FOLDER with config.json, weights and tokenizer."
-    )

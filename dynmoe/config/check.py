@@ -16,11 +16,11 @@ from omegaconf.errors import (
 )
 
 from dynmoe.config.annotations import mismatch
+from dynmoe.config.protocol_rules import protocol_fits
 from dynmoe.config.rules import RULES, SWEEP_RULES, same_modality
 from dynmoe.config.schema import schema
 from dynmoe.config.signature import Parameter, Signature, TargetError, signature
 from dynmoe.config.source import did_you_mean
-from dynmoe.config.text_rules import protocol_fits
 from dynmoe.errors import ConfigError
 
 # Keys of hydra.utils.instantiate, no parameters of the target.

@@ -25,6 +25,7 @@ NOT_IN_IDENTITY = (
     "paths",
     "protocol.datasets",  # the one entry in use shows in the keys that ask for it
     "protocol.defaults",
+    "protocol.stages",
     "runtime.malloc",
     "sweep",
     "data.cache",

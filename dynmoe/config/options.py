@@ -34,17 +34,17 @@ def options_with(group: str, fits: Callable[[DictConfig], bool]) -> list[str]:
     """Options whose file, with its parents, satisfies `fits`; none where Hydra is not running."""
     if not GlobalHydra.instance().is_initialized():
         return []
-    return [option for option in options(group) if fits(_own(group, option))]
+    return [option for option in options(group) if fits(own(group, option))]
 
 
-def _own(group: str, option: str) -> DictConfig:
+def own(group: str, option: str) -> DictConfig:
     """What a file and those of its group that it builds on say; composing takes a hundred times as
     long, and a refusal would wait for every option."""
     found = loader().repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
     if found is None:
         return OmegaConf.create()
     parents = [e.path for e in found.defaults_list or [] if isinstance(e, ConfigDefault)]
-    nodes = [_own(group, str(name)) for name in parents if name != "_self_"]
+    nodes = [own(group, str(name)) for name in parents if name != "_self_"]
     return OmegaConf.merge(*nodes, found.config)  # type: ignore[return-value]
 
 

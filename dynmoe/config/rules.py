@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dynmoe.config import expert_rules, text_rules
+from dynmoe.config import expert_rules, protocol_rules, stage_rules, text_rules
 from dynmoe.config.options import options_with
 from dynmoe.config.reading import modality, read
 
@@ -78,7 +78,7 @@ def ranges(cfg: DictConfig) -> Iterator[str]:
         if seed is not None and seed < 0:
             yield f"{key}: expected 0 or more, found {seed}"
     share = read(cfg, "protocol.holdout_fraction", float)
-    none_will_do = share == 0 and modality(cfg, "task.module") == "text"
+    none_will_do = share == 0 and modality(cfg, "task.module") != "image"
     if share is not None and not (0 < share < 1 or none_will_do):
         yield f"protocol.holdout_fraction: expected a share between 0 and 1, found {share}"
 
@@ -168,6 +168,8 @@ RULES: tuple[Rule, ...] = (
     pretrained_weights,
     data_folder,
     *text_rules.RULES,
+    *stage_rules.RULES,
+    *protocol_rules.RULES,
     run_folder,
     clipping_optimizer,
 )

@@ -5,17 +5,23 @@ Nodes with a `_target_` need no schema: the signature of their target is one.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, fields
-from fnmatch import fnmatchcase
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal
 
 from dynmoe.config.signature import Parameter, Signature
 
 Selection = Literal[
-    "training_domain_validation", "oracle", "leave_one_domain_out", "best_dev", "heldout"
+    "training_domain_validation",
+    "oracle",
+    "leave_one_domain_out",
+    "best_dev",
+    "heldout",
+    "last_step",
 ]
-Placement = Literal["last_two", "every_two", "all", "none"]
+Placement = Literal[
+    "last_two", "every_two", "sparse", "first_half", "second_half", "dense", "all", "none"
+]
 
 
 @dataclass
@@ -34,16 +40,27 @@ class Recipe:
     batch_size: int = 0
     lr: float = 0.0
     weight_decay: float = 0.0
+    warmup: float = 0.0
+    trains: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Recipes:
+    """Of one stage."""
+
+    defaults: dict[str, Any]
+    datasets: dict[str, Any]
 
 
 @dataclass
 class Protocol:
     name: str
     holdout_fraction: float
-    defaults: dict[str, Any]
-    datasets: dict[str, Any]
+    defaults: dict[str, Any] | None = None
+    datasets: dict[str, Any] | None = None
     augment_eval: bool = False  # images only
-    selection: Selection | None = None  # text only, as the others
+    stages: dict[str, Any] | None = None  # recipes by stage, instead of defaults and datasets
+    selection: Selection | None = None  # not images, as the others
     patience: int | None = None
     searched: list[str] | None = None
 
@@ -65,9 +82,19 @@ class MoE:
 
 
 @dataclass
+class Stage:
+    name: str
+    after: str | None
+    start: str | None
+    suffix: str
+    template: str
+
+
+@dataclass
 class Task:
     name: str
     selection: Selection
+    placement: Placement
     steps: int
     eval_every: int | None
     optimizer: dict[str, Any]
@@ -101,6 +128,7 @@ class Run:
     mode: Literal["train", "check", "plan"]
     runtime: dict[str, Any]
     overwrite: bool
+    stage: dict[str, Any] | None = None
 
 
 # The schema of a node by its path; "" is the root.
@@ -109,6 +137,10 @@ SCHEMAS: dict[str, type] = {
     "protocol": Protocol,
     "protocol.defaults": Recipe,
     "protocol.datasets.*": Recipe,
+    "protocol.stages.*.defaults": Recipe,
+    "protocol.stages.*.datasets.*": Recipe,
+    "protocol.stages.*": Recipes,
+    "stage": Stage,
     "moe": MoE,
     "paths": Paths,
     "runtime": Runtime,
@@ -120,10 +152,18 @@ SCHEMAS: dict[str, type] = {
 def schema(path: str) -> Signature | None:
     """Keys and types of the plain node at `path`, None where it has no schema."""
     for pattern, node in SCHEMAS.items():
-        if fnmatchcase(path, pattern):
+        if _matches(path.split("."), pattern.split(".")):
             return Signature({f.name: _parameter(f) for f in fields(node)})
     return None
 
 
+def _matches(keys: list[str], pattern: list[str]) -> bool:
+    """`*` stands for one key."""
+    return len(keys) == len(pattern) and all(
+        wanted in (key, "*") for key, wanted in zip(keys, pattern, strict=True)
+    )
+
+
 def _parameter(field: Field[Any]) -> Parameter:
-    return Parameter(str(field.type), __name__, has_default=field.default is not MISSING)
+    has_default = field.default is not MISSING or field.default_factory is not MISSING
+    return Parameter(str(field.type), __name__, has_default=has_default)

@@ -45,34 +45,4 @@ def text_run(cfg: DictConfig) -> Iterator[str]:
         yield "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer.lr instead"
 
 
-def patience_fits(cfg: DictConfig) -> Iterator[str]:
-    patience = read(cfg, "task.patience", object)
-    if patience is not None and modality(cfg, "task.module") == "image":
-        yield "task.patience: only runs on texts stop early. Leave it out"
-
-
-def protocol_fits(cfg: DictConfig) -> Iterator[str]:
-    """Protocols of texts say what selects; those of images leave it to the task."""
-    kind, name = modality(cfg, "task.module"), read(cfg, "protocol.name", str)
-    of_texts = read(cfg, "protocol.selection", str) is not None
-    if None not in (kind, name) and of_texts != (kind == "text"):
-        fix = "glue or glue_heldout" if kind == "text" else "domainbed, gmoe or swad"
-        yield f"protocol: task.module works on {kind}, {name} does not. Choose protocol={fix}."
-
-
-def selection_fits(cfg: DictConfig) -> Iterator[str]:
-    selection, kind = read(cfg, "task.selection", str), modality(cfg, "task.module")
-    of_texts = selection in ("best_dev", "heldout")
-    if selection is None or kind is None:
-        return
-    if of_texts != (kind == "text"):
-        fix = "protocol=glue or glue_heldout" if kind == "text" else "protocol=domainbed"
-        yield f"task.selection: {selection} is not for a task on {kind}. Choose {fix}."
-    elif selection == "heldout" and read(cfg, "protocol.holdout_fraction", float) == 0:
-        yield (
-            "protocol.holdout_fraction: 0 leaves nothing to select by. "
-            "Set a share, e.g. 0.1, or task.selection=best_dev"
-        )
-
-
-RULES = (text_run, patience_fits, protocol_fits, selection_fits)
+RULES = (text_run,)

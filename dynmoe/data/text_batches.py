@@ -60,6 +60,9 @@ class TrainBatches(Sampler[list[Key]]):
     ... of a step's batch: all get texts of all its lengths. None goes empty: of a last batch with
     fewer examples than parts some come again, with weight 0. It has no length, for the stretch
     between evaluations varies.
+
+    With `groups` a batch is of one group, but for what is left of each: these examples share the
+    fewest batches they fill (LLaVA's "group by modality length").
     """
 
     lengths: IntArray
@@ -72,6 +75,10 @@ class TrainBatches(Sampler[list[Key]]):
     accumulate: int = 1
     rank: int = 0
     world_size: int = 1
+    counts: IntArray | None = None
+    """What each example counts in the mean loss, such as its answer tokens; above 0. None: 1."""
+    groups: IntArray | None = None
+    """The kind of each example, such as with and without an image. None: all alike."""
 
     def __iter__(self) -> Iterator[list[Key]]:
         first = self.next_step()
@@ -81,12 +88,13 @@ class TrainBatches(Sampler[list[Key]]):
         for step in range(first, last + 1):
             epoch, place = divmod(step, steps_per_epoch(len(self.lengths), self.batch_size))
             batch = epoch_of(epoch)[place]
-            size, batch = len(batch), np.resize(batch, max(len(batch), parts))
+            size, total = len(batch), self._count(batch)
+            batch = np.resize(batch, max(size, parts))
             for micro in range(self.accumulate):
                 part = micro * self.world_size + self.rank
-                own = batch[part::parts].tolist()
-                weight = len(own) * parts / size if part < size else 0.0
-                yield [Key("train", row, weight) for row in own]
+                own = batch[part::parts]
+                weight = self._count(own) * parts / total if part < size else 0.0
+                yield [Key("train", row, weight) for row in own.tolist()]
 
     def epoch(self, epoch: int) -> list[IntArray]:
         """The batches of one epoch, as rows of the training set."""
@@ -94,11 +102,26 @@ class TrainBatches(Sampler[list[Key]]):
         order = rng.permutation(len(self.lengths))
         size = BUCKET * self.batch_size
         batches = []
-        for start in range(0, len(order), size):
-            bucket = order[start : start + size]
-            bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
-            batches += np.split(bucket, range(self.batch_size, len(bucket), self.batch_size))
+        for rows in self._apart(order):
+            for start in range(0, len(rows), size):
+                bucket = rows[start : start + size]
+                bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
+                batches += np.split(bucket, range(self.batch_size, len(bucket), self.batch_size))
         return [batches[place] for place in rng.permutation(len(batches))]
+
+    def _apart(self, rows: IntArray) -> list[IntArray]:
+        """Whole batches of each group, then what is left of all: as many batches as ungrouped."""
+        if self.groups is None:
+            return [rows]
+        group = self.groups[rows]
+        members = [rows[group == each] for each in np.unique(group)]
+        cuts = [len(each) - len(each) % self.batch_size for each in members]
+        whole = [each[:cut] for each, cut in zip(members, cuts, strict=True)]
+        rest = [each[cut:] for each, cut in zip(members, cuts, strict=True)]
+        return [*whole, np.concatenate(rest)]
+
+    def _count(self, rows: IntArray) -> int:
+        return len(rows) if self.counts is None else int(self.counts[rows].sum())
 
 
 @dataclass(frozen=True, eq=False)

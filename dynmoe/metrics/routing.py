@@ -1,6 +1,7 @@
 """Routing statistics of a stretch of training or an evaluation, summed by source and layer.
 
-Shape suffixes: B samples, N tokens of a sample, E living experts, S slots, C classes.
+Shape suffixes: B samples, N tokens of a sample, T all real tokens, E living experts, S slots,
+C classes, P parts of a sequence.
 """
 
 from __future__ import annotations
@@ -33,31 +34,42 @@ class _Sums(NamedTuple):
     """Real tokens at each position, and the sum of their k. Evaluations only, as ``class_CS``."""
     class_CS: Tensor
     """Routed tokens of each class."""
+    part_PS: Tensor
+    """Tokens of each part that each slot served; last, how many there are."""
 
 
 class RoutingMeter:
     """Adds up routing by source ("train", "env0", ...) and layer.
 
-    ``classes`` is the number of labels that ``update`` may be given.
+    ``classes`` is the number of labels that ``update`` may be given, ``parts`` are the names of
+    what a sequence consists of (image, prompt, answer), if that is to be told apart.
     """
 
-    def __init__(self, model: nn.Module, classes: int = 0) -> None:
+    def __init__(self, model: nn.Module, classes: int = 0, parts: Sequence[str] = ()) -> None:
         self._layers = moe_layers(model)
         self._classes = classes
+        self._parts = tuple(parts)
         self._sums: dict[tuple[str, str], _Sums] = {}
 
     def update(
-        self, source: str, tape: Mapping[str, Sequence[Routed]], label_B: Tensor | None = None
+        self,
+        source: str,
+        tape: Mapping[str, Sequence[Routed]],
+        label_B: Tensor | None = None,
+        part_BN: Sequence[Tensor] | None = None,
     ) -> None:
-        """``label_B``: the classes of the samples, of which the layers saw [B, N, D]."""
+        """``label_B``: the classes of the samples, of which the layers saw [B, N, D]; ``part_BN``:
+        for each call of a layer the indices in ``parts`` of its tokens. Padding counts nowhere."""
         for name, calls in tape.items():
             live = list(self._layers[name].live)
-            for call in calls:
+            for number, call in enumerate(calls):
                 sums = self._sums.get((source, name))
                 if sums is None:
                     sums = self._sums[source, name] = self._zeros(source, name)
                 sums.load_S[live] += call.stats.load_E
                 sums.k_hist_S[: len(call.stats.k_hist)] += call.stats.k_hist
+                if part_BN is not None:
+                    _add_parts(sums.part_PS, call, live, part_BN[number])
                 if label_B is None:
                     continue
                 k_BN = call.mask[:, :POSITIONS].sum(2)
@@ -81,8 +93,17 @@ class RoutingMeter:
                 record = {"source": source, "layer": name, **_record(layer, sums)}
                 if self._details(source):
                     record |= _detailed_record(layer, sums)
+                if self._parts:
+                    record["parts"] = self._parts_record(layer, sums)
                 records.append(record)
         return records
+
+    def _parts_record(self, layer: MoELayer, sums: _Sums) -> dict[str, Any]:
+        found = {}
+        for name, (*load_S, tokens) in zip(self._parts, sums.part_PS.tolist(), strict=True):
+            load = [load_S[slot] for slot in layer.live]
+            found[name] = {"tokens": tokens, "mean_k": sum(load) / max(1, tokens), "load": load}
+        return found
 
     def _details(self, source: str) -> bool:
         return self._classes > 0 and source != TRAIN
@@ -90,13 +111,30 @@ class RoutingMeter:
     def _zeros(self, source: str, name: str) -> _Sums:
         layer, details = self._layers[name], self._details(source)
         slots = layer.max_experts
-        shapes = (slots,), (slots + 1,), (2, POSITIONS * details), (self._classes * details, slots)
+        shapes = (
+            (slots,),
+            (slots + 1,),
+            (2, POSITIONS * details),
+            (self._classes * details, slots),
+            (len(self._parts), slots + 1),
+        )
         return _Sums(
             *(
                 torch.zeros(shape, dtype=torch.long, device=layer.active_E.device)
                 for shape in shapes
             )
         )
+
+
+def _add_parts(part_PS: Tensor, call: Routed, live: list[int], part_BN: Tensor) -> None:
+    mask_TE = call.mask.flatten(0, 1)
+    part_T = part_BN.flatten()
+    if call.token_mask is not None:
+        real_T = call.token_mask.flatten()
+        mask_TE, part_T = mask_TE[real_T], part_T[real_T]
+    load_PE = torch.zeros_like(part_PS[:, live]).index_add_(0, part_T, mask_TE.long())
+    part_PS[:, live] += load_PE
+    part_PS[:, -1] += torch.bincount(part_T, minlength=len(part_PS))
 
 
 def _record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Which step of which run a result is reported for: DomainBed's three selection rules, GLUE's two.
+"""Which step of which run a result is reported for: DomainBed's three selection rules, GLUE's two,
+and LLaVA's.
 
 A record is one line of `results.jsonl`. A rule looks at the records of one draw of
 hyper-parameters; `best_of_sweep` compares the draws. `judged` tells the numbers of any one record.
@@ -9,7 +10,7 @@ its larger part.
 
 GLUE: the test sets have no public labels, so the score on dev is reported. Published tables choose
 the epoch, and the learning rate, by that same score (`best_dev`), which flatters all of them;
-`heldout` chooses by examples set aside from the training set.
+`heldout` chooses by examples set aside from the training set. LLaVA takes the last step.
 
 One deviation from DomainBed: a NaN validation accuracy never beats a number. DomainBed holds to
 that between draws, but within a run its plain `max` keeps a NaN that comes first.
@@ -34,15 +35,23 @@ RULES = {
     "leave_one_domain_out": "leave-one-domain-out validation",
     "best_dev": "best score on dev, which is also reported",
     "heldout": "held-out part of the training set",
+    "last_step": "the last step",
 }
 
-# Of the rules whose runs are scored on whole sets: which set selects.
-SELECTING_SET = {"best_dev": "dev", "heldout": "heldout"}
+# Of the rules whose runs are scored on whole sets: which set selects; None: none does.
+SELECTING_SET = {"best_dev": "dev", "heldout": "heldout", "last_step": None}
 
 
 def on_sets(rule: str) -> bool:
     """Whether the rule's runs are scored on whole sets, not on the splits of environments."""
     return rule in SELECTING_SET
+
+
+def judging_set(facts: Mapping[str, Any]) -> str:
+    """Of a run that is scored on whole sets the one that tells how well it does in training: that
+    which selects, else the first that is reported."""
+    judge = SELECTING_SET[facts["selection"]]
+    return facts["env_names"][0] if judge is None else judge
 
 
 def rule_of(config: Mapping[str, Any]) -> str:
@@ -121,12 +130,23 @@ def heldout(records: Sequence[Record], test_env: int) -> Choice | None:
     return _best_on("heldout", records, test_env)
 
 
+def last_step(records: Sequence[Record], test_env: int) -> Choice | None:
+    """The last evaluation, chosen by its step alone (LLaVA, MoE-LLaVA). Its scores are named after
+    the sets of the run, which a record does not tell: see `judged`."""
+    return max(
+        (Choice(each, each["step"], math.nan) for each in _holding_out({test_env}, records)),
+        key=lambda choice: choice.validation,
+        default=None,
+    )
+
+
 SELECTION: dict[str, Rule] = {
     "training_domain_validation": training_domain_validation,
     "oracle": oracle,
     "leave_one_domain_out": leave_one_domain_out,
     "best_dev": best_dev,
     "heldout": heldout,
+    "last_step": last_step,
 }
 
 
@@ -151,7 +171,7 @@ def judged(record: Record, facts: Mapping[str, Any]) -> Choice:
     """
     rule, tests = facts["selection"], facts["test_envs"]
     if on_sets(rule):
-        judges = [f"{SELECTING_SET[rule]}_score"]
+        judges = [f"{judging_set(facts)}_score"]
     else:
         environments = range(len(facts["env_names"]))
         judges = [

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from dynmoe.metrics.selection import SELECTING_SET, on_sets, reported_key, selected
+from dynmoe.metrics.selection import judging_set, on_sets, reported_key, selected
 from dynmoe.report.drawing import (
     BLUE,
     COLOURS,
@@ -94,7 +94,7 @@ def draw_scores(run: Record, results: Sequence[Record]) -> Figure:
     figure, (axes,) = lay_out(1, width=7.6, height=4)
     steps = [record["step"] for record in results]
     reported = [run["env_names"][index] for index in run["test_envs"]]
-    names = list(dict.fromkeys([*run["env_names"], SELECTING_SET[run["selection"]]]))
+    names = list(dict.fromkeys([*run["env_names"], judging_set(run)]))
     legend = []
     for index, name in enumerate(names):
         values = [100 * record.get(f"{name}_score", math.nan) for record in results]

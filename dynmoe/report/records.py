@@ -22,7 +22,7 @@ from dynmoe.errors import UserError
 # A folder beside the run folders.
 LOCKS = ".locks"
 
-Kind = Literal["results", "routing", "events"]
+Kind = Literal["results", "routing", "events", "examples"]
 State = Literal["done", "running", "failed", "stopped", "missing"]
 Record = dict[str, Any]
 

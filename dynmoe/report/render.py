@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from dynmoe.metrics.selection import RULES, SELECTING_SET, reported_key
+from dynmoe.metrics.selection import RULES, judging_set, reported_key
 from dynmoe.report.summary import Layer, Summary
 from dynmoe.report.tables import Strong, Table, format_number, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
@@ -88,7 +88,7 @@ def _accuracy(summary: Summary) -> Table:
 def _scores(summary: Summary) -> Table:
     """A column for the score, and for each of the metrics if it is the mean of several."""
     metrics = [key for key in METRICS if any(key in each.metrics for each in summary.scores)]
-    selecting = SELECTING_SET[summary.run["selection"]]
+    selecting = judging_set(summary.run)
     rows: list[tuple[str, ...]] = []
     for each in summary.scores:
         role = "reported" if each.is_reported else "selects" if each.name == selecting else ""

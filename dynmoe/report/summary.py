@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynmoe.metrics.efficiency import activated, exported
-from dynmoe.metrics.selection import SELECTING_SET, judged, on_sets, selected
+from dynmoe.metrics.selection import judged, judging_set, on_sets, selected
 from dynmoe.report.records import Record, RecordError, RunFolder, stretches
 from dynmoe.report.words import metrics_of
 
@@ -146,7 +146,7 @@ def _scores(run: Record, model: Record) -> tuple[Scores, ...]:
             model.get(f"{name}_score", math.nan),
             {key: model[f"{name}_{key}"] for key in metrics_of(model, name)},
         )
-        for name in dict.fromkeys([*run["env_names"], SELECTING_SET[run["selection"]]])
+        for name in dict.fromkeys([*run["env_names"], judging_set(run)])
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning as L
@@ -35,6 +35,7 @@ class MoETask(L.LightningModule):
         seed: int,
         num_classes: int = 0,
         scheduler: Callable[..., LRScheduler] | None = None,
+        parts: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -42,7 +43,7 @@ class MoETask(L.LightningModule):
         self.make_scheduler = scheduler
         self.aux_weight = aux_weight
         self.seed = seed
-        self.routing = RoutingMeter(backbone, num_classes)
+        self.routing = RoutingMeter(backbone, num_classes, parts)
         self.mean_loss = MeanMetric()
         self.mean_aux = MeanMetric()
 
@@ -52,16 +53,21 @@ class MoETask(L.LightningModule):
             output = self.backbone(*inputs, **named)
         return output, tape
 
-    def total_loss(self, loss: Tensor, tape: dict[str, list[Routed]]) -> dict[str, Any]:
+    def total_loss(
+        self,
+        loss: Tensor,
+        tape: dict[str, list[Routed]],
+        part_BN: Sequence[Tensor] | None = None,
+    ) -> dict[str, Any]:
         """Task loss + ``aux_weight`` * the sum of auxiliary losses; what training_step returns.
 
-        ``routing`` goes to the callbacks that record or adapt.
+        ``routing`` goes to the callbacks that record or adapt. ``part_BN``: see ``RoutingMeter``.
         """
         aux = torch.zeros((), device=loss.device)
         for calls in tape.values():
             for call in calls:
                 aux = aux + call.aux
-        self.routing.update(TRAIN, tape)
+        self.routing.update(TRAIN, tape, part_BN=part_BN)
         self.mean_loss.update(loss.detach())
         self.mean_aux.update(aux.detach())
         self.log("train/loss", loss.detach())
@@ -80,6 +86,10 @@ class MoETask(L.LightningModule):
     def routing_records(self) -> list[dict[str, Any]]:
         """Routing of the training since the last evaluation, and in that evaluation by source."""
         raise NotImplementedError
+
+    def example_records(self) -> list[dict[str, Any]]:
+        """Single samples of the last evaluation, to be looked at."""
+        return []
 
     def losses_since_last(self) -> dict[str, float]:
         """Mean losses since the last call, over all ranks."""

@@ -76,6 +76,8 @@ class RunRecorder(Checkpoint):
         if trainer.is_global_zero:
             self.folder.append("results", result)
             self.folder.append("routing", *routing)
+            if examples := pl_module.example_records():
+                self.folder.append("examples", *({"step": step, **each} for each in examples))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         checkpoints = self.folder.path / "checkpoints"

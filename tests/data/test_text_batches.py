@@ -85,6 +85,80 @@ def test_no_part_is_empty() -> None:
     assert set(seen) == set(range(330)) and len(seen) == 336
 
 
+@pytest.mark.parametrize("batch_size", [5, 16])
+@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (4, 1), (1, 3), (2, 4), (16, 1)])
+def test_the_loss_is_the_mean_over_all_counted(
+    accumulate: int, world_size: int, batch_size: int
+) -> None:
+    """Each micro-batch has the mean loss of its tokens; weighted, these average to the batch's."""
+    rng = np.random.default_rng(batch_size)
+    counts = rng.integers(1, 300, size=330)
+    losses = rng.normal(size=330) * counts  # sums over the tokens of each example
+    cut = {"accumulate": accumulate, "world_size": world_size}
+    common = {"batch_size": batch_size, "steps": steps_per_epoch(330, batch_size), "eval_every": 99}
+    ranks = [
+        list(train_batches(**common, **cut, rank=rank, counts=counts)) for rank in range(world_size)
+    ]
+    for step, batch in enumerate(rows(train_batches(**common))):
+        parts = [part for rank in ranks for part in rank[step * accumulate :][:accumulate]]
+        means = [
+            part[0].weight * losses[own].sum() / counts[own].sum()
+            for part in parts
+            for own in [[key.row for key in part]]
+        ]
+        assert all(key.weight == part[0].weight for part in parts for key in part)
+        assert np.mean(means) == pytest.approx(losses[batch].sum() / counts[batch].sum())
+        assert sum(part[0].weight == 0 for part in parts) == max(0, len(parts) - len(batch))
+
+
+def test_equal_counts_weigh_as_none() -> None:
+    def weights(counts: object) -> list[float]:
+        return [part[0].weight for part in train_batches(accumulate=4, counts=counts)]
+
+    assert weights(np.full(330, 7)) == pytest.approx(weights(None))
+
+
+GROUPS = np.random.default_rng(2).choice([0, 1, 5], size=330, p=[0.3, 0.6, 0.1])
+
+
+def test_batches_are_of_one_group_but_for_what_is_left() -> None:
+    batches = train_batches(groups=GROUPS)
+    seen = rows(batches)
+    assert len(seen) == steps_per_epoch(330, 16) == 21
+    assert sorted(row for batch in seen for row in batch) == list(range(330))
+    assert sorted(map(len, seen)) == [10, *[16] * 20]
+    counts = np.unique(GROUPS, return_counts=True)[1]
+    mixed = [batch for batch in seen if len(set(GROUPS[batch].tolist())) > 1]
+    whole = sum(count // 16 for count in counts.tolist())
+    assert 0 < len(mixed) <= 21 - whole < 3
+    assert rows(batches) == seen
+    assert rows(train_batches(groups=GROUPS, seed=1)) != seen
+    assert rows(train_batches(groups=GROUPS, next_step=lambda: 21)) != seen
+
+
+def test_grouped_batches_are_shuffled_and_of_similar_lengths() -> None:
+    seen = rows(train_batches(groups=GROUPS))
+    lengths = [LENGTHS[batch] for batch in seen]
+    assert 1 - LENGTHS.sum() / sum(len(each) * each.max() for each in lengths) < 0.2
+    firsts = [int(GROUPS[batch[0]]) for batch in seen]
+    assert firsts != sorted(firsts)
+
+
+@pytest.mark.parametrize("sizes", [(32, 16), (3, 2), (16, 1), (1, 31)])
+def test_groups_of_any_size(sizes: tuple[int, int]) -> None:
+    groups = np.repeat([0, 1], sizes)
+    examples = len(groups)
+    steps = steps_per_epoch(examples, 16)
+    seen = rows(train_batches(lengths=LENGTHS[:examples], groups=groups, steps=steps))
+    assert len(seen) == steps
+    assert sorted(row for batch in seen for row in batch) == list(range(examples))
+
+
+def test_one_group_alone_has_whole_batches_first() -> None:
+    seen = rows(train_batches(groups=np.zeros(330, dtype=np.int64)))
+    assert sorted(map(len, seen)) == [10, *[16] * 20]
+
+
 def test_little_is_padded() -> None:
     def padding(batches: list[list[int]]) -> float:
         lengths = [LENGTHS[batch] for batch in batches]

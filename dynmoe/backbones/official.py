@@ -1,0 +1,220 @@
+"""Weights of MoE-LLaVA and DynMoE-LLaVA under their published names and under ours, both ways.
+
+Sources, beside those of ``official_names``: ``llava_arch`` and ``multimodal_projector/builder`` of
+MoE-LLaVA, and the DeepSpeed that comes with DynMoE (``DeepSpeed-0.9.5/deepspeed/moe``: ``layer``,
+``experts``, ``sharded_moe``), which names what is in an MoE layer.
+``official_config.describe`` says which of our settings compute the same.
+
+Shape suffixes: D model width, E experts, S slots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynmoe.backbones.official_names import BLOCK, BOTH, FAMILIES, QKV, WEIGHT, Family
+from dynmoe.errors import DataError
+
+LANGUAGE = "language_model."
+
+# Buffers of older transformers that can be computed; our copy of the FFN that experts came from.
+DROPPED = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$|\.mlp\.origin\.")
+TOWER_LAYER = re.compile(r"\.encoder\.layers\.(\d+)\.")
+
+Tensors = Sequence[Tensor]
+
+
+def to_dynmoe(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Official weights under our names: ``vision.``, ``projector.``, ``language_model.``.
+
+    ``settings`` are those of ``official_config.describe``. The image tower, which is frozen in
+    training and which the official code reads elsewhere, may be absent; what lies behind its layer
+    that is read is left out. Tensors keep their dtype; some are views of the official ones.
+
+    Raises:
+        DataError: names that are missing or unknown, all at once, or values we have no place for.
+    """
+    vision = f"{FAMILIES[settings['family']].body}.image_tower.image_tower.vision_model."
+    every = [(piece.official, piece.ours, piece.to_ours) for piece in _pieces(settings)]
+    unread = _unread([name for name in state if name.startswith(vision)], settings)
+    read = {name: tensor for name, tensor in state.items() if name not in unread}
+    return _convert(read, every, vision, "vision.model.")
+
+
+def to_official(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of ``to_dynmoe``, but for what that leaves out.
+
+    Raises:
+        DataError: names that are missing or unknown, all at once, or values they have no place for.
+    """
+    vision = f"{FAMILIES[settings['family']].body}.image_tower.image_tower.vision_model."
+    every = [(piece.ours, piece.official, piece.to_official) for piece in _pieces(settings)]
+    return _convert(state, every, "vision.model.", vision)
+
+
+class _Piece(NamedTuple):
+    """Tensors that are converted together."""
+
+    official: tuple[str, ...]
+    ours: tuple[str, ...]
+    to_ours: Callable[[Tensors], Tensors] = list
+    to_official: Callable[[Tensors], Tensors] = list
+
+
+def _convert(
+    state: Mapping[str, Tensor],
+    pieces: Sequence[tuple[tuple[str, ...], tuple[str, ...], Callable[[Tensors], Tensors]]],
+    vision_from: str,
+    vision_to: str,
+) -> dict[str, Tensor]:
+    kept = [name for name in state if not DROPPED.search(name)]
+    vision = [name for name in kept if name.startswith(vision_from)]
+    expected = dict.fromkeys(name for names, _, _ in pieces for name in names)
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in kept if name not in expected and not name.startswith(vision_from)]
+    wrong = {"missing": missing, "unknown": unknown}
+    if problems := [f"{word}: {_few(names)}" for word, names in wrong.items() if names]:
+        raise DataError(f"the weights do not fit the configuration; {'; '.join(problems)}")
+    converted = {vision_to + name.removeprefix(vision_from): state[name] for name in vision}
+    for names, targets, function in pieces:
+        try:
+            made = function([state[name] for name in names])
+        except ValueError as error:
+            raise DataError(f"{names[0]}: {error}") from None
+        if len(made) != len(targets):
+            raise DataError(f"{names[0]}: the configuration has another number of experts")
+        converted.update(zip(targets, made, strict=True))
+    return converted
+
+
+def _unread(vision: Sequence[str], settings: Mapping[str, Any]) -> set[str]:
+    """What of the image tower comes after the layer that is read, counted from the end."""
+    layers = {name: int(found[1]) for name in vision if (found := TOWER_LAYER.search(name))}
+    behind = max(layers.values(), default=0) + 1 + settings["vision"]["layer"]
+    return {name for name in vision if layers.get(name, 0) > behind or ".post_layernorm." in name}
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} in all)"
+
+
+def _pieces(settings: Mapping[str, Any]) -> Iterator[_Piece]:
+    family, moe = FAMILIES[settings["family"]], settings["moe"]
+    options = settings["language_model"]["options"]
+    depth = options["num_hidden_layers"]
+    for ours, (official, leaves) in family.modules.items():
+        for i in range(depth if "{i}" in ours else 1):
+            yield from _renamed(official.format(i=i), LANGUAGE + ours.format(i=i), leaves)
+    for i in range(depth):
+        official, ours = family.block.format(i=i), LANGUAGE + BLOCK.format(i=i)
+        yield from _qkv(family, i, BOTH if options.get("use_qkv_bias", True) else WEIGHT)
+        if i in moe["layers"]:
+            yield from _moe_layer(family, f"{official}.mlp.deepspeed_moe", f"{ours}.mlp", moe)
+            continue
+        for layer in family.ffn:
+            names = f"{official}.mlp.{layer.official}", f"{ours}.mlp.{layer.dense}"
+            yield from _renamed(*names, family.leaves)
+    if not family.head_bias:
+        head = LANGUAGE + "lm_head"
+        yield _Piece(("lm_head.weight",), (f"{head}.weight", f"{head}.bias"), _add_bias, _drop_bias)
+    projector = f"{family.body}.mm_projector.image_spatial_proj"
+    if settings["projector"] == "linear":
+        yield from _renamed(projector, "projector.0", BOTH)
+    else:
+        for index in ("0", "2"):
+            yield from _renamed(f"{projector}.{index}", f"projector.{index}", BOTH)
+
+
+def _renamed(official: str, ours: str, leaves: tuple[str, ...]) -> Iterator[_Piece]:
+    for leaf in leaves:
+        yield _Piece((f"{official}.{leaf}",), (f"{ours}.{leaf}",))
+
+
+def _qkv(family: Family, i: int, leaves: tuple[str, ...]) -> Iterator[_Piece]:
+    names = [name.format(i=i) for name in QKV]
+    if family.fused_qkv is None:
+        for name in names:
+            yield from _renamed(name, LANGUAGE + name, leaves)
+        return
+    for leaf in leaves:
+        yield _Piece(
+            (f"{family.fused_qkv.format(i=i)}.{leaf}",),
+            tuple(f"{LANGUAGE}{name}.{leaf}" for name in names),
+            lambda fused: fused[0].chunk(3),
+            lambda parts: [torch.cat(list(parts))],
+        )
+
+
+def _moe_layer(
+    family: Family, official: str, ours: str, moe: Mapping[str, Any]
+) -> Iterator[_Piece]:
+    slots = range(moe["max_experts"])
+    gate, active = f"{official}.gate.wg", f"{ours}.active_E"
+    if moe["name"] == "topk":
+        yield _Piece(
+            (f"{gate}.weight",), (f"{ours}.router.weight", active), _add_active, _drop_active
+        )
+    else:
+        parameters = "sim_matrix", "gates", "experts_mask", "temperature"
+        yield _Piece(
+            tuple(f"{gate}.{name}" for name in parameters),
+            (
+                *(f"{ours}.router.directions.{slot}" for slot in slots),
+                *(f"{ours}.router.thresholds.{slot}" for slot in slots),
+                active,
+            ),
+            _unstack_gate,
+            _stack_gate,
+        )
+    for slot in slots:
+        for layer in family.ffn:
+            theirs = f"{official}.experts.deepspeed_experts.{slot}.{layer.official}"
+            yield from _renamed(
+                theirs, f"{ours}.experts.slots.{slot}.{layer.expert}", family.leaves
+            )
+
+
+def _unstack_gate(gate: Tensors) -> Tensors:
+    """``GAMoEGateT``'s columns [D, S], thresholds [S], mask [S] and log-temperature [1]."""
+    directions_DS, thresholds_S, mask_S, temperature = gate
+    if temperature.any():
+        raise ValueError(f"expected a temperature of 1, found exp({temperature.item():g})")
+    active_S = mask_S != 0
+    if not active_S.any() or (mask_S[active_S] != 1).any():
+        raise ValueError(f"expected a mask of zeros and ones, found {mask_S.tolist()}")
+    return [*directions_DS.unbind(1), *thresholds_S.unbind(), active_S]
+
+
+def _stack_gate(gate: Tensors) -> Tensors:
+    *vectors, active_S = gate
+    directions, thresholds = vectors[: len(active_S)], vectors[len(active_S) :]
+    thresholds_S = torch.stack(thresholds)
+    zero = thresholds_S.new_zeros(1)
+    return [torch.stack(directions, 1), thresholds_S, active_S.to(thresholds_S.dtype), zero]
+
+
+def _add_active(weight: Tensors) -> Tensors:
+    return [weight[0], torch.ones(len(weight[0]), dtype=torch.bool)]
+
+
+def _drop_active(router: Tensors) -> Tensors:
+    weight_ED, active_E = router
+    if not active_E.all():
+        raise ValueError("expected a fixed pool, found slots without an expert")
+    return [weight_ED]
+
+
+def _add_bias(head: Tensors) -> Tensors:
+    return [head[0], head[0].new_zeros(len(head[0]))]
+
+
+def _drop_bias(head: Tensors) -> Tensors:
+    weight, bias = head
+    if bias.any():
+        raise ValueError("expected a zero bias, for the official head has none")
+    return [weight]

@@ -1,0 +1,200 @@
+"""What config.json of MoE-LLaVA and DynMoE-LLaVA means for us, both ways.
+
+A converted model computes at evaluation what the official code at its head does:
+
+- DynMoE (``conf/moe/dynmoe.yaml``): any options of the router evaluate so but ``combine=tutel``.
+  The code of May 2024 had a capacity, which could drop tokens. ``dynmoe_official_deepspeed`` has
+  the losses of the head, to train on.
+- MoE-LLaVA (``conf/moe/topk.yaml``), but for two habits of its gate (``sharded_moe.top2gating``),
+  which ``describe`` notes: it draws the second expert with noise, at evaluation too, where ours
+  is the most probable one, and it drops tokens over a capacity, which however is all of them in
+  the published runs (2 choices * eval_capacity_factor 2 = 4 experts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dynmoe.errors import DataError
+
+ARCHITECTURES = {"stablelm": "stablelm", "qwen": "qwen2", "phi": "phi"}
+PROJECTORS = ("linear", "mlp2x_gelu")
+FITS = {"pad": "pad", "square": "crop"}  # image_aspect_ratio: ours
+
+
+def _same(*names: str) -> dict[str, str]:
+    return dict(zip(names, names, strict=True))
+
+
+# Options of transformers' configurations: their official names.
+SIZES = _same(
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+)
+GROUPED = {**SIZES, **_same("num_key_value_heads", "max_position_embeddings")}
+OPTIONS = {
+    "stablelm": {**GROUPED, "use_qkv_bias": "use_qkv_bias", "layer_norm_eps": "norm_eps"},
+    # Over seq_length tokens Qwen rescales angles and queries, which Qwen2 does not.
+    "qwen": {
+        **SIZES,
+        "max_position_embeddings": "seq_length",
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+    "phi": {
+        **GROUPED,
+        **_same("hidden_act", "layer_norm_eps", "resid_pdrop", "embd_pdrop", "attention_dropout"),
+    },
+}
+ROPE = {
+    "stablelm": {"rope_theta": "rope_theta", "partial_rotary_factor": "rope_pct"},
+    "qwen": {"rope_theta": "rotary_emb_base"},
+    "phi": _same("rope_theta", "partial_rotary_factor"),
+}
+VISION = {"model": "mm_image_tower", "layer": "mm_vision_select_layer", "width": "mm_hidden_size"}
+MOE = ("moe_layers_idx", "num_experts", "top_k_experts", "router_aux_loss_coef")
+
+# The official defaults, and all that ours computes.
+ONLY: dict[str, dict[str, Any]] = {
+    "stablelm": {},
+    "qwen": {"rotary_pct": 1.0, "no_bias": True},
+    "phi": {"qk_layernorm": False, "rope_scaling": None},
+    "every": {
+        "tie_word_embeddings": False,
+        "mm_video_tower": None,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+    },
+    "moe": {"use_residual": False, "ep_size": 1},
+}
+
+
+def describe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our settings for the model of an official config.json.
+
+    ``family``; ``language_model``: ``architecture`` and ``options`` of transformers; ``vision``:
+    ``model``, the ``layer`` whose patches are read, their ``width``, how an image is ``fit``;
+    ``projector``; ``moe``: keys of ``conf/moe/<name>.yaml``; ``notes``: what is not as there.
+
+    Raises:
+        DataError: what is missing, or ours cannot compute, all at once.
+    """
+    if problems := list(_problems(config)):
+        raise DataError("\n".join(f"config.json: {problem}" for problem in problems))
+    family = _family(config)
+    options = {ours: config[official] for ours, official in OPTIONS[family].items()}
+    rope = {ours: config[official] for ours, official in ROPE[family].items()}
+    options["rope_parameters"] = {"rope_type": "default", **rope}
+    if family == "qwen":
+        options["intermediate_size"] //= 2  # w1 and w2 together
+        options["num_key_value_heads"] = options["num_attention_heads"]
+    moe = config["moe"]
+    return {
+        "family": family,
+        "language_model": {"architecture": ARCHITECTURES[family], "options": options},
+        "vision": {
+            **{ours: config[official] for ours, official in VISION.items()},
+            "fit": FITS[config.get("image_aspect_ratio", "square")],
+        },
+        "projector": config.get("image_projector_type", "linear"),
+        "moe": _pool(moe),
+        "notes": list(_notes(moe)),
+    }
+
+
+def official_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model by our settings: ``describe`` gives them back."""
+    family, moe = settings["family"], settings["moe"]
+    options, top_k = settings["language_model"]["options"], moe.get("top_k", -1)
+    config = {
+        "model_type": f"moe_llava_{family}",
+        **{official: options[ours] for ours, official in OPTIONS[family].items()},
+        **{official: options["rope_parameters"][ours] for ours, official in ROPE[family].items()},
+        **{official: settings["vision"][ours] for ours, official in VISION.items()},
+        **ONLY[family],
+        **ONLY["every"],
+        "image_aspect_ratio": {fit: name for name, fit in FITS.items()}[settings["vision"]["fit"]],
+        "image_projector_type": settings["projector"],
+        "mm_use_im_patch_token": False,  # the official default would add a token
+        "use_mm_proj": True,
+    }
+    if family == "qwen":
+        config["intermediate_size"] *= 2
+        config["kv_channels"] = config["hidden_size"] // config["num_attention_heads"]
+    config["moe"] = {
+        **ONLY["moe"],
+        "moe_enable": True,
+        "moe_mode": "custom",
+        "moe_layers_idx": list(moe["layers"]),
+        "num_experts": [moe["max_experts"]] * len(moe["layers"]),
+        "top_k_experts": top_k,
+        "router_aux_loss_coef": moe["aux_weight"],
+        "capacity_factor": 1.5,
+        "eval_capacity_factor": moe["max_experts"] / abs(top_k),  # all tokens: none is dropped
+        "min_capacity": 0,
+        "train_modules": [],
+    }
+    return config
+
+
+def _pool(moe: Mapping[str, Any]) -> dict[str, Any]:
+    top_k, slots = moe["top_k_experts"], moe["num_experts"][0]
+    adaptive = top_k == -1
+    return {
+        "name": "dynmoe" if adaptive else "topk",
+        "num_experts": slots // 2 if adaptive else slots,  # the first; the weights say who lives
+        "max_experts": slots,
+        **({} if adaptive else {"top_k": top_k}),
+        "layers": list(moe["moe_layers_idx"]),
+        "init": "copy",
+        "expert_dropout": None,
+        "aux_weight": moe["router_aux_loss_coef"],
+    }
+
+
+def _notes(moe: Mapping[str, Any]) -> Iterator[str]:
+    top_k, slots = moe["top_k_experts"], moe["num_experts"][0]
+    if top_k == 2:
+        yield "The official gate draws the second expert with noise, here it is the most probable."
+    share = top_k * moe.get("eval_capacity_factor", 1.0) / slots
+    if top_k > 0 and share < 1:
+        yield (
+            f"The official gate serves at most {share:.0%} of the tokens with an expert "
+            "(eval_capacity_factor), here all find a place."
+        )
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    return str(config.get("model_type")).removeprefix("moe_llava_")
+
+
+def _problems(config: Mapping[str, Any]) -> Iterator[str]:
+    family = _family(config)
+    if config.get("model_type") not in [f"moe_llava_{known}" for known in ARCHITECTURES]:
+        known = ", ".join(f"moe_llava_{name}" for name in ARCHITECTURES)
+        yield f"model_type: expected one of {known}, found {config.get('model_type')}"
+        return
+    moe = config.get("moe", {})
+    needed = [*OPTIONS[family].values(), *ROPE[family].values(), *VISION.values()]
+    absent = [key for key in needed if config.get(key) is None]
+    absent += [f"moe.{key}" for key in MOE if moe.get(key) in (None, [])]
+    if absent:
+        yield f"expected the keys {', '.join(absent)}, found none"
+    for key, value in {**ONLY[family], **ONLY["every"]}.items():
+        if config.get(key, value) != value:
+            yield f"{key}: expected {value}, found {config[key]}, which is not supported"
+    for key, value in ONLY["moe"].items():
+        if moe.get(key, value) != value:
+            yield f"moe.{key}: expected {value}, found {moe[key]}, which is not supported"
+    for key, choices in {"image_projector_type": PROJECTORS, "image_aspect_ratio": FITS}.items():
+        if key in config and config[key] not in choices:
+            yield f"{key}: expected one of {', '.join(choices)}, found {config[key]}"
+    if absent:
+        return
+    if len(set(moe["num_experts"])) > 1:
+        yield f"moe.num_experts: expected as many in every layer, found {moe['num_experts']}"
+    if moe["top_k_experts"] not in (-1, 1, 2):
+        yield f"moe.top_k_experts: expected 1, 2 or -1, found {moe['top_k_experts']}"
+    if family == "qwen":
+        width = config.get("kv_channels", 128) * config["num_attention_heads"]
+        if width != config["hidden_size"]:
+            yield f"kv_channels: expected heads of {config['hidden_size']} in all, found {width}"

@@ -1,0 +1,158 @@
+"""What a language model sees of an image: the patch tokens of a Vision Transformer's inner layer.
+
+Shape suffixes: I images, P patches, V width of the vision tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from dynmoe.backbones import hub
+from dynmoe.backbones.vit import build_vit
+from dynmoe.errors import ConfigError
+
+# Vision towers of transformers by ``model_type``, of whole CLIPs as of their vision half.
+TRANSFORMERS: dict[str, tuple[Any, Any]] = {
+    "clip": (CLIPVisionConfig, CLIPVisionModel),
+    "siglip": (SiglipVisionConfig, SiglipVisionModel),
+}
+
+
+class TimmTower(nn.Module):
+    """A ViT of timm up to its block ``layer``, counted from the end: -1 is the last one.
+
+    ``[I, 3, H, W] -> [I, P, V]``. Blocks behind it, norm and head are dropped. As in LLaVA, whose
+    features are CLIP's ``hidden_states[layer]``, no final norm is applied and the class token is
+    left out.
+    """
+
+    def __init__(self, model: Any, layer: int) -> None:
+        super().__init__()
+        model.blocks = model.blocks[: len(model.blocks) + 1 + layer]
+        model.norm = nn.Identity()
+        self.model = model
+        self.width = int(model.embed_dim)
+        self.patches = int(model.patch_embed.num_patches)
+
+    def forward(self, images: Tensor) -> Tensor:
+        (patches_IPV,) = self.model.forward_intermediates(
+            images,
+            indices=[len(self.model.blocks) - 1],
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        out: Tensor = patches_IPV
+        return out
+
+
+class TransformersTower(nn.Module):
+    """The same of CLIP or SigLIP in transformers: ``hidden_states[layer]`` without class token."""
+
+    def __init__(self, model: Any, layer: int) -> None:
+        super().__init__()
+        config = model.config
+        layers = model.encoder.layers
+        model.encoder.layers = layers[: len(layers) + 1 + layer]
+        model.post_layernorm = nn.Identity()
+        if hasattr(model, "head"):  # SigLIP's pooling
+            model.use_head = False
+            del model.head
+        self.model = model
+        self.width = int(config.hidden_size)
+        self.patches = (config.image_size // config.patch_size) ** 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden: Tensor = self.model(pixel_values=images).last_hidden_state
+        return hidden[:, -self.patches :]
+
+
+def build_vision_tower(
+    image_size: int,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    library: Literal["timm", "transformers"] = "timm",
+    model: str | None = None,
+    path: str | None = None,
+    pretrained: bool | str = False,
+    layer: int = -2,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A vision tower for images of ``image_size`` px in patches of ``patch_size`` px.
+
+    ``library="timm"``: ``model`` is timm's name of any ViT, ``pretrained`` as in ``build_vit``;
+    ``transformers``: ``model`` is a CLIP or SigLIP on the hub, or ``path`` its folder.
+    ``mean`` and ``std`` are what the tower's images are normalised with: the data's business.
+    ``options`` change the architecture.
+
+    Raises:
+        ConfigError: a model that is not there or has another patch size, or fewer layers.
+    """
+    if layer >= 0:
+        raise ConfigError(f"backbone.vision.layer: counted from the end, -1 is the last: {layer}")
+    tower: TimmTower | TransformersTower
+    if library == "timm":
+        if model is None or path is not None:
+            raise ConfigError(
+                "backbone.vision: library=timm takes a timm name as model, and a file of weights "
+                "as pretrained, no path"
+            )
+        vit: Any = build_vit(
+            model, num_classes=0, image_size=image_size, pretrained=pretrained, options=options
+        )
+        _check_depth(layer, len(vit.blocks))
+        tower = TimmTower(vit, layer)
+    else:
+        if isinstance(pretrained, str):
+            raise ConfigError("backbone.vision.pretrained: expected true or false, and path=FOLDER")
+        tower = _from_transformers(model, path, pretrained, image_size, layer, options or {})
+    if tower.patches != (image_size // patch_size) ** 2:
+        raise ConfigError(
+            f"backbone.vision.patch_size={patch_size}: {image_size} px would be "
+            f"{(image_size // patch_size) ** 2} patches, but this tower makes {tower.patches}"
+        )
+    return tower
+
+
+def _from_transformers(
+    model: str | None,
+    path: str | None,
+    pretrained: bool,
+    image_size: int,
+    layer: int,
+    options: Mapping[str, Any],
+) -> TransformersTower:
+    whole = hub.configuration(model, path, None, {})
+    kind = whole.model_type.removesuffix("_vision_model")
+    if kind not in TRANSFORMERS:
+        raise ConfigError(
+            f"backbone.vision: expected a CLIP or SigLIP, found a '{whole.model_type}'"
+        )
+    config_class, model_class = TRANSFORMERS[kind]
+    config = getattr(whole, "vision_config", whole)
+    config = config_class.from_dict({**config.to_dict(), **options})
+    if pretrained:
+        try:
+            tower = model_class.from_pretrained(
+                **hub.where(model, path), config=config, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            raise hub.not_found(model, path, None, error) from error
+    else:
+        tower = model_class._from_config(config, dtype=torch.float32)
+    if config.image_size != image_size:
+        raise ConfigError(
+            f"backbone.vision.image_size={image_size}: this tower is for {config.image_size} px"
+        )
+    _check_depth(layer, config.num_hidden_layers)
+    return TransformersTower(tower, layer)
+
+
+def _check_depth(layer: int, depth: int) -> None:
+    if -layer > depth:
+        raise ConfigError(f"backbone.vision.layer={layer}: this tower has {depth} blocks")

@@ -1,0 +1,225 @@
+"""A LLaVA-like model: vision tower, projector, and a causal language model that reads both.
+
+Shape suffixes: B conversations, N tokens, I images, P patches of an image, D width of the language
+model, M scored positions, C vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from dynmoe.backbones import hub
+from dynmoe.backbones.ffns import blocks_of
+from dynmoe.errors import ConfigError
+from dynmoe.layers.moe import mask_padding, moe_layers
+
+modality = "vision-language"
+
+Part = Literal["vision", "projector", "language_model", "moe_layers", "dense_ffns"]
+"""What a stage trains. ``dense_ffns`` are those of decoder blocks without an MoE layer."""
+
+
+class VisionLanguageModel(nn.Module):
+    """Patch tokens take the places of their image in the language model's stream of tokens.
+
+    Inputs are ``{"input_ids": [B, N], "attention_mask": [B, N], "image_mask": bool [B, N],
+    "images": [I, 3, H, W]}``; ``image_mask`` marks P places for each image, in their order. There
+    may be no images. MoE layers sit in the language model, so that one router sees both kinds of
+    tokens, and leave padding out.
+    """
+
+    def __init__(
+        self,
+        vision: Any,
+        projector: nn.Module,
+        language_model: Any,
+        grad_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.projector = projector
+        self.language_model = language_model.train()  # from_pretrained leaves evaluation mode
+        self._token_mask: Tensor | None = None
+        language_model.register_forward_pre_hook(self._mask_call, with_kwargs=True)
+        if grad_checkpointing:
+            language_model.gradient_checkpointing_enable(
+                {"use_reentrant": False, "context_fn": self._forward_and_recompute}
+            )
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the language model, as transformers calls it."""
+        return self.language_model.config
+
+    def train(self, mode: bool = True) -> VisionLanguageModel:
+        """A frozen vision tower stays in evaluation mode: no dropout, no stochastic depth."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.vision.parameters()):
+            self.vision.eval()
+        return self
+
+    def forward(self, tokens: Mapping[str, Tensor], scored_M: Tensor | None = None) -> Tensor:
+        """Logits of the next token: [M, C] behind the positions ``scored_M`` of the flattened
+        batch, which spares a large vocabulary's product elsewhere; without them [B, N, C]."""
+        mask = tokens.get("attention_mask")
+        self._token_mask = None if mask is None else mask.bool()
+        with mask_padding(self.language_model, self._token_mask):
+            hidden_BND = self.language_model.base_model(
+                inputs_embeds=self.embed(tokens), attention_mask=mask, use_cache=False
+            ).last_hidden_state
+        if scored_M is not None:
+            hidden_BND = hidden_BND.flatten(0, 1)[scored_M]
+        logits: Tensor = self.language_model.get_output_embeddings()(hidden_BND)
+        return logits
+
+    def embed(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """What the language model reads, [B, N, D]: embedded text, and projected patches."""
+        text_BND: Tensor = self.language_model.get_input_embeddings()(tokens["input_ids"])
+        images = tokens["images"]
+        if len(images):
+            # Without no_grad a frozen tower's activations would be kept.
+            frozen = not any(p.requires_grad for p in self.vision.parameters())
+            with torch.no_grad() if frozen else nullcontext():
+                patches_IPV = self.vision(images)
+        else:  # the projector still takes part, with a gradient of zero: ranks have to agree
+            patches_IPV = images.new_zeros(0, self.vision.patches, self.vision.width)
+        patches_IPD = self.projector(patches_IPV).to(text_BND.dtype)
+        return text_BND.masked_scatter(tokens["image_mask"][..., None], patches_IPD)
+
+    @torch.no_grad()
+    def generate(self, tokens: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
+        """The most likely answers, token by token, with a KV cache: [B, at most max_new_tokens].
+
+        Prompts are padded on the left. Behind its end token an answer is filled with padding.
+        MoE layers are called once for the prompts and once for each further token, in which
+        answers that have ended are padding.
+        """
+        self._token_mask = tokens["attention_mask"].bool()
+        with mask_padding(self.language_model, None):
+            out: Tensor = self.language_model.generate(
+                inputs_embeds=self.embed(tokens),
+                attention_mask=tokens["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=self.config.pad_token_id,
+                eos_token_id=self.config.eos_token_id,
+            )
+        return out
+
+    def _mask_call(self, model: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
+        """Tells the MoE layers what is padding in a call of ``generate``."""
+        ids = inputs.get("input_ids")
+        mask = self._token_mask
+        if ids is not None:  # behind the prompts
+            ends = torch.tensor(_as_list(self.config.eos_token_id), device=ids.device)
+            mask = (ids != self.config.pad_token_id) & ~torch.isin(ids, ends)
+        for layer in moe_layers(model).values():
+            layer._token_mask = mask
+
+    def _forward_and_recompute(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), mask_padding(self.language_model, self._token_mask)
+
+
+def build_vision_language_model(
+    vision: Any,
+    projector: Literal["mlp2x_gelu", "linear"],
+    template: str,
+    model: str | None = None,
+    path: str | None = None,
+    architecture: str | None = None,
+    pretrained: bool = False,
+    grad_checkpointing: bool = False,
+    options: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
+    pad_token_id: int | None = None,
+    eos_token_id: int | None = None,
+) -> VisionLanguageModel:
+    """A vision tower before a causal language model of transformers, dense.
+
+    ``model``, ``path``, ``architecture``, ``pretrained`` and ``options`` say which language model,
+    as in ``text.build_text_classifier``; its vocabulary is the data's where ``architecture`` is
+    given. ``template`` names how its conversations are written (dynmoe/data/chat.py): the data's
+    business. ``projector``: two linear layers around a GELU (LLaVA-1.5), or one.
+
+    Raises:
+        ConfigError: a language model that is not there or cannot be built.
+    """
+    config = hub.configuration(model, path, architecture, options or {})
+    if architecture is not None and vocab_size is not None:
+        config.vocab_size = vocab_size
+    config.pad_token_id = pad_token_id
+    config.eos_token_id = config.eos_token_id if eos_token_id is None else eos_token_id
+    language_model = _language_model(model, path, config, pretrained)
+    language_model.generation_config = language_model.generation_config.__class__()
+    width = language_model.get_input_embeddings().embedding_dim
+    return VisionLanguageModel(
+        vision, build_projector(projector, vision.width, width), language_model, grad_checkpointing
+    )
+
+
+def build_projector(kind: str, inputs: int, outputs: int) -> nn.Sequential:
+    """LLaVA's ``mm_projector_type``."""
+    layers: list[nn.Module] = [nn.Linear(inputs, outputs)]
+    if kind == "mlp2x_gelu":
+        layers += [nn.GELU(), nn.Linear(outputs, outputs)]
+    return nn.Sequential(*layers)
+
+
+def train_only(model: VisionLanguageModel, parts: Sequence[Part]) -> None:
+    """Freeze all but ``parts``.
+
+    Raises:
+        ConfigError: nothing is left to train.
+    """
+    chosen: list[nn.Module] = []
+    if "vision" in parts:
+        chosen.append(model.vision)
+    if "projector" in parts:
+        chosen.append(model.projector)
+    if "language_model" in parts:
+        chosen.append(model.language_model)
+    blocks, form = blocks_of(model.language_model)
+    for block in blocks:
+        if ("moe_layers" if moe_layers(block) else "dense_ffns") in parts:
+            chosen += form.modules(block)
+    model.requires_grad_(False)
+    for module in chosen:
+        module.requires_grad_(True)
+    for layer in moe_layers(model).values():
+        if layer.origin is not None:
+            layer.origin.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(
+            f"task.trains: {list(parts)} leaves nothing to train in this model. Choose among "
+            f"{', '.join(get_args(Part))}"
+        )
+    model.train()
+
+
+def _language_model(model: str | None, path: str | None, config: Any, pretrained: bool) -> Any:
+    try:
+        if not pretrained:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if model is None and path is None:
+            raise ConfigError(
+                "backbone.pretrained=true: an architecture has no weights. Give backbone.model or "
+                "backbone.path, or train from scratch with backbone.pretrained=false."
+            )
+        return AutoModelForCausalLM.from_pretrained(
+            **hub.where(model, path), config=config, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise hub.not_found(model, path, None, error) from error
+
+
+def _as_list(ids: Any) -> list[int]:
+    return list(ids) if isinstance(ids, list | tuple) else [ids]

@@ -1,0 +1,59 @@
+"""Rules of runs in stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from dynmoe.config.reading import modality, read
+
+PARTS = ("vision", "projector", "language_model", "moe_layers", "dense_ffns")
+
+
+def stage_is_chosen(cfg: DictConfig) -> Iterator[str]:
+    """A task in stages has one; others have none."""
+    kind, stage = modality(cfg, "task.module"), read(cfg, "stage.name", str)
+    if kind == "vision-language" and stage is None:
+        yield "stage: this task runs in stages. Choose stage=align, instruct or moe."
+    if kind not in (None, "vision-language") and stage is not None:
+        yield f"stage: only task=vl runs in stages, found stage={stage}. Leave it out"
+
+
+def dense_before_moe(cfg: DictConfig) -> Iterator[str]:
+    """Only the last stage has MoE layers: those before it train what they are made from."""
+    stage, layers = read(cfg, "stage.name", str), read(cfg, "moe.layers", object)
+    if stage in ("align", "instruct") and layers not in (None, "none"):
+        name = read(cfg, "moe.name", str)
+        yield (
+            f"moe: stage={stage} trains the dense model, found moe={name}. Leave moe out, or "
+            "choose stage=moe, which runs the stages before it first."
+        )
+
+
+def start_is_a_run(cfg: DictConfig) -> Iterator[str]:
+    """A folder that was named; one that follows from the configuration comes into being."""
+    node = cfg.get("stage")
+    start = None if node is None else DictConfig._get_node(node, "start")  # not resolved
+    raw = None if start is None else start._value()
+    if isinstance(raw, str) and not raw.startswith("${"):
+        folder = Path(raw).expanduser()
+        if not (folder / "config.yaml").is_file():
+            yield f"stage.start: expected a run folder with a config.yaml, found none in '{raw}'"
+
+
+def trained_parts(cfg: DictConfig) -> Iterator[str]:
+    parts = read(cfg, "task.module.trains", list)
+    for part in parts or ():
+        if part not in PARTS:
+            yield f"task.module.trains: expected some of {', '.join(PARTS)}, found '{part}'"
+
+
+def libraries(cfg: DictConfig) -> Iterator[str]:
+    if modality(cfg, "task.module") == "vision-language" and find_spec("transformers") is None:
+        yield 'task: needs transformers: pip install "dynmoe[language]"'
+
+
+RULES = (stage_is_chosen, dense_before_moe, start_is_a_run, trained_parts, libraries)

@@ -1,0 +1,54 @@
+"""Runs that follow one another: a stage of training starts from the run of the stage before it.
+
+That run is no setting of its own: it is what the same command would train with `stage=<before>`.
+Runs that differ in their MoE layers alone therefore start from one and the same run.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from dynmoe.config import options
+from dynmoe.config.identity import run_name
+
+
+def previous(cfg: DictConfig) -> DictConfig | None:
+    """The configuration of the run before: this one's, but for stage, MoE layers and folder.
+
+    None where nothing comes before, or a run folder is given.
+    """
+    stage = cfg.get("stage")
+    if stage is None or stage.after is None or not OmegaConf.is_interpolation(stage, "start"):
+        return None
+    earlier = copy.deepcopy(cfg)
+    with open_dict(earlier):
+        earlier.stage = options.own("stage", stage.after).stage
+        earlier.moe = options.own("moe", "dense")
+        earlier.name = "${task.name}"
+    return earlier
+
+
+def previous_run(*, _root_: DictConfig) -> str | None:
+    """`<name>/<run>` of the run before, below `paths.outputs`."""
+    earlier = previous(_root_)
+    return None if earlier is None else f"{earlier.name}/{run_name(earlier)}"
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """Of an earlier stage, whose configuration Hydra did not compose."""
+    return Path(cfg.paths.outputs) / str(cfg.name) / run_name(cfg)
+
+
+def is_distributed(cfg: DictConfig) -> bool:
+    return str(cfg.trainer.devices) != "1" or cfg.trainer.get("num_nodes", 1) != 1
+
+
+def start_folder(cfg: DictConfig) -> Path | None:
+    """The run folder that a run starts from."""
+    if cfg.get("stage") is None or cfg.stage.start is None:
+        return None
+    given = Path(cfg.stage.start).expanduser()
+    return given if given.is_dir() else Path(cfg.paths.outputs) / given

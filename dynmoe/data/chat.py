@@ -1,0 +1,213 @@
+"""Conversations as token ids, with labels on what the model has to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dynmoe.data.chat_templates import TEMPLATES, Span, Template
+from dynmoe.data.conversations import IMAGE_PLACEHOLDER, Conversation, Message
+from dynmoe.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE = -200
+"""Id at the positions of an image's patches (LLaVA's IMAGE_TOKEN_INDEX)."""
+IGNORE = -100
+"""Label of a position without loss."""
+
+IdArray = npt.NDArray[np.int32]
+
+
+class Encoded(NamedTuple):
+    """A conversation: `labels` are the ids at the tokens of answers and of their ends, else
+    `IGNORE`."""
+
+    ids: IdArray
+    """[N] int32; an image is a run of `IMAGE`."""
+    labels: IdArray
+    """[N] int32."""
+
+
+def encode(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_tokens: int,
+    max_length: int,
+) -> Encoded | None:
+    """At most `max_length` tokens of a conversation, an image being `image_tokens` of them.
+
+    None if an image is cut off, or every answer. See `encode_all`.
+    """
+    return encode_all([conversation], tokenizer, template, image_tokens, max_length)[0]
+
+
+def encode_all(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_tokens: int,
+    max_length: int,
+) -> list[Encoded | None]:
+    """`encode` of each conversation, tokenized together, which is faster.
+
+    The text is cut at its images, and each piece tokenized as a whole. A token belongs to an answer
+    if it begins there, and an answer begins right behind the assistant's tag: labels are what has
+    to be generated after the prompt.
+
+    Raises:
+        ConfigError: `template` and `tokenizer` do not fit together.
+    """
+    form = checked(tokenizer, template)
+    spans = [form.render(each.messages, tokenizer) for each in conversations]
+    return [_cut(encoded, max_length) for encoded in _encoded(spans, tokenizer, form, image_tokens)]
+
+
+def encode_prompt(
+    question: str,
+    num_images: int,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_tokens: int,
+) -> IdArray:
+    """Ids [N] of a question, up to where the assistant begins to speak; not cut.
+
+    A question without placeholders has its images on lines of their own before it, as LLaVA asks.
+
+    Raises:
+        ConfigError: `template` and `tokenizer` do not fit together.
+        DataError: other placeholders than images.
+    """
+    placeholders = question.count(IMAGE_PLACEHOLDER)
+    if not placeholders:
+        question = f"{IMAGE_PLACEHOLDER}\n" * num_images + question
+    elif placeholders != num_images:
+        raise DataError(
+            f"question {question!r}: expected {num_images} {IMAGE_PLACEHOLDER}, one for each "
+            f"image, or none; found {placeholders}."
+        )
+    form = checked(tokenizer, template)
+    spans = form.render([Message("user", question)], tokenizer)
+    return _encoded([spans], tokenizer, form, image_tokens)[0].ids
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
+    """The token that ends an answer, where generation stops; None for `plain`, which has none.
+
+    Raises:
+        ConfigError: `template` and `tokenizer` do not fit together.
+    """
+    end = checked(tokenizer, template).end(tokenizer)
+    return None if end is None else tokenizer.encode(end, add_special_tokens=False)[-1]
+
+
+@lru_cache(maxsize=8)
+def checked(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
+    """The template of that name.
+
+    Raises:
+        ConfigError: there is none, it ends answers with what is not one token of the tokenizer, or
+            a prompt would not be tokenized as it was in training.
+    """
+    owner = tokenizer.name_or_path or type(tokenizer).__name__
+    if name not in TEMPLATES:
+        raise ConfigError(f"data.template={name}: expected one of {', '.join(TEMPLATES)}.")
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"backbone.path: {owner} has no tokenizer.json. Save one there with transformers' "
+            "save_pretrained, or take a backbone with a fast tokenizer."
+        )
+    form = TEMPLATES[name]
+    end = form.end(tokenizer)
+    if end is not None and tokenizer.tokenize(f"a{end}")[-1] != end:
+        raise ConfigError(
+            f"data.template={name}: answers end with {end or 'an eos token'}, which is not one "
+            f"token of {owner}. Take the template this model was trained with, data.template="
+            "tokenizer if it has its own, or add the token to the tokenizer."
+        )
+    probe = [Message("user", f"{IMAGE_PLACEHOLDER}\na"), Message("assistant", "b")]
+    spans = [form.render(probe[:1], tokenizer), form.render(probe, tokenizer)]
+    prompt, whole = _encoded(spans, tokenizer, form, 1)
+    answer = whole.labels[whole.labels != IGNORE]
+    asked = len(prompt.ids)
+    if whole.ids[:asked].tolist() != prompt.ids.tolist() or (
+        whole.ids[asked:][: len(answer)].tolist() != answer.tolist()
+    ):
+        raise ConfigError(
+            f"data.template={name}: {owner} joins the end of a prompt with the beginning of its "
+            "answer into one token, so that a model cannot be asked as it was trained. "
+            "Take another template."
+        )
+    return form
+
+
+def _encoded(
+    spans: Sequence[list[Span]],
+    tokenizer: PreTrainedTokenizerBase,
+    form: Template,
+    image_tokens: int,
+) -> list[Encoded]:
+    pieces = [_pieces(each) for each in spans]
+    tokenized = tokenizer(
+        ["".join(text for text, _ in piece) for each in pieces for piece in each],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    rows = iter(zip(tokenized["input_ids"], tokenized["offset_mapping"], strict=True))
+    first = _unlabelled(_bos(tokenizer) if form.adds_bos else [])
+    image = _unlabelled([IMAGE] * image_tokens)
+    result = []
+    for each in pieces:
+        parts = [first]
+        for place, piece in enumerate(each):
+            parts += [image] * (place > 0) + [_labelled(piece, *next(rows))]
+        ids, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+        labels[:1] = IGNORE  # nothing comes before it that it could be generated from
+        result.append(Encoded(ids, labels))
+    return result
+
+
+def _pieces(spans: list[Span]) -> list[list[Span]]:
+    """The spans between images, whose placeholders are dropped."""
+    pieces: list[list[Span]] = [[]]
+    for span in spans:
+        first, *others = [span.text] if span.is_answer else span.text.split(IMAGE_PLACEHOLDER)
+        pieces[-1].append(Span(first, span.is_answer))
+        pieces += [[Span(text, False)] for text in others]
+    return pieces
+
+
+def _labelled(piece: list[Span], ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+    """`offsets` are the first and last character of each token in the text of the piece."""
+    ends = np.cumsum([len(text) for text, _ in piece])
+    starts = np.array([start for start, _ in offsets], dtype=np.int64)
+    at = np.minimum(np.searchsorted(ends, starts, side="right"), len(piece) - 1)
+    answers = np.array([is_answer for _, is_answer in piece])[at]
+    row = np.array(ids, dtype=np.int32)
+    return Encoded(row, np.where(answers, row, np.int32(IGNORE)))
+
+
+def _unlabelled(ids: list[int]) -> Encoded:
+    row = np.array(ids, dtype=np.int32)
+    return Encoded(row, np.full_like(row, IGNORE))
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer itself puts before a text, if it does."""
+    first = tokenizer("a")["input_ids"][0]
+    return [first] if first == tokenizer.bos_token_id else []
+
+
+def _cut(encoded: Encoded, max_length: int) -> Encoded | None:
+    ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
+    whole_images = not (encoded.ids[max_length:] == IMAGE).any()
+    return Encoded(ids, labels) if whole_images and (labels != IGNORE).any() else None

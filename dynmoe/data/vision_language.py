@@ -1,0 +1,345 @@
+"""VisionLanguageData: conversations about images, and the questions a model is measured by."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from dynmoe.data import chat
+from dynmoe.data.protocol import IntArray
+from dynmoe.data.task_data import TaskData
+from dynmoe.data.text_batches import EvalBatches, TrainBatches, steps_per_epoch
+from dynmoe.data.tokens import load_tokenizer
+from dynmoe.data.vl_content import Content
+from dynmoe.data.vl_examples import (
+    Conversations,
+    Questions,
+    collate_conversations,
+    collate_questions,
+)
+from dynmoe.data.vl_images import ImageTransform
+from dynmoe.data.vl_store import TokenStore, tokenized
+from dynmoe.data.vl_tokenizer import conversation_tokenizer
+from dynmoe.errors import ConfigError, DataError
+from dynmoe.questions.base import QuestionSet
+
+log = logging.getLogger(__name__)
+
+Answers = Mapping[int, str]
+
+
+class VisionLanguageData(TaskData):
+    """Conversations to train on, and sets of questions to evaluate on, its ``env_names``.
+
+    ``content()`` reads both (dynmoe/data/vl_content.py); ``benchmarks`` adds published sets:
+    ``{name: folder}`` of ``questions.registry``. ``image_size``, ``patch_size``, ``mean`` and
+    ``std`` are the vision tower's; ``fit`` makes an image square. ``template`` is how conversations
+    are written for the language model in training, ``question_template`` how it is asked
+    (dynmoe/data/chat_templates.py). Loaders give
+    ``vl_examples.ConversationBatch`` and ``QuestionBatch``.
+    """
+
+    modality = "vision-language"
+    libraries = ("transformers", "tokenizers", "timm")
+
+    def __init__(
+        self,
+        name: str,
+        content: Callable[[], Content],
+        image_size: int,
+        patch_size: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        template: str,
+        question_template: str,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        fit: Literal["pad", "crop", "stretch"] = "pad",
+        benchmarks: Mapping[str, str] | None = None,
+        max_length: int = 2048,
+        max_new_tokens: int = 16,
+        eval_batch_size: int = 16,
+        steps: int = -1,
+        eval_every: int | None = None,
+        accumulate: int = 1,
+        examples: int = 4,
+        tokenizer_path: str | None = None,
+        tokenizer_name: str | None = None,
+        cache: str | None = None,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.test_envs = [0]
+        self.sets: dict[str, QuestionSet] = {}
+        self.tokenizer: PreTrainedTokenizerBase
+        self.store: TokenStore
+        self._read_content = content
+        self._content: Content
+        self._prompts: dict[str, list[chat.IdArray]] = {}
+        self._image_tokens = (image_size // patch_size) ** 2
+        self._transform = ImageTransform(image_size, mean, std, fit)
+        self._template = template
+        self._question_template = question_template
+        self._batch_size = batch_size
+        self._epochs = epochs
+        self._seed = seed
+        self._benchmarks = dict(benchmarks or {})
+        self._max_length = max_length
+        self._max_new_tokens = max_new_tokens
+        self._eval_batch_size = eval_batch_size
+        self._steps = steps
+        self._eval_every = eval_every
+        self._accumulate = accumulate
+        self._examples = examples
+        self._tokenizer_path = tokenizer_path
+        self._tokenizer_name = tokenizer_name
+        self._cache = cache
+        self._workers = workers
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and tokenizes; a second call does nothing. Warns of what is left out.
+
+        Raises:
+            DataError: the data cannot be trained or evaluated on.
+            ConfigError: no such tokenizer, or one that the template does not fit.
+        """
+        if self.sets:
+            return
+        content = self._read_content()
+        self.tokenizer = self._make_tokenizer(content)
+        self.store = tokenized(
+            content.train,
+            self.tokenizer,
+            self._template,
+            self._image_tokens,
+            self._max_length,
+            None if self._cache is None else Path(self._cache),
+        )
+        if self.store.left_out:
+            log.warning(
+                "data %s: %d of %d conversations are left out: longer than data.max_length=%d "
+                "before an answer begins",
+                self.name,
+                self.store.left_out,
+                self.store.left_out + len(self.store),
+                self._max_length,
+            )
+        self._add_sets({**content.sets, **self._read_benchmarks()})
+        self._content = content
+
+    def _read_benchmarks(self) -> dict[str, QuestionSet]:
+        if not self._benchmarks:
+            return {}
+        from dynmoe.questions.registry import read
+
+        return {name: read(name, root) for name, root in self._benchmarks.items()}
+
+    def _add_sets(self, sets: Mapping[str, QuestionSet]) -> None:
+        if not sets:
+            raise DataError(
+                f"data {self.name}: no questions to evaluate on. Name some with their folders: "
+                "data.benchmarks={gqa: FOLDER, pope: FOLDER}"
+            )
+        for name, questions in sets.items():
+            self._prompts[name] = [
+                chat.encode_prompt(
+                    question.text,
+                    len(question.images),
+                    self.tokenizer,
+                    self._question_template,
+                    self._image_tokens,
+                )
+                for question in questions.questions
+            ]
+            self.sets[name] = questions
+
+    def _make_tokenizer(self, content: Content) -> PreTrainedTokenizerBase:
+        if self._tokenizer_path is not None or self._tokenizer_name is not None:
+            return load_tokenizer(self._tokenizer_path, self._tokenizer_name)
+        if content.words is None:
+            raise ConfigError(
+                f"backbone: {self.name} has no vocabulary of its own. Give a language model with a "
+                "tokenizer: backbone.model=NAME or backbone.path=FOLDER"
+            )
+        return conversation_tokenizer(content.words(), size=8192)
+
+    @property
+    def env_names(self) -> list[str]:
+        return list(self.sets)
+
+    @property
+    def class_names(self) -> list[str]:
+        return []
+
+    @property
+    def backbone_arguments(self) -> dict[str, Any]:
+        return {
+            "vocab_size": len(self.tokenizer),
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": self.tokenizer.eos_token_id,
+        }
+
+    @property
+    def task_arguments(self) -> dict[str, Any]:
+        return {
+            "env_names": self.env_names,
+            "decode": self.decode,
+            "score": self.score,
+            "describe": self.describe,
+            "max_new_tokens": self._max_new_tokens,
+            "examples": self._examples,
+        }
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def score(self, name: str, answers: Answers) -> dict[str, float]:
+        """Of a set, from the answer to each of its rows."""
+        return self.sets[name].score([answers[row] for row in range(len(answers))])
+
+    def describe(self, name: str, row: int) -> dict[str, Any]:
+        """A question, its answer if there is one alone, its first image as a PNG file in base64."""
+        question, right = self.sets[name].questions[row], self.sets[name].records[row]
+        image = None
+        if question.images:
+            file = io.BytesIO()
+            self.sets[name].load_image(question.images[0]).save(file, format="PNG")
+            image = base64.b64encode(file.getvalue()).decode()
+        return {
+            "question": question.text,
+            "right": right if isinstance(right, str) else None,
+            "image": image,
+            "image_tokens": self._image_tokens,
+        }
+
+    @property
+    def sample(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """As long as the mean conversation, with one image."""
+        size = self._transform.size
+        length = max(self._image_tokens + 1, round(self.mean_tokens))
+        tokens = {
+            "input_ids": torch.zeros(1, length, dtype=torch.long),
+            "image_mask": torch.arange(length)[None] < self._image_tokens,
+            "images": torch.zeros(1, 3, size, size),
+        }  # without a mask nothing depends on data
+        answer = max(1, round(float(self.store.answer_tokens.mean())))
+        return tokens, torch.zeros(answer, dtype=torch.long)
+
+    @property
+    def mean_tokens(self) -> float:
+        return float(self.store.lengths.mean())
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        sizes: dict[str, Any] = {"train": len(self.store)}
+        for index, questions in enumerate(self.sets.values()):
+            sizes[f"env{index}"] = {"in": len(questions.questions)}
+        return sizes
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "measure": "accuracy",
+            "mean_tokens": self.mean_tokens,
+            "samples_per_step": self._batch_size,
+            "baseline": self._content.baseline,
+        }
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.store), self._batch_size)
+
+    @property
+    def steps(self) -> int:
+        return self._steps if self._steps > 0 else self._epochs * self.steps_per_epoch
+
+    @property
+    def eval_every(self) -> int:
+        return self._eval_every or self.steps
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs that are over after 0-based optimizer step `step`."""
+        return (step + 1) / self.steps_per_epoch
+
+    @property
+    def data_hash(self) -> str:
+        digests = [self._content.train.digest]
+        digests += [f"{name} {each.digest}" for name, each in self.sets.items()]
+        return sha256("\n".join(digests).encode()).hexdigest()[:8]
+
+    def print_check(self, console: Console | None = None) -> None:
+        """Conversations and questions, their tokens and images."""
+        table = Table(title=f"{self.name}, data {self.data_hash}")
+        for column in ("", "rows", "with images", "mean tokens", "longest"):
+            table.add_column(column, justify="right" if column else "left")
+        rows = [("train", self.store.num_images, self.store.lengths)]
+        for name, questions in self.sets.items():
+            images = np.array([len(question.images) for question in questions.questions])
+            rows.append((name, images, self._lengths(name)))
+        for name, images, lengths in rows:
+            table.add_row(
+                name,
+                str(len(lengths)),
+                str(int((images > 0).sum())),
+                f"{lengths.mean():.1f}",
+                str(lengths.max()),
+            )
+        (console or Console()).print(table)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        batches = TrainBatches(
+            lengths=self.store.lengths,
+            batch_size=self._batch_size,
+            seed=self._seed,
+            steps=self.steps,
+            eval_every=self.eval_every,
+            next_step=self._next_step,
+            accumulate=self._accumulate,
+            rank=self._rank,
+            world_size=self._world_size,
+            counts=self.store.answer_tokens,
+            groups=(self.store.num_images > 0).astype(np.int64),
+        )
+        load = {"train": self._content.train.load_image}
+        examples = Conversations({"train": self.store}, load, self._transform)
+        return self._loader(examples, batches, collate_conversations(self._pad))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        lengths = {name: self._lengths(name) for name in self.sets}
+        batches = EvalBatches(lengths, self._eval_batch_size, self._rank, self._world_size)
+        examples = Questions(self.sets, self._prompts, self._transform)
+        return self._loader(examples, batches, collate_questions(self._pad))
+
+    @property
+    def _pad(self) -> int:
+        pad: int = self.tokenizer.pad_token_id
+        return pad
+
+    def _lengths(self, name: str) -> IntArray:
+        return np.array([len(ids) for ids in self._prompts[name]], dtype=np.int64)
+
+    def _loader(self, examples: Any, batches: Any, collate: Any) -> DataLoader[Any]:
+        return DataLoader(
+            examples,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self._workers,
+            pin_memory=self.trainer is not None
+            and self.trainer.strategy.root_device.type == "cuda",
+            # A loader draws a base seed at each pass: not from the generator the model uses.
+            generator=torch.Generator(),
+        )

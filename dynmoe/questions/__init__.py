@@ -1,0 +1,1 @@
+"""Questions with answers: reading published sets, scoring, files for their own evaluators."""

@@ -1,0 +1,117 @@
+"""What every set of questions is."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynmoe.errors import DataError
+from dynmoe.questions.files import counted, load_image
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+
+@dataclass(frozen=True)
+class Question:
+    """`text` is what the model is asked, the benchmark's instruction at its end included.
+
+    `images` are keys for the set's `load_image`, () for text only. `kind` groups questions for
+    scores by kind, "" if there are no groups.
+    """
+
+    id: str
+    text: str
+    images: tuple[str, ...] = ()
+    kind: str = ""
+
+
+class QuestionSet(ABC):
+    """Questions, and what their evaluator knows about each.
+
+    `records` [Q] is that knowledge, as JSON: right answers, columns of the prediction file.
+    `is_scored` is False where an evaluation server or a judge scores the prediction files; `note`
+    then says so in one sentence.
+    """
+
+    is_scored: bool = True
+    note: str = ""
+
+    def __init__(self, name: str, questions: Sequence[Question], records: Sequence[Any]) -> None:
+        if not questions:
+            raise DataError(f"{name}: no questions.")
+        if len(questions) != len(records):
+            raise ValueError(f"{name}: {len(records)} records of {len(questions)} questions")
+        counts = Counter(question.id for question in questions)
+        twice = [id for id, count in counts.items() if count > 1]
+        if twice:
+            raise DataError(
+                f"{name}: ids of several questions {counted(twice)}. Each needs an id of its own."
+            )
+        self.name = name
+        self.questions = list(questions)
+        self.records = list(records)
+
+    @abstractmethod
+    def load_image(self, key: str) -> PIL.Image.Image:
+        """The image of a key, RGB.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
+    @abstractmethod
+    def score(self, answers: Sequence[str]) -> dict[str, float]:
+        """Scores of `answers` [Q]; "score" is the headline, in [0, 1].
+
+        Raises:
+            DataError: the set is not scored here.
+        """
+
+    @abstractmethod
+    def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
+        """Writes `answers` [Q] into `folder` as the official evaluator reads them."""
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits of questions and records, not of the images' pixels."""
+        content = [self.name, [astuple(question) for question in self.questions], self.records]
+        return sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def pairs(self, answers: Sequence[str]) -> Iterator[tuple[Question, Any, str]]:
+        """Question, record and answer, stripped as LLaVA strips what a model generates."""
+        if len(answers) != len(self.questions):
+            raise ValueError(
+                f"{self.name}: {len(answers)} answers to {len(self.questions)} questions"
+            )
+        for question, record, answer in zip(self.questions, self.records, answers, strict=True):
+            yield question, record, answer.strip()
+
+
+class FolderSet(QuestionSet):
+    """A set whose images are files; keys are paths below `images`."""
+
+    def __init__(
+        self, name: str, questions: Sequence[Question], records: Sequence[Any], images: Path
+    ) -> None:
+        super().__init__(name, questions, records)
+        self._images = images
+
+    def load_image(self, key: str) -> PIL.Image.Image:
+        return load_image(self._images / key)
+
+
+class Unscored(QuestionSet):
+    """A set that is only exported; `note` says who scores it."""
+
+    is_scored = False
+
+    def score(self, answers: Sequence[str]) -> dict[str, float]:
+        raise DataError(f"{self.name} has no local score. {self.note}")

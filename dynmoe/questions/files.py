@@ -1,0 +1,176 @@
+"""Files of published sets: where they may be, and reading them with clear refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynmoe.errors import DataError
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+SHOWN = 5
+"""How many of many problems a message shows."""
+
+
+def first_path(root: str | Path, candidates: Iterable[str]) -> Path | None:
+    """The first of the paths below `root` that exists."""
+    return next((path for path in (Path(root, name) for name in candidates) if path.exists()), None)
+
+
+def locate(
+    title: str, root: str | Path, wanted: Mapping[str, Sequence[str]], source: str
+) -> dict[str, Path]:
+    """For each thing wanted the first of its candidates below `root`; an absolute one stays itself.
+
+    Raises:
+        DataError: names everything that is missing and every place looked at; `source` is where
+            it is to be had.
+    """
+    found = {what: first_path(root, candidates) for what, candidates in wanted.items()}
+    missing = [
+        f"  {what}: no {' or '.join(str(Path(root, name)) for name in wanted[what])}"
+        for what, path in found.items()
+        if path is None
+    ]
+    if missing:
+        lines = [f"{title} is not complete below {root}:", *missing, f"Fetch it from {source}."]
+        raise DataError("\n".join(lines))
+    return {what: path for what, path in found.items() if path is not None}
+
+
+def image_folder(images: str | None, *defaults: str) -> dict[str, Sequence[str]]:
+    """The entry of `locate` for the images: the folder that was given, else the defaults."""
+    return {"images": defaults if images is None else (str(Path(images).absolute()),)}
+
+
+def check_images(title: str, folder: Path, keys: Iterable[str]) -> None:
+    """Raises DataError if any of the images is not in the folder."""
+    missing = [key for key in dict.fromkeys(keys) if not (folder / key).is_file()]
+    if missing:
+        raise DataError(f"{title}: images not in {folder} {counted(missing)}.")
+
+
+def load_image(path: Path) -> PIL.Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        DataError: no such file, or not an image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a damaged file
+        raise DataError(f"{path}: cannot be read as an image: {error}.") from None
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 with or without a byte order mark; line ends become a line feed.
+
+    Raises:
+        DataError: no such file, or not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}. Convert it to UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        DataError: it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON: {error}. Fetch it again.") from None
+
+
+def read_list(path: Path, fields: Sequence[str], key: str | None = None) -> list[dict[str, Any]]:
+    """The array of objects of a JSON file, or that under `key` of its object.
+
+    Raises:
+        DataError: it is something else, or an object lacks a field.
+    """
+    content = read_json(path)
+    if key is not None:
+        content = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(content, list):
+        raise DataError(f"{path}: expected an array{f' under {key!r}' if key else ''}.")
+    _check(path, ((f"entry {number}", row) for number, row in enumerate(content)), fields)
+    return content
+
+
+def read_object(path: Path, fields: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The objects of a JSON file by their keys.
+
+    Raises:
+        DataError: it is something else, or an object lacks a field.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected an object.")
+    _check(path, ((f"entry {name}", row) for name, row in content.items()), fields)
+    return content
+
+
+def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object a line.
+
+    Raises:
+        DataError: a line is something else, or lacks a field.
+    """
+    rows = list(_lines(path))
+    _check(path, ((f"line {number}", row) for number, row in rows), fields)
+    return [row for _, row in rows]
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not JSON: {error}.") from None
+
+
+def _check(path: Path, rows: Iterable[tuple[str, Any]], fields: Sequence[str]) -> None:
+    problems = []
+    for name, row in rows:
+        if not isinstance(row, dict):
+            problems.append(f"{name} is no object")
+        elif lacking := [field for field in fields if field not in row]:
+            problems.append(f"{name} has no {', '.join(lacking)}")
+    if problems:
+        raise DataError(
+            f"{path}: expected objects with {', '.join(fields)}. Others {counted(problems)}."
+        )
+
+
+def check_same(path: Path, found: Iterable[Any], expected: Iterable[Any]) -> None:
+    """Raises DataError if the ids in a file are not the expected ones."""
+    here, there = dict.fromkeys(found), dict.fromkeys(expected)
+    problems = {
+        "missing": [str(id) for id in there if id not in here],
+        "unknown": [str(id) for id in here if id not in there],
+    }
+    found_problems = [f"{what} {counted(ids)}" for what, ids in problems.items() if ids]
+    if found_problems:
+        raise DataError(
+            f"{path}: not the same questions: {', '.join(found_problems)}. It is of another set."
+        )
+
+
+def counted(texts: Sequence[str]) -> str:
+    """(7): the first five; and more."""
+    more = " and more" if len(texts) > SHOWN else ""
+    return f"({len(texts)}): {'; '.join(texts[:SHOWN])}{more}"

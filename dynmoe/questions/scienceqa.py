@@ -1,0 +1,186 @@
+"""ScienceQA (Lu et al., NeurIPS 2022), its test set as LLaVA and MoE-LLaVA evaluate it.
+
+problems.json      pid_splits.json      images/test/<pid>/image.png
+llava_test_CQM-A.json      LLaVA's questions, where its evaluation bundle is there
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dynmoe.errors import DataError
+from dynmoe.questions.base import FolderSet, Question
+from dynmoe.questions.files import (
+    check_images,
+    check_same,
+    counted,
+    first_path,
+    image_folder,
+    locate,
+    read_json,
+    read_list,
+    read_object,
+)
+from dynmoe.questions.predictions import answer_row, write_json, write_lines
+from dynmoe.questions.scores import mean
+
+SOURCE = "https://github.com/lupantech/ScienceQA"
+SPLIT = "test"
+LLAVA_QUESTIONS = f"llava_{SPLIT}_CQM-A.json"
+FIELDS = ("question", "choices", "answer", "hint", "image", "grade", "subject")
+LETTERS = "ABCDE"
+INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
+STATED = re.compile(r"The answer is ([A-Z]).")
+
+
+class Problem(NamedTuple):
+    """Record of a question: `answer` is the place of the right one among `choices` options."""
+
+    answer: int
+    choices: int
+    has_hint: bool
+    has_image: bool
+    subject: str
+    grade: int
+
+
+# The columns of the benchmark's table, as tools/evaluate_acc.py of ScienceQA forms them.
+COLUMNS: dict[str, Callable[[Problem], bool]] = {
+    "img": lambda problem: problem.has_image,
+    "txt": lambda problem: problem.has_hint,
+    "no": lambda problem: not problem.has_hint and not problem.has_image,
+    "nat": lambda problem: problem.subject == "natural science",
+    "soc": lambda problem: problem.subject == "social science",
+    "lan": lambda problem: problem.subject == "language science",
+    "g1_6": lambda problem: 1 <= problem.grade <= 6,
+    "g7_12": lambda problem: 7 <= problem.grade <= 12,
+}
+
+
+class ScienceQa(FolderSet):
+    """Records are `Problem`s; a question's kind is its subject."""
+
+    def score(self, answers: Sequence[str]) -> dict[str, float]:
+        """Accuracies: "score" over all, and each of `COLUMNS` that has questions."""
+        right = [
+            (problem, float(parse_choice(answer, problem.choices) == problem.answer))
+            for _, problem, answer in self.pairs(answers)
+        ]
+        scores = {"score": mean([value for _, value in right])}
+        for name, belongs in COLUMNS.items():
+            if values := [value for problem, value in right if belongs(problem)]:
+                scores[name] = mean(values)
+        return scores
+
+    def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
+        """The answers that LLaVA's eval_science_qa.py reads, and the result it writes of them.
+
+        The result is what ScienceQA's tools/evaluate_acc.py reads: -1 is an answer without choice.
+        """
+        lines, results, outputs = [], {}, {}
+        correct = 0
+        for question, problem, answer in self.pairs(answers):
+            # The script knows a question with an image by its placeholder.
+            prompt = "<image>\n" * bool(question.images) + question.text
+            lines.append(answer_row(question.id, prompt, answer))
+            results[question.id] = parse_choice(answer, problem.choices)
+            outputs[question.id] = answer
+            correct += results[question.id] == problem.answer
+        result = {
+            "acc": correct / len(results) * 100,
+            "correct": correct,
+            "count": len(results),
+            "results": results,
+            "outputs": outputs,
+        }
+        return [
+            write_lines(folder / "scienceqa_answers.jsonl", lines),
+            write_json(folder / "scienceqa_result.json", result, indent=2),
+        ]
+
+
+def parse_choice(answer: str, choices: int) -> int:
+    """The place of the option that an answer names, -1 if it names none, as in eval_science_qa.py.
+
+    "B", "B. because ...", or "The answer is B." exactly once.
+    """
+    if answer[:1] in LETTERS and (len(answer) == 1 or answer[1:3] == ". "):
+        letter = answer[:1]
+    else:
+        stated = STATED.findall(answer)
+        letter = stated[0] if len(stated) == 1 else ""
+    place = LETTERS.find(letter) if letter else -1
+    return place if place < choices else -1
+
+
+def read_scienceqa(root: str, images: str | None = None) -> ScienceQa:
+    """The test set below `root`; `images` is the folder of <pid>/image.png, else `images/test`.
+
+    Where LLaVA's file of questions is there too, its texts are asked. Else they are built as
+    scripts/convert_sqa_to_llava.py builds them in the format CQM-A.
+
+    Raises:
+        DataError: files are missing or damaged, or LLaVA's questions are others.
+    """
+    wanted = {"problems": ["problems.json"], "splits": ["pid_splits.json"]}
+    defaults = image_folder(images, f"images/{SPLIT}", SPLIT)
+    paths = locate("ScienceQA", root, wanted | defaults, SOURCE)
+    problems = read_object(paths["problems"], FIELDS)
+    ids = _ids(paths["splits"])
+    lacking = [id for id in ids if id not in problems]
+    if lacking:
+        raise DataError(
+            f"{paths['splits']}: ids of {SPLIT} not in {paths['problems']} {counted(lacking)}."
+        )
+    llava = first_path(root, [LLAVA_QUESTIONS])
+    texts = {id: _text(problems[id]) for id in ids} if llava is None else _llava_texts(llava, ids)
+    questions = [
+        Question(
+            id=id,
+            text=texts[id] + INSTRUCTION,
+            images=(f"{id}/{problems[id]['image']}",) if problems[id]["image"] else (),
+            kind=problems[id]["subject"],
+        )
+        for id in ids
+    ]
+    check_images("ScienceQA", paths["images"], (key for each in questions for key in each.images))
+    return ScienceQa("scienceqa", questions, [_record(problems[id]) for id in ids], paths["images"])
+
+
+def _ids(path: Path) -> list[str]:
+    splits = read_json(path)
+    if not isinstance(splits, dict) or not isinstance(splits.get(SPLIT), list):
+        raise DataError(f"{path}: expected an object with an array of ids under {SPLIT!r}.")
+    return [str(id) for id in splits[SPLIT]]
+
+
+def _record(row: dict[str, Any]) -> Problem:
+    return Problem(
+        answer=row["answer"],
+        choices=len(row["choices"]),
+        has_hint=bool(row["hint"]),
+        has_image=bool(row["image"]),
+        subject=row["subject"],
+        grade=int(row["grade"].removeprefix("grade")),
+    )
+
+
+def _text(row: dict[str, Any]) -> str:
+    """Context, question and options, in LLaVA's convert_sqa_to_llava_base_prompt.py."""
+    context = row["hint"].strip() or "N/A"
+    options = " ".join(
+        f"({letter}) {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)
+    )
+    text = f"Context: {context}\nQuestion: {row['question']}\nOptions: {options}"
+    return text.replace("  ", " ").strip()
+
+
+def _llava_texts(path: Path, ids: Sequence[str]) -> dict[str, str]:
+    rows = read_list(path, ("id", "conversations"))
+    check_same(path, (row["id"] for row in rows), ids)
+    return {
+        row["id"]: row["conversations"][0]["value"].replace("<image>", "").strip() for row in rows
+    }

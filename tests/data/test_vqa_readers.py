@@ -1,0 +1,260 @@
+"""Proves how tables of questions and easy-VQA become conversations and question sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dynmoe.data import easy_vqa
+from dynmoe.data.conversations import Conversation, ConversationList, questions_answered
+from dynmoe.data.easy_vqa import caption_of, easy_vqa_questions, easy_vqa_source
+from dynmoe.data.image_use import baselines, with_other_images
+from dynmoe.data.vqa_table import vqa_questions, vqa_table
+from dynmoe.errors import ConfigError, DataError
+from dynmoe.questions.base import Question
+from dynmoe.questions.exact import ExactMatch
+
+ROWS: list[dict[str, Any]] = [
+    {"id": "a1", "question": "what?", "answer": "cat", "image": "x.png", "kind": "animal"},
+    {"id": "a2", "question": "two, or more?", "answers": ["1", "2", "2", "1"], "image": ""},
+    {"id": "", "question": "red?", "answer": "no", "image": "x.png"},
+]
+SUFFIX = "\nAnswer briefly."
+
+
+def images(folder: Path, *names: str) -> str:
+    folder.mkdir(parents=True)
+    for name in names:
+        Image.new("RGB", (4, 4), (1, 2, 3)).save(folder / name)
+    return str(folder)
+
+
+def table(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
+    if name.endswith(".csv"):
+        columns = ["id", "question", "answer", "answers", "image", "kind"]
+        lines = [columns]
+        for row in rows:
+            cells = [row.get(column, "") for column in columns]
+            lines.append([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
+        text = "\n".join(
+            ",".join('"' + cell.replace('"', '""') + '"' for cell in line) for line in lines
+        )
+    else:
+        text = json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows))
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("name", ["vqa.json", "vqa.jsonl", "vqa.csv"])
+def test_a_table(tmp_path: Path, name: str) -> None:
+    folder = images(tmp_path / "images", "x.png")
+    file = table(tmp_path, name, ROWS)
+    source = vqa_table("pets", file, folder, SUFFIX)
+    assert list(source) == [
+        questions_answered("a1", [(f"what?{SUFFIX}", "cat")], ["x.png"]),
+        questions_answered("a2", [(f"two, or more?{SUFFIX}", "1")]),
+        questions_answered("2", [(f"red?{SUFFIX}", "no")], ["x.png"]),
+    ]
+    assert source.load_image("x.png").getpixel((0, 0)) == (1, 2, 3)
+    questions = vqa_questions("pets", file, folder, SUFFIX)
+    assert questions.questions == [
+        Question("a1", f"what?{SUFFIX}", ("x.png",), "animal"),
+        Question("a2", f"two, or more?{SUFFIX}"),
+        Question("2", f"red?{SUFFIX}", ("x.png",)),
+    ]
+    assert questions.score(["Cat.", "1", "yes"]) == {"score": 2 / 3, "kind_animal": 1}
+    assert source.digest != vqa_table("pets", file, folder).digest
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"question": " ", "answer": "x"},
+            ", row 1: expected a question, found question=' ', answer='x'.",
+        ),
+        (
+            {"question": "q"},
+            ", row 1: expected an answer, or a list answers, found question='q'.",
+        ),
+        (
+            {"question": "q", "answers": "x"},
+            ", row 1: expected an answer, or a list answers, found question='q', answers='x'.",
+        ),
+        (
+            {"question": "q", "answer": "a", "image": {"path": 1}},
+            ", row 1: expected image to be a path or a list of them, found {'path': 1}.",
+        ),
+    ],
+)
+def test_a_broken_row(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    file = table(tmp_path, "vqa.json", [{"question": "q", "answer": 0}, row])
+    with pytest.raises(DataError) as error:
+        vqa_table("pets", file)
+    assert str(error.value) == file + message
+
+
+def test_a_table_lacks_its_images(tmp_path: Path) -> None:
+    file = table(tmp_path, "vqa.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"vqa\.jsonl: 1 image is not in .*: x\.png\. Give the"):
+        vqa_questions("pets", file, images(tmp_path / "images"))
+
+
+def test_answers_in_csv_are_json(tmp_path: Path) -> None:
+    (tmp_path / "vqa.csv").write_text("question,answers\nq,one|two\n")
+    with pytest.raises(DataError, match=r"Expected UTF-8 CSV whose answers are JSON lists\."):
+        vqa_table("pets", str(tmp_path / "vqa.csv"))
+
+
+EASY = [
+    ["what is the blue shape?", "circle", 3],
+    ["is there a red shape?", "no", 3],
+    ["is no blue shape present?", "no", 3],
+    ["what color is the shape?", "teal", 5],
+]
+
+
+def easy(root: Path) -> str:
+    for split in ("train", "test"):
+        images(root / split / "images", "3.png", "5.png")
+        (root / split / "questions.json").write_text(json.dumps(EASY))
+    return str(root)
+
+
+def test_easy_vqa_to_train_on(tmp_path: Path) -> None:
+    source = easy_vqa_source("questions", easy(tmp_path), max_turns=2)
+    found = {each.id: each for each in source}
+    assert list(found) == ["3-0", "3-2", "5-0"]
+    assert [(len(each.messages), each.images) for each in source] == [
+        (4, ("3.png",)),
+        (2, ("3.png",)),
+        (2, ("5.png",)),
+    ]
+    texts = [
+        (question.text, answer.text)
+        for each in source
+        for question, answer in zip(each.messages[::2], each.messages[1::2], strict=True)
+    ]
+    assert sorted((text.replace("<image>\n", ""), answer) for text, answer in texts) == sorted(
+        (question, answer) for question, answer, _ in EASY
+    )
+    assert source.load_image("3.png").size == (4, 4)
+
+
+def test_easy_vqa_to_align_with(tmp_path: Path) -> None:
+    source = easy_vqa_source("captions", easy(tmp_path))
+    assert list(source) == [
+        questions_answered("3-0", [("what is in the image?", "a blue circle")], ["3.png"]),
+        questions_answered("5-0", [("what is in the image?", "a teal shape")], ["5.png"]),
+    ]
+    digests = [easy_vqa_source("questions", str(tmp_path), turns).digest for turns in (1, 2)]
+    assert len({source.digest, *digests}) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "caption"),
+    [
+        ([("is there a red shape?", "yes"), ("is a circle present?", "no")], "a red shape"),
+        ([("is there not a circle?", "no"), ("is no red shape present?", "yes")], "a circle"),
+        ([("is there not a circle?", "yes"), ("is there a red shape?", "no")], None),
+        ([("what is the color of the triangle?", "gray")], "a gray triangle"),
+    ],
+)
+def test_what_questions_say_of_an_image(asked: list[tuple[str, str]], caption: str | None) -> None:
+    assert caption_of([(question, answer, 0) for question, answer in asked]) == caption
+
+
+def test_easy_vqa_to_be_answered(tmp_path: Path) -> None:
+    root = easy(tmp_path)
+    questions = easy_vqa_questions(root)
+    assert [each.kind for each in questions.questions] == ["shape", "yes_no", "yes_no", "colour"]
+    assert questions.score(["circle", "no", "yes", "red"]) == {
+        "score": 0.5,
+        "kind_colour": 0,
+        "kind_shape": 1,
+        "kind_yes_no": 0.5,
+    }
+    shuffled = easy_vqa_questions(root, shuffled=True)
+    assert [each.images for each in shuffled.questions] == [("5.png",)] * 3 + [("3.png",)]
+
+
+def test_easy_vqa_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(easy_vqa, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^easy-VQA is not installed: pip install easy-vqa, or"):
+        easy_vqa_source("questions")
+
+
+def test_easy_vqa_is_found_but_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "easy_vqa").mkdir()
+    (tmp_path / "easy_vqa" / "__init__.py").write_text("raise ImportError")
+    easy(tmp_path / "easy_vqa" / "data")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert len(easy_vqa_questions().questions) == len(EASY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "texts"}, "easy-VQA: expected the kind captions or questions, found 'texts'."),
+        (
+            {"kind": "questions", "max_turns": 0},
+            "easy-VQA: expected max_turns of 1 or more, found 0.",
+        ),
+    ],
+)
+def test_impossible_settings(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        easy_vqa_source(root=easy(tmp_path), **arguments)
+    assert str(error.value) == message
+
+
+def test_easy_vqa_is_damaged(tmp_path: Path) -> None:
+    root = easy(tmp_path)
+    (tmp_path / "test" / "images" / "5.png").unlink()
+    with pytest.raises(DataError, match=r"questions\.json: 1 image is not in .*: 5\.png\."):
+        easy_vqa_questions(root)
+    (tmp_path / "train" / "questions.json").write_text('[["q", "a"]]')
+    with pytest.raises(DataError, match=r"expected a list of \[question, answer, image number\]"):
+        easy_vqa_source("questions", root)
+
+
+def no_image(key: str) -> Image.Image:
+    raise AssertionError(key)
+
+
+def test_baselines_are_those_of_the_training_answers() -> None:
+    training = [
+        questions_answered("0", [("colour ?", "red"), ("many ?", "one")], ["x"]),
+        questions_answered("1", [("colour ?", "red"), ("where ?", "top")], ["y"]),
+        questions_answered("2", [("many ?", "two"), ("many ?", "two")]),
+    ]
+    asked = ["colour ?", "many ?", "where ?", "shape ?"]
+    questions = [Question(text, text) for text in asked]
+    found = ExactMatch("own", questions, ["red", "one", "top", "red"], no_image)
+    source = ConversationList("own", "", training, no_image)
+    assert baselines(found, source) == {"majority": 0.5, "question only": 0.75}
+    with pytest.raises(DataError, match="own: no training conversations to take answers from"):
+        baselines(found, list[Conversation]())
+
+
+def test_other_images_are_others() -> None:
+    keys: list[tuple[str, ...]] = [("x",), ("x",), (), ("y",), ("x", "y"), ("x",)]
+    questions = [Question(str(n), "q", images) for n, images in enumerate(keys)]
+    found = with_other_images(ExactMatch("own", questions, ["a"] * 6, no_image))
+    assert found.name == "own_shuffled"
+    assert [each.images for each in found.questions] == [
+        ("y",),
+        ("y",),
+        (),
+        ("x", "y"),
+        ("x",),
+        ("y",),
+    ]
+    with pytest.raises(DataError, match="own: expected two images or more, found 1"):
+        with_other_images(ExactMatch("own", questions[:3], ["a"] * 3, no_image))
