@@ -75,15 +75,18 @@ class Mme(FolderSet):
         """`<task>.txt`, as calculation.py reads it: image, question, truth, answer, by tabs."""
         lines: dict[str, list[str]] = {}
         for question, truth, answer in self.pairs(answers):
-            fields = [*truth, " ".join(answer.split())]
-            lines.setdefault(question.kind, []).append("\t".join(fields))
+            lines.setdefault(question.kind, []).append("\t".join([*truth, _one_line(answer)]))
         return [write_text(folder / f"{task}.txt", rows) for task, rows in lines.items()]
 
 
 def parse_answer(answer: str) -> str:
     """yes, no or other: what the first four characters hold, yes before no."""
-    beginning = answer.lower()[:4]
+    beginning = _one_line(answer).lower()[:4]
     return next((word for word in ("yes", "no") if word in beginning), "other")
+
+
+def _one_line(answer: str) -> str:
+    return " ".join(answer.split())
 
 
 def read_mme(root: str, images: str | None = None) -> Mme:
@@ -97,27 +100,34 @@ def read_mme(root: str, images: str | None = None) -> Mme:
     wanted = {task: [f"{folder}{task}" for folder in FOLDERS] for task in (*PERCEPTION, *COGNITION)}
     paths = locate("MME", root, wanted, SOURCE)
     image_root = paths[PERCEPTION[0]].parent if images is None else Path(images)
-    questions, truths, problems = [], [], []
+    pairs: list[tuple[Question, Truth]] = []
+    problems: list[str] = []
     for task, folder in paths.items():
         names = _image_names(image_root, task)
         files = sorted((first_path(folder, ["questions_answers_YN"]) or folder).glob("*.txt"))
         if not files:
             problems.append(f"  {folder}: no texts")
         for file in files:
-            image = names.get(file.stem)
             rows = [line.split("\t") for line in read_text(file).split("\n") if line.strip()]
-            if image is None:
+            if file.stem not in names:
                 problems.append(f"  {file}: no image {file.stem} in {image_root / task}")
             elif not _are_two_questions(rows):
                 problems.append(f"  {file}: expected two lines: question, tab, Yes or No")
             else:
-                for number, (text, answer) in enumerate(rows):
-                    bare = text.replace(YES_NO, "").strip() + INSTRUCTION
-                    questions.append(Question(f"{task}/{file.stem}/{number}", bare, (image,), task))
-                    truths.append(Truth(Path(image).name, text, answer.strip()))
+                pairs += _pairs(task, file.stem, names[file.stem], rows)
     if problems:
         raise DataError("\n".join(["MME cannot be read:", *problems]))
+    questions, truths = zip(*pairs, strict=True)
     return Mme("mme", questions, truths, image_root)
+
+
+def _pairs(
+    task: str, stem: str, image: str, rows: Sequence[Sequence[str]]
+) -> Iterator[tuple[Question, Truth]]:
+    for number, (text, answer) in enumerate(rows):
+        asked = text.replace(YES_NO, "").strip() + INSTRUCTION
+        truth = Truth(Path(image).name, text, answer.strip())
+        yield Question(f"{task}/{stem}/{number}", asked, (image,), task), truth
 
 
 def _image_names(root: Path, task: str) -> dict[str, str]:

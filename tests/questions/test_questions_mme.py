@@ -60,6 +60,7 @@ def test_the_zips_folders_are_found(tmp_path: Path, folder: str) -> None:
         ("not", "no"),
         ("know", "no"),  # by the official rule
         ("a yes", "other"),  # only four characters count
+        ("a\n\tno", "no"),  # those of the line in the results file
         ("", "other"),
         ("Maybe", "other"),
     ],
