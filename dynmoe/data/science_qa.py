@@ -14,8 +14,7 @@ from dynmoe.data.image_files import ImageFolder
 from dynmoe.data.json_entries import file_digest
 from dynmoe.errors import DataError
 from dynmoe.questions.files import image_folder, locate, read_json, read_object
-from dynmoe.questions.scienceqa import FIELDS, INSTRUCTION, LETTERS, SOURCE
-from dynmoe.questions.scienceqa import _text as prompt_text
+from dynmoe.questions.scienceqa import FIELDS, INSTRUCTION, LETTERS, SOURCE, prompt_text
 
 
 def science_qa(

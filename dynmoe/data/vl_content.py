@@ -5,15 +5,21 @@ One function for each kind of data. A stage's name is `align`, `instruct` or `mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from dynmoe.data import easy_vqa as shapes
 from dynmoe.data import scenes as drawn
+from dynmoe.data import science_qa as science
 from dynmoe.data.conversations import ConversationSource
-from dynmoe.data.image_use import baselines
+from dynmoe.data.image_use import baselines, with_other_images
+from dynmoe.data.llava_json import read_llava
+from dynmoe.data.vqa_table import vqa_questions, vqa_table
 from dynmoe.questions.base import QuestionSet
 from dynmoe.questions.exact import ExactMatch
+from dynmoe.questions.scienceqa import read_scienceqa
 
 
 @dataclass(frozen=True)
@@ -58,3 +64,50 @@ def _without_images(name: str, test: ExactMatch, source: ConversationSource) -> 
         f"{name}_score": found["question only"],
         "majority": found["majority"],
     }
+
+
+def easy_vqa(stage: str, root: str | None, max_turns: int) -> Content:
+    """easy-VQA (dynmoe/data/easy_vqa.py): statements about its images to align, then questions."""
+    train = {
+        kind: shapes.easy_vqa_source(kind, root, max_turns) for kind in ("captions", "questions")
+    }
+    test = shapes.easy_vqa_questions(root)
+    return Content(
+        train["captions" if stage == "align" else "questions"],
+        {"test": test, "shuffled": shapes.easy_vqa_questions(root, shuffled=True)},
+        lambda: _texts(*train.values()),
+        _without_images("test", test, train["questions"]),
+    )
+
+
+def llava(stage: str, root: str, files: Mapping[str, Sequence[str]]) -> Content:
+    """LLaVA's conversation files of a stage. Questions come from ``data.benchmarks``.
+
+    Raises:
+        DataError: a file, an image or an entry that is not as it should be.
+    """
+    folder = Path(root).expanduser()
+    source = read_llava("LLaVA", [str(folder / name) for name in files[stage]], str(folder))
+    source.check()
+    return Content(source)
+
+
+def vqa(root: str, train: str, test: str, images: str, suffix: str) -> Content:
+    """Tables of questions, images and answers (dynmoe/data/vqa_table.py), the same in all stages.
+
+    Raises:
+        DataError: a table or image that is not as it should be.
+    """
+    folder = Path(root).expanduser()
+    source = vqa_table("VQA", str(folder / train), str(folder / images), suffix)
+    questions = vqa_questions("test", str(folder / test), str(folder / images), suffix)
+    shown = [question for question in questions.questions if question.images]
+    sets = {"test": questions}
+    if len({question.images for question in shown}) > 1:
+        sets["shuffled"] = with_other_images(questions)
+    return Content(source, sets, lambda: _texts(source), _without_images("test", questions, source))
+
+
+def science_qa(root: str) -> Content:
+    """ScienceQA's training questions, the same in all stages, and its test set."""
+    return Content(science.science_qa(root), {"scienceqa": read_scienceqa(root)})

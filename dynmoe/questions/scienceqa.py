@@ -136,7 +136,9 @@ def read_scienceqa(root: str, images: str | None = None) -> ScienceQa:
             f"{paths['splits']}: ids of {SPLIT} not in {paths['problems']} {counted(lacking)}."
         )
     llava = first_path(root, [LLAVA_QUESTIONS])
-    texts = {id: _text(problems[id]) for id in ids} if llava is None else _llava_texts(llava, ids)
+    texts = (
+        {id: prompt_text(problems[id]) for id in ids} if llava is None else _llava_texts(llava, ids)
+    )
     questions = [
         Question(
             id=id,
@@ -168,7 +170,7 @@ def _record(row: dict[str, Any]) -> Problem:
     )
 
 
-def _text(row: dict[str, Any]) -> str:
+def prompt_text(row: dict[str, Any]) -> str:
     """Context, question and options, in LLaVA's convert_sqa_to_llava_base_prompt.py."""
     context = row["hint"].strip() or "N/A"
     options = " ".join(
