@@ -6,8 +6,8 @@ RUN    := $(BIN)/dynmoe-run
 DATA   ?= data
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-language test test-all lint bench smoke reproduce-vision reproduce-vision-small \
-	reproduce-language reproduce-language-small clean
+.PHONY: help install demo demo-language demo-vl test test-all lint bench smoke reproduce-vision reproduce-vision-small \
+	reproduce-language reproduce-language-small reproduce-vl reproduce-vl-small clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-24s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ demo: install  ## Train DynMoE on rotated digits: 2 to 3 minutes on 2 CPU cores
 
 demo-language: install  ## Train DynMoE on WordNet's glosses: 1 to 2 minutes on 2 CPU cores
 	$(RUN) task=glue
+
+demo-vl: install  ## Train a small LLaVA with DynMoE on rendered scenes, all three stages: about 5 minutes on 2 CPU cores
+	$(RUN) task=vl
 
 test: install  ## Run the tests (under 5 minutes on 2 CPU cores)
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto
@@ -74,6 +77,23 @@ reproduce-language-small: install  ## The report in docs/reports/glue_small: DAT
 	for set in rte cola; do $(RUN) $(SMALL) data=$$set name=glue_small_$$set hydra/launcher=joblib || exit 1; done
 	for set in rte cola; do $(BIN)/dynmoe-bench step --runs outputs/glue_small_$$set || exit 1; done
 	$(BIN)/dynmoe-report outputs/glue_small_rte outputs/glue_small_cola --out outputs/glue_small
+
+# DynMoE-LLaVA and MoE-LLaVA (StableLM-2-1.6B, Qwen-1.8B, Phi-2): stages I and II once for each language model, then
+# stage III dense, with top-2 of 4 and with DynMoE. DATA holds MoE-LLaVA's ft_json/, pt_json/ and images; BENCHMARKS
+# gqa/, scienceqa/, textvqa/, pope/, mme/. Stages run one by one: on several devices a run waits for no other.
+BENCHMARKS ?= $(DATA)/eval
+SETS := 'data.benchmarks={gqa: $(BENCHMARKS)/gqa, scienceqa: $(BENCHMARKS)/scienceqa, textvqa: $(BENCHMARKS)/textvqa, pope: $(BENCHMARKS)/pope, mme: $(BENCHMARKS)/mme}'
+VL = task=vl data=llava data.root=$(DATA) backbone=vl_$(1) trainer=ddp trainer.precision=bf16-mixed trainer.devices=8 $(SETS)
+reproduce-vl: install  ## The paper's three vision-language models, all stages, and their report: DATA=, BENCHMARKS=, weeks on 8 GPUs
+	for lm in stablelm qwen phi2; do for stage in align instruct; do \
+	  $(RUN) $(call VL,$$lm) stage=$$stage || exit 1; done; \
+	  for moe in dense moe_llava dynmoe_vl; do $(RUN) $(call VL,$$lm) moe=$$moe name=vl_$$lm || exit 1; done; done
+	$(BIN)/dynmoe-report outputs/vl_stablelm outputs/vl_qwen outputs/vl_phi2 --out outputs/vl_report
+
+reproduce-vl-small: install  ## The reports in docs/reports/vl_scenes and vl_easy_vqa: hours on 2 CPU cores
+	for set in scenes easy_vqa; do $(RUN) sweep=vl_small task=vl data=$$set name=vl_$$set hydra/launcher=joblib || exit 1; \
+	  $(BIN)/dynmoe-bench generate --runs outputs/vl_$$set || exit 1; \
+	  $(BIN)/dynmoe-report outputs/vl_$$set || exit 1; done
 
 clean:  ## Remove .venv and caches (not outputs)
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
