@@ -6,7 +6,6 @@ background and jitter are drawn from, and colour, shape and cell of every object
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,7 +25,7 @@ CELLS = (
     *("left", "center", "right"),
     *("bottom left", "bottom", "bottom right"),
 )
-SHAPES = ("circle", "square", "triangle", "cross", "star")
+SHAPES = ("circle", "square", "triangle")
 COLOURS = {  # RGB; the background is a dark grey
     "red": (230, 40, 40),
     "green": (40, 190, 60),
@@ -92,7 +91,7 @@ def draw_image(key: str) -> PIL.Image.Image:
     cell_px = px // GRID
     pixels = np.full((px, px, 3), 20 + int(40 * random.random()), dtype=np.float32)
     for colour, shape, cell in read_scene(key):
-        side = round(cell_px * (0.7 + 0.25 * random.random()))
+        side = round(cell_px * (0.75 + 0.2 * random.random()))
         top, left = (int((cell_px - side + 1) * random.random()) for _ in range(2))
         row, column = divmod(cell, GRID)
         area = pixels[row * cell_px + top :, column * cell_px + left :][:side, :side]
@@ -142,17 +141,4 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     """Of a polygon in the unit square, y downwards."""
     if shape == "square":
         return [(0.08, 0.08), (0.92, 0.08), (0.92, 0.92), (0.08, 0.92)]
-    if shape == "triangle":
-        return [(0.5, 0.02), (1, 0.94), (0, 0.94)]
-    if shape == "cross":
-        a, b = 0.34, 0.66
-        points = [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b)]
-        return [*points, *((1 - x, 1 - y) for x, y in points)]
-    return [  # star: ten corners, far and near by turns
-        (
-            0.5 + radius * math.sin(corner * math.pi / 5),
-            0.53 - radius * math.cos(corner * math.pi / 5),
-        )
-        for corner in range(10)
-        for radius in (0.52 if corner % 2 == 0 else 0.21,)
-    ]
+    return [(0.5, 0.02), (1, 0.94), (0, 0.94)]  # triangle

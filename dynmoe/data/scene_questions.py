@@ -1,7 +1,7 @@
 """What is asked about a scene: five kinds of question, each with exactly one right answer.
 
 Answers are dealt out so that a question's text alone says little about its answer: with the most
-frequent answer to each question 0.26 of the test answers are right, with the most frequent of all
+frequent answer to each question 0.28 of the test answers are right, with the most frequent of all
 0.10 (tests/data/test_scenes.py).
 """
 

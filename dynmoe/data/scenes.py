@@ -32,7 +32,7 @@ TEXT_ONLY = 0.05
 """Share of training conversations with a sum and no image; `TWO_IMAGES` of those with two."""
 
 TWO_IMAGES = 0.05
-MOST_TURNS = 4
+FEWEST_TURNS, MOST_TURNS = 2, 5
 DIGESTED = 100  # conversations that stand for all of a source
 
 
@@ -40,7 +40,7 @@ DIGESTED = 100  # conversations that stand for all of a source
 class SceneSource:
     """A `ConversationSource` of `size` training scenes, `px` pixels wide and high.
 
-    captions: one turn, all objects of a scene in order. questions: 1 to 4 turns, each of another
+    captions: one turn, all objects of a scene in order. questions: 2 to 5 turns, each of another
     kind; a few conversations are about two images ("in the first image , ..."), a few about none.
     """
 
@@ -116,7 +116,7 @@ def _discussed(name: str, random: Random, px: int) -> Conversation:
     scenes = [draw_scene(random, test=False) for _ in range(number)]
     keys = [scene_key(scene, px, random.randrange(10**6)) for scene in scenes]
     turns: list[Asked] = []
-    for kind in random.sample(sorted(KINDS), random.randint(1, MOST_TURNS)):
+    for kind in random.sample(sorted(KINDS), random.randint(FEWEST_TURNS, MOST_TURNS)):
         which = random.randrange(number)
         question, answer = KINDS[kind](scenes[which], random)
         where = f"in the {('first', 'second')[which]} image , " if number > 1 else ""

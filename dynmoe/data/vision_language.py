@@ -6,6 +6,7 @@ import base64
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from dynmoe.data.vl_store import TokenStore, tokenized
 from dynmoe.data.vl_tokenizer import conversation_tokenizer
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import QuestionSet
+from dynmoe.questions.registry import read
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +90,6 @@ class VisionLanguageData(TaskData):
         self.tokenizer: PreTrainedTokenizerBase
         self.store: TokenStore
         self._read_content = content
-        self._content: Content
         self._prompts: dict[str, list[chat.IdArray]] = {}
         self._image_tokens = (image_size // patch_size) ** 2
         self._transform = ImageTransform(image_size, mean, std, fit)
@@ -113,40 +114,63 @@ class VisionLanguageData(TaskData):
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenizes; a second call does nothing. Warns of what is left out.
 
+        With ``stage="validate"`` there are questions alone, and nothing to train on.
+
         Raises:
             DataError: the data cannot be trained or evaluated on.
-            ConfigError: no such tokenizer, or one that the template does not fit.
+            ConfigError: no such tokenizer, or one that the template does not fit; a set that is
+                not scored here.
         """
-        if self.sets:
-            return
-        content = self._read_content()
-        self.tokenizer = self._make_tokenizer(content)
-        self.store = tokenized(
-            content.train,
+        if not self.sets:
+            self.setup_questions({})
+            for name, questions in self.sets.items():
+                if not questions.is_scored:
+                    raise ConfigError(
+                        f"data.benchmarks: {name} has no local score. Leave it out; answer it "
+                        f"after training: dynmoe-eval run=FOLDER mode=answer benchmarks.{name}="
+                        f"{self._benchmarks.get(name, 'FOLDER')}"
+                    )
+        if stage != "validate" and not hasattr(self, "store"):
+            self.store = self._tokenized()
+
+    def setup_questions(self, benchmarks: Mapping[str, str]) -> None:
+        """In place of ``setup``, to answer questions alone: those of published sets, scored here or
+        not, as ``{name: folder}``; of the run's own sets if there are none.
+
+        Raises:
+            DataError: questions that cannot be read.
+            ConfigError: no such set or tokenizer, or one that the template does not fit.
+        """
+        self.tokenizer = self._make_tokenizer()
+        own = {} if benchmarks else dict(self._content.sets)
+        published = {
+            name: read(name, root) for name, root in (benchmarks or self._benchmarks).items()
+        }
+        self._add_sets({**own, **published})
+
+    @cached_property
+    def _content(self) -> Content:
+        return self._read_content()
+
+    def _tokenized(self) -> TokenStore:
+        store = tokenized(
+            self._content.train,
             self.tokenizer,
             self._template,
             self._image_tokens,
             self._max_length,
             None if self._cache is None else Path(self._cache),
         )
-        if self.store.left_out:
+        if store.left_out:
             log.warning(
                 "data %s: %d of %d conversations are left out: longer than data.max_length=%d "
                 "before an answer begins",
                 self.name,
-                self.store.left_out,
-                self.store.left_out + len(self.store),
+                store.left_out,
+                store.left_out + len(store),
                 self._max_length,
             )
-        self._add_sets({**content.sets, **self._read_benchmarks()})
-        self._content = content
-
-    def _read_benchmarks(self) -> dict[str, QuestionSet]:
-        if not self._benchmarks:
-            return {}
-        from dynmoe.questions.registry import read
-
-        return {name: read(name, root) for name, root in self._benchmarks.items()}
+        return store
 
     def _add_sets(self, sets: Mapping[str, QuestionSet]) -> None:
         if not sets:
@@ -167,15 +191,16 @@ class VisionLanguageData(TaskData):
             ]
             self.sets[name] = questions
 
-    def _make_tokenizer(self, content: Content) -> PreTrainedTokenizerBase:
+    def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer_path is not None or self._tokenizer_name is not None:
             return load_tokenizer(self._tokenizer_path, self._tokenizer_name)
-        if content.words is None:
+        words = self._content.words
+        if words is None:
             raise ConfigError(
                 f"backbone: {self.name} has no vocabulary of its own. Give a language model with a "
                 "tokenizer: backbone.model=NAME or backbone.path=FOLDER"
             )
-        return conversation_tokenizer(content.words(), size=8192)
+        return conversation_tokenizer(words(), size=8192)
 
     @property
     def env_names(self) -> list[str]:
@@ -208,8 +233,13 @@ class VisionLanguageData(TaskData):
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def score(self, name: str, answers: Answers) -> dict[str, float]:
-        """Of a set, from the answer to each of its rows."""
-        return self.sets[name].score([answers[row] for row in range(len(answers))])
+        """Of a set, from the answer to each of its rows; none of a set that is not scored here."""
+        questions = self.sets[name]
+        return questions.score(in_order(answers)) if questions.is_scored else {}
+
+    def write(self, name: str, folder: Path, answers: Answers) -> list[Path]:
+        """Prediction files of a set, as its official evaluator reads them."""
+        return self.sets[name].write(folder, in_order(answers))
 
     def describe(self, name: str, row: int) -> dict[str, Any]:
         """A question, its answer if there is one alone, its first image as a PNG file in base64."""
@@ -343,3 +373,8 @@ class VisionLanguageData(TaskData):
             # A loader draws a base seed at each pass: not from the generator the model uses.
             generator=torch.Generator(),
         )
+
+
+def in_order(answers: Answers) -> list[str]:
+    """By row, from the first to the last."""
+    return [answers[row] for row in range(len(answers))]

@@ -45,9 +45,9 @@ class ConversationBatch(NamedTuple):
         return scored_M, next_T[scored_M]
 
     @property
-    def inputs(self) -> tuple[Tokens]:
-        """What the backbone is called with."""
-        return (self.tokens,)
+    def inputs(self) -> tuple[Tokens, Tensor]:
+        """What the backbone is called with in training."""
+        return self.tokens, self.scored[0]
 
 
 class QuestionBatch(NamedTuple):

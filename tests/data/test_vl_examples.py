@@ -94,7 +94,8 @@ def test_conversations_are_padded_at_the_right() -> None:
     assert batch.tokens["images"].shape == (2, 3, 4, 4)
     torch.testing.assert_close(batch.tokens["images"].mean((1, 2, 3)), torch.tensor([0.8, 0.2]))
     assert (batch.source, batch.row.tolist(), batch.weight) == ("train", [1, 2], 1.5)
-    assert batch.inputs == (batch.tokens,)
+    tokens, scored_M = batch.inputs
+    assert tokens is batch.tokens and scored_M.tolist() == [3, 4, 5, 6, 15, 16]
     ids, label, row = batch.tokens["input_ids"], batch.label, batch.row
     assert ids.dtype == label.dtype == row.dtype == torch.int64
     assert batch.tokens["attention_mask"].dtype == torch.int64
