@@ -90,6 +90,10 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
     steps, eval_every = cfg.task.steps, cfg.task.eval_every
     job = Job((), folder.path.name, "", folder, flat(cfg), steps, eval_every)
     Console().print(plan.render([job], parallel=1))
+    if cfg.get("plan") is not None:
+        from runners.plan import show_estimate
+
+        show_estimate(cfg)
 
 
 def train(cfg: DictConfig, folder: RunFolder) -> bool:

@@ -23,6 +23,7 @@ NOT_IN_IDENTITY = (
     "name",
     "overwrite",
     "paths",
+    "plan",
     "protocol.datasets",  # the one entry in use shows in the keys that ask for it
     "protocol.defaults",
     "protocol.stages",

@@ -35,7 +35,7 @@ class Recipe:
     """What a protocol prescribes; an entry of `datasets` leaves out what `defaults` says."""
 
     steps: int = 0
-    eval_every: int = 0
+    eval_every: int | None = 0
     epochs: int = 0
     batch_size: int = 0
     lr: float = 0.0
@@ -112,6 +112,15 @@ class Runtime:
 
 
 @dataclass
+class Plan:
+    tflops: float
+    utilisation: float
+    mean_k: float | None
+    mean_tokens: float | None
+    conversations: int | None
+
+
+@dataclass
 class Run:
     protocol: dict[str, Any]
     backbone: dict[str, Any]
@@ -129,6 +138,7 @@ class Run:
     runtime: dict[str, Any]
     overwrite: bool
     stage: dict[str, Any] | None = None
+    plan: dict[str, Any] | None = None
 
 
 # The schema of a node by its path; "" is the root.
@@ -143,6 +153,7 @@ SCHEMAS: dict[str, type] = {
     "stage": Stage,
     "moe": MoE,
     "paths": Paths,
+    "plan": Plan,
     "runtime": Runtime,
     "task": Task,
 }
