@@ -12,6 +12,8 @@ from dynmoe.errors import ConfigError
 
 modality = "image"
 
+REASON = 300  # characters of a reason: PyTorch names every weight that does not fit
+
 
 def build_vit(
     model: str,
@@ -49,11 +51,12 @@ def build_vit(
             **(options or {}),
         )
     except Exception as error:
+        reason = " ".join(str(error).split())[:REASON]
         if not pretrained:
-            raise ConfigError(f"backbone: timm cannot build {model}: {error}") from error
+            raise ConfigError(f"backbone: timm cannot build {model}: {reason}") from error
         raise ConfigError(
             f"backbone.pretrained={pretrained}: the weights of {model} could not be loaded "
-            f"({type(error).__name__}: {error}). Without network give a file that fits the model, "
+            f"({type(error).__name__}: {reason}). Without network give a file that fits the model, "
             "backbone.pretrained=/path/to/weights.safetensors, or train from scratch with "
             "backbone.pretrained=false."
         ) from error
