@@ -7,7 +7,7 @@ from itertools import product
 from typing import Any
 
 from dynmoe.comparison.run import Run
-from dynmoe.metrics.selection import RULES, SELECTING_SET, on_sets
+from dynmoe.metrics.selection import RULES, judging_set, on_sets
 from dynmoe.report.records import Record, RecordError, RunFolder
 
 Keys = Mapping[str, type | tuple[type, ...]]
@@ -68,7 +68,7 @@ def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -
     """Raises RecordError where a result lacks an accuracy or a score."""
     rule, names = facts["selection"], facts["env_names"]
     if on_sets(rule):
-        keys = [f"{name}_score" for name in (*names, SELECTING_SET[rule])]
+        keys = [f"{name}_score" for name in (*names, judging_set(facts))]
     else:
         keys = [f"env{env}_{split}_acc" for env in range(len(names)) for split in ("in", "out")]
     measures: Keys = dict.fromkeys(keys, NUMBER)

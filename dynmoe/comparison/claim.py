@@ -3,10 +3,7 @@
 DynMoE (arXiv 2405.14297) is to replace a search over (experts, top-k). So it is held against the
 mean of the grid, its best and its worst setting, and the one that a practitioner would take, the
 best by validation accuracy. The best and the worst are chosen by the test accuracy itself, which
-nobody can do without testing: it flatters the best.
-
-Words follow from a paired t test, which knows how little a few repetitions say: of three, a
-bootstrap interval is the range of the differences, and excludes 0 in 1 of 4 cases by chance alone.
+nobody can do without testing: it flatters the best. Words follow from paired tests (`paired`).
 """
 
 from __future__ import annotations
@@ -18,18 +15,14 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap, t
 
 from dynmoe.comparison.matching import Cell, columns, expected, lacks, matched, score_cells
+from dynmoe.comparison.paired import Verdict, interval, p_value, verdict
 from dynmoe.comparison.run import Problem, Repetition, Run
 from dynmoe.comparison.runs import Collection
 from dynmoe.report.words import Words
 
 Rival = Literal["mean", "best", "worst", "pick", "dense", "grid"]
-Verdict = Literal["beats", "cannot be told from", "is below", "unknown"]
-
-RESAMPLES = 9999
-LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,8 +30,8 @@ class Difference:
     """An adaptive setting minus a rival, in accuracy, paired by repetition."""
 
     rival: Rival
-    """mean, best, worst of the grid; pick: in each repetition its best by validation; dense; grid:
-    each of its settings"""
+    """mean, best, worst of the grid; pick: in each repetition its best by validation, if there is
+    any; dense; grid: each of its settings"""
     setting: str
     """The rival's setting; empty for the mean of the grid; several for different picks."""
     accuracies: tuple[float, ...]
@@ -52,31 +45,15 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % percentile bootstrap interval of the mean; None for fewer than two values."""
-        if len(self.values) < 2 or not np.isfinite(self.values).all():
-            return None
-        found = bootstrap(
-            (self.values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0
-        )
-        return float(found.confidence_interval.low), float(found.confidence_interval.high)
+        return interval(self.values)
 
     @property
     def p(self) -> float | None:
-        """Two-sided, of Student's t test that the mean is 0; None for fewer than two values."""
-        if len(self.values) < 2 or not np.isfinite(self.values).all():
-            return None
-        error = float(np.std(self.values, ddof=1)) / math.sqrt(len(self.values))
-        if error == 0:
-            return 0.0 if self.mean else 1.0
-        return float(2 * t.sf(abs(self.mean) / error, df=len(self.values) - 1))
+        return p_value(self.values)
 
     @property
     def verdict(self) -> Verdict:
-        if self.p is None:
-            return "unknown"
-        if self.p >= LEVEL:
-            return "cannot be told from"
-        return "beats" if self.mean > 0 else "is below"
+        return verdict(self.values)
 
 
 class AtTheEnd(NamedTuple):
@@ -162,6 +139,7 @@ def examine(collection: Collection, problem: Problem) -> list[Claim]:
             {name: cell for name, cell in pool.items() if cell},
             kinds,
             tuple(f"{name} ({what})" for name, what in lacking.items() if what),
+            problem.validates,
         )
 
     return [
@@ -212,6 +190,7 @@ def _compare(
     cells: Mapping[str, Cell],
     kinds: Mapping[str, str],
     left_out: tuple[str, ...],
+    validates: bool,
 ) -> Comparison:
     """On the repetitions that most settings have, with the settings that have all of them."""
     others = [cell for name, cell in cells.items() if name != setting]
@@ -234,17 +213,18 @@ def _compare(
     if grid:
         by_repetition = np.mean([accuracies[name] for name in grid], axis=0).tolist()
         best, worst = (choose(grid, key=lambda name: means[name]) for choose in (max, min))
-        picks = [
-            max(grid, key=lambda name: scores[name][index].validation)
-            for index in range(len(repetitions))
-        ]
-        picked = [accuracies[name][index] for index, name in enumerate(picks)]
         differences = [
             difference("mean", "", by_repetition),
             difference("best", best, accuracies[best]),
             difference("worst", worst, accuracies[worst]),
-            difference("pick", ", ".join(dict.fromkeys(picks)), picked),
         ]
+        if validates:
+            picks = [
+                max(grid, key=lambda name: scores[name][index].validation)
+                for index in range(len(repetitions))
+            ]
+            picked = [accuracies[name][index] for index, name in enumerate(picks)]
+            differences.append(difference("pick", ", ".join(dict.fromkeys(picks)), picked))
     dense = [name for name in cells if kinds[name] == "dense"]
     differences += [difference("dense", name, accuracies[name]) for name in dense]
     differences += [difference("grid", name, accuracies[name]) for name in grid]

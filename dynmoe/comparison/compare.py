@@ -16,6 +16,7 @@ from typing import Any
 from dynmoe.comparison.conditions import conditions, counted
 from dynmoe.comparison.costs import MACHINE, different_facts, model_costs
 from dynmoe.comparison.run import Run, short_name
+from dynmoe.report.question_sets import is_points, kind_name, kinds_of
 from dynmoe.report.summary import summarize
 from dynmoe.report.tables import Strong, Table, format_number, format_points
 from dynmoe.report.words import METRICS, metrics_of
@@ -128,13 +129,16 @@ def _accuracy(a: Run, b: Run) -> Table:
 
 
 def _scores(a: Run, b: Run) -> Table:
-    """On each evaluation set that both have, and by each metric, where several make the score."""
+    """On each evaluation set that both have, by each metric, where several make the score, and by
+    kind of question."""
     names = [name for name in a.facts["env_names"] if name in b.facts["env_names"]]
     metrics = metrics_of(a.reported, names[0])
     measures = {"score": a.words.measure} | {key: METRICS[key] for key in metrics}
     rows: list[tuple[str, ...]] = []
     for name in names:
-        for key, measure in measures.items():
+        kinds = kinds_of(a.reported, name, a.facts["env_names"])
+        shares = {key: kind_name(key) for key in kinds if not is_points(key)}
+        for key, measure in (measures | shares).items():
             values = (run.reported.get(f"{name}_{key}", math.nan) for run in (a, b))
             row = _accuracies(*values)
             is_reported = name == a.environment and key == "score"

@@ -115,6 +115,8 @@ def search_table(collection: Collection, cost: SearchCost) -> Table:
     )
     if any(run.has_lora for run in runs):
         note += " X: with LoRA most weights are frozen, and such a step's FLOPs are not counted."
+    if any(run.is_partly_frozen for run in runs):
+        note += " Frozen weights, of which no gradient is computed, are counted like all others."
     columns = ["", "runs", "training, TFLOP", "hours, recorded"]
     if not math.isnan(cost.grid.measured + cost.own.measured):
         columns.append("hours at the measured step")
@@ -171,6 +173,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def spread(middle: float, quartiles: Range) -> str:
+    """`106 [105, 108]`: a median and its quartiles."""
+    return f"{number(middle)} [{', '.join(map(number, quartiles))}]"
+
+
 def _modes() -> tuple[Mode, Mode]:
     return "train", "inference"
 
@@ -180,13 +187,9 @@ def _times(timing: Timing | None) -> tuple[str, str]:
         return MISSING, MISSING
     mark = "*" if timing.contaminated else ""
     return (
-        _spread(timing.milliseconds, timing.quartiles) + mark,
-        _spread(timing.samples_per_second, timing.samples_quartiles) + mark,
+        spread(timing.milliseconds, timing.quartiles) + mark,
+        spread(timing.samples_per_second, timing.samples_quartiles) + mark,
     )
-
-
-def _spread(middle: float, quartiles: Range) -> str:
-    return f"{number(middle)} [{', '.join(map(number, quartiles))}]"
 
 
 def _bill(cost: SearchCost, bill: Bill) -> tuple[str, str, str, str]:

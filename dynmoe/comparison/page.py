@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from dynmoe.comparison.claim import Claim, examine
-from dynmoe.comparison.conditions import counted
 from dynmoe.comparison.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
 from dynmoe.comparison.cost_tables import (
     cost_table,
@@ -23,6 +22,9 @@ from dynmoe.comparison.cost_tables import (
     unmeasured,
 )
 from dynmoe.comparison.costs import search_cost
+from dynmoe.comparison.generation_tables import generation_table
+from dynmoe.comparison.image_use import image_use_sentences, image_use_table
+from dynmoe.comparison.overview import extent, overview_table, title_of
 from dynmoe.comparison.pictures import draw_claim, draw_curves
 from dynmoe.comparison.provenance import every_run, how_it_was_made, what_is_missing
 from dynmoe.comparison.routing_pictures import (
@@ -33,7 +35,7 @@ from dynmoe.comparison.routing_pictures import (
     draw_load_by_environment,
     draw_overlap,
 )
-from dynmoe.comparison.run import Problem, Run, environments, settings
+from dynmoe.comparison.run import Problem, Run
 from dynmoe.comparison.runs import Collection
 from dynmoe.comparison.tasks import sets_table, task_tables
 from dynmoe.comparison.timings import Timings, read_timings
@@ -45,10 +47,12 @@ from dynmoe.comparison.verdict import (
     lacking,
     sentences,
 )
+from dynmoe.comparison.vl_pictures import draw_k_by_part, draw_load_by_part
+from dynmoe.comparison.vl_tables import kind_tables, parts_table, published_table
 from dynmoe.metrics.selection import RULES
 from dynmoe.report import document
 from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
-from dynmoe.report.tables import Strong, Table, format_mean
+from dynmoe.report.tables import Strong, Table
 from dynmoe.report.words import capital
 
 LONGEST = 48
@@ -59,7 +63,7 @@ def write(collection: Collection, out: Path) -> list[Path]:
     """Write `report.html`, `report.md`, `tables/` and `figures/` into the folder `out`.
 
     Raises:
-        RecordError: a damaged `timing.json`.
+        RecordError: a damaged `timing.json` or `generation.json`.
     """
     return document.write(build(collection), out)
 
@@ -89,25 +93,17 @@ def build(collection: Collection) -> Document:
         for problem, prefix in prefixes.items()
     }
     lead: list[Block] = [Strong(headline(claim)) for found in claims.values() for claim in found]
-    lead.append(_extent(collection))
+    lead.append(extent(collection))
     lead += [Sheet(name, table) for name, table in task_tables(collection).items()]
     if several:
-        lead.append(Sheet("overview", _overview(claims)))
+        lead.append(Sheet("overview", overview_table(claims)))
         found = [
             Section(name, _title_of(problem, problems), sections=parts[problem])
             for problem, name in names.items()
         ]
     else:
         (found,) = parts.values()
-    return Document(_title(collection), lead, [*found, *(part for part in rest if part.blocks)])
-
-
-def _title(collection: Collection) -> str:
-    adaptive = dict.fromkeys(run.setting for run in collection.runs if run.kind == "adaptive")
-    datasets = ", ".join(dict.fromkeys(problem.dataset for problem in collection.problems))
-    if adaptive and any(run.kind == "fixed" for run in collection.runs):
-        return f"{', '.join(adaptive)} against fixed experts and k: {datasets}"
-    return f"{', '.join(settings(collection.runs))}: {datasets}"
+    return Document(title_of(collection), lead, [*found, *(part for part in rest if part.blocks)])
 
 
 def _title_of(problem: Problem, problems: Sequence[Problem]) -> str:
@@ -115,50 +111,6 @@ def _title_of(problem: Problem, problems: Sequence[Problem]) -> str:
     if sum(other.dataset == problem.dataset for other in problems) == 1:
         return problem.dataset
     return f"{problem.dataset}, protocol {problem.protocol}, {RULES[problem.selection]}"
-
-
-def _extent(collection: Collection) -> str:
-    """What the report is about, in numbers."""
-    found = []
-    for problem in collection.problems:
-        runs = collection.of(problem)
-        repetitions = {run.repetition for run in runs}
-        found.append(
-            f"{counted(len(runs), 'run')} on {problem.dataset}: "
-            f"{counted(len(settings(runs)), 'setting')}, "
-            f"{counted(len(environments(runs)), runs[0].words.place)}, "
-            f"{counted(len(repetitions), 'repetition')}"
-        )
-    absent = f" {counted(len(collection.absent), 'run')} without a result." * bool(
-        collection.absent
-    )
-    return f"{'; '.join(found)}.{absent}"
-
-
-def _overview(claims: dict[Problem, list[Claim]]) -> Table:
-    """One row for each adaptive setting on each problem."""
-    rows = []
-    for problem, found in claims.items():
-        for claim in found:
-            whole = claim.overall
-            rivals = [whole.against(rival) for rival in ("mean", "best")]
-            accuracies = [
-                whole.accuracies,
-                *(each[0].accuracies if each else () for each in rivals),
-            ]
-            verdicts = [each[0].verdict if each else "unknown" for each in rivals]
-            cells = map(format_mean, accuracies)
-            rows.append((problem.dataset, claim.setting, *cells, *verdicts))
-    columns = ("accuracy, %", "mean of the grid, %", "best of the grid, %")
-    if any(claim.words.noun == "score" for found in claims.values() for claim in found):
-        columns = ("score, x 100", "mean of the grid", "best of the grid")
-    return Table(
-        "The claim on every data set",
-        ("data set", "setting", *columns, "against the mean", "against the best"),
-        tuple(rows),
-        note="Protocol, selection rule, seeds, weights, data and versions stand below the tables "
-        "of each data set.",
-    )
 
 
 def _sections(
@@ -175,6 +127,8 @@ def _sections(
     examples = [next(run for run in runs if run.setting == setting) for setting in shown]
     parts: list[tuple[str, str, Iterable[Block | None]]] = [
         ("claim", "The claim", _claim(collection, problem, claims)),
+        ("images", "Whether the images are used", _image_use(runs)),
+        ("kinds", "By kind of question", _kinds(runs)),
         ("cost", "What it costs", _cost(collection, problem, claims, timings)),
         (
             "accuracy-by-cost",
@@ -188,12 +142,18 @@ def _sections(
         (
             "experts",
             "Experts and k",
-            [draw_experts(runs), draw_k(runs), draw_k_by_position(runs)],
+            [
+                draw_experts(runs),
+                draw_k_by_part(runs) or draw_k(runs),
+                _sheet("parts", parts_table(runs)),
+                draw_k_by_position(runs),
+            ],
         ),
         (
             "load",
             "Which experts serve what",
             [
+                draw_load_by_part(examples),
                 draw_load_by_environment(examples),
                 draw_load_by_class(examples),
                 draw_overlap([run for name in shown for run in runs if run.setting == name]),
@@ -225,10 +185,27 @@ def _claim(
     if missing:
         yield Items(missing)
     yield Sheet("accuracy", accuracy_table(collection, problem))
+    yield _sheet("published", published_table(collection.of(problem)))
     further = {"sets": sets_table, "values": values_table}
     for name, make in further.items():
-        table = make(collection, problem)
-        yield None if table is None else Sheet(name, table)
+        yield _sheet(name, make(collection, problem))
+
+
+def _image_use(runs: Sequence[Run]) -> Iterator[Block | None]:
+    table = image_use_table(runs)
+    if table is not None:
+        yield Items(image_use_sentences(runs))
+        yield Sheet("images", table)
+
+
+def _kinds(runs: Sequence[Run]) -> Iterator[Block | None]:
+    tables = kind_tables(runs)
+    for name, table in tables.items():
+        yield Sheet("kinds" if len(tables) == 1 else f"kinds_{_slug(name)}", table)
+
+
+def _sheet(name: str, table: Table | None) -> Sheet | None:
+    return None if table is None else Sheet(name, table)
 
 
 def _cost(
@@ -240,6 +217,7 @@ def _cost(
     yield unmeasured(collection, timings) or Sheet(
         "time", timing_table(collection, problem, timings)
     )
+    yield _sheet("generation", generation_table(collection, problem))
     for cost in costs:
         tag = "" if len(costs) == 1 else f"_{_slug(cost.setting)}"
         yield Sheet(f"search{tag}", search_table(collection, cost))

@@ -16,7 +16,8 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from dynmoe.comparison.claim import LEVEL, Claim, Rival, Verdict
+from dynmoe.comparison.claim import Claim, Rival
+from dynmoe.comparison.paired import LEVEL, Verdict
 from dynmoe.comparison.run import Run, environments
 from dynmoe.metrics.selection import judged
 from dynmoe.report.document import Picture
@@ -105,7 +106,7 @@ def draw_claim(claim: Claim) -> Picture | None:
 def draw_curves(runs: Sequence[Run]) -> Picture | None:
     """What is reported on each test environment over training, every setting."""
     places = environments(runs)
-    if not places:
+    if not places or all(len(run.results) == 1 for run in runs):  # of one step there is no curve
         return None
     style, words = styles(runs), runs[0].words
     wide = len(places) == 1
@@ -145,10 +146,16 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
     figure.legend(handles=_legend(runs, style), loc="outside upper center", ncols=4, frameon=False)
     caption = (
         "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
-        "setting of the grid. A marker stands at the mean of the steps that selection chose, "
-        f"whose {words.nouns} are reported."
+        "setting of the grid. "
     )
-    if runs[0].problem.on_sets:
+    if not runs[0].problem.validates:
+        caption += f"A marker stands at the last step, whose {words.nouns} are reported."
+    else:
+        caption += (
+            "A marker stands at the mean of the steps that selection chose, "
+            f"whose {words.nouns} are reported."
+        )
+    if runs[0].problem.on_sets and runs[0].problem.validates:
         caption += (
             " It is on the mean curve: reported is each run at its own step. Where patience ended "
             "a run before others, its last value goes on."

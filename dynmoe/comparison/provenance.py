@@ -11,8 +11,10 @@ from typing import NamedTuple
 import yaml
 
 from dynmoe.comparison.conditions import conditions, every, seeds
+from dynmoe.comparison.generation import generation_rows
 from dynmoe.comparison.run import Problem, Run, environments
 from dynmoe.comparison.runs import Collection
+from dynmoe.comparison.settings import start_name
 from dynmoe.comparison.timings import Timings
 from dynmoe.metrics.selection import RULES
 from dynmoe.report.document import Block, Code, Items, Section, Sheet
@@ -22,6 +24,10 @@ from dynmoe.report.words import capital
 Words = Callable[[Sequence[Run]], str]
 
 
+# What a problem's runs do not have; a row of it alone is left out.
+ABSENT = "-"
+
+
 class Row(NamedTuple):
     name: str
     words: Words
@@ -29,19 +35,18 @@ class Row(NamedTuple):
     """Of which problems alone: those scored on whole sets, or on environments; None: of all."""
 
     def cell(self, problem: Problem, runs: Sequence[Run]) -> str:
-        return self.words(runs) if self.on_sets in (None, problem.on_sets) else "-"
+        return self.words(runs) if self.on_sets in (None, problem.on_sets) else ABSENT
 
 
 def how_it_was_made(collection: Collection, timings: Iterable[Timings]) -> Section:
     """The conditions of every problem's runs in a table, and the commands."""
     problems = collection.problems
     columns = {problem: collection.of(problem) for problem in problems}
-    kinds = {None, *(problem.on_sets for problem in problems)}
-    rows = [row for row in _conditions() if row.on_sets in kinds]
+    rows = [(row.name, *(row.cell(*column) for column in columns.items())) for row in _conditions()]
     table = Table(
         "Conditions of the runs",
         ("condition", *(problem.dataset for problem in problems)),
-        tuple((row.name, *(row.cell(*column) for column in columns.items())) for row in rows),
+        tuple(row for row in rows if set(row[1:]) != {ABSENT}),
         note="Where runs differ, all values are named.",
         in_words=True,
     )
@@ -74,24 +79,30 @@ def every_run(collection: Collection, problem: Problem) -> Table:
     runs = collection.of(problem)
     words = runs[0].words
     reported = "" if problem.on_sets else " on the test environment's in split"
+    step, note = "last step", ""
+    more: tuple[str, ...] = ()
+    if problem.validates:
+        step, note = "selected step", "; validation is what selected the step"
+        more = (f"validation, {words.scale}", f"{words.noun} at the last step, {words.scale}")
     return Table(
         f"Every run on {problem.dataset}",
-        (
-            *("setting", words.place, "seed", "trial seed", "selected step"),
-            words.column,
-            f"validation, {words.scale}",
-            f"{words.noun} at the last step, {words.scale}",
-        ),
+        ("setting", words.place, "seed", "trial seed", step, words.column, *more),
         tuple(
             (
                 *(run.setting, run.environment, *map(str, run.repetition), str(run.outcome.step)),
-                *map(_percent, (run.outcome.accuracy, run.outcome.validation, run.outcome.last)),
+                *map(_percent, _numbers(run)),
             )
             for run in runs
         ),
-        note=f"{capital(words.measure)}{reported}; validation is what selected the step.",
+        note=f"{capital(words.measure)}{reported}{note}.",
         conditions=conditions(runs),
     )
+
+
+def _numbers(run: Run) -> tuple[float, ...]:
+    found = run.outcome
+    more = (found.validation, found.last) if run.problem.validates else ()
+    return (found.accuracy, *more)
 
 
 def _percent(share: float) -> str:
@@ -100,6 +111,12 @@ def _percent(share: float) -> str:
 
 def _fact(key: str) -> Words:
     return lambda runs: every(run.facts.get(key) for run in runs)
+
+
+def _fact_if_any(key: str) -> Words:
+    return lambda runs: every(
+        ABSENT if run.facts.get(key) is None else run.facts[key] for run in runs
+    )
 
 
 def _config(key: str) -> Words:
@@ -114,7 +131,9 @@ def _conditions() -> Iterator[Row]:
     yield Row("evaluated on", lambda runs: ", ".join(environments(runs)), True)
     yield Row("examples", lambda runs: every(map(_sizes, runs)), True)
     yield Row("tokens of an example, mean", lambda runs: every(map(_mean_tokens, runs)), True)
-    yield Row("patience, in evaluations", _fact("patience"), True)
+    yield Row("patience, in evaluations", _fact_if_any("patience"), True)
+    yield Row("stage", _fact_if_any("stage"), True)
+    yield Row("started from", lambda runs: every(map(_start, runs)), True)
     yield Row("protocol", _fact("protocol"))
     yield Row("selection rule", lambda runs: every(RULES[run.facts["selection"]] for run in runs))
     yield Row("repetitions", lambda runs: seeds({run.repetition for run in runs}))
@@ -133,6 +152,11 @@ def _conditions() -> Iterator[Row]:
     yield Row("machine", _fact("machine"))
     yield Row("device, threads", lambda runs: every(map(_device, runs)))
     yield Row("runtime", _fact("runtime"))
+
+
+def _start(run: Run) -> str:
+    start = start_name(run.config)
+    return f"{start}, of the same seed" if start else ABSENT
 
 
 def _mean_tokens(run: Run) -> str:
@@ -166,6 +190,8 @@ def _commands(collection: Collection, timings: Iterable[Timings]) -> Iterator[st
         found |= dict.fromkeys(collection.commands.get(folder) or _training(runs))
     yield from found
     yield from dict.fromkeys(command for each in timings for command in each.commands)
+    answered = [generation_rows(folder).command for folder in collection.folders]
+    yield from dict.fromkeys(command for command in answered if command)
     yield shlex.join(["dynmoe-report", *map(str, collection.folders)])
 
 

@@ -7,18 +7,29 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dynmoe.comparison.run import Run
+from dynmoe.report.question_sets import SHUFFLED
 from dynmoe.report.records import Record
 
 
 def evaluation(run: Run) -> list[Record]:
-    """Routing on every environment at the step that is reported, in the environments' order."""
-    return [line for line in run.routing_at_outcome if line["source"] != "train"]
+    """Routing on every environment at the step that is reported, in the environments' order.
+
+    Without the set of exchanged images, which has the questions of another one.
+    """
+    names = run.facts["env_names"]
+    left_out = ("train", *(f"env{names.index(each)}" for each in (SHUFFLED,) if each in names))
+    return [line for line in run.routing_at_outcome if line["source"] not in left_out]
 
 
 def on_tests(run: Run) -> list[Record]:
     """The same on the test environments alone."""
     sources = {f"env{index}" for index in run.facts["test_envs"]}
     return [line for line in evaluation(run) if line["source"] in sources]
+
+
+def training(run: Run) -> list[Record]:
+    """Routing in training, over the window that ends at that step."""
+    return [line for line in run.routing_at_outcome if line["source"] == "train"]
 
 
 def of_layer(lines: Iterable[Record], layer: str) -> list[Record]:

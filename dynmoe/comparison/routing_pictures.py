@@ -158,7 +158,8 @@ def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
 
 
 def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
-    """Which experts serve which environment, in the given runs."""
+    """Which experts serve which environment, in the given runs; None where parts of the only set
+    tell more."""
 
     def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
         tests = {f"env{index}" for index in run.facts["test_envs"]}
@@ -169,9 +170,11 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
         shares = percent_of_rows([line["load"] for line in lines], len(slots))
         heat_map(axes, shares, rows, slots)
 
-    rows = max((len(run.facts["env_names"]) for run in runs), default=0)
+    rows = max((len(evaluated(run)) for run in runs), default=0)
+    if rows == 1 and all("parts" in line for run in runs for line in evaluation(run)):
+        return None
     part = runs[0].words.part if runs else ""
-    figure = _load([run for run in runs if evaluation(run)], part, rows, draw)
+    figure = load_panels([run for run in runs if evaluation(run)], part, rows, draw)
     if figure is None:
         return None
     equal = f"; equal rows mean that experts do not tell the {part}s apart" if rows > 1 else ""
@@ -200,7 +203,7 @@ def draw_load_by_class(runs: Sequence[Run]) -> Picture | None:
 
     with_classes = [run for run in runs if any("load_by_class" in line for line in evaluation(run))]
     classes = max((len(run.facts["class_names"]) for run in with_classes), default=0)
-    figure = _load(with_classes, "class", min(classes, MOST_CLASSES), draw)
+    figure = load_panels(with_classes, "class", min(classes, MOST_CLASSES), draw)
     if figure is None:
         return None
     some = f" Of {classes} classes the {MOST_CLASSES} whose rows differ most from the mean."
@@ -278,7 +281,7 @@ def _title(setting: str, layer: str, settings: Settings) -> str:
     return name if len(settings) == 1 else f"{setting}\n{name}"
 
 
-def _load(
+def load_panels(
     runs: Sequence[Run], what: str, rows: int, draw: Callable[[Axes, Run, Sequence[Record]], None]
 ) -> Figure | None:
     """One panel for each layer of each run."""

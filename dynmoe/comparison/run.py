@@ -8,12 +8,12 @@ alone, and only they are averaged.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from dynmoe.metrics.selection import judged, on_sets, selected
+from dynmoe.metrics.selection import SELECTING_SET, judged, on_sets, selected
 from dynmoe.report.records import Record, RunFolder
 from dynmoe.report.words import Words, words_of
 
@@ -35,6 +35,11 @@ class Problem(NamedTuple):
     def on_sets(self) -> bool:
         """Whether its runs are scored on whole sets, not on the splits of environments."""
         return on_sets(self.selection)
+
+    @property
+    def validates(self) -> bool:
+        """Whether its rule chooses by scores at all; the last step is taken without."""
+        return SELECTING_SET.get(self.selection, "") is not None
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,12 @@ class Run:
     def has_lora(self) -> bool:
         """Whether most of its weights are frozen."""
         return any(key.startswith("backbone.lora.") for key in self.config)
+
+    @property
+    def is_partly_frozen(self) -> bool:
+        """Whether it is a stage that trains some parts of its model only."""
+        whole = {"vision", "projector", "language_model"}
+        return not whole <= set(self.config.get("task.module.trains", whole))
 
     @property
     def words(self) -> Words:
@@ -184,3 +195,8 @@ def environments(runs: Iterable[Run]) -> list[str]:
 def settings(runs: Iterable[Run]) -> list[str]:
     """The settings of one problem's runs, in order."""
     return list(dict.fromkeys(run.setting for run in runs))
+
+
+def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each setting, in order."""
+    return {name: [run for run in runs if run.setting == name] for name in settings(runs)}

@@ -2,15 +2,16 @@
 
 A configuration is the flat `config` of a `run.json`. Those of one setting differ in chance alone:
 in seeds, in the environment they are tested on, in where data and weights lie and how they are
-read, and in what is evaluated besides. Draws of
-hyper-parameters (`hparams_seed`) belong to one setting too: the search is part of the method, as in
-DomainBed. So do the values of the keys that a protocol searches over (`protocol.searched`), as the
-learning rate on GLUE.
+read, in what is evaluated besides, and in which repetition of the stage before they start from.
+Draws of hyper-parameters (`hparams_seed`) belong to one setting too: the search is part of the
+method, as in DomainBed. So do the values of the keys that a protocol searches over
+(`protocol.searched`), as the learning rate on GLUE.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,13 @@ READING = (
     "data.ood",
     "data.ood_root",
     "data.linear_baseline",
+    "data.content.root",
+    "data.benchmarks",
+    "data.examples",
 )
+
+# The end of a run folder's name: one of the repetitions of a configuration.
+OF_SEED = re.compile(r"_seed\d+_[0-9a-f]{8}$")
 
 # What hparams_seed > 0 draws at random (dynmoe/config/resolvers.py).
 DRAWN = ("task.optimizer.lr", "task.optimizer.weight_decay", "data.batch_size")
@@ -52,6 +59,12 @@ def name_settings(short_names: Sequence[str], configs: Sequence[Config]) -> list
         )
         for short, identity in zip(short_names, identities, strict=True)
     ]
+
+
+def start_name(config: Config) -> str | None:
+    """What a run starts from, whichever repetition: `vl_instruct/scenes_dense`; None: nothing."""
+    start = config.get("stage.start")
+    return OF_SEED.sub("", start) if start else None
 
 
 def _identities(configs: Sequence[Config]) -> list[Config]:
@@ -82,12 +95,13 @@ def _identities(configs: Sequence[Config]) -> list[Config]:
 
 def _by_name(config: Config) -> Config:
     """With the last part of a path for the path: weights are known by the folder's name, or by the
-    hub's, wherever they lie."""
-    if "backbone.path" not in config:
-        return config
+    hub's, wherever they lie. The run of the stage before goes without its seed."""
     found = dict(config)
-    found["backbone.model"] = found.pop("backbone.path") or found.get("backbone.model")
-    for key in ("backbone.model", "data.tokenizer_path"):
+    if "stage.start" in found:
+        found["stage.start"] = start_name(config)
+    if "backbone.path" in found:
+        found["backbone.model"] = found.pop("backbone.path") or found.get("backbone.model")
+    for key in ("backbone.model", "backbone.vision.path", "data.tokenizer_path"):
         if found.get(key):
             found[key] = Path(found[key]).name
     return found

@@ -13,6 +13,7 @@ from dynmoe.comparison.run import Problem, Repetition, Run, order, settings
 from dynmoe.comparison.runs import Collection
 from dynmoe.comparison.values import taken
 from dynmoe.metrics.selection import RULES
+from dynmoe.report.question_sets import SHUFFLED, set_notes
 from dynmoe.report.tables import Strong, Table, format_mean
 from dynmoe.report.words import capital
 
@@ -36,7 +37,7 @@ def sets_table(collection: Collection, problem: Problem) -> Table | None:
     """Every setting on every evaluation set of a task, at the same step; None with one set."""
     runs = collection.of(problem)
     names = list(dict.fromkeys(name for run in runs for name in run.facts["env_names"]))
-    if not problem.on_sets or len(names) == 1:
+    if not problem.on_sets or len(set(names) - {SHUFFLED}) == 1:  # it has a table of its own
         return None
     words = runs[0].words
     rows = []
@@ -49,9 +50,16 @@ def sets_table(collection: Collection, problem: Problem) -> Table | None:
         f"{capital(words.measure)} on every evaluation set of {problem.dataset}, {words.scale}",
         ("setting", *names),
         tuple(rows),
-        note="At the step that selection chose; no set but the one that selects had a part in it.",
+        note=" ".join([*_sets_notes(problem), *set_notes(names)]),
         conditions=conditions(runs),
     )
+
+
+def _sets_notes(problem: Problem) -> Iterator[str]:
+    if problem.validates:
+        yield "At the step that selection chose; no set but the one that selects had a part in it."
+    else:
+        yield "At the last step; no set had a part in it."
 
 
 def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
@@ -128,7 +136,8 @@ def _notes(
 ) -> Iterator[str]:
     measures = {run.problem.dataset: run.words.measure for run in runs}
     yield f"{'; '.join(f'{task}: {measures[task]}' for task in tasks)}."
-    yield "Mean over repetitions of the selected step, +/- the standard error (ddof 0)."
+    step = "selected" if any(run.problem.validates for run in runs) else "last"
+    yield f"Mean over repetitions of the {step} step, +/- the standard error (ddof 0)."
     if searched:
         keys = dict.fromkeys(key for run in runs for key in run.searched)
         yield f"For each cell, the {', '.join(keys)} of the best mean validation is taken."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from dynmoe.report.records import RecordError
 Mode = Literal["train", "inference"]
 Range = tuple[float, float]
 
-# What `timing.json` and each of its rows hold.
+# What a file of `dynmoe-bench` holds, and each row of `timing.json`.
 PARTS = {"command": str, "machine": dict, "settings": dict, "workload": dict, "rows": list}
 ROW = {
     *("run", "mode", "median_ms", "quartiles_ms", "samples_per_s", "samples_per_s_quartiles"),
@@ -70,7 +70,8 @@ def read_timings(collection: Collection) -> dict[Problem, Timings]:
     Raises:
         RecordError: a damaged `timing.json`.
     """
-    contents = {file: _read(file) for file in dict.fromkeys(_files(collection))}
+    files = dict.fromkeys(_files(collection))
+    contents = {file: read_measured(file, ROW, "step") for file in files}
     return {problem: _timings(collection.of(problem), contents) for problem in collection.problems}
 
 
@@ -119,24 +120,29 @@ def _files(collection: Collection) -> Iterable[Path]:
                 break
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_measured(file: Path, row: Set[str], command: str) -> dict[str, Any]:
+    """A file that `dynmoe-bench <command> --runs` wrote; each of its rows has the keys `row`.
+
+    Raises:
+        RecordError: it is something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         content = None
-    if _is_whole(content):
+    if _is_whole(content, row):
         return content
     raise RecordError(
-        f"{file}: expected what `dynmoe-bench step --runs {file.parent}` writes, found something "
-        "else; measure again, or delete the file"
+        f"{file}: expected what `dynmoe-bench {command} --runs {file.parent}` writes, found "
+        "something else; measure again, or delete the file"
     )
 
 
-def _is_whole(content: Any) -> bool:
+def _is_whole(content: Any, row: Set[str]) -> bool:
     return (
         isinstance(content, dict)
         and all(isinstance(content.get(part), kind) for part, kind in PARTS.items())
-        and all(isinstance(row, dict) and row.keys() >= ROW for row in content["rows"])
+        and all(isinstance(each, dict) and each.keys() >= row for each in content["rows"])
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from dynmoe.comparison.claim import LEVEL, RESAMPLES, Claim, Comparison, Difference, Rival, examine
+from dynmoe.comparison.claim import Claim, Comparison, Difference, Rival, examine
 from dynmoe.comparison.conditions import conditions, counted, seeds
 from dynmoe.comparison.matching import MEAN, columns, expected, lacks, score_cells
+from dynmoe.comparison.paired import LEVEL, RESAMPLES, p_text, p_words, points_text
 from dynmoe.comparison.run import Problem
 from dynmoe.comparison.runs import Collection
 from dynmoe.comparison.values import taken
@@ -28,9 +29,9 @@ ERROR = (
 )
 GRID = (
     "The grid is all settings with fixed experts and k. Its best and worst are chosen by the {} "
-    "itself, which flatters the best; its best by validation is what one could have "
-    "picked, in each repetition anew."
+    "itself, which flatters the best{}."
 )
+PICK = "; its best by validation is what one could have picked, in each repetition anew"
 PAIRED = (
     "Differences are paired: same {}, same repetition. In brackets the 95 % bootstrap "
     f"interval of their mean (percentile, {RESAMPLES} resamples of the repetitions), which is too "
@@ -117,7 +118,7 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
         for each in comparison.differences:
             if each.rival not in RIVALS:
                 continue
-            cells = (format_points(each.mean) + _interval(each), _p(each))
+            cells = (points_text(each.values), p_text(each.values))
             if each.verdict in ("beats", "is below"):
                 cells = (Strong(cells[0]), Strong(cells[1]))
             rows.append((_rival(each), place, format_mean(each.accuracies), *cells, count))
@@ -187,16 +188,16 @@ def _sentence(claim: Claim, difference: Difference) -> str:
         rival = f"{rival} ({counted(_grid_size(claim.overall), 'setting')})"
     article = "" if difference.rival == "dense" else "the "
     rival = f"{article}{rival}, {format_mean(difference.accuracies)}{claim.words.unit}"
-    points = f"{format_points(difference.mean)}{_interval(difference)} points"
+    points = f"{points_text(difference.values)} points"
     if difference.verdict == "unknown":
         return f"Against {rival}: {points}."
-    return f"It {difference.verdict} {rival}: {points}, {_p_words(difference)}."
+    return f"It {difference.verdict} {rival}: {points}, {p_words(difference.values)}."
 
 
 def _caveats(claim: Claim) -> Iterator[str]:
     whole = claim.overall
     last, unit = whole.at_the_end, claim.words.unit
-    if last is not None:
+    if last is not None and claim.problem.validates:
         of_grid = f", the mean of the grid {100 * last.grid:.1f}{unit}"
         grid = "" if math.isnan(last.grid) else of_grid
         yield (
@@ -250,8 +251,8 @@ def _measured(words: Words, values: Sequence[float]) -> str:
 
 
 def _grid(claim: Claim) -> str:
-    on_sets = claim.problem.on_sets
-    return GRID.format(f"reported {claim.words.noun}" if on_sets else "test accuracy")
+    what = f"reported {claim.words.noun}" if claim.problem.on_sets else "test accuracy"
+    return GRID.format(what, PICK if claim.problem.validates else "")
 
 
 def _grid_size(comparison: Comparison) -> int:
@@ -263,21 +264,3 @@ def _rival(difference: Difference) -> str:
     if difference.rival == "dense":
         return difference.setting
     return f"{name} ({difference.setting})" if difference.setting else name
-
-
-def _interval(difference: Difference) -> str:
-    if difference.interval is None:
-        return ""
-    low, high = map(format_points, difference.interval)
-    return f" [{low}, {high}]"
-
-
-def _p_words(difference: Difference) -> str:
-    p = _p(difference)
-    return f"p {p}" if p.startswith("<") else f"p = {p}"
-
-
-def _p(difference: Difference) -> str:
-    if difference.p is None:
-        return "-"
-    return "< 0.001" if difference.p < 0.001 else f"{difference.p:.2g}"

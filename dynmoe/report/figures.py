@@ -33,7 +33,8 @@ from dynmoe.report.drawing import (
     whole_numbers,
 )
 from dynmoe.report.records import Record, RunFolder
-from dynmoe.report.words import layer_name, words_of
+from dynmoe.report.vl_figures import draw_vision_language
+from dynmoe.report.words import is_vision_language, layer_name, words_of
 
 
 def draw_all(folder: RunFolder) -> list[Path]:
@@ -56,6 +57,8 @@ def draw_all(folder: RunFolder) -> list[Path]:
         figures["load"] = draw_load(run, evaluation)
     if with_thresholds:
         figures["thresholds"] = draw_thresholds(run, with_thresholds)
+    if results and is_vision_language(run):
+        figures |= draw_vision_language(run, results, routing, folder.read("examples"))
     return [
         save(figure, folder.path / "figures" / f"{name}.png") for name, figure in figures.items()
     ]
@@ -198,6 +201,7 @@ def draw_k(run: Record, training: Sequence[Record]) -> Figure:
             [line["mean_k"] for line in lines],
             color=colours[index],
             linestyle=DASHES[index % len(DASHES)],  # Neighbours have almost the same colour.
+            marker="." if len(lines) == 1 else None,  # of one point there is no line to see
             label=layer_name(layer),
         )
         histograms.append(lines[-1]["k_hist"])

@@ -10,11 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from dynmoe.metrics.selection import RULES, judging_set, reported_key
+from dynmoe.metrics.selection import RULES, SELECTING_SET, judging_set, reported_key
 from dynmoe.report.summary import Layer, Summary
 from dynmoe.report.tables import Strong, Table, format_number, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
-from dynmoe.report.words import METRICS, layer_name, words_of
+from dynmoe.report.vl_tables import kind_tables, parts_table, score_notes, stage_of
+from dynmoe.report.words import METRICS, is_vision_language, layer_name, words_of
 
 
 def to_console(summary: Summary) -> RenderableType:
@@ -49,7 +50,7 @@ def _title(summary: Summary) -> str:
 def _setting(summary: Summary) -> str:
     run = summary.run
     return (
-        f"Protocol {run['protocol']}, selection {RULES[run['selection']]}; "
+        f"{stage_of(summary)}Protocol {run['protocol']}, selection {RULES[run['selection']]}; "
         f"seed {run['seed']}, trial seed {run['trial_seed']}, "
         f"hparams seed {run['hparams_seed']}; backbone {run['backbone']}, {run['weights']}"
     )
@@ -60,8 +61,12 @@ def _tables(summary: Summary) -> Iterator[Table]:
         yield _accuracy(summary)
     if summary.scores:
         yield _scores(summary)
+        yield from kind_tables(summary)
     if summary.layers:
         yield _experts(summary)
+    parts = parts_table(summary, _tested(summary))
+    if parts is not None:
+        yield parts
 
 
 def _accuracy(summary: Summary) -> Table:
@@ -101,7 +106,7 @@ def _scores(summary: Summary) -> Table:
         f"Scores at {_step(summary)}",
         (words.place, words.column, *(METRICS[key] for key in metrics)),
         tuple(rows),
-        note="\n".join(_baseline(summary)),
+        note="\n".join(score_notes(summary) or _baseline(summary)),
     )
 
 
@@ -166,7 +171,9 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
     else:
         yield "parameters", f"{summary.total_parameters:,}, all of them active (no MoE layer)"
     if "mean_tokens" in summary.run:
-        yield "length", f"{summary.run['mean_tokens']:.1f} tokens per example, on average"
+        has_image = is_vision_language(summary.run)
+        example = "conversation, its image included" if has_image else "example"
+        yield "length", f"{summary.run['mean_tokens']:.1f} tokens per {example}, on average"
     yield "training loss", f"{format_number(summary.loss, '.4f')} (mean over the last window)"
     yield (
         "speed",
@@ -195,6 +202,10 @@ def _tested(summary: Summary) -> str:
 
 
 def _step(summary: Summary) -> str:
+    if SELECTING_SET.get(summary.run["selection"], "") is None:
+        return (
+            f"the last step, {summary.step} of {summary.run['steps']} (epoch {summary.epoch:.1f})"
+        )
     if summary.is_selected:
         epoch = f" (epoch {summary.epoch:.1f})" if summary.scores else ""
         return f"the selected step, {summary.step} of {summary.run['steps']}{epoch}"

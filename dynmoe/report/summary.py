@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dynmoe.metrics.efficiency import activated, exported
 from dynmoe.metrics.selection import judged, judging_set, on_sets, selected
+from dynmoe.report.parts import k_by_part
+from dynmoe.report.question_sets import kinds_of
 from dynmoe.report.records import Record, RecordError, RunFolder, stretches
 from dynmoe.report.words import metrics_of
 
@@ -38,6 +40,8 @@ class Scores:
     score: float
     metrics: Mapping[str, float]
     """Whose mean the score is; empty if it is one alone."""
+    kinds: Mapping[str, float] = field(default_factory=dict)
+    """By kind of question (`question_sets.kinds_of`)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Layer:
     k_test: float
     unrouted: float
     """Share of training tokens that chose no expert."""
+    k_train_by_part: Mapping[str, float] = field(default_factory=dict)
+    """Of image, prompt and answer tokens; empty where they are not told apart."""
+    k_test_by_part: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,14 +146,16 @@ def _environments(run: Record, model: Record) -> tuple[Environment, ...]:
 def _scores(run: Record, model: Record) -> tuple[Scores, ...]:
     """Of the evaluation sets, and of the set that selects where it is none of them."""
     reported = [run["env_names"][index] for index in run["test_envs"]]
+    names = list(dict.fromkeys([*run["env_names"], judging_set(run)]))
     return tuple(
         Scores(
             name,
             name in reported,
             model.get(f"{name}_score", math.nan),
             {key: model[f"{name}_{key}"] for key in metrics_of(model, name)},
+            kinds_of(model, name, names),
         )
-        for name in dict.fromkeys([*run["env_names"], judging_set(run)])
+        for name in names
     )
 
 
@@ -185,6 +194,8 @@ def _layers(run: Record, folder: RunFolder, step: int) -> tuple[Layer, ...]:
             k_train=_token_mean(train, "mean_k"),
             k_test=_token_mean(test, "mean_k"),
             unrouted=_token_mean(train, "unrouted"),
+            k_train_by_part=k_by_part(train),
+            k_test_by_part=k_by_part(test),
         )
 
     return tuple(layer(name) for name in run["parameters"]["layers"])

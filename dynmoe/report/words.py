@@ -17,6 +17,15 @@ METRICS = {
     "spearman": "Spearman correlation",
 }
 
+# Sets of questions whose score is not the share of right answers.
+HEADLINES = {
+    "pope": "mean F1 over the splits",
+    "mme": "points of perception / 2000",
+    "textvqa": "VQA accuracy",
+    "vqav2": "VQA accuracy",
+    "vizwiz": "VQA accuracy",
+}
+
 
 class Words(NamedTuple):
     measure: str
@@ -58,10 +67,22 @@ class Words(NamedTuple):
 def words_of(facts: Mapping[str, Any]) -> Words:
     """Of a run; `facts` are those of its `run.json`."""
     if on_sets(facts["selection"]):
-        measure = facts.get("measure", "accuracy")
-        text = "text of the training set's mean length"
+        reported = [facts["env_names"][index] for index in facts["test_envs"]]
+        measure = HEADLINES.get(reported[0], facts.get("measure", "accuracy"))
+        what = "conversation about one image" if is_vision_language(facts) else "text"
+        text = f"{what} of the training set's mean length"
         return Words(measure, "evaluation set", "evaluation set", "token", text)
     return Words("accuracy", "test environment", "environment", "test token", "sample")
+
+
+def is_vision_language(facts: Mapping[str, Any]) -> bool:
+    """Whether a run is about questions on images; it is one of several stages then."""
+    return facts.get("stage") is not None
+
+
+def has_fixed_k(facts: Mapping[str, Any]) -> bool:
+    """Whether every token has the same number of experts."""
+    return "moe.top_k" in facts["config"]
 
 
 def metrics_of(record: Mapping[str, Any], name: str) -> list[str]:

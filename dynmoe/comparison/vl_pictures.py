@@ -1,0 +1,76 @@
+"""Pictures of runs about images: what tokens of images, prompts and answers use.
+
+A picture without anything to show is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from dynmoe.comparison.routing import layers_of, of_layer, on_tests
+from dynmoe.comparison.routing_pictures import load_panels
+from dynmoe.comparison.run import Run, settings
+from dynmoe.comparison.vl_tables import has_parts
+from dynmoe.report.document import Picture
+from dynmoe.report.drawing import lay_out, name_axes
+from dynmoe.report.part_figures import EXPERTS, LOOKS, over_layers, show_load_by_part
+from dynmoe.report.parts import PARTS, k_by_part
+from dynmoe.report.records import Record
+
+
+def draw_k_by_part(runs: Sequence[Run]) -> Picture | None:
+    """Mean k by layer for image, prompt and answer tokens, in every adaptive setting."""
+    adaptive = [run for run in runs if run.kind == "adaptive" and has_parts(run)]
+    names = settings(adaptive)
+    if not names:
+        return None
+    figure, panels = lay_out(len(names), width=4.6, height=2.8, columns=2, beside=1.6, share=True)
+    for setting, axes in zip(names, panels, strict=True):
+        members = [run for run in adaptive if run.setting == setting]
+        layers = layers_of(members[0])
+        tested = [[of_layer(on_tests(run), layer) for layer in layers] for run in members]
+        k = [[k_by_part(lines) for lines in of_run] for of_run in tested]
+        for part in PARTS:
+            values = np.array([[each[part] for each in of_run] for of_run in k])
+            mean = values.mean(axis=0)
+            reach = np.abs([values.min(axis=0), values.max(axis=0)] - mean)
+            axes.errorbar(range(len(layers)), mean, reach, capsize=3, **LOOKS[part], label=part)
+        experts = [[len(lines[0]["slots"]) for lines in of_run] for of_run in tested]
+        axes.plot(np.mean(experts, axis=0), **EXPERTS, label="living experts")
+        over_layers(axes, layers)
+        axes.set_title(setting)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, title="tokens")
+    name_axes(figure, "MoE layer, from the first up", "experts per token")
+    tested_on = adaptive[0].environment
+    return Picture(
+        "k_by_part",
+        figure,
+        "Experts that a token of an image, of a prompt or of an answer activates, by MoE layer",
+        f"Mean k on the evaluation set {tested_on}, mean over runs; bars span the lowest to the "
+        "highest run. Image: patches; prompt: other tokens before the answer; answer: what the "
+        "model said. Black: the experts there are, which none can exceed.",
+    )
+
+
+def draw_load_by_part(runs: Sequence[Run]) -> Picture | None:
+    """Which experts serve images, prompts and answers, in the given runs."""
+
+    def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
+        sources = {f"env{index}" for index in run.facts["test_envs"]}
+        show_load_by_part(axes, [line for line in lines if line["source"] in sources])
+
+    figure = load_panels([run for run in runs if has_parts(run)], "tokens", len(PARTS), draw)
+    if figure is None:
+        return None
+    return Picture(
+        "load_by_part",
+        figure,
+        "Share of the routed tokens of images, prompts and answers that each expert serves",
+        "A row is a part of the conversations, its numbers the per cent of its routed tokens that "
+        "go to each living expert; equal rows mean that experts do not tell the parts apart. "
+        "Shades are each panel's own.",
+    )

@@ -1,0 +1,86 @@
+"""What `dynmoe-bench generate --runs` wrote, as reports read it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynmoe.benchmark.results import Conditions, write
+from dynmoe.benchmark.rows import GenerationRow
+from dynmoe.comparison.generation import Generations, generation_rows
+from dynmoe.report.records import RecordError
+
+DENSE = GenerationRow(
+    run="a",
+    problem="Scenes, llava, last_step",
+    setting="dense",
+    environment="test",
+    batch=128,
+    new_tokens=32,
+    median_ms=360.0,
+    quartiles_ms=(350.0, 370.0),
+    prompt_ms=50.0,
+    prompt_quartiles_ms=(48.0, 52.0),
+    token_ms=10.0,
+    tokens_per_s=11378.0,
+    tokens_per_s_quartiles=(11070.0, 11703.0),
+    reference="dense",
+    ratio=1.0,
+    ratio_quartiles=(1.0, 1.0),
+    mean_k={},
+    peak_bytes=1000,
+    rounds=7,
+    contaminated=1,
+)
+DYNMOE = dataclasses.replace(
+    DENSE,
+    run="b",
+    setting="DynMoE",
+    ratio=0.7,
+    ratio_quartiles=(0.6, 0.8),
+    mean_k={"prompt": 1.5, "image": 1.2, "answer": 2.0},
+)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    conditions = Conditions({"cpu": "Z80"}, {"malloc": "tuned"}, {"batch": 128})
+    command = ["dynmoe-bench", "generate", "--runs", "outputs/vl"]
+    write(tmp_path / "generation.json", command, "today", conditions, [DENSE, DYNMOE])
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_rows_of_a_sweep_and_of_a_run(sweep: Path) -> None:
+    found = generation_rows(sweep)
+    assert found.command == "dynmoe-bench generate --runs outputs/vl"
+    assert found.conditions == "cpu Z80, malloc tuned, batch 128"
+    for row, written in zip(found.rows, (DENSE, DYNMOE), strict=True):
+        for key, value in dataclasses.asdict(row).items():
+            assert getattr(written, key) == value, key
+    (own,) = generation_rows(sweep / "b").rows
+    assert own == found.rows[1]
+
+
+def test_nothing_measured(tmp_path: Path) -> None:
+    assert generation_rows(tmp_path) == Generations((), "", "")
+
+
+@pytest.mark.parametrize("damage", ["{", {"rows": []}, {"rows": [{"run": "a"}]}])
+def test_something_else_is_refused(sweep: Path, damage: Any) -> None:
+    file = sweep / "generation.json"
+    content = json.loads(file.read_text())
+    file.write_text(damage if isinstance(damage, str) else json.dumps(content | damage))
+    if damage == {"rows": []}:
+        assert generation_rows(sweep).rows == ()
+        return
+    with pytest.raises(RecordError) as error:
+        generation_rows(sweep)
+    assert f"{file}: expected what `dynmoe-bench generate --runs {sweep}` writes" in str(
+        error.value
+    )
