@@ -41,6 +41,7 @@ warnings.filterwarnings("ignore", message=r".*LeafSpec.*")  # inside Lightning 2
 warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
 warnings.filterwarnings("ignore", message=r".*will save all targets and predictions.*")
 warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")  # the task sums over ranks itself
+warnings.filterwarnings("ignore", message=r".*in eval mode at the start.*")  # frozen vision towers
 
 
 def build_data(cfg: DictConfig) -> TaskData:
@@ -103,7 +104,11 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
     if cfg.moe.adaptation is not None:
         callbacks.append(instantiate(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
     select = partial(selection.selected, rule=cfg.task.selection, test_envs=data.test_envs)
-    callbacks.append(RunRecorder(folder, select, constants(cfg, data, folder), data.epoch_at))
+    callbacks.append(
+        RunRecorder(
+            folder, select, constants(cfg, data, folder), data.epoch_at, cfg.task.get("save_every")
+        )
+    )
     if cfg.task.get("patience") is not None:
         score = f"val/{selection.SELECTING_SET[cfg.task.selection]}_score"
         callbacks.append(Patience(score, cfg.task.patience))

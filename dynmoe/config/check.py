@@ -21,6 +21,7 @@ from dynmoe.config.rules import RULES, SWEEP_RULES, same_modality
 from dynmoe.config.schema import schema
 from dynmoe.config.signature import Parameter, Signature, TargetError, signature
 from dynmoe.config.source import did_you_mean
+from dynmoe.config.stage_rules import stage_is_chosen
 from dynmoe.errors import ConfigError
 
 # Keys of hydra.utils.instantiate, no parameters of the target.
@@ -56,7 +57,7 @@ def problems(cfg: DictConfig, *, multirun: bool = False) -> list[str]:
         indirect: list[str] = []
         _walk(cfg, "", direct, indirect)
         # Images ask for what no text backbone or protocol has: the rules say so better.
-        if any(same_modality(cfg)) or any(protocol_fits(cfg)):
+        if any(any(rule(cfg)) for rule in (same_modality, protocol_fits, stage_is_chosen)):
             direct = [text for text in direct if "Interpolation key" not in text]
         for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
             direct.extend(rule(cfg))

@@ -29,6 +29,7 @@ NOT_IN_IDENTITY = (
     "protocol.stages",
     "runtime.malloc",
     "sweep",
+    "task.save_every",
     "data.cache",
     "data.cache_gb",
     "data.verify",

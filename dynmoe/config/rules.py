@@ -61,6 +61,7 @@ def ranges(cfg: DictConfig) -> Iterator[str]:
         "task.steps",
         "task.epochs",
         "task.eval_every",
+        "task.save_every",
         "task.patience",
         "trainer.max_steps",
         "data.batch_size",

@@ -100,6 +100,7 @@ class Task:
     optimizer: dict[str, Any]
     module: dict[str, Any]
     epochs: int | None = None
+    save_every: int | None = None
     patience: int | None = None
     scheduler: dict[str, Any] | None = None
 

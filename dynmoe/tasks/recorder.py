@@ -26,7 +26,9 @@ class RunRecorder(Checkpoint):
     ``RunFolder.truncate_after`` drops those the checkpoint has not seen.
 
     ``constants`` (DomainBed's ``args`` and ``hparams``) are part of every result line;
-    ``epoch_at`` tells the epoch of a step.
+    ``epoch_at`` tells the epoch of a step. With ``save_every`` ``last.ckpt`` is also written every
+    so many optimizer steps between evaluations: a run that goes on from there has the same weights,
+    but its next record's mean loss and training routing are of the steps since then.
     """
 
     def __init__(
@@ -35,18 +37,26 @@ class RunRecorder(Checkpoint):
         select: Select,
         constants: Mapping[str, Any],
         epoch_at: Callable[[int], float],
+        save_every: int | None = None,
     ) -> None:
         self.folder = folder
+        self.save_every = save_every
         self.select = select
         self.constants = constants
         self.epoch_at = epoch_at
         self._clock = 0.0
         self._training = 0.0
         self._first_step = 0
+        self._last_save = 0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
         self._first_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        if self.save_every and step % self.save_every == 0 and step > self._last_save:
+            self._save(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = time.perf_counter()
@@ -80,6 +90,10 @@ class RunRecorder(Checkpoint):
                 self.folder.append("examples", *({"step": step, **each} for each in examples))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._last_save = trainer.global_step
         checkpoints = self.folder.path / "checkpoints"
         unfinished = checkpoints / "unfinished.ckpt"
         trainer.save_checkpoint(unfinished)
