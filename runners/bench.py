@@ -1,4 +1,4 @@
-"""``dynmoe-bench``: how fast a layer is, training steps and inference, epochs, and the data."""
+"""``dynmoe-bench``: how fast a layer is, steps, inference, generation, epochs, and the data."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ from typing import Any
 
 from dynmoe.benchmark import plan
 from dynmoe.errors import ConfigError, UserError
-from runners.bench_options import (
-    LAYER_NOTE,
-    STEP_NOTE,
-    TEXT_NOTE,
-    Command,
-    parser,
-    refuse_beside_runs,
-)
+from runners.bench_model_options import STEP, STEP_NOTE, TEXT_NOTE, refuse_beside_runs
+from runners.bench_options import LAYER_NOTE, Command, parser
 from runners.bench_tools import File, device_of, make_console, new_bar, progress_on
 
 
@@ -33,6 +27,7 @@ def main() -> None:
             "step": step,
             "data": data,
             "epoch": epoch,
+            "generate": generate,
         }
         args = parser(commands).parse_args(_overrides_first(sys.argv[1:]))
         run: Command = args.run
@@ -107,7 +102,7 @@ def step(args: argparse.Namespace) -> None:
         ConfigError: what was asked for cannot be measured or compared; nothing has run then.
     """
     if args.runs:
-        refuse_beside_runs(args)
+        refuse_beside_runs(args, STEP)
         from runners.bench_runs import time_runs
 
         time_runs(args)
@@ -118,31 +113,27 @@ def step(args: argparse.Namespace) -> None:
     cases = plan.step_cases(args.only, args.k, cfg.moe.num_experts)
     file = File(args.json, "step")
 
-    import torch
-
     from dynmoe import runtime
     from dynmoe.benchmark import models, results, steps, tables, workload
     from dynmoe.benchmark.rows import StepRow
 
     device = device_of(args)
     settings = runtime.settle(cfg.runtime, device.type)
-    is_text = configured.modality(cfg) == "text"
-    if is_text:
-        work = workload.texts(cfg, args.batch, device)
-    else:
+    of_images = configured.modality(cfg) == "image"
+    if of_images:
         work = workload.images(cfg, args.batch or 32, device)
-    dense = models.build_dense(cfg, work, device)
-    runtime.set_fused_attention(dense, settings["fused_attention"])
-    layers = models.moe_blocks(cfg, dense, given="moe.layers" in configured.keys(args.overrides))
-    facts = models.facts(cfg, work, layers)
+    else:
+        cfg.data.batch_size = args.batch or cfg.data.batch_size
+        work = workload.of_data(cfg, workload.data_of(cfg.data), device)
+    amp = args.dtype == "amp"
+    given_layers = "moe.layers" in configured.keys(args.overrides)
+    fused_attention = settings["fused_attention"]
+    built, facts = models.build(cfg, work, cases, args.k, given_layers, fused_attention, amp)
     conditions = results.Conditions(results.machine_facts(device, args.dtype), settings, facts)
     baseline: list[StepRow] = []
     if args.baseline:
         old, baseline = results.read(args.baseline, StepRow)
         results.check_equal(old.machine | old.workload, conditions.machine | facts)
-    amp = args.dtype == "amp"
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        built = models.build_models(cfg, dense, layers, cases, args.k, work.batches)
     costs = {name: workload.costs_of_sample(model, work.batches) for name, model in built.items()}
     file.make_folder()
     console, rows = make_console(), list[StepRow]()
@@ -158,7 +149,7 @@ def step(args: argparse.Namespace) -> None:
     for table in tables.of_steps(rows):
         console.print(table)
     console.print(STEP_NOTE + "\n")
-    if is_text:
+    if not of_images:
         console.print(TEXT_NOTE + "\n")
     if args.baseline:
         differing = results.differences(old.settings, settings)
@@ -214,6 +205,13 @@ def epoch(args: argparse.Namespace) -> None:
     from runners.bench_epoch import time_epochs
 
     time_epochs(args)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Measure, print the table, write the file."""
+    from runners.bench_generate import time_generation
+
+    time_generation(args)
 
 
 def _changes(baseline: Sequence[Any], rows: Sequence[Any]) -> Any:

@@ -4,50 +4,37 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
 from dynmoe.benchmark import plan
-from dynmoe.errors import ConfigError
+from runners.bench_arguments import (
+    Subparsers,
+    add_baseline,
+    add_json,
+    add_timing,
+    listed,
+    positive,
+    seconds,
+    whole,
+)
+from runners.bench_model_options import add_generate, add_step
 
-Subparsers = Any  # argparse's own type of add_subparsers() is private
 Command = Callable[[argparse.Namespace], None]
-
-# What `step` measures without --runs, by default.
-SYNTHETIC: dict[str, Any] = {
-    "overrides": [],
-    "k": [1.0, 1.5, 2.0],
-    "only": plan.STEP_DEFAULT,
-    "batch": None,
-    "dtype": "fp32",
-    "baseline": None,
-}
 
 
 def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     """The options of each subcommand, and the function that ``run`` has for it."""
     top = argparse.ArgumentParser(prog="dynmoe-bench", description="Measure dynmoe's speed.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    adders = {"layer": _add_layer, "step": _add_step, "data": _add_data, "epoch": _add_epoch}
+    adders = {
+        "layer": _add_layer,
+        "step": add_step,
+        "generate": add_generate,
+        "epoch": _add_epoch,
+        "data": _add_data,
+    }
     for name, add in adders.items():
         add(commands).set_defaults(run=run[name])
     return top
-
-
-def refuse_beside_runs(args: argparse.Namespace) -> None:
-    """Trained runs bring their own models, batches and precision.
-
-    Raises:
-        ConfigError: an option that would say otherwise.
-    """
-    for name, default in SYNTHETIC.items():
-        given = getattr(args, name)
-        if given != default:
-            shown = " ".join(given) if name == "overrides" else f"--{name}"
-            raise ConfigError(
-                f"{shown}: not together with --runs, whose runs bring their own models, batches and"
-                " precision; leave it out"
-            )
 
 
 LAYER = """\
@@ -66,7 +53,7 @@ def _add_layer(commands: Subparsers) -> argparse.ArgumentParser:
         "layer",
         help="one MoE layer beside a dense FFN and other dispatches",
         description=LAYER,
-        epilog="cases, the limit always runs:\n" + _listed(plan.CASES),
+        epilog="cases, the limit always runs:\n" + listed(plan.CASES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = p.add_argument
@@ -93,7 +80,7 @@ def _add_layer(commands: Subparsers) -> argparse.ArgumentParser:
         default="fp32",
         help="amp: fp32 weights under bf16 autocast (default: fp32)",
     )
-    _add_timing(p)
+    add_timing(p)
     add(
         "--matmul-precision",
         choices=["auto", "highest", "high", "medium"],
@@ -106,86 +93,8 @@ def _add_layer(commands: Subparsers) -> argparse.ArgumentParser:
         default="auto",
         help="tuned: glibc keeps freed memory; auto: on a CPU (default)",
     )
-    _add_json(p, "layer")
-    _add_baseline(p)
-    return p
-
-
-STEP = """\
-Time whole training steps (forward, loss, backward, AdamW) and inference of a backbone with MoE
-layers in every second block, in turns with the dense backbone. DynMoE's thresholds are fitted so
-that a token activates k experts on average; the learning rate is 0, the same arithmetic, so that
-they stay there. Images are noise, the optimizer is fused AdamW. The default is DeiT-Ti at 64 px
-with 8 experts. Of dynmoe-run's settings backbone.*, moe.* and runtime.* count: backbone=vit_small,
-moe.layers=[8,10], ...
-
-With task=glue it is a small BERT on training batches of the embedded definitions; data.* counts
-too: data=rte data.source=tsv data.root=FOLDER backbone=minilm backbone.path=FOLDER.
-
-With --runs it times trained models instead: of each setting of a sweep the finished run of the
-lowest seed, as its selected checkpoint left it, on training batches of its own data. The file is
-FOLDER/timing.json, which dynmoe-report reads."""
-STEP_NOTE = """\
-ideal: FLOPs of the dense model over those of the case, whose FFNs count k times, routers included.
-used: parameters that a token activates. Inference is of compact layers; a token that no expert
-serves takes its best one there. disturbed: samples during which other processes were busy."""
-TEXT_NOTE = """\
-Batches have as many positions as their longest text: times are means over all 8 of them, the peak
-is that of the largest. tokens/s are real tokens. ideal counts real tokens in MoE layers, which
-leave padding out, and all positions elsewhere, as in the dense model."""
-
-
-RUNS_NOTE = """\
-All on the same batches, the first run's; a step is forward, losses and routing statistics,
-backward and the run's optimizer at learning rate 0, without gradient clipping and without the
-training loop around it. Where batches differ in shape, times are means over 8 of them, the peak is
-that of the largest. Inference is of compact layers. disturbed: samples during which other
-processes were busy."""
-
-
-def _add_step(commands: Subparsers) -> argparse.ArgumentParser:
-    p = commands.add_parser(
-        "step",
-        help="whole training steps and inference beside the dense model",
-        description=STEP,
-        epilog="cases, dense always runs:\n" + _listed(plan.STEP_CASES),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = p.add_argument
-    add("overrides", nargs="*", metavar="key=value", help="of the configuration, as in dynmoe-run")
-    add(
-        "--runs",
-        type=Path,
-        metavar="FOLDER",
-        help="trained runs instead: of a sweep, outputs/<name>, or a single one",
-    )
-    add(
-        "--k",
-        nargs="+",
-        type=float,
-        default=SYNTHETIC["k"],
-        metavar="K",
-        help="mean experts per token in training (default: 1 1.5 2)",
-    )
-    add("--only", nargs="+", default=SYNTHETIC["only"], metavar="CASE", help="see below")
-    add("--mode", choices=["train", "inference", "both"], default="both", help="default: both")
-    dtype = SYNTHETIC["dtype"]
-    add(
-        "--batch",
-        type=_positive,
-        default=SYNTHETIC["batch"],
-        metavar="N",
-        help="samples of a batch (default: 32; of texts data.batch_size)",
-    )
-    add(
-        "--dtype",
-        choices=["fp32", "amp"],
-        default=dtype,
-        help="amp: fp32 weights under bf16 autocast (default: fp32)",
-    )
-    _add_timing(p)
-    _add_json(p, "step")
-    _add_baseline(p)
+    add_json(p, "layer")
+    add_baseline(p)
     return p
 
 
@@ -211,9 +120,9 @@ def _add_epoch(commands: Subparsers) -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("overrides", nargs="*", metavar="key=value", help="of the configuration, as in dynmoe-run")
-    add("--steps", type=_positive, metavar="N", help="the first N steps only (default: all)")
-    _add_timing(p, rounds=3)
-    _add_json(p, "epoch")
+    add("--steps", type=positive, metavar="N", help="the first N steps only (default: all)")
+    add_timing(p, rounds=3)
+    add_json(p, "epoch")
     return p
 
 
@@ -235,52 +144,10 @@ def _add_data(commands: Subparsers) -> argparse.ArgumentParser:
     add(
         "--workers",
         nargs="+",
-        type=_whole,
+        type=whole,
         metavar="N",
         help="loader processes, one line for each number (default: the configuration's)",
     )
-    add("--seconds", type=_seconds, default=10.0, metavar="S", help="of each (default: 10)")
-    _add_json(p, "data")
+    add("--seconds", type=seconds, default=10.0, metavar="S", help="of each (default: 10)")
+    add_json(p, "data")
     return p
-
-
-def _listed(cases: dict[str, str]) -> str:
-    return "\n".join(f"  {name:17}{text}" for name, text in cases.items())
-
-
-def _add_timing(p: argparse.ArgumentParser, rounds: int = 15) -> None:
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    p.add_argument("--threads", type=_positive, metavar="N", help="default: PyTorch's")
-    text = f"samples of each case (default: {rounds})"
-    p.add_argument("--rounds", type=_positive, default=rounds, metavar="N", help=text)
-
-
-def _add_json(p: argparse.ArgumentParser, command: str) -> None:
-    text = f"default: outputs/bench/{command}-<date-time>.json"
-    p.add_argument("--json", type=Path, metavar="FILE", help=text)
-
-
-def _add_baseline(p: argparse.ArgumentParser) -> None:
-    text = "compare with the --json file of another run"
-    p.add_argument("--baseline", type=Path, metavar="FILE", help=text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of 1 or more")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of 0 or more")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text}: expected seconds, more than 0")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config.text_rules import text_run
 from dynmoe.errors import ConfigError, UserError
-from dynmoe.report.records import Record, RunFolder
+from dynmoe.report.records import RunFolder
 from runners import trained
+from runners.answer import answer
+from runners.score_table import print_scores
 
 HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
 
-  dynmoe-eval run=FOLDER [checkpoint=selected|last|FILE] [mode=evaluate|submit] [key=value ...]
+  dynmoe-eval run=FOLDER [mode=evaluate|answer|submit] [checkpoint=selected|last|FILE]
+              [key=value ...]
 
 FOLDER is outputs/<name>/<run>. mode=evaluate prints every score beside the recorded one: on the
-same machine they are equal; nothing is written. mode=submit, for GLUE tasks, predicts the test
-sets and writes FOLDER/submission/*.tsv as the GLUE server takes them.
+same machine they are equal; nothing is written.
+
+mode=answer, for task=vl, answers the questions of the run's own sets, or of the published ones that
+benchmarks.<set>=FOLDER names (benchmarks.gqa=/data/gqa benchmarks.vizwiz=/data/vizwiz), whether
+they are scored here or elsewhere, and writes FOLDER/answers/<set>/ as their evaluators read it.
+mode=submit, for GLUE tasks, predicts the test sets and writes FOLDER/submission/*.tsv as the GLUE
+server takes them.
 
 Keys that may differ from the run's own: {keys}
 """
@@ -29,12 +36,14 @@ OVERRIDES = (
     "data.root",
     "data.workers",
     "data.eval_batch_size",
+    "data.max_new_tokens",
     "data.ood",
     "data.ood_root",
     "backbone.path",
     "trainer.accelerator",
 )
-MODES = ("evaluate", "submit")
+MODES = ("evaluate", "answer", "submit")
+ARGUMENTS = ("run", "checkpoint", "mode")
 
 
 def main() -> None:
@@ -45,7 +54,7 @@ def main() -> None:
         return
     try:
         mode, folder, checkpoint, cfg = parse(arguments)
-        (submit if mode == "submit" else evaluate)(folder, checkpoint, cfg)
+        {"evaluate": evaluate, "answer": answer, "submit": submit}[mode](folder, checkpoint, cfg)
     except UserError as error:
         print(f"dynmoe-eval: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -58,13 +67,17 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         ConfigError: an unknown key or wrong value, a folder that is no run, or a checkpoint that is
             not there.
     """
-    given = {}
+    given: dict[str, str] = {}
+    benchmarks: list[str] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not equals or key not in ("run", "checkpoint", "mode", *OVERRIDES):
-            known = ", ".join(f"{k}=" for k in ("run", "checkpoint", "mode", *OVERRIDES))
+        if equals and key.startswith("benchmarks."):
+            benchmarks.append(argument)
+        elif equals and key in (*ARGUMENTS, *OVERRIDES):
+            given[key] = value
+        else:
+            known = ", ".join(f"{k}=" for k in (*ARGUMENTS, "benchmarks.<set>", *OVERRIDES))
             raise ConfigError(f"{argument}: unknown argument, expected {known}")
-        given[key] = value
     if "run" not in given:
         raise ConfigError("run=FOLDER is missing: the folder outputs/<name>/<run> of a trained run")
     folder = RunFolder(given.pop("run"))
@@ -80,11 +93,15 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         if leaf not in cfg[node]:
             raise ConfigError(f"{key}: this run on {cfg.data.name} has no such key")
     # The saved configuration is resolved: some values stand there twice.
-    if "data.root" in given and "environments" in cfg.data:
-        cfg.data.environments.root = given["data.root"]
+    for node in ("environments", "content"):
+        if "data.root" in given and "root" in cfg.data.get(node, {}):
+            cfg.data[node].root = given["data.root"]
     if "backbone.path" in given:
         cfg.data.tokenizer_path = given["backbone.path"]
-    overrides = OmegaConf.from_dotlist([f"{key}={value}" for key, value in given.items()])
+    if benchmarks and mode != "answer":
+        raise ConfigError(f"{benchmarks[0]}: questions to answer, expected with mode=answer")
+    values = [f"{key}={value}" for key, value in given.items()]
+    overrides = OmegaConf.from_dotlist([*values, *benchmarks])
     cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     if wrong := list(text_run(cfg)):
         raise ConfigError("\n".join(wrong))
@@ -97,12 +114,11 @@ def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, 
     data.repeat_evaluation_of(step)
     trainer.validate(task, datamodule=data, verbose=False)
     scores = task.scores()
-    recorded = {r["step"]: r for r in folder.read("results")}.get(step, {})
-    if data.modality == "text":
-        places = {name: name for name in (*data.env_names, "heldout")}
-    else:
+    if data.modality == "image":
         places = {f"env{index}": name for index, name in enumerate(data.env_names)}
-    _print(folder, checkpoint, step, scores, recorded, places)
+    else:
+        places = {name: name for name in (*data.env_names, "heldout")}
+    print_scores(folder, checkpoint, step, scores, places)
     return scores
 
 
@@ -139,38 +155,14 @@ def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
 
 
 def _load(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, Any, int, Any]:
-    """Data that has been set up, the trained task, its step, and a trainer."""
+    """Data that has been set up for evaluation, the trained task, its step, and a trainer."""
     from runners import build
 
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
-    data.setup()
+    data.setup("validate")
     task, step = trained.load(cfg, data, settings["fused_attention"], checkpoint)
-    return data, task, step, build.build_trainer(cfg, [], folder, data.steps)
-
-
-def _print(
-    folder: RunFolder,
-    checkpoint: Path,
-    step: int,
-    scores: Mapping[str, float],
-    recorded: Record,
-    places: Mapping[str, str],
-) -> None:
-    """`places` are what names of scores begin with, and in words."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console, table = Console(), Table()
-    for column in ("evaluated on", "measure", "now", "recorded"):
-        table.add_column(column, justify="right" if column in ("now", "recorded") else "left")
-    for key, score in scores.items():
-        place = max((place for place in places if key.startswith(f"{place}_")), key=len)
-        what = key.removeprefix(f"{place}_").replace("_", " ")
-        before = f"{100 * recorded[key]:.2f}" if key in recorded else "-"
-        table.add_row(places[place], what, f"{100 * score:.2f}", before)
-    console.print(f"{folder.path.name}, {checkpoint.name}, step {step}; in %")
-    console.print(table)
+    return data, task, step, build.build_trainer(cfg, [], folder, max_steps=1)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ class VisionLanguageModel(nn.Module):
         self.projector = projector
         self.language_model = language_model.train()  # from_pretrained leaves evaluation mode
         self._token_mask: Tensor | None = None
-        language_model.register_forward_pre_hook(self._mask_call, with_kwargs=True)
         if grad_checkpointing:
             language_model.gradient_checkpointing_enable(
                 {"use_reentrant": False, "context_fn": self._forward_and_recompute}
@@ -93,19 +92,24 @@ class VisionLanguageModel(nn.Module):
         return text_BND.masked_scatter(tokens["image_mask"][..., None], patches_IPD)
 
     @torch.no_grad()
-    def generate(self, tokens: Mapping[str, Tensor], max_new_tokens: int) -> Tensor:
+    def generate(
+        self, tokens: Mapping[str, Tensor], max_new_tokens: int, exactly: bool = False
+    ) -> Tensor:
         """The most likely answers, token by token, with a KV cache: [B, at most max_new_tokens].
 
-        Prompts are padded on the left. Behind its end token an answer is filled with padding.
+        Prompts are padded on the left. Behind its end token an answer is filled with padding;
+        with ``exactly`` none ends before it has ``max_new_tokens``, for measuring.
         MoE layers are called once for the prompts and once for each further token, in which
         answers that have ended are padding.
         """
         self._token_mask = tokens["attention_mask"].bool()
-        with mask_padding(self.language_model, None):
+        calls = self.language_model.register_forward_pre_hook(self._mask_call, with_kwargs=True)
+        with calls, mask_padding(self.language_model, None):
             out: Tensor = self.language_model.generate(
                 inputs_embeds=self.embed(tokens),
                 attention_mask=tokens["attention_mask"],
                 max_new_tokens=max_new_tokens,
+                min_new_tokens=max_new_tokens if exactly else None,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=self.config.pad_token_id,
@@ -117,9 +121,10 @@ class VisionLanguageModel(nn.Module):
         """Tells the MoE layers what is padding in a call of ``generate``."""
         ids = inputs.get("input_ids")
         mask = self._token_mask
-        if ids is not None:  # behind the prompts
+        if ids is not None:  # behind the prompts: answers that have not ended
+            assert mask is not None
             ends = torch.tensor(_as_list(self.config.eos_token_id), device=ids.device)
-            mask = (ids != self.config.pad_token_id) & ~torch.isin(ids, ends)
+            mask = self._token_mask = mask[:, -1:] & ~torch.isin(ids, ends)
         for layer in moe_layers(model).values():
             layer._token_mask = mask
 
@@ -157,7 +162,8 @@ def build_vision_language_model(
     if architecture is not None and vocab_size is not None:
         config.vocab_size = vocab_size
     config.pad_token_id = pad_token_id
-    config.eos_token_id = config.eos_token_id if eos_token_id is None else eos_token_id
+    if eos_token_id is not None:
+        config.eos_token_id = eos_token_id
     language_model = _language_model(model, path, config, pretrained)
     language_model.generation_config = language_model.generation_config.__class__()
     width = language_model.get_input_embeddings().embedding_dim
@@ -187,10 +193,11 @@ def train_only(model: VisionLanguageModel, parts: Sequence[Part]) -> None:
         chosen.append(model.projector)
     if "language_model" in parts:
         chosen.append(model.language_model)
-    blocks, form = blocks_of(model.language_model)
-    for block in blocks:
-        if ("moe_layers" if moe_layers(block) else "dense_ffns") in parts:
-            chosen += form.modules(block)
+    if {"moe_layers", "dense_ffns"} & set(parts):
+        blocks, form = blocks_of(model.language_model)
+        for block in blocks:
+            if ("moe_layers" if moe_layers(block) else "dense_ffns") in parts:
+                chosen += form.modules(block)
     model.requires_grad_(False)
     for module in chosen:
         module.requires_grad_(True)
@@ -199,26 +206,27 @@ def train_only(model: VisionLanguageModel, parts: Sequence[Part]) -> None:
             layer.origin.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
-            f"task.trains: {list(parts)} leaves nothing to train in this model. Choose among "
+            f"task.module.trains: {list(parts)} leaves nothing to train in this model. Choose among "
             f"{', '.join(get_args(Part))}"
         )
     model.train()
 
 
 def _language_model(model: str | None, path: str | None, config: Any, pretrained: bool) -> Any:
-    try:
-        if not pretrained:
+    if not pretrained:
+        try:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        if model is None and path is None:
+        except ValueError as error:
             raise ConfigError(
-                "backbone.pretrained=true: an architecture has no weights. Give backbone.model or "
-                "backbone.path, or train from scratch with backbone.pretrained=false."
-            )
-        return AutoModelForCausalLM.from_pretrained(
-            **hub.where(model, path), config=config, dtype=torch.float32
+                f"backbone: transformers makes no causal language model of a '{config.model_type}' "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+    if model is None and path is None:
+        raise ConfigError(
+            "backbone.pretrained=true: an architecture has no weights. Give backbone.model or "
+            "backbone.path, or train from scratch with backbone.pretrained=false."
         )
-    except (OSError, ValueError) as error:
-        raise hub.not_found(model, path, None, error) from error
+    return hub.with_weights(AutoModelForCausalLM, model, path, config)
 
 
 def _as_list(ids: Any) -> list[int]:

@@ -28,6 +28,12 @@ STEP_DEFAULTS = {
         *FEW_EXPERTS,
     ],
     "glue": ["backbone.pretrained=false", *FEW_EXPERTS],
+    "vl": [
+        "backbone.pretrained=false",
+        "backbone.vision.pretrained=false",
+        "moe.num_experts=4",
+        "moe.max_experts=${moe.num_experts}",
+    ],
 }
 
 

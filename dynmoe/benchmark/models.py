@@ -22,17 +22,35 @@ from dynmoe.benchmark.results import Facts
 from dynmoe.benchmark.workload import LabelledBatch, Workload, calls_of_sample, model_name
 from dynmoe.errors import ConfigError
 from dynmoe.layers import Experts, Routing, TopAnyRouter, TopKRouter, moe_layers
+from dynmoe.runtime import set_fused_attention
 
 
-def build_dense(cfg: DictConfig, work: Workload, device: torch.device) -> nn.Module:
-    """The backbone of the configuration.
+def build(
+    cfg: DictConfig,
+    work: Workload,
+    cases: Sequence[str],
+    ks: Sequence[float],
+    given_layers: bool,
+    fused_attention: bool,
+    amp: bool,
+) -> tuple[dict[str, nn.Module], Facts]:
+    """The ``cases`` of ``plan.step_cases``, and what they have in common.
+
+    ``given_layers``: MoE layers are where the configuration says, else in every second block, 1,
+    3, 5, ... ``amp``: routers are fitted in the precision they are used in.
 
     Raises:
-        ConfigError: it cannot be built.
+        ConfigError: a backbone that cannot be built, MoE layers nowhere or that do not fit.
     """
     torch.manual_seed(0)
-    model: nn.Module = built(cfg.backbone, **work.backbone_arguments)
-    return model.to(device)
+    dense: nn.Module = built(cfg.backbone, **work.backbone_arguments)
+    set_fused_attention(dense, fused_attention)
+    device = work.batches[0].label.device
+    dense.to(device)
+    layers = moe_blocks(cfg, dense, given_layers)
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        models = build_models(cfg, dense, layers, cases, ks, work.batches)
+    return models, facts(cfg, work, layers)
 
 
 def moe_blocks(cfg: DictConfig, dense: nn.Module, given: bool) -> list[int] | str:
@@ -41,7 +59,8 @@ def moe_blocks(cfg: DictConfig, dense: nn.Module, given: bool) -> list[int] | st
     Raises:
         ConfigError: nowhere.
     """
-    layers = cfg.moe.layers if given else list(range(1, len(blocks_of(dense)[0]), 2))
+    host = getattr(dense, "language_model", dense)
+    layers = cfg.moe.layers if given else list(range(1, len(blocks_of(host)[0]), 2))
     if layers == "none" or not len(layers):
         raise ConfigError(f"moe.layers={layers}: expected some blocks with MoE layers, e.g. [0]")
     return layers if isinstance(layers, str) else list(layers)
@@ -106,6 +125,14 @@ def build_models(
         fit(model, k, batches[: calls_of_sample(batches)])
         return model
 
+    def as_in_training(model: nn.Module) -> nn.Module:
+        parts = cfg.task.module.get("trains")
+        if parts is not None:
+            from dynmoe.backbones.vlm import train_only  # imports transformers
+
+            train_only(model, parts)  # type: ignore[arg-type]
+        return model
+
     makers: dict[str, Callable[[], nn.Module]] = {
         "dense": lambda: dense,
         "top-1": partial(top_k, 1),
@@ -114,7 +141,7 @@ def build_models(
         "loop": partial(dynmoe, ks[0], Loop),
         "all then mask": partial(dynmoe, ks[0], AllThenMask),
     }
-    return {case: makers[case]() for case in cases}
+    return {case: as_in_training(makers[case]()) for case in cases}
 
 
 @torch.no_grad()

@@ -159,6 +159,47 @@ class TrainedRow:
 
 
 @dataclass(frozen=True)
+class GenerationRow:
+    """One vision-language model that answers batches of questions, with equally many new tokens.
+
+    ``run`` and ``environment`` are empty unless the model was trained.
+    """
+
+    run: str
+    """Its folder's name."""
+    problem: str
+    setting: str
+    environment: str
+    batch: int
+    """Questions answered at once."""
+    new_tokens: int
+    """Of each answer."""
+    median_ms: float
+    """Of a batch, from the questions to the last token of the answers."""
+    quartiles_ms: tuple[float, float]
+    prompt_ms: float
+    """Of a batch up to the first new token."""
+    prompt_quartiles_ms: tuple[float, float]
+    token_ms: float
+    """Of a batch for each further token of its answers: the difference of the two medians."""
+    tokens_per_s: float
+    """New tokens of all answers, of the whole time."""
+    tokens_per_s_quartiles: tuple[float, float]
+    reference: str
+    """The setting that ``ratio`` is over."""
+    ratio: float
+    """Speed over that of the reference, the median over rounds."""
+    ratio_quartiles: tuple[float, float]
+    mean_k: dict[str, float]
+    """Experts per token of each part (prompt, image, answer), the mean over MoE layers; empty
+    without them."""
+    peak_bytes: int
+    """Beyond the weights."""
+    rounds: int
+    contaminated: int
+
+
+@dataclass(frozen=True)
 class EpochRow:
     """One way to write the training loop, over one epoch of texts."""
 

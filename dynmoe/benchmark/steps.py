@@ -22,6 +22,7 @@ from dynmoe.benchmark.workload import (
     largest,
     tokens_of,
 )
+from dynmoe.data.vl_examples import ConversationBatch
 from dynmoe.layers import moe_layers, record_routing
 from dynmoe.metrics.efficiency import Costs, activated, flops
 
@@ -76,7 +77,9 @@ def classification(
     def loss(batch: LabelledBatch) -> Tensor:
         with record_routing(model) as tape:
             output = model(*batch.inputs)
-        if batch.label.is_floating_point():
+        if isinstance(batch, ConversationBatch):
+            value = F.cross_entropy(output.float(), batch.scored[1])
+        elif batch.label.is_floating_point():
             value = F.mse_loss(output.squeeze(1), batch.label)
         else:
             value = F.cross_entropy(output, batch.label)
@@ -95,9 +98,7 @@ class Inference:
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[LabelledBatch], amp: bool) -> None:
-        for name, layer in moe_layers(model).items():
-            model.set_submodule(name, layer.compact())
-        self.model = model.eval()
+        self.model = deployed(model)
         self.amp = amp
         self._next = cycle(batches)
 
@@ -107,6 +108,13 @@ class Inference:
         with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=self.amp):
             logits: Tensor = self.model(*batch.inputs)
         return logits
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, its MoE layers compact from now on."""
+    for name, layer in moe_layers(model).items():
+        model.set_submodule(name, layer.compact())
+    return model.eval()
 
 
 def measure_steps(

@@ -11,7 +11,14 @@ from rich import box
 from rich.table import Table
 
 from dynmoe.benchmark.results import Change
-from dynmoe.benchmark.rows import DataRow, EpochRow, LayerRow, StepRow, TrainedRow
+from dynmoe.benchmark.rows import (
+    DataRow,
+    EpochRow,
+    GenerationRow,
+    LayerRow,
+    StepRow,
+    TrainedRow,
+)
 
 MIB = 2**20
 
@@ -128,6 +135,36 @@ def of_trained(rows: Sequence[TrainedRow]) -> Iterable[Table]:
                 f"{row.ratio:.2f}",
                 "{:.2f}–{:.2f}".format(*row.ratio_quartiles),
                 "-" if row.peak_bytes is None else _short(row.peak_bytes / MIB),
+                str(row.rounds),
+                str(row.contaminated),
+            )
+        yield table
+
+
+def of_generation(rows: Sequence[GenerationRow]) -> Iterable[Table]:
+    """One table for each problem and reference."""
+    for (problem, reference), group in groupby(rows, key=lambda row: (row.problem, row.reference)):
+        cases = list(group)
+        table = _table(
+            f"{problem}: {cases[0].batch} questions at once, {cases[0].new_tokens} new tokens each",
+            *("case", "tokens/s", "quartiles", f"of {reference}", "quartiles"),
+            *("prompt\nms", "token\nms", "k of\nprompt", "k of\nimage", "k of\nanswer"),
+            *("peak\nMiB", "rounds", "disturbed"),
+        )
+        for row in cases:
+            table.add_row(
+                row.setting,
+                _short(row.tokens_per_s),
+                "–".join(map(_short, row.tokens_per_s_quartiles)),
+                f"{row.ratio:.2f}",
+                "{:.2f}–{:.2f}".format(*row.ratio_quartiles),
+                _short(row.prompt_ms),
+                _short(row.token_ms),
+                *(
+                    f"{row.mean_k[part]:.2f}" if part in row.mean_k else "-"
+                    for part in ("prompt", "image", "answer")
+                ),
+                _short(row.peak_bytes / MIB),
                 str(row.rounds),
                 str(row.contaminated),
             )

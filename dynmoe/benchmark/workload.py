@@ -1,4 +1,4 @@
-"""What the models of a benchmark work on: batches of images or texts, and what a sample costs.
+"""What the models of a benchmark work on: images, texts, conversations, and what a sample costs.
 
 Shape suffixes: B samples, N tokens, C channels, H and W pixels.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from statistics import fmean
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -20,7 +21,7 @@ from dynmoe.benchmark.configured import built
 from dynmoe.benchmark.results import Facts
 from dynmoe.data.sampling import Batch
 from dynmoe.data.task_data import TaskData
-from dynmoe.data.text_batches import TextBatch
+from dynmoe.data.vl_examples import ConversationBatch
 from dynmoe.metrics.efficiency import Costs, count
 
 BATCHES = 8
@@ -31,12 +32,15 @@ ENDLESS = 10**9
 
 
 class LabelledBatch(Protocol):
-    """A ``TextBatch``, or a ``Batch`` of images."""
+    """A ``Batch`` of images, a ``TextBatch`` or a ``ConversationBatch``."""
 
     @property
     def inputs(self) -> tuple[Any, ...]: ...
     @property
     def label(self) -> Tensor: ...
+
+
+B = TypeVar("B", bound=LabelledBatch)
 
 
 class Workload(NamedTuple):
@@ -56,21 +60,18 @@ def images(cfg: DictConfig, size: int, device: torch.device) -> Workload:
     return Workload(batches, arguments, {"px": px, "batch": size})
 
 
-def texts(cfg: DictConfig, size: int | None, device: torch.device) -> Workload:
-    """Training batches of the configured data, of ``size`` texts if that is given.
+def of_data(cfg: DictConfig, data: TaskData, device: torch.device) -> Workload:
+    """Training batches of the configured texts or conversations.
 
     Raises:
         UserError: data that cannot be read.
     """
-    if size is not None:
-        cfg.data.batch_size = size
-    data, batches = training_batches(cfg.data, device)
+    batches = training_batches(data, device)
     facts = {
         "data": data.name,
         "max_length": cfg.data.max_length,
         "batch": cfg.data.batch_size,
-        "tokens": round(tokens_of(batches) or 0),
-        "padded": round(padded_share(batches), 3),
+        **token_facts(batches),
     }
     return Workload(batches, data.backbone_arguments, facts)
 
@@ -91,20 +92,29 @@ def random_batches(
     ]
 
 
-def training_batches(node: DictConfig, device: torch.device) -> tuple[TaskData, list[Any]]:
-    """The data module of ``node``, set up, and the first batches it trains on.
+def data_of(node: DictConfig) -> TaskData:
+    """The data module of ``node``, which reads in this process and is never evaluated on.
 
     Raises:
-        UserError: data that cannot be read.
+        UserError: data that cannot be built.
     """
     node.update(steps=ENDLESS, eval_every=ENDLESS, accumulate=1)
     if "workers" in node:
         node.workers = 0
     data: TaskData = built(node)
+    return data
+
+
+def training_batches(data: TaskData, device: torch.device) -> list[Any]:
+    """The first batches that are trained on.
+
+    Raises:
+        UserError: data that cannot be read.
+    """
     data.setup()
     data.repeat_evaluation_of(0)  # go on after step 0, behind which there is an evaluation
     batches = islice(data.train_dataloader(), BATCHES)
-    return data, [move_data_to_device(batch, device) for batch in batches]
+    return [move_data_to_device(batch, device) for batch in batches]
 
 
 def calls_of_sample(batches: Sequence[LabelledBatch]) -> int:
@@ -116,20 +126,37 @@ def calls_of_sample(batches: Sequence[LabelledBatch]) -> int:
     return 1 if len(shapes) == 1 else len(batches)
 
 
-def largest(batches: Sequence[LabelledBatch]) -> LabelledBatch:
+def largest(batches: Sequence[B]) -> B:
     """The first of those with most positions: its step needs most memory."""
     return max(batches, key=lambda batch: sum(x.numel() for x in tree_leaves(batch.inputs)))
 
 
+def token_facts(batches: Sequence[LabelledBatch]) -> Facts:
+    """Means over the batches; ``tokens`` are real ones, patches included. Empty for plain images.
+
+    Of conversations also their ``images``, and ``scored``, the tokens that a loss is taken of.
+    """
+    tokens = tokens_of(batches)
+    if tokens is None:
+        return {}
+    facts: Facts = {"tokens": round(tokens), "padded": round(padded_share(batches), 3)}
+    conversations = [batch for batch in batches if isinstance(batch, ConversationBatch)]
+    if conversations:
+        facts["images"] = round(fmean(len(each.tokens["images"]) for each in conversations), 1)
+        facts["scored"] = round(fmean(len(each.scored[0]) for each in conversations))
+    return facts
+
+
 def tokens_of(batches: Sequence[LabelledBatch]) -> float | None:
     """Real tokens of a batch, the mean; None for images."""
-    counts = [int(b.tokens["attention_mask"].sum()) for b in batches if isinstance(b, TextBatch)]
-    return sum(counts) / len(counts) if counts else None
+    if isinstance(batches[0], Batch):
+        return None
+    return fmean(int(batch.inputs[0]["attention_mask"].sum()) for batch in batches)
 
 
-def padded_share(batches: Sequence[TextBatch]) -> float:
+def padded_share(batches: Sequence[LabelledBatch]) -> float:
     """Of the positions that are computed."""
-    masks = [batch.tokens["attention_mask"] for batch in batches]
+    masks = [batch.inputs[0]["attention_mask"] for batch in batches]
     return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 
@@ -138,23 +165,30 @@ def costs_of_sample(model: nn.Module, batches: Sequence[LabelledBatch]) -> Costs
 
     MoE layers compute real tokens alone, all else computes the padding too.
     """
-    if not isinstance(batches[0], TextBatch):
+    tokens = tokens_of(batches)
+    if tokens is None:
         return count(model, *tree_map(lambda x: x[:1], batches[0].inputs))
-    lengths = [batch.inputs[0]["input_ids"].shape[1] for batch in batches]
-    # Without a mask nothing depends on data.
-    by_length = {
-        n: count(model, {"input_ids": torch.zeros(1, n, dtype=torch.long)}) for n in set(lengths)
+    each = [count(model, *_without_mask(batch.inputs)) for batch in batches]
+    if any(costs["flops"] is None for costs in each):
+        return {**each[0], "flops": None}
+    size = fmean(len(batch.label) for batch in batches)
+    flops = each[0]["flops"]
+    return {
+        **each[0],
+        "flops": {
+            "other": fmean(costs["flops"]["other"] for costs in each) / size,
+            "layers": {
+                name: {**of_layer, "tokens": tokens / size}
+                for name, of_layer in flops["layers"].items()
+            },
+        },
     }
-    costs = by_length[lengths[0]]
-    if any(each["flops"] is None for each in by_length.values()):
-        return {**costs, "flops": None}
-    sizes = [len(batch.label) for batch in batches]
-    outside = sum(
-        size * by_length[n]["flops"]["other"] for size, n in zip(sizes, lengths, strict=True)
-    )
-    real = (tokens_of(batches) or 0) * len(batches) / sum(sizes)
-    layers = {name: {**each, "tokens": real} for name, each in costs["flops"]["layers"].items()}
-    return {**costs, "flops": {"other": outside / sum(sizes), "layers": layers}}
+
+
+def _without_mask(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a model does without one depends on shapes alone."""
+    tokens, *others = inputs
+    return {k: v for k, v in tokens.items() if k != "attention_mask"}, *others
 
 
 def model_name(backbone: DictConfig) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -128,7 +129,8 @@ class TrainBatches(Sampler[list[Key]]):
 class EvalBatches(Sampler[list[Key]]):
     """Every example of every set once, long ones first, sets never mixed in a batch.
 
-    Rank r takes every world_size-th example of each set.
+    Rank r takes every world_size-th example of each set. Where each has one, all have as many
+    batches, the last of them with one example more on some: sharded models need every rank.
     """
 
     lengths: dict[str, IntArray]
@@ -147,8 +149,10 @@ class EvalBatches(Sampler[list[Key]]):
         batches = []
         for source, lengths in self.lengths.items():
             order = np.argsort(-lengths, kind="stable")[self.rank :: self.world_size].tolist()
-            for start in range(0, len(order), self.batch_size):
-                batches.append([Key(source, row) for row in order[start : start + self.batch_size]])
+            starts = list(range(0, len(lengths) // self.world_size, self.batch_size)) or [0]
+            for start, end in pairwise([*starts, None]):
+                if rows := order[start:end]:
+                    batches.append([Key(source, row) for row in rows])
         return batches
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data import chat
+from dynmoe.data.conversations import ConversationSource
 from dynmoe.data.protocol import IntArray
 from dynmoe.data.task_data import TaskData
 from dynmoe.data.text_batches import EvalBatches, TrainBatches, steps_per_epoch
@@ -50,7 +51,8 @@ class VisionLanguageData(TaskData):
     ``std`` are the vision tower's; ``fit`` makes an image square. ``template`` is how conversations
     are written for the language model in training, ``question_template`` how it is asked
     (dynmoe/data/chat_templates.py). Loaders give
-    ``vl_examples.ConversationBatch`` and ``QuestionBatch``.
+    ``vl_examples.ConversationBatch`` and ``QuestionBatch``. ``root`` is for configurations, whose
+    ``content`` takes it from there.
     """
 
     modality = "vision-language"
@@ -82,13 +84,13 @@ class VisionLanguageData(TaskData):
         tokenizer_name: str | None = None,
         cache: str | None = None,
         workers: int = 0,
+        root: str | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.test_envs = [0]
         self.sets: dict[str, QuestionSet] = {}
         self.tokenizer: PreTrainedTokenizerBase
-        self.store: TokenStore
         self._read_content = content
         self._prompts: dict[str, list[chat.IdArray]] = {}
         self._image_tokens = (image_size // patch_size) ** 2
@@ -114,7 +116,7 @@ class VisionLanguageData(TaskData):
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenizes; a second call does nothing. Warns of what is left out.
 
-        With ``stage="validate"`` there are questions alone, and nothing to train on.
+        With ``stage="validate"``, and of content without conversations, there are questions alone.
 
         Raises:
             DataError: the data cannot be trained or evaluated on.
@@ -130,8 +132,8 @@ class VisionLanguageData(TaskData):
                         f"after training: dynmoe-eval run=FOLDER mode=answer benchmarks.{name}="
                         f"{self._benchmarks.get(name, 'FOLDER')}"
                     )
-        if stage != "validate" and not hasattr(self, "store"):
-            self.store = self._tokenized()
+        if stage != "validate" and self._content.train is not None:
+            _ = self.store  # tokenized now
 
     def setup_questions(self, benchmarks: Mapping[str, str]) -> None:
         """In place of ``setup``, to answer questions alone: those of published sets, scored here or
@@ -152,9 +154,15 @@ class VisionLanguageData(TaskData):
     def _content(self) -> Content:
         return self._read_content()
 
-    def _tokenized(self) -> TokenStore:
+    @cached_property
+    def store(self) -> TokenStore:
+        """The conversations to train on.
+
+        Raises:
+            DataError: there are none.
+        """
         store = tokenized(
-            self._content.train,
+            self._source,
             self.tokenizer,
             self._template,
             self._image_tokens,
@@ -171,6 +179,15 @@ class VisionLanguageData(TaskData):
                 self._max_length,
             )
         return store
+
+    @property
+    def _source(self) -> ConversationSource:
+        if self._content.train is None:
+            raise DataError(
+                f"data {self.name}: has no conversations to train on, only questions. Choose other "
+                "data, e.g. data=llava data.root=FOLDER"
+            )
+        return self._content.train
 
     def _add_sets(self, sets: Mapping[str, QuestionSet]) -> None:
         if not sets:
@@ -266,16 +283,21 @@ class VisionLanguageData(TaskData):
             "image_mask": torch.arange(length)[None] < self._image_tokens,
             "images": torch.zeros(1, 3, size, size),
         }  # without a mask nothing depends on data
-        answer = max(1, round(float(self.store.answer_tokens.mean())))
+        answer = self._max_new_tokens
+        if self._content.train is not None:
+            answer = max(1, round(float(self.store.answer_tokens.mean())))
         return tokens, torch.zeros(answer, dtype=torch.long)
 
     @property
     def mean_tokens(self) -> float:
+        """Of conversations, or of questions if there are no others."""
+        if self._content.train is None:
+            return float(np.concatenate([self._lengths(name) for name in self.sets]).mean())
         return float(self.store.lengths.mean())
 
     @property
     def sizes(self) -> dict[str, Any]:
-        sizes: dict[str, Any] = {"train": len(self.store)}
+        sizes: dict[str, Any] = {"train": 0 if self._content.train is None else len(self.store)}
         for index, questions in enumerate(self.sets.values()):
             sizes[f"env{index}"] = {"in": len(questions.questions)}
         return sizes
@@ -307,7 +329,8 @@ class VisionLanguageData(TaskData):
 
     @property
     def data_hash(self) -> str:
-        digests = [self._content.train.digest]
+        train = self._content.train
+        digests = [] if train is None else [train.digest]
         digests += [f"{name} {each.digest}" for name, each in self.sets.items()]
         return sha256("\n".join(digests).encode()).hexdigest()[:8]
 
@@ -316,7 +339,9 @@ class VisionLanguageData(TaskData):
         table = Table(title=f"{self.name}, data {self.data_hash}")
         for column in ("", "rows", "with images", "mean tokens", "longest"):
             table.add_column(column, justify="right" if column else "left")
-        rows = [("train", self.store.num_images, self.store.lengths)]
+        rows = []
+        if self._content.train is not None:
+            rows.append(("train", self.store.num_images, self.store.lengths))
         for name, questions in self.sets.items():
             images = np.array([len(question.images) for question in questions.questions])
             rows.append((name, images, self._lengths(name)))
@@ -344,7 +369,7 @@ class VisionLanguageData(TaskData):
             counts=self.store.answer_tokens,
             groups=(self.store.num_images > 0).astype(np.int64),
         )
-        load = {"train": self._content.train.load_image}
+        load = {"train": self._source.load_image}
         examples = Conversations({"train": self.store}, load, self._transform)
         return self._loader(examples, batches, collate_conversations(self._pad))
 

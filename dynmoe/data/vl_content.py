@@ -24,7 +24,8 @@ from dynmoe.questions.scienceqa import read_scienceqa
 
 @dataclass(frozen=True)
 class Content:
-    train: ConversationSource
+    train: ConversationSource | None
+    """None: there is nothing to train on."""
     sets: Mapping[str, QuestionSet] = field(default_factory=dict)
     """The first is the one reported."""
     words: Callable[[], Iterable[str]] | None = None
@@ -111,3 +112,8 @@ def vqa(root: str, train: str, test: str, images: str, suffix: str) -> Content:
 def science_qa(root: str) -> Content:
     """ScienceQA's training questions, the same in all stages, and its test set."""
     return Content(science.science_qa(root), {"scienceqa": read_scienceqa(root)})
+
+
+def questions_only() -> Content:
+    """Nothing to train on: questions come from ``data.benchmarks``."""
+    return Content(None)

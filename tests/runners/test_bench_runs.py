@@ -17,6 +17,7 @@ from tiny_runs import tiny_config
 
 from dynmoe.report.records import RunFolder
 from runners import bench, bench_runs, train
+from runners.bench_candidates import candidates, groups
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 SETTINGS = ["dense", "top-2 of 4", "DynMoE"]
@@ -101,8 +102,7 @@ def test_models_are_those_of_the_checkpoints_and_stay_so(sweep: Path) -> None:
     """With the run's own optimizer, at learning rate 0, and training images."""
     from dynmoe.benchmark.steps import Training
 
-    runs = bench_runs.representatives(sweep)
-    group = [bench_runs._candidate(each) for each in runs]
+    ((_, group),) = groups(candidates(sweep))
     batches, models = bench_runs._load(group, False, torch.device("cpu"))
     assert len({batch.image.sum().item() for batch in batches}) == len(batches) == 8
     assert all(batch.env.unique().tolist() == [1, 2, 3, 4, 5] for batch in batches)

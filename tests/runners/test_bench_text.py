@@ -18,6 +18,7 @@ from dynmoe.benchmark.workload import (
     ENDLESS,
     calls_of_sample,
     costs_of_sample,
+    data_of,
     padded_share,
     random_batches,
     tokens_of,
@@ -81,7 +82,7 @@ def test_step_on_texts(
         assert tokens == pytest.approx(workload["tokens"], abs=0.51)  # written as a whole number
     assert rows["train", "top-2"]["real_k"] == 2
     assert rows["train", "dynmoe 1.5"]["real_k"] == pytest.approx(1.5, rel=0.15)
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "tokens/s" in shown and "ideal counts real tokens in MoE layers" in shown
 
 
@@ -96,7 +97,8 @@ def test_step_on_numbers(glue: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_costs_leave_padding_out_of_moe_layers(glue: Path) -> None:
     """Against the dense model an expert per token saves the FFN of all padding."""
     cfg = config(glue, "data=rte", "data.cache=null", "moe.layers=[1,3]")
-    data, batches = training_batches(cfg.data, CPU)
+    data = data_of(cfg.data)
+    batches = training_batches(data, CPU)
     cfg.backbone.pretrained = False
     dense_cfg = config(glue, "data=rte", moe="dense")
     moe = build.build_task(cfg, data, False).backbone
@@ -129,7 +131,8 @@ def test_times_a_language_sweep(
         folder.mark_done()
     run(monkeypatch, "step", "--runs", str(tmp_path), *QUICK)
     content = json.loads((tmp_path / "timing.json").read_text())
-    assert content["workload"] == {"batch": 8}
+    work = content["workload"]
+    assert work.keys() == {"batch", "tokens", "padded"} and work["batch"] == 8
     assert [(row["mode"], row["setting"]) for row in content["rows"]] == [
         (mode, setting) for mode in ("train", "inference") for setting in ("dense", "DynMoE")
     ]
@@ -164,7 +167,9 @@ def test_epoch_beside_a_plain_loop(
 def test_the_plain_loader_gives_every_text_once(glue: Path) -> None:
     """The very tokens of our loader."""
     cfg = config(glue, "data=rte", "data.cache=null")
-    data, _ = training_batches(cfg.data, CPU)
+    data = data_of(cfg.data)
+    data.setup()
+    data.repeat_evaluation_of(0)
     assert data.eval_every == ENDLESS
     encoded = encode(data.sets["train"], data.tokenizer, 128, None)  # type: ignore[attr-defined]
     texts = LabelledTexts(encoded, data.sets["train"].label)  # type: ignore[attr-defined]

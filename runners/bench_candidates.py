@@ -1,0 +1,112 @@
+"""Which trained runs ``dynmoe-bench`` measures, and which of them beside each other."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from dynmoe.comparison.run import Problem, Run
+from dynmoe.comparison.runs import read_runs
+from dynmoe.errors import ConfigError
+from runners import trained
+from runners.bench_tools import PRECISIONS
+
+# What a run's batches depend on besides its problem.
+OF_BATCHES = (
+    *("image_size", "patch_size", "tokenizer_path", "tokenizer_name", "max_length"),
+    *("template", "question_template"),
+)
+
+
+class Candidate(NamedTuple):
+    """The run that stands for a setting."""
+
+    run: Run
+    cfg: DictConfig
+    checkpoint: Path
+
+
+def candidates(folder: Path) -> list[Candidate]:
+    """A run of each problem and setting, whose conditions let all be measured in turns.
+
+    Raises:
+        UserError: no run is finished, one has no checkpoint, or they cannot be measured in turns.
+    """
+    found = [_candidate(run) for run in representatives(folder)]
+    _check_equal_conditions(found)
+    return found
+
+
+def groups(found: Sequence[Candidate]) -> list[tuple[Problem, list[Candidate]]]:
+    """Those of one problem whose batches are of one kind. The first is the reference, the dense run
+    if there is one."""
+    members: defaultdict[tuple[Problem, tuple[Any, ...]], list[Candidate]] = defaultdict(list)
+    for each in found:
+        kind = tuple(each.cfg.data.get(key) for key in OF_BATCHES)
+        members[each.run.problem, kind].append(each)
+    return [(problem, group) for (problem, _), group in members.items()]
+
+
+def workload(of_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Facts of several groups in one: a value, or a list where they differ."""
+    merged = {}
+    for key in dict.fromkeys(key for facts in of_groups for key in facts):
+        values = list(dict.fromkeys(facts.get(key) for facts in of_groups))
+        merged[key] = values[0] if len(values) == 1 else values
+    return merged
+
+
+def representatives(folder: Path) -> list[Run]:
+    """Of each problem and setting the finished run of the lowest seed and first test environment.
+
+    Raises:
+        UserError: no run is finished.
+    """
+    found = read_runs([folder])
+    if not found.runs:
+        why = [*(f"{run.name} is {run.state}" for run in found.absent), *found.warnings]
+        raise ConfigError(f"--runs {folder}: expected a finished run, found none: {why[0]}")
+    first: dict[tuple[Problem, str], Run] = {}
+    for run in sorted(found.runs, key=lambda run: (run.repetition, run.facts["test_envs"])):
+        first.setdefault((run.problem, run.setting), run)
+    chosen = {run.folder.path for run in first.values()}
+    return [run for run in found.runs if run.folder.path in chosen]
+
+
+def _candidate(run: Run) -> Candidate:
+    for name in ("selected", "last"):
+        checkpoint = trained.checkpoint_of(run.folder, name)
+        if checkpoint.exists():
+            return Candidate(run, trained.configuration(run.folder), checkpoint)
+    raise ConfigError(
+        f"{run.folder.path}: expected checkpoints/selected.ckpt or last.ckpt, found neither;"
+        " train it again with overwrite=true"
+    )
+
+
+def _check_equal_conditions(candidates: Sequence[Candidate]) -> None:
+    """Precision and the process's settings hold for all that are measured in turns."""
+    first = candidates[0]
+    if first.cfg.trainer.precision not in PRECISIONS:
+        raise ConfigError(
+            f"{first.run.folder.path}: trainer.precision is {first.cfg.trainer.precision}, expected"
+            f" one of {', '.join(PRECISIONS)}"
+        )
+    for node, key in (
+        ("trainer", "precision"),
+        ("runtime", "matmul_precision"),
+        ("runtime", "malloc"),
+        ("runtime", "fused_attention"),
+    ):
+        for other in candidates[1:]:
+            values = [each.cfg[node][key] for each in (first, other)]
+            if values[0] != values[1]:
+                raise ConfigError(
+                    f"{node}.{key} is {values[0]} in {first.run.folder.path} and {values[1]} in"
+                    f" {other.run.folder.path}: such runs cannot be measured in turns, give their"
+                    " folders one by one"
+                )

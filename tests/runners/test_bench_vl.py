@@ -1,0 +1,234 @@
+"""`dynmoe-bench step` and `generate` on conversations about scenes. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from sweeps import write_run
+from tiny_runs import tiny_config
+from tiny_vl import TINY_VL, configuration
+
+from dynmoe.benchmark import models, workload
+from dynmoe.benchmark.steps import classification
+from dynmoe.layers import record_routing
+from dynmoe.metrics.efficiency import count
+from dynmoe.report.records import RunFolder
+from runners import bench, bench_runs, train
+from runners.bench_candidates import candidates, groups
+
+QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
+CPU = torch.device("cpu")
+BATCHES, PATCHES = 2, 9
+ALONE = ("stage.start=null", "runtime.malloc=system", "data.cache=null")
+SHORT = ("task.steps=2", "task.eval_every=2")
+SETTINGS = {"dense": "b", "top-2 of 4": "a", "DynMoE": "c"}  # names of their run folders
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)
+    monkeypatch.setattr("dynmoe.benchmark.workload.BATCHES", BATCHES)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sweep")
+    for name, moe in (("c", "moe=dynmoe_vl"), ("a", "moe=topk"), ("b", "moe=dense")):
+        few = ("moe.num_experts=4",) if moe == "moe=topk" else ()
+        (path / name).mkdir()
+        train.train(configuration(path, *ALONE, *SHORT, moe, *few), RunFolder(path / name))
+        RunFolder(path / name).mark_done()
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
+    bench.main()
+
+
+def read(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content
+
+
+def scenes(tmp_path: Path) -> tuple[Any, workload.Workload]:
+    """A configuration with 4 experts, and its training batches."""
+    own = ("moe=dynmoe_vl", "moe.num_experts=4", "moe.max_experts=4", "data.max_length=96")
+    cfg = configuration(tmp_path, *ALONE, *own)
+    return cfg, workload.of_data(cfg, workload.data_of(cfg.data), CPU)
+
+
+def test_what_the_batches_hold(tmp_path: Path) -> None:
+    _, work = scenes(tmp_path)
+    assert len(work.batches) == BATCHES
+    tokens = [each.inputs[0] for each in work.batches]
+    facts = dict(work.facts)
+    assert (facts["data"], facts["batch"], facts["max_length"]) == ("Scenes", 8, 96)
+    images = sum(len(each["images"]) for each in tokens)
+    assert images * PATCHES == sum(int(each["image_mask"].sum()) for each in tokens)
+    assert facts["images"] == round(images / BATCHES, 1)
+    real = sum(int(each["attention_mask"].sum()) for each in tokens)
+    assert facts["tokens"] == round(real / BATCHES)
+    places = sum(each["attention_mask"].numel() for each in tokens)
+    assert facts["padded"] == round(1 - real / places, 3)
+    scored = sum(int((each.label != -100).sum()) for each in work.batches)
+    assert facts["scored"] == round(scored / BATCHES)
+
+
+def test_a_step_is_that_of_the_stage(tmp_path: Path) -> None:
+    """Its loss, and gradients of what it trains alone."""
+    cfg, work = scenes(tmp_path)
+    cfg.task.module.trains = ["projector", "moe_layers"]
+    built, facts = models.build(cfg, work, ["dense", "dynmoe 1.5"], [1.5], False, False, amp=False)
+    assert facts["moe_layers"] == [1, 3] and facts["experts"] == 4
+    for name, model in built.items():
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        experts = ("projector.", "language_model.model.layers.1.mlp.")
+        assert trained and all(
+            n.startswith((*experts, experts[1].replace("1", "3"))) for n in trained
+        )
+        assert any("layers.3.mlp" in n for n in trained) == (name != "dense")
+
+    model, batch = built["dynmoe 1.5"], work.batches[0]
+    step = classification(model, work.batches, aux_weight=0.5, amp=False)
+    (loss,) = step.forward(batch)
+    with record_routing(model) as tape:
+        logits = model(batch.inputs[0])[:, :-1]
+    following = batch.label[:, 1:]
+    expected = F.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=-100)
+    expected = expected + 0.5 * sum(call.aux for calls in tape.values() for call in calls)
+    torch.testing.assert_close(loss, expected)
+    step()
+    assert {n for n, p in model.named_parameters() if p in step.optimizer.state} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_costs_are_those_of_one_conversation_where_all_are_alike(tmp_path: Path) -> None:
+    """Padding counts outside of MoE layers alone."""
+    cfg, work = scenes(tmp_path)
+    built, _ = models.build(cfg, work, ["dense", "top-2"], [1.5], False, False, amp=False)
+    batch: Any = work.batches[0]
+    images = (batch.tokens["image_mask"].sum(1) // PATCHES).tolist()
+    row = images.index(1)
+    places = {"images": sum(images[:row])}
+    one = {key: value[[places.get(key, row)]] for key, value in batch.tokens.items()}
+    length = one["input_ids"].shape[1]
+    one["attention_mask"] = (torch.arange(length) < length - 2).long()[None]
+    tokens = {key: torch.cat([value] * 3) for key, value in one.items()}
+    alike = batch._replace(tokens=tokens, label=batch.label[[row] * 3])
+    del one["attention_mask"]
+    scored_M = batch._replace(label=batch.label[[row]]).scored[0]
+    for model in built.values():
+        expected = count(model, one, scored_M)
+        for layer in expected["flops"]["layers"].values():
+            assert layer["tokens"] == length
+            layer["tokens"] = length - 2
+        assert workload.costs_of_sample(model, [alike, alike]) == expected
+
+
+def test_times_fresh_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = [*TINY_VL, *ALONE[1:], "data.max_length=96"]
+    file = tmp_path / "step.json"
+    only = ["--only", "top-2", "dynmoe", "--k", "1.5", "--mode", "train"]
+    run(monkeypatch, "step", *QUICK, *only, "--json", str(file), *tiny)
+    content = read(file)
+    assert content["workload"]["max_length"] == 96 and content["workload"]["moe_layers"] == [1, 3]
+    assert [row["case"] for row in content["rows"]] == ["dense", "top-2", "dynmoe 1.5"]
+    assert [row["real_k"] for row in content["rows"][:2]] == [None, 2]
+    assert all(row["ideal"] > 0 and row["tokens_per_s"] > 0 for row in content["rows"])
+    assert "patches of images included" in " ".join(capsys.readouterr().out.split())
+
+    file = tmp_path / "generate.json"
+    run(
+        monkeypatch, "generate", *QUICK, "--new-tokens", "3", "--k", "1", "--json", str(file), *tiny
+    )
+    content = read(file)
+    work = content["workload"]
+    assert (work["data"], work["batch"], work["new_tokens"]) == ("Scenes", 5, 3)
+    assert [row["setting"] for row in content["rows"]] == ["dense", "top-2", "dynmoe 1"]
+    assert {row["run"] for row in content["rows"]} == {""}
+    assert content["rows"][1]["mean_k"] == {"prompt": 2, "image": 2, "answer": 2}
+    assert "3 new tokens each" in capsys.readouterr().out
+
+
+def test_times_a_sweep(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, "step", "--runs", str(sweep), *QUICK)
+    content = read(sweep / "timing.json")
+    keys = {"batch", "tokens", "padded", "images", "scored"}
+    assert content["workload"].keys() == keys and content["workload"]["batch"] == 8
+    assert [(row["mode"], row["setting"], row["run"]) for row in content["rows"]] == [
+        (mode, *each) for mode in ("train", "inference") for each in SETTINGS.items()
+    ]
+    assert "of dense" in capsys.readouterr().out
+
+    run(monkeypatch, "generate", "--runs", str(sweep), *QUICK, "--new-tokens", "4", "--batch", "4")
+    content = read(sweep / "generation.json")
+    assert content["command"].startswith("dynmoe-bench generate --runs")
+    work = content["workload"]
+    assert work.keys() == {"batch", "question_tokens", "new_tokens"}
+    assert (work["batch"], work["new_tokens"]) == (4, 4) and work["question_tokens"] > PATCHES
+    assert [(row["setting"], row["run"]) for row in content["rows"]] == [*SETTINGS.items()]
+    for row in content["rows"]:
+        assert row["problem"] == "Scenes, llava, last_step" and row["environment"] == "test"
+        assert row["reference"] == "dense" and row["rounds"] == 2
+        numbers = [row[key] for key in ("median_ms", "prompt_ms", "tokens_per_s", "ratio")]
+        numbers += [*row["quartiles_ms"], *row["ratio_quartiles"], row["peak_bytes"]]
+        assert all(math.isfinite(number) and number > 0 for number in numbers), row
+    k = {row["setting"]: row["mean_k"] for row in content["rows"]}
+    assert k["dense"] == {} and k["top-2 of 4"] == {"prompt": 2, "image": 2, "answer": 2}
+    assert all(1 <= each <= 4 for each in k["DynMoE"].values())
+    shown = capsys.readouterr().out
+    assert all(setting in shown for setting in SETTINGS) and "4 questions at once" in shown
+
+
+def test_a_training_step_has_the_gradients_of_training(sweep: Path) -> None:
+    ((_, group),) = groups(candidates(sweep))
+    batches, loaded = bench_runs._load(group, False, CPU)
+    assert all(len(batch.label) == 8 for batch in batches)
+    for each in loaded:
+        each.loss(batches[0]).backward()
+        with_gradient = {n for n, p in each.model.named_parameters() if p.grad is not None}
+        assert with_gradient and not any(n.startswith("vision.") for n in with_gradient)
+        frozen = {n for n, p in each.model.named_parameters() if not p.requires_grad}
+        assert frozen and not with_gradient & frozen
+
+
+def test_conversations_in_another_form_are_not_measured_in_turns(
+    sweep: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(sweep, tmp_path / "other")
+    file = tmp_path / "other" / "c" / "config.yaml"
+    file.write_text(file.read_text().replace("\n  template: simple", "\n  template: v1"))
+    members = [
+        [each.run.setting for each in group] for _, group in groups(candidates(tmp_path / "other"))
+    ]
+    assert members == [["dense", "top-2 of 4"], ["DynMoE"]]
+
+
+def test_images_are_not_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path).path
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").touch()
+    OmegaConf.save(tiny_config(), folder / "config.yaml", resolve=True)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "generate", "--runs", str(tmp_path), *QUICK)
+    assert stop.value.code == 2
+    message = "RotatedDigits has no questions to answer in words; expected runs of task=vl"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "generation.json").exists()
