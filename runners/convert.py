@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from dynmoe.errors import ConfigError, DataError, UserError
+from runners.convert_files import check_free, read_json, read_weights, write, write_again
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 HELP = """dynmoe-convert turns published MoE-LLaVA and DynMoE-LLaVA models into ours, and back.
 
-  dynmoe-convert from=FOLDER to=FOLDER [overwrite=true]
+  dynmoe-convert from=FOLDER to=FOLDER [tokenizer=FOLDER] [vision=FOLDER] [overwrite=true]
   dynmoe-convert run=FOLDER to=FOLDER [checkpoint=last|selected|FILE] [overwrite=true]
 
-from=FOLDER holds config.json and weights (*.safetensors or pytorch_model*.bin) as on Hugging Face's
-hub; written are to/checkpoints/last.ckpt and to/settings.yaml. run=FOLDER is such a folder; written
-are to/model.safetensors and to/config.json, which the official code reads. Tokenizers are not
-copied.
+from=FOLDER holds config.json, weights (*.safetensors or pytorch_model*.bin) and maybe a tokenizer
+as on Hugging Face's hub. to=FOLDER becomes a finished run, for dynmoe-eval run=FOLDER mode=answer,
+and, of a dense model, for dynmoe-run task=vl stage.start=FOLDER. tokenizer=FOLDER has a tokenizer
+instead, vision=FOLDER the CLIP that config.json names, which else come from the hub.
+
+run=FOLDER is such a folder, or that of a run of task=vl on StableLM, Qwen2 or Phi; written are
+to/model.safetensors and to/config.json, which the official code reads.
 """
 
-KEYS = ("from", "run", "to", "checkpoint", "overwrite")
+KEYS = ("from", "run", "to", "checkpoint", "tokenizer", "vision", "overwrite")
+ONLY_WITH = {"checkpoint": "run", "tokenizer": "from", "vision": "from"}
 BACKBONE = "backbone."
 
 
@@ -61,50 +63,56 @@ def parse(arguments: list[str]) -> dict[str, str]:
         given[key] = value
     if "to" not in given or ("from" in given) == ("run" in given):
         raise ConfigError("expected from=FOLDER to=FOLDER, or run=FOLDER to=FOLDER")
-    if "checkpoint" in given and "from" in given:
-        raise ConfigError("checkpoint= belongs to run=: from= reads all weights of its folder")
+    for key, other in ONLY_WITH.items():
+        if key in given and other not in given:
+            raise ConfigError(f"{key}= belongs to {other}=FOLDER")
     if given.get("overwrite", "false") not in ("true", "false"):
         raise ConfigError(f"overwrite={given['overwrite']}: expected true or false")
     return given
 
 
 def from_official(given: Mapping[str, str]) -> list[Path]:
-    """The files written, our checkpoint and its settings.
+    """The files of a run folder, `done` the last.
 
     Raises:
-        ConfigError: files that are there already.
+        ConfigError: files that are there already, or a tokenizer or tower that does not fit.
         DataError: no or other files in the folder than an official model has.
     """
-    import torch
+    from omegaconf import OmegaConf
 
     from dynmoe.backbones.official import to_dynmoe
     from dynmoe.backbones.official_config import describe
+    from dynmoe.backbones.official_tower import tower
+    from dynmoe.report.records import RunFolder
+    from runners.convert_config import run_configuration
 
-    source, target = Path(given["from"]).expanduser(), Path(given["to"]).expanduser()
-    files = target / "checkpoints" / "last.ckpt", target / "settings.yaml"
-    _check_free(files, given)
-    config = source / "config.json"
-    if not config.is_file():
+    source, target = (Path(given[key]).expanduser().resolve() for key in ("from", "to"))
+    files = [target / "checkpoints" / "last.ckpt", target / "config.yaml"]
+    check_free(files, given)
+    if not (source / "config.json").is_file():
         raise DataError(f"from={source}: expected a folder with config.json and weights")
-    settings = describe(_read_json(config))
+    settings = describe(read_json(source / "config.json"))
+    language_model, notes = _language_model(settings, source, given.get("tokenizer"))
+    vision = tower(settings["vision"]["model"], given.get("vision"))
+    config = run_configuration(settings, vision, target / "language_model")
     weights = to_dynmoe(read_weights(source), settings)
-    checkpoint = {
-        "state_dict": {BACKBONE + name: tensor for name, tensor in weights.items()},
-        "global_step": 0,
-        "pytorch-lightning_version": version("lightning"),
-    }
-    _write(files[0], lambda file: torch.save(checkpoint, file))
-    text = yaml.safe_dump(settings, sort_keys=False)
-    _write(files[1], lambda file: file.write_text(text, encoding="utf-8"))
-    return _report(files, weights, settings["notes"])
+
+    (target / "done").unlink(missing_ok=True)
+    for name, content in language_model.items():
+        write(target / "language_model" / name, content)
+    _write_checkpoint(files[0], weights)
+    write(files[1], OmegaConf.to_yaml(config))
+    RunFolder(target).mark_done()
+    return _report(files, weights, [*settings["notes"], *notes])
 
 
 def to_official(given: Mapping[str, str]) -> list[Path]:
     """The files written, weights and config.json as the official code reads them.
 
     Raises:
-        ConfigError: files that are there already, or no such checkpoint.
-        DataError: no settings.yaml in the folder, or weights they do not fit.
+        ConfigError: files that are there already, no run folder or checkpoint, or a model that the
+            official code has not.
+        DataError: weights that do not fit the configuration.
     """
     import torch
     from safetensors.torch import save_file
@@ -112,87 +120,71 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
     from dynmoe.backbones import official
     from dynmoe.backbones.official_config import official_config
     from dynmoe.report.records import RunFolder
-    from runners.trained import checkpoint_of
+    from runners import trained
+    from runners.convert_config import settings_of
 
     target = Path(given["to"]).expanduser()
-    files = target / "model.safetensors", target / "config.json"
-    _check_free(files, given)
+    files = [target / "model.safetensors", target / "config.json"]
+    check_free(files, given)
     folder = RunFolder(Path(given["run"]).expanduser())
-    saved = folder.path / "settings.yaml"
-    if not saved.is_file():
-        raise DataError(f"run={folder.path}: expected a folder with settings.yaml, found none")
+    cfg = trained.configuration(folder)
     name = given.get("checkpoint", "last")
-    checkpoint = checkpoint_of(folder, name)
+    checkpoint = trained.checkpoint_of(folder, name)
     if not checkpoint.is_file():
         raise ConfigError(f"checkpoint={name}: there is no file {checkpoint}")
-    settings = yaml.safe_load(saved.read_text(encoding="utf-8"))
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    ours = {
-        name.removeprefix(BACKBONE): tensor
-        for name, tensor in state.items()
-        if name.startswith(BACKBONE)
-    }
+    ours = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
+    settings = settings_of(cfg, ours)
     weights = official.to_official(ours, settings)
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    _write(files[0], lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    text = json.dumps(official_config(settings), indent=2) + "\n"
-    _write(files[1], lambda file: file.write_text(text, encoding="utf-8"))
-    return _report(files, weights, ())
+    write(files[0], lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    write(files[1], json.dumps(official_config(settings), indent=2) + "\n")
+    return _report(files, weights, [])
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder as Hugging Face's hub has them, one shard after the other.
+def _language_model(
+    settings: Mapping[str, Any], source: Path, given: str | None
+) -> tuple[dict[str, bytes], list[str]]:
+    """Files by name, config.json and a tokenizer's; and what is to be said of them."""
+    from transformers import AutoConfig
 
-    Raises:
-        DataError: no weights, or a shard that the folder's index names and is not there.
-    """
+    from runners.convert_config import hub_name
+    from runners.convert_tokenizer import tokenizer_files
+
+    model = settings["language_model"]
+    config = AutoConfig.for_model(model["architecture"], **model["options"])
+    files = {"config.json": config.to_json_string().encode()}
+    place = source if given is None else Path(given).expanduser()
+    tokenizer = tokenizer_files(place, files["config.json"], config.vocab_size)
+    if tokenizer:
+        return files | {file.name: file.read_bytes() for file in tokenizer}, []
+    if given is not None:
+        raise ConfigError(f"tokenizer={given}: expected a folder with tokenizer.json")
+    return files, [
+        f"There is no tokenizer in {source} that transformers reads without code of its own. "
+        f"Before use convert again with tokenizer=FOLDER, a folder of {hub_name(settings)}'s."
+    ]
+
+
+def _write_checkpoint(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Both as the last one, which stages start from, and as the selected one."""
     import torch
-    from safetensors.torch import load_file
 
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise DataError(f"{folder}: expected model*.safetensors or pytorch_model*.bin, found none")
-    for index in folder.glob(f"*{files[0].suffix}.index.json"):
-        named = set(_read_json(index)["weight_map"].values())
-        if absent := sorted(named.difference(file.name for file in files)):
-            raise DataError(f"{index}: names shards that are not there: {', '.join(absent)}")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        if file.suffix == ".bin":
-            state.update(torch.load(file, map_location="cpu", weights_only=True))
-        else:
-            state.update(load_file(file))
-    return state
+    checkpoint = {
+        "state_dict": {BACKBONE + name: tensor for name, tensor in weights.items()},
+        "global_step": 0,
+        "pytorch-lightning_version": version("lightning"),
+    }
+    write(file, lambda partial: torch.save(checkpoint, partial))
+    write_again(file, file.with_name("selected.ckpt"))
 
 
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: expected JSON, found something else: {error}") from None
-
-
-def _check_free(files: tuple[Path, ...], given: Mapping[str, str]) -> None:
-    if given.get("overwrite") != "true" and (taken := [str(f) for f in files if f.exists()]):
-        raise ConfigError(f"to={given['to']}: {', '.join(taken)} would be lost. overwrite=true?")
-
-
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
-    """Under another name first, so that a file that is there is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.part")
-    write(partial)
-    os.replace(partial, file)
-
-
-def _report(
-    files: tuple[Path, ...], weights: Mapping[str, Tensor], notes: tuple[str, ...] | list[str]
-) -> list[Path]:
+def _report(files: list[Path], weights: Mapping[str, Tensor], notes: Sequence[str]) -> list[Path]:
     count = sum(tensor.numel() for tensor in weights.values())
     print(f"{len(weights)} tensors, {count:,} numbers")
     for line in (*notes, *files):
         print(line)
-    return list(files)
+    return files
 
 
 if __name__ == "__main__":

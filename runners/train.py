@@ -59,7 +59,7 @@ def complete_stage_before(cfg: DictConfig) -> None:
             raise ConfigError(
                 f"stage.start: stage {earlier.stage.name} is not done. On several devices stages "
                 f"run one by one: the same command with stage={earlier.stage.name}, without what "
-                "it says of moe, comes first."
+                "it says of moe or name, comes first."
             )
         complete_stage_before(earlier)
         print(f"stage {earlier.stage.name}: {folder.path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,15 @@ from dynmoe.errors import ConfigError
 from dynmoe.report.records import RunFolder
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from dynmoe.data.task_data import TaskData
     from dynmoe.tasks.base import MoETask
+
+TOWER = "vision."
+
+# What a language model computes with its weights that their shapes do not tell.
+UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rms_norm_eps", "rope_parameters")
 
 # What runs of early versions did not save.
 EARLIER = {
@@ -58,10 +64,12 @@ def checkpoint_of(folder: RunFolder, name: str) -> Path:
 
 
 def load_backbone(backbone: nn.Module, start: Path) -> None:
-    """Give a backbone the weights that a finished run ends with.
+    """Give a backbone the weights that a finished run ends with; a converted checkpoint's without a
+    vision tower leave it its own.
 
     Raises:
-        ConfigError: no such run, or weights of another model.
+        ConfigError: no such run, weights of another model, or a converted checkpoint whose weights
+            would be used in another way.
     """
     import torch
 
@@ -74,6 +82,8 @@ def load_backbone(backbone: nn.Module, start: Path) -> None:
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     prefix = "backbone."
     weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not _has_tower(weights, TOWER):
+        weights |= {k: v for k, v in backbone.state_dict().items() if k.startswith(TOWER)}
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
@@ -81,6 +91,22 @@ def load_backbone(backbone: nn.Module, start: Path) -> None:
             f"stage.start={start}: its weights are not those of this backbone before it gets MoE "
             f"layers: {' '.join(str(error).split())[:300]}"
         ) from error
+    _check_language_model(backbone, start)
+
+
+def _check_language_model(backbone: nn.Module, start: Path) -> None:
+    """A converted checkpoint says in config.json how its weights are to be used."""
+    from dynmoe.backbones import hub
+
+    folder = start / "language_model"
+    if not (folder / "config.json").is_file():
+        return
+    theirs, ours = hub.configuration(None, str(folder), None, {}), backbone.config
+    if wrong := [key for key in UNSEEN if getattr(theirs, key, 0) != getattr(ours, key, 0)]:
+        raise ConfigError(
+            f"stage.start={start}: its language model has another {', '.join(wrong)} than this "
+            f"backbone. Take its own: backbone.path={folder} backbone.pretrained=false"
+        )
 
 
 def load(
@@ -91,7 +117,17 @@ def load(
 
     from runners import build
 
+    saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state, tower = saved["state_dict"], f"backbone.{TOWER}"
+    if keeps_tower := "vision" in cfg.backbone and not _has_tower(state, tower):
+        cfg.backbone.vision.pretrained = True
     task = build.build_task(cfg, data, fused_attention)
-    state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    task.load_state_dict(state["state_dict"])
-    return task, state["global_step"] - 1
+    if keeps_tower:
+        state |= {k: v for k, v in task.state_dict().items() if k.startswith(tower)}
+    task.load_state_dict(state)
+    return task, saved["global_step"] - 1
+
+
+def _has_tower(weights: Mapping[str, Tensor], prefix: str) -> bool:
+    """False of a converted checkpoint whose vision tower is published elsewhere."""
+    return any(name.startswith(prefix) for name in weights)

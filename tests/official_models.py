@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 FAMILIES = ("stablelm", "qwen", "phi")
+DENSE = 0
 VOCAB, WIDTH, HIDDEN, HEADS, DEPTH, EXPERTS, PATCHES = 40, 16, 24, 2, 3, 4, 12
 MOE_LAYERS = [0, 2]
 SIZES = {
@@ -52,9 +53,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config_of(family: str, top_k: int) -> dict[str, Any]:
-    """``top_k`` -1: DynMoE."""
+    """``top_k`` -1: DynMoE; ``DENSE``: MoE-LLaVA's second stage."""
+    moe = {
+        "moe_layers_idx": MOE_LAYERS,
+        "num_experts": [EXPERTS] * len(MOE_LAYERS),
+        "top_k_experts": top_k,
+        "router_aux_loss_coef": 0.01,
+        "eval_capacity_factor": 2.0,
+        "use_residual": False,
+        "ep_size": 1,
+    }
     return {
-        "model_type": f"moe_llava_{family}",
+        "model_type": f"llava_{family}" if top_k == DENSE else f"moe_llava_{family}",
         **SIZES,
         **CONFIGS[family],
         "tie_word_embeddings": False,
@@ -65,15 +75,7 @@ def config_of(family: str, top_k: int) -> dict[str, Any]:
         "mm_vision_select_feature": "patch",
         "image_projector_type": "mlp2x_gelu",
         "image_aspect_ratio": "pad",
-        "moe": {
-            "moe_layers_idx": MOE_LAYERS,
-            "num_experts": [EXPERTS] * len(MOE_LAYERS),
-            "top_k_experts": top_k,
-            "router_aux_loss_coef": 0.01,
-            "eval_capacity_factor": 2.0,
-            "use_residual": False,
-            "ep_size": 1,
-        },
+        **({} if top_k == DENSE else {"moe": moe}),
     }
 
 
@@ -103,7 +105,7 @@ def shapes(family: str, top_k: int, tower: bool = False) -> Iterator[tuple[str, 
             yield from _linear(f"{block}.self_attn.o_proj", WIDTH, WIDTH, bias=False)
         if family == "phi":
             yield from _linear(f"{block}.self_attn.dense", WIDTH, WIDTH, bias=True)
-        if i not in MOE_LAYERS:
+        if i not in MOE_LAYERS or top_k == DENSE:
             yield from _ffn(family, f"{block}.mlp")
             continue
         moe = f"{block}.mlp.deepspeed_moe"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
@@ -19,12 +20,17 @@ logging.disable_progress_bar()
 
 
 def configuration(
-    model: str | None, path: str | None, architecture: str | None, options: Mapping[str, Any]
+    model: str | None,
+    path: str | None,
+    architecture: str | None,
+    options: Mapping[str, Any],
+    node: str = "backbone",
 ) -> Any:
     """What transformers calls the configuration: ``options`` over what the name says.
 
     ``model``: on Hugging Face's hub; ``path``: a folder with config.json; ``architecture``: a
     ``model_type`` of transformers. Exactly one is given, but that ``path`` goes before ``model``.
+    ``node`` is where our own configuration names them.
 
     Raises:
         ConfigError: no such model or folder, or options it does not have.
@@ -32,23 +38,23 @@ def configuration(
     source = path or model
     if (source is None) == (architecture is None):
         raise ConfigError(
-            "backbone: expected a model of the hub (backbone.model), a folder (backbone.path) or "
-            f"an architecture, found model={model}, path={path}, architecture={architecture}"
+            f"{node}: expected a model of the hub ({node}.model), a folder ({node}.path) or an "
+            f"architecture, found model={model}, path={path}, architecture={architecture}"
         )
     if path is not None and not (Path(path).expanduser() / "config.json").is_file():
         raise ConfigError(
-            f"backbone.path={path}: expected a folder with config.json, weights and tokenizer"
+            f"{node}.path={path}: expected a folder with config.json, weights and tokenizer"
         )
     try:
         if architecture is not None:
-            _check_options(AutoConfig.for_model(architecture), options)
+            _check_options(AutoConfig.for_model(architecture), options, node)
             return AutoConfig.for_model(architecture, **options)
-        _check_options(AutoConfig.from_pretrained(**where(model, path)), options)
+        _check_options(AutoConfig.from_pretrained(**where(model, path)), options, node)
         return AutoConfig.from_pretrained(**where(model, path), **options)
     except StrictDataclassError as error:
-        raise ConfigError(f"backbone.options: {error}") from error
+        raise ConfigError(f"{node}.options: {error}") from error
     except (OSError, ValueError) as error:
-        raise not_found(model, path, architecture, error) from error
+        raise not_found(model, path, architecture, error, node) from error
 
 
 def where(model: str | None, path: str | None) -> dict[str, Any]:
@@ -57,28 +63,83 @@ def where(model: str | None, path: str | None) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": source, "local_files_only": path is not None}
 
 
+def changed(config: Any, options: Mapping[str, Any], node: str) -> Any:
+    """A configuration that is a part of another one, with ``options`` over it.
+
+    Raises:
+        ConfigError: options it does not have.
+    """
+    _check_options(config, options, node)
+    try:
+        return type(config).from_dict({**config.to_dict(), **options})
+    except StrictDataclassError as error:
+        raise ConfigError(f"{node}.options: {error}") from error
+
+
+def with_weights(
+    kind: Any, model: str | None, path: str | None, config: Any, node: str = "backbone"
+) -> Any:
+    """A model of the class ``kind`` in fp32, all of it pretrained.
+
+    Raises:
+        ConfigError: no weights, or weights of another model.
+    """
+    try:
+        found, loaded = kind.from_pretrained(
+            **where(model, path),
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError) as error:
+        raise not_found(model, path, None, error, node) from error
+    refuse_absent(absent_keys(loaded), model, path, node)
+    return found
+
+
+def absent_keys(loaded: Mapping[str, Any]) -> list[str]:
+    """Parameters that stay as they were drawn, by what ``from_pretrained`` says of its loading."""
+    return sorted([*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])])
+
+
+def refuse_absent(
+    absent: Sequence[str], model: str | None, path: str | None, node: str = "backbone"
+) -> None:
+    if absent:
+        raise ConfigError(
+            f"{node}.{'path' if path else 'model'}={path or model}: the weights do not fit the "
+            f"configuration; absent or of another size: {', '.join(absent[:3])}"
+            f"{' ...' if len(absent) > 3 else ''} ({len(absent)} in all)"
+        )
+
+
 def not_found(
-    model: str | None, path: str | None, architecture: str | None, error: Exception
+    model: str | None,
+    path: str | None,
+    architecture: str | None,
+    error: Exception,
+    node: str = "backbone",
 ) -> ConfigError:
     """What to say when transformers does not find or cannot read a model."""
     reason = str(error).splitlines()[0]
     if architecture is not None:
         return ConfigError(
-            f"backbone.architecture={architecture}: transformers knows no such model type"
+            f"{node}.architecture={architecture}: transformers knows no such model type"
         )
     if path is not None:
-        return ConfigError(f"backbone.path={path}: transformers cannot load it: {reason}")
+        return ConfigError(f"{node}.path={path}: transformers cannot load it: {reason}")
     return ConfigError(
-        f"backbone.model={model}: could not be had from Hugging Face's hub ({reason}). Without "
-        "network give its folder: backbone.path=FOLDER with config.json, weights and tokenizer."
+        f"{node}.model={model}: could not be had from Hugging Face's hub ({reason}). Without "
+        f"network give its folder: {node}.path=FOLDER with config.json, weights and tokenizer."
     )
 
 
-def _check_options(config: PreTrainedConfig, options: Mapping[str, Any]) -> None:
+def _check_options(config: PreTrainedConfig, options: Mapping[str, Any], node: str) -> None:
     """transformers would take any key."""
     for key in options:
         if not hasattr(config, key):
             known = [name for name in dir(config) if not name.startswith("_")]
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ConfigError(f"backbone.options: {type(config).__name__} has no '{key}'.{hint}")
+            raise ConfigError(f"{node}.options: {type(config).__name__} has no '{key}'.{hint}")

@@ -93,7 +93,12 @@ def _convert(
 
 
 def _unread(vision: Sequence[str], settings: Mapping[str, Any]) -> set[str]:
-    """What of the image tower comes after the layer that is read, counted from the end."""
+    """What of the image tower comes after the layer that is read, counted from the end.
+
+    A tower without its last norm ends with that layer already: ``to_official`` wrote it.
+    """
+    if not any(".post_layernorm." in name for name in vision):
+        return set()
     layers = {name: int(found[1]) for name in vision if (found := TOWER_LAYER.search(name))}
     behind = max(layers.values(), default=0) + 1 + settings["vision"]["layer"]
     return {name for name in vision if layers.get(name, 0) > behind or ".post_layernorm." in name}

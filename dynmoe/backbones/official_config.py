@@ -1,6 +1,8 @@
 """What config.json of MoE-LLaVA and DynMoE-LLaVA means for us, both ways.
 
-A converted model computes at evaluation what the official code at its head does:
+``model_type`` is ``moe_llava_<family>``, or ``llava_<family>`` of a dense model, which MoE-LLaVA's
+second stage ends with and DynMoE starts from. A converted model computes at evaluation what the
+official code at its head does:
 
 - DynMoE (``conf/moe/dynmoe.yaml``): any options of the router evaluate so but ``combine=tutel``.
   The code of May 2024 had a capacity, which could drop tokens. ``dynmoe_official_deepspeed`` has
@@ -73,7 +75,8 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
 
     ``family``; ``language_model``: ``architecture`` and ``options`` of transformers; ``vision``:
     ``model``, the ``layer`` whose patches are read, their ``width``, how an image is ``fit``;
-    ``projector``; ``moe``: keys of ``conf/moe/<name>.yaml``; ``notes``: what is not as there.
+    ``projector``; ``moe``: keys of ``conf/moe/<name>.yaml`` with a list of ``layers``; ``notes``:
+    what is not as there.
 
     Raises:
         DataError: what is missing, or ours cannot compute, all at once.
@@ -87,7 +90,6 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
     if family == "qwen":
         options["intermediate_size"] //= 2  # w1 and w2 together
         options["num_key_value_heads"] = options["num_attention_heads"]
-    moe = config["moe"]
     return {
         "family": family,
         "language_model": {"architecture": ARCHITECTURES[family], "options": options},
@@ -96,17 +98,17 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
             "fit": FITS[config.get("image_aspect_ratio", "square")],
         },
         "projector": config.get("image_projector_type", "linear"),
-        "moe": _pool(moe),
-        "notes": list(_notes(moe)),
+        "moe": _pool(config["moe"]) if _has_experts(config) else {"name": "dense", "layers": []},
+        "notes": list(_notes(config["moe"])) if _has_experts(config) else [],
     }
 
 
 def official_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a model by our settings: ``describe`` gives them back."""
     family, moe = settings["family"], settings["moe"]
-    options, top_k = settings["language_model"]["options"], moe.get("top_k", -1)
+    options, is_dense = settings["language_model"]["options"], not moe["layers"]
     config = {
-        "model_type": f"moe_llava_{family}",
+        "model_type": f"llava_{family}" if is_dense else f"moe_llava_{family}",
         **{official: options[ours] for ours, official in OPTIONS[family].items()},
         **{official: options["rope_parameters"][ours] for ours, official in ROPE[family].items()},
         **{official: settings["vision"][ours] for ours, official in VISION.items()},
@@ -120,7 +122,14 @@ def official_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     if family == "qwen":
         config["intermediate_size"] *= 2
         config["kv_channels"] = config["hidden_size"] // config["num_attention_heads"]
-    config["moe"] = {
+    if not is_dense:
+        config["moe"] = _official_pool(moe)
+    return config
+
+
+def _official_pool(moe: Mapping[str, Any]) -> dict[str, Any]:
+    top_k = moe.get("top_k", -1)
+    return {
         **ONLY["moe"],
         "moe_enable": True,
         "moe_mode": "custom",
@@ -133,7 +142,6 @@ def official_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         "min_capacity": 0,
         "train_modules": [],
     }
-    return config
 
 
 def _pool(moe: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,36 +172,39 @@ def _notes(moe: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _family(config: Mapping[str, Any]) -> str:
-    return str(config.get("model_type")).removeprefix("moe_llava_")
+    return str(config.get("model_type")).removeprefix("moe_").removeprefix("llava_")
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    return str(config["model_type"]).startswith("moe_")
 
 
 def _problems(config: Mapping[str, Any]) -> Iterator[str]:
     family = _family(config)
-    if config.get("model_type") not in [f"moe_llava_{known}" for known in ARCHITECTURES]:
-        known = ", ".join(f"moe_llava_{name}" for name in ARCHITECTURES)
-        yield f"model_type: expected one of {known}, found {config.get('model_type')}"
+    known = [f"{moe}llava_{name}" for moe in ("moe_", "") for name in ARCHITECTURES]
+    if config.get("model_type") not in known:
+        yield f"model_type: expected one of {', '.join(known)}, found {config.get('model_type')}"
         return
-    moe = config.get("moe", {})
+    moe = config.get("moe", {}) if _has_experts(config) else {}
+    pool = {f"moe.{key}": value for key, value in moe.items()}
+    found = {**config, **pool}
     needed = [*OPTIONS[family].values(), *ROPE[family].values(), *VISION.values()]
-    absent = [key for key in needed if config.get(key) is None]
-    absent += [f"moe.{key}" for key in MOE if moe.get(key) in (None, [])]
-    if absent:
+    needed += [f"moe.{key}" for key in MOE if _has_experts(config)]
+    if absent := [key for key in needed if found.get(key) in (None, [])]:
         yield f"expected the keys {', '.join(absent)}, found none"
-    for key, value in {**ONLY[family], **ONLY["every"]}.items():
-        if config.get(key, value) != value:
-            yield f"{key}: expected {value}, found {config[key]}, which is not supported"
-    for key, value in ONLY["moe"].items():
-        if moe.get(key, value) != value:
-            yield f"moe.{key}: expected {value}, found {moe[key]}, which is not supported"
+    only = {**ONLY[family], **ONLY["every"], **{f"moe.{k}": v for k, v in ONLY["moe"].items()}}
+    for key, value in only.items():
+        if found.get(key, value) != value:
+            yield f"{key}: expected {value}, found {found[key]}, which is not supported"
     for key, choices in {"image_projector_type": PROJECTORS, "image_aspect_ratio": FITS}.items():
         if key in config and config[key] not in choices:
             yield f"{key}: expected one of {', '.join(choices)}, found {config[key]}"
     if absent:
         return
-    if len(set(moe["num_experts"])) > 1:
-        yield f"moe.num_experts: expected as many in every layer, found {moe['num_experts']}"
-    if moe["top_k_experts"] not in (-1, 1, 2):
-        yield f"moe.top_k_experts: expected 1, 2 or -1, found {moe['top_k_experts']}"
+    if len(set(pool.get("moe.num_experts", ()))) > 1:
+        yield f"moe.num_experts: expected as many in every layer, found {pool['moe.num_experts']}"
+    if pool.get("moe.top_k_experts", -1) not in (-1, 1, 2):
+        yield f"moe.top_k_experts: expected 1, 2 or -1, found {pool['moe.top_k_experts']}"
     if family == "qwen":
         width = config.get("kv_channels", 128) * config["num_attention_heads"]
         if width != config["hidden_size"]:

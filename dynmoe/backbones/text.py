@@ -149,14 +149,9 @@ def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any
     except (OSError, ValueError) as error:
         raise hub.not_found(model, path, None, error) from error
     body = f"{classifier.base_model_prefix}."
-    fresh = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
-    absent = sorted(key for key in fresh if key.startswith(body) and "pooler" not in key)
-    if absent:
-        raise ConfigError(
-            f"backbone.{'path' if path else 'model'}={path or model}: the weights do not fit the "
-            f"configuration; absent or of another size: {', '.join(absent[:3])}"
-            f"{' ...' if len(absent) > 3 else ''} ({len(absent)} in all)"
-        )
+    fresh = hub.absent_keys(loaded)
+    absent = [key for key in fresh if key.startswith(body) and "pooler" not in key]
+    hub.refuse_absent(absent, model, path)
     head = {name for name, _ in classifier.named_parameters() if not name.startswith(body)}
     for name in head.difference(fresh):  # of another task, of as many classes
         classifier.get_parameter(name)._is_hf_initialized = False

@@ -10,31 +10,29 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import CLIPVisionModel, SiglipVisionModel
 
 from dynmoe.backbones import hub
 from dynmoe.backbones.vit import build_vit
 from dynmoe.errors import ConfigError
 
 # Vision towers of transformers by ``model_type``, of whole CLIPs as of their vision half.
-TRANSFORMERS: dict[str, tuple[Any, Any]] = {
-    "clip": (CLIPVisionConfig, CLIPVisionModel),
-    "siglip": (SiglipVisionConfig, SiglipVisionModel),
-}
+TRANSFORMERS: dict[str, Any] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
+
+NODE = "backbone.vision"
 
 
 class TimmTower(nn.Module):
     """A ViT of timm up to its block ``layer``, counted from the end: -1 is the last one.
 
-    ``[I, 3, H, W] -> [I, P, V]``. Blocks behind it, norm and head are dropped. As in LLaVA, whose
-    features are CLIP's ``hidden_states[layer]``, no final norm is applied and the class token is
-    left out.
+    ``[I, 3, H, W] -> [I, P, V]``. Blocks behind it, norm, pooling and head are dropped. As in
+    LLaVA, whose features are CLIP's ``hidden_states[layer]``, no final norm is applied and the
+    class token is left out.
     """
 
     def __init__(self, model: Any, layer: int) -> None:
         super().__init__()
-        model.blocks = model.blocks[: len(model.blocks) + 1 + layer]
-        model.norm = nn.Identity()
+        model.prune_intermediate_layers([len(model.blocks) + layer], prune_norm=True)
         self.model = model
         self.width = int(model.embed_dim)
         self.patches = int(model.patch_embed.num_patches)
@@ -94,26 +92,29 @@ def build_vision_tower(
         ConfigError: a model that is not there or has another patch size, or fewer layers.
     """
     if layer >= 0:
-        raise ConfigError(f"backbone.vision.layer: counted from the end, -1 is the last: {layer}")
+        raise ConfigError(f"{NODE}.layer: counted from the end, -1 is the last: {layer}")
     tower: TimmTower | TransformersTower
     if library == "timm":
         if model is None or path is not None:
             raise ConfigError(
-                "backbone.vision: library=timm takes a timm name as model, and a file of weights "
+                f"{NODE}: library=timm takes a timm name as model, and a file of weights "
                 "as pretrained, no path"
             )
-        vit: Any = build_vit(
-            model, num_classes=0, image_size=image_size, pretrained=pretrained, options=options
-        )
+        try:
+            vit: Any = build_vit(
+                model, num_classes=0, image_size=image_size, pretrained=pretrained, options=options
+            )
+        except ConfigError as error:  # speaks of the keys of a backbone
+            raise ConfigError(str(error).replace("backbone", NODE)) from error
         _check_depth(layer, len(vit.blocks))
         tower = TimmTower(vit, layer)
     else:
         if isinstance(pretrained, str):
-            raise ConfigError("backbone.vision.pretrained: expected true or false, and path=FOLDER")
+            raise ConfigError(f"{NODE}.pretrained: expected true or false, and path=FOLDER")
         tower = _from_transformers(model, path, pretrained, image_size, layer, options or {})
     if tower.patches != (image_size // patch_size) ** 2:
         raise ConfigError(
-            f"backbone.vision.patch_size={patch_size}: {image_size} px would be "
+            f"{NODE}.patch_size={patch_size}: {image_size} px would be "
             f"{(image_size // patch_size) ** 2} patches, but this tower makes {tower.patches}"
         )
     return tower
@@ -127,27 +128,18 @@ def _from_transformers(
     layer: int,
     options: Mapping[str, Any],
 ) -> TransformersTower:
-    whole = hub.configuration(model, path, None, {})
+    whole = hub.configuration(model, path, None, {}, NODE)
     kind = whole.model_type.removesuffix("_vision_model")
     if kind not in TRANSFORMERS:
-        raise ConfigError(
-            f"backbone.vision: expected a CLIP or SigLIP, found a '{whole.model_type}'"
-        )
-    config_class, model_class = TRANSFORMERS[kind]
-    config = getattr(whole, "vision_config", whole)
-    config = config_class.from_dict({**config.to_dict(), **options})
+        raise ConfigError(f"{NODE}: expected a CLIP or SigLIP, found a '{whole.model_type}'")
+    config = hub.changed(getattr(whole, "vision_config", whole), options, NODE)
     if pretrained:
-        try:
-            tower = model_class.from_pretrained(
-                **hub.where(model, path), config=config, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            raise hub.not_found(model, path, None, error) from error
+        tower = hub.with_weights(TRANSFORMERS[kind], model, path, config, NODE)
     else:
-        tower = model_class._from_config(config, dtype=torch.float32)
+        tower = TRANSFORMERS[kind]._from_config(config, dtype=torch.float32)
     if config.image_size != image_size:
         raise ConfigError(
-            f"backbone.vision.image_size={image_size}: this tower is for {config.image_size} px"
+            f"{NODE}.image_size={image_size}: this tower is for {config.image_size} px"
         )
     _check_depth(layer, config.num_hidden_layers)
     return TransformersTower(tower, layer)
@@ -155,4 +147,4 @@ def _from_transformers(
 
 def _check_depth(layer: int, depth: int) -> None:
     if -layer > depth:
-        raise ConfigError(f"backbone.vision.layer={layer}: this tower has {depth} blocks")
+        raise ConfigError(f"{NODE}.layer={layer}: this tower has {depth} blocks")

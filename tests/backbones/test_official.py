@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,22 @@ import official_forward
 import pytest
 import torch
 import yaml
-from official_models import EXPERTS, FAMILIES, VOCAB, config_of, weights
+from official_models import DENSE, EXPERTS, FAMILIES, VOCAB, config_of, weights
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, SiglipVisionConfig
 
 from dynmoe.backbones.official import to_dynmoe, to_official
 from dynmoe.backbones.official_config import describe, official_config
+from dynmoe.backbones.official_tower import MEAN, STD, tower
 from dynmoe.backbones.surgery import add_moe_layers
-from dynmoe.errors import DataError
+from dynmoe.errors import ConfigError, DataError
 from dynmoe.layers import TopAnyRouter, TopKRouter, moe_layers, record_routing
 
 TOP_ANY, TOP_2 = -1, 2
-EVERY = [(family, top_k) for family in FAMILIES for top_k in (TOP_ANY, TOP_2)]
+EVERY = [(family, top_k) for family in FAMILIES for top_k in (TOP_ANY, TOP_2, DENSE)]
 LANGUAGE = "language_model."
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def language_model(settings: dict[str, Any]) -> Any:
@@ -33,6 +36,8 @@ def language_model(settings: dict[str, Any]) -> Any:
     )
     model = AutoModelForCausalLM.from_config(config)
     moe = settings["moe"]
+    if moe["name"] == "dense":
+        return model.eval()
     router = partial(TopKRouter, top_k=moe["top_k"]) if moe["name"] == "topk" else TopAnyRouter
     keys = ("num_experts", "max_experts", "layers", "init", "expert_dropout")
     add_moe_layers(model, router=router, **{key: moe[key] for key in keys})
@@ -84,6 +89,7 @@ def test_the_image_tower_comes_along_up_to_the_layer_that_is_read(family: str) -
     read = {k: v for k, v in state.items() if ".layers.2.mlp.fc1" not in k or "tower" not in k}
     read = {k: v for k, v in read.items() if "post_layernorm" not in k}
     assert_equal(to_official(ours, settings), read)
+    assert_equal(to_dynmoe(read, settings), ours)
 
 
 @pytest.mark.parametrize(("family", "top_k"), EVERY)
@@ -220,6 +226,9 @@ def test_settings_there_and_back(family: str, top_k: int) -> None:
     assert {key: back[key] for key in config if key != "moe"} == {
         key: config[key] for key in config if key != "moe"
     }
+    if top_k == DENSE:
+        assert "moe" not in back and settings["moe"] == {"name": "dense", "layers": []}
+        return
     assert {key: back["moe"][key] for key in config["moe"]} == config["moe"] | (
         {} if top_k == TOP_2 else {"eval_capacity_factor": EXPERTS}
     )
@@ -248,7 +257,7 @@ def test_what_the_settings_say() -> None:
 @pytest.mark.parametrize("top_k", [TOP_ANY, TOP_2])
 def test_pools_are_configured_by_keys_that_the_files_have(top_k: int) -> None:
     moe = describe(config_of("phi", top_k))["moe"]
-    file = Path(__file__).parents[2] / "conf" / "moe" / f"{moe['name']}.yaml"
+    file = CONF / "moe" / f"{moe['name']}.yaml"
     assert moe.keys() <= OmegaConf.load(file).keys()  # type: ignore[operator]
 
 
@@ -280,7 +289,11 @@ def test_every_problem_of_a_config_is_named() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model_type": "moe_llava_llama"}, "model_type: expected one of moe_llava_stablelm, moe"),
+        (
+            {"model_type": "moe_llava_llama"},
+            "llava_phi, llava_stablelm, llava_qwen, llava_phi, fou",
+        ),
+        ({"model_type": "llava_phi"}, "expected the keys num_key_value_heads, max_position_embedd"),
         ({"kv_channels": 16}, "kv_channels: expected heads of 16 in all, found 32"),
         ({"moe": {"num_experts": [4, 2]}}, r"moe.num_experts: expected as many in every layer"),
         ({"moe": {"top_k_experts": 3}}, "moe.top_k_experts: expected 1, 2 or -1, found 3"),
@@ -291,3 +304,30 @@ def test_configs_that_are_refused(changed: dict[str, Any], message: str) -> None
     moe = config["moe"] | changed.get("moe", {})
     with pytest.raises(DataError, match=message):
         describe({**config, **changed, "moe": moe})
+
+
+# Image towers.
+
+
+def test_towers_by_name() -> None:
+    for name in ("openai/clip-vit-large-patch14-336", "cache/clip-vit-large-patch14-336"):
+        found = tower(name, None)
+        shipped = OmegaConf.load(CONF / "backbone" / "vl_stablelm.yaml").vision  # type: ignore[union-attr]
+        assert found == {key: shipped[key] for key in found}
+    with pytest.raises(ConfigError, match=r"Another CLIP is read from its folder: vision=FOLDER"):
+        tower("google/siglip-so400m-patch14-384", None)
+
+
+def test_towers_by_folder(tmp_path: Path) -> None:
+    """Of a whole CLIP, too."""
+    CLIPConfig(vision_config={"image_size": 30, "patch_size": 10}).save_pretrained(tmp_path)
+    found = tower("some/clip", str(tmp_path))
+    sizes = {"model": "some/clip", "path": str(tmp_path), "image_size": 30, "patch_size": 10}
+    assert found == {**sizes, "mean": MEAN, "std": STD}
+    images = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 1.0, 1.0]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    found = tower("some/clip", str(tmp_path))
+    assert (found["mean"], found["std"]) == (images["image_mean"], images["image_std"])
+    SiglipVisionConfig().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"expected a CLIP, found a 'siglip_vision_model'"):
+        tower("some/clip", str(tmp_path))

@@ -9,34 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from official_models import config_of, weights
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from hydra import compose, initialize_config_module
+from official_models import DENSE, VOCAB, config_of
+from omegaconf import OmegaConf
+from published_models import add_tokenizer, published
+from safetensors.torch import load_file
 
 from dynmoe.backbones.official import to_dynmoe
 from dynmoe.backbones.official_config import describe
-from runners import convert
+from dynmoe.data.tokens import load_tokenizer
+from dynmoe.data.vl_tokenizer import conversation_tokenizer
+from dynmoe.report.records import RunFolder
+from runners import cli, convert
+
+assert cli  # registers the resolvers of conf/
 
 TOP_ANY, TOP_2 = -1, 2
-
-
-def published(folder: Path, family: str, top_k: int, suffix: str) -> dict[str, Tensor]:
-    """In two shards with an index."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config_of(family, top_k)))
-    state = {name: tensor.half() for name, tensor in weights(family, top_k).items()}
-    names = sorted(state)
-    shards = {1: names[::2], 2: names[1::2]}
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    index = {}
-    for number, part in shards.items():
-        file = folder / f"{stem}-0000{number}-of-00002.{suffix}"
-        tensors = {name: state[name] for name in part}
-        save_file(tensors, file) if suffix == "safetensors" else torch.save(tensors, file)
-        index |= dict.fromkeys(part, file.name)
-    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": index}))
-    return state
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -46,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 @pytest.mark.parametrize(
     ("family", "top_k", "suffix"),
-    [("stablelm", TOP_ANY, "bin"), ("qwen", TOP_2, "safetensors"), ("phi", TOP_ANY, "safetensors")],
+    [("stablelm", TOP_ANY, "bin"), ("qwen", TOP_2, "safetensors"), ("phi", DENSE, "safetensors")],
 )
 def test_there_and_back(
     tmp_path: Path,
@@ -59,18 +47,20 @@ def test_there_and_back(
     state = published(tmp_path / "hub", family, top_k, suffix)
     run(monkeypatch, f"from={tmp_path}/hub", f"to={tmp_path}/ours")
     printed = capsys.readouterr().out.splitlines()
-    files = [str(tmp_path / "ours" / "checkpoints" / "last.ckpt"), f"{tmp_path}/ours/settings.yaml"]
+    files = [str(tmp_path / "ours" / name) for name in ("checkpoints/last.ckpt", "config.yaml")]
     assert printed[0].endswith(" numbers") and printed[-2:] == files
     assert any("noise" in line for line in printed) == (top_k == TOP_2)
+    assert RunFolder(tmp_path / "ours").is_done
 
-    settings = yaml.safe_load((tmp_path / "ours" / "settings.yaml").read_text())
-    assert settings == describe(config_of(family, top_k))
+    settings = describe(config_of(family, top_k))
     checkpoint: dict[str, Any] = torch.load(files[0], weights_only=True)
     assert checkpoint["global_step"] == 0 and "pytorch-lightning_version" in checkpoint
     expected = to_dynmoe(state, settings)
     assert checkpoint["state_dict"].keys() == {f"backbone.{name}" for name in expected}
     for name, tensor in expected.items():
         assert torch.equal(checkpoint["state_dict"][f"backbone.{name}"], tensor)
+    selected = torch.load(tmp_path / "ours" / "checkpoints" / "selected.ckpt", weights_only=True)
+    assert selected["state_dict"].keys() == checkpoint["state_dict"].keys()
 
     run(monkeypatch, f"run={tmp_path}/ours", f"to={tmp_path}/back")
     back = load_file(tmp_path / "back" / "model.safetensors")
@@ -78,7 +68,7 @@ def test_there_and_back(
     for name, tensor in state.items():
         assert torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype
     config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert describe(config) == settings
+    assert describe(config) == {**settings, "notes": describe(config)["notes"]}
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -115,7 +105,7 @@ def test_files_are_not_overwritten_unasked(
 ) -> None:
     published(tmp_path / "hub", "stablelm", TOP_2, "bin")
     arguments = f"from={tmp_path}/hub", f"to={tmp_path}/ours"
-    settings = tmp_path / "ours" / "settings.yaml"
+    settings = tmp_path / "ours" / "config.yaml"
     settings.parent.mkdir()
     settings.write_text("mine")
     message = refused(monkeypatch, capsys, *arguments)
@@ -124,7 +114,7 @@ def test_files_are_not_overwritten_unasked(
     )
     assert settings.read_text() == "mine"
     run(monkeypatch, *arguments, "overwrite=true")
-    assert yaml.safe_load(settings.read_text())["family"] == "stablelm"
+    assert OmegaConf.load(settings).backbone.template == "stablelm"
 
 
 @pytest.mark.parametrize(
@@ -134,12 +124,13 @@ def test_files_are_not_overwritten_unasked(
         (["from=a", "run=b", "to=c"], "expected from=FOLDER to=FOLDER, or run=FOLDER to=FOLDER"),
         (
             ["form=a"],
-            "form=a: unknown argument, expected from=, run=, to=, checkpoint=, overwrite=",
+            "form=a: unknown argument, expected from=, run=, to=, checkpoint=, tokenizer=, vision=",
         ),
         (["from=a", "to=b", "overwrite=yes"], "overwrite=yes: expected true or false"),
-        (["from=a", "to=b", "checkpoint=last"], "checkpoint= belongs to run=: from= reads all"),
+        (["from=a", "to=b", "checkpoint=last"], "checkpoint= belongs to run=FOLDER"),
+        (["run=a", "to=b", "vision=c"], "vision= belongs to from=FOLDER"),
         (["from={0}/none", "to={0}/b"], "from={0}/none: expected a folder with config.json"),
-        (["run={0}/none", "to={0}/b"], "run={0}/none: expected a folder with settings.yaml"),
+        (["run={0}/none", "to={0}/b"], "{0}/none: expected a folder with a config.yaml, found"),
     ],
 )
 def test_refused_commands(
@@ -178,9 +169,100 @@ def test_folders_that_are_not_whole(
 def test_the_checkpoint_has_to_be_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "settings.yaml").write_text("{}")
+    save_run(tmp_path)
     arguments = f"run={tmp_path}", f"to={tmp_path}/back", "checkpoint=selected"
     message = f"checkpoint=selected: there is no file {tmp_path}/checkpoints/selected.ckpt"
+    assert message in refused(monkeypatch, capsys, *arguments)
+
+
+# Tokenizers.
+
+
+def test_a_tokenizer_comes_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published(tmp_path / "hub", "stablelm", TOP_ANY)
+    add_tokenizer(tmp_path / "hub")
+    run(monkeypatch, f"from={tmp_path}/hub", f"to={tmp_path}/ours")
+    folder = tmp_path / "ours" / "language_model"
+    assert "no tokenizer" not in capsys.readouterr().out
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "hub" / name).read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["vocab_size"]) == ("stablelm", VOCAB)
+    assert len(load_tokenizer(str(folder), None)) == VOCAB
+
+
+def test_a_tokenizer_of_code_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first Qwen's: a file of tiktoken, and a class that transformers has not."""
+    published(tmp_path / "hub", "qwen", TOP_2)
+    (tmp_path / "hub" / "qwen.tiktoken").write_text("IQ== 0\n")
+    own = {"tokenizer_class": "QWenTokenizer", "auto_map": {"AutoTokenizer": ["a.QWenTokenizer"]}}
+    (tmp_path / "hub" / "tokenizer_config.json").write_text(json.dumps(own))
+    arguments = f"from={tmp_path}/hub", f"to={tmp_path}/ours", "overwrite=true"
+    run(monkeypatch, *arguments)
+    message = "convert again with tokenizer=FOLDER, a folder of Qwen/Qwen1.5-1.8B's."
+    assert message in capsys.readouterr().out
+    folder = tmp_path / "ours" / "language_model"
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    (tmp_path / "other").mkdir()
+    message = f"tokenizer={tmp_path}/other: expected a folder with tokenizer.json"
+    other = f"tokenizer={tmp_path}/other"
+    assert message in refused(monkeypatch, capsys, *arguments, other)
+    add_tokenizer(tmp_path / "other")
+    run(monkeypatch, *arguments, other)
+    assert len(load_tokenizer(str(folder), None)) == VOCAB
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published(tmp_path / "hub", "phi", TOP_2)
+    many = conversation_tokenizer([" ".join(f"word{i}" for i in range(50))], 100)
+    many.save_pretrained(tmp_path / "hub")
+    message = f"has 55 tokens, but the model's vocabulary is {VOCAB}"
+    arguments = f"from={tmp_path}/hub", f"to={tmp_path}/ours"
+    assert message in refused(monkeypatch, capsys, *arguments)
+    assert not (tmp_path / "ours").exists()
+
+
+# Runs that the official code has no place for.
+
+
+def save_run(folder: Path, *overrides: str) -> None:
+    """A folder with a configuration and a checkpoint without weights."""
+    with initialize_config_module("dynmoe.conf", version_base="1.3"):
+        cfg = compose("config", ["task=vl", "data=questions", "stage.start=null", *overrides])
+        OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+
+
+def test_everything_that_is_refused_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint = {"state_dict": {"backbone.vision.model.cls_token": torch.ones(1)}}
+    torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
+    arguments = f"run={tmp_path}", f"to={tmp_path}/back"
+
+    save_run(tmp_path)
+    message = "the official code has the language models stablelm, qwen2, phi, found llama"
+    assert message in refused(monkeypatch, capsys, *arguments)
+
+    few = "{num_attention_heads: 2, num_key_value_heads: 1, num_hidden_layers: 2, hidden_act: relu}"
+    more = "backbone.architecture=qwen2", f"++backbone.options={few}", "data.fit=stretch"
+    save_run(tmp_path, *more, "moe=gmoe")
+    assert refused(monkeypatch, capsys, *arguments).splitlines() == [
+        "dynmoe-convert: backbone: hidden_act: expected silu, found relu",
+        "backbone: num_key_value_heads: expected 2, as many as heads, found 1",
+        "backbone.vision: expected a CLIP of transformers, found vit_tiny_patch16_224",
+        "data.fit: expected one of pad, crop, found stretch",
+        "moe.router: expected one of dynmoe.layers.TopAnyRouter, dynmoe.layers.TopKRouter, found "
+        "dynmoe.layers.CosineTopKRouter",
+    ]
+    save_run(tmp_path, *more, "moe.router.combine=tutel")
+    message = "moe.router.combine: expected constant_k or through_k, found tutel"
     assert message in refused(monkeypatch, capsys, *arguments)
 
 

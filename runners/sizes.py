@@ -1,0 +1,204 @@
+"""The model of a vision-language run without its numbers, and what can be told from it.
+
+It is built on PyTorch's meta device from what its config.json says: no weights, and for the models
+of ``published.PUBLISHED`` no network. Data are read only where they are part of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from dynmoe.backbones.ffns import blocks_of
+from dynmoe.backbones.published import PUBLISHED
+from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.backbones.vlm import VisionLanguageModel, train_only
+from dynmoe.data.vision_language import VisionLanguageData
+from dynmoe.layers.moe import moe_layers
+from dynmoe.metrics import efficiency, estimate
+from runners.build import build_data
+
+# Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
+LLAVA = {"align": 558_128, "instruct": 964_000, "moe": 665_298}
+
+# Of the FFN, not whole ones.
+PARTS = ("cluster", "random")
+
+
+class Sizes(NamedTuple):
+    """Of a run."""
+
+    model: estimate.Model
+    total: int
+    """Parameters, empty slots included."""
+    activated: float
+    """Parameters that a token uses."""
+    vision: int
+    """Parameters of the vision tower, which are in ``total`` and ``activated``."""
+    flops: float | None
+    """Of the forward pass of a conversation; None where there is no formula."""
+    vision_flops: float
+    """Those of ``flops`` in the vision tower."""
+    trained_share: float
+    """Of the parameters that a token is multiplied with behind the vision tower."""
+    mean_tokens: float
+    conversations: int
+
+
+def measure(cfg: DictConfig) -> Sizes:
+    """Build the model and count.
+
+    Raises:
+        ConfigError: a model whose sizes cannot be had.
+    """
+    data, plan = _data_at_hand(cfg), cfg.plan
+    model = shell(cfg, {} if data is None else data.backbone_arguments)
+    if data is None or plan.mean_tokens is not None:
+        tokens = plan.mean_tokens or cfg.data.max_length
+        sample = _sample(cfg, round(tokens))
+    else:
+        tokens, sample = data.mean_tokens, data.sample
+    costs = efficiency.count(model, *sample)
+    k = dict.fromkeys(costs["slots"], mean_k(cfg))
+    activated = efficiency.activated(costs, costs["slots"], k)
+    vision = efficiency.count(model.vision, sample[0]["images"])
+    return Sizes(
+        model=describe(model, mean_ffns(cfg)),
+        total=efficiency.total(costs),
+        activated=activated,
+        vision=efficiency.total(vision),
+        flops=efficiency.flops(costs, costs["slots"], k),
+        vision_flops=efficiency.flops(vision, {}, {}) or 0.0,
+        trained_share=_trained_share(model, activated - costs["parameters"]["other"], activated),
+        mean_tokens=tokens,
+        conversations=plan.conversations
+        or (LLAVA[cfg.stage.name] if data is None else len(data.store)),
+    )
+
+
+def mean_k(cfg: DictConfig) -> float:
+    """Experts of a token, as planned."""
+    if cfg.plan.mean_k is not None:
+        return float(cfg.plan.mean_k)
+    return float(cfg.moe.get("top_k") or cfg.moe.max_experts / 2)
+
+
+def mean_ffns(cfg: DictConfig) -> float:
+    """As many whole FFNs are those experts."""
+    return mean_k(cfg) / (cfg.moe.num_experts if cfg.moe.init in PARTS else 1)
+
+
+def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:
+    """The run's model without numbers, what the stage does not train frozen. ``arguments`` are the
+    data's."""
+    moe = cfg.moe
+    with _sizes_alone(cfg.backbone) as backbone, torch.device("meta"):
+        model: VisionLanguageModel = instantiate(backbone, **arguments)
+        add_moe_layers(
+            model,
+            router=instantiate(moe.router),
+            num_experts=moe.num_experts,
+            max_experts=moe.max_experts,
+            layers=moe.layers,
+            init="random" if moe.init in PARTS else "copy",  # equal shapes, without the k-means
+        )
+    train_only(model, cfg.task.module.trains)
+    return model
+
+
+@contextmanager
+def _sizes_alone(backbone: DictConfig) -> Iterator[DictConfig]:
+    """The backbone's node without weights, published models as folders that have a config.json."""
+    found = OmegaConf.create(OmegaConf.to_container(backbone, resolve=True))
+    assert isinstance(found, DictConfig)
+    with TemporaryDirectory() as folder:
+        for node in (found, found.vision):
+            node.pretrained = False
+            if node.path is None and node.model in PUBLISHED:
+                architecture, sizes = PUBLISHED[node.model]
+                node.path = str(Path(folder) / architecture)
+                AutoConfig.for_model(architecture, **sizes).save_pretrained(node.path)
+        yield found
+
+
+def describe(model: VisionLanguageModel, ffns: float) -> estimate.Model:
+    """What the estimate of memory is made from; ``ffns``: see ``mean_ffns``."""
+    config: Any = model.config
+    blocks, _ = blocks_of(model.language_model)
+    tower: Any = model.vision.model
+    vision_blocks = tower.blocks if hasattr(tower, "blocks") else tower.encoder.layers
+    vision_width = int(model.vision.width)
+    # timm and transformers agree on these names; gated FFNs are about as large as four widths.
+    first = getattr(vision_blocks[0].mlp, "fc1", None)
+    heads, width = config.num_attention_heads, config.hidden_size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    in_blocks = [number(block) for block in (*blocks, *vision_blocks)]
+    return estimate.Model(
+        parameters=number(model),
+        trained=number(model, trained=True),
+        outside=number(model) - sum(in_blocks),
+        largest_block=max(in_blocks),
+        decoder=estimate.Blocks(len(blocks), width, config.intermediate_size),
+        moe_blocks=len(moe_layers(model)),
+        mean_k=ffns,
+        kv_width=kv_heads * (getattr(config, "head_dim", None) or width // heads),
+        vision=estimate.Blocks(
+            len(vision_blocks), vision_width, getattr(first, "out_features", 4 * vision_width)
+        ),
+        vision_trained=number(model.vision, trained=True) > 0,
+        vocabulary=config.vocab_size,
+    )
+
+
+def number(module: nn.Module, trained: bool = False) -> int:
+    """Its parameters, or those of them that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def _trained_share(model: VisionLanguageModel, in_layers: float, activated: float) -> float:
+    """``in_layers``: those of ``activated`` parameters that are in MoE layers, which are trained
+    as a whole or not at all."""
+    layers = sum(number(layer, trained=True) for layer in moe_layers(model).values())
+    trained = number(model, trained=True) - number(model.vision, trained=True) - layers
+    tied = model.config.tie_word_embeddings  # else the first are looked up, not multiplied
+    looked_up = 0 if tied else number(model.language_model.get_input_embeddings())
+    if not tied and model.language_model.get_input_embeddings().weight.requires_grad:
+        trained -= looked_up
+    return (trained + in_layers * (layers > 0)) / (activated - number(model.vision) - looked_up)
+
+
+def _sample(cfg: DictConfig, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A conversation about one image, all of whose text is learnt."""
+    size, patches = cfg.backbone.vision.image_size, patches_of(cfg)
+    tokens = max(tokens, patches + 1)
+    inputs = {
+        "input_ids": torch.zeros(1, tokens, dtype=torch.long),
+        "image_mask": torch.arange(tokens)[None] < patches,
+        "images": torch.zeros(1, 3, size, size),
+    }
+    return inputs, torch.zeros(tokens - patches, dtype=torch.long)
+
+
+def patches_of(cfg: DictConfig) -> int:
+    """Of an image."""
+    return int((cfg.backbone.vision.image_size // cfg.backbone.vision.patch_size) ** 2)
+
+
+def _data_at_hand(cfg: DictConfig) -> VisionLanguageData | None:
+    """The data, read, where they are part of the package and so is their vocabulary."""
+    content = cfg.data.content
+    if cfg.data.tokenizer_path or cfg.data.tokenizer_name or content.get("root"):
+        return None
+    data = build_data(cfg)
+    assert isinstance(data, VisionLanguageData)
+    data.setup()
+    return data
