@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TOWER = "vision."
 
+REASON = 300  # characters of a reason: PyTorch names every weight that does not fit
+
 # What a language model computes with its weights that their shapes do not tell.
 UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rms_norm_eps", "rope_parameters")
 
@@ -51,7 +53,7 @@ def configuration(folder: RunFolder) -> DictConfig:
         cfg.backbone.vision.pretrained = False
     if cfg.get("stage") is not None:
         cfg.stage.start = None
-    if "cache" in cfg.data:
+    if "cache" in cfg.get("data", {}):
         cfg.data.cache = None  # the folder may be of another machine
     return cfg
 
@@ -89,7 +91,7 @@ def load_backbone(backbone: nn.Module, start: Path) -> None:
     except RuntimeError as error:
         raise ConfigError(
             f"stage.start={start}: its weights are not those of this backbone before it gets MoE "
-            f"layers: {' '.join(str(error).split())[:300]}"
+            f"layers: {' '.join(str(error).split())[:REASON]}"
         ) from error
     _check_language_model(backbone, start)
 
@@ -112,7 +114,11 @@ def _check_language_model(backbone: nn.Module, start: Path) -> None:
 def load(
     cfg: DictConfig, data: TaskData, fused_attention: bool, checkpoint: Path
 ) -> tuple[MoETask, int]:
-    """The task as the checkpoint left it, on the CPU, and the step it is of."""
+    """The task as the checkpoint left it, on the CPU, and the step it is of.
+
+    Raises:
+        ConfigError: its weights are of another size: the data's own vocabulary, for one, was another.
+    """
     import torch
 
     from runners import build
@@ -124,7 +130,13 @@ def load(
     task = build.build_task(cfg, data, fused_attention)
     if keeps_tower:
         state |= {k: v for k, v in task.state_dict().items() if k.startswith(tower)}
-    task.load_state_dict(state)
+    try:
+        task.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{checkpoint}: its weights are not those of this run's configuration and data: "
+            f"{' '.join(str(error).split())[:REASON]}"
+        ) from error
     return task, saved["global_step"] - 1
 
 
