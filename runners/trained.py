@@ -117,7 +117,7 @@ def load(
     """The task as the checkpoint left it, on the CPU, and the step it is of.
 
     Raises:
-        ConfigError: its weights are of another size: the data's own vocabulary, for one, was another.
+        ConfigError: its weights are of another size, as where the data's vocabulary has changed.
     """
     import torch
 

@@ -53,6 +53,20 @@ def with_other_images(questions: ExactMatch) -> ExactMatch:
     )
 
 
+def spread(questions: ExactMatch, number: int | None) -> ExactMatch:
+    """`number` of a set's questions, evenly spread over it; None, or as many as there are: all."""
+    total = len(questions.questions)
+    if number is None or number >= total:
+        return questions
+    rows = [index * total // number for index in range(number)]
+    return ExactMatch(
+        questions.name,
+        [questions.questions[row] for row in rows],
+        [questions.records[row] for row in rows],
+        questions.load_image,
+    )
+
+
 def _first(answers: Counter[str]) -> str:
     return answers.most_common(1)[0][0]
 

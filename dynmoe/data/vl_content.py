@@ -14,7 +14,7 @@ from dynmoe.data import easy_vqa as shapes
 from dynmoe.data import scenes as drawn
 from dynmoe.data import science_qa as science
 from dynmoe.data.conversations import ConversationSource
-from dynmoe.data.image_use import baselines, with_other_images
+from dynmoe.data.image_use import baselines, spread, with_other_images
 from dynmoe.data.llava_json import read_llava
 from dynmoe.data.vqa_table import vqa_questions, vqa_table
 from dynmoe.questions.base import QuestionSet
@@ -67,15 +67,23 @@ def _without_images(name: str, test: ExactMatch, source: ConversationSource) -> 
     }
 
 
-def easy_vqa(stage: str, root: str | None, max_turns: int) -> Content:
-    """easy-VQA (dynmoe/data/easy_vqa.py): statements about its images to align, then questions."""
+def easy_vqa(
+    stage: str, root: str | None, max_turns: int, test_questions: int | None = None
+) -> Content:
+    """easy-VQA (dynmoe/data/easy_vqa.py): statements about its images to align, then questions.
+
+    ``test_questions`` of the test set are asked, evenly spread; None: all.
+    """
     train = {
         kind: shapes.easy_vqa_source(kind, root, max_turns) for kind in ("captions", "questions")
     }
-    test = shapes.easy_vqa_questions(root)
+    test, shuffled = (
+        spread(shapes.easy_vqa_questions(root, shuffled), test_questions)
+        for shuffled in (False, True)
+    )
     return Content(
         train["captions" if stage == "align" else "questions"],
-        {"test": test, "shuffled": shapes.easy_vqa_questions(root, shuffled=True)},
+        {"test": test, "shuffled": shuffled},
         lambda: _texts(*train.values()),
         _without_images("test", test, train["questions"]),
     )
