@@ -230,6 +230,9 @@ def _backbone_name(backbone: DictConfig) -> str:
     changes += [f"{key} {value}" for key, value in backbone.options.items()]
     if backbone.get("lora"):
         changes.append(f"LoRA {', '.join(f'{k} {v}' for k, v in backbone.lora.items())}")
+    if backbone.get("vision"):
+        tower = backbone.vision
+        changes.append(f"vision {Path(tower.model or tower.path).name}, {tower.image_size} px")
     return f"{name} ({', '.join(changes)})" if changes else name
 
 

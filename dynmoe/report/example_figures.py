@@ -282,4 +282,6 @@ def _show_patches(
     for y, row in enumerate(patches):
         for x, experts in enumerate(row):
             ink = _ink(colours[experts], OPACITY)
-            axes.text(x, y, _text(experts), color=ink, fontsize=5.5, ha="center", va="center")
+            text = _text(experts)
+            size = min(5.5, 28 / max(1, len(text)))  # as wide as its patch
+            axes.text(x, y, text, color=ink, fontsize=size, ha="center", va="center")
