@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dynmoe.adaptation.controller import plan
 from dynmoe.adaptation.schedule import Schedule
+from dynmoe.adaptation.sharded import whole
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import MoELayer, NewExpert, RoutingStats, moe_layers
 
@@ -90,7 +91,8 @@ class DynMoECallback(L.Callback):
         for slot in change.remove:
             layer.remove_expert(slot)
         if change.add is not None:
-            layer.add_expert(change.add, total["unserved_D"], self.init, load, seed)
+            with whole(layer, trainer.model):
+                layer.add_expert(change.add, total["unserved_D"], self.init, load, seed)
             if self.reset_moments:
                 _forget_moments(trainer, layer, change.add)
         event = {

@@ -82,10 +82,7 @@ class VisionLanguageModel(nn.Module):
         text_BND: Tensor = self.language_model.get_input_embeddings()(tokens["input_ids"])
         images = tokens["images"]
         if len(images):
-            # Without no_grad a frozen tower's activations would be kept.
-            frozen = not any(p.requires_grad for p in self.vision.parameters())
-            with torch.no_grad() if frozen else nullcontext():
-                patches_IPV = self.vision(images)
+            patches_IPV = self.vision(images)
         else:  # the projector still takes part, with a gradient of zero: ranks have to agree
             patches_IPV = images.new_zeros(0, self.vision.patches, self.vision.width)
         patches_IPD = self.projector(patches_IPV).to(text_BND.dtype)
@@ -206,8 +203,8 @@ def train_only(model: VisionLanguageModel, parts: Sequence[Part]) -> None:
             layer.origin.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
-            f"task.module.trains: {list(parts)} leaves nothing to train in this model. Choose among "
-            f"{', '.join(get_args(Part))}"
+            f"task.module.trains: {list(parts)} leaves nothing to train in this model. Choose "
+            f"among {', '.join(get_args(Part))}"
         )
     model.train()
 

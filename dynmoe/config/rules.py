@@ -103,6 +103,8 @@ def pretrained_weights(cfg: DictConfig) -> Iterator[str]:
 
 
 def data_folder(cfg: DictConfig) -> Iterator[str]:
+    if read(cfg, "mode", str) == "plan":  # reads none
+        return
     for key in ("data.root", "data.ood_root"):
         root = read(cfg, key, str)
         if root is not None and not Path(root).expanduser().is_dir():

@@ -218,8 +218,15 @@ def routing_stats(x_TD: Tensor, routing: Routing, token_mask_T: Tensor | None) -
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
-    """All MoE layers of a model by their dotted names, in the model's order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, MoELayer)}
+    """All MoE layers of a model by their dotted names, in the model's order.
+
+    The names are the same under FSDP, which puts modules of its own around blocks.
+    """
+    return {
+        name.replace("_fsdp_wrapped_module.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, MoELayer)
+    }
 
 
 @contextmanager

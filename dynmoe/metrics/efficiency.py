@@ -156,6 +156,7 @@ PRODUCTS: dict[str, Callable[[Any, Tensor, Tensor], int]] = {
         for model, name in {
             "bert": "BertSelfAttention",
             "camembert": "CamembertSelfAttention",
+            "clip": "CLIPAttention",
             "distilbert": "DistilBertSelfAttention",
             "electra": "ElectraSelfAttention",
             "gemma": "GemmaAttention",
@@ -168,6 +169,7 @@ PRODUCTS: dict[str, Callable[[Any, Tensor, Tensor], int]] = {
             "qwen2": "Qwen2Attention",
             "qwen3": "Qwen3Attention",
             "roberta": "RobertaSelfAttention",
+            "siglip": "SiglipAttention",
             "smollm3": "SmolLM3Attention",
             "stablelm": "StableLmAttention",
             "xlm_roberta": "XLMRobertaSelfAttention",

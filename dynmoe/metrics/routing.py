@@ -102,7 +102,7 @@ class RoutingMeter:
         found = {}
         for name, (*load_S, tokens) in zip(self._parts, sums.part_PS.tolist(), strict=True):
             load = [load_S[slot] for slot in layer.live]
-            found[name] = {"tokens": tokens, "mean_k": sum(load) / max(1, tokens), "load": load}
+            found[name] = {"tokens": tokens, "mean_k": sum(load_S) / max(1, tokens), "load": load}
         return found
 
     def _details(self, source: str) -> bool:

@@ -115,3 +115,72 @@ def test_positions_count_real_tokens_only() -> None:
     assert env0["tokens"] == 7 and env0["mean_k"] == 2 and env0["unrouted"] == 0
     assert env0["k_by_position"] == [2, 2, 2, 2]
     assert [sum(row) for row in env0["load_by_class"]] == [8, 6]
+
+
+PARTS = ("prompt", "image", "answer")
+
+
+def test_parts_of_sequences_are_told_apart() -> None:
+    """Two calls, as in generation: of two prompts, and of a token behind each of them."""
+    model = make_model()
+    meter = RoutingMeter(model, parts=PARTS)
+    part_BN = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 2]])
+    real_BN = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]]).bool()
+    ended_B1 = torch.tensor([[True], [False]])
+    with record_routing(model) as tape:
+        for x_BND, real in ((torch.randn(2, 4, DIM), real_BN), (torch.randn(2, 1, DIM), ended_B1)):
+            with mask_padding(model, real):
+                model(x_BND)
+    meter.update("env0", tape, part_BN=[part_BN, torch.full((2, 1), 2)])
+    (env0,) = meter.records(["env0"], reduce=lambda t: t)
+    first, second = (call.mask for call in tape["0"])
+    served = {
+        "prompt": first[0, [0, 3]].sum(0) + first[1, 2],
+        "image": first[0, [1, 2]].sum(0),
+        "answer": first[1, 3] + second[0, 0].int(),
+    }
+    tokens = {"prompt": 3, "image": 2, "answer": 2}
+    assert env0["tokens"] == 7
+    assert env0["parts"] == {
+        name: {
+            "tokens": tokens[name],
+            "load": served[name].tolist(),
+            "mean_k": served[name].sum().item() / tokens[name],
+        }
+        for name in PARTS
+    }
+    assert sum(served.values()).tolist() == env0["load"]  # type: ignore[union-attr]
+
+
+def test_parts_are_kept_by_slot_and_summed_over_ranks() -> None:
+    model = make_model()
+    meter = RoutingMeter(model, parts=PARTS)
+
+    def image_of(tokens: int) -> torch.Tensor:
+        x_BND = torch.randn(1, tokens, DIM)
+        with record_routing(model) as tape:
+            model(x_BND)
+        meter.update("train", tape, part_BN=[torch.ones(1, tokens, dtype=torch.long)])
+        return tape["0"][0].mask[0].sum(0)
+
+    before = image_of(40)
+    model[0].remove_expert(0)
+    model[0].add_expert(3, torch.ones(DIM))
+    after = image_of(30)
+    (train,) = meter.records(["train"], reduce=lambda t: 2 * t)
+    load = [2 * (before[1] + after[0]).item(), 2 * after[1].item()]
+    assert train["slots"] == [1, 3] and train["parts"]["image"]["load"] == load
+    assert train["parts"]["image"]["tokens"] == train["tokens"] == 140
+    mean_k = (before.sum() + after.sum()).item() / 70  # those of the removed expert too
+    assert train["parts"]["image"]["mean_k"] == train["mean_k"] == mean_k
+    assert train["parts"]["answer"] == {"tokens": 0, "load": [0, 0], "mean_k": 0}
+    (anew,) = meter.records(["train"], reduce=lambda t: t)
+    assert {part["tokens"] for part in anew["parts"].values()} == {0}
+
+
+def test_without_parts_none_are_recorded() -> None:
+    model = make_model()
+    meter = RoutingMeter(model)
+    feed(model, meter, "train", 5)
+    (train,) = meter.records(["train"], reduce=lambda t: t)
+    assert "parts" not in train

@@ -14,6 +14,8 @@ from dynmoe.metrics.selection import (
     best_of_sweep,
     heldout,
     judged,
+    judging_set,
+    last_step,
     leave_one_domain_out,
     oracle,
     selected,
@@ -157,3 +159,30 @@ def test_any_record_is_judged_as_its_rule_judges() -> None:
     assert numbers(record, "oracle", [0], names) == (0.4, 0.3)
     assert numbers(record, "training_domain_validation", [0, 1], names) == (0.8, 0.15)
     assert all(map(math.isnan, numbers(record, "oracle", [], names)))
+
+
+def answered(step: int, quiz: float, hparams_seed: int = 0) -> Record:
+    args = {"test_envs": [0], "hparams_seed": hparams_seed}
+    return {"step": step, "args": args, "quiz_score": quiz, "other_score": 0.5}
+
+
+def test_the_last_step_is_taken_whatever_its_scores() -> None:
+    """It knows no set by its name; what is reported is for `judged` to say."""
+    records = [answered(1, 0.9), answered(3, 0.1), answered(2, math.nan)]
+    choice = last_step(records, 0)
+    assert choice is not None and choice.record is records[1] and math.isnan(choice.test)
+    assert selected(records, "last_step", [0]) is records[1]
+    assert selected(records[:1], "last_step", [0]) is records[0]
+    assert selected([], "last_step", [0]) is None
+
+
+def test_sets_that_select_nothing_are_judged_by_the_first() -> None:
+    facts = {"selection": "last_step", "test_envs": [0], "env_names": ["quiz", "other"]}
+    assert judging_set(facts) == "quiz"
+    choice = judged(answered(3, 0.1), facts)
+    assert (choice.validation, choice.test) == (0.1, 0.1)
+    both = judged(answered(3, 0.1), {**facts, "test_envs": [0, 1]})
+    assert (both.validation, both.test) == (0.1, 0.3)
+    texts = {"test_envs": [0], "env_names": ["dev", "mismatched"]}
+    assert judging_set({**texts, "selection": "best_dev"}) == "dev"
+    assert judging_set({**texts, "selection": "heldout"}) == "heldout"

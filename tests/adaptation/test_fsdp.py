@@ -1,0 +1,182 @@
+"""Under FSDP experts are sharded, and yet training and adaptation do what DDP's do."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
+from torch.utils.data import DataLoader
+
+from dynmoe.adaptation import DynMoECallback
+from dynmoe.adaptation.sharded import MoEFSDPStrategy, blocks, full_state, whole
+from dynmoe.data.text_batches import EvalBatches
+from dynmoe.layers import MoELayer, TopAnyRouter, record_routing
+
+DIM, STEPS = 6, 6
+
+
+class Block(nn.Module):
+    """Frozen and trained parameters in one unit, as in MoE-LLaVA's third stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mlp = nn.Sequential(nn.Linear(DIM, 8), nn.GELU(), nn.Linear(8, DIM))
+        self.norm = nn.LayerNorm(DIM).requires_grad_(False)
+        self.ffn = MoELayer(mlp, DIM, TopAnyRouter, 3, 5, "fresh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.ffn(self.norm(x))
+        return out
+
+
+class Net(nn.Module):
+    _no_split_modules = ("Block",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.out = nn.Linear(DIM, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.out(x)
+        return out
+
+
+class Model(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = Net()
+
+    def training_step(self, x: Tensor, _: int) -> dict[str, Any]:
+        with record_routing(self.backbone) as tape:
+            loss = self.backbone(x).square().mean()
+        aux = sum(call.aux for calls in tape.values() for call in calls)
+        routing = {name: [call.stats for call in calls] for name, calls in tape.items()}
+        return {"loss": loss + 0.01 * aux, "routing": routing}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        own = torch.Generator().manual_seed(self.global_rank)
+        batches = [torch.randn(20, DIM, generator=own) for _ in range(STEPS)]
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def fit(folder: Path, name: str, strategy: Any, epochs: int, start: Path | None = None) -> None:
+    events: list[dict[str, Any]] = []
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        accumulate_grad_batches=2,
+        callbacks=[DynMoECallback(start=0, length=1, period=1, on_event=events.append)],
+    )
+    trainer.fit(Model(), ckpt_path=start, weights_only=True)
+    # PyTorch gathers AdamW's two moments in one buffer, and copies them only where it is on a GPU.
+    with mock.patch.object(torch.Tensor, "cpu", torch.Tensor.clone):
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+    if trainer.is_global_zero:
+        torch.save(events, folder / f"{name}.events")
+
+
+def work(rank: int, port: int, folder: Path) -> None:
+    """Of one process; all its trainings share a process group."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "test",  # Lightning then starts no processes
+    }
+    fit(folder, "ddp", DDPStrategy(find_unused_parameters=True), epochs=2)
+    fit(folder, "fsdp", MoEFSDPStrategy(), epochs=2)
+    fit(folder, "half", MoEFSDPStrategy(), epochs=1)
+    fit(folder, "resumed", MoEFSDPStrategy(), epochs=2, start=folder / "half.ckpt")
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_it_trains_and_adapts_as_ddp_does_and_resumes(tmp_path: Path) -> None:
+    try:
+        spawn(work, (free_port(), tmp_path), nprocs=2)
+    except ProcessExitedException:  # an abort in gloo's threads: see test_ddp
+        spawn(work, (free_port(), tmp_path), nprocs=2)
+    events = {name: torch.load(tmp_path / f"{name}.events") for name in ("ddp", "fsdp", "resumed")}
+    assert sum(event["added"] is not None for event in events["fsdp"]) >= 2
+    assert {event["layer"] for event in events["fsdp"]} == {"blocks.0.ffn", "blocks.1.ffn"}
+    assert events["fsdp"] == events["ddp"]
+    assert events["resumed"] == events["fsdp"][len(events["fsdp"]) // 2 :]
+    states = {
+        name: torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"]
+        for name in ("ddp", "fsdp", "resumed")
+    }
+    assert list(states["fsdp"]) == list(states["ddp"])
+    for name, value in states["ddp"].items():
+        for other in ("fsdp", "resumed"):
+            torch.testing.assert_close(states[other][name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_units_are_the_blocks_that_are_named() -> None:
+    assert blocks(nn.Sequential(Net(), nn.Linear(2, 2))) == {Block}
+
+
+def test_without_fsdp_a_layer_is_whole() -> None:
+    net = Net()
+    layer = net.blocks[0].ffn
+    with whole(layer, net):
+        layer.add_expert(3, torch.ones(DIM))
+    assert layer.live == (0, 1, 2, 3)
+
+
+def test_state_of_parameters_that_never_moved() -> None:
+    """AdamW with it takes the step that it takes without."""
+    moved, still = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = torch.optim.AdamW([moved, still])
+    moved.sum().backward()
+    optimizer.step()
+    with full_state(optimizer):
+        state = optimizer.state[still]
+        assert set(state) == set(optimizer.state[moved]) == {"step", "exp_avg", "exp_avg_sq"}
+        assert state["step"] == 0 and not state["exp_avg"].any()
+    assert still not in optimizer.state
+
+
+@pytest.mark.parametrize(("examples", "batches"), [(13, [4, 3]), (11, [4, 2]), (9, [5]), (8, [4])])
+def test_every_rank_evaluates_as_many_batches(examples: int, batches: list[int]) -> None:
+    """One that is alone with its batch would wait for the others' blocks for ever."""
+    lengths = {"dev": torch.arange(examples).numpy()}
+    ranks = [list(EvalBatches(lengths, 4, rank, world_size=2)) for rank in (0, 1)]
+    assert [len(batch) for batch in ranks[0]] == batches
+    assert len(ranks[1]) == len(batches)
+    assert sorted(key.row for rank in ranks for batch in rank for key in batch) == [
+        *range(examples)
+    ]
