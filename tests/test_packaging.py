@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "layers": set(),
     "config": {"data.glue_tasks", "data.protocol"},
-    "data": set(),
+    "data": {"questions"},
+    "questions": set(),
     "metrics": {"layers"},
     "sweep": {"config", "metrics.selection", "report.records"},
     "report": {"metrics.efficiency", "metrics.selection"},
@@ -26,9 +27,12 @@ MAY_IMPORT = {
     "tasks": {
         "layers",
         "metrics",
+        "backbones.vlm",
+        "data.chat",
         "data.protocol",
         "data.sampling",
         "data.text_batches",
+        "data.vl_examples",
         "report.records",
     },
 }

@@ -74,7 +74,7 @@ CASES = {
     "mode=chek": "mode: expected 'train' or 'check' or 'plan', found 'chek'",
     "overwrite=1": "overwrite: expected true or false, found 1",
     "task.selection=best": "task.selection: expected 'training_domain_validation' or 'oracle' or",
-    "moe.layers=some": "moe.layers: expected 'last_two' or 'every_two' or 'all' or 'none' or a ",
+    "moe.layers=some": "moe.layers: expected 'last_two' or 'every_two' or 'sparse' or ",
     "data.test_envs=0": (
         "data.test_envs: expected a list, found 0. "
         "A list is written 'data.test_envs=[0]', with the quotes"

@@ -7,7 +7,9 @@ from pathlib import Path
 import dynmoe.conf
 import pytest
 
-from dynmoe.config.preflight import preflight
+from dynmoe.config.options import own
+from dynmoe.config.preflight import preflight, search_path
+from dynmoe.config.reading import modality
 
 CONF = Path(dynmoe.conf.__file__).parent
 OPTIONS = [
@@ -16,30 +18,33 @@ OPTIONS = [
     if not file.name.startswith("_") and file.parent.name not in {"local"}
 ]
 
-TEXT_DATA = ("cola", "glosses", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
-TEXT_BACKBONES = (
-    *("bert_base", "bert_large", "bert_tiny", "deberta_v3_base", "distilbert", "gpt2", "minilm"),
-    *("pythia", "qwen2", "roberta_base", "roberta_large", "smollm2"),
-)
-TEXTS = {
-    *(f"data={name}" for name in TEXT_DATA),
-    *(f"backbone={name}" for name in TEXT_BACKBONES),
-    *(
-        "protocol=glue",
-        "protocol=glue_heldout",
-        "sweep=glue_small",
-        "sweep=paper_glue",
-        "experiment=glue_lora",
-    ),
-}
+TASKS = {"image": "task=vit_domainbed", "text": "task=glue", "vision-language": "task=vl"}
+
+
+def tasks_of(option: str) -> list[str]:
+    """Those that an option may be for; of data and backbones the one that speaks their language."""
+    group, name = option.split("=")
+    with search_path():
+        kind = modality(own(group, name)) if group in ("data", "backbone") else None
+    return list(TASKS.values()) if kind is None else [TASKS[kind]]
+
+
+def problems(command: list[str], root: Path) -> list[str]:
+    found = preflight(command).problems
+    if any(text.startswith("data.root: required") for text in found):
+        found = preflight([*command, f"data.root={root}"]).problems
+    return found
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option(option: str, tmp_path: Path) -> None:
     """With the task it is meant for; a sweep chooses a backbone for the data as well."""
-    task = "task=glue" if option in TEXTS else "task=vit_domainbed"
-    command = [option] if option.startswith("task=") else [task, option]
-    found = preflight(command).problems
-    if any(text.startswith("data.root: required") for text in found):
-        found = preflight([*command, f"data.root={tmp_path}"]).problems
-    assert found == []
+    if option.startswith("task="):
+        assert option in TASKS.values() and problems([option], tmp_path) == []
+        return
+    found = []
+    for task in tasks_of(option):
+        found.append(problems([task, option], tmp_path))
+        if not found[-1]:
+            return
+    raise AssertionError(found)

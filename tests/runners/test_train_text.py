@@ -179,7 +179,7 @@ def test_evaluation_repeats_the_recorded_scores_and_submits(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("mode=guess", "expected one of evaluate, submit"),
+        ("mode=guess", "expected one of evaluate, answer, submit"),
         ("data.workers=1", "no such key"),
         ("data.ood=[dev]", "data.ood: dev is a set of the task itself"),
     ],
