@@ -12,7 +12,7 @@ from PIL import Image
 from dynmoe.data import easy_vqa
 from dynmoe.data.conversations import Conversation, ConversationList, questions_answered
 from dynmoe.data.easy_vqa import caption_of, easy_vqa_questions, easy_vqa_source
-from dynmoe.data.image_use import baselines, with_other_images
+from dynmoe.data.image_use import baselines, spread, with_other_images
 from dynmoe.data.vqa_table import vqa_questions, vqa_table
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
@@ -258,3 +258,12 @@ def test_other_images_are_others() -> None:
     ]
     with pytest.raises(DataError, match="own: expected two images or more, found 1"):
         with_other_images(ExactMatch("own", questions[:3], ["a"] * 3, no_image))
+
+
+def test_some_questions_evenly_spread() -> None:
+    questions = [Question(str(n), f"{n} ?", (f"{n}.png",)) for n in range(7)]
+    whole = ExactMatch("own", questions, list("abcdefg"), no_image)
+    assert spread(whole, None) is whole and spread(whole, 7) is whole and spread(whole, 9) is whole
+    some = spread(whole, 3)
+    assert [question.id for question in some.questions] == ["0", "2", "4"]
+    assert some.records == ["a", "c", "e"]
