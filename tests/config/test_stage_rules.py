@@ -1,0 +1,94 @@
+"""What a run in stages is refused for, before anything is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dynmoe.config import stage_rules
+from dynmoe.config.preflight import preflight
+
+TASK = "task=vl"
+
+
+def problems(*overrides: str) -> list[str]:
+    return preflight(overrides).problems
+
+
+def test_right_commands(tmp_path: Path) -> None:
+    for stage in ("align", "instruct", "moe"):
+        assert problems(TASK, f"stage={stage}") == []
+    assert problems(TASK, "moe=topk") == problems(TASK, "moe=dense") == []
+    (tmp_path / "config.yaml").touch()
+    assert problems(TASK, f"stage.start={tmp_path}") == []
+    assert problems(TASK, "stage.start=null") == []
+
+
+SCENES = ("data=scenes", "backbone=vl_tiny")
+CASES: dict[tuple[str, ...], str] = {
+    (TASK, "~stage"): "stage: this task runs in stages. Choose stage=align, instruct or moe.",
+    ("task=glue", "stage=align"): "stage: only task=vl runs in stages, found stage=align. Leave it",
+    ("task=vit_domainbed", "stage=moe"): "stage: only task=vl runs in stages, found stage=moe.",
+    (TASK, "stage=mo"): "stage: no option 'mo'. Did you mean 'moe'? Options: align, instruct, moe",
+    (TASK, "stage=instruct", "moe=dynmoe_vl"): (
+        "moe: stage=instruct trains the dense model, found moe=dynmoe_vl. Leave moe out, or choose "
+        "stage=moe, which runs the stages before it first."
+    ),
+    (TASK, "stage=align", "moe=topk"): "moe: stage=align trains the dense model, found moe=topk.",
+    (TASK, "stage.start=nowhere"): (
+        "stage.start: expected a run folder with a config.yaml, found none in 'nowhere'"
+    ),
+    (TASK, "stage=instruct", "stage.start=."): "stage.start: expected a run folder with a config",
+    (TASK, "task.module.trains=[projecter]"): (
+        "task.module.trains: expected some of vision, projector, language_model, moe_layers, "
+        "dense_ffns, found 'projecter'"
+    ),
+    (TASK, "task.module.trains=projector"): "task.module.trains: expected a list, found",
+    (TASK, "protocol=glue"): (
+        "protocol: task.module works on vision-language, glue does not. Choose protocol=llava."
+    ),
+    (TASK, "protocol=domainbed"): (
+        "protocol: task.module works on vision-language, domainbed does not. Choose"
+    ),
+    ("task=glue", "protocol=llava"): (
+        "protocol: task.module works on text, llava does not. Choose protocol=glue or glue_heldout."
+    ),
+    ("task=vit_domainbed", "protocol=llava"): (
+        "protocol: task.module works on image, llava does not. Choose protocol=domainbed, gmoe or"
+    ),
+    (TASK, "task.selection=best_dev"): (
+        "task.selection: best_dev is not for a task on vision-language. Choose protocol=llava."
+    ),
+    ("task=glue", "task.selection=last_step"): (
+        "task.selection: last_step is not for a task on text. Choose protocol=glue or"
+    ),
+    ("task=vit_domainbed", "task.selection=last_step"): (
+        "task.selection: last_step is not for a task on image. Choose protocol=domainbed."
+    ),
+    (TASK, "+task.patience=2"): "task.patience: only runs on texts stop early. Leave it out",
+    (TASK, "backbone=vit_small"): "backbone: task.module works on vision-language, this backbone",
+    (TASK, "data=glosses"): "data: task.module works on vision-language, this data on text. Choose",
+    ("task=glue", *SCENES): "data: task.module works on text, this data on vision-language.",
+    (TASK, "data.fit=squeeze"): "data.fit: expected 'pad' or 'crop' or 'stretch', found 'squeeze'",
+    (TASK, "moe.layers=third_half"): "moe.layers: expected 'last_two' or",
+    (TASK, "moe.layers=[4]"): "moe.layers: expected block indices below 4 (backbone.options.num_",
+    (TASK, "task.epochs=0"): "task.epochs: expected 1 or more, found 0",
+    (
+        TASK,
+        "data.batch_size=64",
+        "trainer.accumulate_grad_batches=5",
+    ): "data.batch_size: 64 does not divide into",
+}
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_wrong_commands(overrides: tuple[str, ...]) -> None:
+    found = problems(*overrides)
+    assert any(text.startswith(CASES[overrides]) for text in found), found
+    assert not any("Interpolation" in text for text in found), found
+
+
+def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_rules, "find_spec", lambda name: None)
+    assert problems(TASK) == ['task: needs transformers: pip install "dynmoe[language]"']
