@@ -72,6 +72,8 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
         trained.load_backbone(backbone, start)
     if data.modality == "text":
         backbone.check_length(cfg.data.max_length)
+    elif data.modality == "vision-language":
+        backbone.check_length(cfg.data.max_length, cfg.data.max_new_tokens)
     runtime.set_fused_attention(backbone, fused_attention)
     moe = cfg.moe
     init = moe.init

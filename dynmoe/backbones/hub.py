@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
@@ -55,6 +56,16 @@ def configuration(
         raise ConfigError(f"{node}.options: {error}") from error
     except (OSError, ValueError) as error:
         raise not_found(model, path, architecture, error, node) from error
+
+
+def positions(model: nn.Module) -> int | None:
+    """For how many tokens a model has a position; None: relative and rotary ones have no end."""
+    for name, module in model.named_modules():
+        if name.endswith((".position_embeddings", ".wpe")) and isinstance(module, nn.Embedding):
+            # The first ones are for padding where it has a position, as in RoBERTa.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first
+    return None
 
 
 def where(model: str | None, path: str | None) -> dict[str, Any]:

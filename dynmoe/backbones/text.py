@@ -48,17 +48,12 @@ class TextClassifier(nn.Module):
         Raises:
             ConfigError: there are fewer positions. Relative and rotary ones have no end.
         """
-        for name, module in self.model.named_modules():
-            if not name.endswith((".position_embeddings", ".wpe")):
-                continue
-            # The first ones are for padding where it has a position, as in RoBERTa.
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            if tokens > module.num_embeddings - first:
-                raise ConfigError(
-                    f"data.max_length={tokens}: this backbone has positions for "
-                    f"{module.num_embeddings - first} tokens. Set data.max_length="
-                    f"{module.num_embeddings - first}, or choose another backbone."
-                )
+        places = hub.positions(self.model)
+        if places is not None and tokens > places:
+            raise ConfigError(
+                f"data.max_length={tokens}: this backbone has positions for {places} tokens. Set "
+                f"data.max_length={places}, or choose another backbone."
+            )
 
     def forward(self, tokens: Mapping[str, Tensor]) -> Tensor:
         mask = tokens.get("attention_mask")

@@ -56,6 +56,19 @@ class VisionLanguageModel(nn.Module):
         """Of the language model, as transformers calls it."""
         return self.language_model.config
 
+    def check_length(self, tokens: int, new_tokens: int) -> None:
+        """Whether conversations, and questions with their answers, have a position for each token.
+
+        Raises:
+            ConfigError: there are fewer positions. Relative and rotary ones have no end.
+        """
+        places = hub.positions(self.language_model)
+        if places is not None and max(tokens, new_tokens + 1) > places:
+            raise ConfigError(
+                f"data: the language model has positions for {places} tokens, found max_length="
+                f"{tokens} and max_new_tokens={new_tokens}. Lower them to {places}"
+            )
+
     def train(self, mode: bool = True) -> VisionLanguageModel:
         """A frozen vision tower stays in evaluation mode: no dropout, no stochastic depth."""
         super().train(mode)

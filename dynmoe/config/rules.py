@@ -94,7 +94,7 @@ def pretrained_weights(cfg: DictConfig) -> Iterator[str]:
             )
         elif not Path(weights).expanduser().is_file():
             yield f"backbone.pretrained: no file '{weights}'"
-    untrained = read(cfg, "backbone.pretrained", bool) is False
+    untrained = read(cfg, "backbone.pretrained", bool) is False and cfg.get("stage") is None
     if untrained and read(cfg, "moe.adaptation.init", str) == "pretrained":
         yield (
             "moe.adaptation.init: 'pretrained' copies the backbone's trained FFN, but "

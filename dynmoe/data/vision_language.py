@@ -232,7 +232,7 @@ class VisionLanguageData(TaskData):
         return {
             "vocab_size": len(self.tokenizer),
             "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": self.tokenizer.eos_token_id,
+            "eos_token_id": chat.end_id(self.tokenizer, self._question_template),
         }
 
     @property
