@@ -50,7 +50,7 @@ def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, fl
     for name, answers in task.answers.items():
         if not data.sets[name].is_scored:
             print(f"{name} has no local score. {data.sets[name].note}")
-        for file in data.write(name, folder.path / "answers" / name, answers):
+        for file in data.asked.write(name, folder.path / "answers" / name, answers):
             print(file)
     return scores
 

@@ -241,11 +241,12 @@ def _backbone_name(backbone: DictConfig) -> str:
 def _weights(backbone: DictConfig) -> str:
     """``from scratch``, or where they come from."""
     pretrained = backbone.pretrained
-    if not pretrained:
-        return "from scratch"
     place = pretrained if isinstance(pretrained, str) else backbone.get("path")
-    hub = "hub" if "path" in backbone else "timm"
-    return f"pretrained: {Path(place).name if place else hub}"
+    hub = "hub" if backbone.get("library", "path" in backbone) not in ("timm", False) else "timm"
+    found = f"pretrained: {Path(place).name if place else hub}" if pretrained else "from scratch"
+    if backbone.get("vision"):
+        return f"{found}; vision tower {_weights(backbone.vision)}"
+    return found
 
 
 def _device_name(trainer: L.Trainer) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe.config.stage_rules import folders
 from dynmoe.config.text_rules import text_run
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.report.records import RunFolder
@@ -103,7 +104,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     values = [f"{key}={value}" for key, value in given.items()]
     overrides = OmegaConf.from_dotlist([*values, *benchmarks])
     cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
-    if wrong := list(text_run(cfg)):
+    if wrong := [*text_run(cfg), *folders(cfg)]:
         raise ConfigError("\n".join(wrong))
     return mode, folder, checkpoint, cfg
 

@@ -52,6 +52,7 @@ def complete_stage_before(cfg: DictConfig) -> None:
         return
     folder = RunFolder(stages.run_folder(earlier))
     with folder.hold(wait=WAIT):
+        folder.forget_failure()
         if folder.is_done:
             print(f"stage {earlier.stage.name}: done before, {folder.path}")
             return

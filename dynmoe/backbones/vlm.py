@@ -31,7 +31,7 @@ class VisionLanguageModel(nn.Module):
     Inputs are ``{"input_ids": [B, N], "attention_mask": [B, N], "image_mask": bool [B, N],
     "images": [I, 3, H, W]}``; ``image_mask`` marks P places for each image, in their order. There
     may be no images. MoE layers sit in the language model, so that one router sees both kinds of
-    tokens, and leave padding out.
+    tokens, and leave padding out. ``pad_token_id`` fills answers that have ended.
     """
 
     def __init__(
@@ -40,11 +40,13 @@ class VisionLanguageModel(nn.Module):
         projector: nn.Module,
         language_model: Any,
         grad_checkpointing: bool = False,
+        pad_token_id: int | None = None,
     ) -> None:
         super().__init__()
         self.vision = vision
         self.projector = projector
         self.language_model = language_model.train()  # from_pretrained leaves evaluation mode
+        self.pad_token_id = pad_token_id
         self._token_mask: Tensor | None = None
         if grad_checkpointing:
             language_model.gradient_checkpointing_enable(
@@ -122,7 +124,7 @@ class VisionLanguageModel(nn.Module):
                 min_new_tokens=max_new_tokens if exactly else None,
                 do_sample=False,
                 use_cache=True,
-                pad_token_id=self.config.pad_token_id,
+                pad_token_id=self.pad_token_id,
                 eos_token_id=self.config.eos_token_id,
             )
         return out
@@ -166,19 +168,35 @@ def build_vision_language_model(
     business. ``projector``: two linear layers around a GELU (LLaVA-1.5), or one.
 
     Raises:
-        ConfigError: a language model that is not there or cannot be built.
+        ConfigError: a language model that is not there or cannot be built, or that has fewer
+            embeddings than the data have tokens.
     """
     config = hub.configuration(model, path, architecture, options or {})
-    if architecture is not None and vocab_size is not None:
-        config.vocab_size = vocab_size
-    config.pad_token_id = pad_token_id
+    if architecture is not None:
+        config.pad_token_id = pad_token_id
+        if vocab_size is not None:
+            config.vocab_size = vocab_size
     if eos_token_id is not None:
         config.eos_token_id = eos_token_id
     language_model = _language_model(model, path, config, pretrained)
     language_model.generation_config = language_model.generation_config.__class__()
-    width = language_model.get_input_embeddings().embedding_dim
+    embeddings = language_model.get_input_embeddings()
+    if vocab_size is not None and vocab_size > embeddings.num_embeddings:
+        raise ConfigError(
+            f"backbone.{'path' if path else 'model'}={path or model}: its tokenizer has "
+            f"{vocab_size} tokens, its language model embeddings of {embeddings.num_embeddings}. "
+            "Take the tokenizer it was trained with, or give it more embeddings "
+            "(transformers' resize_token_embeddings) and save it: backbone.path=FOLDER"
+        )
+    # Padding is masked. Where it is the end token, that one has to learn, which nn.Embedding
+    # would keep from it.
+    embeddings.padding_idx = None
     return VisionLanguageModel(
-        vision, build_projector(projector, vision.width, width), language_model, grad_checkpointing
+        vision,
+        build_projector(projector, vision.width, embeddings.embedding_dim),
+        language_model,
+        grad_checkpointing,
+        pad_token_id,
     )
 
 

@@ -30,8 +30,12 @@ NOT_IN_IDENTITY = (
     "runtime.malloc",
     "sweep",
     "task.save_every",
+    "backbone.grad_checkpointing",  # the same numbers, computed twice
+    "data.benchmarks",  # more of them are answered by dynmoe-eval
     "data.cache",
     "data.cache_gb",
+    "data.eval_batch_size",
+    "data.examples",
     "data.verify",
     "data.workers",
     "moe.recompute",

@@ -28,6 +28,11 @@ def patience_fits(cfg: DictConfig) -> Iterator[str]:
         yield "task.patience: only runs on texts stop early. Leave it out"
 
 
+def draws_fit(cfg: DictConfig) -> Iterator[str]:
+    if read(cfg, "hparams_seed", int) and modality(cfg, "task.module") != "image":
+        yield "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer.lr instead"
+
+
 def protocol_fits(cfg: DictConfig) -> Iterator[str]:
     kind, name = modality(cfg, "task.module"), read(cfg, "protocol.name", str)
     if kind not in PROTOCOLS or name is None:
@@ -55,4 +60,4 @@ def selection_fits(cfg: DictConfig) -> Iterator[str]:
         )
 
 
-RULES = (patience_fits, protocol_fits, selection_fits)
+RULES = (patience_fits, draws_fit, protocol_fits, selection_fits)

@@ -37,3 +37,12 @@ def modality(cfg: DictConfig, node: str = "") -> str | None:
     except TargetError:
         return None
     return found if isinstance(found, str) else None
+
+
+def device_count(cfg: DictConfig) -> int | None:
+    """Devices per node; None where only the machine can tell (auto, -1)."""
+    devices = read(cfg, "trainer.devices", object)
+    if isinstance(devices, list):
+        return len(devices)
+    text = str(devices)
+    return int(text) if text.isdigit() else None

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from dynmoe.config import expert_rules, protocol_rules, stage_rules, text_rules
 from dynmoe.config.options import options_with
-from dynmoe.config.reading import modality, read
+from dynmoe.config.reading import device_count, modality, read
 
 Rule = Callable[[DictConfig], Iterator[str]]
 
@@ -85,15 +85,15 @@ def ranges(cfg: DictConfig) -> Iterator[str]:
 
 
 def pretrained_weights(cfg: DictConfig) -> Iterator[str]:
-    weights = read(cfg, "backbone.pretrained", str)
-    if weights is not None:
-        if not weights.endswith(WEIGHT_FILES):
+    for key in ("backbone.pretrained", "backbone.vision.pretrained"):
+        weights = read(cfg, key, str)
+        if weights is not None and not weights.endswith(WEIGHT_FILES):
             yield (
-                f"backbone.pretrained: expected true, false or a file ending in "
-                f"{', '.join(WEIGHT_FILES)}, found '{weights}'"
+                f"{key}: expected true, false or a file ending in {', '.join(WEIGHT_FILES)}, "
+                f"found '{weights}'"
             )
-        elif not Path(weights).expanduser().is_file():
-            yield f"backbone.pretrained: no file '{weights}'"
+        elif weights is not None and not Path(weights).expanduser().is_file():
+            yield f"{key}: no file '{weights}'"
     untrained = read(cfg, "backbone.pretrained", bool) is False and cfg.get("stage") is None
     if untrained and read(cfg, "moe.adaptation.init", str) == "pretrained":
         yield (
@@ -151,15 +151,6 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
             "trainer: gradient_clip_val with mixed precision needs an optimizer that is not fused. "
             "Set task.optimizer.fused=false."
         )
-
-
-def device_count(cfg: DictConfig) -> int | None:
-    """Devices per node; None where only the machine can tell (auto, -1)."""
-    devices = read(cfg, "trainer.devices", object)
-    if isinstance(devices, list):
-        return len(devices)
-    text = str(devices)
-    return int(text) if text.isdigit() else None
 
 
 RULES: tuple[Rule, ...] = (

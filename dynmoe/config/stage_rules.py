@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 
 from dynmoe.config.reading import modality, read
 
+DERIVED = "${previous_run:}"
+
 PARTS = ("vision", "projector", "language_model", "moe_layers", "dense_ffns")
 
 
@@ -38,7 +40,7 @@ def start_is_a_run(cfg: DictConfig) -> Iterator[str]:
     node = cfg.get("stage")
     start = None if node is None else DictConfig._get_node(node, "start")  # not resolved
     raw = None if start is None else start._value()
-    if isinstance(raw, str) and not raw.startswith("${"):
+    if isinstance(raw, str) and raw != DERIVED:
         folder = Path(raw).expanduser()
         if not (folder / "config.yaml").is_file():
             yield f"stage.start: expected a run folder with a config.yaml, found none in '{raw}'"
@@ -51,9 +53,41 @@ def trained_parts(cfg: DictConfig) -> Iterator[str]:
             yield f"task.module.trains: expected some of {', '.join(PARTS)}, found '{part}'"
 
 
+def scratch_is_trained(cfg: DictConfig) -> Iterator[str]:
+    """What is drawn at random and never trained says nothing."""
+    trains = read(cfg, "task.module.trains", list)
+    if trains is None or read(cfg, "stage.after", str) is not None:
+        return
+    for key, part in (
+        ("backbone.vision.pretrained", "vision"),
+        ("backbone.pretrained", "language_model"),
+    ):
+        if read(cfg, key, bool) is False and part not in trains:
+            yield (
+                f"task.module.trains: {key}=false, and the first stage does not train {part}: it "
+                f"would stay as it was drawn. Take a pretrained one, or add {part} to "
+                f"protocol.stages.{read(cfg, 'stage.name', str)}.defaults.trains."
+            )
+
+
+def folders(cfg: DictConfig) -> Iterator[str]:
+    for key in ("backbone.path", "backbone.vision.path"):
+        path = read(cfg, key, str)
+        if path is not None and not (Path(path).expanduser() / "config.json").is_file():
+            yield f"{key}: expected a folder with a config.json, found none in '{path}'"
+
+
 def libraries(cfg: DictConfig) -> Iterator[str]:
     if modality(cfg, "task.module") == "vision-language" and find_spec("transformers") is None:
         yield 'task: needs transformers: pip install "dynmoe[language]"'
 
 
-RULES = (stage_is_chosen, dense_before_moe, start_is_a_run, trained_parts, libraries)
+RULES = (
+    stage_is_chosen,
+    dense_before_moe,
+    start_is_a_run,
+    trained_parts,
+    scratch_is_trained,
+    folders,
+    libraries,
+)

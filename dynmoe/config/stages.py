@@ -1,7 +1,8 @@
 """Runs that follow one another: a stage of training starts from the run of the stage before it.
 
-That run is no setting of its own: it is what the same command would train with `stage=<before>`.
-Runs that differ in their MoE layers alone therefore start from one and the same run.
+That run is no setting of its own: it is what the same command would train with `stage=<before>`,
+but for what the command says of MoE layers and of the recipe of its own stage. Runs that differ in
+these alone therefore start from one and the same run.
 """
 
 from __future__ import annotations
@@ -13,10 +14,23 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dynmoe.config import options
 from dynmoe.config.identity import run_name
+from dynmoe.config.reading import device_count
+
+# What the protocol prescribes for each stage (conf/protocol/llava.yaml). A value on the command
+# line is of the stage that the command names; `protocol.stages.<stage>` speaks to any.
+RECIPE = {
+    "task.epochs": "${recipe:epochs}",
+    "task.eval_every": "${recipe:eval_every}",
+    "task.optimizer.lr": "${recipe:lr}",
+    "task.optimizer.weight_decay": "${recipe:weight_decay}",
+    "task.scheduler.warmup": "${recipe:warmup}",
+    "task.module.trains": "${recipe:trains}",
+    "data.batch_size": "${recipe:batch_size}",
+}
 
 
 def previous(cfg: DictConfig) -> DictConfig | None:
-    """The configuration of the run before: this one's, but for stage, MoE layers and folder.
+    """The configuration of the run before: this one's, but for stage, recipe, MoE layers, folder.
 
     None where nothing comes before, or a run folder is given.
     """
@@ -28,6 +42,8 @@ def previous(cfg: DictConfig) -> DictConfig | None:
         earlier.stage = options.own("stage", stage.after).stage
         earlier.moe = options.own("moe", "dense")
         earlier.name = "${task.name}"
+        for key, value in RECIPE.items():
+            OmegaConf.update(earlier, key, value)
     return earlier
 
 
@@ -43,7 +59,7 @@ def run_folder(cfg: DictConfig) -> Path:
 
 
 def is_distributed(cfg: DictConfig) -> bool:
-    return str(cfg.trainer.devices) != "1" or cfg.trainer.get("num_nodes", 1) != 1
+    return device_count(cfg) != 1 or cfg.trainer.get("num_nodes", 1) != 1
 
 
 def start_folder(cfg: DictConfig) -> Path | None:
@@ -51,4 +67,5 @@ def start_folder(cfg: DictConfig) -> Path | None:
     if cfg.get("stage") is None or cfg.stage.start is None:
         return None
     given = Path(cfg.stage.start).expanduser()
-    return given if given.is_dir() else Path(cfg.paths.outputs) / given
+    derived = Path(cfg.paths.outputs) / given
+    return given if given.is_dir() and not derived.is_dir() else derived

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -38,11 +37,6 @@ def text_run(cfg: DictConfig) -> Iterator[str]:
     task = TASKS.get(read(cfg, "data.task", str) or "")
     if read(cfg, "data.linear_baseline", bool) and task is not None and task.regression:
         yield "data.linear_baseline: tells classes apart, this task has none. Set it to false"
-    path = read(cfg, "backbone.path", str)
-    if path is not None and not (Path(path).expanduser() / "config.json").is_file():
-        yield f"backbone.path: expected a folder with a config.json, found none in '{path}'"
-    if read(cfg, "hparams_seed", int):
-        yield "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer.lr instead"
 
 
 RULES = (text_run,)

@@ -21,6 +21,8 @@ IMAGE = -200
 IGNORE = -100
 """Label of a position without loss."""
 
+CHUNK = 1000  # prompts tokenized at once: offsets of all would fill the memory
+
 IdArray = npt.NDArray[np.int32]
 
 
@@ -84,17 +86,27 @@ def encode_prompt(
         ConfigError: `template` and `tokenizer` do not fit together.
         DataError: other placeholders than images.
     """
-    placeholders = question.count(IMAGE_PLACEHOLDER)
-    if not placeholders:
-        question = f"{IMAGE_PLACEHOLDER}\n" * num_images + question
-    elif placeholders != num_images:
-        raise DataError(
-            f"question {question!r}: expected {num_images} {IMAGE_PLACEHOLDER}, one for each "
-            f"image, or none; found {placeholders}."
-        )
+    return encode_prompts([(question, num_images)], tokenizer, template, image_tokens)[0]
+
+
+def encode_prompts(
+    questions: Sequence[tuple[str, int]],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_tokens: int,
+) -> list[IdArray]:
+    """`encode_prompt` of each question and its number of images, tokenized together.
+
+    Raises:
+        ConfigError: `template` and `tokenizer` do not fit together.
+        DataError: other placeholders than images.
+    """
     form = checked(tokenizer, template)
-    spans = form.render([Message("user", question)], tokenizer)
-    return _encoded([spans], tokenizer, form, image_tokens)[0].ids
+    texts = [_with_placeholders(text, num_images) for text, num_images in questions]
+    spans = [form.render([Message("user", text)], tokenizer) for text in texts]
+    chunks = (spans[start : start + CHUNK] for start in range(0, len(spans), CHUNK))
+    encoded = (_encoded(chunk, tokenizer, form, image_tokens) for chunk in chunks)
+    return [each.ids for chunk in encoded for each in chunk]
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
@@ -145,6 +157,16 @@ def checked(tokenizer: PreTrainedTokenizerBase, name: str) -> Template:
             "Take another template."
         )
     return form
+
+
+def _with_placeholders(question: str, num_images: int) -> str:
+    placeholders = question.count(IMAGE_PLACEHOLDER)
+    if placeholders not in (0, num_images):
+        raise DataError(
+            f"question {question!r}: expected {num_images} {IMAGE_PLACEHOLDER}, one for each "
+            f"image, or none; found {placeholders}."
+        )
+    return question if placeholders else f"{IMAGE_PLACEHOLDER}\n" * num_images + question
 
 
 def _encoded(

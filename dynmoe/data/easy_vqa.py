@@ -127,7 +127,7 @@ def _folder(root: str | None) -> Path:
     if package is None or package.origin is None:
         raise ConfigError(
             "easy-VQA is not installed: pip install easy-vqa, or give the folder with its train/ "
-            "and test/ as data.root."
+            "and test/ as data.content.root."
         )
     return Path(package.origin).parent / "data"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -14,13 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data import chat
 from dynmoe.data.conversations import ConversationSource
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.task_data import TaskData
 from dynmoe.data.text_batches import EvalBatches, TrainBatches, steps_per_epoch
 from dynmoe.data.tokens import load_tokenizer
@@ -32,6 +28,8 @@ from dynmoe.data.vl_examples import (
     collate_questions,
 )
 from dynmoe.data.vl_images import ImageTransform
+from dynmoe.data.vl_overview import print_overview, sample_of
+from dynmoe.data.vl_questions import AskedQuestions
 from dynmoe.data.vl_store import TokenStore, tokenized
 from dynmoe.data.vl_tokenizer import conversation_tokenizer
 from dynmoe.errors import ConfigError, DataError
@@ -39,8 +37,6 @@ from dynmoe.questions.base import QuestionSet
 from dynmoe.questions.registry import read
 
 log = logging.getLogger(__name__)
-
-Answers = Mapping[int, str]
 
 
 class VisionLanguageData(TaskData):
@@ -51,8 +47,8 @@ class VisionLanguageData(TaskData):
     ``std`` are the vision tower's; ``fit`` makes an image square. ``template`` is how conversations
     are written for the language model in training, ``question_template`` how it is asked
     (dynmoe/data/chat_templates.py). Loaders give
-    ``vl_examples.ConversationBatch`` and ``QuestionBatch``. ``root`` is for configurations, whose
-    ``content`` takes it from there.
+    ``vl_examples.ConversationBatch`` and ``QuestionBatch``. ``root`` is not read here: it is where
+    configurations have the folder that they give to ``content``.
     """
 
     modality = "vision-language"
@@ -89,11 +85,9 @@ class VisionLanguageData(TaskData):
         super().__init__()
         self.name = name
         self.test_envs = [0]
-        self.sets: dict[str, QuestionSet] = {}
+        self.asked = AskedQuestions((image_size // patch_size) ** 2)
         self.tokenizer: PreTrainedTokenizerBase
         self._read_content = content
-        self._prompts: dict[str, list[chat.IdArray]] = {}
-        self._image_tokens = (image_size // patch_size) ** 2
         self._transform = ImageTransform(image_size, mean, std, fit)
         self._template = template
         self._question_template = question_template
@@ -125,14 +119,8 @@ class VisionLanguageData(TaskData):
         """
         if not self.sets:
             self.setup_questions({})
-            for name, questions in self.sets.items():
-                if not questions.is_scored:
-                    raise ConfigError(
-                        f"data.benchmarks: {name} has no local score. Leave it out; answer it "
-                        f"after training: dynmoe-eval run=FOLDER mode=answer benchmarks.{name}="
-                        f"{self._benchmarks.get(name, 'FOLDER')}"
-                    )
-        if stage != "validate" and self._content.train is not None:
+            self.asked.refuse_unscored(self._benchmarks)
+        if stage != "validate" and self._has_conversations:
             _ = self.store  # tokenized now
 
     def setup_questions(self, benchmarks: Mapping[str, str]) -> None:
@@ -148,11 +136,25 @@ class VisionLanguageData(TaskData):
         published = {
             name: read(name, root) for name, root in (benchmarks or self._benchmarks).items()
         }
-        self._add_sets({**own, **published})
+        sets = {**own, **published}
+        if not sets:
+            raise DataError(
+                f"data {self.name}: no questions to evaluate on, which stage align needs too. Name "
+                "some with their folders: data.benchmarks={gqa: FOLDER, pope: FOLDER}"
+            )
+        self.asked.add(sets, self.tokenizer, self._question_template)
+
+    @property
+    def sets(self) -> Mapping[str, QuestionSet]:
+        return self.asked.sets
 
     @cached_property
     def _content(self) -> Content:
         return self._read_content()
+
+    @property
+    def _has_conversations(self) -> bool:
+        return self._content.train is not None
 
     @cached_property
     def store(self) -> TokenStore:
@@ -165,7 +167,7 @@ class VisionLanguageData(TaskData):
             self._source,
             self.tokenizer,
             self._template,
-            self._image_tokens,
+            self.asked.image_tokens,
             self._max_length,
             None if self._cache is None else Path(self._cache),
         )
@@ -180,33 +182,14 @@ class VisionLanguageData(TaskData):
             )
         return store
 
-    @property
+    @cached_property
     def _source(self) -> ConversationSource:
         if self._content.train is None:
             raise DataError(
                 f"data {self.name}: has no conversations to train on, only questions. Choose other "
                 "data, e.g. data=llava data.root=FOLDER"
             )
-        return self._content.train
-
-    def _add_sets(self, sets: Mapping[str, QuestionSet]) -> None:
-        if not sets:
-            raise DataError(
-                f"data {self.name}: no questions to evaluate on. Name some with their folders: "
-                "data.benchmarks={gqa: FOLDER, pope: FOLDER}"
-            )
-        for name, questions in sets.items():
-            self._prompts[name] = [
-                chat.encode_prompt(
-                    question.text,
-                    len(question.images),
-                    self.tokenizer,
-                    self._question_template,
-                    self._image_tokens,
-                )
-                for question in questions.questions
-            ]
-            self.sets[name] = questions
+        return self._content.train()
 
     def _make_tokenizer(self) -> PreTrainedTokenizerBase:
         if self._tokenizer_path is not None or self._tokenizer_name is not None:
@@ -240,8 +223,8 @@ class VisionLanguageData(TaskData):
         return {
             "env_names": self.env_names,
             "decode": self.decode,
-            "score": self.score,
-            "describe": self.describe,
+            "score": self.asked.score,
+            "describe": self.asked.describe,
             "max_new_tokens": self._max_new_tokens,
             "examples": self._examples,
         }
@@ -249,66 +232,36 @@ class VisionLanguageData(TaskData):
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def score(self, name: str, answers: Answers) -> dict[str, float]:
-        """Of a set, from the answer to each of its rows; none of a set that is not scored here."""
-        questions = self.sets[name]
-        return questions.score(in_order(answers)) if questions.is_scored else {}
-
-    def write(self, name: str, folder: Path, answers: Answers) -> list[Path]:
-        """Prediction files of a set, as its official evaluator reads them."""
-        return self.sets[name].write(folder, in_order(answers))
-
-    def describe(self, name: str, row: int) -> dict[str, Any]:
-        """A question, its answer if there is one alone, its first image as a PNG file in base64."""
-        question, right = self.sets[name].questions[row], self.sets[name].records[row]
-        image = None
-        if question.images:
-            file = io.BytesIO()
-            self.sets[name].load_image(question.images[0]).save(file, format="PNG")
-            image = base64.b64encode(file.getvalue()).decode()
-        return {
-            "question": question.text,
-            "right": right if isinstance(right, str) else None,
-            "image": image,
-            "image_tokens": self._image_tokens,
-        }
-
     @property
     def sample(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """As long as the mean conversation, with one image."""
-        size = self._transform.size
-        length = max(self._image_tokens + 1, round(self.mean_tokens))
-        tokens = {
-            "input_ids": torch.zeros(1, length, dtype=torch.long),
-            "image_mask": torch.arange(length)[None] < self._image_tokens,
-            "images": torch.zeros(1, 3, size, size),
-        }  # without a mask nothing depends on data
-        answer = self._max_new_tokens
-        if self._content.train is not None:
-            answer = max(1, round(float(self.store.answer_tokens.mean())))
-        return tokens, torch.zeros(answer, dtype=torch.long)
+        answer = float(self._max_new_tokens)
+        if self._has_conversations:
+            answer = float(self.store.answer_tokens.mean())
+        return sample_of(self.mean_tokens, answer, self.asked.image_tokens, self._transform.size)
 
     @property
     def mean_tokens(self) -> float:
         """Of conversations, or of questions if there are no others."""
-        if self._content.train is None:
-            return float(np.concatenate([self._lengths(name) for name in self.sets]).mean())
-        return float(self.store.lengths.mean())
+        if self._has_conversations:
+            return float(self.store.lengths.mean())
+        return self.asked.mean_tokens
 
     @property
     def sizes(self) -> dict[str, Any]:
-        sizes: dict[str, Any] = {"train": 0 if self._content.train is None else len(self.store)}
+        sizes: dict[str, Any] = {"train": len(self.store) if self._has_conversations else 0}
         for index, questions in enumerate(self.sets.values()):
             sizes[f"env{index}"] = {"in": len(questions.questions)}
         return sizes
 
     @property
     def facts(self) -> dict[str, Any]:
+        baseline = self._content.baseline
         return {
             "measure": "accuracy",
             "mean_tokens": self.mean_tokens,
             "samples_per_step": self._batch_size,
-            "baseline": self._content.baseline,
+            "baseline": None if baseline is None else baseline(),
         }
 
     @property
@@ -329,31 +282,14 @@ class VisionLanguageData(TaskData):
 
     @property
     def data_hash(self) -> str:
-        train = self._content.train
-        digests = [] if train is None else [train.digest]
+        digests = [self._source.digest] if self._has_conversations else []
         digests += [f"{name} {each.digest}" for name, each in self.sets.items()]
         return sha256("\n".join(digests).encode()).hexdigest()[:8]
 
     def print_check(self, console: Console | None = None) -> None:
         """Conversations and questions, their tokens and images."""
-        table = Table(title=f"{self.name}, data {self.data_hash}")
-        for column in ("", "rows", "with images", "mean tokens", "longest"):
-            table.add_column(column, justify="right" if column else "left")
-        rows = []
-        if self._content.train is not None:
-            rows.append(("train", self.store.num_images, self.store.lengths))
-        for name, questions in self.sets.items():
-            images = np.array([len(question.images) for question in questions.questions])
-            rows.append((name, images, self._lengths(name)))
-        for name, images, lengths in rows:
-            table.add_row(
-                name,
-                str(len(lengths)),
-                str(int((images > 0).sum())),
-                f"{lengths.mean():.1f}",
-                str(lengths.max()),
-            )
-        (console or Console()).print(table)
+        store = self.store if self._has_conversations else None
+        print_overview(f"{self.name}, data {self.data_hash}", store, self.asked, console)
 
     def train_dataloader(self) -> DataLoader[Any]:
         batches = TrainBatches(
@@ -374,18 +310,16 @@ class VisionLanguageData(TaskData):
         return self._loader(examples, batches, collate_conversations(self._pad))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        lengths = {name: self._lengths(name) for name in self.sets}
+        self.asked.refuse_fewer_than(self._world_size)
+        lengths = self.asked.lengths
         batches = EvalBatches(lengths, self._eval_batch_size, self._rank, self._world_size)
-        examples = Questions(self.sets, self._prompts, self._transform)
+        examples = Questions(self.sets, self.asked.prompts, self._transform)
         return self._loader(examples, batches, collate_questions(self._pad))
 
     @property
     def _pad(self) -> int:
         pad: int = self.tokenizer.pad_token_id
         return pad
-
-    def _lengths(self, name: str) -> IntArray:
-        return np.array([len(ids) for ids in self._prompts[name]], dtype=np.int64)
 
     def _loader(self, examples: Any, batches: Any, collate: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -398,8 +332,3 @@ class VisionLanguageData(TaskData):
             # A loader draws a base seed at each pass: not from the generator the model uses.
             generator=torch.Generator(),
         )
-
-
-def in_order(answers: Answers) -> list[str]:
-    """By row, from the first to the last."""
-    return [answers[row] for row in range(len(answers))]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +25,32 @@ from dynmoe.questions.scienceqa import read_scienceqa
 
 @dataclass(frozen=True)
 class Content:
-    train: ConversationSource | None
-    """None: there is nothing to train on."""
+    train: Callable[[], ConversationSource] | None
+    """Reads them: an evaluation has no use for them. None: there is nothing to train on."""
     sets: Mapping[str, QuestionSet] = field(default_factory=dict)
     """The first is the one reported."""
     words: Callable[[], Iterable[str]] | None = None
     """Texts that hold every word of all stages, for a vocabulary of the data's own."""
-    baseline: dict[str, Any] | None = None
+    baseline: Callable[[], dict[str, Any]] | None = None
     """How far one comes on the first set without its images (`image_use.baselines`)."""
 
 
 def scenes(stage: str, px: int, train_scenes: int, test_scenes: int, seed: int = 0) -> Content:
     """Rendered scenes (dynmoe/data/scenes.py): captions to align, then questions.
 
-    The set `shuffled` has the questions of `test` about images of others: what is right there was
-    not seen.
+    The set `shuffled` has the questions of `test` about images of others: what is right there is
+    so by chance, as where another image has the same answer.
     """
-    train = {
-        kind: drawn.scene_source(kind, seed, train_scenes, px) for kind in ("captions", "questions")
-    }
+
+    def read(kind: drawn.Kind) -> ConversationSource:
+        return drawn.scene_source(kind, seed, train_scenes, px)
+
     test = drawn.scene_questions(seed, test_scenes, px)
     return Content(
-        train["captions" if stage == "align" else "questions"],
+        lambda: read("captions" if stage == "align" else "questions"),
         {"test": test, "shuffled": drawn.scene_questions(seed, test_scenes, px, shuffled=True)},
-        lambda: _texts(*train.values()),
-        _without_images("test", test, train["questions"]),
+        lambda: _texts(read("captions"), read("questions")),
+        lambda: _without_images("test", test, read("questions")),
     )
 
 
@@ -72,20 +74,23 @@ def easy_vqa(
 ) -> Content:
     """easy-VQA (dynmoe/data/easy_vqa.py): statements about its images to align, then questions.
 
-    ``test_questions`` of the test set are asked, evenly spread; None: all.
+    ``test_questions`` of the test set are asked, evenly spread; None: all. As of scenes there is a
+    set `shuffled`; there are few answers, and many an image has the same.
     """
-    train = {
-        kind: shapes.easy_vqa_source(kind, root, max_turns) for kind in ("captions", "questions")
-    }
+
+    @cache
+    def read(kind: shapes.Kind) -> ConversationSource:
+        return shapes.easy_vqa_source(kind, root, max_turns)
+
     test, shuffled = (
         spread(shapes.easy_vqa_questions(root, shuffled), test_questions)
         for shuffled in (False, True)
     )
     return Content(
-        train["captions" if stage == "align" else "questions"],
+        lambda: read("captions" if stage == "align" else "questions"),
         {"test": test, "shuffled": shuffled},
-        lambda: _texts(*train.values()),
-        _without_images("test", test, train["questions"]),
+        lambda: _texts(read("captions"), read("questions")),
+        lambda: _without_images("test", test, read("questions")),
     )
 
 
@@ -93,12 +98,16 @@ def llava(stage: str, root: str, files: Mapping[str, Sequence[str]]) -> Content:
     """LLaVA's conversation files of a stage. Questions come from ``data.benchmarks``.
 
     Raises:
-        DataError: a file, an image or an entry that is not as it should be.
+        DataError: in reading, a file, an image or an entry that is not as it should be.
     """
     folder = Path(root).expanduser()
-    source = read_llava("LLaVA", [str(folder / name) for name in files[stage]], str(folder))
-    source.check()
-    return Content(source)
+
+    def read() -> ConversationSource:
+        source = read_llava("LLaVA", [str(folder / name) for name in files[stage]], str(folder))
+        source.check()
+        return source
+
+    return Content(read)
 
 
 def vqa(root: str, train: str, test: str, images: str, suffix: str) -> Content:
@@ -108,18 +117,27 @@ def vqa(root: str, train: str, test: str, images: str, suffix: str) -> Content:
         DataError: a table or image that is not as it should be.
     """
     folder = Path(root).expanduser()
-    source = vqa_table("VQA", str(folder / train), str(folder / images), suffix)
+
+    @cache
+    def read() -> ConversationSource:
+        return vqa_table("VQA", str(folder / train), str(folder / images), suffix)
+
     questions = vqa_questions("test", str(folder / test), str(folder / images), suffix)
     shown = [question for question in questions.questions if question.images]
     sets = {"test": questions}
     if len({question.images for question in shown}) > 1:
         sets["shuffled"] = with_other_images(questions)
-    return Content(source, sets, lambda: _texts(source), _without_images("test", questions, source))
+    return Content(
+        read,
+        sets,
+        lambda: _texts(read()),
+        lambda: _without_images("test", questions, read()),
+    )
 
 
 def science_qa(root: str) -> Content:
     """ScienceQA's training questions, the same in all stages, and its test set."""
-    return Content(science.science_qa(root), {"scienceqa": read_scienceqa(root)})
+    return Content(lambda: science.science_qa(root), {"scienceqa": read_scienceqa(root)})
 
 
 def questions_only() -> Content:

@@ -29,6 +29,9 @@ class RunRecorder(Checkpoint):
     ``epoch_at`` tells the epoch of a step. With ``save_every`` ``last.ckpt`` is also written every
     so many optimizer steps between evaluations: a run that goes on from there has the same weights,
     but its next record's mean loss and training routing are of the steps since then.
+
+    ``mem_gb`` is the peak memory in GiB, on a GPU since the start of this stage; on the CPU it is
+    the peak of the whole process, earlier stages included.
     """
 
     def __init__(
@@ -49,13 +52,24 @@ class RunRecorder(Checkpoint):
         self._first_step = 0
         self._last_save = 0
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last_save = trainer.global_step
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
         self._first_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        # An evaluation follows the last batch. It saves after its record: a run that is killed in it
+        # must not go on behind it.
+        if self.save_every is None or trainer.is_last_batch:
+            return
         step = trainer.global_step
-        if self.save_every and step % self.save_every == 0 and step > self._last_save:
+        if step % self.save_every == 0 and step > self._last_save:
             self._save(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -112,7 +126,10 @@ def _log(trainer: L.Trainer, name: str, value: float, step: int) -> None:
 
 
 def _memory_gb() -> float:
-    """Peak memory: of the GPU where there is one (as DomainBed), else of the process."""
+    """Peak memory: of the GPU where there is one (as DomainBed), else of the process.
+
+    The process's peak cannot be reset: it includes the stages trained before in this process.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

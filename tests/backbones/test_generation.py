@@ -76,7 +76,7 @@ def test_padding_may_be_a_word_or_the_end(moe: str) -> None:
     model.config.eos_token_id = NEVER
     expected = [greedy(model, question) for question in QUESTIONS]
     for word in dict.fromkeys(answer[1] for answer in expected):
-        model.config.pad_token_id, model.config.eos_token_id = word, NEVER
+        model.pad_token_id, model.config.eos_token_id = word, NEVER
         with record_routing(model) as tape:
             assert model.generate(prompts(*QUESTIONS), MOST).tolist() == expected
         assert all(all(real(call)) for calls in tape.values() for call in calls[1:])

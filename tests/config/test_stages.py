@@ -58,7 +58,7 @@ SETTINGS = [
     (),
     ("seed=3", "paths.outputs=/tmp/elsewhere", "data.max_length=64"),
     ("backbone.options={hidden_size: 32, num_hidden_layers: 2}", "task.steps=3"),
-    ("task.optimizer.lr=0.01", "data.content.train_scenes=50", "trainer=gpu"),
+    ("task.steps=7", "data.content.train_scenes=50", "trainer=gpu"),
     ("backbone.template=tokenizer", "backbone.path=/models/x", "backbone.architecture=null"),
 ]
 
@@ -106,8 +106,6 @@ def test_runs_that_differ_in_their_experts_start_from_one(
         "backbone.options.hidden_size=64",
         "backbone.vision.layer=-2",
         "backbone.projector=linear",
-        "task.optimizer.lr=0.1",
-        "task.epochs=7",
         "trainer.precision=bf16-mixed",
         "protocol.stages.instruct.datasets.Scenes.epochs=7",
         "protocol.stages.align.datasets.Scenes.epochs=7",
@@ -121,6 +119,13 @@ def test_a_recipe_of_this_stage_alone_changes_nothing_before(plain: str) -> None
     own = "protocol.stages.moe.datasets.Scenes.epochs=7"
     assert before(own) == plain
     assert run_name(config(own)) != run_name(config())
+
+
+@pytest.mark.parametrize(
+    "override", ["task.optimizer.lr=0.1", "task.epochs=7", "data.batch_size=9"]
+)
+def test_a_recipe_on_the_command_line_is_of_the_stage_it_names(override: str, plain: str) -> None:
+    assert before(override) == plain
 
 
 def test_the_first_stage_of_all_makes_a_difference_to_the_last() -> None:

@@ -1,14 +1,18 @@
-"""A run that was killed between evaluations goes on from the last step it saved."""
+"""A run that was killed goes on from the last step it saved, and misses no evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
-from tiny_vl import run, stage_folders
+from tiny_vl import records, run
 
-from dynmoe.adaptation.callback import DynMoECallback
+from dynmoe.layers.moe import moe_layers
+from dynmoe.report.records import RunFolder
 from dynmoe.tasks.vision_language import VisionLanguage
 
 
@@ -16,36 +20,57 @@ class Killed(BaseException):
     pass
 
 
-def test_a_run_goes_on_between_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps 0 to 7, one evaluation; killed in step 5, after step 3 was saved: equal weights."""
+@contextmanager
+def killed(hook: Literal["training_step", "validation_step"], made: int) -> Iterator[None]:
+    """The stage moe dies in `hook` when `made` optimizer steps are made."""
+    original = getattr(VisionLanguage, hook)
+
+    def dies(self: VisionLanguage, batch: Any, batch_idx: int) -> Any:
+        if moe_layers(self.backbone) and self.global_step == made:
+            raise Killed
+        return original(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(VisionLanguage, hook, dies)
+        yield
+
+
+def last(folder: RunFolder) -> dict[str, Any]:
+    return torch.load(folder.path / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_goes_on_between_evaluations(tmp_path: Path, accumulate: int) -> None:
+    """Steps 0 to 7, one evaluation; killed twice in step 5, after step 3 was saved: equal weights."""
     settings = ("task.steps=8", "task.eval_every=8", "task.save_every=4", "moe=dynmoe_vl")
     settings += ("moe.adaptation.length=3", "moe.adaptation.period=3")
-    straight = run(tmp_path / "straight", *settings)
-    step = VisionLanguage.training_step
+    settings += (f"trainer.accumulate_grad_batches={accumulate}",)
+    folder = run(tmp_path, *settings)
+    straight, scores = last(folder)["state_dict"], [r["test_score"] for r in folder.read("results")]
 
-    def killed(self: VisionLanguage, batch: object, batch_idx: int) -> object:
-        moe = self.trainer.callbacks and any(
-            isinstance(callback, DynMoECallback) for callback in self.trainer.callbacks
-        )
-        if moe and self.global_step == 5:
-            raise Killed
-        return step(self, batch, batch_idx)  # type: ignore[arg-type]
+    for again in (("overwrite=true",), ()):
+        with killed("training_step", made=5):
+            run(tmp_path, *settings, *again)
+        assert last(folder)["global_step"] == 4 and not folder.read("results")
+    run(tmp_path, *settings)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(VisionLanguage, "training_step", killed)
-        with pytest.raises(Killed):
-            run(tmp_path / "killed", *settings)
-    (folder,) = stage_folders(tmp_path / "killed")["moe"]
-    saved = torch.load(folder.path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 4 and not folder.read("results")
-
-    run(tmp_path / "killed", *settings)
-    one, other = (
-        torch.load(each.path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for each in (straight, folder)
-    )
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    resumed = last(folder)["state_dict"]
+    assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
     assert [record["step"] for record in folder.read("results")] == [7]
+    assert [record["test_score"] for record in folder.read("results")] == scores
     assert [event["step"] for event in folder.read("events")] == [2, 2, 5, 5]
-    test_score = straight.read("results")[0]["test_score"]
-    assert folder.read("results")[0]["test_score"] == test_score
+
+
+def test_a_run_killed_in_an_evaluation_repeats_it(tmp_path: Path) -> None:
+    """Steps 0 to 3, an evaluation and a step to save after every second; killed in each of them."""
+    folder = run(tmp_path, "task.save_every=2")
+    straight = records(folder)
+
+    with killed("validation_step", made=2):
+        run(tmp_path, "task.save_every=2", "overwrite=true")
+    with killed("validation_step", made=4):
+        run(tmp_path, "task.save_every=2")
+    run(tmp_path, "task.save_every=2")
+
+    assert [record["step"] for record in folder.read("results")] == [1, 3]
+    assert records(folder) == straight

@@ -238,7 +238,7 @@ class Answered(NamedTuple):
 
 def answered_alone(task: VisionLanguage, data: VisionLanguageData, name: str) -> Answered:
     task.eval()
-    questions = Questions({name: data.sets[name]}, data._prompts, data._transform)
+    questions = Questions({name: data.sets[name]}, data.asked.prompts, data._transform)
     collate = collate_questions(data.tokenizer.pad_token_id)
     found = Answered([], [], [])
     for row in range(len(data.sets[name].questions)):
@@ -301,7 +301,7 @@ def test_examples_are_recorded_token_by_token(
     assert [(record["set"], record["row"]) for record in records] == [("test", 0), ("test", 1)]
     for row, record in enumerate(records):
         ids, prompt = alone.ids[row], alone.prompts[row]
-        described = data.describe("test", row)
+        described = data.asked.describe("test", row)
         assert described["question"] and described["right"] and described["image"]
         assert record == {
             "set": "test",
