@@ -38,6 +38,8 @@ def baselines(questions: ExactMatch, training: Iterable[Conversation]) -> dict[s
 def with_other_images(questions: ExactMatch) -> ExactMatch:
     """The same questions and answers; each image is replaced by the next other one of the set.
 
+    That one may happen to have the same answer: such a question tells nothing.
+
     Raises:
         DataError: the set has a single image, or none.
     """

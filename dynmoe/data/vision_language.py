@@ -19,7 +19,6 @@ from dynmoe.data import chat
 from dynmoe.data.conversations import ConversationSource
 from dynmoe.data.task_data import TaskData
 from dynmoe.data.text_batches import EvalBatches, TrainBatches, steps_per_epoch
-from dynmoe.data.tokens import load_tokenizer
 from dynmoe.data.vl_content import Content
 from dynmoe.data.vl_examples import (
     Conversations,
@@ -31,8 +30,8 @@ from dynmoe.data.vl_images import ImageTransform
 from dynmoe.data.vl_overview import print_overview, sample_of
 from dynmoe.data.vl_questions import AskedQuestions
 from dynmoe.data.vl_store import TokenStore, tokenized
-from dynmoe.data.vl_tokenizer import conversation_tokenizer
-from dynmoe.errors import ConfigError, DataError
+from dynmoe.data.vl_tokenizer import tokenizer_of
+from dynmoe.errors import DataError
 from dynmoe.questions.base import QuestionSet
 from dynmoe.questions.registry import read
 
@@ -131,7 +130,8 @@ class VisionLanguageData(TaskData):
             DataError: questions that cannot be read.
             ConfigError: no such set or tokenizer, or one that the template does not fit.
         """
-        self.tokenizer = self._make_tokenizer()
+        named = self._tokenizer_path, self._tokenizer_name
+        self.tokenizer = tokenizer_of(self.name, *named, self._content.words)
         own = {} if benchmarks else dict(self._content.sets)
         published = {
             name: read(name, root) for name, root in (benchmarks or self._benchmarks).items()
@@ -190,17 +190,6 @@ class VisionLanguageData(TaskData):
                 "data, e.g. data=llava data.root=FOLDER"
             )
         return self._content.train()
-
-    def _make_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer_path is not None or self._tokenizer_name is not None:
-            return load_tokenizer(self._tokenizer_path, self._tokenizer_name)
-        words = self._content.words
-        if words is None:
-            raise ConfigError(
-                f"backbone: {self.name} has no vocabulary of its own. Give a language model with a "
-                "tokenizer: backbone.model=NAME or backbone.path=FOLDER"
-            )
-        return conversation_tokenizer(words(), size=8192)
 
     @property
     def env_names(self) -> list[str]:

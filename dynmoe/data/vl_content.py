@@ -38,8 +38,8 @@ class Content:
 def scenes(stage: str, px: int, train_scenes: int, test_scenes: int, seed: int = 0) -> Content:
     """Rendered scenes (dynmoe/data/scenes.py): captions to align, then questions.
 
-    The set `shuffled` has the questions of `test` about images of others: what is right there is
-    so by chance, as where another image has the same answer.
+    The set `shuffled` has the questions of `test` about images of others: what is right there comes
+    from the text, or by chance, as the other image may have the same answer.
     """
 
     def read(kind: drawn.Kind) -> ConversationSource:

@@ -1,18 +1,39 @@
-"""A tokenizer of whole words, for small language models that are trained from scratch."""
+"""The tokenizer of conversations: a language model's, or one of whole words of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from dynmoe.data.conversations import IMAGE_PLACEHOLDER
+from dynmoe.data.tokens import load_tokenizer
+from dynmoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+def tokenizer_of(
+    data: str, path: str | None, name: str | None, words: Callable[[], Iterable[str]] | None
+) -> PreTrainedTokenizerBase:
+    """The one of a local folder or of the hub; where none is named, one of the texts `words()`.
+
+    Raises:
+        ConfigError: no such tokenizer, or none is named and `data` has no vocabulary.
+    """
+    if path is not None or name is not None:
+        return load_tokenizer(path, name)
+    if words is None:
+        raise ConfigError(
+            f"backbone: {data} has no vocabulary of its own. Give a language model with a "
+            "tokenizer: backbone.model=NAME or backbone.path=FOLDER"
+        )
+    return conversation_tokenizer(words(), size=8192)
 
 
 def conversation_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Lower-case words between white space, the most frequent first, equals by the alphabet.
+    """For small models from scratch: lower-case words between white space, the most frequent
+    first, equals by the alphabet.
 
     `size` counts the special tokens [PAD] (0), [UNK], [BOS], [EOS] and [ANSWER] too. They make the
     template `simple`: `[BOS] question [ANSWER] answer [EOS] question [ANSWER] answer [EOS]`.

@@ -64,8 +64,8 @@ class RunRecorder(Checkpoint):
         self._first_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # An evaluation follows the last batch. It saves after its record: a run that is killed in it
-        # must not go on behind it.
+        # An evaluation follows the last batch, and saves after its record: a run that is killed in
+        # the evaluation must not go on behind it.
         if self.save_every is None or trainer.is_last_batch:
             return
         step = trainer.global_step

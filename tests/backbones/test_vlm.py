@@ -271,7 +271,8 @@ def test_a_language_model_from_a_folder(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     for key, value in donor.float().state_dict().items():
         assert torch.equal(model.language_model.state_dict()[key], value), key
-    assert (model.config.vocab_size, model.config.pad_token_id) == (VOCAB, 5)
+    assert (model.config.vocab_size, model.pad_token_id) == (VOCAB, 5)
+    assert model.config.pad_token_id == PAD  # the folder's
     assert model.config.eos_token_id == EOS  # the folder's
     assert model.language_model.generation_config.repetition_penalty is None
     untrained = build(path=str(tmp_path), pad_token_id=PAD).language_model
@@ -281,9 +282,33 @@ def test_a_language_model_from_a_folder(tmp_path: Path) -> None:
 
 def test_an_architecture_has_the_datas_words() -> None:
     model = vl_model()
-    assert (model.config.vocab_size, model.config.pad_token_id) == (VOCAB, PAD)
+    assert (model.config.vocab_size, model.pad_token_id) == (VOCAB, PAD)
     assert model.config.eos_token_id == EOS
     assert model.language_model.get_input_embeddings().weight.shape == (VOCAB, WIDTH)
+
+
+@pytest.mark.parametrize("pad", [PAD, EOS])
+def test_the_end_token_is_learnt_where_it_is_the_padding(tmp_path: Path, pad: int) -> None:
+    donor = vl_model("llama").language_model
+    donor.config.pad_token_id = pad
+    donor.save_pretrained(tmp_path)
+    for named in ({"path": str(tmp_path)}, {"architecture": "llama", "options": MODELS["llama"]}):
+        model = build(**named, vocab_size=VOCAB, pad_token_id=EOS, eos_token_id=EOS)
+        model(tokens([BOS, 7, EOS, 8])).sum().backward()
+        gradient = model.language_model.get_input_embeddings().weight.grad
+        assert gradient[EOS].abs().max() > 0 and gradient[9].abs().max() == 0
+
+
+def test_every_token_needs_an_embedding(tmp_path: Path) -> None:
+    vl_model("gpt2").language_model.save_pretrained(tmp_path)
+    build(path=str(tmp_path), vocab_size=VOCAB)
+    with pytest.raises(ConfigError) as error:
+        build(path=str(tmp_path), vocab_size=VOCAB + 1)
+    assert str(error.value) == (
+        f"backbone.path={tmp_path}: its tokenizer has 41 tokens, its language model embeddings of "
+        "40. Take the tokenizer it was trained with, or give it more embeddings (transformers' "
+        "resize_token_embeddings) and save it: backbone.path=FOLDER"
+    )
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dynmoe.data.chat import IGNORE, encode, encode_all, encode_prompt, end_id
+from dynmoe.data import chat
+from dynmoe.data.chat import IGNORE, encode, encode_all, encode_prompt, encode_prompts, end_id
 from dynmoe.data.chat_templates import TEMPLATES
 from dynmoe.data.conversations import Conversation, Message
 from dynmoe.data.vl_tokenizer import conversation_tokenizer
@@ -309,3 +310,14 @@ def test_words_are_decoded_with_one_space() -> None:
 def test_a_vocabulary_of_the_most_frequent_words() -> None:
     made = conversation_tokenizer(["<image>\nb B a c", "c a d e"], 8)
     assert made.convert_ids_to_tokens(range(5, len(made))) == ["a", "b", "c"]
+
+
+def test_prompts_are_encoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than are tokenized at once."""
+    monkeypatch.setattr(chat, "CHUNK", 2)
+    questions = [("What color", 1), ("Who", 0), ("<image> or <image>", 2), ("a", 0), ("b", 2)]
+    found = encode_prompts(questions, LLAMA, "v1", 3)
+    alone = [encode_prompt(text, images, LLAMA, "v1", 3) for text, images in questions]
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in alone]
+    assert len({ids.tobytes() for ids in found}) == 5
+    assert encode_prompts([], LLAMA, "v1", 3) == []

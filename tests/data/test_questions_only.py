@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -14,6 +18,14 @@ from dynmoe.questions.exact import ExactMatch
 
 IMAGE_TOKENS = 4
 TEXTS = ("is it red", "is it")
+SETS = {
+    "test": ExactMatch(
+        "test",
+        [Question(str(i), text, ("key",)) for i, text in enumerate(TEXTS)],
+        ["yes", "no"],
+        lambda key: Image.new("RGB", (8, 8)),
+    )
+}
 
 
 def data(content: Content) -> VisionLanguageData:
@@ -35,10 +47,7 @@ def data(content: Content) -> VisionLanguageData:
 
 @pytest.fixture
 def questions() -> VisionLanguageData:
-    asked = [Question(str(i), text, ("key",)) for i, text in enumerate(TEXTS)]
-    image = Image.new("RGB", (8, 8))
-    sets = {"test": ExactMatch("test", asked, ["yes", "no"], lambda key: image)}
-    made = data(Content(None, sets, words=lambda: TEXTS))
+    made = data(Content(None, SETS, words=lambda: TEXTS))
     made.setup()
     return made
 
@@ -58,6 +67,34 @@ def test_what_is_known_without_conversations(questions: VisionLanguageData) -> N
     assert len(list(questions.val_dataloader())) == 1
 
 
+def test_an_evaluation_reads_no_conversations() -> None:
+    def read() -> Any:
+        raise DataError("read")
+
+    made = data(Content(read, SETS, words=lambda: TEXTS, baseline=read))
+    made.setup("validate")
+    assert made.env_names == ["test"] and len(list(made.val_dataloader())) == 1
+    with pytest.raises(DataError, match=r"^read$"):
+        made.setup()
+
+
+def test_every_device_needs_a_question(questions: VisionLanguageData) -> None:
+    def loader(devices: int) -> Any:
+        root_device = torch.device("cpu")
+        questions.trainer = SimpleNamespace(  # type: ignore[assignment]
+            world_size=devices, global_rank=0, strategy=SimpleNamespace(root_device=root_device)
+        )
+        return questions.val_dataloader()
+
+    assert len(loader(2)) == 1
+    with pytest.raises(DataError) as error:
+        loader(3)
+    assert str(error.value) == (
+        "test: expected a question for each of the 3 devices or more, found 2. Evaluate on fewer "
+        "devices (trainer.devices=2), or leave the set out."
+    )
+
+
 def test_nothing_can_be_trained(questions: VisionLanguageData) -> None:
     message = (
         r"^data Questions: has no conversations to train on, only questions\. Choose other data"
@@ -69,6 +106,7 @@ def test_nothing_can_be_trained(questions: VisionLanguageData) -> None:
 
 
 def test_questions_have_to_be_named() -> None:
-    with pytest.raises(DataError, match=r"^data Questions: no questions to evaluate on"):
+    message = r"^data Questions: no questions to evaluate on, which stage align needs too"
+    with pytest.raises(DataError, match=message):
         data(Content(None, words=lambda: TEXTS)).setup()
     assert questions_only() == Content(None)

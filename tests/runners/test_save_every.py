@@ -41,7 +41,7 @@ def last(folder: RunFolder) -> dict[str, Any]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_goes_on_between_evaluations(tmp_path: Path, accumulate: int) -> None:
-    """Steps 0 to 7, one evaluation; killed twice in step 5, after step 3 was saved: equal weights."""
+    """Steps 0 to 7, one evaluation; step 3 is saved, step 5 kills it twice: equal weights."""
     settings = ("task.steps=8", "task.eval_every=8", "task.save_every=4", "moe=dynmoe_vl")
     settings += ("moe.adaptation.length=3", "moe.adaptation.period=3")
     settings += (f"trainer.accumulate_grad_batches={accumulate}",)
