@@ -15,6 +15,8 @@ from dynmoe.layers.moe import moe_layers
 from dynmoe.report.records import RunFolder
 from dynmoe.tasks.vision_language import VisionLanguage
 
+pytestmark = pytest.mark.slow
+
 
 class Killed(BaseException):
     pass
@@ -42,9 +44,11 @@ def last(folder: RunFolder) -> dict[str, Any]:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_goes_on_between_evaluations(tmp_path: Path, accumulate: int) -> None:
     """Steps 0 to 7, one evaluation; step 3 is saved, step 5 kills it twice: equal weights."""
-    settings = ("task.steps=8", "task.eval_every=8", "task.save_every=4", "moe=dynmoe_vl")
-    settings += ("moe.adaptation.length=3", "moe.adaptation.period=3")
-    settings += (f"trainer.accumulate_grad_batches={accumulate}",)
+    settings = (
+        *("task.steps=8", "task.eval_every=8", "task.save_every=4", "moe=dynmoe_vl"),
+        *("moe.adaptation.length=3", "moe.adaptation.period=3"),
+        f"trainer.accumulate_grad_batches={accumulate}",
+    )
     folder = run(tmp_path, *settings)
     straight, scores = last(folder)["state_dict"], [r["test_score"] for r in folder.read("results")]
 
