@@ -112,10 +112,11 @@ def build_vision_tower(
         if isinstance(pretrained, str):
             raise ConfigError(f"{NODE}.pretrained: expected true or false, and path=FOLDER")
         tower = _from_transformers(model, path, pretrained, image_size, layer, options or {})
-    if tower.patches != (image_size // patch_size) ** 2:
+    if image_size % patch_size or tower.patches != (image_size // patch_size) ** 2:
         raise ConfigError(
-            f"{NODE}.patch_size={patch_size}: {image_size} px would be "
-            f"{(image_size // patch_size) ** 2} patches, but this tower makes {tower.patches}"
+            f"{NODE}.patch_size={patch_size}: this tower makes {tower.patches} patches of "
+            f"{image_size} px. Give the size they have, {image_size / tower.patches**0.5:g} px, or "
+            f"change the tower by {NODE}.options.patch_size"
         )
     return tower
 

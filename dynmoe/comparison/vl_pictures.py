@@ -27,7 +27,8 @@ def draw_k_by_part(runs: Sequence[Run]) -> Picture | None:
     names = settings(adaptive)
     if not names:
         return None
-    figure, panels = lay_out(len(names), width=4.6, height=2.8, columns=2, beside=1.6, share=True)
+    alike = len({tuple(layers_of(run)) for run in adaptive}) == 1  # axes name their layers
+    figure, panels = lay_out(len(names), width=4.6, height=2.8, columns=2, beside=1.6, share=alike)
     for setting, axes in zip(names, panels, strict=True):
         members = [run for run in adaptive if run.setting == setting]
         layers = layers_of(members[0])

@@ -99,6 +99,9 @@ class Composer:
         chosen: list[str] = []
         for single in single_values(override):
             value = single.value()
+            if value is None:
+                group = override.key_or_group
+                return [f"{group}: null is no option; ~{group} leaves the group out"]
             chosen += map(str, value if isinstance(value, list) else [value] if value else [])
         group = override.key_or_group
         return [

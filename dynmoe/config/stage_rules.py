@@ -70,6 +70,16 @@ def scratch_is_trained(cfg: DictConfig) -> Iterator[str]:
             )
 
 
+def there_is_training_data(cfg: DictConfig) -> Iterator[str]:
+    content = read(cfg, "data.content._target_", str) or ""
+    if content.endswith(".questions_only") and read(cfg, "mode", str) == "train":
+        name = read(cfg, "data.name", str)
+        yield (
+            f"data: {name} has nothing to train on. dynmoe-eval run=FOLDER mode=answer asks its "
+            "questions; to train choose data=scenes, easy_vqa, llava, ..."
+        )
+
+
 def folders(cfg: DictConfig) -> Iterator[str]:
     for key in ("backbone.path", "backbone.vision.path"):
         path = read(cfg, key, str)
@@ -88,6 +98,7 @@ RULES = (
     start_is_a_run,
     trained_parts,
     scratch_is_trained,
+    there_is_training_data,
     folders,
     libraries,
 )

@@ -131,9 +131,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model": "resnet18"}, r"^backbone.vision: timm cannot build resnet18"),
     (
         {**VIT, "patch_size": 8},
-        r"^backbone.vision.patch_size=8: 16 px would be 4 patches, but this tower makes 16",
+        r"^backbone.vision.patch_size=8: this tower makes 16 patches of 16 px. Give the size they",
     ),
-    ({**ALSO, "patch_size": 8}, r"^backbone.vision.patch_size=8: 16 px would be 4 patches"),
+    ({**ALSO, "patch_size": 8}, r"^backbone.vision.patch_size=8: this tower makes 16 patches"),
     ({**ALSO, "image_size": 32}, r"^backbone.vision.image_size=32: this tower is for 16 px"),
     ({**ALSO, "pretrained": "x.pth"}, r"^backbone.vision.pretrained: expected true or false"),
     ({"library": "transformers"}, r"^backbone.vision: expected a model of the hub"),

@@ -172,7 +172,8 @@ def test_help_lists_groups_and_needs_no_task(script: Path) -> None:
     assert done.returncode == 0
     assert "dynmoe-run task=TASK [group=option ...] [key=value ...]" in done.stdout
     assert (
-        "  protocol    domainbed, domainbed_2020, glue, glue_heldout, gmoe, swad\n" in done.stdout
+        "  protocol    domainbed, domainbed_2020, glue, glue_heldout, gmoe, llava, swad\n"
+        in done.stdout
     )
     assert " _base" not in done.stdout
 

@@ -234,7 +234,10 @@ def test_a_tokenizer_of_another_model_is_refused(
 def save_run(folder: Path, *overrides: str) -> None:
     """A folder with a configuration and a checkpoint without weights."""
     with initialize_config_module("dynmoe.conf", version_base="1.3"):
-        cfg = compose("config", ["task=vl", "data=questions", "stage.start=null", *overrides])
+        cfg = compose(
+            "config",
+            ["task=vl", "data=questions", "backbone=vl_tiny", "stage.start=null", *overrides],
+        )
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
 
 

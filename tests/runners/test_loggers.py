@@ -25,6 +25,7 @@ def fit(folder: Path, *loggers: str) -> None:
         values = [text for text in TINY_DYNMOE if not text.startswith("logger=")]
         choice = f"logger=[{','.join(loggers)}]"
         output = [f"hydra.runtime.output_dir={folder}", f"paths.outputs={folder}"]
+        output += [f"logger.{n}.save_dir={folder}" for n in loggers if n in ("csv", "tensorboard")]
         cfg = compose(
             "config",
             [*values, *output, choice, "trainer.log_every_n_steps=1"],

@@ -65,7 +65,10 @@ def test_three_stages_leave_what_they_promise(outputs: Path) -> None:
         assert {"test_score", "test_kind_colour", "shuffled_score"} <= results[0].keys()
         assert (facts["stage"], facts["env_names"]) == (stage, ["test", "shuffled"])
         assert facts["sizes"]["train"] == 24 and facts["sizes"]["env0"] == {"in": 10}
-        assert (facts["selection"], facts["weights"]) == ("last_step", "from scratch")
+        assert (facts["selection"], facts["weights"]) == (
+            "last_step",
+            "from scratch; vision tower from scratch",
+        )
         assert results[0]["args"]["task"] == folder.path.parent.name
         examples = folder.read("examples")
         assert [(e["step"], e["row"]) for e in examples[:4]] == [(1, row) for row in range(4)]
