@@ -88,6 +88,7 @@ def test_a_model_with_experts_answers_and_goes_back(
         run_convert(from_=hub, to=ours, vision=clip)
 
         cfg = OmegaConf.load(ours / "config.yaml")
+        cfg.mode = "check"  # there is nothing to train on
         assert problems(cfg) == []  # type: ignore[arg-type]
         expected = {
             "stage.start": None,
