@@ -43,7 +43,9 @@ def previous(cfg: DictConfig) -> DictConfig | None:
         earlier.moe = options.own("moe", "dense")
         earlier.name = "${task.name}"
         for key, value in RECIPE.items():
-            OmegaConf.update(earlier, key, value)
+            node, _, leaf = key.rpartition(".")
+            if leaf in (OmegaConf.select(earlier, node) or ()):  # there may be no scheduler
+                OmegaConf.update(earlier, key, value)
     return earlier
 
 

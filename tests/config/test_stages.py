@@ -59,6 +59,7 @@ SETTINGS = [
     ("seed=3", "paths.outputs=/tmp/elsewhere", "data.max_length=64"),
     ("backbone.options={hidden_size: 32, num_hidden_layers: 2}", "task.steps=3"),
     ("task.steps=7", "data.content.train_scenes=50", "trainer=gpu"),
+    ("task.scheduler=null",),
     ("backbone.template=tokenizer", "backbone.path=/models/x", "backbone.architecture=null"),
 ]
 

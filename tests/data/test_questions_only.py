@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from chat_tokenizers import whole_words
 from PIL import Image
 from rich.console import Console
 
@@ -28,7 +30,7 @@ SETS = {
 }
 
 
-def data(content: Content) -> VisionLanguageData:
+def data(content: Content, template: str = "simple", **settings: Any) -> VisionLanguageData:
     return VisionLanguageData(
         "Questions",
         lambda: content,
@@ -37,11 +39,12 @@ def data(content: Content) -> VisionLanguageData:
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         template="simple",
-        question_template="simple",
+        question_template=template,
         batch_size=4,
         epochs=1,
         seed=0,
         max_new_tokens=3,
+        **settings,
     )
 
 
@@ -110,3 +113,13 @@ def test_questions_have_to_be_named() -> None:
     with pytest.raises(DataError, match=message):
         data(Content(None, words=lambda: TEXTS)).setup()
     assert questions_only() == Content(None)
+
+
+def test_answers_end_where_the_template_ends_them(tmp_path: Path) -> None:
+    """And not at the tokenizer's own end token, which is another one here."""
+    tokenizer = whole_words(*TEXTS, ends=("<|endoftext|>",))
+    tokenizer.save_pretrained(tmp_path)
+    made = data(Content(None, SETS), "qwen", tokenizer_path=str(tmp_path))
+    made.setup()
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert made.backbone_arguments["eos_token_id"] == end != tokenizer.eos_token_id
