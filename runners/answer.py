@@ -14,7 +14,6 @@ from dynmoe.report.parts import PARTS, k_by_part
 from dynmoe.report.records import Record, RunFolder
 from dynmoe.report.tables import format_number
 from dynmoe.report.words import layer_name
-from runners import trained
 from runners.score_table import print_scores
 
 
@@ -39,7 +38,7 @@ def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, fl
     data: Any = build.build_data(cfg)
     data.setup_questions({name: str(root) for name, root in cfg.get("benchmarks", {}).items()})
     task: Any
-    task, step = trained.load(cfg, data, settings["fused_attention"], checkpoint)
+    task, step = build.load(cfg, data, settings["fused_attention"], checkpoint)
     trainer = build.build_trainer(cfg, [], folder, max_steps=1)
     trainer.validate(task, datamodule=data, verbose=False)
     scores: dict[str, float] = task.scores()

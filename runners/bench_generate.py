@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from dynmoe.benchmark import plan
 from dynmoe.errors import ConfigError
-from runners import trained
 from runners.bench_candidates import Candidate, candidates, groups, workload
 from runners.bench_model_options import GENERATE, GENERATE_NOTE, refuse_beside_runs
 from runners.bench_tools import PRECISIONS, File, device_of, make_console, new_bar, progress_on
@@ -86,6 +85,7 @@ def _load(
     """Questions to the first one, and all models as their checkpoints left them."""
     from dynmoe.benchmark.generation import Speaker, question_batches
     from dynmoe.benchmark.workload import data_of
+    from runners import build
 
     node = group[0].cfg.data
     node.eval_batch_size = batch or node.eval_batch_size
@@ -93,7 +93,7 @@ def _load(
     questions = question_batches(data, device)
     speakers = []
     for run, cfg, checkpoint in group:
-        task, _ = trained.load(cfg, data, fused_attention, checkpoint)
+        task, _ = build.load(cfg, data, fused_attention, checkpoint)
         model = task.backbone.to(device)
         speakers.append(Speaker(run.setting, model, run.folder.path.name, run.environment))
     return questions, speakers

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from runners import trained
 from runners.bench_candidates import Candidate, candidates, groups, workload
 from runners.bench_model_options import RUNS_NOTE
 from runners.bench_tools import PRECISIONS, File, device_of, make_console, new_bar, progress_on
@@ -80,6 +79,7 @@ def _load(
     """Batches of the first one's training data, and all models as their checkpoints left them."""
     from dynmoe.benchmark.trained import Trained
     from dynmoe.benchmark.workload import data_of, training_batches
+    from runners import build
 
     # Tasks log their losses, to a trainer that is not there.
     warnings.filterwarnings("ignore", message=r".*`self\.trainer` reference is not registered.*")
@@ -87,7 +87,7 @@ def _load(
     batches = training_batches(data, device)
     models = []
     for run, cfg, checkpoint in group:
-        task, _ = trained.load(cfg, data, fused_attention, checkpoint)
+        task, _ = build.load(cfg, data, fused_attention, checkpoint)
         task.to(device)
         models.append(
             Trained(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +17,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
 import dynmoe
 from dynmoe import runtime
+from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.identity import flat
 from dynmoe.config.stages import start_folder
@@ -31,7 +34,7 @@ from dynmoe.tasks.base import MoETask
 from dynmoe.tasks.patience import Patience
 from dynmoe.tasks.progress import RunProgress
 from dynmoe.tasks.recorder import RunRecorder
-from runners import trained
+from runners.trained import checkpoint_of
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
 for _name in ("lightning.pytorch", "lightning.fabric"):
@@ -42,6 +45,14 @@ warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
 warnings.filterwarnings("ignore", message=r".*will save all targets and predictions.*")
 warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")  # the task sums over ranks itself
 warnings.filterwarnings("ignore", message=r".*in eval mode at the start.*")  # frozen vision towers
+
+
+TOWER = "vision."
+
+REASON = 300  # characters of a reason: PyTorch names every weight that does not fit
+
+# What a language model computes with its weights that their shapes do not tell.
+UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rms_norm_eps", "rope_parameters")
 
 
 def build_data(cfg: DictConfig) -> TaskData:
@@ -69,7 +80,7 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
     backbone = instantiate(cfg.backbone, **data.backbone_arguments)
     start = start_folder(cfg)
     if start is not None:
-        trained.load_backbone(backbone, start)
+        load_backbone(backbone, start)
     if data.modality == "text":
         backbone.check_length(cfg.data.max_length)
     elif data.modality == "vision-language":
@@ -253,3 +264,75 @@ def _device_name(trainer: L.Trainer) -> str:
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
+
+
+def load_backbone(backbone: nn.Module, start: Path) -> None:
+    """Give a backbone the weights that a finished run ends with; a converted checkpoint's without a
+    vision tower leave it its own.
+
+    Raises:
+        ConfigError: no such run, weights of another model, or a converted checkpoint whose weights
+            would be used in another way.
+    """
+    folder = RunFolder(start)
+    file = checkpoint_of(folder, "last")
+    if not folder.is_done or not file.exists():
+        raise ConfigError(
+            f"stage.start={start}: expected the folder of a finished run with checkpoints/last.ckpt"
+        )
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    prefix = "backbone."
+    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if not _has_tower(weights, TOWER):
+        weights |= {k: v for k, v in backbone.state_dict().items() if k.startswith(TOWER)}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"stage.start={start}: its weights are not those of this backbone before it gets MoE "
+            f"layers: {' '.join(str(error).split())[:REASON]}"
+        ) from error
+    _check_language_model(backbone, start)
+
+
+def _check_language_model(backbone: nn.Module, start: Path) -> None:
+    """A converted checkpoint says in config.json how its weights are to be used."""
+    folder = start / "language_model"
+    if not (folder / "config.json").is_file():
+        return
+    theirs, ours = hub.configuration(None, str(folder), None, {}), backbone.config
+    if wrong := [key for key in UNSEEN if getattr(theirs, key, 0) != getattr(ours, key, 0)]:
+        raise ConfigError(
+            f"stage.start={start}: its language model has another {', '.join(wrong)} than this "
+            f"backbone. Take its own: backbone.path={folder} backbone.pretrained=false"
+        )
+
+
+def load(
+    cfg: DictConfig, data: TaskData, fused_attention: bool, checkpoint: Path
+) -> tuple[MoETask, int]:
+    """The task as the checkpoint left it, on the CPU, and the step it is of.
+
+    Raises:
+        ConfigError: its weights are of another size, as where the data's vocabulary has changed.
+    """
+    saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state, tower = saved["state_dict"], f"backbone.{TOWER}"
+    if keeps_tower := "vision" in cfg.backbone and not _has_tower(state, tower):
+        cfg.backbone.vision.pretrained = True
+    task = build_task(cfg, data, fused_attention)
+    if keeps_tower:
+        state |= {k: v for k, v in task.state_dict().items() if k.startswith(tower)}
+    try:
+        task.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{checkpoint}: its weights are not those of this run's configuration and data: "
+            f"{' '.join(str(error).split())[:REASON]}"
+        ) from error
+    return task, saved["global_step"] - 1
+
+
+def _has_tower(weights: Mapping[str, Tensor], prefix: str) -> bool:
+    """False of a converted checkpoint whose vision tower is published elsewhere."""
+    return any(name.startswith(prefix) for name in weights)

@@ -117,7 +117,7 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
     import torch
     from safetensors.torch import save_file
 
-    from dynmoe.backbones import official
+    from dynmoe.backbones.official import to_official as official_weights
     from dynmoe.backbones.official_config import official_config
     from dynmoe.report.records import RunFolder
     from runners import trained
@@ -135,11 +135,11 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     ours = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
     settings = settings_of(cfg, ours)
-    weights = official.to_official(ours, settings)
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    converted = official_weights(ours, settings)
+    tensors = {name: tensor.contiguous() for name, tensor in converted.items()}
     write(files[0], lambda file: save_file(tensors, file, metadata={"format": "pt"}))
     write(files[1], json.dumps(official_config(settings), indent=2) + "\n")
-    return _report(files, weights, [])
+    return _report(files, converted, [])
 
 
 def _language_model(

@@ -162,7 +162,7 @@ def _load(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, An
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     data.setup("validate")
-    task, step = trained.load(cfg, data, settings["fused_attention"], checkpoint)
+    task, step = build.load(cfg, data, settings["fused_attention"], checkpoint)
     return data, task, step, build.build_trainer(cfg, [], folder, max_steps=1)
 
 

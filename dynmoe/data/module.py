@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from dynmoe.data import checks, photographs
+from dynmoe.data import checks
 from dynmoe.data.baseline import linear_baseline
 from dynmoe.data.environments import ArrayEnvironment, Environment, data_hash
 from dynmoe.data.folders import FolderEnvironment
+from dynmoe.data.photographs import cached, decoded_bytes, survey
 from dynmoe.data.protocol import IntArray, split
 from dynmoe.data.sampling import (
     EvalBatches,
@@ -123,18 +124,18 @@ class DomainData(TaskData):
                 "\n  ".join([f"data {self.name}: {len(problems)} problem(s)", *problems])
             )
         if self._to_be_cached(sizes):
-            environments = list(map(photographs.cached, environments, sizes))
+            environments = list(map(cached, environments, sizes))
         self.environments, self.splits = environments, splits
 
     def _survey(self, environments: Sequence[Environment]) -> tuple[list[IntArray], list[str]]:
         files = [e for e in environments if isinstance(e, FolderEnvironment)]
         if self._verify == "none" and self._cache is False:
             return [], []
-        sizes, unreadable = photographs.survey(files, decode=self._verify == "decode")
+        sizes, unreadable = survey(files, decode=self._verify == "decode")
         return sizes, [] if self._verify == "none" else unreadable
 
     def _to_be_cached(self, sizes: Sequence[IntArray]) -> bool:
-        fits = photographs.decoded_bytes(sizes) <= self._cache_gb * 2**30
+        fits = decoded_bytes(sizes) <= self._cache_gb * 2**30
         return bool(sizes) and (fits if self._cache == "auto" else self._cache)
 
     @property

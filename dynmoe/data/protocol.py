@@ -6,25 +6,18 @@ domainbed/lib/misc.py, domainbed/hparams_registry.py and domainbed/scripts/{trai
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from dynmoe.seeding import seed_hash
 
 IntArray = npt.NDArray[np.int64]
 Draw = Callable[[np.random.RandomState], float]
 
 MNIST_SETS = ("RotatedMNIST", "ColoredMNIST", "Debug28")
 DIGITS_SETS = ("RotatedDigits", "ColoredDigits")
-
-
-def seed_hash(*args: object) -> int:
-    """Seed in [0, 2**31) from the printed tuple of `args`; the same on every machine and run.
-
-    Arguments must be plain Python values: a NumPy integer prints differently.
-    """
-    return int(hashlib.md5(str(args).encode()).hexdigest(), 16) % 2**31
 
 
 def split(n: int, trial_seed: int, env: int, holdout: float) -> tuple[IntArray, IntArray]:

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from dynmoe.data import transforms
 from dynmoe.data.environments import Environment
-from dynmoe.data.protocol import IntArray, next_eval_step, seed_hash
+from dynmoe.data.protocol import IntArray, next_eval_step
+from dynmoe.seeding import seed_hash
 
 IN, OUT = 0, 1
 

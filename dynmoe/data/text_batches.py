@@ -16,7 +16,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from dynmoe.data.protocol import IntArray, seed_hash
+from dynmoe.data.protocol import IntArray
+from dynmoe.seeding import seed_hash
 
 BUCKET = 50
 """Batches that are drawn together and sorted by length before they are cut."""

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
-from dynmoe.data.protocol import seed_hash
 from dynmoe.layers.moe import Routed, record_routing
 from dynmoe.metrics.routing import TRAIN, RoutingMeter
+from dynmoe.seeding import seed_hash
 
 
 class MoETask(L.LightningModule):

@@ -15,9 +15,9 @@ from dynmoe.data.protocol import (
     next_eval_step,
     run_seed,
     sample_hparams,
-    seed_hash,
     split,
 )
+from dynmoe.seeding import seed_hash
 
 
 def test_split_seeds_of_trial_zero() -> None:
