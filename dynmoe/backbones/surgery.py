@@ -9,9 +9,8 @@ from torch import nn
 
 from dynmoe.backbones.ffns import blocks_of
 from dynmoe.errors import ConfigError
-from dynmoe.layers.experts import Init
+from dynmoe.layers.experts import Init, linears
 from dynmoe.layers.moe import MoELayer
-from dynmoe.layers.split import linears
 
 Placement = (
     Literal["none", "all", "every_two", "last_two", "sparse", "first_half", "second_half", "dense"]

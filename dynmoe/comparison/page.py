@@ -40,13 +40,7 @@ from dynmoe.comparison.runs import Collection
 from dynmoe.comparison.tasks import sets_table, task_tables
 from dynmoe.comparison.timings import Timings, read_timings
 from dynmoe.comparison.values import values_table
-from dynmoe.comparison.verdict import (
-    accuracy_table,
-    claim_table,
-    headline,
-    lacking,
-    sentences,
-)
+from dynmoe.comparison.verdict import accuracy_table, claim_table, headline, lacking, sentences
 from dynmoe.comparison.vl_pictures import draw_k_by_part, draw_load_by_part
 from dynmoe.comparison.vl_tables import kind_tables, parts_table, published_table
 from dynmoe.metrics.selection import RULES

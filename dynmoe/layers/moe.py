@@ -13,10 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynmoe.layers.average_key import AverageKeyRouter
 from dynmoe.layers.experts import Experts, Init, redraw
-from dynmoe.layers.routing import Routing
-from dynmoe.layers.top_any import TopAnyRouter
+from dynmoe.layers.routers import AverageKeyRouter, Routing, TopAnyRouter
 
 NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
 
@@ -52,7 +50,7 @@ class MoELayer(nn.Module):
 
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
-    inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
+    inside experts again in the backward pass instead of keeping them (dynmoe/layers/dispatch.py).
 
     Raises:
         ValueError: ``num_experts`` is not 1 to ``max_experts``.

@@ -189,10 +189,10 @@ def _projected_scores(layer: MoELayer) -> tuple[int, int]:
 
 
 ROUTERS: dict[str, Callable[[MoELayer], tuple[int, int]]] = {
-    "dynmoe.layers.top_any.TopAnyRouter": _scores,
-    "dynmoe.layers.top_k.TopKRouter": _scores,
-    "dynmoe.layers.average_key.AverageKeyRouter": _scores,
-    "dynmoe.layers.top_k.CosineTopKRouter": _projected_scores,
+    "dynmoe.layers.routers.TopAnyRouter": _scores,
+    "dynmoe.layers.routers.TopKRouter": _scores,
+    "dynmoe.layers.routers.AverageKeyRouter": _scores,
+    "dynmoe.layers.routers.CosineTopKRouter": _projected_scores,
 }
 
 

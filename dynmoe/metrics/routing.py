@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.layers.moe import MoELayer, Routed, moe_layers
-from dynmoe.layers.top_any import TopAnyRouter
+from dynmoe.layers.routers import TopAnyRouter
 
 Reduce = Callable[[Tensor], Tensor]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dynmoe.layers import dispatch
 from dynmoe.layers.experts import Experts, naive_forward
-from dynmoe.layers.routing import Routing
+from dynmoe.layers.routers import Routing
 
 DIM = 6
 

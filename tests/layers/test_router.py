@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, TopAnyRouter, TopKRouter
-from dynmoe.layers.routing import cosine
+from dynmoe.layers.routers import cosine
 
 DIM, SLOTS = 8, 4
 LIVE = tuple(range(SLOTS))

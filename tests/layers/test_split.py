@@ -10,7 +10,7 @@ from torch import nn
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, MoELayer
-from dynmoe.layers.split import balanced_clusters, split_ffn
+from dynmoe.layers.experts import balanced_clusters, split_ffn
 
 DIM, HIDDEN = 8, 24
 

@@ -1,0 +1,419 @@
+"""What every router returns. Routers know nothing of experts.
+
+Every router is called as ``router(x_TD, live, token_mask_T) -> Routing``. ``live`` lists the slots
+that hold an expert; column j of every result belongs to slot ``live[j]``. Scores, gates and losses
+are computed in fp32 under any autocast.
+
+Shape suffixes: T tokens, E living experts, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dynmoe.layers import losses
+
+
+class Routing(NamedTuple):
+    """What a router decided for T tokens over E living experts."""
+
+    weights_TE: Tensor
+    """Combine weights, fp32; the output is ``sum_e weights_te * expert_e(x_t)``."""
+    mask_TE: Tensor
+    """Bool: the experts whose output enters the token's output. k is its row sum."""
+    scores_TE: Tensor
+    """The router's own scores, fp32: cosines (top-any) or probabilities (top-k)."""
+    unserved_T: Tensor
+    """Bool: real tokens that no expert serves, before any evaluation fallback."""
+    aux: Tensor
+    """Auxiliary loss, a scalar; the task multiplies it by ``moe.aux_weight``."""
+    dispatch_TE: Tensor
+    """Bool: the pairs to compute. Equal to the mask unless a gradient needs more."""
+
+
+def cosine(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """Cosine similarity of every row of ``x_TD`` with every row of ``w_ED``, in its dtype, [T, E].
+
+    0, with gradient 0, for a row of zeros.
+    """
+    return _CosineWithUnits.apply(x_TD, F.normalize(w_ED, dim=1))
+
+
+class _CosineWithUnits(torch.autograd.Function):
+    """``x @ w.T / |x|`` for unit rows w, in two passes over [T, D] each way.
+
+    No normalised copy of the tokens is made, nor is one in another dtype kept. Autograd's own
+    backward of the norm would take three times as long as the product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, w_ED: Tensor) -> Tensor:
+        ctx.dtype = x_TD.dtype
+        kept_TD, x_TD = x_TD, x_TD.to(w_ED.dtype)
+        norm_T1 = torch.linalg.vector_norm(x_TD, dim=1, keepdim=True)
+        inverse_T1 = torch.where(norm_T1 > 1e-12, 1 / norm_T1, 0)
+        scores_TE = F.linear(x_TD, w_ED) * inverse_T1
+        ctx.save_for_backward(kept_TD, w_ED, inverse_T1, scores_TE)
+        return scores_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TD, w_ED, inverse_T1, scores_TE = ctx.saved_tensors
+        x_TD = x_TD.to(w_ED.dtype)
+        grad_TE = grads[0] * inverse_T1
+        x_grad_TD = w_grad_ED = None
+        if ctx.needs_input_grad[0]:
+            radial_T1 = (grad_TE * scores_TE).sum(1, keepdim=True) * inverse_T1
+            x_grad_TD = (grad_TE @ w_ED).addcmul_(x_TD, radial_T1, value=-1).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            w_grad_ED = grad_TE.t() @ x_TD
+        return x_grad_TD, w_grad_ED
+
+
+# Top-any gating: every token decides by thresholds how many experts it activates.
+#
+# Shape suffixes: T tokens, E living experts, S slots, D model width.
+
+
+class TopAnyRouter(nn.Module):
+    """Top-any gating: expert e serves token x iff sigmoid(cos(x, w_e)) > sigmoid(G_e).
+
+    DynMoE (arXiv 2405.14297), Eq. 2-6. The gate is hard with a straight-through gradient, the
+    output the plain mean of the chosen experts. In training a token may choose none: it then gets
+    exactly 0 and is reported in ``unserved_T``; at evaluation it falls back to its best expert.
+
+    Each slot has its own direction and threshold Parameter, so that a slot without an expert has no
+    gradient and no optimizer pass, and a new expert starts with fresh optimizer state.
+
+    Options name the points where the paper and its two code bases differ:
+
+    - ``gate_grad``: task gradient of the gate reaches the ``chosen`` experts only (both code bases
+      have a ReLU before the straight-through sign), or ``all`` living ones. The latter needs every
+      expert's output for every token in training: dense cost.
+    - ``combine``: weight 1/k with ``constant_k`` (a token with k = 1 still teaches its gate), with
+      the gradient ``through_k`` (it does not), or as the ``tutel`` code base does: through k if any
+      token of the batch has k > 1, else the raw gate; at evaluation its fallback weight is the raw
+      sigmoid score in a batch without any k > 1, so a token's output depends on its batch mates.
+    - ``aux``: ``diverse_simple`` (Eq. 7) or ``gshard`` (the tutel vision runs' default);
+      ``columns``: ``raw`` as in Eq. 7, or ``normalised`` as in both code bases;
+      ``simplicity_over``: ``living`` experts or ``all`` slots (both code bases);
+      ``smoothing``: see ``losses.diversity``; ``balance_weight`` and ``efficiency_weight``: the two
+      terms that the DeepSpeed code base added in January 2025.
+    """
+
+    adaptive = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_slots: int,
+        gate_grad: Literal["chosen", "all"] = "chosen",
+        combine: Literal["constant_k", "through_k", "tutel"] = "constant_k",
+        aux: Literal["diverse_simple", "gshard"] = "diverse_simple",
+        columns: Literal["raw", "normalised"] = "raw",
+        simplicity_over: Literal["living", "all"] = "living",
+        smoothing: float = 1e-3,
+        balance_weight: float = 0.0,
+        efficiency_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.gate_grad = gate_grad
+        self.combine = combine
+        self.aux = aux
+        self.columns = columns
+        self.simplicity_over = simplicity_over
+        self.smoothing = smoothing
+        self.balance_weight = balance_weight
+        self.efficiency_weight = efficiency_weight
+        # Orthonormal as long as there are no more slots than dimensions; unit vectors always.
+        rows_SD = F.normalize(nn.init.orthogonal_(torch.empty(num_slots, dim)), dim=1)
+        self.directions = nn.ParameterList(nn.Parameter(row.clone()) for row in rows_SD)
+        self.thresholds = nn.ParameterList(nn.Parameter(torch.zeros(())) for _ in rows_SD)
+
+    def forward(
+        self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
+    ) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            directions_ED = torch.stack([self.directions[slot] for slot in live]).float()
+            thresholds_E = torch.stack([self.thresholds[slot] for slot in live]).float()
+            scores_TE = cosine(x_TD, directions_ED)
+            margin_TE = scores_TE.sigmoid() - thresholds_E.sigmoid()
+            mask_TE = margin_TE > 0
+            if token_mask_T is not None:
+                mask_TE = mask_TE & token_mask_T[:, None]
+            unserved_T = ~mask_TE.any(1)
+            if token_mask_T is not None:
+                unserved_T = unserved_T & token_mask_T
+
+            # Straight-through: the value of the hard gate, the gradient of the margin.
+            through_TE = margin_TE if self.gate_grad == "all" else margin_TE * mask_TE
+            gate_TE = mask_TE + (through_TE - through_TE.detach())
+            aux = self._aux(gate_TE, mask_TE, directions_ED, token_mask_T)
+            weights_TE = self._weights(gate_TE, mask_TE)
+            if not self.training:
+                mask_TE, weights_TE = self._fall_back(scores_TE, mask_TE, weights_TE, unserved_T)
+            dispatch_TE = mask_TE
+            if self.training and self.gate_grad == "all":
+                dispatch_TE = mask_TE.any(1, keepdim=True) | unserved_T[:, None]  # real tokens
+                dispatch_TE = dispatch_TE.expand_as(mask_TE)
+        return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, dispatch_TE)
+
+    def _weights(self, gate_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        k_T1 = mask_TE.sum(1, keepdim=True)
+        if self.combine == "constant_k":
+            return gate_TE / k_T1.clamp(min=1)
+        through_TE = gate_TE / torch.where(k_T1 > 0, gate_TE.sum(1, keepdim=True), 1.0)
+        if self.combine == "through_k":
+            return through_TE
+        return torch.where((k_T1 > 1).any(), through_TE, gate_TE)
+
+    def _fall_back(
+        self, scores_TE: Tensor, mask_TE: Tensor, weights_TE: Tensor, unserved_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A token nobody serves takes its best expert by score, with weight 1 (DynMoE, Eq. 5)."""
+        best_TE = F.one_hot(scores_TE.argmax(1), scores_TE.shape[1]).bool() & unserved_T[:, None]
+        weight_TE = best_TE.to(weights_TE.dtype)
+        if self.combine == "tutel":
+            raw_TE = weight_TE * scores_TE.sigmoid()
+            weight_TE = torch.where((mask_TE.sum(1) > 1).any(), weight_TE, raw_TE)
+        return mask_TE | best_TE, torch.where(unserved_T[:, None], weight_TE, weights_TE)
+
+    def _aux(
+        self, gate_TE: Tensor, mask_TE: Tensor, directions_ED: Tensor, token_mask_T: Tensor | None
+    ) -> Tensor:
+        num_slots = len(self.directions)
+        if token_mask_T is not None:
+            gate_TE, mask_TE = gate_TE[token_mask_T], mask_TE[token_mask_T]
+        if self.aux == "gshard":
+            first_TE = mask_TE & (mask_TE.cumsum(1) == 1)
+            return losses.load_balance(gate_TE, first_TE, num_experts=gate_TE.shape[1])
+        normalised = self.columns == "normalised"
+        every_SD = (
+            directions_ED
+            if self.simplicity_over == "living"
+            else torch.stack(list(self.directions)).float()
+        )
+        aux = losses.diversity(directions_ED, normalised, self.smoothing)
+        aux = aux + losses.simplicity(every_SD)
+        if self.balance_weight:
+            aux = aux + self.balance_weight * losses.top_any_balance(gate_TE, mask_TE, num_slots)
+        if self.efficiency_weight:
+            aux = aux + self.efficiency_weight * losses.efficiency(gate_TE, num_slots)
+        return aux
+
+    def slot_parameters(self, slot: int) -> list[nn.Parameter]:
+        """The parameters that belong to one slot alone."""
+        return [self.directions[slot], self.thresholds[slot]]
+
+    @torch.no_grad()
+    def point(self, slot: int, direction_D: Tensor) -> None:
+        """Give a new expert the unit vector of ``direction_D`` and threshold 0 (Algorithm 1)."""
+        self.directions[slot].copy_(F.normalize(direction_D.float(), dim=0))
+        self.thresholds[slot].zero_()
+
+    @torch.no_grad()
+    def keep(self, slots: Sequence[int]) -> None:
+        """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
+        self.directions = nn.ParameterList(self.directions[slot] for slot in slots)
+        self.thresholds = nn.ParameterList(self.thresholds[slot] for slot in slots)
+
+
+# Routers with a fixed number of experts per token: the settings DynMoE is compared against.
+#
+# Shape suffixes: T tokens, E experts, D model width, K choices of a token.
+
+
+class TopKRouter(nn.Module):
+    """Softmax over a linear score, the k largest experts per token (GShard, Switch, Mixtral).
+
+    For k > 1 the chosen probabilities are renormalised to sum to 1; at k = 1 they are not, because
+    the constant weight 1 would leave the router without a task gradient. Copies of an FFN then
+    start at that probability, about 1/E, times its output; for k > 1 they start at its output.
+
+    ``noise`` > 0 adds Gaussian noise of standard deviation noise / E to the logits in training.
+    ``aux``: ``load_balance`` (GShard) or ``importance_load`` (needs noise).
+    ``weights_sum``: ``one``, or ``k`` for experts that are parts of one FFN, whose outputs add up
+    (``moe.init=cluster`` or ``random``).
+    ``capacity_factor``: None is dropless; else each expert takes at most
+    ``k * int(capacity_factor * ceil(T / E))`` of the T real tokens, the most confident first
+    (Tutel's batch-prioritised routing), and the overflow gets nothing from it, in evaluation too.
+    """
+
+    adaptive = False
+
+    def __init__(
+        self,
+        dim: int,
+        num_slots: int,
+        top_k: int = 2,
+        noise: float = 0.0,
+        aux: Literal["load_balance", "importance_load"] = "load_balance",
+        capacity_factor: float | None = None,
+        weights_sum: Literal["one", "k"] = "one",
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_slots:
+            raise ValueError(f"top_k is {top_k}: expected 1 to the number of experts, {num_slots}")
+        if aux == "importance_load" and noise <= 0:
+            raise ValueError("aux=importance_load needs noise > 0: its load term is smoothed by it")
+        self.num_slots = num_slots
+        self.top_k = top_k
+        self.noise = noise
+        self.aux = aux
+        self.capacity_factor = capacity_factor
+        self.weights_sum = weights_sum
+        self._build_scorer(dim)
+
+    def _build_scorer(self, dim: int) -> None:
+        self.weight = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(self.num_slots, dim), std=0.02)
+        )
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """Scores before noise and softmax, [T, E], fp32."""
+        return F.linear(x_TD, self.weight.float())
+
+    def forward(
+        self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
+    ) -> Routing:
+        if len(live) != self.num_slots:
+            raise ValueError(f"a top-k router has a fixed pool of {self.num_slots}, got {live}")
+        with torch.autocast(x_TD.device.type, enabled=False):
+            clean_TE = self.logits(x_TD.float())
+            noisy_TE = clean_TE
+            if self.training and self.noise > 0:
+                noisy_TE = clean_TE + torch.randn_like(clean_TE) * (self.noise / self.num_slots)
+            probs_TE = noisy_TE.softmax(1)
+            choice_TK = probs_TE.topk(self.top_k, dim=1).indices
+            mask_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
+            if token_mask_T is not None:
+                mask_TE = mask_TE & token_mask_T[:, None]
+            weights_TE = probs_TE * mask_TE
+            if self.top_k > 1:
+                weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
+            if self.weights_sum == "k":
+                weights_TE = weights_TE * self.top_k
+            aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
+            if self.capacity_factor is not None:
+                mask_TE = self._within_capacity(mask_TE, probs_TE, choice_TK, token_mask_T)
+                weights_TE = weights_TE * mask_TE
+            unserved_T = ~mask_TE.any(1)
+            if token_mask_T is not None:
+                unserved_T = unserved_T & token_mask_T
+        return Routing(weights_TE, mask_TE, probs_TE, unserved_T, aux, mask_TE)
+
+    def _aux(
+        self, clean_TE: Tensor, noisy_TE: Tensor, choice_TK: Tensor, token_mask_T: Tensor | None
+    ) -> Tensor:
+        if token_mask_T is not None:
+            clean_TE, noisy_TE, choice_TK = (
+                t[token_mask_T] for t in (clean_TE, noisy_TE, choice_TK)
+            )
+        probs_TE = clean_TE.softmax(1)
+        if self.aux == "load_balance":
+            first_TE = F.one_hot(choice_TK[:, 0], self.num_slots)
+            return losses.load_balance(probs_TE, first_TE, self.num_slots)
+        kth_logit_T = noisy_TE.gather(1, choice_TK[:, -1:]).squeeze(1)
+        return losses.importance_and_load(probs_TE, kth_logit_T, self.noise / self.num_slots)
+
+    def _within_capacity(
+        self, mask_TE: Tensor, probs_TE: Tensor, choice_TK: Tensor, token_mask_T: Tensor | None
+    ) -> Tensor:
+        """Keep the pairs that find a place: first choices before second ones, and within a choice
+        the tokens with the largest probability first."""
+        assert self.capacity_factor is not None
+        tokens = len(mask_TE) if token_mask_T is None else int(token_mask_T.sum())
+        places = self.top_k * int(self.capacity_factor * math.ceil(tokens / self.num_slots))
+        order_T = probs_TE.amax(1).argsort(descending=True, stable=True)
+        kept_TE = torch.zeros_like(mask_TE)
+        taken_E = torch.zeros(self.num_slots, dtype=torch.long, device=mask_TE.device)
+        for choice_T in choice_TK.unbind(1):
+            wanted_TE = F.one_hot(choice_T[order_T], self.num_slots) * mask_TE[order_T]
+            place_TE = taken_E + wanted_TE.cumsum(0)
+            kept_TE[order_T] |= (wanted_TE > 0) & (place_TE <= places)
+            taken_E = taken_E + wanted_TE.sum(0)
+        return kept_TE
+
+
+class CosineTopKRouter(TopKRouter):
+    """GMoE's router: cosine between a projected token and expert embeddings, times a learned scale.
+
+    Li et al. (arXiv 2206.04046), sec. 4; Tutel, ``tutel/gates/cosine_top.py``. The scale starts at
+    1 / ``init_temperature`` and is at most 100.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_slots: int,
+        top_k: int = 1,
+        noise: float = 1.0,
+        aux: Literal["load_balance", "importance_load"] = "importance_load",
+        capacity_factor: float | None = None,
+        projection: int = 256,
+        init_temperature: float = 0.5,
+        weights_sum: Literal["one", "k"] = "one",
+    ) -> None:
+        self.projection = projection
+        self.init_temperature = init_temperature
+        super().__init__(dim, num_slots, top_k, noise, aux, capacity_factor, weights_sum)
+
+    def _build_scorer(self, dim: int) -> None:
+        self.project = nn.Linear(dim, self.projection)
+        nn.init.trunc_normal_(self.project.weight, std=0.02)
+        nn.init.zeros_(self.project.bias)
+        self.embeddings = nn.Parameter(torch.randn(self.num_slots, self.projection) * 0.01)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / self.init_temperature)))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        projected_TP = F.linear(x_TD, self.project.weight.float(), self.project.bias.float())
+        scale = self.log_scale.float().clamp(max=math.log(100)).exp()
+        return cosine(projected_TP, self.embeddings.float()) * scale
+
+
+# EMoE's router: experts are chosen by the mean of their keys, and their outputs are summed.
+#
+# Shape suffixes: T tokens, E experts, D model width.
+
+
+class AverageKeyRouter(nn.Module):
+    """The k experts with the largest ``x . mean key``, each with weight 1. Nothing is trained.
+
+    Qiu et al. (arXiv 2310.10908), sec. 3. An expert's keys are the rows of its first matrix; the
+    layer puts their current means into ``keys_ED`` at every forward. Weight 1 is for experts that
+    are parts of one FFN (``moe.init=cluster`` or ``random``): all of them together are that FFN.
+
+    Raises:
+        ValueError: ``top_k`` is not 1 to ``num_slots``.
+    """
+
+    adaptive = False
+    keys_ED: Tensor
+
+    def __init__(self, dim: int, num_slots: int, top_k: int = 16) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_slots:
+            raise ValueError(f"top_k is {top_k}: expected 1 to the number of experts, {num_slots}")
+        self.top_k = top_k
+        self.register_buffer("keys_ED", torch.zeros(num_slots, dim), persistent=False)
+
+    def forward(
+        self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
+    ) -> Routing:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores_TE = F.linear(x_TD.detach().float(), self.keys_ED)
+        choice_TK = scores_TE.topk(self.top_k, dim=1).indices
+        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
+        if token_mask_T is not None:
+            mask_TE = mask_TE & token_mask_T[:, None]
+        unserved_T = torch.zeros(len(x_TD), dtype=torch.bool, device=x_TD.device)
+        aux = scores_TE.new_zeros(())
+        return Routing(mask_TE.float(), mask_TE, scores_TE, unserved_T, aux, mask_TE)
