@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 from torch import Tensor
 
-from dynmoe.adaptation.controller import plan
-from dynmoe.adaptation.schedule import Schedule
-from dynmoe.adaptation.sharded import whole
+from dynmoe.adaptation.fsdp import whole
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import MoELayer, NewExpert, RoutingStats, moe_layers
 
@@ -87,7 +86,7 @@ class DynMoECallback(L.Callback):
         before = len(layer.live)
         # Tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0.
         unserved = k_hist[0] if total["unserved_D"].any() else 0
-        change = plan(load, unserved, layer.max_experts, self.min_experts)
+        change = decide(load, unserved, layer.max_experts, self.min_experts)
         for slot in change.remove:
             layer.remove_expert(slot)
         if change.add is not None:
@@ -154,3 +153,82 @@ def _steps_per_epoch(trainer: L.Trainer) -> int:
             "(unit=step), or the data module an attribute steps_per_epoch"
         )
     return max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+
+
+# When routing is recorded and experts are updated, in optimizer steps.
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Windows of ``length`` steps that begin at ``start`` and then every ``period``; the update
+    follows a window's last step. ``unit="epoch"`` gives all three as fractions of an epoch: the
+    paper's language runs record from 1/3 to 2/3 of every epoch (start 1/3, length 1/3, period 1).
+
+    Raises:
+        ValueError: a window that is empty, or longer than the period.
+    """
+
+    start: float
+    length: float
+    period: float
+    unit: Literal["step", "epoch"] = "step"
+
+    def __post_init__(self) -> None:
+        if not (self.start >= 0 and 0 < self.length <= self.period):
+            raise ValueError(
+                f"expected start >= 0 and 0 < length <= period, found start={self.start}, "
+                f"length={self.length}, period={self.period}"
+            )
+
+    def in_steps(self, steps_per_epoch: int) -> Schedule:
+        """The same schedule in whole optimizer steps, at least one step long.
+
+        The period of an epoch schedule is rounded to whole steps once, so windows never drift
+        apart from each other.
+        """
+        if self.unit == "step":
+            return self
+        length = max(1, round(self.length * steps_per_epoch))
+        return Schedule(
+            start=round(self.start * steps_per_epoch),
+            length=length,
+            period=max(length, round(self.period * steps_per_epoch)),
+        )
+
+    def records(self, step: int) -> bool:
+        """Whether 0-based optimizer step ``step`` lies in a window."""
+        return step >= self.start and (step - self.start) % self.period < self.length
+
+    def updates_after(self, step: int) -> bool:
+        """Whether ``step`` is the last one of a window."""
+        return step >= self.start and (step - self.start) % self.period == self.length - 1
+
+
+# Which experts to remove and where to add one: a pure function of one window's counts.
+
+
+class Decision(NamedTuple):
+    """Slots to empty, and the slot that gets a new expert."""
+
+    remove: tuple[int, ...]
+    add: int | None
+
+
+def decide(
+    load: Mapping[int, int], unserved: int, num_slots: int, min_experts: int = 1
+) -> Decision:
+    """One update of DynMoE's Algorithm 1 (arXiv 2405.14297) for one layer.
+
+    ``load`` maps every living slot to the tokens that chose it in the window; ``unserved`` is the
+    number of tokens that chose none. Experts without a token go, except that ``min_experts`` stay
+    (lowest slots first). One expert is added if any token was unserved and a slot is free, in the
+    lowest free slot, those just emptied included. A window without any token decides nothing.
+    """
+    if sum(load.values()) + unserved == 0:
+        return Decision((), None)
+    idle = [slot for slot in sorted(load) if load[slot] == 0]
+    must_stay = max(0, min_experts - (len(load) - len(idle)))
+    remove = tuple(idle[must_stay:])
+    free = [slot for slot in range(num_slots) if slot not in load or slot in remove]
+    add = free[0] if unserved > 0 and free else None
+    return Decision(remove, add)

@@ -6,34 +6,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmoe.adaptation.controller import Plan, plan
+from dynmoe.adaptation.callback import Decision, decide
 
 TABLE = {
     # name: (load by slot, unserved, slots, min_experts) -> plan
-    "all used, all served": (({0: 5, 1: 3}, 0, 4, 1), Plan((), None)),
-    "one activation is enough to stay": (({0: 5, 1: 1}, 0, 4, 1), Plan((), None)),
-    "idle experts go, any number": (({0: 0, 1: 9, 2: 0}, 0, 4, 1), Plan((0, 2), None)),
-    "one is added, whatever the number unserved": (({0: 5, 1: 3}, 999, 4, 1), Plan((), 2)),
-    "the lowest empty slot is filled": (({0: 5, 3: 3}, 1, 4, 1), Plan((), 1)),
-    "a full pool adds nothing": (({0: 5, 1: 3}, 7, 2, 1), Plan((), None)),
-    "a full pool reuses a slot just emptied": (({0: 5, 1: 0}, 7, 2, 1), Plan((1,), 1)),
+    "all used, all served": (({0: 5, 1: 3}, 0, 4, 1), Decision((), None)),
+    "one activation is enough to stay": (({0: 5, 1: 1}, 0, 4, 1), Decision((), None)),
+    "idle experts go, any number": (({0: 0, 1: 9, 2: 0}, 0, 4, 1), Decision((0, 2), None)),
+    "one is added, whatever the number unserved": (({0: 5, 1: 3}, 999, 4, 1), Decision((), 2)),
+    "the lowest empty slot is filled": (({0: 5, 3: 3}, 1, 4, 1), Decision((), 1)),
+    "a full pool adds nothing": (({0: 5, 1: 3}, 7, 2, 1), Decision((), None)),
+    "a full pool reuses a slot just emptied": (({0: 5, 1: 0}, 7, 2, 1), Decision((1,), 1)),
     "the lowest free slot is filled, just emptied or not": (
         ({0: 0, 1: 5}, 7, 3, 1),
-        Plan((0,), 0),
+        Decision((0,), 0),
     ),
-    "min_experts stay, lowest slots first": (({0: 0, 1: 0, 2: 0}, 4, 4, 2), Plan((2,), 2)),
+    "min_experts stay, lowest slots first": (({0: 0, 1: 0, 2: 0}, 4, 4, 2), Decision((2,), 2)),
     "idle experts stay only to fill up to min_experts": (
         ({0: 0, 1: 8, 2: 0}, 0, 4, 2),
-        Plan((2,), None),
+        Decision((2,), None),
     ),
-    "no token at all decides nothing": (({0: 0, 1: 0}, 0, 4, 1), Plan((), None)),
+    "no token at all decides nothing": (({0: 0, 1: 0}, 0, 4, 1), Decision((), None)),
 }
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_table(name: str) -> None:
     arguments, expected = TABLE[name]
-    assert plan(*arguments) == expected
+    assert decide(*arguments) == expected
 
 
 @st.composite
@@ -47,7 +47,7 @@ def windows(draw: st.DrawFn) -> tuple[dict[int, int], int, int, int]:
 @given(windows())
 def test_properties(window: tuple[dict[int, int], int, int, int]) -> None:
     load, unserved, slots, minimum = window
-    remove, add = plan(load, unserved, slots, minimum)
+    remove, add = decide(load, unserved, slots, minimum)
     after = (set(load) - set(remove)) | ({add} if add is not None else set())
     assert minimum <= len(set(load) - set(remove)) and len(after) <= slots
     assert all(load[slot] == 0 for slot in remove)
@@ -58,4 +58,4 @@ def test_properties(window: tuple[dict[int, int], int, int, int]) -> None:
     if unserved > 0 and add is None:
         assert len(load) == slots and not remove
     # Deciding again on a window in which everyone was used and served changes nothing.
-    assert plan(dict.fromkeys(after, 1), 0, slots, minimum) == Plan((), None)
+    assert decide(dict.fromkeys(after, 1), 0, slots, minimum) == Decision((), None)

@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
 
 from dynmoe.adaptation import DynMoECallback
-from dynmoe.adaptation.sharded import MoEFSDPStrategy, blocks, full_state, whole
+from dynmoe.adaptation.fsdp import MoEFSDPStrategy, blocks, full_state, whole
 from dynmoe.data.text_batches import EvalBatches
 from dynmoe.layers import MoELayer, TopAnyRouter, record_routing
 

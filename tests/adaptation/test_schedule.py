@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynmoe.adaptation.schedule import Schedule
+from dynmoe.adaptation.callback import Schedule
 
 
 def windows(schedule: Schedule, steps: int) -> tuple[list[int], list[int]]:
