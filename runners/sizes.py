@@ -18,9 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from dynmoe.backbones.ffns import blocks_of
 from dynmoe.backbones.published import PUBLISHED
-from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.backbones.surgery import add_moe_layers, blocks_of
 from dynmoe.backbones.vlm import VisionLanguageModel, train_only
 from dynmoe.data.vision_language import VisionLanguageData
 from dynmoe.layers.moe import moe_layers

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.backbones.surgery import add_moe_layers
-from dynmoe.backbones.vision_tower import build_vision_tower
+from dynmoe.backbones.vision import build_vision_tower
 from dynmoe.backbones.vlm import VisionLanguageModel, build_vision_language_model
 from dynmoe.data.chat import IMAGE
 from dynmoe.data.vl_examples import Fetched, collate_conversations, collate_questions

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from dynmoe.backbones.ffns import blocks_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers.experts import Init, linears
 from dynmoe.layers.moe import MoELayer
@@ -93,3 +93,218 @@ def add_moe_layers(
             expert, dim, router, num_experts, max_experts, init, keep_origin, recompute
         )
         form.put(blocks[index], layer)
+
+
+# Where the blocks of known Transformers keep their FFN, and how an MoE layer takes its place.
+
+# Activations of transformers by class name, as PyTorch's own, which the fast path knows.
+ACTIVATIONS = {
+    "GELUActivation": lambda: nn.GELU(),
+    "GELUTanh": lambda: nn.GELU("tanh"),
+    "NewGELUActivation": lambda: nn.GELU("tanh"),
+    "FastGELUActivation": lambda: nn.GELU("tanh"),
+    "SiLUActivation": lambda: nn.SiLU(),
+}
+
+
+class Form(Protocol):
+    """One way to build an FFN into a block. ``dropout``: see ``surgery.add_moe_layers``."""
+
+    def expert(self, block: nn.Module, dropout: float | None) -> nn.Module:
+        """The FFN as a module of its own, made of the block's weights: ``[N, D] -> [N, D]``.
+
+        Raises:
+            AttributeError: the block has no such FFN.
+        """
+
+    def put(self, block: Any, layer: nn.Module) -> None:
+        """Put an MoE layer of such experts into the block."""
+
+    def modules(self, block: Any) -> list[nn.Module]:
+        """Those that hold the FFN's parameters, or the MoE layer's in its place."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Linear, activation, linear, by their paths in the block.
+
+    The output bias stays in the block, added once whatever the experts: they have none. Where
+    ``place`` is given the layer takes the place of this module, which holds no more than the first
+    two; else that of ``first``. Where ``whole`` is given, the module that holds all three and no
+    more, the layer takes its place, and experts have output biases of their own.
+    """
+
+    first: str
+    activation: str
+    second: str
+    place: str | None = None
+    dropout: str | None = None
+    """Between the activation and the second linear layer, where there is one."""
+    whole: str | None = None
+
+    def expert(self, block: nn.Module, dropout: float | None) -> nn.Module:
+        first = linear(block.get_submodule(self.first), bias=True)
+        second = linear(block.get_submodule(self.second), bias=self.whole is not None)
+        parts = [first, torch_activation(block.get_submodule(self.activation))]
+        if dropout is not None:
+            parts.append(nn.Dropout(dropout))
+        elif self.dropout is not None:
+            parts.append(block.get_submodule(self.dropout))
+        return nn.Sequential(*parts, second)
+
+    def put(self, block: Any, layer: nn.Module) -> None:
+        if self.whole is not None:
+            block.set_submodule(self.whole, layer)
+            return
+        bias_D = getattr(block.get_submodule(self.second), "bias", None)
+        block.set_submodule(self.second, nn.Identity() if bias_D is None else Bias(bias_D))
+        block.set_submodule(self.activation, nn.Identity())
+        if self.dropout is not None:
+            block.set_submodule(self.dropout, nn.Identity())
+        block.set_submodule(self.place or self.first, layer)
+
+    def modules(self, block: Any) -> list[nn.Module]:
+        paths = [self.whole] if self.whole is not None else [self.place or self.first, self.second]
+        return [block.get_submodule(path) for path in paths]
+
+
+@dataclass(frozen=True)
+class Gated:
+    """``down(act(gate(x)) * up(x))`` in ``block.mlp``, as in Llama. Such FFNs have no biases."""
+
+    def expert(self, block: Any, dropout: float | None) -> nn.Module:
+        mlp = block.mlp
+        activation = torch_activation(mlp.act_fn)
+        return GatedFFN(mlp.gate_proj, mlp.up_proj, activation, mlp.down_proj, dropout or 0.0)
+
+    def put(self, block: Any, layer: nn.Module) -> None:
+        block.mlp = layer
+
+    def modules(self, block: Any) -> list[nn.Module]:
+        return [block.mlp]
+
+
+@dataclass(frozen=True)
+class TimmMlp:
+    """timm's ``block.mlp`` with all it holds: experts keep their output biases, as GMoE's do."""
+
+    def expert(self, block: Any, dropout: float | None) -> nn.Module:
+        mlp = block.mlp
+        _ = mlp.fc1, mlp.fc2
+        if dropout is not None:
+            mlp.drop1 = nn.Dropout(dropout)
+        return mlp
+
+    def put(self, block: Any, layer: nn.Module) -> None:
+        block.mlp = layer
+
+    def modules(self, block: Any) -> list[nn.Module]:
+        return [block.mlp]
+
+
+BERT = Chain(
+    "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", place="intermediate"
+)
+GPT2 = Chain("mlp.c_fc", "mlp.act", "mlp.c_proj")
+TIMM_PARTS = Chain("mlp.fc1", "mlp.act", "mlp.fc2", dropout="mlp.drop1")
+
+# By ``model_type`` of a transformers configuration.
+FORMS: dict[str, Form] = {
+    "bert": BERT,
+    "camembert": BERT,
+    "deberta": BERT,
+    "deberta-v2": BERT,
+    "electra": BERT,
+    "mpnet": BERT,
+    "roberta": BERT,
+    "xlm-roberta": BERT,
+    "distilbert": Chain("ffn.lin1", "ffn.activation", "ffn.lin2"),
+    "gpt2": GPT2,
+    "gpt_neo": GPT2,
+    "gpt_neox": Chain("mlp.dense_h_to_4h", "mlp.act", "mlp.dense_4h_to_h"),
+    # MoE-LLaVA's and DynMoE's checkpoints have an output bias in every expert.
+    "phi": Chain("mlp.fc1", "mlp.activation_fn", "mlp.fc2", whole="mlp"),
+    "gemma": Gated(),
+    "llama": Gated(),
+    "mistral": Gated(),
+    "qwen2": Gated(),
+    "qwen3": Gated(),
+    "smollm3": Gated(),
+    "stablelm": Gated(),
+}
+
+
+def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module], Form]:
+    """The blocks of a timm ViT or a transformers model, and how their FFNs are built in.
+
+    ``parts``: experts will be parts of the FFN whose outputs add up, so that it must be taken apart
+    from its output bias everywhere.
+
+    Raises:
+        ConfigError: a kind of model that is not known, or one that cuts its FFNs' input in chunks.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        blocks: Any = model.blocks
+        return blocks, TIMM_PARTS if parts else TimmMlp()
+    form = FORMS.get(config.model_type)
+    if form is None:
+        raise ConfigError(
+            f"backbone: MoE layers in '{config.model_type}' models: not known where their FFNs "
+            f"are. Known: {', '.join(FORMS)}. Another is a line in FORMS of "
+            "dynmoe/backbones/surgery.py; moe=dense needs none."
+        )
+    if parts and isinstance(form, Chain):
+        form = replace(form, whole=None)
+    chunk = getattr(config, "chunk_size_feed_forward", 0)
+    if chunk:
+        raise ConfigError(
+            f"backbone.options.chunk_size_feed_forward: expected 0 with MoE layers, found {chunk}: "
+            "they route whole texts, whose padding they are told of. Set it to 0, or moe=dense."
+        )
+    depth = config.num_hidden_layers
+    lists: Any = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    return next(lists), form
+
+
+class Bias(nn.Module):
+    """The output bias of an FFN that became an MoE layer."""
+
+    def __init__(self, bias_D: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias_D.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias.to(x.dtype)
+
+
+class GatedFFN(nn.Module):
+    """``down(dropout(act(gate(x)) * up(x)))`` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(
+        self, gate: nn.Module, up: nn.Module, act: nn.Module, down: nn.Module, dropout: float
+    ) -> None:
+        super().__init__()
+        self.gate, self.up, self.act, self.down = gate, up, act, down
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))
+
+
+def linear(layer: Any, bias: bool) -> nn.Linear:
+    """An ``nn.Linear`` with the weights of one, or of GPT-2's ``Conv1D``, which is transposed."""
+    weight_OI = layer.weight.detach()
+    if not isinstance(layer, nn.Linear):
+        weight_OI = weight_OI.t().contiguous()
+    made = nn.Linear(weight_OI.shape[1], len(weight_OI), bias=False, device="meta")
+    made.weight = nn.Parameter(weight_OI)
+    if bias:
+        made.bias = layer.bias
+    return made
+
+
+def torch_activation(module: nn.Module) -> nn.Module:
+    """PyTorch's own activation where it computes the same, else the module itself."""
+    maker = ACTIVATIONS.get(type(module).__name__)
+    return module if maker is None else maker()

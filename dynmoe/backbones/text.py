@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
 from dynmoe.backbones import hub
-from dynmoe.backbones.lora import add_adapters
+from dynmoe.backbones.hub import add_adapters
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import mask_padding
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dynmoe.backbones import hub
-from dynmoe.backbones.ffns import blocks_of
+from dynmoe.backbones.surgery import blocks_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import mask_padding, moe_layers
 

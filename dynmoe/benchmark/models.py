@@ -14,8 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from dynmoe.backbones.ffns import blocks_of
-from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.backbones.surgery import add_moe_layers, blocks_of
 from dynmoe.benchmark.configured import built
 from dynmoe.benchmark.fit import fit_thresholds
 from dynmoe.benchmark.results import Facts

@@ -19,8 +19,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from dynmoe.backbones.vision_tower import build_vision_tower
-from dynmoe.backbones.vit import build_vit
+from dynmoe.backbones.vision import build_vision_tower, build_vit
 from dynmoe.errors import ConfigError
 
 PX, PATCH, DEPTH, WIDTH = 16, 4, 4, 12

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dynmoe.backbones.surgery import add_moe_layers, placed_blocks
-from dynmoe.backbones.vit import build_vit
+from dynmoe.backbones.vision import build_vit
 from dynmoe.errors import ConfigError
 from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, TopAnyRouter, moe_layers
 from dynmoe.metrics.efficiency import count

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynmoe.backbones.surgery import add_moe_layers
-from dynmoe.backbones.vit import build_vit
+from dynmoe.backbones.vision import build_vit
 from dynmoe.layers import (
     CosineTopKRouter,
     MoELayer,

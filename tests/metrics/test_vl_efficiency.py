@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from dynmoe.backbones.surgery import add_moe_layers
-from dynmoe.backbones.vision_tower import build_vision_tower
+from dynmoe.backbones.vision import build_vision_tower
 from dynmoe.backbones.vlm import VisionLanguageModel, build_vision_language_model
 from dynmoe.layers import TopKRouter
 from dynmoe.metrics.efficiency import activated, count, flops, total

@@ -16,7 +16,7 @@ from torch import Tensor, distributed
 from vl_models import GATED, add_experts, widen
 
 from dynmoe.adaptation.callback import DynMoECallback
-from dynmoe.backbones.vision_tower import build_vision_tower
+from dynmoe.backbones.vision import build_vision_tower
 from dynmoe.backbones.vlm import build_vision_language_model
 from dynmoe.data.chat import IGNORE, IMAGE
 from dynmoe.data.text_batches import Key
