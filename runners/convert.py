@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynmoe.convert.files import check_free, read_json, read_weights, write, write_again
 from dynmoe.errors import ConfigError, DataError, UserError
-from runners.convert_files import check_free, read_json, read_weights, write, write_again
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,11 +80,9 @@ def from_official(given: Mapping[str, str]) -> list[Path]:
     """
     from omegaconf import OmegaConf
 
-    from dynmoe.backbones.official import to_dynmoe
-    from dynmoe.backbones.official_config import describe
-    from dynmoe.backbones.official_tower import tower
+    from dynmoe.convert.config import describe, run_configuration
+    from dynmoe.convert.weights import to_dynmoe, tower
     from dynmoe.report.records import RunFolder
-    from runners.convert_config import run_configuration
 
     source, target = (Path(given[key]).expanduser().resolve() for key in ("from", "to"))
     files = [target / "checkpoints" / "last.ckpt", target / "config.yaml"]
@@ -117,11 +115,10 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
     import torch
     from safetensors.torch import save_file
 
-    from dynmoe.backbones.official import to_official as official_weights
-    from dynmoe.backbones.official_config import official_config
+    from dynmoe.convert.config import official_config, settings_of
+    from dynmoe.convert.weights import to_official as official_weights
     from dynmoe.report.records import RunFolder
     from runners import trained
-    from runners.convert_config import settings_of
 
     target = Path(given["to"]).expanduser()
     files = [target / "model.safetensors", target / "config.json"]
@@ -148,8 +145,8 @@ def _language_model(
     """Files by name, config.json and a tokenizer's; and what is to be said of them."""
     from transformers import AutoConfig
 
-    from runners.convert_config import hub_name
-    from runners.convert_tokenizer import tokenizer_files
+    from dynmoe.convert.config import hub_name
+    from dynmoe.convert.files import tokenizer_files
 
     model = settings["language_model"]
     config = AutoConfig.for_model(model["architecture"], **model["options"])

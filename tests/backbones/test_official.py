@@ -16,10 +16,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, SiglipVisionConfig
 
-from dynmoe.backbones.official import to_dynmoe, to_official
-from dynmoe.backbones.official_config import describe, official_config
-from dynmoe.backbones.official_tower import MEAN, STD, tower
 from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.convert.config import describe, official_config
+from dynmoe.convert.weights import MEAN, STD, to_dynmoe, to_official, tower
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.layers import TopAnyRouter, TopKRouter, moe_layers, record_routing
 

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from published_models import add_tokenizer, published
 from safetensors.torch import load_file
 
-from dynmoe.backbones.official import to_dynmoe
-from dynmoe.backbones.official_config import describe
+from dynmoe.convert.config import describe
+from dynmoe.convert.weights import to_dynmoe
 from dynmoe.data.tokens import load_tokenizer
 from dynmoe.data.vl_tokenizer import conversation_tokenizer
 from dynmoe.report.records import RunFolder

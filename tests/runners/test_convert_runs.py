@@ -18,9 +18,9 @@ from published_models import add_tokenizer, clip_folder, published, read
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dynmoe.backbones.official_config import describe
 from dynmoe.benchmark.configured import configuration
 from dynmoe.config.check import problems
+from dynmoe.convert.config import describe
 from dynmoe.errors import ConfigError
 from dynmoe.report.records import RunFolder
 from runners import build, convert, evaluate, train

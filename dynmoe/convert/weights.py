@@ -10,15 +10,18 @@ Shape suffixes: D model width, E experts, S slots.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dynmoe.backbones.official_names import BLOCK, BOTH, FAMILIES, QKV, WEIGHT, Family
-from dynmoe.errors import DataError
+from dynmoe.backbones import hub
+from dynmoe.errors import ConfigError, DataError
 
 LANGUAGE = "language_model."
 
@@ -223,3 +226,151 @@ def _drop_bias(head: Tensors) -> Tensors:
     if bias.any():
         raise ValueError("expected a zero bias, for the official head has none")
     return [weight]
+
+
+# What MoE-LLaVA and DynMoE-LLaVA call the parts of their three language models, and we do.
+#
+# Sources: ``language_model`` of github.com/PKU-YuanGroup/MoE-LLaVA, in ``moellava/model``; that of
+# github.com/LINs-lab/DynMoE uses the same models. Ours are transformers' own.
+
+BLOCK = "model.layers.{i}"
+QKV = (f"{BLOCK}.self_attn.q_proj", f"{BLOCK}.self_attn.k_proj", f"{BLOCK}.self_attn.v_proj")
+WEIGHT, BOTH = ("weight",), ("weight", "bias")
+
+
+class Linear(NamedTuple):
+    """A linear layer of an FFN by its three names: theirs, ours in a dense block, in an expert."""
+
+    official: str
+    dense: str
+    expert: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """A language model by MoE-LLaVA's names and by those of transformers. ``{i}``: the block."""
+
+    body: str
+    """Where theirs keeps the image tower and the projector."""
+    block: str
+    modules: Mapping[str, tuple[str, tuple[str, ...]]]
+    """Ours: theirs, and what the module holds. Without FFNs, queries, keys and values."""
+    ffn: tuple[Linear, ...]
+    leaves: tuple[str, ...] = WEIGHT
+    """What a linear layer of an FFN holds."""
+    fused_qkv: str | None = None
+    """Queries, keys and values in one linear layer, in this order."""
+    head_bias: bool = True
+    """False: transformers gives the head a bias which theirs has not."""
+
+
+def _same(leaves: tuple[str, ...], *names: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    return {name: (name, leaves) for name in names}
+
+
+FAMILIES: dict[str, Family] = {
+    # stablelm/modeling_stablelm_epoch.py
+    "stablelm": Family(
+        body="model",
+        block=BLOCK,
+        modules={
+            **_same(WEIGHT, "model.embed_tokens", "lm_head", f"{BLOCK}.self_attn.o_proj"),
+            **_same(BOTH, f"{BLOCK}.input_layernorm", f"{BLOCK}.post_attention_layernorm"),
+            **_same(BOTH, "model.norm"),
+        },
+        ffn=(
+            Linear("gate_proj", "gate_proj", "gate"),
+            Linear("up_proj", "up_proj", "up"),
+            Linear("down_proj", "down_proj", "down"),
+        ),
+    ),
+    # qwen/modeling_qwen.py: the first Qwen, whose mathematics up to ``seq_length``
+    # tokens is Qwen2's. Its FFN is c_proj(w1(x) * silu(w2(x))).
+    "qwen": Family(
+        body="transformer",
+        block="transformer.h.{i}",
+        modules={
+            "model.embed_tokens": ("transformer.wte", WEIGHT),
+            f"{BLOCK}.input_layernorm": ("transformer.h.{i}.ln_1", WEIGHT),
+            f"{BLOCK}.self_attn.o_proj": ("transformer.h.{i}.attn.c_proj", WEIGHT),
+            f"{BLOCK}.post_attention_layernorm": ("transformer.h.{i}.ln_2", WEIGHT),
+            "model.norm": ("transformer.ln_f", WEIGHT),
+            "lm_head": ("lm_head", WEIGHT),
+        },
+        ffn=(
+            Linear("w2", "gate_proj", "gate"),
+            Linear("w1", "up_proj", "up"),
+            Linear("c_proj", "down_proj", "down"),
+        ),
+        fused_qkv="transformer.h.{i}.attn.c_attn",
+    ),
+    # phi/modeling_phi.py; the head is that of llava_phi_moe.py.
+    "phi": Family(
+        body="model",
+        block=BLOCK,
+        modules={
+            **_same(WEIGHT, "model.embed_tokens"),
+            **_same(BOTH, f"{BLOCK}.input_layernorm", f"{BLOCK}.self_attn.dense"),
+            **_same(BOTH, "model.final_layernorm"),
+        },
+        ffn=(Linear("fc1", "fc1", "0"), Linear("fc2", "fc2", "2")),
+        leaves=BOTH,
+        head_bias=False,
+    ),
+}
+
+
+# The image towers of MoE-LLaVA's and DynMoE-LLaVA's checkpoints: CLIPs, by OpenAI or of a folder.
+#
+# Source: ``moellava/model/multimodal_encoder`` of MoE-LLaVA. Its SigLIP is left out: the official
+# code takes the first patch for a class token, which SigLIP has not, and drops it.
+
+# OpenAI's: pixels of an image and of a patch.
+SIZES = {
+    "clip-vit-large-patch14-336": (336, 14),
+    "clip-vit-large-patch14": (224, 14),
+    "clip-vit-base-patch16": (224, 16),
+    "clip-vit-base-patch32": (224, 32),
+}
+MEAN = [0.48145466, 0.4578275, 0.40821073]
+STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+def tower(name: str, folder: str | None) -> dict[str, Any]:
+    """Keys of ``backbone.vision`` for what config.json calls ``mm_image_tower``.
+
+    ``name`` is on the hub, or the last part of a path is as there. ``folder`` holds the tower's
+    config.json, preprocessor_config.json and weights instead: no network.
+
+    Raises:
+        ConfigError: a folder that is no CLIP, or no folder for a tower that is not known here.
+    """
+    if folder is not None:
+        return {"model": name, **_of_folder(folder)}
+    last = Path(name).name
+    if last not in SIZES:
+        raise ConfigError(
+            f"mm_image_tower={name}: expected one of OpenAI's {', '.join(SIZES)}. Another CLIP is "
+            "read from its folder: vision=FOLDER with config.json, preprocessor_config.json and "
+            "weights"
+        )
+    px, patch_px = SIZES[last]
+    sizes = {"image_size": px, "patch_size": patch_px}
+    return {"model": f"openai/{last}", "path": None, **sizes, "mean": MEAN, "std": STD}
+
+
+def _of_folder(folder: str) -> dict[str, Any]:
+    path = str(Path(folder).expanduser().resolve())
+    whole = hub.configuration(None, path, None, {}, "vision")
+    if whole.model_type not in ("clip", "clip_vision_model"):
+        raise ConfigError(f"vision={folder}: expected a CLIP, found a '{whole.model_type}'")
+    config = getattr(whole, "vision_config", whole)
+    file = Path(path, "preprocessor_config.json")
+    images = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {
+        "path": path,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "mean": images.get("image_mean", MEAN),
+        "std": images.get("image_std", STD),
+    }
