@@ -92,7 +92,7 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
     job = Job((), folder.path.name, "", folder, flat(cfg), steps, eval_every)
     Console().print(plan.render([job], parallel=1))
     if cfg.get("plan") is not None:
-        from runners.plan import show_estimate
+        from dynmoe.estimate.sizes import show_estimate
 
         show_estimate(cfg)
 

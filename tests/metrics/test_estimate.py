@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.estimate import formulas
+from dynmoe.estimate.formulas import Batch, Blocks, Memory, Model, Precision
 from dynmoe.layers import TopKRouter
-from dynmoe.metrics import estimate
-from dynmoe.metrics.estimate import Batch, Blocks, Memory, Model, Precision
 
 MODEL = Model(
     parameters=1000,
@@ -37,19 +37,19 @@ D, H, TOKENS = 64, 176, 128
     [("32-true", 4, 4), ("bf16-mixed", 4, 2), ("16-mixed", 4, 2), ("bf16-true", 2, 2)],
 )
 def test_bytes_of_a_number(name: str, stored: int, computed: int) -> None:
-    assert estimate.precision(name) == (stored, computed)
+    assert formulas.precision(name) == (stored, computed)
 
 
 def test_bytes_that_a_block_keeps_of_a_token() -> None:
     # 8 x (4 x 4 + 7 x 2) + k x (3 x 8 + 4 x 16) x 2
-    assert estimate.kept(MODEL.decoder, 1, MIXED) == 240 + 176
-    assert estimate.kept(MODEL.decoder, 2, MIXED) == 240 + 352
+    assert formulas.kept(MODEL.decoder, 1, MIXED) == 240 + 176
+    assert formulas.kept(MODEL.decoder, 2, MIXED) == 240 + 352
     # 4 x (4 x 4 + 7 x 4) + (3 x 4 + 4 x 16) x 4
-    assert estimate.kept(MODEL.vision, 1, FULL) == 176 + 304
+    assert formulas.kept(MODEL.vision, 1, FULL) == 176 + 304
 
 
 def test_memory_of_one_device() -> None:
-    found = estimate.memory(MODEL, BATCH, MIXED, checkpointing=False, devices=1, fsdp=False)
+    found = formulas.memory(MODEL, BATCH, MIXED, checkpointing=False, devices=1, fsdp=False)
     vision = 5 * (4 * 30 + 76 * 2)  # of one block, as it is frozen
     assert found == Memory(
         weights=4000,
@@ -64,7 +64,7 @@ def test_memory_of_one_device() -> None:
 
 
 def test_recomputed_blocks() -> None:
-    found = estimate.memory(MODEL, BATCH, MIXED, checkpointing=True, devices=1, fsdp=False)
+    found = formulas.memory(MODEL, BATCH, MIXED, checkpointing=True, devices=1, fsdp=False)
     # Of each block what enters it, and the largest in full.
     assert found.activations == 2 * (10 * (4 * 8 * 4 + 592) + 1360)
     assert found.casts == 2 * 600
@@ -72,7 +72,7 @@ def test_recomputed_blocks() -> None:
 
 def test_memory_of_several_devices() -> None:
     ddp, fsdp = (
-        estimate.memory(MODEL, BATCH, MIXED, checkpointing=True, devices=8, fsdp=sharded)
+        formulas.memory(MODEL, BATCH, MIXED, checkpointing=True, devices=8, fsdp=sharded)
         for sharded in (False, True)
     )
     assert (ddp.weights, ddp.gradients, ddp.optimizer) == (4000, 2400, 4800)
@@ -81,29 +81,29 @@ def test_memory_of_several_devices() -> None:
     assert fsdp.communication == 4 * (2 * 100 + 3 * 200)
     assert fsdp.casts == 2 * 200
     assert fsdp.activations == ddp.activations and fsdp.logits == ddp.logits
-    alone = estimate.memory(MODEL, BATCH, FULL, checkpointing=True, devices=1, fsdp=True)
+    alone = formulas.memory(MODEL, BATCH, FULL, checkpointing=True, devices=1, fsdp=True)
     assert alone.communication == 0 and alone.casts == 0
 
 
 def test_a_trained_vision_tower_keeps_all_its_blocks() -> None:
     trained = MODEL._replace(vision_trained=True)
-    kept = [estimate.memory(m, BATCH, MIXED, False, 1, False).activations for m in (MODEL, trained)]
+    kept = [formulas.memory(m, BATCH, MIXED, False, 1, False).activations for m in (MODEL, trained)]
     assert kept[1] - kept[0] == 2 * 2 * 1360
 
 
 def test_keys_and_values() -> None:
-    assert estimate.kv_cache(MODEL, 2, 10, MIXED) == 2 * 10 * 4 * 8 * 6
-    assert estimate.kv_cache(MODEL, 2, 10, FULL) == 2 * 10 * 4 * 8 * 8
+    assert formulas.kv_cache(MODEL, 2, 10, MIXED) == 2 * 10 * 4 * 8 * 6
+    assert formulas.kv_cache(MODEL, 2, 10, FULL) == 2 * 10 * 4 * 8 * 8
 
 
 def test_flops_of_training() -> None:
-    assert estimate.training_flops(10, 100, False, 0.5, False) == 10 + 250
-    assert estimate.training_flops(10, 100, True, 1.0, False) == 330
-    assert estimate.training_flops(10, 100, True, 1.0, True) == 430
+    assert formulas.training_flops(10, 100, False, 0.5, False) == 10 + 250
+    assert formulas.training_flops(10, 100, True, 1.0, False) == 330
+    assert formulas.training_flops(10, 100, True, 1.0, True) == 430
 
 
 def test_time() -> None:
-    assert estimate.seconds(1e15, devices=4, tflops=250, utilisation=0.5) == 2.0
+    assert formulas.seconds(1e15, devices=4, tflops=250, utilisation=0.5) == 2.0
 
 
 def kept_by(name: str, blocks: int, mixed: bool, experts: int) -> float:
@@ -145,6 +145,6 @@ def kept_by(name: str, blocks: int, mixed: bool, experts: int) -> float:
 def test_what_pytorch_keeps_of_a_block(name: str, mixed: bool, experts: int) -> None:
     """Up to a tenth more than estimated, a fifth less; of experts that are not gated, a half."""
     kept = kept_by(name, 2, mixed, experts) - kept_by(name, 1, mixed, experts)
-    estimated = estimate.kept(Blocks(1, D, H), experts or 1, MIXED if mixed else FULL)
+    estimated = formulas.kept(Blocks(1, D, H), experts or 1, MIXED if mixed else FULL)
     least = 0.5 if name == "phi" and experts else 0.8
     assert least * estimated < kept < 1.1 * estimated

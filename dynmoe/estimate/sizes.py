@@ -6,6 +6,7 @@ of ``published.PUBLISHED`` no network. Data are read only where they are part of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from dynmoe.backbones.published import PUBLISHED
 from dynmoe.backbones.surgery import add_moe_layers, blocks_of
 from dynmoe.backbones.vlm import VisionLanguageModel, train_only
+from dynmoe.config.rules import device_count
 from dynmoe.data.vision_language import VisionLanguageData
+from dynmoe.estimate import formulas
 from dynmoe.layers.moe import moe_layers
-from dynmoe.metrics import efficiency, estimate
+from dynmoe.metrics import efficiency
 from runners.build import build_data
 
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
@@ -36,7 +40,7 @@ PARTS = ("cluster", "random")
 class Sizes(NamedTuple):
     """Of a run."""
 
-    model: estimate.Model
+    model: formulas.Model
     total: int
     """Parameters, empty slots included."""
     activated: float
@@ -129,7 +133,7 @@ def _sizes_alone(backbone: DictConfig) -> Iterator[DictConfig]:
         yield found
 
 
-def describe(model: VisionLanguageModel, ffns: float) -> estimate.Model:
+def describe(model: VisionLanguageModel, ffns: float) -> formulas.Model:
     """What the estimate of memory is made from; ``ffns``: see ``mean_ffns``."""
     config: Any = model.config
     blocks, _ = blocks_of(model.language_model)
@@ -141,16 +145,16 @@ def describe(model: VisionLanguageModel, ffns: float) -> estimate.Model:
     heads, width = config.num_attention_heads, config.hidden_size
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     in_blocks = [number(block) for block in (*blocks, *vision_blocks)]
-    return estimate.Model(
+    return formulas.Model(
         parameters=number(model),
         trained=number(model, trained=True),
         outside=number(model) - sum(in_blocks),
         largest_block=max(in_blocks),
-        decoder=estimate.Blocks(len(blocks), width, config.intermediate_size),
+        decoder=formulas.Blocks(len(blocks), width, config.intermediate_size),
         moe_blocks=len(moe_layers(model)),
         mean_k=ffns,
         kv_width=kv_heads * (getattr(config, "head_dim", None) or width // heads),
-        vision=estimate.Blocks(
+        vision=formulas.Blocks(
             len(vision_blocks), vision_width, getattr(first, "out_features", 4 * vision_width)
         ),
         vision_trained=number(model.vision, trained=True) > 0,
@@ -201,3 +205,192 @@ def _data_at_hand(cfg: DictConfig) -> VisionLanguageData | None:
     assert isinstance(data, VisionLanguageData)
     data.setup()
     return data
+
+
+# What a vision-language run will take, from the sizes of its model: for ``mode=plan``.
+#
+# docs/VISION_LANGUAGE.md explains the arithmetic and what is assumed.
+
+GIB, HOUR = 2**30, 3600
+
+
+def show_estimate(cfg: DictConfig, console: Console | None = None) -> None:
+    """Parameters, memory of a device, FLOPs and time.
+
+    Raises:
+        ConfigError: a model whose sizes cannot be had.
+    """
+    sizes = measure(cfg)
+    console = console or Console()
+    for table in (_parameters(cfg, sizes), _memory(cfg, sizes.model), _work(cfg, sizes)):
+        console.print()
+        console.print(table)
+
+
+def _parameters(cfg: DictConfig, sizes: Sizes) -> Table:
+    table = _table("parameters", "all", "without vision tower")
+    empty, k = "", ""
+    if sizes.model.moe_blocks:
+        empty, k = ", empty slots included", f", {mean_k(cfg):g} of {cfg.moe.max_experts} experts"
+    rows = {
+        f"whole model{empty}": (sizes.total, sizes.total - sizes.vision),
+        f"used by a token{k}": (sizes.activated, sizes.activated - sizes.vision),
+        f"trained in stage {cfg.stage.name}": (sizes.model.trained, None),
+    }
+    for name, numbers in rows.items():
+        table.add_row(name, *("" if n is None else f"{n / 1e6:,.1f} M" for n in numbers))
+    return table
+
+
+def _memory(cfg: DictConfig, model: formulas.Model) -> Table:
+    devices, precision = _devices(cfg), formulas.precision(str(cfg.trainer.precision))
+    length, questions = cfg.data.max_length, cfg.data.eval_batch_size
+    at_once = math.ceil(cfg.data.batch_size / (devices * cfg.trainer.accumulate_grad_batches))
+    patches = patches_of(cfg)
+    batch = formulas.Batch(at_once, length, patches + 1, max(1, length - patches))
+    ways = {"DDP": False, "FSDP": True} if devices > 1 else {"": False}
+    chosen = bool(cfg.backbone.grad_checkpointing)
+
+    def under(checkpointing: bool) -> list[formulas.Memory]:
+        return [
+            formulas.memory(model, batch, precision, checkpointing, devices, fsdp)
+            for fsdp in ways.values()
+        ]
+
+    labels = (
+        f"weights, {cfg.trainer.precision}",
+        "gradients",
+        "AdamW's moments",
+        "weights cast for products",
+        f"activations of {at_once} x {length} tokens",
+        "logits of their text",
+        "gradients in buckets; gathered blocks",
+    )
+    title = "memory, GiB" if devices == 1 else f"memory of each of {devices} devices, GiB"
+    table = _table(title, *ways)
+    for label, *numbers in zip(labels, *under(chosen), strict=True):
+        table.add_row(label, *map(_gib, numbers))
+    for checkpointing in (chosen, not chosen):
+        label = f"peak{'' if checkpointing else ' without'} recomputing blocks"
+        style = "bold" if checkpointing == chosen else ""
+        table.add_row(label, *(_gib(memory.peak) for memory in under(checkpointing)), style=style)
+    tokens = length + cfg.data.max_new_tokens
+    cache = formulas.kv_cache(model, questions, tokens, precision)
+    table.add_row(f"in evaluation: KV cache of {questions} x {tokens} tokens", _gib(cache))
+    return table
+
+
+def _work(cfg: DictConfig, sizes: Sizes) -> Table:
+    devices, plan, batch = _devices(cfg), cfg.plan, cfg.data.batch_size
+    steps = cfg.trainer.max_steps
+    if steps < 1:
+        steps = cfg.task.epochs * math.ceil(sizes.conversations / batch)
+    table = _table("work", "")
+    table.add_row("conversations of an epoch", f"{sizes.conversations:,}")
+    table.add_row("their tokens", f"{sizes.mean_tokens:,.0f}")
+    table.add_row(f"optimizer steps of {batch} conversations", f"{steps:,}")
+    if sizes.flops is None:
+        table.add_row("FLOPs", "not known for this backbone")
+        return table
+    step = batch * formulas.training_flops(
+        sizes.vision_flops,
+        sizes.flops - sizes.vision_flops,
+        sizes.model.vision_trained,
+        sizes.trained_share,
+        bool(cfg.backbone.grad_checkpointing),
+    )
+    time = formulas.seconds(steps * step, devices, plan.tflops, plan.utilisation)
+    table.add_row("FLOPs of a forward pass", f"{sizes.flops:.3g}")
+    table.add_row("FLOPs of an optimizer step", f"{step:.3g}")
+    table.add_row("FLOPs of the training", f"{steps * step:.3g}")
+    machine = f"{devices} x {plan.tflops:g} TFLOP/s x {plan.utilisation:.0%}"
+    shown = f"{time / HOUR:.1f} h" if time > HOUR else f"{time:.3g} s"
+    table.add_row(f"time at {machine}", shown, style="bold")
+    return table
+
+
+def _devices(cfg: DictConfig) -> int:
+    here = device_count(cfg) or max(1, torch.cuda.device_count())
+    return here * int(cfg.trainer.get("num_nodes", 1))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f}"
+
+
+# Sizes of published models by their names on the hub, so that a plan needs neither network nor
+# weights. Whatever is trained takes the model's own config.json.
+#
+# Of each: its ``model_type`` in transformers, and what its config.json says that bears on sizes and
+# is not that type's default. Sources: the models' cards and config.json on Hugging Face's hub;
+# MoE-LLaVA's code for what it builds on (``moellava/model/language_model``). MoE-LLaVA's paper
+# (arXiv 2401.15947, Table 1) gives StableLM Phi-2's numbers; its config.json is right.
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    "stabilityai/stablelm-2-1_6b": (
+        "stablelm",
+        {
+            "vocab_size": 100352,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "use_qkv_bias": True,
+        },
+    ),
+    # Of the sizes of Qwen-1.8B, whose own code has the FFN's two halves as one: 11008.
+    "Qwen/Qwen1.5-1.8B": (
+        "qwen2",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 5504,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+        },
+    ),
+    "microsoft/phi-2": (
+        "phi",
+        {
+            "vocab_size": 51200,
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "openai/clip-vit-large-patch14-336": (
+        "clip_vision_model",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+    ),
+}
