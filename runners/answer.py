@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 
 from dynmoe.config.reading import modality
 from dynmoe.errors import ConfigError
+from dynmoe.records import Record, RunFolder
 from dynmoe.report.parts import PARTS, k_by_part
-from dynmoe.report.records import Record, RunFolder
 from dynmoe.report.tables import format_number
 from dynmoe.report.words import layer_name
 from runners.score_table import print_scores

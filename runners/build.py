@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 import dynmoe
-from dynmoe import runtime
+from dynmoe import runtime, selection
 from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.identity import flat
@@ -28,8 +28,8 @@ from dynmoe.config.stages import start_folder
 from dynmoe.data.task_data import TaskData
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import moe_layers
-from dynmoe.metrics import efficiency, selection
-from dynmoe.report.records import RunFolder
+from dynmoe.metrics import efficiency
+from dynmoe.records import RunFolder
 from dynmoe.tasks.base import MoETask
 from dynmoe.tasks.patience import Patience
 from dynmoe.tasks.progress import RunProgress

@@ -26,7 +26,7 @@ from dynmoe.config import options, resolvers
 from dynmoe.config.check import check, report
 from dynmoe.config.preflight import preflight, search_path
 from dynmoe.errors import STOPPED, UserError
-from dynmoe.report.records import Held, RunFolder
+from dynmoe.records import Held, RunFolder
 
 Job = Callable[[DictConfig], float | None]
 

@@ -82,7 +82,7 @@ def from_official(given: Mapping[str, str]) -> list[Path]:
 
     from dynmoe.convert.config import describe, run_configuration
     from dynmoe.convert.weights import to_dynmoe, tower
-    from dynmoe.report.records import RunFolder
+    from dynmoe.records import RunFolder
 
     source, target = (Path(given[key]).expanduser().resolve() for key in ("from", "to"))
     files = [target / "checkpoints" / "last.ckpt", target / "config.yaml"]
@@ -117,7 +117,7 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
 
     from dynmoe.convert.config import official_config, settings_of
     from dynmoe.convert.weights import to_official as official_weights
-    from dynmoe.report.records import RunFolder
+    from dynmoe.records import RunFolder
     from runners import trained
 
     target = Path(given["to"]).expanduser()

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from dynmoe.config.stage_rules import folders
 from dynmoe.config.text_rules import text_run
 from dynmoe.errors import ConfigError, UserError
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import trained
 from runners.answer import answer
 from runners.score_table import print_scores

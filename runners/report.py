@@ -13,7 +13,7 @@ from rich.text import Text
 from dynmoe.comparison.run import Run
 from dynmoe.comparison.runs import Collection, read_runs
 from dynmoe.errors import UserError
-from dynmoe.report.records import RecordError
+from dynmoe.records import RecordError
 from dynmoe.report.tables import to_rich
 
 DESCRIPTION = """Reads records and writes one report of all runs in the given folders into the

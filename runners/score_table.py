@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from dynmoe.records import RunFolder
 from dynmoe.report.question_sets import is_points
-from dynmoe.report.records import RunFolder
 
 
 def print_scores(

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config import stages
 from dynmoe.errors import ConfigError
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import cli
 
 WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the stage before

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.errors import ConfigError
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 
 # What runs of early versions did not save.
 EARLIER = {

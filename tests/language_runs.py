@@ -9,7 +9,7 @@ from typing import Any
 
 from sweeps import ARGS, EVAL_TIME, STEP_TIME, STEPS, write_run
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 
 MEASURES = {
     "CoLA": ("Matthews correlation", ("matthews",)),

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 
 Facts = dict[str, Any]
 

@@ -13,7 +13,7 @@ from language_runs import RUNTIME
 from PIL import Image
 from sweeps import ARGS, EVAL_TIME, LAYERS, STEP_TIME, STEPS, write_run
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 
 KINDS = {"kind_colour": 0.1, "kind_yes_no": -0.1}
 """What is added to a score for a kind of question."""

@@ -7,8 +7,8 @@ from itertools import product
 from typing import Any
 
 from dynmoe.comparison.run import Run
-from dynmoe.metrics.selection import RULES, judging_set, on_sets
-from dynmoe.report.records import Record, RecordError, RunFolder
+from dynmoe.records import Record, RecordError, RunFolder
+from dynmoe.selection import RULES, judging_set, on_sets
 
 Keys = Mapping[str, type | tuple[type, ...]]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from dynmoe.comparison.run import Repetition, Run
-from dynmoe.metrics.selection import RULES
+from dynmoe.selection import RULES
 
 
 def conditions(runs: Sequence[Run]) -> str:

@@ -17,7 +17,7 @@ from dynmoe.comparison.conditions import in_words
 from dynmoe.comparison.run import Problem, Run
 from dynmoe.comparison.runs import Collection
 from dynmoe.metrics.efficiency import activated, exported, flops, total
-from dynmoe.report.records import Record, stretches
+from dynmoe.records import Record, stretches
 
 # What measured hours depend on besides the configuration.
 MACHINE = ("machine", "device", "threads")

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from dynmoe.comparison.domainbed_records import count_environments, read
-from dynmoe.metrics.selection import best_of_sweep
-from dynmoe.report.records import Record
+from dynmoe.records import Record
 from dynmoe.report.tables import LATEX, Table, format_mean
+from dynmoe.selection import best_of_sweep
 
 # The three selection rules, in DomainBed's order and in the words that it prints.
 HEADINGS = {

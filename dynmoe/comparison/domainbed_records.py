@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dynmoe.report.records import Record, RecordError, RunFolder
+from dynmoe.records import Record, RecordError, RunFolder
 
 # What a table needs of `args`.
 ARGS = ("dataset", "algorithm", "test_envs", "trial_seed", "hparams_seed")

@@ -43,11 +43,11 @@ from dynmoe.comparison.values import values_table
 from dynmoe.comparison.verdict import accuracy_table, claim_table, headline, lacking, sentences
 from dynmoe.comparison.vl_pictures import draw_k_by_part, draw_load_by_part
 from dynmoe.comparison.vl_tables import kind_tables, parts_table, published_table
-from dynmoe.metrics.selection import RULES
 from dynmoe.report import document
 from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
 from dynmoe.report.tables import Strong, Table
 from dynmoe.report.words import capital
+from dynmoe.selection import RULES
 
 LONGEST = 48
 """Letters of a name within a file's name."""

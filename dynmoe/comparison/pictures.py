@@ -19,10 +19,10 @@ from matplotlib.ticker import PercentFormatter
 from dynmoe.comparison.claim import Claim, Rival
 from dynmoe.comparison.paired import LEVEL, Verdict
 from dynmoe.comparison.run import Run, environments
-from dynmoe.metrics.selection import judged
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import BLUE, COLOURS, GREY, RED, STEP, lay_out, name_axes, over_steps
 from dynmoe.report.words import capital
+from dynmoe.selection import judged
 
 Style = Mapping[str, Any]
 """For `Axes.plot`."""

@@ -16,10 +16,10 @@ from dynmoe.comparison.run import Problem, Run, environments
 from dynmoe.comparison.runs import Collection
 from dynmoe.comparison.settings import start_name
 from dynmoe.comparison.timings import Timings
-from dynmoe.metrics.selection import RULES
 from dynmoe.report.document import Block, Code, Items, Section, Sheet
 from dynmoe.report.tables import Table, format_number
 from dynmoe.report.words import capital
+from dynmoe.selection import RULES
 
 Words = Callable[[Sequence[Run]], str]
 

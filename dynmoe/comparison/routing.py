@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from dynmoe.comparison.run import Run
+from dynmoe.records import Record
 from dynmoe.report.question_sets import SHUFFLED
-from dynmoe.report.records import Record
 
 
 def evaluation(run: Run) -> list[Record]:

@@ -25,6 +25,7 @@ from dynmoe.comparison.routing import (
     overlap,
 )
 from dynmoe.comparison.run import Run
+from dynmoe.records import Record
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import (
     BLUE,
@@ -37,7 +38,6 @@ from dynmoe.report.drawing import (
     percent_of_rows,
     whole_numbers,
 )
-from dynmoe.report.records import Record
 from dynmoe.report.words import layer_name
 
 # More classes than this are more than a heat map can name.

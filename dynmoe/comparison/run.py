@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from dynmoe.metrics.selection import SELECTING_SET, judged, on_sets, selected
-from dynmoe.report.records import Record, RunFolder
+from dynmoe.records import Record, RunFolder
 from dynmoe.report.words import Words, words_of
+from dynmoe.selection import SELECTING_SET, judged, on_sets, selected
 
 Kind = Literal["dense", "fixed", "adaptive"]
 KINDS: tuple[Kind, ...] = ("dense", "fixed", "adaptive")

@@ -16,8 +16,8 @@ from dynmoe.comparison.checks import check_config, check_facts, check_results, c
 from dynmoe.comparison.run import Outcome, Problem, Repetition, Run, order, short_name
 from dynmoe.comparison.settings import name_settings
 from dynmoe.comparison.standing import choose
-from dynmoe.metrics.selection import on_sets, rule_of
-from dynmoe.report.records import RecordError, RunFolder
+from dynmoe.records import RecordError, RunFolder
+from dynmoe.selection import on_sets, rule_of
 
 __all__ = ["Absent", "Collection", "Outcome", "Problem", "Run", "read_runs", "short_name"]
 

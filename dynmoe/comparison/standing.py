@@ -16,7 +16,7 @@ from itertools import chain
 import numpy as np
 
 from dynmoe.comparison.run import Run, order
-from dynmoe.metrics.selection import best_of_sweep
+from dynmoe.selection import best_of_sweep
 
 
 def choose(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:

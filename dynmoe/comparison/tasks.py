@@ -12,10 +12,10 @@ from dynmoe.comparison.published import MARK, NOTE, ROWS, published
 from dynmoe.comparison.run import Problem, Repetition, Run, order, settings
 from dynmoe.comparison.runs import Collection
 from dynmoe.comparison.values import taken
-from dynmoe.metrics.selection import RULES
 from dynmoe.report.question_sets import SHUFFLED, set_notes
 from dynmoe.report.tables import Strong, Table, format_mean
 from dynmoe.report.words import capital
+from dynmoe.selection import RULES
 
 Cell = Mapping[Repetition, float]
 """What a setting reaches on a task, by repetition."""

@@ -17,7 +17,7 @@ import numpy as np
 from dynmoe.comparison.costs import different_facts
 from dynmoe.comparison.run import Problem, Run
 from dynmoe.comparison.runs import Collection
-from dynmoe.report.records import RecordError
+from dynmoe.records import RecordError
 
 Mode = Literal["train", "inference"]
 Range = tuple[float, float]

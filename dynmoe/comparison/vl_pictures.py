@@ -14,11 +14,11 @@ from dynmoe.comparison.routing import layers_of, of_layer, on_tests
 from dynmoe.comparison.routing_pictures import load_panels
 from dynmoe.comparison.run import Run, settings
 from dynmoe.comparison.vl_tables import has_parts
+from dynmoe.records import Record
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import lay_out, name_axes
 from dynmoe.report.part_figures import EXPERTS, LOOKS, over_layers, show_load_by_part
 from dynmoe.report.parts import PARTS, k_by_part
-from dynmoe.report.records import Record
 
 
 def draw_k_by_part(runs: Sequence[Run]) -> Picture | None:

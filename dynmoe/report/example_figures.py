@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image, ImageOps
 
+from dynmoe.records import Record
 from dynmoe.report.drawing import BLUE, COLOURS, GREY, RED, PlainFigure
-from dynmoe.report.records import Record
 from dynmoe.report.words import layer_name
 
 Experts = tuple[int, ...]

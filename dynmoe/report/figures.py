@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from dynmoe.metrics.selection import judging_set, on_sets, reported_key, selected
+from dynmoe.records import Record, RunFolder
 from dynmoe.report.drawing import (
     BLUE,
     COLOURS,
@@ -32,9 +32,9 @@ from dynmoe.report.drawing import (
     save,
     whole_numbers,
 )
-from dynmoe.report.records import Record, RunFolder
 from dynmoe.report.vl_figures import draw_vision_language
 from dynmoe.report.words import is_vision_language, layer_name, words_of
+from dynmoe.selection import judging_set, on_sets, reported_key, selected
 
 
 def draw_all(folder: RunFolder) -> list[Path]:

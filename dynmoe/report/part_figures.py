@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dynmoe.records import Record
 from dynmoe.report.drawing import COLOURS, heat_map, lay_out, percent_of_rows
 from dynmoe.report.parts import PARTS, by_part, k_by_part
-from dynmoe.report.records import Record
 from dynmoe.report.words import layer_name
 
 # For `Axes.plot`, of each part.

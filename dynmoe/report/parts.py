@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dynmoe.report.records import Record
+from dynmoe.records import Record
 
 PARTS = ("image", "prompt", "answer")
 """In the order they are shown."""

@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from dynmoe.metrics.selection import RULES, SELECTING_SET, judging_set, reported_key
 from dynmoe.report.summary import Layer, Summary
 from dynmoe.report.tables import Strong, Table, format_number, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
 from dynmoe.report.vl_tables import kind_tables, parts_table, score_notes, stage_of
 from dynmoe.report.words import METRICS, is_vision_language, layer_name, words_of
+from dynmoe.selection import RULES, SELECTING_SET, judging_set, reported_key
 
 
 def to_console(summary: Summary) -> RenderableType:

@@ -1,7 +1,7 @@
 """One run in numbers, computed from its records alone: scores, experts, parameters, cost.
 
 Scores, k, and parameters describe one model: the one at the step that the protocol's rule
-selects, or the last one where a single run cannot decide (`dynmoe.metrics.selection.selected`).
+selects, or the last one where a single run cannot decide (`dynmoe.selection.selected`).
 A number that was not recorded is NaN.
 """
 
@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dynmoe.metrics.efficiency import activated, exported
-from dynmoe.metrics.selection import judged, judging_set, on_sets, selected
+from dynmoe.records import Record, RecordError, RunFolder, stretches
 from dynmoe.report.parts import k_by_part
 from dynmoe.report.question_sets import kinds_of
-from dynmoe.report.records import Record, RecordError, RunFolder, stretches
 from dynmoe.report.words import metrics_of
+from dynmoe.selection import judged, judging_set, on_sets, selected
 
 
 @dataclass(frozen=True)

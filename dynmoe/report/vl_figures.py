@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from dynmoe.metrics.selection import selected
+from dynmoe.records import Record
 from dynmoe.report.example_figures import draw_examples
 from dynmoe.report.part_figures import draw_k_by_part, draw_load_by_part
-from dynmoe.report.records import Record
 from dynmoe.report.words import has_fixed_k
+from dynmoe.selection import selected
 
 
 def draw_vision_language(

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dynmoe.metrics.selection import judging_set
 from dynmoe.report.parts import PARTS
 from dynmoe.report.question_sets import kind_name, kind_number, set_notes, unit_of
 from dynmoe.report.summary import Scores, Summary
 from dynmoe.report.tables import Table, format_number
 from dynmoe.report.words import has_fixed_k, is_vision_language, layer_name
+from dynmoe.selection import judging_set
 
 
 def kind_tables(summary: Summary) -> Iterator[Table]:

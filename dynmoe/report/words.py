@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dynmoe.metrics.selection import on_sets
+from dynmoe.selection import on_sets
 
 # The single measures of a task, in the words of tables; results have them as `<set>_<measure>`.
 METRICS = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynmoe.report.records import RunFolder, State
+from dynmoe.records import RunFolder, State
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from dynmoe.config.jobs import REPETITION
 from dynmoe.errors import ConfigError
-from dynmoe.report.records import LOCKS, replace_file
+from dynmoe.records import LOCKS, replace_file
 from dynmoe.sweep.jobs import Job
 
 FILE = "sweep.json"

@@ -13,8 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dynmoe.metrics.selection import on_sets, rule_of
-from dynmoe.report.records import Record, State, stretches
+from dynmoe.records import Record, State, stretches
+from dynmoe.selection import on_sets, rule_of
 from dynmoe.sweep.jobs import Job
 
 # What tells how many steps a run takes that counts them in epochs.

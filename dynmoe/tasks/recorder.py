@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from dynmoe.metrics.routing import TRAIN
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 
 Select = Callable[[list[dict[str, Any]]], Mapping[str, Any] | None]
 

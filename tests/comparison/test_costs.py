@@ -20,7 +20,7 @@ from dynmoe.comparison.cost_tables import (
 from dynmoe.comparison.costs import Bill, ModelCost, model_costs, search_cost
 from dynmoe.comparison.runs import read_runs
 from dynmoe.comparison.timings import Timing, read_timings
-from dynmoe.report.records import RecordError
+from dynmoe.records import RecordError
 
 MACHINE = {"cpu": "Example CPU", "cores": 2, "threads": 2, "device": "cpu"}
 

@@ -12,7 +12,7 @@ import pytest
 from dynmoe.benchmark.results import Conditions, write
 from dynmoe.benchmark.rows import GenerationRow
 from dynmoe.comparison.generation import Generations, generation_rows
-from dynmoe.report.records import RecordError
+from dynmoe.records import RecordError
 
 DENSE = GenerationRow(
     run="a",

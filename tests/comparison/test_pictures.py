@@ -29,9 +29,9 @@ from dynmoe.comparison.run import Run
 from dynmoe.comparison.runs import read_runs
 from dynmoe.comparison.scatter import Point, front, name_points, scatter, set_apart
 from dynmoe.comparison.timings import Timing, Timings
+from dynmoe.records import Record, RunFolder
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import save
-from dynmoe.report.records import Record, RunFolder
 
 SWEEP = {
     "dense": {"0": [0.5, 0.5]},

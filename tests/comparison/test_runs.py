@@ -12,7 +12,7 @@ from sweeps import BATCH, SELECTED, write_run, write_sweep
 
 from dynmoe.comparison.run import Outcome
 from dynmoe.comparison.runs import Absent, Problem, read_runs
-from dynmoe.report.records import RecordError, RunFolder
+from dynmoe.records import RecordError, RunFolder
 
 PROBLEM = Problem("RotatedDigits", "domainbed", "training_domain_validation")
 

@@ -24,8 +24,8 @@ from dynmoe.comparison.tasks import sets_table
 from dynmoe.comparison.verdict import claim_table, statements
 from dynmoe.comparison.vl_pictures import draw_k_by_part, draw_load_by_part
 from dynmoe.comparison.vl_tables import kind_tables, parts_table, published_table
+from dynmoe.records import RecordError
 from dynmoe.report.document import Section, Sheet, to_text
-from dynmoe.report.records import RecordError
 from dynmoe.report.tables import Strong
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 
 SCRIPT = """
 import sys
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from dynmoe.errors import DataError
 from runners import cli
 

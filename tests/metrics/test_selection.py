@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dynmoe.metrics.selection import (
+from dynmoe.selection import (
     SELECTION,
     Choice,
     best_dev,

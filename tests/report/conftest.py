@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 
 STEPS, EVERY, UPDATE = 400, 20, 50
 ENVIRONMENTS = ["0", "15", "30", "45", "60", "75"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dynmoe.records import RunFolder
 from dynmoe.report.figures import draw_accuracy, draw_all, draw_k
-from dynmoe.report.records import RunFolder
 
 ALL = ["accuracy.png", "experts.png", "k_per_layer.png", "load.png", "thresholds.png"]
 

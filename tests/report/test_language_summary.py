@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from language_runs import write_language_run
 
+from dynmoe.records import RunFolder
 from dynmoe.report.figures import draw_all, draw_scores
-from dynmoe.report.records import RunFolder
 from dynmoe.report.render import to_markdown
 from dynmoe.report.summary import summarize
 

@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 
 from dynmoe.errors import UserError
-from dynmoe.report.records import Held, Kind, RunFolder
+from dynmoe.records import Held, Kind, RunFolder
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from dynmoe.errors import UserError
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from dynmoe.report.render import to_console, to_markdown
 from dynmoe.report.summary import Summary, summarize
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import Run, tiny_config
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import train
 
 

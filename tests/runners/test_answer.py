@@ -17,7 +17,7 @@ from tiny_vl import configuration
 
 from dynmoe.errors import ConfigError
 from dynmoe.questions.vqa_accuracy import INSTRUCTION
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import build, evaluate, train
 from runners.score_table import print_scores
 

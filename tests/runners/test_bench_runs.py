@@ -15,7 +15,7 @@ import torch
 from sweeps import write_run
 from tiny_runs import tiny_config
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import bench, bench_runs, train
 from runners.bench_candidates import candidates, groups
 

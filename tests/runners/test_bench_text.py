@@ -27,7 +27,7 @@ from dynmoe.benchmark.workload import (
 from dynmoe.data.tokens import encode
 from dynmoe.layers import moe_layers
 from dynmoe.metrics.efficiency import flops
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import bench, build, train
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]

@@ -21,7 +21,7 @@ from dynmoe.benchmark import models, workload
 from dynmoe.benchmark.steps import classification
 from dynmoe.layers import record_routing
 from dynmoe.metrics.efficiency import count
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import bench, bench_runs, train
 from runners.bench_candidates import candidates, groups
 

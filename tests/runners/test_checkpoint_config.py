@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dynmoe.errors import ConfigError
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import build, trained
 
 

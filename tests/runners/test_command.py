@@ -18,7 +18,7 @@ from tiny_runs import NO_DROPOUT, TINY, TINY_DYNMOE
 from tiny_texts import FEW_EXPERTS, TINY_TEXT, write_rte
 
 from dynmoe.errors import ConfigError
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import evaluate
 
 LONGER = (*TINY_DYNMOE, "task.steps=41", "task.eval_every=10")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_vl import STAGES, records, settings, stage_folders
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 
 # The command; it kills itself before a step of a stage, and every process leaves its weights.
 SCRIPT = """

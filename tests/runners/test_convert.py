@@ -19,7 +19,7 @@ from dynmoe.convert.config import describe
 from dynmoe.convert.weights import to_dynmoe
 from dynmoe.data.tokens import load_tokenizer
 from dynmoe.data.vl_tokenizer import conversation_tokenizer
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import cli, convert
 
 assert cli  # registers the resolvers of conf/

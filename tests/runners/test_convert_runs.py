@@ -22,7 +22,7 @@ from dynmoe.benchmark.configured import configuration
 from dynmoe.config.check import problems
 from dynmoe.convert.config import describe
 from dynmoe.errors import ConfigError
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import build, convert, evaluate, train
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY_DYNMOE
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import train
 
 Numbers = dict[tuple[str, int], float]

@@ -12,7 +12,7 @@ import torch
 from tiny_vl import records, run
 
 from dynmoe.layers.moe import moe_layers
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from dynmoe.tasks.vision_language import VisionLanguage
 
 pytestmark = pytest.mark.slow

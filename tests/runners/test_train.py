@@ -13,8 +13,8 @@ import torch
 from tiny_runs import NO_DROPOUT, Run, tiny_config
 
 from dynmoe.errors import ConfigError, UserError
-from dynmoe.metrics.selection import selected
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
+from dynmoe.selection import selected
 from runners import train
 
 MEASURED = {"step_time", "eval_time", "mem_gb"}  # differ from run to run

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tiny_texts import DEV, TRAIN, config, pairs, write, write_rte, write_stsb
 
 from dynmoe.errors import ConfigError
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from dynmoe.tasks.text_classification import TextClassification
 from runners import evaluate, train
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from dynmoe.data.task_data import TaskData
 from dynmoe.errors import ConfigError
 from dynmoe.layers import moe_layers
+from dynmoe.records import RunFolder
 from dynmoe.report import figures
-from dynmoe.report.records import RunFolder
 from dynmoe.tasks.vision_language import VisionLanguage
 from runners import build, evaluate, train
 

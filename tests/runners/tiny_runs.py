@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import cli
 
 assert cli  # registers the resolvers of conf/

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dynmoe.config.stages import run_folder
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from runners import cli, train
 
 assert cli  # registers the resolvers of conf/

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 
 TINY = ("task.steps=3", "data.linear_baseline=false", "trainer.enable_progress_bar=false")
 

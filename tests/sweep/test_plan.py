@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from dynmoe.sweep.jobs import Job
 from dynmoe.sweep.plan import Standing, _completed
 

@@ -23,7 +23,7 @@ from dynmoe.config.check import problems, report
 from dynmoe.config.identity import flat, run_name
 from dynmoe.config.jobs import read_sweep
 from dynmoe.errors import STOPPED, ConfigError, UserError
-from dynmoe.report.records import RunFolder
+from dynmoe.records import RunFolder
 from dynmoe.sweep import manifest, plan
 from dynmoe.sweep.jobs import Job, labels
 
