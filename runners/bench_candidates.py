@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from dynmoe.comparison.run import Problem, Run
 from dynmoe.comparison.runs import read_runs
 from dynmoe.errors import ConfigError
-from runners import trained
+from dynmoe.training import trained
 from runners.bench_tools import PRECISIONS
 
 # What a run's batches depend on besides its problem.

@@ -42,7 +42,7 @@ def time_epochs(args: argparse.Namespace) -> None:
     from dynmoe import runtime
     from dynmoe.benchmark import results, tables, workload
     from dynmoe.benchmark.epochs import measure_epochs
-    from runners import build
+    from dynmoe.training import build
 
     device = device_of(args)
     accelerator = "gpu" if device.type == "cuda" else "cpu"

@@ -85,7 +85,7 @@ def _load(
     """Questions to the first one, and all models as their checkpoints left them."""
     from dynmoe.benchmark.generation import Speaker, question_batches
     from dynmoe.benchmark.workload import data_of
-    from runners import build
+    from dynmoe.training import build
 
     node = group[0].cfg.data
     node.eval_batch_size = batch or node.eval_batch_size

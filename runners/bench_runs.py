@@ -79,7 +79,7 @@ def _load(
     """Batches of the first one's training data, and all models as their checkpoints left them."""
     from dynmoe.benchmark.trained import Trained
     from dynmoe.benchmark.workload import data_of, training_batches
-    from runners import build
+    from dynmoe.training import build
 
     # Tasks log their losses, to a trainer that is not there.
     warnings.filterwarnings("ignore", message=r".*`self\.trainer` reference is not registered.*")

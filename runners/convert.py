@@ -118,7 +118,7 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
     from dynmoe.convert.config import official_config, settings_of
     from dynmoe.convert.weights import to_official as official_weights
     from dynmoe.records import RunFolder
-    from runners import trained
+    from dynmoe.training import trained
 
     target = Path(given["to"]).expanduser()
     files = [target / "model.safetensors", target / "config.json"]

@@ -95,7 +95,7 @@ def test_wheel_works_from_any_folder(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r}); sys.argv[1:] = "
         "['task=vit_domainbed', 'trainer=smoke', 'trainer.enable_progress_bar=false']; "
-        "import runners.train as t; assert t.__file__.startswith(sys.path[0]); t.main()"
+        "import dynmoe.training.job as t; assert t.__file__.startswith(sys.path[0]); t.main()"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -28,7 +28,7 @@ from dynmoe.data.vision_language import VisionLanguageData
 from dynmoe.estimate import formulas
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
-from runners.build import build_data
+from dynmoe.training.build import build_data
 
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
 LLAVA = {"align": 558_128, "instruct": 964_000, "moe": 665_298}

@@ -160,7 +160,7 @@ def _scores(run: Record, model: Record) -> tuple[Scores, ...]:
 
 
 def _has_stopped_early(run: Record, results: Sequence[Record]) -> bool:
-    """Counted as training counts (`dynmoe.tasks.patience`): NaN is no gain, even at first."""
+    """Counted as training counts (`dynmoe.training.callbacks`): NaN is no gain, even at first."""
     patience = run.get("patience")
     if patience is None or results[-1]["step"] + 1 >= run["steps"]:
         return False

@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import Run, tiny_config
 
 from dynmoe.records import RunFolder
-from runners import train
+from dynmoe.training import job
 
 
 @pytest.fixture
@@ -18,8 +18,8 @@ def run(tmp_path: Path) -> Run:
     def run(*overrides: str, moe: str = "dynmoe", name: str = "run") -> RunFolder:
         folder = RunFolder(tmp_path / name)
         folder.path.mkdir(exist_ok=True)
-        train.train(tiny_config(*overrides, moe=moe), folder)
-        train.show(folder)
+        job.train(tiny_config(*overrides, moe=moe), folder)
+        job.show(folder)
         return folder
 
     return run

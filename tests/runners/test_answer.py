@@ -18,8 +18,8 @@ from tiny_vl import configuration
 from dynmoe.errors import ConfigError
 from dynmoe.questions.vqa_accuracy import INSTRUCTION
 from dynmoe.records import RunFolder
-from runners import build, evaluate, train
-from runners.score_table import print_scores
+from dynmoe.training import build, evaluate, job
+from dynmoe.training.evaluate import print_scores
 
 ALONE = ("stage.start=null", "runtime.malloc=system", "data.cache=null")
 SHORT = ("task.steps=2", "task.eval_every=2", "moe=dynmoe_vl")
@@ -31,7 +31,7 @@ THINGS = ("dog", "cat", "kite", "fork")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     path = tmp_path_factory.mktemp("runs") / "run"
     path.mkdir()
-    train.train(configuration(path.parent, *ALONE, *SHORT), RunFolder(path))
+    job.train(configuration(path.parent, *ALONE, *SHORT), RunFolder(path))
     RunFolder(path).mark_done()
     return RunFolder(path)
 

@@ -16,7 +16,8 @@ from sweeps import write_run
 from tiny_runs import tiny_config
 
 from dynmoe.records import RunFolder
-from runners import bench, bench_runs, train
+from dynmoe.training import job
+from runners import bench, bench_runs
 from runners.bench_candidates import candidates, groups
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
@@ -45,7 +46,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, moe in (("c", "dynmoe"), ("a", "topk"), ("b", "dense")):
         (path / name).mkdir()
         config = tiny_config(*(few if moe != "dense" else few[1:]), moe=moe)
-        train.train(config, RunFolder(path / name))
+        job.train(config, RunFolder(path / name))
         RunFolder(path / name).mark_done()
     again(path / "a", seed=1)
     (path / "b" / "checkpoints" / "selected.ckpt").unlink()

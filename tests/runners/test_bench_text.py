@@ -28,7 +28,8 @@ from dynmoe.data.tokens import encode
 from dynmoe.layers import moe_layers
 from dynmoe.metrics.efficiency import flops
 from dynmoe.records import RunFolder
-from runners import bench, build, train
+from dynmoe.training import build, job
+from runners import bench
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 CPU = torch.device("cpu")
@@ -127,7 +128,7 @@ def test_times_a_language_sweep(
         few = ("task.steps=1", "runtime.malloc=system", "data.cache=null", "data=rte")
         folder = RunFolder(tmp_path / moe)
         folder.path.mkdir()
-        train.train(config(glue, *few, moe=moe), folder)
+        job.train(config(glue, *few, moe=moe), folder)
         folder.mark_done()
     run(monkeypatch, "step", "--runs", str(tmp_path), *QUICK)
     content = json.loads((tmp_path / "timing.json").read_text())

@@ -22,7 +22,8 @@ from dynmoe.benchmark.steps import classification
 from dynmoe.layers import record_routing
 from dynmoe.metrics.efficiency import count
 from dynmoe.records import RunFolder
-from runners import bench, bench_runs, train
+from dynmoe.training import job
+from runners import bench, bench_runs
 from runners.bench_candidates import candidates, groups
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
@@ -45,7 +46,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, moe in (("c", "moe=dynmoe_vl"), ("a", "moe=topk"), ("b", "moe=dense")):
         few = ("moe.num_experts=4",) if moe == "moe=topk" else ()
         (path / name).mkdir()
-        train.train(configuration(path, *ALONE, *SHORT, moe, *few), RunFolder(path / name))
+        job.train(configuration(path, *ALONE, *SHORT, moe, *few), RunFolder(path / name))
         RunFolder(path / name).mark_done()
     return path
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
-from runners import build, trained
+from dynmoe.training import build, trained
 
 
 @pytest.mark.parametrize(

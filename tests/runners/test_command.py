@@ -19,13 +19,13 @@ from tiny_texts import FEW_EXPERTS, TINY_TEXT, write_rte
 
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
-from runners import evaluate
+from dynmoe.training import evaluate
 
 LONGER = (*TINY_DYNMOE, "task.steps=41", "task.eval_every=10")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(*overrides: str, module: str = "runners.train") -> list[str]:
+def command(*overrides: str, module: str = "dynmoe.training.job") -> list[str]:
     return [sys.executable, "-m", module, *overrides]
 
 

@@ -19,7 +19,7 @@ SCRIPT = """
 import os, signal
 from pathlib import Path
 import torch
-from dynmoe.tasks.vision_language import VisionLanguage
+from dynmoe.tasks.vl import VisionLanguage
 from runners import cli, train
 
 step = VisionLanguage.training_step

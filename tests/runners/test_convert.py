@@ -15,12 +15,13 @@ from omegaconf import OmegaConf
 from published_models import add_tokenizer, published
 from safetensors.torch import load_file
 
+from dynmoe import cli
 from dynmoe.convert.config import describe
 from dynmoe.convert.weights import to_dynmoe
 from dynmoe.data.tokens import load_tokenizer
 from dynmoe.data.vl_tokenizer import conversation_tokenizer
 from dynmoe.records import RunFolder
-from runners import cli, convert
+from runners import convert
 
 assert cli  # registers the resolvers of conf/
 

@@ -23,7 +23,8 @@ from dynmoe.config.check import problems
 from dynmoe.convert.config import describe
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
-from runners import build, convert, evaluate, train
+from dynmoe.training import build, evaluate, job
+from runners import convert
 
 pytestmark = pytest.mark.slow
 
@@ -154,7 +155,7 @@ def test_training_starts_from_a_dense_model(tmp_path: Path) -> None:
     folder.path.mkdir(parents=True)
     place = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(folder.path)))
     with mock.patch.object(HydraConfig, "get", lambda: place):
-        train.job(cfg)
+        job.job(cfg)
 
     trained, start = (
         torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import TINY_DYNMOE
 
 from dynmoe.records import RunFolder
-from runners import train
+from dynmoe.training import job
 
 Numbers = dict[tuple[str, int], float]
 
@@ -35,7 +35,7 @@ def fit(folder: Path, *loggers: str) -> None:
     folder.mkdir()
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
-    train.train(cfg, RunFolder(folder))
+    job.train(cfg, RunFolder(folder))
     HydraConfig.instance().cfg = None
 
 

@@ -13,7 +13,7 @@ from tiny_vl import records, run
 
 from dynmoe.layers.moe import moe_layers
 from dynmoe.records import RunFolder
-from dynmoe.tasks.vision_language import VisionLanguage
+from dynmoe.tasks.vl import VisionLanguage
 
 pytestmark = pytest.mark.slow
 

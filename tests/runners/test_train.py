@@ -15,7 +15,7 @@ from tiny_runs import NO_DROPOUT, Run, tiny_config
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import RunFolder
 from dynmoe.selection import selected
-from runners import train
+from dynmoe.training import job
 
 MEASURED = {"step_time", "eval_time", "mem_gb"}  # differ from run to run
 
@@ -150,7 +150,7 @@ def test_an_interrupted_run_resumes_without_a_trace(
 ) -> None:
     """Dropout, stochastic depth, routing noise, a half-filled window: later records are equal."""
     straight = everything(run(moe=moe, name="straight"))
-    from runners import build
+    from dynmoe.training import build
 
     callbacks = build.build_callbacks
     with monkeypatch.context() as patch:
@@ -177,11 +177,11 @@ def test_nothing_of_a_finished_run_is_repeated(run: Run, monkeypatch: pytest.Mon
     from hydra.core.hydra_config import HydraConfig
 
     monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: Hydra))
-    monkeypatch.setattr(train, "train", lambda *a: pytest.fail("trained again"))
-    assert train.job(tiny_config()) is not None
+    monkeypatch.setattr(job, "train", lambda *a: pytest.fail("trained again"))
+    assert job.job(tiny_config()) is not None
     assert {p: p.stat().st_mtime_ns for p in folder.path.glob("*.jsonl")} == before
     with pytest.raises(pytest.fail.Exception, match="trained again"):
-        train.job(tiny_config("overwrite=true"))
+        job.job(tiny_config("overwrite=true"))
     assert not list(folder.path.glob("*.jsonl"))
 
 

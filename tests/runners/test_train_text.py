@@ -14,8 +14,8 @@ from tiny_texts import DEV, TRAIN, config, pairs, write, write_rte, write_stsb
 
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
-from dynmoe.tasks.text_classification import TextClassification
-from runners import evaluate, train
+from dynmoe.tasks.text import TextClassification
+from dynmoe.training import evaluate, job
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def rte(tmp_path: Path) -> Path:
 def run(root: Path, folder: Path, *overrides: str, moe: str = "dynmoe_glue") -> RunFolder:
     made = RunFolder(folder)
     folder.mkdir(exist_ok=True)
-    train.train(config(root, f"paths.outputs={root}", "data=rte", *overrides, moe=moe), made)
-    train.show(made)
+    job.train(config(root, f"paths.outputs={root}", "data=rte", *overrides, moe=moe), made)
+    job.show(made)
     return made
 
 
@@ -90,9 +90,9 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(TextClassification, "training_step", until_step_4)
-        train.train(cfg, folder)
+        job.train(cfg, folder)
     assert [r["step"] for r in folder.read("results")] == [2]
-    train.train(cfg, folder)
+    job.train(cfg, folder)
     assert stable(folder) == stable(straight)
 
 
@@ -141,8 +141,8 @@ def test_regression(tmp_path: Path) -> None:
     root = write_stsb(tmp_path / "glue")
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    train.train(config(root, f"paths.outputs={root}", "data=stsb"), folder)
-    train.show(folder)
+    job.train(config(root, f"paths.outputs={root}", "data=stsb"), folder)
+    job.show(folder)
     record = folder.read("results")[-1]
     assert record["dev_score"] == pytest.approx(
         (record["dev_pearson"] + record["dev_spearman"]) / 2

@@ -18,8 +18,8 @@ from dynmoe.errors import ConfigError
 from dynmoe.layers import moe_layers
 from dynmoe.records import RunFolder
 from dynmoe.report import figures
-from dynmoe.tasks.vision_language import VisionLanguage
-from runners import build, evaluate, train
+from dynmoe.tasks.vl import VisionLanguage
+from dynmoe.training import build, evaluate, job
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +141,13 @@ def test_runs_that_are_stopped_in_every_stage_go_on(
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders of what is trained, in order."""
     found: list[str] = []
-    real = train.train
+    real = job.train
 
     def spy(cfg: Any, folder: RunFolder) -> bool:
         found.append(folder.path.parent.name)
         return real(cfg, folder)
 
-    monkeypatch.setattr(train, "train", spy)
+    monkeypatch.setattr(job, "train", spy)
     return found
 
 

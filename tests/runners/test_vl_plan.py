@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from rich.console import Console
 
+from dynmoe import cli
 from dynmoe.estimate.sizes import describe, mean_ffns, mean_k, number, shell, show_estimate
 from dynmoe.layers import moe_layers
-from runners import cli
 
 assert cli  # registers the resolvers of conf/
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
+from dynmoe import cli
 from dynmoe.records import RunFolder
-from runners import cli
 
 assert cli  # registers the resolvers of conf/
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from runners import cli
+from dynmoe import cli
 
 assert cli  # registers the resolvers of conf/
 

@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dynmoe import cli
 from dynmoe.config.stages import run_folder
 from dynmoe.records import RunFolder
-from runners import cli, train
+from dynmoe.training import job
 
 assert cli  # registers the resolvers of conf/
 
@@ -57,7 +58,7 @@ def run(outputs: Path, *overrides: str) -> RunFolder:
         folder.path.mkdir(parents=True, exist_ok=True)  # as Hydra does
         place = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(folder.path)))
         with mock.patch.object(HydraConfig, "get", lambda: place):
-            train.job(cfg)
+            job.job(cfg)
     return folder
 
 

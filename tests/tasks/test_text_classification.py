@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe.data.text_batches import TextBatch
-from dynmoe.tasks.text_classification import TextClassification
+from dynmoe.tasks.text import TextClassification
 
 
 class GivenLogits(nn.Module):

@@ -23,8 +23,8 @@ from dynmoe.data.text_batches import Key
 from dynmoe.data.vision_language import VisionLanguageData
 from dynmoe.data.vl_content import scenes
 from dynmoe.data.vl_examples import ConversationBatch, Questions, collate_questions
-from dynmoe.tasks.example import example_record
-from dynmoe.tasks.vision_language import VisionLanguage
+from dynmoe.tasks.base import example_record
+from dynmoe.tasks.vl import VisionLanguage
 
 PX, PATCH, PATCHES = 48, 16, 9
 BATCH, MOST = 8, 4

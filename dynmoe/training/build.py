@@ -31,10 +31,8 @@ from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.records import RunFolder
 from dynmoe.tasks.base import MoETask
-from dynmoe.tasks.patience import Patience
-from dynmoe.tasks.progress import RunProgress
-from dynmoe.tasks.recorder import RunRecorder
-from runners.trained import checkpoint_of
+from dynmoe.training.callbacks import Patience, RunProgress, RunRecorder
+from dynmoe.training.trained import checkpoint_of
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
 for _name in ("lightning.pytorch", "lightning.fabric"):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe.config.reading import modality
 from dynmoe.config.stage_rules import folders
 from dynmoe.config.text_rules import text_run
 from dynmoe.errors import ConfigError, UserError
-from dynmoe.records import RunFolder
-from runners import trained
-from runners.answer import answer
-from runners.score_table import print_scores
+from dynmoe.records import Record, RunFolder
+from dynmoe.report.parts import PARTS, k_by_part
+from dynmoe.report.question_sets import is_points
+from dynmoe.report.tables import format_number
+from dynmoe.report.words import layer_name
+from dynmoe.training import trained
 
 HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
 
@@ -157,7 +161,7 @@ def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
 
 def _load(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, Any, int, Any]:
     """Data that has been set up for evaluation, the trained task, its step, and a trainer."""
-    from runners import build
+    from dynmoe.training import build
 
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
@@ -168,3 +172,94 @@ def _load(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, An
 
 if __name__ == "__main__":
     main()
+
+
+# ``dynmoe-eval mode=answer``: a trained run's answers, in the files that evaluators read.
+
+
+def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, float]:
+    """Answer every question of ``cfg.benchmarks``, or of the run's own sets where there are none.
+
+    Writes ``answers/<set>/`` in the run's folder; prints scores, k by part, and the files.
+
+    Returns:
+        Scores by their names in ``results.jsonl``, of the sets that are scored here.
+
+    Raises:
+        UserError: a run of another task, or questions that cannot be read.
+    """
+    from dynmoe.training import build
+
+    if modality(cfg, "data") != "vision-language":
+        raise ConfigError(
+            f"mode=answer: {cfg.data.name} has no questions to answer in words; runs of task=vl do"
+        )
+    settings = build.settle_runtime(cfg)
+    data: Any = build.build_data(cfg)
+    data.setup_questions({name: str(root) for name, root in cfg.get("benchmarks", {}).items()})
+    task: Any
+    task, step = build.load(cfg, data, settings["fused_attention"], checkpoint)
+    trainer = build.build_trainer(cfg, [], folder, max_steps=1)
+    trainer.validate(task, datamodule=data, verbose=False)
+    scores: dict[str, float] = task.scores()
+    names = data.env_names
+    if scores:
+        print_scores(folder, checkpoint, step, scores, dict(zip(names, names, strict=True)))
+    _print_routing(names, task.routing_records())
+    for name, answers in task.answers.items():
+        if not data.sets[name].is_scored:
+            print(f"{name} has no local score. {data.sets[name].note}")
+        for file in data.asked.write(name, folder.path / "answers" / name, answers):
+            print(file)
+    return scores
+
+
+def _print_routing(names: Sequence[str], records: Sequence[Record]) -> None:
+    """Mean k of each MoE layer on each set; nothing of a dense model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Experts per token (mean k)", title_justify="left")
+    for column in ("answered", "MoE layer", *PARTS):
+        table.add_column(column, justify="right" if column in PARTS else "left")
+    sources = {f"env{index}": name for index, name in enumerate(names)}
+    for record in records:
+        if record["source"] in sources:
+            k: Mapping[str, float] = k_by_part([record])
+            numbers = (format_number(k[part], ".2f") for part in PARTS)
+            table.add_row(sources[record["source"]], layer_name(record["layer"]), *numbers)
+    if table.row_count:
+        Console().print(table)
+
+
+# Scores of a run, measured again, beside those that its records have.
+
+
+def print_scores(
+    folder: RunFolder,
+    checkpoint: Path,
+    step: int,
+    scores: Mapping[str, float],
+    places: Mapping[str, str],
+) -> None:
+    """`scores` have their names in ``results.jsonl``; `places` are what these begin with, and in
+    words."""
+    from rich.console import Console
+    from rich.table import Table
+
+    recorded = {r["step"]: r for r in folder.read("results")}.get(step, {})
+    console, table = Console(), Table()
+    for column in ("evaluated on", "measure", "now", "recorded"):
+        table.add_column(column, justify="right" if column in ("now", "recorded") else "left")
+    for key, score in scores.items():
+        place = max((place for place in places if key.startswith(f"{place}_")), key=len)
+        what = key.removeprefix(f"{place}_")
+        before = _shown(what, recorded[key]) if key in recorded else "-"
+        table.add_row(places[place], what.replace("_", " "), _shown(what, score), before)
+    points = ", points as they are" if any(map(is_points, scores)) else ""
+    console.print(f"{folder.path.name}, {checkpoint.name}, step {step}; in %{points}")
+    console.print(table)
+
+
+def _shown(measure: str, score: float) -> str:
+    return f"{score if is_points(measure) else 100 * score:.2f}"

@@ -17,8 +17,7 @@ from dynmoe.data.chat import IGNORE
 from dynmoe.data.vl_examples import ConversationBatch, QuestionBatch
 from dynmoe.layers.moe import Routed, record_routing
 from dynmoe.metrics.routing import TRAIN
-from dynmoe.tasks.base import MoETask
-from dynmoe.tasks.example import Decode, example_record
+from dynmoe.tasks.base import Decode, MoETask, example_record
 
 PARTS = ("prompt", "image", "answer")
 """Of a sequence of tokens. A token's part is an index here."""

@@ -8,11 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
-from torchmetrics.classification import (
-    BinaryF1Score,
-    BinaryMatthewsCorrCoef,
-    MulticlassAccuracy,
-)
+from torchmetrics.classification import BinaryF1Score, BinaryMatthewsCorrCoef, MulticlassAccuracy
 
 from dynmoe.data.text_batches import TextBatch
 from dynmoe.metrics.routing import TRAIN

@@ -10,10 +10,10 @@ from pickle import UnpicklingError
 
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe import cli
 from dynmoe.config import stages
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
-from runners import cli
 
 WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the stage before
 
@@ -71,7 +71,7 @@ def complete_stage_before(cfg: DictConfig) -> None:
 
 def check_data(cfg: DictConfig) -> None:
     """Read and check the data, every image in full, and print counts; train nothing."""
-    from runners.build import build_data
+    from dynmoe.training.build import build_data
 
     if "verify" in cfg.data:
         cfg.data.verify = "decode"
@@ -99,7 +99,7 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
 
 def train(cfg: DictConfig, folder: RunFolder) -> bool:
     """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0."""
-    from runners import build
+    from dynmoe.training import build
 
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
