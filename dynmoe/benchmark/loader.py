@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynmoe.benchmark.rows import DataRow
-from dynmoe.data.module import DomainData
-from dynmoe.data.sampling import Batch
+from dynmoe.data.images.batches import Batch
+from dynmoe.data.images.module import DomainData
 
 WARM_UP = 3
 """Batches: workers start, transforms are set up."""

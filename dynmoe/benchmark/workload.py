@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dynmoe.benchmark.configured import built
 from dynmoe.benchmark.results import Facts
-from dynmoe.data.sampling import Batch
-from dynmoe.data.task_data import TaskData
+from dynmoe.data.base import TaskData
+from dynmoe.data.images.batches import Batch
 from dynmoe.data.vl_examples import ConversationBatch
 from dynmoe.metrics.efficiency import Costs, count
 

@@ -15,10 +15,10 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from dynmoe.data.base import TaskData
 from dynmoe.data.glue_tasks import LABELLED, TASKS, TESTS
 from dynmoe.data.ood import read_ood
 from dynmoe.data.protocol import split
-from dynmoe.data.task_data import TaskData
 from dynmoe.data.text_baseline import linear_text_baseline
 from dynmoe.data.text_batches import EvalBatches, TrainBatches, steps_per_epoch
 from dynmoe.data.text_examples import Collate, Examples

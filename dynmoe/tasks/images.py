@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynmoe.data.sampling import IN, OUT, Batch
+from dynmoe.data.images.batches import IN, OUT, Batch
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.tasks.base import MoETask
 

@@ -25,7 +25,7 @@ from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.identity import flat
 from dynmoe.config.stages import start_folder
-from dynmoe.data.task_data import TaskData
+from dynmoe.data.base import TaskData
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency

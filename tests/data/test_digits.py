@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynmoe.data.digits import (
+from dynmoe.data.images.digits import (
     ANGLES,
     colored,
     colored_digits,
@@ -15,7 +15,7 @@ from dynmoe.data.digits import (
     rotated,
     rotated_digits,
 )
-from dynmoe.data.environments import ArrayEnvironment, Environment
+from dynmoe.data.images.environments import ArrayEnvironment, Environment
 from dynmoe.errors import DataError
 
 

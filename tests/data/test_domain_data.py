@@ -15,11 +15,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dynmoe.data.baseline import linear_baseline
-from dynmoe.data.digits import rotated_digits
-from dynmoe.data.folders import image_folders
-from dynmoe.data.module import DomainData
-from dynmoe.data.sampling import Batch, TrainBatches
+from dynmoe.data.images.batches import Batch, TrainBatches
+from dynmoe.data.images.digits import rotated_digits
+from dynmoe.data.images.environments import image_folders
+from dynmoe.data.images.module import DomainData, linear_baseline
 from dynmoe.errors import DataError
 
 DIGITS = partial(rotated_digits, seed=0)

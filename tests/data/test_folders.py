@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFile
 from torchvision.datasets import ImageFolder
 
-from dynmoe.data.folders import FolderEnvironment, image_folders, read_image
+from dynmoe.data.images.environments import FolderEnvironment, image_folders, read_image
 from dynmoe.errors import DataError
 
 

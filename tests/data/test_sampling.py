@@ -13,15 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynmoe.data.folders import image_folders
-from dynmoe.data.protocol import split
-from dynmoe.data.sampling import (
+from dynmoe.data.images.batches import (
     EvalBatches,
     Examples,
     Key,
     TrainBatches,
     class_balanced_weights,
 )
+from dynmoe.data.images.environments import image_folders
+from dynmoe.data.protocol import split
 
 BATCHES = TrainBatches(
     pools={1: np.arange(0, 50), 3: np.arange(100, 130)},

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tiny_vl import STAGES, configuration, records, run, stage_folders
 from torch import Tensor
 
-from dynmoe.data.task_data import TaskData
+from dynmoe.data.base import TaskData
 from dynmoe.errors import ConfigError
 from dynmoe.layers import moe_layers
 from dynmoe.records import RunFolder

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
+from torchvision import transforms
+from torchvision.transforms import functional
 
-from dynmoe.data import transforms
-from dynmoe.data.environments import Environment
+from dynmoe.data.images.environments import Environment
 from dynmoe.data.protocol import IntArray, next_eval_step
 from dynmoe.seeding import seed_hash
 
@@ -66,14 +67,14 @@ class Examples(Dataset[Example]):
     def __init__(self, environments: Sequence[Environment], image_size: int) -> None:
         self.environments = environments
         self.image_size = image_size
-        self.augmented = transforms.augmented(image_size)
-        self.plain = transforms.plain(image_size)
+        self.augmented = augmented(image_size)
+        self.plain = plain(image_size)
 
     def __getitem__(self, key: Key) -> Example:
         environment = self.environments[key.env]
         image = environment.load(key.item)
         if isinstance(image, Tensor):
-            pixels = transforms.scaled(image, self.image_size)
+            pixels = scaled(image, self.image_size)
         elif key.draw_seed is None:
             pixels = self.plain(image)
         else:  # torchvision draws from torch's global generator: lend it, give it back untouched
@@ -172,3 +173,44 @@ def class_balanced_weights(labels: IntArray) -> npt.NDArray[np.float64]:
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     weights: npt.NDArray[np.float64] = 1.0 / (counts[inverse] * len(counts))
     return weights
+
+
+# Image transforms of DomainBed (domainbed/datasets.py), for any image size.
+#
+# torchvision's v1 transforms on PIL images are kept on purpose: v2 and tensor inputs draw their
+# random numbers, or resize, differently.
+
+Transform = Callable[[Any], Tensor]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def augmented(image_size: int) -> Transform:
+    """Random crop, flip, colour jitter and grey-scale, then normalised: PIL RGB -> [3, S, S]."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(image_size, scale=(0.7, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
+            transforms.RandomGrayscale(),
+            *_normalised(),
+        ]
+    )
+
+
+def plain(image_size: int) -> Transform:
+    """Squeezed to a square without a crop, then normalised: PIL RGB -> [3, S, S]."""
+    return transforms.Compose([transforms.Resize((image_size, image_size)), *_normalised()])
+
+
+def scaled(image: Tensor, image_size: int) -> Tensor:
+    """Pixels in [0, 1], not normalised: uint8 [C, H, W] -> [C, S, S]."""
+    pixels = image.float().div_(255)
+    if image.shape[-2:] == (image_size, image_size):
+        return pixels
+    return functional.resize(pixels, [image_size, image_size], antialias=True)
+
+
+def _normalised() -> list[Any]:
+    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dynmoe.data.environments import ArrayEnvironment, Environment
+from dynmoe.data.images.environments import ArrayEnvironment, Environment
 from dynmoe.errors import DataError
 
 ANGLES = (0, 15, 30, 45, 60, 75)  # degrees, counter-clockwise

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
+from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader
 
-from dynmoe.data import checks
-from dynmoe.data.baseline import linear_baseline
-from dynmoe.data.environments import ArrayEnvironment, Environment, data_hash
-from dynmoe.data.folders import FolderEnvironment
-from dynmoe.data.photographs import cached, decoded_bytes, survey
-from dynmoe.data.protocol import IntArray, split
-from dynmoe.data.sampling import (
+from dynmoe.data.base import TaskData
+from dynmoe.data.images.batches import (
+    IN,
+    OUT,
     EvalBatches,
     Example,
     Examples,
+    Key,
     TrainBatches,
     class_balanced_weights,
     collate,
 )
-from dynmoe.data.task_data import TaskData
+from dynmoe.data.images.environments import (
+    ArrayEnvironment,
+    Environment,
+    FolderEnvironment,
+    cached,
+    data_hash,
+    decoded_bytes,
+    survey,
+)
+from dynmoe.data.protocol import IntArray, split
 from dynmoe.errors import DataError
 
 
@@ -104,9 +113,9 @@ class DomainData(TaskData):
         ]
         sizes, unreadable = self._survey(environments)
         problems = [
-            *checks.role_problems(environments, self.test_envs),
-            *checks.class_problems(environments),
-            *checks.batch_problems(
+            *role_problems(environments, self.test_envs),
+            *class_problems(environments),
+            *batch_problems(
                 {
                     e.name: len(in_indices)
                     for env, (e, (in_indices, _)) in enumerate(
@@ -295,3 +304,113 @@ class DomainData(TaskData):
         if isinstance(self.environments[0], ArrayEnvironment):
             return 0
         return min(8, (os.cpu_count() or 1) - 1)
+
+
+# What must hold before training: each check returns its problems, all are reported together.
+
+
+def class_problems(environments: Sequence[Environment]) -> list[str]:
+    """Environments must share two or more classes, each with images in every environment."""
+    every_class = sorted({name for e in environments for name in e.class_names})
+    problems = []
+    if len(every_class) < 2:
+        problems.append(f"two or more classes are needed; found {_counted(every_class)}")
+    for e in environments:
+        lacking = [name for name in every_class if name not in e.class_names]
+        if lacking:
+            problems.append(
+                f"{e.name} lacks {_classes(lacking)} of the other environments. Add images of "
+                "it here, or remove its folder everywhere."
+            )
+        counts = np.bincount(e.labels, minlength=len(e.class_names))
+        empty = [name for name, count in zip(e.class_names, counts, strict=True) if count == 0]
+        if empty:
+            problems.append(f"{e.name} has no images in {_classes(empty)}. Add some, or remove it.")
+    return problems
+
+
+def role_problems(environments: Sequence[Environment], test_envs: Sequence[int]) -> list[str]:
+    """Test environments must exist, and at least one environment must be left to train on."""
+    if len(environments) < 2:
+        found = _counted([e.name for e in environments])
+        return [
+            "two or more environments are needed: one to test on, others to train on; "
+            f"found {found}"
+        ]
+    listing = "the data set has " + _join([f"{i} ({e.name})" for i, e in enumerate(environments)])
+    beyond = [env for env in test_envs if not 0 <= env < len(environments)]
+    if beyond:
+        return [f"data.test_envs: there is no environment {_join(beyond)}; {listing}"]
+    if not test_envs:
+        return [f"data.test_envs: empty: name at least one environment; {listing}"]
+    if len(set(test_envs)) == len(environments):
+        return [
+            f"data.test_envs: {list(test_envs)} leaves no environment to train on; {listing}. "
+            "Leave at least one out of data.test_envs."
+        ]
+    return []
+
+
+def batch_problems(in_sizes: Mapping[str, int], *, batch_size: int, parts: int) -> list[str]:
+    """A batch must divide evenly, and fit in the in split of every training environment.
+
+    DomainBed drops incomplete batches and starts over: with a smaller environment it hangs.
+    """
+    problems = []
+    if batch_size % parts:
+        problems.append(
+            f"data.batch_size: {batch_size} images per environment do not divide into {parts} "
+            f"parts (devices x trainer.accumulate_grad_batches). Use a multiple of {parts}."
+        )
+    small = [f"{name} ({size})" for name, size in in_sizes.items() if size < batch_size]
+    if small:
+        problems.append(
+            f"data.batch_size: {batch_size} is more than the in split of {_join(small)}. "
+            "Lower data.batch_size or add images."
+        )
+    return problems
+
+
+def _classes(names: Sequence[str]) -> str:
+    return f"{'class' if len(names) == 1 else 'classes'} {_join(names)}"
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)}: {_join(names)}" if names else "none"
+
+
+def _join(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items))
+
+
+# What a network must beat: a linear classifier on pixels.
+
+SIDE = 28  # pixels; larger images are shrunk to it
+
+
+def linear_baseline(data: DomainData) -> dict[str, str | float]:
+    """Accuracy in [0, 1] of a logistic regression on both splits of every environment.
+
+    It is fitted on the in splits of the training environments, without augmentation:
+    {"name": ..., "env0_in_acc": ..., "env0_out_acc": ..., ...}. `data` has been set up.
+    """
+    examples = Examples(data.environments, SIDE)
+
+    def pixels(env: int, part: int) -> npt.NDArray[np.float32]:
+        keys = [Key(env, part, index, None) for index in data.splits[env][part].tolist()]
+        return np.stack([examples[key].image.flatten().numpy() for key in keys])
+
+    def labels(env: int, part: int) -> IntArray:
+        return data.environments[env].labels[data.splits[env][part]]
+
+    # Stops earlier than scikit-learn's default: the same accuracy in a quarter of the time.
+    classifier = LogisticRegression(tol=1e-3, max_iter=1000).fit(
+        np.concatenate([pixels(env, IN) for env in data.train_envs]),
+        np.concatenate([labels(env, IN) for env in data.train_envs]),
+    )
+    result: dict[str, str | float] = {"name": "linear classifier on pixels"}
+    for env in range(len(data.environments)):
+        for part, split_name in ((IN, "in"), (OUT, "out")):
+            accuracy = classifier.score(pixels(env, part), labels(env, part))
+            result[f"env{env}_{split_name}_acc"] = float(accuracy)
+    return result

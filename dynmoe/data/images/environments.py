@@ -1,0 +1,326 @@
+"""An environment: the labelled images of one domain."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from dynmoe.data.protocol import IntArray
+from dynmoe.errors import DataError
+
+
+@dataclass(eq=False)
+class Environment(ABC):
+    """Examples 0..len-1 of one domain; `labels` [N] index `class_names`."""
+
+    name: str
+    labels: IntArray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """Channels of a loaded image."""
+
+    @abstractmethod
+    def load(self, index: int) -> Image.Image | Tensor:
+        """One image, not yet transformed: an RGB photograph, or drawn uint8 [C, H, W]."""
+
+    @abstractmethod
+    def content_hash(self) -> str:
+        """Tells two versions of the images apart; two copies on different machines are equal."""
+
+
+@dataclass(eq=False)
+class ArrayEnvironment(Environment):
+    """Images in memory: `images` is uint8 [N, C, H, W]."""
+
+    images: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    def load(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def content_hash(self) -> str:
+        return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
+
+
+def data_hash(
+    environments: Sequence[Environment], splits: Sequence[tuple[IntArray, IntArray]]
+) -> str:
+    """16 hex digits that change with any name, class, label, file list or split."""
+    digest = hashlib.sha256()
+    for environment, (in_indices, out_indices) in zip(environments, splits, strict=True):
+        digest.update(repr((environment.name, environment.class_names)).encode())
+        digest.update(environment.content_hash().encode())
+        for array in (environment.labels, in_indices, out_indices):
+            digest.update(array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+# Image folders: environment/class/image, the layout of DomainBed's photograph sets.
+
+UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises on a damaged file
+
+_truncated_lock = threading.Lock()
+
+
+@dataclass(eq=False)
+class FolderEnvironment(Environment):
+    """Image files: `files` [N] are paths below `folder`, in torchvision ImageFolder's order."""
+
+    folder: Path
+    files: Sequence[str]
+
+    @property
+    def channels(self) -> int:
+        return 3
+
+    def load(self, index: int) -> Image.Image:
+        return read_image(self.folder / self.files[index])
+
+    def content_hash(self) -> str:
+        return hashlib.sha256("\n".join(self.files).encode()).hexdigest()
+
+
+def image_folders(
+    root: str,
+    folder: str | None = None,
+    environments: Sequence[str] | None = None,
+    drop_list: str | None = None,
+) -> list[Environment]:
+    """The environments of an image tree, in sorted order of their folders' names.
+
+    `root` is the tree or the directory that holds it as `folder`. `environments` are the folders
+    expected there, None takes what is found. `drop_list` is a text file with one path below the
+    tree per line: images to leave out (DomainNet's duplicates).
+
+    Raises:
+        DataError: the tree, its environments or the drop list are not there, or an environment
+            holds no class folders with images.
+    """
+    tree = Path(root) / folder if folder and (Path(root) / folder).is_dir() else Path(root)
+    if not tree.is_dir():
+        wanted = f", or one that holds {folder}/" if folder else ""
+        raise DataError(
+            f"data.root: no folder {tree}. Give the folder of the environments{wanted}."
+        )
+    found = _subfolders(tree)
+    layout = f"Expected {tree}/environment/class/image"
+    if environments is None and not found:
+        raise DataError(f"data.root: {tree} holds no environments. {layout}.")
+    if environments is not None and sorted(environments) != found:
+        missing = sorted(set(environments) - set(found))
+        others = sorted(set(found) - set(environments))
+        raise DataError(
+            f"data.root: {tree} does not hold the environments of this data set.\n"
+            f"  expected: {', '.join(sorted(environments))}\n"
+            f"  found:    {', '.join(found) or 'no folders'}\n"
+            + (f"  missing:  {', '.join(missing)}\n" if missing else "")
+            + (f"  not part of it: {', '.join(others)}\n" if others else "")
+            + "Rename or move the folders; their sorted order is what data.test_envs counts."
+        )
+    dropped = _read_drop_list(drop_list)
+    built: list[Environment] = [_environment(tree, name, dropped) for name in found]
+    empty = [str(tree / e.name) for e in built if not len(e)]
+    if empty:
+        raise DataError(
+            f"data.root: no images in class folders below {', '.join(empty)}. {layout}; "
+            "what is no environment does not belong there."
+        )
+    return built
+
+
+def read_image(path: Path) -> Image.Image:
+    """The file as RGB. A truncated file gives what is there, as in DomainBed.
+
+    Raises:
+        OSError, SyntaxError, ValueError: not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UNREADABLE:
+        with _truncated_lock:  # the switch is global to the process: on for this file only
+            before = ImageFile.LOAD_TRUNCATED_IMAGES
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+            try:
+                with Image.open(path) as image:
+                    return image.convert("RGB")
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _environment(tree: Path, name: str, dropped: Collection[str]) -> FolderEnvironment:
+    classes = _subfolders(tree / name)
+    labels = {class_name: label for label, class_name in enumerate(classes)}
+    found = (
+        make_dataset(str(tree / name), labels, extensions=IMG_EXTENSIONS, allow_empty=True)
+        if labels  # make_dataset refuses none
+        else []
+    )
+    examples = [
+        (file, label)
+        for path, label in found
+        if (file := Path(path).relative_to(tree).as_posix()) not in dropped
+    ]
+    return FolderEnvironment(
+        name=name,
+        labels=np.array([label for _, label in examples], dtype=np.int64),
+        class_names=tuple(classes),
+        folder=tree,
+        files=[file for file, _ in examples],
+    )
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """Names in order, without what tools leave behind: .git, __MACOSX, __pycache__."""
+    return sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith((".", "__"))
+    )
+
+
+def _read_drop_list(drop_list: str | None) -> frozenset[str]:
+    if drop_list is None:
+        return frozenset()
+    try:
+        return frozenset(Path(drop_list).read_text().split("\n"))
+    except OSError as error:
+        raise DataError(f"data.environments.drop_list: cannot read {drop_list}: {error}") from None
+
+
+# Passes over all photographs before training: are they readable, do they fit in memory?
+
+LISTED = 10  # unreadable files named in a message
+LONG_PASS = 5000  # files from which a progress bar is shown
+BLOCK = 256  # files handed to a thread at once
+
+T = TypeVar("T")
+
+
+def survey(
+    environments: Sequence[FolderEnvironment], *, decode: bool
+) -> tuple[list[IntArray], list[str]]:
+    """Sizes [N, 2] in pixels (width, height) per environment, and what cannot be read.
+
+    Reads the header of every file; with `decode` all of it, which finds truncated files too (they
+    can be trained on, as in DomainBed). An unreadable file has size 0, 0.
+    """
+    sizes: list[IntArray] = []
+    unreadable: list[str] = []
+
+    def measure(environment: FolderEnvironment, index: int) -> tuple[int, int]:
+        path = environment.folder / environment.files[index]
+        try:
+            with Image.open(path) as image:
+                if decode:
+                    image.load()
+                return image.size
+        except UNREADABLE:
+            unreadable.append(str(path))
+            return 0, 0
+
+    for e in environments:
+        measured = list(_in_threads(partial(measure, e), len(e), f"checking {e.name}"))
+        sizes.append(np.array(measured, dtype=np.int64).reshape(-1, 2))
+    if not unreadable:
+        return sizes, []
+    listing = sorted(unreadable)[:LISTED]
+    rest = len(unreadable) - len(listing)
+    problem = "\n    ".join(
+        [f"unreadable images: {len(unreadable)}. Replace or remove them:", *listing]
+        + ([f"and {rest} more"] if rest else [])
+    )
+    return sizes, [problem]
+
+
+def decoded_bytes(sizes: Sequence[IntArray]) -> int:
+    """Memory of all images as uint8 RGB."""
+    return sum(3 * int(size.prod(axis=1).sum()) for size in sizes)
+
+
+@dataclass(eq=False)
+class CachedEnvironment(Environment):
+    """Decoded images, one after the other in `pixels`; `sizes` [N, 2] is width, height.
+
+    One flat buffer, so that forked workers share its pages instead of copying them.
+    """
+
+    source: Environment
+    sizes: IntArray
+    pixels: npt.NDArray[np.uint8]
+    ends: IntArray
+
+    @property
+    def channels(self) -> int:
+        return self.source.channels
+
+    def load(self, index: int) -> Image.Image:
+        width, height = self.sizes[index]
+        return Image.fromarray(self._pixels_of(index).reshape(height, width, 3))
+
+    def content_hash(self) -> str:
+        return self.source.content_hash()
+
+    def fill(self, index: int) -> None:
+        """Decode one image into its place."""
+        self._pixels_of(index)[:] = np.asarray(self.source.load(index)).ravel()
+
+    def _pixels_of(self, index: int) -> npt.NDArray[np.uint8]:
+        end = self.ends[index]
+        return self.pixels[end - 3 * self.sizes[index].prod() : end]
+
+
+def cached(environment: Environment, sizes: IntArray) -> CachedEnvironment:
+    """The environment with all its images decoded into memory."""
+    cache = CachedEnvironment(
+        name=environment.name,
+        labels=environment.labels,
+        class_names=environment.class_names,
+        source=environment,
+        sizes=sizes,
+        pixels=np.empty(decoded_bytes([sizes]), dtype=np.uint8),
+        ends=3 * sizes.prod(axis=1).cumsum(),
+    )
+    for _ in _in_threads(cache.fill, len(cache), f"decoding {cache.name}"):
+        pass
+    return cache
+
+
+def _in_threads(function: Callable[[int], T], n: int, description: str) -> Iterator[T]:
+    """function(0), ..., function(n - 1), in order; Pillow releases the lock while it works."""
+    blocks = [range(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+    with ThreadPoolExecutor(4 * (os.cpu_count() or 1)) as pool:
+        for results in track(
+            pool.map(lambda block: [function(i) for i in block], blocks),
+            description,
+            total=len(blocks),
+            console=Console(stderr=True),
+            transient=True,
+            disable=n < LONG_PASS,
+        ):
+            yield from results
