@@ -17,7 +17,7 @@ from runners.bench_tools import PRECISIONS, File, device_of, make_console, new_b
 
 if TYPE_CHECKING:
     from dynmoe.benchmark.epochs import Work
-    from dynmoe.data.glue import GlueData
+    from dynmoe.data.text.module import GlueData
     from dynmoe.tasks.base import MoETask
 
 
@@ -86,7 +86,7 @@ def _loops(
     from dynmoe.benchmark.configured import built
     from dynmoe.benchmark.epochs import Work
     from dynmoe.benchmark.plain import LabelledTexts, PlainFineTuning, plain_loader
-    from dynmoe.data.tokens import encode
+    from dynmoe.data.text.tokens import encode
 
     train = data.sets["train"]
     cache = None if cfg.data.cache is None else Path(cfg.data.cache)

@@ -15,7 +15,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from dynmoe.data.tokens import Encoded
+from dynmoe.data.text.tokens import Encoded
 
 
 class PlainFineTuning(L.LightningModule):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from omegaconf import DictConfig
 
 from dynmoe.config.reading import modality, read
-from dynmoe.data.glue_tasks import LABELLED, TASKS, TESTS
+from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 
 OWN_SETS = (*LABELLED, "heldout", *TESTS)
 

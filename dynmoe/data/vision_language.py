@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from dynmoe.data import chat
 from dynmoe.data.base import TaskData
 from dynmoe.data.conversations import ConversationSource
-from dynmoe.data.text_batches import EvalBatches, TrainBatches, steps_per_epoch
+from dynmoe.data.text.batches import EvalBatches, TrainBatches, steps_per_epoch
 from dynmoe.data.vl_content import Content
 from dynmoe.data.vl_examples import (
     Conversations,

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from dynmoe.data.chat import IGNORE, IMAGE, IdArray
-from dynmoe.data.text_batches import Key
+from dynmoe.data.text.batches import Key
 from dynmoe.data.vl_images import ImageTransform, LoadImage
 from dynmoe.data.vl_store import TokenStore
 from dynmoe.questions.base import QuestionSet

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from dynmoe.data.conversations import IMAGE_PLACEHOLDER
-from dynmoe.data.tokens import load_tokenizer
+from dynmoe.data.text.tokens import load_tokenizer
 from dynmoe.errors import ConfigError
 
 if TYPE_CHECKING:

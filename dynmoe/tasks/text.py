@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import BinaryF1Score, BinaryMatthewsCorrCoef, MulticlassAccuracy
 
-from dynmoe.data.text_batches import TextBatch
+from dynmoe.data.text.batches import TextBatch
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.tasks.base import MoETask
 

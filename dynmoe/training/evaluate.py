@@ -136,7 +136,7 @@ def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
     """
     import numpy as np
 
-    from dynmoe.data.submission import write_submission
+    from dynmoe.data.text.module import write_submission
 
     if not str(cfg.data._target_).endswith(".GlueData"):
         raise ConfigError(f"mode=submit: {cfg.data.name} is no task of GLUE")

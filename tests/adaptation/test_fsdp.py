@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from dynmoe.adaptation import DynMoECallback
 from dynmoe.adaptation.fsdp import MoEFSDPStrategy, blocks, full_state, whole
-from dynmoe.data.text_batches import EvalBatches
+from dynmoe.data.text.batches import EvalBatches
 from dynmoe.layers import MoELayer, TopAnyRouter, record_routing
 
 DIM, STEPS = 6, 6

@@ -18,7 +18,7 @@ from dynmoe.benchmark.generation import (
     question_batches,
     question_facts,
 )
-from dynmoe.data.text_batches import Key
+from dynmoe.data.text.batches import Key
 from dynmoe.layers import moe_layers, record_routing
 from runners import bench
 

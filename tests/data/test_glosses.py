@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dynmoe.data.glue_tasks import TASKS
-from dynmoe.data.text_baseline import linear_text_baseline
-from dynmoe.data.text_sets import TextSet
-from dynmoe.data.text_sources import read
+from dynmoe.data.text.module import linear_text_baseline
+from dynmoe.data.text.sets import TextSet
+from dynmoe.data.text.sources import read
+from dynmoe.data.text.tasks import TASKS
 
 
 def test_glosses_are_balanced_and_shared_by_no_two_sets() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynmoe.data.glue_tasks import TASKS, GlueTask
+from dynmoe.data.text.tasks import TASKS, GlueTask
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

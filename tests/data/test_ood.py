@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.data.glue_tasks import TASKS
-from dynmoe.data.ood import OOD, read_ood
+from dynmoe.data.text.ood import OOD, read_ood
+from dynmoe.data.text.tasks import TASKS
 from dynmoe.errors import DataError
 
 SNLI = "gold_label\tsentence1_parse\tsentence1\tsentence2\n"

@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from dynmoe.data.text_batches import EvalBatches, Key, TrainBatches, next_eval_step, steps_per_epoch
+from dynmoe.data.text.batches import EvalBatches, Key, TrainBatches, next_eval_step, steps_per_epoch
 
 LENGTHS = np.random.default_rng(0).integers(3, 100, size=330)
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dynmoe.data.glue_tasks import TASKS
-from dynmoe.data.text_sets import RawTexts, TextSet, text_set
+from dynmoe.data.text.sets import RawTexts, TextSet, text_set
+from dynmoe.data.text.tasks import TASKS
 from dynmoe.errors import DataError
 
 RTE, STSB = TASKS["rte"], TASKS["stsb"]

@@ -11,11 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dynmoe.data.glue_parquet import MNLI_SPLITS
-from dynmoe.data.glue_tasks import LABELLED, TASKS, TESTS
-from dynmoe.data.glue_tsv import LAYOUTS
-from dynmoe.data.text_sets import TextSet
-from dynmoe.data.text_sources import Sets, read
+from dynmoe.data.text.sets import TextSet
+from dynmoe.data.text.sources import LAYOUTS, MNLI_SPLITS, Sets, read
+from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 from dynmoe.errors import DataError
 
 MNLI_NAMES = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")

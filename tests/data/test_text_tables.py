@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.data.text_tables import Table, first_file, read_table
+from dynmoe.data.text.sources import Table, first_file, read_table
 from dynmoe.errors import DataError
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from dynmoe.data import tokens
-from dynmoe.data.text_sets import TextSet
-from dynmoe.data.tokens import encode, load_tokenizer, word_tokenizer
+from dynmoe.data.text import tokens
+from dynmoe.data.text.sets import TextSet
+from dynmoe.data.text.tokens import encode, load_tokenizer, word_tokenizer
 from dynmoe.errors import ConfigError, DataError
 
 FIRST = ["the cat sat on the mat", "a dog", "the end of the long story of the cat", ""]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from dynmoe.data.chat import encode_prompt
 from dynmoe.data.conversations import Conversation, Message
-from dynmoe.data.text_batches import Key
+from dynmoe.data.text.batches import Key
 from dynmoe.data.vl_examples import (
     Conversations,
     Questions,

@@ -24,7 +24,7 @@ from dynmoe.benchmark.workload import (
     tokens_of,
     training_batches,
 )
-from dynmoe.data.tokens import encode
+from dynmoe.data.text.tokens import encode
 from dynmoe.layers import moe_layers
 from dynmoe.metrics.efficiency import flops
 from dynmoe.records import RunFolder

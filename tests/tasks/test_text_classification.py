@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynmoe.data.text_batches import TextBatch
+from dynmoe.data.text.batches import TextBatch
 from dynmoe.tasks.text import TextClassification
 
 

@@ -19,7 +19,7 @@ from dynmoe.adaptation.callback import DynMoECallback
 from dynmoe.backbones.vision import build_vision_tower
 from dynmoe.backbones.vlm import build_vision_language_model
 from dynmoe.data.chat import IGNORE, IMAGE
-from dynmoe.data.text_batches import Key
+from dynmoe.data.text.batches import Key
 from dynmoe.data.vision_language import VisionLanguageData
 from dynmoe.data.vl_content import scenes
 from dynmoe.data.vl_examples import ConversationBatch, Questions, collate_questions

@@ -6,17 +6,21 @@ have had.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from dynmoe.data.protocol import IntArray
+from dynmoe.data.text.sets import LabelArray, TextSet
+from dynmoe.data.text.tokens import Encoded, Row
 from dynmoe.seeding import seed_hash
 
 BUCKET = 50
@@ -164,3 +168,45 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 def next_eval_step(step: int, steps: int, every: int) -> int:
     """The first step, not before `step`, that an evaluation follows: every-th ones and the last."""
     return min((step // every + 1) * every, steps) - 1
+
+
+# From the names of examples to a padded batch: what a loader of texts fetches and collates.
+
+
+class Fetched(NamedTuple):
+    """Examples of one set, not yet padded."""
+
+    source: str
+    rows: list[int]
+    texts: list[Row]
+    label: LabelArray
+    weight: float
+
+
+class Examples(Dataset[Fetched]):
+    """All sets behind one index. A batch is fetched at once, from the set of its first example."""
+
+    def __init__(self, sets: Mapping[str, TextSet], encoded: Mapping[str, Encoded]) -> None:
+        self.sets = sets
+        self.encoded = encoded
+
+    def __getitems__(self, keys: list[Key]) -> Fetched:
+        (source, _, weight), rows = keys[0], [key.row for key in keys]
+        texts, label = self.encoded[source].rows(rows), self.sets[source].label[rows]
+        return Fetched(source, rows, texts, label, weight)
+
+
+class Collate:
+    """Pads the texts of a batch to the longest of them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.pad = DataCollatorWithPadding(tokenizer)
+
+    def __call__(self, fetched: Fetched) -> TextBatch:
+        return TextBatch(
+            tokens=dict(self.pad(fetched.texts)),
+            label=torch.as_tensor(fetched.label),
+            source=fetched.source,
+            row=torch.as_tensor(fetched.rows),
+            weight=fetched.weight,
+        )

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from dynmoe.data.glue_tasks import GlueTask
-from dynmoe.data.text_sets import RawTexts, TextSet, text_set
-from dynmoe.data.text_tables import first_file, read_table
+from dynmoe.data.text.sets import RawTexts, TextSet, text_set
+from dynmoe.data.text.sources import first_file, read_table
+from dynmoe.data.text.tasks import GlueTask
 from dynmoe.errors import DataError
 
 # Classes of the tasks that a class of a set stands for: the first that the task has.

@@ -12,7 +12,7 @@ import numpy as np
 from filelock import FileLock
 
 from dynmoe.data.protocol import IntArray
-from dynmoe.data.text_sets import TextSet
+from dynmoe.data.text.sets import TextSet
 from dynmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dynmoe.data.glue_tasks import GlueTask
 from dynmoe.data.protocol import IntArray
+from dynmoe.data.text.tasks import GlueTask
 from dynmoe.errors import DataError
 
 LISTED = 5  # unknown labels named in a message

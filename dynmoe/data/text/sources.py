@@ -1,0 +1,441 @@
+"""Where the texts of a task come from; every source gives the same examples."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import as_file, files
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from dynmoe.data.text.sets import Loader, RawTexts, TextSet, text_set
+from dynmoe.data.text.tasks import LABELLED, TESTS, GlueTask
+from dynmoe.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Source = Literal["hub", "tsv", "parquet", "embedded"]
+
+
+class Sets(NamedTuple):
+    """Of the sets asked for: train and dev, and those of the others that the source has."""
+
+    sets: dict[str, TextSet]
+    warnings: list[str]
+
+
+def read(
+    task: GlueTask,
+    source: Source,
+    root: str | None,
+    names: Sequence[str] = (*LABELLED, *TESTS),
+) -> Sets:
+    """The sets `names` of a task, and warnings where their sizes are not the published ones.
+
+    Raises:
+        DataError: lists every problem of every set.
+    """
+    sets: dict[str, TextSet] = {}
+    warnings: list[str] = []
+    problems: list[str] = []
+    for name, load in _loaders(task, source, root).items():
+        if name not in names:
+            continue
+        try:
+            raw = load()
+            sets[name] = text_set(raw, task, labelled=name in LABELLED)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        if raw.dropped:
+            rows = "row" if raw.dropped == 1 else "rows"
+            warnings.append(
+                f"{task.title} {name}: dropped {raw.dropped:,} {rows} with missing fields"
+            )
+        if len(sets[name]) != task.sizes[name]:
+            warnings.append(
+                f"{task.title} {name}: expected {task.sizes[name]:,} rows, "
+                f"found {len(sets[name]):,}"
+            )
+    if problems:
+        raise DataError("\n".join([f"{task.title} cannot be read:", *problems]))
+    return Sets(sets, warnings)
+
+
+def _loaders(task: GlueTask, source: Source, root: str | None) -> dict[str, Loader]:
+    if (source == "embedded") != (task.name == "glosses"):
+        raise DataError(
+            f"data.source: {source} does not hold {task.title}. "
+            "The package embeds Glosses only (data=glosses); GLUE comes from tsv, parquet or hub."
+        )
+    if source == "embedded":
+        return gloss_loaders()
+    if source == "hub":
+        return hub_loaders(task)
+    if root is None or not Path(root).is_dir():
+        raise DataError(
+            f"data.root: {'not given' if root is None else f'no folder {root}'}. "
+            f"Give the folder of {task.title}'s files, or one that holds {task.title}/."
+        )
+    return (tsv_loaders if source == "tsv" else parquet_loaders)(task, Path(root))
+
+
+# Columns of a TSV or JSONL file, plain or .gz, without any quoting.
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length; `row` numbers their lines from 0, counting the `dropped` ones too.
+
+    A line is dropped if it ends before a column, or lacks its key, or says null.
+    """
+
+    columns: dict[str, list[str]]
+    row: list[int]
+    dropped: int
+
+
+def first_file(candidates: Sequence[Path]) -> Path | None:
+    """The first candidate that exists, itself or with .gz behind its name."""
+    for path in candidates:
+        for file in (path, path.with_name(path.name + ".gz")):
+            if file.is_file():
+                return file
+    return None
+
+
+def read_table(
+    path: Path,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    header: Sequence[str] | None = None,
+) -> Table:
+    """The named columns of a file.
+
+    `header` names the columns of a TSV file whose first line does not.
+
+    Raises:
+        DataError: the file is damaged, not UTF-8, or lacks a required column.
+    """
+    read = _jsonl if ".jsonl" in path.suffixes else _tsv
+    try:
+        return read(path, required, optional, header)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise DataError(f"{path}: damaged gzip file. Fetch or pack it again.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}. Convert it to UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Non-blank lines without their end; only a line feed ends one, as texts may hold others."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
+        for line in lines:
+            if stripped := line.rstrip("\r\n"):
+                yield stripped
+
+
+def _tsv(
+    path: Path, required: Sequence[str], optional: Sequence[str], header: Sequence[str] | None
+) -> Table:
+    rows = (line.split("\t") for line in _lines(path))
+    names = next(rows, [])
+    first: list[list[str]] = []
+    if header is not None and not set(required) <= set(names):
+        first, names = [names], list(header)
+    wanted = _present(path, names, required, optional)
+    places = [names.index(name) for name in wanted]
+    pick, width = itemgetter(*places, places[0]), max(places) + 1  # two places or more: a tuple
+    numbered = enumerate(row for part in (first, rows) for row in part)
+    return _table(
+        wanted, ((row, pick(fields) if len(fields) >= width else None) for row, fields in numbered)
+    )
+
+
+def _jsonl(
+    path: Path, required: Sequence[str], optional: Sequence[str], header: Sequence[str] | None
+) -> Table:
+    try:
+        rows = [dict(json.loads(line)) for line in _lines(path)]
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: not one JSON object per line: {error}.") from None
+    wanted = _present(path, list(rows[0]) if rows else [], required, optional)
+    return _table(
+        wanted,
+        (
+            (row, None if None in values else list(map(str, values)))
+            for row, values in enumerate([fields.get(name) for name in wanted] for fields in rows)
+        ),
+    )
+
+
+def _present(
+    path: Path, names: Sequence[str], required: Sequence[str], optional: Sequence[str]
+) -> list[str]:
+    missing = [name for name in required if name not in names]
+    if missing:
+        raise DataError(
+            f"{path}: no column {', '.join(missing)}. "
+            f"Found {', '.join(names) if names else 'an empty file'}."
+        )
+    return [*required, *(name for name in optional if name in names)]
+
+
+def _table(wanted: list[str], rows: Iterator[tuple[int, Sequence[str] | None]]) -> Table:
+    columns: list[list[str]] = [[] for _ in wanted]
+    numbers: list[int] = []
+    dropped = 0
+    for row, values in rows:
+        if values is None:
+            dropped += 1
+            continue
+        numbers.append(row)
+        for column, value in zip(columns, values, strict=False):
+            column.append(value)
+    return Table(dict(zip(wanted, columns, strict=True)), numbers, dropped)
+
+
+# GLUE as the official zips hold it: one folder per problem, tab separated, no quoting.
+#
+#     RTE/{train,dev,test}.tsv     MNLI/{train,dev_matched,dev_mismatched,...}.tsv     ...
+#
+# MRPC may also be the original corpus: msr_paraphrase_{train,test}.txt and mrpc_dev_ids.tsv.
+
+
+class Layout(NamedTuple):
+    """Columns of the files; `header` names them where the first line does not."""
+
+    texts: tuple[str, ...]
+    label: str
+    header: tuple[str, ...] | None = None
+
+
+PAIR = ("sentence1", "sentence2")
+LAYOUTS = {
+    "cola": Layout(("sentence",), "label", ("source", "label", "original_label", "sentence")),
+    "sst2": Layout(("sentence",), "label"),
+    "mrpc": Layout(("#1 String", "#2 String"), "Quality"),
+    "qqp": Layout(("question1", "question2"), "is_duplicate"),
+    "stsb": Layout(PAIR, "score"),
+    "mnli": Layout(PAIR, "gold_label"),
+    "qnli": Layout(("question", "sentence"), "label"),
+    "rte": Layout(PAIR, "label"),
+    "wnli": Layout(PAIR, "label"),
+}
+FILES = {"train": ("train.tsv",), "dev": ("dev.tsv",), "test": ("test.tsv",)}
+MNLI_FILES = {
+    "train": ("train.tsv",),
+    "dev": ("dev_matched.tsv",),
+    "mismatched": ("dev_mismatched.tsv",),
+    "test": ("test_matched.tsv",),
+    "test_mismatched": ("test_mismatched.tsv",),
+    "ax": (
+        "diagnostic.tsv",
+        "diagnostic/diagnostic.tsv",
+        "AX.tsv",
+        "../diagnostic/diagnostic.tsv",
+        "../AX.tsv",
+    ),
+}
+MSR_FILES = {"train": "msr_paraphrase_train.txt", "test": "msr_paraphrase_test.txt"}
+MSR_DEV_IDS = "mrpc_dev_ids.tsv"
+
+
+def tsv_loaders(task: GlueTask, root: Path) -> dict[str, Loader]:
+    """What reads each set that is there; train and dev are always named, and raise if missing."""
+    folder = task_folder(task, root)
+    files = MNLI_FILES if task.name == "mnli" else FILES
+    if task.name == "mrpc" and first_file([folder / MSR_FILES["train"]]):
+        return {name: partial(_msr, task, folder, name) for name in FILES}
+    loaders: dict[str, Loader] = {}
+    for name, candidates in files.items():
+        file = first_file([folder / candidate for candidate in candidates])
+        if file is not None:
+            loaders[name] = partial(_read_tsv, task, file)
+        elif name in ("train", "dev"):
+            loaders[name] = partial(_missing, task, folder, candidates[0])
+    return loaders
+
+
+def task_folder(task: GlueTask, root: Path) -> Path:
+    """`root` itself or the folder of the task's name below it, in any case: SST-2, sst2."""
+    if root.is_dir():
+        for entry in sorted(root.iterdir()):
+            if entry.is_dir() and entry.name.lower().replace("-", "") == task.name:
+                return entry
+    return root
+
+
+def _read_tsv(task: GlueTask, file: Path) -> RawTexts:
+    layout = LAYOUTS[task.name]
+    return _raw_tsv(layout, file, read_table(file, layout.texts, (layout.label,), layout.header))
+
+
+def _raw_tsv(layout: Layout, file: Path, table: Table) -> RawTexts:
+    return RawTexts(
+        where=str(file),
+        texts=[table.columns[name] for name in layout.texts],
+        labels=table.columns.get(layout.label),
+        index=table.row,
+        dropped=table.dropped,
+    )
+
+
+def _missing(task: GlueTask, folder: Path, name: str) -> RawTexts:
+    raise DataError(
+        f"data.root: no file {folder / name} or {name}.gz. "
+        f"Give the folder of {task.title}'s files, or one that holds {task.title}/."
+    )
+
+
+def _msr(task: GlueTask, folder: Path, name: str) -> RawTexts:
+    """The original corpus: GLUE's dev set is cut out of train by the list of ID pairs."""
+    file = first_file([folder / MSR_FILES["test" if name == "test" else "train"]])
+    ids = first_file([folder / MSR_DEV_IDS])
+    if file is None or (ids is None and name != "test"):
+        return _missing(task, folder, MSR_FILES["test"] if file is None else MSR_DEV_IDS)
+    layout = LAYOUTS[task.name]
+    table = read_table(file, (*layout.texts, layout.label, "#1 ID", "#2 ID"))
+    if ids is not None and name != "test":
+        pairs = read_table(ids, ("first", "second"), header=("first", "second")).columns
+        dev = set(zip(pairs["first"], pairs["second"], strict=True))
+        id_pairs = zip(table.columns["#1 ID"], table.columns["#2 ID"], strict=True)
+        chosen = [i for i, pair in enumerate(id_pairs) if (pair in dev) == (name == "dev")]
+        table = Table(
+            {key: [column[i] for i in chosen] for key, column in table.columns.items()},
+            [table.row[i] for i in chosen],
+            table.dropped,
+        )
+    return _raw_tsv(layout, file, table)
+
+
+# GLUE as the hub holds it: Parquet tables, local files or fetched by `datasets`.
+
+HUB = "nyu-mll/glue"
+SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+MNLI_SPLITS = {
+    "train": "train",
+    "dev": "validation_matched",
+    "mismatched": "validation_mismatched",
+    "test": "test_matched",
+    "test_mismatched": "test_mismatched",
+}
+
+
+def parquet_loaders(task: GlueTask, root: Path) -> dict[str, Loader]:
+    """What reads each set that is there; train and dev are always named, and raise if missing."""
+    folder = task_folder(task, root)
+    loaders: dict[str, Loader] = {}
+    for name, split in _splits(task).items():
+        files = _files(folder, split)
+        if files or name in ("train", "dev"):
+            loaders[name] = partial(_read_parquet, task, folder, split, files)
+    if task.name == "mnli" and (files := _files(folder.parent / "ax", "test")):
+        loaders["ax"] = partial(_read_parquet, task, folder.parent / "ax", "test", files)
+    return loaders
+
+
+def hub_loaders(task: GlueTask) -> dict[str, Loader]:
+    """Fetches the task from the hub, or takes it from the cache of `datasets`; ax when it is read.
+
+    Raises:
+        DataError: it cannot be fetched.
+    """
+    from datasets import load_dataset
+
+    def fetch(name: str) -> Mapping[str, pyarrow.Table]:
+        try:
+            return {key: split.data.table for key, split in load_dataset(HUB, name).items()}
+        except Exception as error:  # network, hub and cache errors share no base class
+            raise DataError(
+                f"data.source: hub: {HUB} ({name}) could not be fetched: {error}\n"
+                "Without network take data.source=tsv data.root=<folder of the official files>."
+            ) from None
+
+    tables = fetch(task.name)
+    loaders: dict[str, Loader] = {
+        name: partial(_raw_parquet, task, f"{HUB} {task.name} {split}", tables[split])
+        for name, split in _splits(task).items()
+    }
+    if task.name == "mnli":
+        loaders["ax"] = lambda: _raw_parquet(task, f"{HUB} ax test", fetch("ax")["test"])
+    return loaders
+
+
+def _splits(task: GlueTask) -> dict[str, str]:
+    return MNLI_SPLITS if task.name == "mnli" else SPLITS
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """All shards of a split: train-00000-of-00001.parquet, or one train.parquet."""
+    return sorted(folder.glob(f"{split}-*.parquet")) or sorted(folder.glob(f"{split}.parquet"))
+
+
+def _read_parquet(task: GlueTask, folder: Path, split: str, files: list[Path]) -> RawTexts:
+    import pyarrow
+    import pyarrow.parquet
+
+    if not files:
+        raise DataError(
+            f"data.root: no file {folder}/{split}-*.parquet or {split}.parquet. "
+            f"Give the folder of {task.title}'s files, or one that holds {task.name}/."
+        )
+    try:
+        table = pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files])
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{files[0]}: cannot be read as Parquet: {error}") from None
+    return _raw_parquet(task, str(files[0]), table)
+
+
+def _raw_parquet(task: GlueTask, where: str, table: pyarrow.Table) -> RawTexts:
+    missing = [name for name in (*task.columns, "label") if name not in table.column_names]
+    if missing:
+        raise DataError(
+            f"{where}: no column {', '.join(missing)}. Found {', '.join(table.column_names)}."
+        )
+    if "idx" not in table.column_names:
+        table = table.append_column("idx", [range(len(table))])
+    complete = table.select([*task.columns, "label", "idx"]).drop_null()
+    return RawTexts(
+        where=where,
+        texts=[complete[name].to_pylist() for name in task.columns],
+        labels=complete["label"].to_pylist(),
+        index=complete["idx"].to_pylist(),
+        dropped=len(table) - len(complete),
+    )
+
+
+# Glosses: 4,800 noun definitions of WordNet 3.0, to be told apart by topic; nothing to download.
+#
+# Made once from WordNet's data.noun: the label is the lexicographer file of the noun, one of ten;
+# the text is its definition up to the first quoted example. Left out are definitions of less than 4
+# or more than 40 words, with other quotes in them, that name their own topic, or that more than one
+# topic has (in any case of letters). Sorted by the SHA-256 of the text, the first 80 of every topic
+# are dev and the next 400 train. Licence: glosses.LICENSE.
+
+
+def gloss_loaders() -> dict[str, Loader]:
+    """What reads train and dev."""
+    return {split: partial(_read_glosses, split) for split in ("train", "dev")}
+
+
+def _read_glosses(split: str) -> RawTexts:
+    with as_file(files("dynmoe.data.text") / "glosses.tsv.gz") as path:
+        columns = read_table(path, ("split", "label", "text")).columns
+    chosen = [row for row, name in enumerate(columns["split"]) if name == split]
+    return RawTexts(
+        where=f"glosses {split}",
+        texts=[[columns["text"][row] for row in chosen]],
+        labels=[columns["label"][row] for row in chosen],
+        index=range(len(chosen)),
+    )
