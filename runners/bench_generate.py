@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dynmoe.benchmark.generation import Speaker
     from dynmoe.benchmark.results import Conditions
     from dynmoe.benchmark.rows import GenerationRow
-    from dynmoe.data.vl_examples import QuestionBatch
+    from dynmoe.data.vl.batches import QuestionBatch
 
 CASES = ["dense", "top-2", "dynmoe"]
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.backbones.vision import build_vision_tower
 from dynmoe.backbones.vlm import VisionLanguageModel, build_vision_language_model
-from dynmoe.data.chat import IMAGE
-from dynmoe.data.vl_examples import Fetched, collate_conversations, collate_questions
+from dynmoe.data.vl.batches import Fetched, collate_conversations, collate_questions
+from dynmoe.data.vl.chat import IMAGE
 from dynmoe.layers import TopAnyRouter, TopKRouter, moe_layers
 
 PATCHES, PX, WIDTH, VOCAB = 4, 8, 16, 40

@@ -164,7 +164,7 @@ def build_vision_language_model(
 
     ``model``, ``path``, ``architecture``, ``pretrained`` and ``options`` say which language model,
     as in ``text.build_text_classifier``; its vocabulary is the data's where ``architecture`` is
-    given. ``template`` names how its conversations are written (dynmoe/data/chat.py): the data's
+    given. ``template`` names how its conversations are written (dynmoe/data/vl/chat.py): the data's
     business. ``projector``: two linear layers around a GELU (LLaVA-1.5), or one.
 
     Raises:

@@ -19,11 +19,11 @@ from dynmoe.benchmark.rows import GenerationRow
 from dynmoe.benchmark.steps import deployed
 from dynmoe.benchmark.timing import Quartiles, Speed, clean, interleave
 from dynmoe.benchmark.workload import BATCHES, calls_of_sample, largest, tokens_of
-from dynmoe.data.vl_examples import QuestionBatch
+from dynmoe.data.vl.batches import QuestionBatch
 from dynmoe.layers import record_routing
 
 if TYPE_CHECKING:
-    from dynmoe.data.vision_language import VisionLanguageData
+    from dynmoe.data.vl.module import VisionLanguageData
 
 
 class Speaker(NamedTuple):

@@ -16,13 +16,8 @@ from torch.optim import Optimizer
 from dynmoe.benchmark.memory import Outputs, peak_and_kept
 from dynmoe.benchmark.rows import StepRow
 from dynmoe.benchmark.timing import Speed, interleave
-from dynmoe.benchmark.workload import (
-    LabelledBatch,
-    calls_of_sample,
-    largest,
-    tokens_of,
-)
-from dynmoe.data.vl_examples import ConversationBatch
+from dynmoe.benchmark.workload import LabelledBatch, calls_of_sample, largest, tokens_of
+from dynmoe.data.vl.batches import ConversationBatch
 from dynmoe.layers import moe_layers, record_routing
 from dynmoe.metrics.efficiency import Costs, activated, flops
 

@@ -21,7 +21,7 @@ from dynmoe.benchmark.configured import built
 from dynmoe.benchmark.results import Facts
 from dynmoe.data.base import TaskData
 from dynmoe.data.images.batches import Batch
-from dynmoe.data.vl_examples import ConversationBatch
+from dynmoe.data.vl.batches import ConversationBatch
 from dynmoe.metrics.efficiency import Costs, count
 
 BATCHES = 8

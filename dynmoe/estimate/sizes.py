@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from dynmoe.backbones.surgery import add_moe_layers, blocks_of
 from dynmoe.backbones.vlm import VisionLanguageModel, train_only
 from dynmoe.config.rules import device_count
-from dynmoe.data.vision_language import VisionLanguageData
+from dynmoe.data.vl.module import VisionLanguageData
 from dynmoe.estimate import formulas
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency

@@ -13,8 +13,8 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from dynmoe.backbones.vlm import Part, VisionLanguageModel, train_only
-from dynmoe.data.chat import IGNORE
-from dynmoe.data.vl_examples import ConversationBatch, QuestionBatch
+from dynmoe.data.vl.batches import ConversationBatch, QuestionBatch
+from dynmoe.data.vl.chat import IGNORE
 from dynmoe.layers.moe import Routed, record_routing
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.tasks.base import Decode, MoETask, example_record

@@ -5,8 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dynmoe.data.chat import IGNORE, IMAGE, Encoded
-from dynmoe.data.vl_tokenizer import conversation_tokenizer
+from dynmoe.data.vl.chat import IGNORE, IMAGE, Encoded, conversation_tokenizer
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

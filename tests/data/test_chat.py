@@ -9,11 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dynmoe.data import chat
-from dynmoe.data.chat import IGNORE, encode, encode_all, encode_prompt, encode_prompts, end_id
-from dynmoe.data.chat_templates import TEMPLATES
-from dynmoe.data.conversations import Conversation, Message
-from dynmoe.data.vl_tokenizer import conversation_tokenizer
+from dynmoe.data.vl import chat
+from dynmoe.data.vl.chat import (
+    IGNORE,
+    TEMPLATES,
+    conversation_tokenizer,
+    encode,
+    encode_all,
+    encode_prompt,
+    encode_prompts,
+    end_id,
+)
+from dynmoe.data.vl.conversations import Conversation, Message
 from dynmoe.errors import ConfigError, DataError
 
 TWO_TURNS = Conversation(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynmoe.data.conversations import (
+from dynmoe.data.vl.conversations import (
     Conversation,
     Message,
     check_conversation,

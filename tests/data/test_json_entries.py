@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.data import json_entries as module
-from dynmoe.data.json_entries import file_digest, json_entries
+from dynmoe.data.vl import readers as module
+from dynmoe.data.vl.readers import file_digest, json_entries
 from dynmoe.errors import DataError
 
 ENTRIES = [

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dynmoe.data.conversations import Conversation, Message
-from dynmoe.data.llava_json import read_entry, read_llava
+from dynmoe.data.vl.conversations import Conversation, Message
+from dynmoe.data.vl.readers import read_entry, read_llava
 from dynmoe.errors import DataError
 
 

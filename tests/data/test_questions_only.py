@@ -12,8 +12,8 @@ from chat_tokenizers import whole_words
 from PIL import Image
 from rich.console import Console
 
-from dynmoe.data.vision_language import VisionLanguageData
-from dynmoe.data.vl_content import Content, questions_only
+from dynmoe.data.vl.content import Content, questions_only
+from dynmoe.data.vl.module import VisionLanguageData
 from dynmoe.errors import DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.exact import ExactMatch

@@ -9,21 +9,24 @@ from random import Random
 import numpy as np
 import pytest
 
-from dynmoe.data.conversations import Conversation, check_conversation
-from dynmoe.data.image_use import baselines
-from dynmoe.data.scene_images import (
+from dynmoe.data.vl.conversations import Conversation, check_conversation
+from dynmoe.data.vl.image_use import baselines
+from dynmoe.data.vl.scenes import (
     CELLS,
     COLOURS,
+    KINDS,
     MOST,
+    NUMBERS,
+    PLURAL,
     SHAPES,
     Scene,
     draw_image,
     draw_scene,
     read_scene,
     scene_key,
+    scene_questions,
+    scene_source,
 )
-from dynmoe.data.scene_questions import KINDS, NUMBERS, PLURAL
-from dynmoe.data.scenes import scene_questions, scene_source
 from dynmoe.errors import ConfigError
 from dynmoe.questions.exact import ExactMatch
 

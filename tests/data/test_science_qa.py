@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dynmoe.data.conversations import questions_answered
-from dynmoe.data.science_qa import science_qa
+from dynmoe.data.vl.conversations import questions_answered
+from dynmoe.data.vl.readers import science_qa
 from dynmoe.errors import DataError
 from dynmoe.questions.scienceqa import read_scienceqa
 

@@ -11,17 +11,17 @@ import torch
 from chat_tokenizers import whole_words
 from torch.utils.data import DataLoader
 
-from dynmoe.data.chat import encode_prompt
-from dynmoe.data.conversations import Conversation, Message
 from dynmoe.data.text.batches import Key
-from dynmoe.data.vl_examples import (
+from dynmoe.data.vl.batches import (
     Conversations,
+    ImageTransform,
     Questions,
     collate_conversations,
     collate_questions,
 )
-from dynmoe.data.vl_images import ImageTransform
-from dynmoe.data.vl_store import tokenized
+from dynmoe.data.vl.chat import encode_prompt
+from dynmoe.data.vl.conversations import Conversation, Message
+from dynmoe.data.vl.store import tokenized
 from dynmoe.questions.base import Question
 from dynmoe.questions.exact import ExactMatch
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from dynmoe.data.vl_images import ImageTransform
+from dynmoe.data.vl.batches import ImageTransform
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

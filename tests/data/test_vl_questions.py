@@ -9,9 +9,9 @@ import pytest
 from chat_tokenizers import whole_words
 from PIL import Image
 
-from dynmoe.data.chat import IMAGE, encode_prompt
-from dynmoe.data.vl_content import llava, vqa
-from dynmoe.data.vl_questions import AskedQuestions
+from dynmoe.data.vl.batches import AskedQuestions
+from dynmoe.data.vl.chat import IMAGE, encode_prompt
+from dynmoe.data.vl.content import llava, vqa
 from dynmoe.errors import DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.exact import ExactMatch

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dynmoe.data import easy_vqa
-from dynmoe.data.conversations import Conversation, ConversationList, questions_answered
-from dynmoe.data.easy_vqa import caption_of, easy_vqa_questions, easy_vqa_source
-from dynmoe.data.image_use import baselines, spread, with_other_images
-from dynmoe.data.vqa_table import vqa_questions, vqa_table
+from dynmoe.data.vl import easy_vqa
+from dynmoe.data.vl.conversations import Conversation, ConversationList, questions_answered
+from dynmoe.data.vl.easy_vqa import caption_of, easy_vqa_questions, easy_vqa_source
+from dynmoe.data.vl.image_use import baselines, spread, with_other_images
+from dynmoe.data.vl.readers import vqa_questions, vqa_table
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.exact import ExactMatch

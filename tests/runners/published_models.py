@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from dynmoe.data.vl_tokenizer import conversation_tokenizer
+from dynmoe.data.vl.chat import conversation_tokenizer
 
 PX, PATCH_PX = 28, 14
 TOWER = "image_tower.image_tower.vision_model."

@@ -175,7 +175,7 @@ def test_questions_alone_need_no_conversations(
     def tokenized(*_: object) -> None:
         raise AssertionError("conversations are tokenized")
 
-    monkeypatch.setattr("dynmoe.data.vision_language.tokenized", tokenized)
+    monkeypatch.setattr("dynmoe.data.vl.module.tokenized", tokenized)
     data: Any = build.build_data(configuration(tmp_path, *ALONE))
     data.setup("validate")
     assert data.env_names == ["test", "shuffled"]

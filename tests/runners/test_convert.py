@@ -19,7 +19,7 @@ from dynmoe import cli
 from dynmoe.convert.config import describe
 from dynmoe.convert.weights import to_dynmoe
 from dynmoe.data.text.tokens import load_tokenizer
-from dynmoe.data.vl_tokenizer import conversation_tokenizer
+from dynmoe.data.vl.chat import conversation_tokenizer
 from dynmoe.records import RunFolder
 from runners import convert
 

@@ -18,11 +18,11 @@ from vl_models import GATED, add_experts, widen
 from dynmoe.adaptation.callback import DynMoECallback
 from dynmoe.backbones.vision import build_vision_tower
 from dynmoe.backbones.vlm import build_vision_language_model
-from dynmoe.data.chat import IGNORE, IMAGE
 from dynmoe.data.text.batches import Key
-from dynmoe.data.vision_language import VisionLanguageData
-from dynmoe.data.vl_content import scenes
-from dynmoe.data.vl_examples import ConversationBatch, Questions, collate_questions
+from dynmoe.data.vl.batches import ConversationBatch, Questions, collate_questions
+from dynmoe.data.vl.chat import IGNORE, IMAGE
+from dynmoe.data.vl.content import scenes
+from dynmoe.data.vl.module import VisionLanguageData
 from dynmoe.tasks.base import example_record
 from dynmoe.tasks.vl import VisionLanguage
 

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dynmoe.data.conversations import IMAGE_PLACEHOLDER, Conversation
+from dynmoe.data.vl.conversations import IMAGE_PLACEHOLDER, Conversation
 from dynmoe.errors import DataError
 from dynmoe.questions.exact import ExactMatch
 

@@ -15,10 +15,14 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from dynmoe.data.conversations import Conversation, ConversationList, questions_answered
-from dynmoe.data.image_files import ImageFolder
-from dynmoe.data.image_use import with_other_images
-from dynmoe.data.json_entries import file_digest
+from dynmoe.data.vl.conversations import (
+    Conversation,
+    ConversationList,
+    ImageFolder,
+    questions_answered,
+)
+from dynmoe.data.vl.image_use import with_other_images
+from dynmoe.data.vl.readers import file_digest
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.exact import ExactMatch

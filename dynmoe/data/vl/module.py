@@ -12,25 +12,27 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dynmoe.data import chat
 from dynmoe.data.base import TaskData
-from dynmoe.data.conversations import ConversationSource
+from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.batches import EvalBatches, TrainBatches, steps_per_epoch
-from dynmoe.data.vl_content import Content
-from dynmoe.data.vl_examples import (
+from dynmoe.data.vl import chat
+from dynmoe.data.vl.batches import (
+    AskedQuestions,
     Conversations,
+    ImageTransform,
     Questions,
     collate_conversations,
     collate_questions,
 )
-from dynmoe.data.vl_images import ImageTransform
-from dynmoe.data.vl_overview import print_overview, sample_of
-from dynmoe.data.vl_questions import AskedQuestions
-from dynmoe.data.vl_store import TokenStore, tokenized
-from dynmoe.data.vl_tokenizer import tokenizer_of
+from dynmoe.data.vl.chat import tokenizer_of
+from dynmoe.data.vl.content import Content
+from dynmoe.data.vl.conversations import ConversationSource
+from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import DataError
 from dynmoe.questions.base import QuestionSet
 from dynmoe.questions.registry import read
@@ -41,11 +43,11 @@ log = logging.getLogger(__name__)
 class VisionLanguageData(TaskData):
     """Conversations to train on, and sets of questions to evaluate on, its ``env_names``.
 
-    ``content()`` reads both (dynmoe/data/vl_content.py); ``benchmarks`` adds published sets:
+    ``content()`` reads both (dynmoe/data/vl/content.py); ``benchmarks`` adds published sets:
     ``{name: folder}`` of ``questions.registry``. ``image_size``, ``patch_size``, ``mean`` and
     ``std`` are the vision tower's; ``fit`` makes an image square. ``template`` is how conversations
     are written for the language model in training, ``question_template`` how it is asked
-    (dynmoe/data/chat_templates.py). Loaders give
+    (dynmoe/data/vl/chat.py). Loaders give
     ``vl_examples.ConversationBatch`` and ``QuestionBatch``. ``root`` is not read here: it is where
     configurations have the folder that they give to ``content``.
     """
@@ -321,3 +323,43 @@ class VisionLanguageData(TaskData):
             # A loader draws a base seed at each pass: not from the generator the model uses.
             generator=torch.Generator(),
         )
+
+
+# What conversations and questions look like on the whole: a table, and a typical one.
+
+
+def print_overview(
+    title: str, store: TokenStore | None, asked: AskedQuestions, console: Console | None
+) -> None:
+    """Conversations, if there are any, and questions: their tokens and images."""
+    table = Table(title=title)
+    for column in ("", "rows", "with images", "mean tokens", "longest"):
+        table.add_column(column, justify="right" if column else "left")
+    rows: list[tuple[str, IntArray, IntArray]] = []
+    if store is not None:
+        rows.append(("train", store.num_images, store.lengths))
+    for name, questions in asked.sets.items():
+        images = np.array([len(question.images) for question in questions.questions])
+        rows.append((name, images, asked.lengths[name]))
+    for name, images, lengths in rows:
+        table.add_row(
+            name,
+            str(len(lengths)),
+            str(int((images > 0).sum())),
+            f"{lengths.mean():.1f}",
+            str(lengths.max()),
+        )
+    (console or Console()).print(table)
+
+
+def sample_of(
+    mean_tokens: float, answer_tokens: float, patches: int, px: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A vision-language model's inputs for one conversation with one image of `patches` tokens."""
+    length = max(patches + 1, round(mean_tokens))
+    tokens = {
+        "input_ids": torch.zeros(1, length, dtype=torch.long),
+        "image_mask": torch.arange(length)[None] < patches,
+        "images": torch.zeros(1, 3, px, px),
+    }  # without a mask nothing depends on data
+    return tokens, torch.zeros(max(1, round(answer_tokens)), dtype=torch.long)

@@ -11,13 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dynmoe.data import easy_vqa as shapes
-from dynmoe.data import scenes as drawn
-from dynmoe.data import science_qa as science
-from dynmoe.data.conversations import ConversationSource
-from dynmoe.data.image_use import baselines, spread, with_other_images
-from dynmoe.data.llava_json import read_llava
-from dynmoe.data.vqa_table import vqa_questions, vqa_table
+from dynmoe.data.vl import easy_vqa as shapes
+from dynmoe.data.vl import readers as science
+from dynmoe.data.vl import scenes as drawn
+from dynmoe.data.vl.conversations import ConversationSource
+from dynmoe.data.vl.image_use import baselines, spread, with_other_images
+from dynmoe.data.vl.readers import read_llava, vqa_questions, vqa_table
 from dynmoe.questions.base import QuestionSet
 from dynmoe.questions.exact import ExactMatch
 from dynmoe.questions.scienceqa import read_scienceqa
@@ -36,7 +35,7 @@ class Content:
 
 
 def scenes(stage: str, px: int, train_scenes: int, test_scenes: int, seed: int = 0) -> Content:
-    """Rendered scenes (dynmoe/data/scenes.py): captions to align, then questions.
+    """Rendered scenes (dynmoe/data/vl/scenes.py): captions to align, then questions.
 
     The set `shuffled` has the questions of `test` about images of others: what is right there comes
     from the text, or by chance, as the other image may have the same answer.
@@ -72,7 +71,7 @@ def _without_images(name: str, test: ExactMatch, source: ConversationSource) -> 
 def easy_vqa(
     stage: str, root: str | None, max_turns: int, test_questions: int | None = None
 ) -> Content:
-    """easy-VQA (dynmoe/data/easy_vqa.py): statements about its images to align, then questions.
+    """easy-VQA (dynmoe/data/vl/easy_vqa.py): statements about its images to align, then questions.
 
     ``test_questions`` of the test set are asked, evenly spread; None: all. As of scenes there is a
     set `shuffled`; there are few answers, and many an image has the same.
@@ -111,7 +110,7 @@ def llava(stage: str, root: str, files: Mapping[str, Sequence[str]]) -> Content:
 
 
 def vqa(root: str, train: str, test: str, images: str, suffix: str) -> Content:
-    """Tables of questions, images and answers (dynmoe/data/vqa_table.py), the same in all stages.
+    """Tables of questions, images and answers (dynmoe/data/vl/readers.py), the same in all stages.
 
     Raises:
         DataError: a table or image that is not as it should be.

@@ -19,10 +19,9 @@ import numpy.typing as npt
 from filelock import FileLock
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from dynmoe.data.chat import IGNORE, IMAGE, Encoded, IdArray, checked, encode_all
-from dynmoe.data.chat_templates import TEMPLATES
-from dynmoe.data.conversations import Conversation, ConversationSource
 from dynmoe.data.protocol import IntArray
+from dynmoe.data.vl.chat import IGNORE, IMAGE, TEMPLATES, Encoded, IdArray, checked, encode_all
+from dynmoe.data.vl.conversations import Conversation, ConversationSource
 from dynmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
