@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -115,3 +118,66 @@ class Unscored(QuestionSet):
 
     def score(self, answers: Sequence[str]) -> dict[str, float]:
         raise DataError(f"{self.name} has no local score. {self.note}")
+
+
+# Means over all questions and over each kind.
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def accuracies(questions: Sequence[Question], values: Sequence[float]) -> dict[str, float]:
+    """Means of `values` [Q]: "score" over all, "kind_<kind>" for each kind (kind_yes_no)."""
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    for question, value in zip(questions, values, strict=True):
+        if question.kind:
+            by_kind[question.kind].append(value)
+    scores = {"score": mean(values)}
+    for kind in sorted(by_kind):
+        scores[f"kind_{re.sub(r'[^a-z0-9]+', '_', kind.lower())}"] = mean(by_kind[kind])
+    return scores
+
+
+# Writing prediction files, and the one that LLaVA's evaluation scripts share.
+
+MODEL = "dynmoe"
+"""What the files name as the model."""
+
+
+def write_json(file: Path, content: Any, indent: int | None = None) -> Path:
+    return _write(file, json.dumps(content, ensure_ascii=False, indent=indent))
+
+
+def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """One JSON object a line."""
+    return _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(file: Path, lines: Iterable[str]) -> Path:
+    return _write(file, "".join(f"{line}\n" for line in lines))
+
+
+def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Path:
+    """Tab separated; quoted where a cell holds tabs, quotes or line ends."""
+    text = io.StringIO()
+    csv.writer(text, "excel-tab", lineterminator="\n").writerows([header, *rows])
+    return _write(file, text.getvalue())
+
+
+def answer_row(question_id: Any, prompt: str, text: str) -> dict[str, Any]:
+    """A line of LLaVA's answers file, as llava/eval/model_vqa.py writes it."""
+    return {
+        "question_id": question_id,
+        "prompt": prompt,
+        "text": text,
+        "answer_id": str(question_id),  # any string; LLaVA's is random
+        "model_id": MODEL,
+        "metadata": {},
+    }
+
+
+def _write(file: Path, text: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8", newline="\n")
+    return file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynmoe.questions.base import FolderSet, Question, Unscored
+from dynmoe.questions.base import FolderSet, Question, Unscored, answer_row, write_json, write_lines
 from dynmoe.questions.files import (
     check_images,
     image_folder,
@@ -14,8 +14,7 @@ from dynmoe.questions.files import (
     read_list,
     read_object,
 )
-from dynmoe.questions.predictions import answer_row, write_json, write_lines
-from dynmoe.questions.vqa_accuracy import INSTRUCTION, normalise_m4c
+from dynmoe.questions.vqa import INSTRUCTION, normalise_m4c
 
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 

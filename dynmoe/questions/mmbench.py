@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynmoe.errors import DataError
-from dynmoe.questions.base import Question, Unscored
+from dynmoe.questions.base import Question, Unscored, write_table
 from dynmoe.questions.files import locate, read_text
-from dynmoe.questions.predictions import write_table
 
 if TYPE_CHECKING:
     import PIL.Image

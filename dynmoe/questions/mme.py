@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynmoe.errors import DataError
-from dynmoe.questions.base import FolderSet, Question
+from dynmoe.questions.base import FolderSet, Question, mean, write_text
 from dynmoe.questions.files import first_path, locate, read_text
-from dynmoe.questions.predictions import write_text
-from dynmoe.questions.scores import mean
-from dynmoe.questions.vqa_accuracy import INSTRUCTION
+from dynmoe.questions.vqa import INSTRUCTION
 
 SOURCE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
 PERCEPTION = (

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynmoe.errors import DataError
-from dynmoe.questions.base import FolderSet, Question
+from dynmoe.questions.base import FolderSet, Question, mean, write_lines
 from dynmoe.questions.files import check_images, first_path, image_folder, locate, read_lines
-from dynmoe.questions.predictions import write_lines
-from dynmoe.questions.scores import mean
-from dynmoe.questions.vqa_accuracy import INSTRUCTION
+from dynmoe.questions.vqa import INSTRUCTION
 
 SOURCE = "https://github.com/AoiDragon/POPE, output/coco; the images are COCO's val2014"
 SPLITS = ("adversarial", "popular", "random")

@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 from dynmoe.errors import ConfigError
 from dynmoe.questions.base import QuestionSet
-from dynmoe.questions.gqa import read_gqa
+from dynmoe.questions.exact import read_gqa
 from dynmoe.questions.judged import read_llava_bench, read_mm_vet, read_vizwiz
 from dynmoe.questions.mmbench import read_mmbench
 from dynmoe.questions.mme import read_mme
 from dynmoe.questions.pope import read_pope
 from dynmoe.questions.scienceqa import read_scienceqa
-from dynmoe.questions.textvqa import read_textvqa
-from dynmoe.questions.vqav2 import read_vqav2
+from dynmoe.questions.vqa import read_textvqa, read_vqav2
 
 Reader = Callable[[str, str | None], QuestionSet]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynmoe.errors import DataError
-from dynmoe.questions.base import FolderSet, Question
+from dynmoe.questions.base import FolderSet, Question, answer_row, mean, write_json, write_lines
 from dynmoe.questions.files import (
     check_images,
     check_same,
@@ -24,8 +24,6 @@ from dynmoe.questions.files import (
     read_list,
     read_object,
 )
-from dynmoe.questions.predictions import answer_row, write_json, write_lines
-from dynmoe.questions.scores import mean
 
 SOURCE = "https://github.com/lupantech/ScienceQA"
 SPLIT = "test"

@@ -9,7 +9,7 @@ import pytest
 from question_files import picture, put
 
 from dynmoe.errors import DataError
-from dynmoe.questions.gqa import read_gqa
+from dynmoe.questions.exact import read_gqa
 
 ROWS = {
     "201307251": ("Is it overcast?", "n1", "no", "verify"),

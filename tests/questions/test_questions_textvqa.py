@@ -8,7 +8,7 @@ import pytest
 from question_files import picture, put, put_lines, read_lines
 
 from dynmoe.errors import DataError
-from dynmoe.questions.textvqa import read_textvqa
+from dynmoe.questions.vqa import read_textvqa
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 OCR = "\nReference OCR token: DAKOTA, DIGITAL"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynmoe.questions.vqa_accuracy import (
+from dynmoe.questions.vqa import (
     CONTRACTIONS,
     normalise,
     normalise_m4c,

@@ -9,7 +9,7 @@ import pytest
 from question_files import picture, put
 
 from dynmoe.errors import DataError
-from dynmoe.questions.vqav2 import read_vqav2
+from dynmoe.questions.vqa import read_vqav2
 
 SUFFIX = "\nAnswer the question using a single word or phrase."
 

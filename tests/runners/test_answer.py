@@ -16,7 +16,7 @@ from tiny_runs import tiny_config
 from tiny_vl import configuration
 
 from dynmoe.errors import ConfigError
-from dynmoe.questions.vqa_accuracy import INSTRUCTION
+from dynmoe.questions.vqa import INSTRUCTION
 from dynmoe.records import RunFolder
 from dynmoe.training import build, evaluate, job
 from dynmoe.training.evaluate import print_scores
