@@ -22,9 +22,9 @@ from hydra.types import RunMode
 from hydra_plugins.dynmoe_sweeper import DynMoESweeper
 from omegaconf import DictConfig
 
-from dynmoe.config import options, resolvers
+from dynmoe.config import options, stages
 from dynmoe.config.check import check, report
-from dynmoe.config.preflight import preflight, search_path
+from dynmoe.config.compose import preflight, search_path
 from dynmoe.errors import STOPPED, UserError
 from dynmoe.records import Held, RunFolder
 
@@ -35,7 +35,7 @@ HYDRAS_FILES = {".hydra", "run.log"}
 
 # At import, not in run(): a parallel launcher's processes import this module with the job, and have
 # to resolve the same configuration.
-resolvers.register()
+stages.register()
 
 
 def run(job: Job, *, prog: str) -> None:

@@ -12,9 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dynmoe.config.check import report
+from dynmoe.config.compose import preflight, search_path
 from dynmoe.config.options import CONFIG_NAME
-from dynmoe.config.preflight import preflight, search_path
-from dynmoe.config.signature import class_attribute
+from dynmoe.config.targets import class_attribute
 from dynmoe.errors import ConfigError, UserError
 
 DATA_DEFAULTS = ["task=vit_domainbed"]

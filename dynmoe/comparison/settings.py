@@ -38,7 +38,7 @@ READING = (
 # The end of a run folder's name: one of the repetitions of a configuration.
 OF_SEED = re.compile(r"_seed\d+_[0-9a-f]{8}$")
 
-# What hparams_seed > 0 draws at random (dynmoe/config/resolvers.py).
+# What hparams_seed > 0 draws at random (dynmoe/config/stages.py).
 DRAWN = ("task.optimizer.lr", "task.optimizer.weight_decay", "data.batch_size")
 
 

@@ -15,13 +15,16 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from dynmoe.config.annotations import mismatch
-from dynmoe.config.protocol_rules import protocol_fits
-from dynmoe.config.rules import RULES, SWEEP_RULES, same_modality
+from dynmoe.config.rules import RULES, SWEEP_RULES, protocol_fits, same_modality, stage_is_chosen
 from dynmoe.config.schema import schema
-from dynmoe.config.signature import Parameter, Signature, TargetError, signature
-from dynmoe.config.source import did_you_mean
-from dynmoe.config.stage_rules import stage_is_chosen
+from dynmoe.config.targets import (
+    Parameter,
+    Signature,
+    TargetError,
+    did_you_mean,
+    mismatch,
+    signature,
+)
 from dynmoe.errors import ConfigError
 
 # Keys of hydra.utils.instantiate, no parameters of the target.

@@ -7,14 +7,308 @@ what it speaks about stays silent.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from dynmoe.config import expert_rules, protocol_rules, stage_rules, text_rules
-from dynmoe.config.options import options_with
-from dynmoe.config.reading import device_count, modality, read
+from dynmoe.config.options import device_count, modality, options_with, read
+from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
+
+# Rules of the `moe` node that need more than one key.
+
+# The number of blocks, in timm's options and in those of transformers' families.
+DEPTHS = ("depth", "num_hidden_layers", "n_layer", "n_layers")
+
+
+def top_k_within_experts(cfg: DictConfig) -> Iterator[str]:
+    top_k, experts = read(cfg, "moe.top_k", int), read(cfg, "moe.num_experts", int)
+    if top_k is None or experts is None:
+        return
+    if "top_k" not in (read(cfg, "moe.router", dict) or {}):
+        name = read(cfg, "moe.name", str)
+        yield f"moe.top_k: the router of moe={name} takes no top_k. Choose moe=topk or moe=gmoe."
+    if top_k < 1:
+        yield f"moe.top_k: expected 1 or more, found {top_k}"
+    if top_k > experts:
+        yield (
+            f"moe: top_k ({top_k}) > num_experts ({experts}): a token cannot choose more experts "
+            "than exist. Lower moe.top_k or raise moe.num_experts."
+        )
+
+
+def expert_bounds(cfg: DictConfig) -> Iterator[str]:
+    experts, slots = read(cfg, "moe.num_experts", int), read(cfg, "moe.max_experts", int)
+    if experts is None or slots is None:
+        return
+    if experts < 1:
+        yield f"moe.num_experts: expected 1 or more, found {experts}"
+    if read(cfg, "moe.adaptation", dict) is None:
+        if slots != experts:
+            yield (
+                f"moe: max_experts ({slots}) != num_experts ({experts}): without moe.adaptation "
+                f"the pool never changes. Set moe.max_experts={experts}."
+            )
+        return
+    if experts > slots:
+        yield (
+            f"moe: num_experts ({experts}) > max_experts ({slots}): there is no slot for every "
+            "expert. Lower moe.num_experts or raise moe.max_experts."
+        )
+    fewest = read(cfg, "moe.adaptation.min_experts", int)
+    if fewest is not None and fewest < 1:
+        yield f"moe.adaptation.min_experts: expected 1 or more, found {fewest}"
+    if fewest is not None and fewest > experts:
+        yield (
+            f"moe: adaptation.min_experts ({fewest}) > num_experts ({experts}): training would "
+            "start below the minimum. Lower moe.adaptation.min_experts or raise moe.num_experts."
+        )
+
+
+def parts_add_up(cfg: DictConfig) -> Iterator[str]:
+    """Parts of one FFN need weights that sum to k, and such weights need parts."""
+    init, router = read(cfg, "moe.init", str), read(cfg, "moe.router", dict)
+    if init is None or router is None:
+        return
+    parts = init in ("cluster", "random")
+    average = str(router.get("_target_")).endswith("AverageKeyRouter")
+    if parts and not average and router.get("weights_sum") != "k":
+        yield (
+            f"moe.init: {init} makes experts whose outputs add up, but this router's weights sum "
+            "to 1. Choose moe=emoe or moe=emoe_learn, or set moe.init=copy."
+        )
+    if not parts and (average or router.get("weights_sum") == "k"):
+        yield (
+            f"moe.init: {init} makes whole experts, but moe.router adds up outputs. "
+            "Set moe.init=cluster or random."
+        )
+
+
+def expert_layers(cfg: DictConfig) -> Iterator[str]:
+    layers = read(cfg, "moe.layers", list)
+    if layers is not None and all(isinstance(index, int) for index in layers):
+        if len(set(layers)) < len(layers):
+            yield f"moe.layers: expected distinct block indices, found {layers}"
+        if any(index < 0 for index in layers):
+            yield f"moe.layers: expected block indices from 0, found {layers}"
+        for key in DEPTHS:
+            depth = read(cfg, f"backbone.options.{key}", int)
+            if depth is not None and any(index >= depth for index in layers):
+                yield (
+                    f"moe.layers: expected block indices below {depth} (backbone.options.{key}), "
+                    f"found {layers}"
+                )
+    wanted = layers if layers is not None else read(cfg, "moe.layers", str)
+    if wanted is None or "router" not in cfg.get("moe", {}):
+        return
+    if wanted in ([], "none"):
+        if cfg.moe.router:
+            yield f"moe.layers: {wanted} leaves the router without a layer: choose moe=dense"
+    elif not cfg.moe.router:
+        yield (
+            f"moe: layers is {wanted}, but router is null: MoE layers need a router. "
+            "Set moe.layers=none or choose another moe=..."
+        )
+
+
+def adaptation_there(cfg: DictConfig) -> Iterator[str]:
+    """A schedule alone is no adaptation."""
+    adaptation = read(cfg, "moe.adaptation", dict)
+    if adaptation is not None and "_target_" not in adaptation:
+        name = read(cfg, "moe.name", str)
+        yield f"schedule: moe={name} does not adapt its experts. Leave it out, or choose moe=dynmoe"
+
+
+EXPERT_RULES = (top_k_within_experts, expert_bounds, parts_add_up, expert_layers, adaptation_there)
+
+
+# Rules of what a protocol and its way to select a step are for.
+
+# By what a task works on: its selection rules, and its protocols. Those of images leave the rule
+# to the task.
+SELECTIONS = {
+    "image": ("training_domain_validation", "oracle", "leave_one_domain_out"),
+    "text": ("best_dev", "heldout"),
+    "vision-language": ("last_step",),
+}
+PROTOCOLS = {
+    "image": "domainbed, gmoe or swad",
+    "text": "glue or glue_heldout",
+    "vision-language": "llava",
+}
+
+
+def patience_fits(cfg: DictConfig) -> Iterator[str]:
+    patience = read(cfg, "task.patience", object)
+    if patience is not None and modality(cfg, "task.module") != "text":
+        yield "task.patience: only runs on texts stop early. Leave it out"
+
+
+def draws_fit(cfg: DictConfig) -> Iterator[str]:
+    if read(cfg, "hparams_seed", int) and modality(cfg, "task.module") != "image":
+        yield "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer.lr instead"
+
+
+def protocol_fits(cfg: DictConfig) -> Iterator[str]:
+    kind, name = modality(cfg, "task.module"), read(cfg, "protocol.name", str)
+    if kind not in PROTOCOLS or name is None:
+        return
+    selection = read(cfg, "protocol.selection", str)
+    fits = selection is None if kind == "image" else selection in SELECTIONS[kind]
+    if not fits:
+        yield (
+            f"protocol: task.module works on {kind}, {name} does not. "
+            f"Choose protocol={PROTOCOLS[kind]}."
+        )
+
+
+def selection_fits(cfg: DictConfig) -> Iterator[str]:
+    selection, kind = read(cfg, "task.selection", str), modality(cfg, "task.module")
+    if selection is None or kind not in SELECTIONS:
+        return
+    if selection not in SELECTIONS[kind]:
+        fix = PROTOCOLS[kind].split(",")[0]
+        yield f"task.selection: {selection} is not for a task on {kind}. Choose protocol={fix}."
+    elif selection == "heldout" and read(cfg, "protocol.holdout_fraction", float) == 0:
+        yield (
+            "protocol.holdout_fraction: 0 leaves nothing to select by. "
+            "Set a share, e.g. 0.1, or task.selection=best_dev"
+        )
+
+
+PROTOCOL_RULES = (patience_fits, draws_fit, protocol_fits, selection_fits)
+
+
+# Rules of runs in stages.
+
+DERIVED = "${previous_run:}"
+
+PARTS = ("vision", "projector", "language_model", "moe_layers", "dense_ffns")
+
+
+def stage_is_chosen(cfg: DictConfig) -> Iterator[str]:
+    """A task in stages has one; others have none."""
+    kind, stage = modality(cfg, "task.module"), read(cfg, "stage.name", str)
+    if kind == "vision-language" and stage is None:
+        yield "stage: this task runs in stages. Choose stage=align, instruct or moe."
+    if kind not in (None, "vision-language") and stage is not None:
+        yield f"stage: only task=vl runs in stages, found stage={stage}. Leave it out"
+
+
+def dense_before_moe(cfg: DictConfig) -> Iterator[str]:
+    """Only the last stage has MoE layers: those before it train what they are made from."""
+    stage, layers = read(cfg, "stage.name", str), read(cfg, "moe.layers", object)
+    if stage in ("align", "instruct") and layers not in (None, "none"):
+        name = read(cfg, "moe.name", str)
+        yield (
+            f"moe: stage={stage} trains the dense model, found moe={name}. Leave moe out, or "
+            "choose stage=moe, which runs the stages before it first."
+        )
+
+
+def start_is_a_run(cfg: DictConfig) -> Iterator[str]:
+    """A folder that was named; one that follows from the configuration comes into being."""
+    node = cfg.get("stage")
+    start = None if node is None else DictConfig._get_node(node, "start")  # not resolved
+    raw = None if start is None else start._value()
+    if isinstance(raw, str) and raw != DERIVED:
+        folder = Path(raw).expanduser()
+        if not (folder / "config.yaml").is_file():
+            yield f"stage.start: expected a run folder with a config.yaml, found none in '{raw}'"
+
+
+def trained_parts(cfg: DictConfig) -> Iterator[str]:
+    parts = read(cfg, "task.module.trains", list)
+    for part in parts or ():
+        if part not in PARTS:
+            yield f"task.module.trains: expected some of {', '.join(PARTS)}, found '{part}'"
+
+
+def scratch_is_trained(cfg: DictConfig) -> Iterator[str]:
+    """What is drawn at random and never trained says nothing."""
+    trains = read(cfg, "task.module.trains", list)
+    if trains is None or read(cfg, "stage.after", str) is not None:
+        return
+    for key, part in (
+        ("backbone.vision.pretrained", "vision"),
+        ("backbone.pretrained", "language_model"),
+    ):
+        if read(cfg, key, bool) is False and part not in trains:
+            yield (
+                f"task.module.trains: {key}=false, and the first stage does not train {part}: it "
+                f"would stay as it was drawn. Take a pretrained one, or add {part} to "
+                f"protocol.stages.{read(cfg, 'stage.name', str)}.defaults.trains."
+            )
+
+
+def there_is_training_data(cfg: DictConfig) -> Iterator[str]:
+    content = read(cfg, "data.content._target_", str) or ""
+    if content.endswith(".questions_only") and read(cfg, "mode", str) == "train":
+        name = read(cfg, "data.name", str)
+        yield (
+            f"data: {name} has nothing to train on. dynmoe-eval run=FOLDER mode=answer asks its "
+            "questions; to train choose data=scenes, easy_vqa, llava, ..."
+        )
+
+
+def folders(cfg: DictConfig) -> Iterator[str]:
+    for key in ("backbone.path", "backbone.vision.path"):
+        path = read(cfg, key, str)
+        if path is not None and not (Path(path).expanduser() / "config.json").is_file():
+            yield f"{key}: expected a folder with a config.json, found none in '{path}'"
+
+
+def libraries(cfg: DictConfig) -> Iterator[str]:
+    if modality(cfg, "task.module") == "vision-language" and find_spec("transformers") is None:
+        yield 'task: needs transformers: pip install "dynmoe[language]"'
+
+
+STAGE_RULES = (
+    stage_is_chosen,
+    dense_before_moe,
+    start_is_a_run,
+    trained_parts,
+    scratch_is_trained,
+    there_is_training_data,
+    folders,
+    libraries,
+)
+
+
+# Rules of runs on texts.
+
+OWN_SETS = (*LABELLED, "heldout", *TESTS)
+
+
+def text_run(cfg: DictConfig) -> Iterator[str]:
+    """What a run on texts needs beside its keys."""
+    if modality(cfg, "task.module") != "text" or modality(cfg, "data") != "text":
+        return
+    missing = [name for name in ("transformers", "datasets") if find_spec(name) is None]
+    if missing:
+        yield f'task: needs {" and ".join(missing)}: pip install "dynmoe[language]"'
+    source, root = read(cfg, "data.source", str), read(cfg, "data.root", str)
+    if source in ("tsv", "parquet") and root is None:
+        yield f"data.root: data.source={source} needs the folder of the files: data.root=FOLDER"
+    if source in ("hub", "embedded") and root is not None:
+        yield f"data.root: data.source={source} reads no folder. Add data.source=tsv or parquet"
+    ood, ood_root = read(cfg, "data.ood", list), read(cfg, "data.ood_root", str)
+    if ood and ood_root is None:
+        yield f"data.ood_root: data.ood={ood} needs the folder of their files: data.ood_root=FOLDER"
+    for name in map(str, ood or ()):
+        if name in OWN_SETS:
+            yield f"data.ood: {name} is a set of the task itself. Take another name"
+        elif not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            yield f"data.ood: expected a name of letters, digits, _ and -, found '{name}'"
+    task = TASKS.get(read(cfg, "data.task", str) or "")
+    if read(cfg, "data.linear_baseline", bool) and task is not None and task.regression:
+        yield "data.linear_baseline: tells classes apart, this task has none. Set it to false"
+
+
+TEXT_RULES = (text_run,)
+
 
 Rule = Callable[[DictConfig], Iterator[str]]
 
@@ -154,16 +448,16 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    *expert_rules.RULES,
+    *EXPERT_RULES,
     same_modality,
     test_environments,
     batch_divides,
     ranges,
     pretrained_weights,
     data_folder,
-    *text_rules.RULES,
-    *stage_rules.RULES,
-    *protocol_rules.RULES,
+    *TEXT_RULES,
+    *STAGE_RULES,
+    *PROTOCOL_RULES,
     run_folder,
     clipping_optimizer,
 )

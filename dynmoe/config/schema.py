@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal
 
-from dynmoe.config.signature import Parameter, Signature
+from dynmoe.config.targets import Parameter, Signature
 
 Selection = Literal[
     "training_domain_validation",

@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import placed_blocks
 from dynmoe.config import options
-from dynmoe.config.preflight import search_path
-from dynmoe.config.reading import modality
+from dynmoe.config.compose import search_path
+from dynmoe.config.options import modality
 from dynmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from dynmoe.config.jobs import REPETITION
+from dynmoe.config.sweeps import REPETITION
 from dynmoe.errors import ConfigError
 from dynmoe.records import LOCKS, replace_file
 from dynmoe.sweep.jobs import Job

@@ -9,9 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe.config.reading import modality
-from dynmoe.config.stage_rules import folders
-from dynmoe.config.text_rules import text_run
+from dynmoe.config.options import modality
+from dynmoe.config.rules import folders, text_run
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.parts import PARTS, k_by_part

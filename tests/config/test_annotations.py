@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynmoe.config.annotations import mismatch
+from dynmoe.config.targets import mismatch
 
 
 @pytest.mark.parametrize(

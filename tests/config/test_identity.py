@@ -9,8 +9,8 @@ import pytest
 from hydra import compose
 from omegaconf import DictConfig
 
+from dynmoe.config.compose import search_path
 from dynmoe.config.identity import config_hash, run_name
-from dynmoe.config.preflight import search_path
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import DictConfig
 
 from dynmoe.config import compose
-from dynmoe.config.preflight import preflight
+from dynmoe.config.compose import preflight
 
 TASK = "task=vit_domainbed"
 

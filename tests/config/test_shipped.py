@@ -7,9 +7,8 @@ from pathlib import Path
 import dynmoe.conf
 import pytest
 
-from dynmoe.config.options import own
-from dynmoe.config.preflight import preflight, search_path
-from dynmoe.config.reading import modality
+from dynmoe.config.compose import preflight, search_path
+from dynmoe.config.options import modality, own
 
 CONF = Path(dynmoe.conf.__file__).parent
 OPTIONS = [

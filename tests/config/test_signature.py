@@ -12,7 +12,7 @@ import pytest
 from hydra.errors import MissingConfigException as HydraMissing
 from omegaconf import DictConfig
 
-from dynmoe.config.signature import TargetError, class_attribute, signature
+from dynmoe.config.targets import TargetError, class_attribute, signature
 
 CORE = """
 from dataclasses import dataclass

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.config import stage_rules
-from dynmoe.config.preflight import preflight
+from dynmoe.config import rules
+from dynmoe.config.compose import preflight
 
 TASK = "task=vl"
 
@@ -90,5 +90,5 @@ def test_wrong_commands(overrides: tuple[str, ...]) -> None:
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_rules, "find_spec", lambda name: None)
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
     assert problems(TASK) == ['task: needs transformers: pip install "dynmoe[language]"']

@@ -9,8 +9,8 @@ import pytest
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe.config.compose import search_path
 from dynmoe.config.identity import run_name
-from dynmoe.config.preflight import search_path
 from dynmoe.config.stages import is_distributed, previous, previous_run, run_folder, start_folder
 
 TASK = "task=vl"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.config import text_rules
-from dynmoe.config.preflight import preflight
+from dynmoe.config import rules
+from dynmoe.config.compose import preflight
 
 TASK = "task=glue"
 
@@ -73,6 +73,6 @@ def test_patience_is_for_texts() -> None:
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_rules, "find_spec", lambda name: None)
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
     (text,) = problems()
     assert text == 'task: needs transformers and datasets: pip install "dynmoe[language]"'

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.config.preflight import preflight
+from dynmoe.config.compose import preflight
 from dynmoe.records import RunFolder
 
 SCRIPT = """

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from dynmoe.config.check import problems, report
 from dynmoe.config.identity import flat, run_name
-from dynmoe.config.jobs import read_sweep
+from dynmoe.config.sweeps import read_sweep
 from dynmoe.errors import STOPPED, ConfigError, UserError
 from dynmoe.records import RunFolder
 from dynmoe.sweep import manifest, plan
