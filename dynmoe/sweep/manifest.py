@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from filelock import FileLock
 
 from dynmoe.config.sweeps import REPETITION
 from dynmoe.errors import ConfigError
-from dynmoe.records import LOCKS, replace_file
-from dynmoe.sweep.jobs import Job
+from dynmoe.records import LOCKS, RunFolder, State, replace_file
 
 FILE = "sweep.json"
 Config = Mapping[str, Any]
@@ -101,3 +101,37 @@ def _differences(old: Config, new: Config) -> Iterator[str]:
     for key in sorted((old.keys() | plain.keys()) - set(REPETITION)):
         if old.get(key, "absent") != plain.get(key, "absent"):
             yield f"{key}: {old.get(key, 'absent')} there, {plain.get(key, 'absent')} now"
+
+
+# The jobs of one sweep: each a configuration, and the folder its run lives in.
+
+
+@dataclass(frozen=True)
+class Job:
+    overrides: tuple[str, ...]
+    """As Hydra launches it."""
+    label: str
+    """The overrides that tell it from the other jobs."""
+    setting: str
+    """Those of its setting alone, without seeds and test environments."""
+    folder: RunFolder
+    config: Mapping[str, Any]
+    """What can change its result (dynmoe/config/identity.py, `flat`)."""
+    steps: int
+    """-1: those of some epochs, which the run counts once it has read its data."""
+    eval_every: int | None
+    """None: an epoch."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.path.name
+
+    @property
+    def state(self) -> State:
+        return self.folder.state
+
+
+def labels(jobs: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of each job the overrides that not all jobs share."""
+    shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return [" ".join(text.lstrip("+") for text in job if text not in shared) for job in jobs]

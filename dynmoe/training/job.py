@@ -85,12 +85,12 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
     from rich.console import Console
 
     from dynmoe.config.identity import flat
-    from dynmoe.sweep import plan
-    from dynmoe.sweep.jobs import Job
+    from dynmoe.sweep import standing
+    from dynmoe.sweep.manifest import Job
 
     steps, eval_every = cfg.task.steps, cfg.task.eval_every
     job = Job((), folder.path.name, "", folder, flat(cfg), steps, eval_every)
-    Console().print(plan.render([job], parallel=1))
+    Console().print(standing.render([job], parallel=1))
     if cfg.get("plan") is not None:
         from dynmoe.estimate.sizes import show_estimate
 

@@ -290,7 +290,7 @@ def test_launchers_do_not_write_over_one_another(tmp_path: Path) -> None:
     """Each adds its jobs to sweep.json, as two processes do."""
     code = (
         "import sys; from pathlib import Path; from dynmoe.sweep import manifest;"
-        "from dynmoe.sweep.jobs import Job; from dynmoe.records import RunFolder\n"
+        "from dynmoe.sweep.manifest import Job; from dynmoe.records import RunFolder\n"
         "folder, who = Path(sys.argv[1]), sys.argv[2]\n"
         "for n in range(30):\n"
         "    job = Job((), f'{who}{n}', f'{who}{n}', RunFolder(folder / f'{who}{n}'), {}, 1, 1)\n"

@@ -24,8 +24,8 @@ from dynmoe.config.identity import flat, run_name
 from dynmoe.config.sweeps import read_sweep
 from dynmoe.errors import STOPPED, ConfigError, UserError
 from dynmoe.records import RunFolder
-from dynmoe.sweep import manifest, plan
-from dynmoe.sweep.jobs import Job, labels
+from dynmoe.sweep import manifest, standing
+from dynmoe.sweep.manifest import Job, labels
 
 # States in which a job is left alone.
 LEFT_ALONE = ("done", "running")
@@ -81,7 +81,7 @@ class DynMoESweeper(Sweeper):
             if sweep:
                 manifest.check(folder, sweep, base, jobs)
             if mode == "plan":
-                Console().print(plan.render(jobs, self._parallel()))
+                Console().print(standing.render(jobs, self._parallel()))
                 return []
             returns = self._launch(jobs)
             if any(each.status is JobStatus.FAILED for each in returns):

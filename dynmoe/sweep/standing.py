@@ -15,7 +15,7 @@ from rich.text import Text
 
 from dynmoe.records import Record, State, stretches
 from dynmoe.selection import on_sets, rule_of
-from dynmoe.sweep.jobs import Job
+from dynmoe.sweep.manifest import Job
 
 # What tells how many steps a run takes that counts them in epochs.
 LENGTH = (
