@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
-from dynmoe.comparison.run import Problem, Run
-from dynmoe.comparison.runs import read_runs
 from dynmoe.errors import ConfigError
+from dynmoe.report.run import Problem, Run
+from dynmoe.report.runs import read_runs
 from dynmoe.training import trained
 from runners.bench_tools import PRECISIONS
 

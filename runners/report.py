@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from dynmoe.comparison.run import Run
-from dynmoe.comparison.runs import Collection, read_runs
 from dynmoe.errors import UserError
 from dynmoe.records import RecordError
+from dynmoe.report.run import Run
+from dynmoe.report.runs import Collection, read_runs
 from dynmoe.report.tables import to_rich
 
 DESCRIPTION = """Reads records and writes one report of all runs in the given folders into the
@@ -64,8 +64,8 @@ def _report(folders: Sequence[Path], out: Path) -> None:
     if not collection.runs:
         raise RecordError(_unusable(collection, "a finished run, found none"))
 
-    from dynmoe.comparison import page
-    from dynmoe.comparison.verdict import statements
+    from dynmoe.report import page
+    from dynmoe.report.claim_tables import statements
 
     page.write(collection, out)
     console = Console()
@@ -83,7 +83,7 @@ def _compare(a: Path, b: Path) -> None:
         raise RecordError(f"{a}: expected two runs, found the same one twice")
     first, second = _run(a), _run(b)
 
-    from dynmoe.comparison.compare import compare
+    from dynmoe.report.compare import compare
 
     result = compare(first, second)
     console = Console()
@@ -105,7 +105,7 @@ def _run(folder: Path) -> Run:
 
 
 def _domainbed(folder: Path) -> None:
-    from dynmoe.comparison import domainbed
+    from dynmoe.report import domainbed
 
     print(domainbed.write(folder), end="")
 

@@ -10,9 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynmoe.records import Record
-from dynmoe.report.drawing import COLOURS, heat_map, lay_out, percent_of_rows
-from dynmoe.report.parts import PARTS, by_part, k_by_part
-from dynmoe.report.words import layer_name
+from dynmoe.report.document import Picture
+from dynmoe.report.drawing import COLOURS, heat_map, lay_out, name_axes, percent_of_rows
+from dynmoe.report.routing_figures import layers_of, load_panels, of_layer, on_tests
+from dynmoe.report.run import Run, settings
+from dynmoe.report.set_tables import has_parts
+from dynmoe.report.words import PARTS, by_part, k_by_part, layer_name
 
 # For `Axes.plot`, of each part.
 LOOKS: dict[str, dict[str, Any]] = {
@@ -75,3 +78,64 @@ def show_load_by_part(axes: Axes, lines: Sequence[Record]) -> None:
     parts, slots = by_part(lines), lines[0]["slots"]
     shares: np.ndarray = percent_of_rows([parts[part].load for part in PARTS], len(slots))
     heat_map(axes, shares, rows=PARTS, columns=slots)
+
+
+# Pictures of runs about images: what tokens of images, prompts and answers use.
+#
+# A picture without anything to show is None.
+
+
+def compare_k_by_part(runs: Sequence[Run]) -> Picture | None:
+    """Mean k by layer for image, prompt and answer tokens, in every adaptive setting."""
+    adaptive = [run for run in runs if run.kind == "adaptive" and has_parts(run)]
+    names = settings(adaptive)
+    if not names:
+        return None
+    alike = len({tuple(layers_of(run)) for run in adaptive}) == 1  # axes name their layers
+    figure, panels = lay_out(len(names), width=4.6, height=2.8, columns=2, beside=1.6, share=alike)
+    for setting, axes in zip(names, panels, strict=True):
+        members = [run for run in adaptive if run.setting == setting]
+        layers = layers_of(members[0])
+        tested = [[of_layer(on_tests(run), layer) for layer in layers] for run in members]
+        k = [[k_by_part(lines) for lines in of_run] for of_run in tested]
+        for part in PARTS:
+            values = np.array([[each[part] for each in of_run] for of_run in k])
+            mean = values.mean(axis=0)
+            reach = np.abs([values.min(axis=0), values.max(axis=0)] - mean)
+            axes.errorbar(range(len(layers)), mean, reach, capsize=3, **LOOKS[part], label=part)
+        experts = [[len(lines[0]["slots"]) for lines in of_run] for of_run in tested]
+        axes.plot(np.mean(experts, axis=0), **EXPERTS, label="living experts")
+        over_layers(axes, layers)
+        axes.set_title(setting)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, title="tokens")
+    name_axes(figure, "MoE layer, from the first up", "experts per token")
+    tested_on = adaptive[0].environment
+    return Picture(
+        "k_by_part",
+        figure,
+        "Experts that a token of an image, of a prompt or of an answer activates, by MoE layer",
+        f"Mean k on the evaluation set {tested_on}, mean over runs; bars span the lowest to the "
+        "highest run. Image: patches; prompt: other tokens before the answer; answer: what the "
+        "model said. Black: the experts there are, which none can exceed.",
+    )
+
+
+def compare_load_by_part(runs: Sequence[Run]) -> Picture | None:
+    """Which experts serve images, prompts and answers, in the given runs."""
+
+    def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
+        sources = {f"env{index}" for index in run.facts["test_envs"]}
+        show_load_by_part(axes, [line for line in lines if line["source"] in sources])
+
+    figure = load_panels([run for run in runs if has_parts(run)], "tokens", len(PARTS), draw)
+    if figure is None:
+        return None
+    return Picture(
+        "load_by_part",
+        figure,
+        "Share of the routed tokens of images, prompts and answers that each expert serves",
+        "A row is a part of the conversations, its numbers the per cent of its routed tokens that "
+        "go to each living expert; equal rows mean that experts do not tell the parts apart. "
+        "Shades are each panel's own.",
+    )

@@ -14,9 +14,7 @@ from pathlib import Path
 
 from dynmoe.metrics.efficiency import activated, exported
 from dynmoe.records import Record, RecordError, RunFolder, stretches
-from dynmoe.report.parts import k_by_part
-from dynmoe.report.question_sets import kinds_of
-from dynmoe.report.words import metrics_of
+from dynmoe.report.words import k_by_part, kinds_of, metrics_of
 from dynmoe.selection import judged, judging_set, on_sets, selected
 
 

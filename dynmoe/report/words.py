@@ -3,9 +3,14 @@ measure on evaluation sets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from dynmoe.records import Record
+from dynmoe.report.tables import format_number
 from dynmoe.selection import on_sets
 
 # The single measures of a task, in the words of tables; results have them as `<set>_<measure>`.
@@ -100,3 +105,86 @@ def layer_name(module: str) -> str:
 def capital(text: str) -> str:
     """With a capital first letter; the others stay."""
     return text[:1].upper() + text[1:]
+
+
+# Results on sets of questions, by kind of question. A result's keys are `<set>_<what>`.
+
+SHUFFLED = "shuffled"
+"""The name of the set of the reported set's questions about images of others."""
+
+POINTS = "_points"
+
+
+def kinds_of(record: Mapping[str, Any], name: str, names: Sequence[str]) -> dict[str, float]:
+    """What a result tells of a set beside its score: accuracies of kinds of questions in [0, 1],
+    MME's points. `names` are all sets."""
+    longer = tuple(f"{other}_" for other in names if other.startswith(f"{name}_"))
+    return {
+        key.removeprefix(f"{name}_"): value
+        for key, value in record.items()
+        if key.startswith(f"{name}_")
+        and not (longer and key.startswith(longer))
+        and key.removeprefix(f"{name}_") not in ("score", *METRICS)
+    }
+
+
+def is_points(kind: str) -> bool:
+    """Whether it counts points, as MME does, and is no share of 1."""
+    return kind.endswith(POINTS)
+
+
+def kind_name(kind: str) -> str:
+    """`yes no` of `kind_yes_no`, `perception` of `perception_points`."""
+    return kind.removeprefix("kind_").removesuffix(POINTS).replace("_", " ")
+
+
+def kind_number(kind: str, value: float) -> str:
+    """In per cent or in points."""
+    return format_number(value if is_points(kind) else 100 * value, ".1f")
+
+
+def unit_of(kinds: Sequence[str]) -> str:
+    """What the numbers of a set's kinds are in."""
+    return "points" if kinds and all(map(is_points, kinds)) else "%"
+
+
+def set_notes(names: Sequence[str]) -> list[str]:
+    """How to read the scores of sets whose scores are no plain accuracies."""
+    notes = [f"{name}: {HEADLINES[name]}." for name in names if name in HEADLINES]
+    if SHUFFLED in names:
+        notes.append(
+            f"{SHUFFLED}: the same questions about other images; who looks at images loses there."
+        )
+    return notes
+
+
+# Routing told apart by what a token is: a patch of an image, text of the prompt, of the answer.
+
+PARTS = ("image", "prompt", "answer")
+"""In the order they are shown."""
+
+
+class PartRouting(NamedTuple):
+    tokens: int
+    mean_k: float
+    """Experts per token; NaN without tokens."""
+    load: tuple[int, ...]
+    """Tokens that each living expert served."""
+
+
+def by_part(lines: Iterable[Record]) -> dict[str, PartRouting]:
+    """Of routing records of one layer at one step, summed; empty where parts were not recorded."""
+    found = [line["parts"] for line in lines if "parts" in line]
+    return {part: _summed([parts[part] for parts in found]) for part in PARTS} if found else {}
+
+
+def k_by_part(lines: Iterable[Record]) -> dict[str, float]:
+    """Mean k alone."""
+    return {part: routing.mean_k for part, routing in by_part(lines).items()}
+
+
+def _summed(parts: Iterable[Record]) -> PartRouting:
+    records = list(parts)
+    tokens = sum(record["tokens"] for record in records)
+    load = tuple(np.sum([record["load"] for record in records], axis=0).tolist())
+    return PartRouting(tokens, sum(load) / tokens if tokens else math.nan, load)

@@ -13,10 +13,8 @@ from dynmoe.config.options import modality
 from dynmoe.config.rules import folders, text_run
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import Record, RunFolder
-from dynmoe.report.parts import PARTS, k_by_part
-from dynmoe.report.question_sets import is_points
 from dynmoe.report.tables import format_number
-from dynmoe.report.words import layer_name
+from dynmoe.report.words import PARTS, is_points, k_by_part, layer_name
 from dynmoe.training import trained
 
 HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.

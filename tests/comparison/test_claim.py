@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 from sweeps import write_run, write_sweep
 
-from dynmoe.comparison.claim import Claim, Comparison, Difference, examine
-from dynmoe.comparison.conditions import conditions
-from dynmoe.comparison.matching import MEAN
-from dynmoe.comparison.runs import Collection, read_runs
-from dynmoe.comparison.verdict import (
+from dynmoe.report.claim import MEAN, Claim, Comparison, Difference, examine
+from dynmoe.report.claim_tables import (
     accuracy_table,
     claim_table,
     headline,
@@ -21,6 +18,8 @@ from dynmoe.comparison.verdict import (
     sentences,
     statements,
 )
+from dynmoe.report.run import conditions
+from dynmoe.report.runs import Collection, read_runs
 from dynmoe.report.tables import Strong
 
 # Accuracies by seed. Mean of the grid: 0.5, 0.6, 0.7 on environment 0.

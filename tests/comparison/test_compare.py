@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from sweeps import write_run
 
-from dynmoe.comparison.compare import Comparison, compare
-from dynmoe.comparison.run import Run
+from dynmoe.report.compare import Comparison, compare
+from dynmoe.report.run import Run
 from dynmoe.report.tables import Strong, Table, to_rich
 
 

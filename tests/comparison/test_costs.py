@@ -10,17 +10,16 @@ from typing import Any
 import pytest
 from sweeps import write_run, write_sweep
 
-from dynmoe.comparison.cost_tables import (
+from dynmoe.records import RecordError
+from dynmoe.report.cost_tables import (
     cost_table,
     search_sentence,
     search_table,
     timing_table,
     unmeasured,
 )
-from dynmoe.comparison.costs import Bill, ModelCost, model_costs, search_cost
-from dynmoe.comparison.runs import read_runs
-from dynmoe.comparison.timings import Timing, read_timings
-from dynmoe.records import RecordError
+from dynmoe.report.costs import Bill, ModelCost, Timing, model_costs, read_timings, search_cost
+from dynmoe.report.runs import read_runs
 
 MACHINE = {"cpu": "Example CPU", "cores": 2, "threads": 2, "device": "cpu"}
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from dynmoe.comparison.domainbed import collect, tables, to_text, write
-from dynmoe.comparison.domainbed_records import read
 from dynmoe.records import RecordError, RunFolder
+from dynmoe.report.domainbed import collect, read, tables, to_text, write
 
 # One line per run, accuracies in per cent, evaluated at steps 0 and 100. `..` is a number that no
 # rule may look at; it is recorded as 99. Trial 1 of ERM has no pair run {0,2} for draw 1; DynMoE

@@ -11,8 +11,8 @@ import pytest
 
 from dynmoe.benchmark.results import Conditions, write
 from dynmoe.benchmark.rows import GenerationRow
-from dynmoe.comparison.generation import Generations, generation_rows
 from dynmoe.records import RecordError
+from dynmoe.report.costs import Generations, generation_rows
 
 DENSE = GenerationRow(
     run="a",

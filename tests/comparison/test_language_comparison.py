@@ -10,19 +10,17 @@ import pytest
 from language_runs import LRS, SAMPLES, write_language_run
 from sweeps import EVAL_TIME, FLOPS_OTHER, STEP_TIME, write_sweep
 
-from dynmoe.comparison import page
-from dynmoe.comparison.claim import examine
-from dynmoe.comparison.compare import compare
-from dynmoe.comparison.cost_tables import cost_table, search_table
-from dynmoe.comparison.costs import search_cost
-from dynmoe.comparison.pictures import draw_curves
-from dynmoe.comparison.published import ROWS
-from dynmoe.comparison.routing_pictures import draw_overlap
-from dynmoe.comparison.runs import Collection, read_runs
-from dynmoe.comparison.tasks import sets_table, task_tables
-from dynmoe.comparison.values import taken, values_table
-from dynmoe.comparison.verdict import accuracy_table, claim_table, statements
+from dynmoe.report import page
+from dynmoe.report.claim import examine
+from dynmoe.report.claim_figures import draw_curves
+from dynmoe.report.claim_tables import accuracy_table, claim_table, statements
+from dynmoe.report.compare import compare
+from dynmoe.report.cost_tables import cost_table, search_table, taken, values_table
+from dynmoe.report.costs import search_cost
 from dynmoe.report.document import Sheet, to_text
+from dynmoe.report.routing_figures import draw_overlap
+from dynmoe.report.runs import Collection, read_runs
+from dynmoe.report.set_tables import ROWS, sets_table, task_tables
 from dynmoe.report.tables import Strong
 
 

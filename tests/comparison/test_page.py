@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from sweeps import write_run, write_sweep
 
-from dynmoe.comparison import page
-from dynmoe.comparison.runs import read_runs
+from dynmoe.report import page
 from dynmoe.report.document import Code, Document, Picture, Section, Sheet
+from dynmoe.report.runs import read_runs
 from dynmoe.report.tables import Strong
 
 SWEEP = {
@@ -266,7 +266,7 @@ def test_the_report_needs_neither_torch_nor_pyplot(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", SWEEP)
     code = (
         "import sys; from pathlib import Path;"
-        "from dynmoe.comparison import page; from dynmoe.comparison.runs import read_runs;"
+        "from dynmoe.comparison import page; from dynmoe.report.runs import read_runs;"
         f"page.write(read_runs([Path({str(sweep)!r})]), Path({str(tmp_path / 'out')!r}));"
         "print({'torch', 'lightning', 'hydra', 'matplotlib.pyplot'} & set(sys.modules))"
     )

@@ -13,25 +13,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sweeps import LAYERS, SELECTED, write_run, write_sweep
 
-from dynmoe.comparison.claim import examine
-from dynmoe.comparison.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
-from dynmoe.comparison.pictures import draw_claim, draw_curves
-from dynmoe.comparison.routing import experts_at, experts_over_steps, k_by_position, mean_k, overlap
-from dynmoe.comparison.routing_pictures import (
+from dynmoe.records import Record, RunFolder
+from dynmoe.report.claim import examine
+from dynmoe.report.claim_figures import (
+    draw_accuracy_by_parameters,
+    draw_accuracy_by_time,
+    draw_claim,
+    draw_curves,
+)
+from dynmoe.report.costs import Timing, Timings
+from dynmoe.report.document import Picture
+from dynmoe.report.drawing import Point, front, name_points, save, scatter, set_apart
+from dynmoe.report.routing_figures import (
     draw_experts,
     draw_k,
     draw_k_by_position,
     draw_load_by_class,
     draw_load_by_environment,
     draw_overlap,
+    experts_at,
+    experts_over_steps,
+    k_by_position,
+    mean_k,
+    overlap,
 )
-from dynmoe.comparison.run import Run
-from dynmoe.comparison.runs import read_runs
-from dynmoe.comparison.scatter import Point, front, name_points, scatter, set_apart
-from dynmoe.comparison.timings import Timing, Timings
-from dynmoe.records import Record, RunFolder
-from dynmoe.report.document import Picture
-from dynmoe.report.drawing import save
+from dynmoe.report.run import Run
+from dynmoe.report.runs import read_runs
 
 SWEEP = {
     "dense": {"0": [0.5, 0.5]},

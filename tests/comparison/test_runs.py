@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from sweeps import BATCH, SELECTED, write_run, write_sweep
 
-from dynmoe.comparison.run import Outcome
-from dynmoe.comparison.runs import Absent, Problem, read_runs
 from dynmoe.records import RecordError, RunFolder
+from dynmoe.report.run import Outcome
+from dynmoe.report.runs import Absent, Problem, read_runs
 
 PROBLEM = Problem("RotatedDigits", "domainbed", "training_domain_validation")
 

@@ -9,23 +9,27 @@ from typing import Any
 import pytest
 from vl_runs import write_vl_run
 
-from dynmoe.comparison import page
-from dynmoe.comparison.claim import examine
-from dynmoe.comparison.compare import compare
-from dynmoe.comparison.cost_tables import search_table
-from dynmoe.comparison.costs import search_cost
-from dynmoe.comparison.generation_tables import generation_table
-from dynmoe.comparison.image_use import image_use_sentences, image_use_table
-from dynmoe.comparison.pictures import draw_curves
-from dynmoe.comparison.published import QUESTION_ROWS
-from dynmoe.comparison.routing_pictures import draw_load_by_environment, draw_overlap
-from dynmoe.comparison.runs import Collection, read_runs
-from dynmoe.comparison.tasks import sets_table
-from dynmoe.comparison.verdict import claim_table, statements
-from dynmoe.comparison.vl_pictures import draw_k_by_part, draw_load_by_part
-from dynmoe.comparison.vl_tables import kind_tables, parts_table, published_table
 from dynmoe.records import RecordError
+from dynmoe.report import page
+from dynmoe.report.claim import examine
+from dynmoe.report.claim_figures import draw_curves
+from dynmoe.report.claim_tables import claim_table, statements
+from dynmoe.report.compare import compare
+from dynmoe.report.cost_tables import generation_table, search_table
+from dynmoe.report.costs import search_cost
 from dynmoe.report.document import Section, Sheet, to_text
+from dynmoe.report.part_figures import compare_k_by_part, compare_load_by_part
+from dynmoe.report.routing_figures import draw_load_by_environment, draw_overlap
+from dynmoe.report.runs import Collection, read_runs
+from dynmoe.report.set_tables import (
+    QUESTION_ROWS,
+    image_use_sentences,
+    image_use_table,
+    kind_tables,
+    parts_table,
+    published_table,
+    sets_table,
+)
 from dynmoe.report.tables import Strong
 
 
@@ -197,12 +201,12 @@ def test_k_by_layer_and_part_is_the_mean_over_seeds(tmp_path: Path) -> None:
 
 def test_the_picture_of_k_by_part(tmp_path: Path) -> None:
     runs = read(write_sweep(tmp_path, seeds=2)).runs
-    picture = draw_k_by_part(runs)
+    picture = compare_k_by_part(runs)
     assert picture is not None and "evaluation set test" in picture.caption
     (axes,) = picture.figure.axes
     means = [line.get_ydata() for line in axes.get_lines() if line.get_marker() in "so^"]
     assert np_lists(means) == [[1.05, 1.55], [1.55, 2.05], [2.05, 2.55]]
-    assert draw_k_by_part([run for run in runs if run.kind != "adaptive"]) is None
+    assert compare_k_by_part([run for run in runs if run.kind != "adaptive"]) is None
 
 
 def np_lists(arrays: list[Any]) -> list[Any]:
@@ -211,7 +215,7 @@ def np_lists(arrays: list[Any]) -> list[Any]:
 
 def test_load_is_told_apart_by_part_not_by_exchanged_images(tmp_path: Path) -> None:
     runs = [run for run in read(write_sweep(tmp_path, seeds=1)).runs if run.kind != "dense"]
-    picture = draw_load_by_part(runs)
+    picture = compare_load_by_part(runs)
     assert picture is not None and len(picture.figure.axes) == 4
     rows = picture.figure.axes[0].get_yticklabels()
     assert [label.get_text() for label in rows] == ["image", "prompt", "answer"]

@@ -11,10 +11,9 @@ from vl_runs import write_vl_run
 from dynmoe.records import RunFolder
 from dynmoe.report.figures import draw_all
 from dynmoe.report.part_figures import draw_k_by_part, draw_load_by_part
-from dynmoe.report.parts import by_part
-from dynmoe.report.question_sets import kinds_of
 from dynmoe.report.render import to_markdown
 from dynmoe.report.summary import summarize
+from dynmoe.report.words import by_part, kinds_of
 
 LAYERS = ["blocks.2.mlp", "blocks.4.mlp"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sweeps import ENVIRONMENTS, write_run, write_sweep
 
-from dynmoe.comparison.runs import read_runs
+from dynmoe.report.runs import read_runs
 from runners.report import main
 
 
@@ -102,8 +102,8 @@ def test_500_runs_without_torch(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from dynmoe.comparison import page
-from dynmoe.comparison.runs import read_runs
-from dynmoe.comparison.verdict import statements
+from dynmoe.report.runs import read_runs
+from dynmoe.report.claim_tables import statements
 import runners.report
 collection = read_runs([Path({str(tmp_path)!r})])
 print(len(collection.runs), len(statements(collection)) > 5)

@@ -9,17 +9,17 @@ nobody can do without testing: it flatters the best. Words follow from paired te
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy.stats import bootstrap, t
 
-from dynmoe.comparison.matching import Cell, columns, expected, lacks, matched, score_cells
-from dynmoe.comparison.paired import Verdict, interval, p_value, verdict
-from dynmoe.comparison.run import Problem, Repetition, Run
-from dynmoe.comparison.runs import Collection
+from dynmoe.report.run import Problem, Repetition, Run, environments, settings
+from dynmoe.report.runs import Absent, Collection
+from dynmoe.report.tables import format_points
 from dynmoe.report.words import Words
 
 Rival = Literal["mean", "best", "worst", "pick", "dense", "grid"]
@@ -237,3 +237,152 @@ def _compare(
     return Comparison(
         environment, repetitions, own, tuple(differences), means, left_out, at_the_end
     )
+
+
+# Accuracies by setting, environment and repetition, and which of them may be compared.
+#
+# Two settings are compared on repetitions that both have. A repetition fixes weights, batches and
+# splits (seed, trial seed), so a paired difference is free of much of the chance in either number.
+
+MEAN = "mean of environments"
+
+
+class Score(NamedTuple):
+    accuracy: float
+    validation: float
+    last: float
+    """Accuracy at the end of training."""
+
+
+Cell = Mapping[Repetition, Score]
+
+
+def score_cells(runs: Sequence[Run]) -> dict[tuple[str, str], Cell]:
+    """The scores of one problem's runs, `[setting, environment][repetition]`.
+
+    With several environments there is also their mean, of repetitions that have all of them.
+    """
+    cells: defaultdict[tuple[str, str], dict[Repetition, Score]] = defaultdict(dict)
+    for run in runs:
+        score = Score(run.outcome.accuracy, run.outcome.validation, run.outcome.last)
+        cells[run.setting, run.environment][run.repetition] = score
+    names = environments(runs)
+    if len(names) > 1:
+        for setting in settings(runs):
+            parts = [cells[setting, name] for name in names]
+            for repetition in sorted(set(parts[0]).intersection(*parts[1:])):
+                scores = [part[repetition] for part in parts]
+                means = (sum(values) / len(scores) for values in zip(*scores, strict=True))
+                cells[setting, MEAN][repetition] = Score(*means)
+    return defaultdict(dict, cells)
+
+
+def matched(own: Cell, others: Iterable[Cell]) -> tuple[Repetition, ...]:
+    """Repetitions to compare on: those of `own` that most of the others have.
+
+    Not those that all have: one setting with a single run would take the rest from all the others.
+    """
+    pool = list(others)
+    return tuple(
+        repetition
+        for repetition in sorted(own)
+        if 2 * sum(repetition in cell for cell in pool) >= len(pool)
+    )
+
+
+def columns(runs: Sequence[Run]) -> list[str]:
+    """The environments, and their mean if there are several."""
+    names = environments(runs)
+    return [*names, MEAN] if len(names) > 1 else names
+
+
+def expected(runs: Iterable[Run], absent: Iterable[Absent]) -> list[Repetition]:
+    """All repetitions that any setting has or was asked for."""
+    asked = {entry.repetition for entry in absent if entry.repetition is not None}
+    return sorted({run.repetition for run in runs} | asked)
+
+
+def lacks(
+    setting: str,
+    environment: str,
+    cell: Cell,
+    repetitions: Sequence[Repetition],
+    absent: Iterable[Absent],
+) -> str:
+    """What a cell lacks: `2 of 3: seed 1 failed`; empty if it has all repetitions."""
+    gaps = [repetition for repetition in repetitions if repetition not in cell]
+    if not gaps:
+        return ""
+    states = {
+        entry.repetition: entry.state
+        for entry in absent
+        if entry.setting == setting and environment in (entry.environment, MEAN)
+    }
+    has_trials = len({trial for _, trial in repetitions}) > 1
+    words = (
+        f"seed {seed}{f' trial {trial}' if has_trials else ''} "
+        f"{states.get((seed, trial), 'missing')}"
+        for seed, trial in gaps
+    )
+    return f"{len(cell)} of {len(repetitions)}: {', '.join(words)}"
+
+
+# What paired differences allow to say, and how they are written.
+#
+# Words follow from a paired t test, which knows how little a few repetitions say: of three, a
+# bootstrap interval is the range of the differences, and excludes 0 in 1 of 4 cases by chance alone.
+
+Verdict = Literal["beats", "cannot be told from", "is below", "unknown"]
+
+RESAMPLES = 9999
+LEVEL = 0.05
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval of the mean; None for fewer than two values."""
+    if not _can_be_tested(values):
+        return None
+    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def p_value(values: Sequence[float]) -> float | None:
+    """Two-sided, of Student's t test that the mean is 0; None for fewer than two values."""
+    if not _can_be_tested(values):
+        return None
+    mean, error = np.mean(values), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    if error == 0:
+        return 0.0 if mean else 1.0
+    return float(2 * t.sf(abs(mean) / error, df=len(values) - 1))
+
+
+def verdict(values: Sequence[float]) -> Verdict:
+    p = p_value(values)
+    if p is None:
+        return "unknown"
+    if p >= LEVEL:
+        return "cannot be told from"
+    return "beats" if np.mean(values) > 0 else "is below"
+
+
+def points_text(values: Sequence[float]) -> str:
+    """The mean in points with its interval: `+1.0 [−1.3, +3.1]`."""
+    found = interval(values)
+    ends = f" [{', '.join(map(format_points, found))}]" if found else ""
+    return format_points(float(np.mean(values))) + ends
+
+
+def p_text(values: Sequence[float]) -> str:
+    p = p_value(values)
+    if p is None:
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def p_words(values: Sequence[float]) -> str:
+    p = p_text(values)
+    return f"p {p}" if p.startswith("<") else f"p = {p}"
+
+
+def _can_be_tested(values: Sequence[float]) -> bool:
+    return len(values) > 1 and bool(np.isfinite(values).all())

@@ -6,21 +6,20 @@ A run that cannot be used does not stop the report of the others: a warning name
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from dynmoe.comparison.checks import check_config, check_facts, check_results, check_routing
-from dynmoe.comparison.run import Outcome, Problem, Repetition, Run, order, short_name
-from dynmoe.comparison.settings import name_settings
-from dynmoe.comparison.standing import choose
-from dynmoe.records import RecordError, RunFolder
-from dynmoe.selection import on_sets, rule_of
+import numpy as np
 
-__all__ = ["Absent", "Collection", "Outcome", "Problem", "Run", "read_runs", "short_name"]
-
+from dynmoe.records import Record, RecordError, RunFolder
+from dynmoe.report.run import Problem, Repetition, Run, order, short_name
+from dynmoe.report.settings import name_settings
+from dynmoe.selection import RULES, best_of_sweep, judging_set, on_sets, rule_of
 
 Job = Mapping[str, Any]
 """Of `sweep.json`: the overrides, and the configuration that they make."""
@@ -243,3 +242,180 @@ def _different_data(runs: Iterable[Run]) -> list[str]:
         for (problem, (seed, trial)), found in hashes.items()
         if len(found) > 1
     ]
+
+
+# What reports need of a run's records, checked as they are read: a damaged one is named there.
+
+Keys = Mapping[str, type | tuple[type, ...]]
+
+NUMBER = (int, float)
+KNOWN_OR_NOT = (dict, type(None))
+FACTS: Keys = {
+    **dict.fromkeys(("dataset", "protocol", "selection", "backbone", "weights"), str),
+    **dict.fromkeys(("seed", "trial_seed", "hparams_seed", "steps", "batch_size"), int),
+    **dict.fromkeys(("env_names", "test_envs", "class_names"), list),
+    **dict.fromkeys(("config", "parameters", "start_experts"), dict),
+}
+CONFIG: Keys = {"moe.algorithm": str, "moe.num_experts": int, "hparams_seed": int}
+COSTS: Keys = {"parameters": dict, "slots": dict, "flops": KNOWN_OR_NOT}
+ROUTING: Keys = {
+    **dict.fromkeys(("layer", "source"), str),
+    **dict.fromkeys(("slots", "load"), list),
+    **dict.fromkeys(("tokens", "mean_k"), NUMBER),
+}
+EVENT: Keys = {"layer": str, "after": int}
+KINDS: Mapping[object, str] = {
+    str: "text",
+    int: "a whole number",
+    list: "a list",
+    dict: "an object",
+    NUMBER: "a number",
+    KNOWN_OR_NOT: "an object or null",
+}
+
+
+def check_facts(folder: RunFolder, facts: Record) -> None:
+    """Raises RecordError where `run.json` lacks what a report needs."""
+    file = folder.path / "run.json"
+    if "config" not in facts:
+        raise RecordError(
+            f"{folder.path}: expected `config` in run.json, found a run of an earlier version; "
+            "run it again with overwrite=true"
+        )
+    _expect(str(file), facts, FACTS)
+    check_config(f"{file}, config", facts["config"])
+    if facts.get("costs") is not None:  # which early versions did not record
+        _expect(f"{file}, costs", facts["costs"], COSTS)
+    _expect(f"{file}, parameters", facts["parameters"], {"layers": dict})
+    layers = facts["parameters"]["layers"]
+    _expect(f"{file}, start_experts", facts["start_experts"], dict.fromkeys(layers, int))
+    if facts["selection"] not in RULES:
+        raise _error(str(file), f"`selection` as one of {', '.join(RULES)}", facts["selection"])
+    if not all(index in range(len(facts["env_names"])) for index in facts["test_envs"]):
+        raise _error(str(file), "`test_envs` as positions in `env_names`", facts["test_envs"])
+
+
+def check_config(place: str, config: Any) -> None:
+    """Raises RecordError where a configuration does not tell what its mixture is called."""
+    _expect(place, config, CONFIG)
+
+
+def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -> None:
+    """Raises RecordError where a result lacks an accuracy or a score."""
+    rule, names = facts["selection"], facts["env_names"]
+    if on_sets(rule):
+        keys = [f"{name}_score" for name in (*names, judging_set(facts))]
+    else:
+        keys = [f"env{env}_{split}_acc" for env in range(len(names)) for split in ("in", "out")]
+    measures: Keys = dict.fromkeys(keys, NUMBER)
+    for number, record in enumerate(results, start=1):
+        place = f"{folder.path / 'results.jsonl'}, line {number}"
+        times: Keys = {key: NUMBER for key in ("step_time", "eval_time") if key in record}
+        _expect(place, record, {"args": dict, **measures, **times})
+        for key in ("test_envs", "hparams_seed"):  # by which selection finds a run's records
+            if record["args"].get(key) != facts[key]:
+                expected = f"`{key}` {facts[key]} in `args`, as in run.json"
+                raise _error(place, expected, record["args"].get(key, "none"))
+
+
+def check_routing(run: Run) -> None:
+    """Read what reports read of a run's routing and events; it is kept, and not read again.
+
+    Raises:
+        RecordError: a damaged line, or a layer or an environment without its line.
+    """
+    file = run.folder.path / "routing.jsonl"
+    try:
+        lines = [*run.routing_at_outcome, *(run.routing if run.kind == "adaptive" else [])]
+    except ValueError:  # it does not know the line; reading all of them does
+        lines = run.folder.read("routing")
+    for line in lines:
+        _expect(f"{file}, step {line['step']}", line, ROUTING)
+    for event in run.events:
+        _expect(f"{file.with_name('events.jsonl')}, step {event['step']}", event, EVENT)
+    layers = run.facts["parameters"]["layers"]
+    sources = [f"env{index}" for index in range(len(run.facts["env_names"]))]
+    lines = [line for line in run.routing_at_outcome if line["source"] != "train"]
+    found = {(line["layer"], line["source"]) for line in lines}
+    if found and found != set(product(layers, sources)):
+        raise _error(
+            str(file),
+            f"a line for every layer and environment at step {run.outcome.step}",
+            f"{len(found)} lines",
+        )
+
+
+def _expect(place: str, content: Any, keys: Keys) -> None:
+    if not isinstance(content, dict):
+        raise _error(place, "an object", content)
+    for key, kind in keys.items():
+        if key not in content or not isinstance(content[key], kind):
+            raise _error(place, f"`{key}` as {KINDS[kind]}", content.get(key, "none"))
+
+
+def _error(place: str, expected: str, found: object) -> RecordError:
+    return RecordError(
+        f"{place}: expected {expected}, found {str(found)[:60]}; run it again with overwrite=true"
+    )
+
+
+# Which runs stand for their repetitions, and are reported.
+#
+# A search belongs to its method, whatever was searched over: of its runs those stand that validation
+# is best for.
+
+
+def choose(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
+    """The runs that stand for their repetitions, and the others.
+
+    Of several draws of hyper-parameters the best by validation stands, as in DomainBed; of values
+    that a protocol searches over, one for all repetitions of a setting.
+    """
+    runs = list(runs)
+    trials: defaultdict[object, list[Run]] = defaultdict(list)
+    for run in _with_best_values(sorted(runs, key=order)):
+        trials[run.problem, run.setting, run.repetition].append(run)
+    standing = [run for trial in trials.values() for run in _standing(trial)]
+    paths = {run.folder.path for run in standing}
+    return standing, [run for run in runs if run.folder.path not in paths]
+
+
+def _with_best_values(runs: Iterable[Run]) -> Iterable[Run]:
+    """Of each setting the runs with the searched values of the best mean validation.
+
+    Values that lack repetitions which others have are not taken: their mean is of other runs.
+    """
+    searches: defaultdict[object, defaultdict[str, list[Run]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for run in runs:
+        searches[run.problem, run.setting][json.dumps(run.searched)].append(run)
+    for by_values in searches.values():
+        most = max(map(len, by_values.values()))
+        complete = [members for members in by_values.values() if len(members) == most]
+        yield from complete[0] if len(complete) == 1 else max(complete, key=_mean_validation)
+
+
+def _mean_validation(runs: Iterable[Run]) -> float:
+    mean = float(np.mean([run.outcome.validation for run in runs]))
+    return -math.inf if math.isnan(mean) else mean
+
+
+def _standing(trial: Sequence[Run]) -> Iterable[Run]:
+    """For each test environment of one setting's repetition, the run that stands for it."""
+    rule = trial[0].problem.selection
+    draws: defaultdict[tuple[int, ...], list[Run]] = defaultdict(list)
+    for run in trial:
+        draws[tuple(run.facts["test_envs"])].append(run)
+    for tests, candidates in draws.items():
+        if len(tests) == 1:
+            holding_out = (run.results for run in trial if tests[0] in run.facts["test_envs"])
+            choice = best_of_sweep(chain.from_iterable(holding_out), rule, tests[0])
+            if choice is None:  # leave-one-domain-out without its pairs: the last step is shown
+                yield candidates[0]
+                continue
+            draw = choice.record["args"]["hparams_seed"]
+            (best,) = (run for run in candidates if run.facts["hparams_seed"] == draw)
+            yield replace(best, chosen=dict(choice.record))
+        elif rule != "leave_one_domain_out":
+            yield max(candidates, key=lambda run: run.outcome.validation)

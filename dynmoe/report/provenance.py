@@ -10,13 +10,11 @@ from typing import NamedTuple
 
 import yaml
 
-from dynmoe.comparison.conditions import conditions, every, seeds
-from dynmoe.comparison.generation import generation_rows
-from dynmoe.comparison.run import Problem, Run, environments
-from dynmoe.comparison.runs import Collection
-from dynmoe.comparison.settings import start_name
-from dynmoe.comparison.timings import Timings
+from dynmoe.report.costs import Timings, generation_rows
 from dynmoe.report.document import Block, Code, Items, Section, Sheet
+from dynmoe.report.run import Problem, Run, conditions, environments, every, seeds
+from dynmoe.report.runs import Collection
+from dynmoe.report.settings import start_name
 from dynmoe.report.tables import Table, format_number
 from dynmoe.report.words import capital
 from dynmoe.selection import RULES

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
-from dynmoe.comparison.conditions import conditions, counted
-from dynmoe.comparison.costs import Bill, SearchCost, model_costs
-from dynmoe.comparison.run import Problem, settings
-from dynmoe.comparison.runs import Collection
-from dynmoe.comparison.timings import Mode, Range, Timing, Timings
-from dynmoe.report.tables import Table
+from dynmoe.report.costs import (
+    Bill,
+    Mode,
+    Range,
+    SearchCost,
+    Timing,
+    Timings,
+    generation_rows,
+    model_costs,
+)
+from dynmoe.report.run import Problem, Run, conditions, counted, every, settings
+from dynmoe.report.runs import Collection
+from dynmoe.report.tables import Strong, Table, format_mean
 
 MISSING = "X"
 
@@ -207,3 +215,116 @@ def _divide(one: float, other: float) -> float:
 
 def _times_as_much(ratio: float) -> str:
     return MISSING if math.isnan(ratio) else f"{number(ratio)} x"
+
+
+# How fast the settings answer, as a table.
+
+
+def generation_table(collection: Collection, problem: Problem) -> Table | None:
+    """Every measured setting of a problem; None if none was measured.
+
+    Raises:
+        RecordError: a damaged `generation.json`.
+    """
+    runs = collection.of(problem)
+    names = {run.folder.path.name: run.setting for run in runs}
+    measured = [generation_rows(folder) for folder in collection.folders]
+    own = [each for each in measured if any(row.run in names for row in each.rows)]
+    rows = [row for each in own for row in each.rows if row.run in names]
+    if not rows:
+        return None
+    note = (
+        "Medians with quartiles, measured in turns. First token: the time to read a batch of "
+        "questions and their images. Ratio: over the speed of the reference in the same rounds. "
+        f"Measured on: {every(each.conditions for each in own)}."
+    )
+    if any(2 * row.contaminated > row.rounds for row in rows):
+        note += " *: other processes were busy during more than half of the rounds."
+    return Table(
+        f"How fast every setting answers on {problem.dataset}",
+        (
+            *("setting", "first token, ms", "each further token, ms", "tokens/s"),
+            f"over {every(row.reference for row in rows)}",
+            "peak memory beyond weights, GiB",
+        ),
+        tuple(
+            (
+                names[row.run],
+                spread(row.prompt_ms, row.prompt_quartiles_ms),
+                number(row.token_ms),
+                spread(row.tokens_per_s, row.tokens_per_s_quartiles)
+                + "*" * (2 * row.contaminated > row.rounds),
+                f"{spread(row.ratio, row.ratio_quartiles)} x",
+                number(row.peak_bytes / 2**30),
+            )
+            for row in rows
+        ),
+        note=note,
+        conditions=conditions(runs),
+    )
+
+
+# The values that a protocol searches over, as GLUE's learning rates: what each of them gave.
+#
+# `read_runs` takes one value for all repetitions of a setting, by mean validation.
+
+
+def taken(collection: Collection, problem: Problem) -> dict[str, str]:
+    """By setting, `3e-05 (of 3)`: the value that its runs have, of how many that were tried.
+
+    Empty where nothing was searched.
+    """
+    return {
+        setting: f"{_value(chosen[0])} (of {len(by_value)})"
+        for setting, by_value in _tried(collection, problem).items()
+        if (chosen := [run for run in collection.of(problem) if run.setting == setting])
+    }
+
+
+def values_table(collection: Collection, problem: Problem) -> Table | None:
+    """Every value of every setting with its mean validation and result; None without a search."""
+    tried = _tried(collection, problem)
+    if not tried:
+        return None
+    standing = {run.folder.path: run for run in collection.of(problem)}
+    first = next(iter(standing.values()))
+    rows: list[tuple[str, ...]] = []
+    for setting, by_value in tried.items():
+        for value, runs in by_value.items():
+            outcomes = [run.outcome for run in runs]
+            validation = format_mean([outcome.validation for outcome in outcomes])
+            result = format_mean([outcome.accuracy for outcome in outcomes])
+            if runs[0].folder.path in standing:
+                validation = Strong(validation)
+            rows.append((setting, value, validation, result, str(len(runs))))
+    return Table(
+        f"The search on {problem.dataset}",
+        (
+            "setting",
+            ", ".join(first.searched),
+            f"validation, {first.words.scale}",
+            first.words.column,
+            "n",
+        ),
+        tuple(rows),
+        note="Bold: the value of the best mean validation, among those with the most repetitions; "
+        "its runs are all that is reported above.",
+        conditions=conditions(collection.of(problem)),
+    )
+
+
+def _tried(collection: Collection, problem: Problem) -> dict[str, dict[str, list[Run]]]:
+    """Runs by setting and value, in order; none if no setting has several values."""
+    found: defaultdict[str, dict[str, list[Run]]] = defaultdict(dict)
+    runs = [run for run in (*collection.runs, *collection.others) if run.problem == problem]
+    for run in sorted(runs, key=lambda run: str(run.searched)):
+        if run.searched:
+            found[run.setting].setdefault(_value(run), []).append(run)
+    if all(len(by_value) == 1 for by_value in found.values()):
+        return {}
+    order = dict.fromkeys(run.setting for run in runs)
+    return {setting: found[setting] for setting in order if setting in found}
+
+
+def _value(run: Run) -> str:
+    return ", ".join(map(str, run.searched.values()))

@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dynmoe.comparison.conditions import conditions, counted
-from dynmoe.comparison.costs import MACHINE, different_facts, model_costs
-from dynmoe.comparison.run import Run, short_name
-from dynmoe.report.question_sets import is_points, kind_name, kinds_of
+from dynmoe.report.costs import MACHINE, different_facts, model_costs
+from dynmoe.report.run import Run, conditions, counted, short_name
 from dynmoe.report.summary import summarize
 from dynmoe.report.tables import Strong, Table, format_number, format_points
-from dynmoe.report.words import METRICS, metrics_of
+from dynmoe.report.words import METRICS, is_points, kind_name, kinds_of, metrics_of
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,38 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dynmoe.comparison.claim import Claim, examine
-from dynmoe.comparison.cost_pictures import draw_accuracy_by_parameters, draw_accuracy_by_time
-from dynmoe.comparison.cost_tables import (
+from dynmoe.report import document
+from dynmoe.report.claim import Claim, examine
+from dynmoe.report.claim_figures import (
+    draw_accuracy_by_parameters,
+    draw_accuracy_by_time,
+    draw_claim,
+    draw_curves,
+)
+from dynmoe.report.claim_tables import (
+    accuracy_table,
+    claim_table,
+    extent,
+    headline,
+    lacking,
+    overview_table,
+    sentences,
+    title_of,
+)
+from dynmoe.report.cost_tables import (
     cost_table,
+    generation_table,
     search_sentence,
     search_table,
     timing_table,
     unmeasured,
+    values_table,
 )
-from dynmoe.comparison.costs import search_cost
-from dynmoe.comparison.generation_tables import generation_table
-from dynmoe.comparison.image_use import image_use_sentences, image_use_table
-from dynmoe.comparison.overview import extent, overview_table, title_of
-from dynmoe.comparison.pictures import draw_claim, draw_curves
-from dynmoe.comparison.provenance import every_run, how_it_was_made, what_is_missing
-from dynmoe.comparison.routing_pictures import (
+from dynmoe.report.costs import Timings, read_timings, search_cost
+from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
+from dynmoe.report.part_figures import compare_k_by_part, compare_load_by_part
+from dynmoe.report.provenance import every_run, how_it_was_made, what_is_missing
+from dynmoe.report.routing_figures import (
     draw_experts,
     draw_k,
     draw_k_by_position,
@@ -35,16 +51,17 @@ from dynmoe.comparison.routing_pictures import (
     draw_load_by_environment,
     draw_overlap,
 )
-from dynmoe.comparison.run import Problem, Run
-from dynmoe.comparison.runs import Collection
-from dynmoe.comparison.tasks import sets_table, task_tables
-from dynmoe.comparison.timings import Timings, read_timings
-from dynmoe.comparison.values import values_table
-from dynmoe.comparison.verdict import accuracy_table, claim_table, headline, lacking, sentences
-from dynmoe.comparison.vl_pictures import draw_k_by_part, draw_load_by_part
-from dynmoe.comparison.vl_tables import kind_tables, parts_table, published_table
-from dynmoe.report import document
-from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
+from dynmoe.report.run import Problem, Run
+from dynmoe.report.runs import Collection
+from dynmoe.report.set_tables import (
+    image_use_sentences,
+    image_use_table,
+    kind_tables,
+    parts_table,
+    published_table,
+    sets_table,
+    task_tables,
+)
 from dynmoe.report.tables import Strong, Table
 from dynmoe.report.words import capital
 from dynmoe.selection import RULES
@@ -138,7 +155,7 @@ def _sections(
             "Experts and k",
             [
                 draw_experts(runs),
-                draw_k_by_part(runs) or draw_k(runs),
+                compare_k_by_part(runs) or draw_k(runs),
                 _sheet("parts", parts_table(runs)),
                 draw_k_by_position(runs),
             ],
@@ -147,7 +164,7 @@ def _sections(
             "load",
             "Which experts serve what",
             [
-                draw_load_by_part(examples),
+                compare_load_by_part(examples),
                 draw_load_by_environment(examples),
                 draw_load_by_class(examples),
                 draw_overlap([run for name in shown for run in runs if run.setting == name]),
