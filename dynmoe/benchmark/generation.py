@@ -13,11 +13,9 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from dynmoe.benchmark.memory import peak_and_kept
-from dynmoe.benchmark.results import Facts
-from dynmoe.benchmark.rows import GenerationRow
+from dynmoe.benchmark.results import Facts, GenerationRow
 from dynmoe.benchmark.steps import deployed
-from dynmoe.benchmark.timing import Quartiles, Speed, clean, interleave
+from dynmoe.benchmark.timing import Quartiles, Speed, clean, interleave, peak_and_kept
 from dynmoe.benchmark.workload import BATCHES, calls_of_sample, largest, tokens_of
 from dynmoe.data.vl.batches import QuestionBatch
 from dynmoe.layers import record_routing

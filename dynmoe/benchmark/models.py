@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from dynmoe.backbones.surgery import add_moe_layers, blocks_of
-from dynmoe.benchmark.configured import built
-from dynmoe.benchmark.fit import fit_thresholds
+from dynmoe.benchmark.candidates import built
+from dynmoe.benchmark.layer import fit_thresholds
 from dynmoe.benchmark.results import Facts
 from dynmoe.benchmark.workload import LabelledBatch, Workload, calls_of_sample, model_name
 from dynmoe.errors import ConfigError

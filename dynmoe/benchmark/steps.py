@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from statistics import fmean
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from dynmoe.benchmark.memory import Outputs, peak_and_kept
-from dynmoe.benchmark.rows import StepRow
-from dynmoe.benchmark.timing import Speed, interleave
+from dynmoe.benchmark.results import StepRow, TrainedRow
+from dynmoe.benchmark.timing import Outputs, Speed, interleave, peak_and_kept
 from dynmoe.benchmark.workload import LabelledBatch, calls_of_sample, largest, tokens_of
 from dynmoe.data.vl.batches import ConversationBatch
 from dynmoe.layers import moe_layers, record_routing
@@ -182,3 +182,71 @@ def mean_k(model: nn.Module, batches: Sequence[LabelledBatch], amp: bool) -> dic
     pairs = {n: sum(int(c.stats.load_E.sum()) for c in calls) for n, calls in tape.items()}
     tokens = {n: sum(int(c.stats.k_hist.sum()) for c in calls) for n, calls in tape.items()}
     return {name: pairs[name] / tokens[name] for name in pairs}
+
+
+# Training steps and inference of trained models, on batches of their own data.
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The model of a finished run, and what its training step consists of."""
+
+    run: str
+    setting: str
+    environment: str
+    model: nn.Module
+    loss: Callable[[Any], Tensor]
+    optimizer: Optimizer
+
+
+def measure_trained(
+    mode: Mode,
+    problem: str,
+    models: Sequence[Trained],
+    batches: Sequence[LabelledBatch],
+    amp: bool,
+    rounds: int,
+    advance: Callable[[int, int], None],
+) -> list[TrainedRow]:
+    """A row for each of the ``models``, the first of which is the reference.
+
+    ``inference`` changes the models for good, so measure ``train`` before it.
+    """
+    device, whole = batches[0].label.device, calls_of_sample(batches)
+    sizes = [len(batch.label) for batch in batches]
+    cases: dict[str, Training | Inference] = {
+        each.setting: Training(each.model, each.loss, each.optimizer, batches, amp)
+        if mode == "train"
+        else Inference(each.model, batches, amp)
+        for each in models
+    }
+    reference = models[0].setting
+    samples = interleave(cases, rounds, device, reference, advance, whole)
+    rows = []
+    for each in models:
+        case, own = cases[each.setting], samples[each.setting]
+        speed = Speed.of(own, samples[reference], fmean(sizes))
+        k = mean_k(each.model, batches, amp)
+        rows.append(
+            TrainedRow(
+                run=each.run,
+                problem=problem,
+                setting=each.setting,
+                environment=each.environment,
+                mode=mode,
+                batch=max(sizes),
+                median_ms=speed.median_ms,
+                quartiles_ms=speed.quartiles_ms,
+                samples_per_s=speed.per_s,
+                samples_per_s_quartiles=speed.per_s_quartiles,
+                ratio=speed.ratio,
+                ratio_quartiles=speed.ratio_quartiles,
+                mean_k=fmean(k.values()) if k else None,
+                peak_bytes=case.peak_bytes(largest(batches))
+                if isinstance(case, Training)
+                else None,
+                rounds=len(own),
+                contaminated=speed.contaminated,
+            )
+        )
+    return rows

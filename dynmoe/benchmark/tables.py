@@ -10,8 +10,8 @@ from statistics import fmean
 from rich import box
 from rich.table import Table
 
-from dynmoe.benchmark.results import Change
-from dynmoe.benchmark.rows import (
+from dynmoe.benchmark.results import (
+    Change,
     DataRow,
     EpochRow,
     GenerationRow,

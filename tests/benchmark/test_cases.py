@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynmoe.benchmark.cases import DRAWS, build_cases, stack
-from dynmoe.benchmark.fit import fit_thresholds, zipf_loads
-from dynmoe.benchmark.memory import Memory, peak_and_kept
-from dynmoe.benchmark.plan import CASES, Shape, parse_shape
-from dynmoe.benchmark.rivals import RIVALS
+from dynmoe.benchmark.layer import DRAWS, RIVALS, build_cases, fit_thresholds, stack, zipf_loads
+from dynmoe.benchmark.options import CASES, Shape, parse_shape
+from dynmoe.benchmark.timing import Memory, peak_and_kept
 from dynmoe.layers import Experts, Routing, TopAnyRouter
 from dynmoe.layers.experts import naive_forward
 

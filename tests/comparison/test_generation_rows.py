@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from dynmoe.benchmark.results import Conditions, write
-from dynmoe.benchmark.rows import GenerationRow
+from dynmoe.benchmark.results import Conditions, GenerationRow, write
 from dynmoe.records import RecordError
 from dynmoe.report.costs import Generations, generation_rows
 

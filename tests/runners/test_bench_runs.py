@@ -15,10 +15,10 @@ import torch
 from sweeps import write_run
 from tiny_runs import tiny_config
 
+from dynmoe.benchmark import commands, model_commands
+from dynmoe.benchmark.candidates import candidates, groups
 from dynmoe.records import RunFolder
 from dynmoe.training import job
-from runners import bench, bench_runs
-from runners.bench_candidates import candidates, groups
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 SETTINGS = ["dense", "top-2 of 4", "DynMoE"]
@@ -55,7 +55,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dynmoe-bench", "step", *arguments])
-    bench.main()
+    commands.main()
 
 
 def test_times_one_run_of_each_setting(
@@ -104,7 +104,7 @@ def test_models_are_those_of_the_checkpoints_and_stay_so(sweep: Path) -> None:
     from dynmoe.benchmark.steps import Training
 
     ((_, group),) = groups(candidates(sweep))
-    batches, models = bench_runs._load(group, False, torch.device("cpu"))
+    batches, models = model_commands._load(group, False, torch.device("cpu"))
     assert len({batch.image.sum().item() for batch in batches}) == len(batches) == 8
     assert all(batch.env.unique().tolist() == [1, 2, 3, 4, 5] for batch in batches)
     for candidate, each in zip(group, models, strict=True):

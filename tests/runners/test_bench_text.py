@@ -13,7 +13,8 @@ import pytest
 import torch
 from tiny_texts import TINY_TEXT, TRAIN, config, write_rte, write_stsb
 
-from dynmoe.benchmark.plain import LabelledTexts, plain_loader
+from dynmoe.benchmark import commands
+from dynmoe.benchmark.epochs import LabelledTexts, plain_loader
 from dynmoe.benchmark.workload import (
     ENDLESS,
     calls_of_sample,
@@ -29,7 +30,6 @@ from dynmoe.layers import moe_layers
 from dynmoe.metrics.efficiency import flops
 from dynmoe.records import RunFolder
 from dynmoe.training import build, job
-from runners import bench
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
-    bench.main()
+    commands.main()
 
 
 def texts(glue: Path, *overrides: str) -> list[str]:

@@ -17,14 +17,13 @@ from sweeps import write_run
 from tiny_runs import tiny_config
 from tiny_vl import TINY_VL, configuration
 
-from dynmoe.benchmark import models, workload
+from dynmoe.benchmark import commands, model_commands, models, workload
+from dynmoe.benchmark.candidates import candidates, groups
 from dynmoe.benchmark.steps import classification
 from dynmoe.layers import record_routing
 from dynmoe.metrics.efficiency import count
 from dynmoe.records import RunFolder
 from dynmoe.training import job
-from runners import bench, bench_runs
-from runners.bench_candidates import candidates, groups
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 CPU = torch.device("cpu")
@@ -53,7 +52,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
-    bench.main()
+    commands.main()
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -198,7 +197,7 @@ def test_times_a_sweep(
 
 def test_a_training_step_has_the_gradients_of_training(sweep: Path) -> None:
     ((_, group),) = groups(candidates(sweep))
-    batches, loaded = bench_runs._load(group, False, CPU)
+    batches, loaded = model_commands._load(group, False, CPU)
     assert all(len(batch.label) == 8 for batch in batches)
     for each in loaded:
         each.loss(batches[0]).backward()

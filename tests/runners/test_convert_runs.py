@@ -18,7 +18,7 @@ from published_models import add_tokenizer, clip_folder, published, read
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dynmoe.benchmark.configured import configuration
+from dynmoe.benchmark.candidates import configuration
 from dynmoe.config.check import problems
 from dynmoe.convert.config import describe
 from dynmoe.errors import ConfigError

@@ -5,14 +5,29 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dynmoe.benchmark import plan
+from dynmoe.benchmark import options
+from dynmoe.benchmark.options import (
+    LAYER_NOTE,
+    STEP,
+    STEP_NOTE,
+    TEXT_NOTE,
+    Command,
+    parser,
+    refuse_beside_runs,
+)
 from dynmoe.errors import ConfigError, UserError
-from runners.bench_model_options import STEP, STEP_NOTE, TEXT_NOTE, refuse_beside_runs
-from runners.bench_options import LAYER_NOTE, Command, parser
-from runners.bench_tools import File, device_of, make_console, new_bar, progress_on
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from dynmoe.benchmark.results import Conditions
 
 
 def main() -> None:
@@ -53,13 +68,13 @@ def layer(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: what was asked for cannot be measured or compared; nothing has run then.
     """
-    plan.check(args.shape, args.k, args.only)
+    options.check(args.shape, args.k, args.only)
     file = File(args.json, "layer")
 
     from dynmoe import runtime
     from dynmoe.benchmark import results, tables
-    from dynmoe.benchmark.measure import measure
-    from dynmoe.benchmark.rows import LayerRow
+    from dynmoe.benchmark.layer import measure
+    from dynmoe.benchmark.results import LayerRow
 
     device = device_of(args)
     settings = runtime.settle(
@@ -103,30 +118,30 @@ def step(args: argparse.Namespace) -> None:
     """
     if args.runs:
         refuse_beside_runs(args, STEP)
-        from runners.bench_runs import time_runs
+        from dynmoe.benchmark.model_commands import time_runs
 
         time_runs(args)
         return
-    from dynmoe.benchmark import configured
+    from dynmoe.benchmark import candidates
 
-    cfg = configured.configuration(args.overrides, configured.step_defaults(args.overrides))
-    cases = plan.step_cases(args.only, args.k, cfg.moe.num_experts)
+    cfg = candidates.configuration(args.overrides, candidates.step_defaults(args.overrides))
+    cases = options.step_cases(args.only, args.k, cfg.moe.num_experts)
     file = File(args.json, "step")
 
     from dynmoe import runtime
     from dynmoe.benchmark import models, results, steps, tables, workload
-    from dynmoe.benchmark.rows import StepRow
+    from dynmoe.benchmark.results import StepRow
 
     device = device_of(args)
     settings = runtime.settle(cfg.runtime, device.type)
-    of_images = configured.modality(cfg) == "image"
+    of_images = candidates.modality(cfg) == "image"
     if of_images:
         work = workload.images(cfg, args.batch or 32, device)
     else:
         cfg.data.batch_size = args.batch or cfg.data.batch_size
         work = workload.of_data(cfg, workload.data_of(cfg.data), device)
     amp = args.dtype == "amp"
-    given_layers = "moe.layers" in configured.keys(args.overrides)
+    given_layers = "moe.layers" in candidates.keys(args.overrides)
     fused_attention = settings["fused_attention"]
     built, facts = models.build(cfg, work, cases, args.k, given_layers, fused_attention, amp)
     conditions = results.Conditions(results.machine_facts(device, args.dtype), settings, facts)
@@ -164,25 +179,24 @@ def data(args: argparse.Namespace) -> None:
     Raises:
         UserError: a wrong configuration, or data that cannot be read; nothing has run then.
     """
-    from dynmoe.benchmark import configured
+    from dynmoe.benchmark import candidates
 
-    cfg = configured.configuration(args.overrides, configured.DATA_DEFAULTS)
-    if configured.modality(cfg) != "image":
+    cfg = candidates.configuration(args.overrides, candidates.DATA_DEFAULTS)
+    if candidates.modality(cfg) != "image":
         raise ConfigError(f"task={cfg.task.name}: expected a task on images, task=vit_domainbed")
     file = File(args.json, "data")
 
     import torch
 
     from dynmoe.benchmark import results, tables
-    from dynmoe.benchmark.loader import measure_loader
-    from dynmoe.benchmark.rows import DataRow
-    from dynmoe.benchmark.workload import ENDLESS
+    from dynmoe.benchmark.results import DataRow
+    from dynmoe.benchmark.workload import ENDLESS, measure_loader
 
     cfg.data.steps = cfg.data.eval_every = ENDLESS
     rows: list[DataRow] = []
     for workers in args.workers or [cfg.data.workers]:
         cfg.data.workers = workers
-        module = configured.built(cfg.data)
+        module = candidates.built(cfg.data)
         module.setup()
         file.make_folder()
         rows.append(measure_loader(module, args.seconds))
@@ -202,14 +216,14 @@ def data(args: argparse.Namespace) -> None:
 
 def epoch(args: argparse.Namespace) -> None:
     """Measure, print the table, write the file."""
-    from runners.bench_epoch import time_epochs
+    from dynmoe.benchmark.model_commands import time_epochs
 
     time_epochs(args)
 
 
 def generate(args: argparse.Namespace) -> None:
     """Measure, print the table, write the file."""
-    from runners.bench_generate import time_generation
+    from dynmoe.benchmark.model_commands import time_generation
 
     time_generation(args)
 
@@ -223,3 +237,75 @@ def _changes(baseline: Sequence[Any], rows: Sequence[Any]) -> Any:
 
 if __name__ == "__main__":
     main()
+
+
+# What the commands of ``dynmoe-bench`` share: file of results, device, progress bar.
+
+PRECISIONS = {"32-true": "fp32", "bf16-mixed": "amp"}
+"""Lightning's words and ours."""
+
+
+class File:
+    """The --json file of one run, written again after each part: an interrupted run leaves some.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+
+    def __init__(self, given: Path | None, command: str) -> None:
+        now = datetime.now()
+        self.path = given or Path(f"outputs/bench/{command}-{now:%Y%m%d-%H%M%S}.json")
+        self._date = f"{now:%Y-%m-%d %H:%M:%S}"
+        if self.path.is_dir():
+            raise ConfigError(f"--json {self.path}: expected a file to write, this is a folder")
+
+    def make_folder(self) -> None:
+        is_new = not self.path.exists()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+        except OSError as error:
+            raise ConfigError(f"--json {self.path}: cannot be written ({error})") from None
+        if is_new:  # an empty file would pass for a damaged one
+            self.path.unlink()
+
+    def write(self, conditions: Conditions, rows: Sequence[object]) -> None:
+        from dynmoe.benchmark import results
+
+        command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        results.write(self.path, command, self._date, conditions, rows)
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device to measure; sets the number of threads."""
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def make_console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a file has no width, and the tables are wider than rich's 80
+    return console
+
+
+def progress_on(console: Console) -> Progress:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    return Progress(*columns, console=console, transient=True)
+
+
+def new_bar(progress: Progress, text: str) -> Callable[[int, int], None]:
+    """A bar, the only one; it is told what is done, of how much."""
+    for task in progress.task_ids:
+        progress.remove_task(task)
+    bar = progress.add_task(text, total=None)
+    return lambda done, total: progress.update(bar, completed=done, total=total)
