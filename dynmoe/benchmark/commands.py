@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -16,11 +15,9 @@ from dynmoe.benchmark.options import (
     STEP,
     STEP_NOTE,
     TEXT_NOTE,
-    Command,
-    parser,
     refuse_beside_runs,
 )
-from dynmoe.errors import ConfigError, UserError
+from dynmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -28,38 +25,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from dynmoe.benchmark.results import Conditions
-
-
-def main() -> None:
-    """Exit 0, 2 with a message that names what is wrong, or 130 when interrupted."""
-    # PyTorch's profiler, which counts allocations, reports every start and stop, and memory that
-    # it saw freed but not allocated: a text's mask of the step before.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        commands: dict[str, Command] = {
-            "layer": layer,
-            "step": step,
-            "data": data,
-            "epoch": epoch,
-            "generate": generate,
-        }
-        args = parser(commands).parse_args(_overrides_first(sys.argv[1:]))
-        run: Command = args.run
-        run(args)
-    except UserError as error:
-        print(f"dynmoe-bench: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("dynmoe-bench: stopped; the --json file holds what was finished", file=sys.stderr)
-        raise SystemExit(130) from None
-
-
-def _overrides_first(arguments: Sequence[str]) -> list[str]:
-    """Move key=value behind the command: an option before it would take it as its own value."""
-    overrides = [a for a in arguments if a[0:1] == "~" or ("=" in a and a[0:1] != "-")]
-    others = [a for a in arguments if a not in overrides]
-    return [*others[:1], *overrides, *others[1:]]
 
 
 def layer(args: argparse.Namespace) -> None:
@@ -233,10 +198,6 @@ def _changes(baseline: Sequence[Any], rows: Sequence[Any]) -> Any:
 
     changes = results.compare(baseline, rows)
     return tables.of_changes(changes) if changes else "The baseline has none of these measurements."
-
-
-if __name__ == "__main__":
-    main()
 
 
 # What the commands of ``dynmoe-bench`` share: file of results, device, progress bar.

@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from dynmoe.benchmark import options
-from dynmoe.benchmark.candidates import Candidate, candidates, groups, workload
+from dynmoe.benchmark.candidates import (
+    EPOCH_DEFAULTS,
+    Candidate,
+    candidates,
+    configuration,
+    groups,
+    keys,
+    modality,
+    step_defaults,
+    unwrapped,
+    workload,
+)
 from dynmoe.benchmark.commands import (
     PRECISIONS,
     File,
@@ -153,11 +164,10 @@ def time_generation(args: argparse.Namespace) -> None:
 
 def _time_runs(args: argparse.Namespace) -> None:
     """One run of each setting; those of one problem in turns, on the same questions."""
-    from dynmoe.benchmark import candidates
 
     found = candidates(args.runs)
     for run, cfg, _ in found:
-        if candidates.modality(cfg) != "vision-language":
+        if modality(cfg) != "vision-language":
             raise ConfigError(
                 f"{run.folder.path}: {cfg.data.name} has no questions to answer in words; expected"
                 " runs of task=vl"
@@ -218,13 +228,12 @@ def _load_speakers(
 
 def _time_fresh(args: argparse.Namespace) -> None:
     """A dense model and MoE models of fresh weights, as in ``dynmoe-bench step``."""
-    from dynmoe.benchmark import candidates
 
     overrides = args.overrides
-    if "task" not in candidates.keys(overrides):
+    if "task" not in keys(overrides):
         overrides = ["task=vl", *overrides]
-    cfg = candidates.configuration(overrides, candidates.step_defaults(overrides))
-    if candidates.modality(cfg) != "vision-language":
+    cfg = configuration(overrides, step_defaults(overrides))
+    if modality(cfg) != "vision-language":
         raise ConfigError(f"task={cfg.task.name}: expected a task that answers in words, task=vl")
     cases = options.step_cases(CASES, args.k, cfg.moe.num_experts)
     file = File(args.json, "generate")
@@ -248,7 +257,7 @@ def _time_fresh(args: argparse.Namespace) -> None:
     facts = {"data": data.name, **question_facts(questions, args.new_tokens)}
     work = fitted_on._replace(facts=facts)
     amp = args.dtype == "amp"
-    given_layers = "moe.layers" in candidates.keys(overrides)
+    given_layers = "moe.layers" in keys(overrides)
     fused_attention = settings["fused_attention"]
     built, facts = models.build(cfg, work, cases, args.k, given_layers, fused_attention, amp)
     conditions = results.Conditions(results.machine_facts(device, args.dtype), settings, facts)
@@ -287,10 +296,9 @@ def time_epochs(args: argparse.Namespace) -> None:
     Raises:
         UserError: what was asked for cannot be measured; nothing has run then.
     """
-    from dynmoe.benchmark import candidates
 
-    cfg = candidates.configuration(args.overrides, candidates.EPOCH_DEFAULTS)
-    if candidates.modality(cfg) != "text":
+    cfg = configuration(args.overrides, EPOCH_DEFAULTS)
+    if modality(cfg) != "text":
         raise ConfigError(f"task={cfg.task.name}: expected a task on texts, task=glue")
     if cfg.moe.router is not None:
         raise ConfigError(
@@ -312,7 +320,7 @@ def time_epochs(args: argparse.Namespace) -> None:
     settings = runtime.settle(cfg.runtime, device.type)
     data: Any = build.build_data(cfg)
     data.setup()
-    with candidates.unwrapped():
+    with unwrapped():
         task = build.build_task(cfg, data, settings["fused_attention"])
     steps = min(args.steps or data.steps_per_epoch, data.steps_per_epoch)
     loops, work = _loops(cfg, data, task, steps)

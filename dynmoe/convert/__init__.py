@@ -1,0 +1,1 @@
+"""Published MoE-LLaVA and DynMoE-LLaVA checkpoints as ours, and ours as theirs."""

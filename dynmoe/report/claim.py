@@ -330,7 +330,7 @@ def lacks(
 # What paired differences allow to say, and how they are written.
 #
 # Words follow from a paired t test, which knows how little a few repetitions say: of three, a
-# bootstrap interval is the range of the differences, and excludes 0 in 1 of 4 cases by chance alone.
+# bootstrap interval is the range of the differences, and excludes 0 in 1 of 4 cases by chance.
 
 Verdict = Literal["beats", "cannot be told from", "is below", "unknown"]
 

@@ -229,9 +229,9 @@ def _mean(trial: dict[int, float]) -> float:
 
 # The records of a folder of DomainBed runs, checked: each row of its tables must mean one setting.
 #
-# DomainBed's own reader (domainbed/lib/reporting.py) takes what it finds. Its sweeps name a folder by
-# what was asked for, so each is there once; a folder of ours may hold runs that its tables cannot
-# tell apart: other (experts, top-k) under the name TopK, other seeds in one trial.
+# DomainBed's own reader (domainbed/lib/reporting.py) takes what it finds. Its sweeps name a folder
+# by what was asked for, so each is there once; a folder of ours may hold runs that its tables
+# cannot tell apart: other (experts, top-k) under the name TopK, other seeds in one trial.
 
 # What a table needs of `args`.
 ARGS = ("dataset", "algorithm", "test_envs", "trial_seed", "hparams_seed")

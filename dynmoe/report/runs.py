@@ -361,8 +361,8 @@ def _error(place: str, expected: str, found: object) -> RecordError:
 
 # Which runs stand for their repetitions, and are reported.
 #
-# A search belongs to its method, whatever was searched over: of its runs those stand that validation
-# is best for.
+# A search belongs to its method, whatever was searched over: of its runs those stand that
+# validation is best for.
 
 
 def choose(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:

@@ -390,8 +390,8 @@ def _differences(own: Sequence[float], others: Sequence[float]) -> list[float]:
 # Published results on GLUE's dev sets and on sets of questions, for the foot of tables of ours.
 #
 # Source of GLUE's: the table of the UniF-MoE paper (arXiv 2608.10392), for BERT-large (cased)
-# fine-tuned in full with one MoE layer. It stands in for the papers of the other methods, which were
-# not read. Of the questions: MoE-LLaVA (arXiv 2401.15947), images of 336 pixels.
+# fine-tuned in full with one MoE layer. It stands in for the papers of the other methods, which
+# were not read. Of the questions: MoE-LLaVA (arXiv 2401.15947), images of 336 pixels.
 
 MARK = "published"
 NOTE = (

@@ -1,0 +1,1 @@
+"""Building, training and evaluating runs: what the commands do."""

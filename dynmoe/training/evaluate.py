@@ -1,8 +1,7 @@
-"""``dynmoe-eval run=FOLDER``: evaluate a trained run again, from its own config and checkpoint."""
+"""A trained run evaluated again, from its own configuration and checkpoint."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config.options import modality
 from dynmoe.config.rules import folders, text_run
-from dynmoe.errors import ConfigError, UserError
+from dynmoe.errors import ConfigError
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.tables import format_number
 from dynmoe.report.words import PARTS, is_points, k_by_part, layer_name
 from dynmoe.training import trained
-
-HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
-
-  dynmoe-eval run=FOLDER [mode=evaluate|answer|submit] [checkpoint=selected|last|FILE]
-              [key=value ...]
-
-FOLDER is outputs/<name>/<run>. mode=evaluate prints every score beside the recorded one: on the
-same machine they are equal; nothing is written.
-
-mode=answer, for task=vl, answers the questions of the run's own sets, or of the published ones that
-benchmarks.<set>=FOLDER names (benchmarks.gqa=/data/gqa benchmarks.vizwiz=/data/vizwiz), whether
-they are scored here or elsewhere, and writes FOLDER/answers/<set>/ as their evaluators read it.
-mode=submit, for GLUE tasks, predicts the test sets and writes FOLDER/submission/*.tsv as the GLUE
-server takes them.
-
-Keys that may differ from the run's own: {keys}
-"""
 
 OVERRIDES = (
     "data.root",
@@ -46,20 +28,6 @@ OVERRIDES = (
 )
 MODES = ("evaluate", "answer", "submit")
 ARGUMENTS = ("run", "checkpoint", "mode")
-
-
-def main() -> None:
-    """Exit 0, or 2 with a message that names what is wrong."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(HELP.format(keys=", ".join(OVERRIDES)))
-        return
-    try:
-        mode, folder, checkpoint, cfg = parse(arguments)
-        {"evaluate": evaluate, "answer": answer, "submit": submit}[mode](folder, checkpoint, cfg)
-    except UserError as error:
-        print(f"dynmoe-eval: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
@@ -165,10 +133,6 @@ def _load(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, An
     data.setup("validate")
     task, step = build.load(cfg, data, settings["fused_attention"], checkpoint)
     return data, task, step, build.build_trainer(cfg, [], folder, max_steps=1)
-
-
-if __name__ == "__main__":
-    main()
 
 
 # ``dynmoe-eval mode=answer``: a trained run's answers, in the files that evaluators read.

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dynmoe.benchmark import commands
 from dynmoe.benchmark.options import CASES
+from runners import bench
 
 TINY = ["layer", "--shape", "64,16,32,4", "--device", "cpu", "--malloc", "system"]
 TINY += ["--threads", "1", "--rounds", "2"]
@@ -19,7 +19,7 @@ TINY += ["--threads", "1", "--rounds", "2"]
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
-    commands.main()
+    bench.main()
 
 
 def test_measures_all_cases(

@@ -11,7 +11,6 @@ import pytest
 import torch
 from vl_models import BOS, EOS, IMG, questions, vl_model
 
-from dynmoe.benchmark import commands
 from dynmoe.benchmark.generation import (
     Answers,
     Speaker,
@@ -21,6 +20,7 @@ from dynmoe.benchmark.generation import (
 )
 from dynmoe.data.text.batches import Key
 from dynmoe.layers import moe_layers, record_routing
+from runners import bench
 
 NEW = 6
 ASKED = [questions([[BOS, *IMG, 7, 8], [BOS, *IMG, 9]]), questions([[BOS, 5, 6], [BOS, 4]])]
@@ -160,7 +160,7 @@ def test_refuses(
     own = [] if "--runs" in arguments or "task=glue" in arguments else few
     monkeypatch.setattr(sys, "argv", ["dynmoe-bench", "generate", *arguments, *own])
     with pytest.raises(SystemExit) as stop:
-        commands.main()
+        bench.main()
     assert stop.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "outputs" / "bench").exists()

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from dynmoe.benchmark import commands
 from dynmoe.benchmark.models import AllThenMask, Loop, fit
 from dynmoe.benchmark.steps import classification
 from dynmoe.benchmark.workload import random_batches
 from dynmoe.layers import Experts, MoELayer, TopAnyRouter, moe_layers
+from runners import bench
 
 DEPTH, DIM, PX, PATCH, BATCH, EXPERTS = 2, 32, 16, 4, 8, 8
 TOKENS = BATCH * ((PX // PATCH) ** 2 + 1)
@@ -26,7 +26,7 @@ STEP = ["step", "--device", "cpu", "--threads", "1", "--rounds", "2", "--batch",
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
-    commands.main()
+    bench.main()
 
 
 @pytest.fixture

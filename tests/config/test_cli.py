@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from dynmoe.records import RunFolder
 from dynmoe.errors import DataError
-from runners import cli
+from dynmoe import cli
 
 def refuse():
     raise DataError("data.root: no images")

@@ -21,7 +21,7 @@ SCRIPT = """
 import os, time
 from pathlib import Path
 from dynmoe.errors import DataError
-from runners import cli, train
+from dynmoe import cli, job
 
 def fit(cfg, folder):
     with open(os.environ["LOG"], "a") as log:
@@ -40,10 +40,10 @@ def show(folder):
     folder.mark_done()
     return 0.5
 
-train.train, train.show = fit, show
+job.train, job.show = fit, show
 
 if __name__ == "__main__":
-    cli.run(train.job, prog="dynmoe-run")
+    cli.run(job.job, prog="dynmoe-run")
 """
 OWN = """# @package _global_
 name: own

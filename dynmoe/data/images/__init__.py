@@ -1,0 +1,1 @@
+"""Images of several domains (DomainBed)."""

@@ -1,0 +1,1 @@
+"""Texts: GLUE and its kind."""

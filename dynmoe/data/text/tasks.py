@@ -2,7 +2,7 @@
 
 Source: Wang et al., "GLUE", ICLR 2019; columns, label order and sizes as in the hub's nyu-mll/glue.
 MNLI has a second dev set of other genres ("mismatched"); the diagnostic set "ax" is a test set of
-MNLI's model. `glosses` is not part of GLUE: it comes with the package (dynmoe/data/text/sources.py).
+MNLI's model. `glosses` is not part of GLUE: it comes with the package (text/sources.py).
 """
 
 from __future__ import annotations

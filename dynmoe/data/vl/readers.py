@@ -147,9 +147,9 @@ def _object(entry: Any, where: str) -> dict[str, Any]:
 
 # LLaVA's conversation files: the public 558k and 665k, MoE-LLaVA's, and those made like them.
 #
-# An entry is {"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}; `image` is
-# a path below the image folder, a list of them, or missing in an entry of text alone. What LLaVA's
-# llava/train/train.py (preprocess_multimodal, preprocess_v1) makes of an entry is kept:
+# An entry is {"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}; `image`
+# is a path below the image folder, a list of them, or missing in an entry of text alone. What
+# LLaVA's llava/train/train.py (preprocess_multimodal, preprocess_v1) makes of an entry is kept:
 #
 # - What stands before the first human turn is left out, and what is never answered is left out too.
 # - The only placeholder of a turn moves to its front: "What is it?\n<image>" is trained on as

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import Run, tiny_config
 
+from dynmoe import job
 from dynmoe.records import RunFolder
-from dynmoe.training import job
 
 
 @pytest.fixture

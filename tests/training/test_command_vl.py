@@ -20,7 +20,7 @@ import os, signal
 from pathlib import Path
 import torch
 from dynmoe.tasks.vl import VisionLanguage
-from runners import cli, train
+from dynmoe import cli, job
 
 step = VisionLanguage.training_step
 
@@ -38,7 +38,7 @@ VisionLanguage.training_step = training_step
 VisionLanguage.on_train_end = on_train_end
 
 if __name__ == "__main__":
-    cli.run(train.job, prog="dynmoe-run")
+    cli.run(job.job, prog="dynmoe-run")
 """
 
 

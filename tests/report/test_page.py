@@ -266,7 +266,7 @@ def test_the_report_needs_neither_torch_nor_pyplot(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", SWEEP)
     code = (
         "import sys; from pathlib import Path;"
-        "from dynmoe.comparison import page; from dynmoe.report.runs import read_runs;"
+        "from dynmoe.report import page; from dynmoe.report.runs import read_runs;"
         f"page.write(read_runs([Path({str(sweep)!r})]), Path({str(tmp_path / 'out')!r}));"
         "print({'torch', 'lightning', 'hydra', 'matplotlib.pyplot'} & set(sys.modules))"
     )

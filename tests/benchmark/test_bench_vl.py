@@ -17,13 +17,14 @@ from sweeps import write_run
 from tiny_runs import tiny_config
 from tiny_vl import TINY_VL, configuration
 
-from dynmoe.benchmark import commands, model_commands, models, workload
+from dynmoe import job
+from dynmoe.benchmark import model_commands, models, workload
 from dynmoe.benchmark.candidates import candidates, groups
 from dynmoe.benchmark.steps import classification
 from dynmoe.layers import record_routing
 from dynmoe.metrics.efficiency import count
 from dynmoe.records import RunFolder
-from dynmoe.training import job
+from runners import bench
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
-    commands.main()
+    bench.main()
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY_DYNMOE
 
+from dynmoe import job
 from dynmoe.records import RunFolder
-from dynmoe.training import job
 
 Numbers = dict[tuple[str, int], float]
 

@@ -18,12 +18,13 @@ from published_models import add_tokenizer, clip_folder, published, read
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dynmoe import job
 from dynmoe.benchmark.candidates import configuration
 from dynmoe.config.check import problems
 from dynmoe.convert.config import describe
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
-from dynmoe.training import build, evaluate, job
+from dynmoe.training import build, evaluate
 from runners import convert
 
 pytestmark = pytest.mark.slow

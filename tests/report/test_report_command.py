@@ -101,7 +101,7 @@ def test_500_runs_without_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from dynmoe.comparison import page
+from dynmoe.report import page
 from dynmoe.report.runs import read_runs
 from dynmoe.report.claim_tables import statements
 import runners.report

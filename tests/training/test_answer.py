@@ -15,11 +15,13 @@ from sweeps import write_run
 from tiny_runs import tiny_config
 from tiny_vl import configuration
 
+from dynmoe import job
 from dynmoe.errors import ConfigError
 from dynmoe.questions.vqa import INSTRUCTION
 from dynmoe.records import RunFolder
-from dynmoe.training import build, evaluate, job
+from dynmoe.training import build, evaluate
 from dynmoe.training.evaluate import print_scores
+from runners import evaluate as command
 
 ALONE = ("stage.start=null", "runtime.malloc=system", "data.cache=null")
 SHORT = ("task.steps=2", "task.eval_every=2", "moe=dynmoe_vl")
@@ -69,7 +71,7 @@ def write(file: Path, text: str) -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dynmoe-eval", *arguments])
-    evaluate.main()
+    command.main()
 
 
 def given(published: dict[str, Path], *names: str) -> list[str]:

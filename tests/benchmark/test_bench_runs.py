@@ -15,10 +15,11 @@ import torch
 from sweeps import write_run
 from tiny_runs import tiny_config
 
-from dynmoe.benchmark import commands, model_commands
+from dynmoe import job
+from dynmoe.benchmark import model_commands
 from dynmoe.benchmark.candidates import candidates, groups
 from dynmoe.records import RunFolder
-from dynmoe.training import job
+from runners import bench
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 SETTINGS = ["dense", "top-2 of 4", "DynMoE"]
@@ -55,7 +56,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dynmoe-bench", "step", *arguments])
-    commands.main()
+    bench.main()
 
 
 def test_times_one_run_of_each_setting(

@@ -25,7 +25,7 @@ LONGER = (*TINY_DYNMOE, "task.steps=41", "task.eval_every=10")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(*overrides: str, module: str = "dynmoe.training.job") -> list[str]:
+def command(*overrides: str, module: str = "dynmoe.job") -> list[str]:
     return [sys.executable, "-m", module, *overrides]
 
 

@@ -62,7 +62,7 @@ def contents(store: TokenStore) -> list[object]:
 
 
 def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "encode_all", lambda *_, **__: pytest.fail("made anew"))
+    monkeypatch.setattr(vl_store, "encode_all", lambda *_, **__: pytest.fail("made anew"))
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -131,7 +131,7 @@ def test_each_of_source_tokenizer_and_setting_has_its_own_folder(tmp_path: Path)
     ],
     ids=["missing", "empty", "garbage", "cut"],
 )
-@pytest.mark.parametrize("name", [store.TOKENS, store.IMAGES, store.INDEX])
+@pytest.mark.parametrize("name", [vl_store.TOKENS, vl_store.IMAGES, vl_store.INDEX])
 def test_a_damaged_folder_is_made_anew(
     tmp_path: Path,
     name: str,
@@ -182,7 +182,7 @@ def test_progress_is_shown_in_a_long_pass_alone(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Progress, "start", lambda self: started.append(self.tasks[0].completed))
     make(None)
     assert not started
-    monkeypatch.setattr(store, "LONG_PASS", 3)
+    monkeypatch.setattr(vl_store, "LONG_PASS", 3)
     monkeypatch.setattr(vl_store, "CHUNK", 2)
     make(None)
     assert started == [4]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny_runs import NO_DROPOUT, Run, tiny_config
 
+from dynmoe import job
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import RunFolder
 from dynmoe.selection import selected
-from dynmoe.training import job
 
 MEASURED = {"step_time", "eval_time", "mem_gb"}  # differ from run to run
 

@@ -11,10 +11,9 @@ from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dynmoe import cli
+from dynmoe import cli, job
 from dynmoe.config.stages import run_folder
 from dynmoe.records import RunFolder
-from dynmoe.training import job
 
 assert cli  # registers the resolvers of conf/
 

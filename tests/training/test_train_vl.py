@@ -13,13 +13,14 @@ from omegaconf import OmegaConf
 from tiny_vl import STAGES, configuration, records, run, stage_folders
 from torch import Tensor
 
+from dynmoe import job
 from dynmoe.data.base import TaskData
 from dynmoe.errors import ConfigError
 from dynmoe.layers import moe_layers
 from dynmoe.records import RunFolder
 from dynmoe.report import figures
 from dynmoe.tasks.vl import VisionLanguage
-from dynmoe.training import build, evaluate, job
+from dynmoe.training import build, evaluate
 
 
 @pytest.fixture(scope="module")

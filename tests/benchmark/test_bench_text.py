@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_texts import TINY_TEXT, TRAIN, config, write_rte, write_stsb
 
-from dynmoe.benchmark import commands
+from dynmoe import job
 from dynmoe.benchmark.epochs import LabelledTexts, plain_loader
 from dynmoe.benchmark.workload import (
     ENDLESS,
@@ -29,7 +29,8 @@ from dynmoe.data.text.tokens import encode
 from dynmoe.layers import moe_layers
 from dynmoe.metrics.efficiency import flops
 from dynmoe.records import RunFolder
-from dynmoe.training import build, job
+from dynmoe.training import build
+from runners import bench
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
-    commands.main()
+    bench.main()
 
 
 def texts(glue: Path, *overrides: str) -> list[str]:

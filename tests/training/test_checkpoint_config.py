@@ -27,7 +27,7 @@ def test_experts_that_a_checkpoint_will_fill(saved: str, loaded: str, tmp_path: 
 def test_texts_longer_than_the_backbones_positions_are_refused() -> None:
     data: Any = SimpleNamespace(modality="text", backbone_arguments={"num_classes": 2})
     backbone = {
-        "_target_": "dynmoe.backbones.text.build_text_classifier",
+        "_target_": "dynmoe.backbones.build_text_classifier",
         "model": None,
         "architecture": "bert",
         "options": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},

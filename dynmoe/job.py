@@ -1,4 +1,4 @@
-"""``dynmoe-run``: train one configuration, or many with ``-m``; see ``dynmoe-run --help``."""
+"""One job: a run from its configuration to its summary, or a look at its data or its plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pickle import UnpicklingError
 
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe import cli
 from dynmoe.config import stages
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
@@ -168,11 +167,3 @@ def _clear(folder: Path) -> None:
     for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md", "failed.txt", "done"):
         for file in folder.glob(pattern):
             file.unlink()
-
-
-def main() -> None:
-    cli.run(job, prog="dynmoe-run")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,47 @@
+"""``dynmoe-bench``: how fast a layer is, steps, inference, generation, epochs, and the data."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from dynmoe.benchmark.commands import data, epoch, generate, layer, step
+from dynmoe.benchmark.options import Command, parser
+from dynmoe.errors import UserError
+
+
+def main() -> None:
+    """Exit 0, 2 with a message that names what is wrong, or 130 when interrupted."""
+    # PyTorch's profiler, which counts allocations, reports every start and stop, and memory that
+    # it saw freed but not allocated: a text's mask of the step before.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        commands: dict[str, Command] = {
+            "layer": layer,
+            "step": step,
+            "data": data,
+            "epoch": epoch,
+            "generate": generate,
+        }
+        args = parser(commands).parse_args(_overrides_first(sys.argv[1:]))
+        run: Command = args.run
+        run(args)
+    except UserError as error:
+        print(f"dynmoe-bench: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("dynmoe-bench: stopped; the --json file holds what was finished", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _overrides_first(arguments: Sequence[str]) -> list[str]:
+    """Move key=value behind the command: an option before it would take it as its own value."""
+    overrides = [a for a in arguments if a[0:1] == "~" or ("=" in a and a[0:1] != "-")]
+    others = [a for a in arguments if a not in overrides]
+    return [*others[:1], *overrides, *others[1:]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""``dynmoe-eval run=FOLDER``: evaluate a trained run again, from its own config and checkpoint."""
+
+from __future__ import annotations
+
+import sys
+
+from dynmoe.errors import UserError
+from dynmoe.training.evaluate import OVERRIDES, answer, evaluate, parse, submit
+
+HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
+
+  dynmoe-eval run=FOLDER [mode=evaluate|answer|submit] [checkpoint=selected|last|FILE]
+              [key=value ...]
+
+FOLDER is outputs/<name>/<run>. mode=evaluate prints every score beside the recorded one: on the
+same machine they are equal; nothing is written.
+
+mode=answer, for task=vl, answers the questions of the run's own sets, or of the published ones that
+benchmarks.<set>=FOLDER names (benchmarks.gqa=/data/gqa benchmarks.vizwiz=/data/vizwiz), whether
+they are scored here or elsewhere, and writes FOLDER/answers/<set>/ as their evaluators read it.
+mode=submit, for GLUE tasks, predicts the test sets and writes FOLDER/submission/*.tsv as the GLUE
+server takes them.
+
+Keys that may differ from the run's own: {keys}
+"""
+
+
+def main() -> None:
+    """Exit 0, or 2 with a message that names what is wrong."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(HELP.format(keys=", ".join(OVERRIDES)))
+        return
+    try:
+        mode, folder, checkpoint, cfg = parse(arguments)
+        {"evaluate": evaluate, "answer": answer, "submit": submit}[mode](folder, checkpoint, cfg)
+    except UserError as error:
+        print(f"dynmoe-eval: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
