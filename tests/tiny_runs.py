@@ -13,6 +13,7 @@ from dynmoe.records import RunFolder
 assert cli  # registers the resolvers of conf/
 
 Run = Callable[..., RunFolder]
+Trained = Callable[..., RunFolder]
 
 # Nine steps with evaluations after steps 0, 4 and 8; adaptation after every third step.
 TINY = (

@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from tiny_runs import Run, tiny_config
+from tiny_runs import Run, Trained, tiny_config
 
 from dynmoe import job
 from dynmoe.records import RunFolder
 
 
+def _train(path: Path, *overrides: str, moe: str, show: bool) -> RunFolder:
+    folder = RunFolder(path)
+    folder.path.mkdir(exist_ok=True)
+    job.train(tiny_config(*overrides, moe=moe), folder)
+    if show:
+        job.show(folder)
+    return folder
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Train and report; returns the run folder."""
+    """Train into a folder of this test, which it may change; `show` draws figures and summary."""
 
-    def run(*overrides: str, moe: str = "dynmoe", name: str = "run") -> RunFolder:
-        folder = RunFolder(tmp_path / name)
-        folder.path.mkdir(exist_ok=True)
-        job.train(tiny_config(*overrides, moe=moe), folder)
-        job.show(folder)
-        return folder
+    def run(
+        *overrides: str, moe: str = "dynmoe", name: str = "run", show: bool = False
+    ) -> RunFolder:
+        return _train(tmp_path / name, *overrides, moe=moe, show=show)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Train each configuration once for all tests of the module, which only read its folder."""
+    made: dict[tuple[str, ...], RunFolder] = {}
+
+    def trained(*overrides: str, moe: str = "dynmoe") -> RunFolder:
+        key = (moe, *overrides)
+        if key not in made:
+            made[key] = _train(tmp_path_factory.mktemp("trained"), *overrides, moe=moe, show=True)
+        return made[key]
+
+    return trained
+
+
+@pytest.fixture
+def copied(trained: Trained, tmp_path: Path) -> RunFolder:
+    """The default run, to be changed."""
+    return RunFolder(shutil.copytree(trained().path, tmp_path / "run"))

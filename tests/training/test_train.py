@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from tiny_runs import NO_DROPOUT, Run, tiny_config
+from tiny_runs import NO_DROPOUT, Run, Trained, tiny_config
 
 from dynmoe import job
 from dynmoe.errors import ConfigError, UserError
@@ -34,7 +34,7 @@ def everything(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_a_run_leaves_what_it_promises(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run()
+    folder = run(show=True)
     assert folder.is_done
     names = {p.relative_to(folder.path).as_posix() for p in folder.path.rglob("*.*")}
     assert {
@@ -56,16 +56,16 @@ def test_a_run_leaves_what_it_promises(run: Run, capsys: pytest.CaptureFixture[s
         assert word in printed
 
 
-def test_evaluations_are_domainbeds(run: Run) -> None:
+def test_evaluations_are_domainbeds(trained: Trained) -> None:
     """After one update, then every `eval_every`, and at the last step."""
-    folder = run()
+    folder = trained()
     assert [r["step"] for r in folder.read("results")] == [0, 4, 8]
     assert [e["step"] for e in folder.read("events")] == [2, 2, 5, 5, 8, 8]
 
 
-def test_results_are_readable_by_domainbed(run: Run) -> None:
+def test_results_are_readable_by_domainbed(trained: Trained) -> None:
     """The keys its collect_results.py uses; its reader cuts off each line's last character."""
-    lines = (run().path / "results.jsonl").read_text().splitlines(keepends=True)
+    lines = (trained().path / "results.jsonl").read_text().splitlines(keepends=True)
     for line in lines:
         record = json.loads(line[:-1])
         assert list(record) == sorted(record)
@@ -76,25 +76,25 @@ def test_results_are_readable_by_domainbed(run: Run) -> None:
         assert record["hparams"]["batch_size"] == 4
 
 
-def test_accuracy_is_counted_over_the_whole_split(run: Run) -> None:
-    record = run().read("results")[-1]
+def test_accuracy_is_counted_over_the_whole_split(trained: Trained) -> None:
+    record = trained().read("results")[-1]
     for env, size in (("env0", 240), ("env4", 240)):  # 299 or 300 images, 80 % of them in
         correct = record[f"{env}_in_acc"] * size
         assert math.isclose(correct, round(correct), abs_tol=1e-6)
 
 
-def test_training_routing_counts_every_token(run: Run) -> None:
+def test_training_routing_counts_every_token(trained: Trained) -> None:
     """Batches of 4 images from 5 environments with 5 tokens each, 4 steps between evaluations."""
-    routing = run().read("routing")
+    routing = trained().read("routing")
     tokens = [
         r["tokens"] for r in routing if r["source"] == "train" and r["layer"] == "blocks.0.mlp"
     ]
     assert tokens == [100, 400, 400]
 
 
-def test_evaluation_routing_is_broken_down_by_position_and_class(run: Run) -> None:
+def test_evaluation_routing_is_broken_down_by_position_and_class(trained: Trained) -> None:
     """5 tokens per image; the sums over positions and over classes are the whole."""
-    routing = [r for r in run().read("routing") if r["source"] != "train"]
+    routing = [r for r in trained().read("routing") if r["source"] != "train"]
     for record in routing:
         k = record["k_by_position"]
         assert len(k) == 5 and sum(k) / 5 == pytest.approx(record["mean_k"], abs=1e-4)
@@ -104,8 +104,8 @@ def test_evaluation_routing_is_broken_down_by_position_and_class(run: Run) -> No
         assert len(record["load_by_class"]) == 10
 
 
-def test_facts_hold_the_configuration_and_the_machine(run: Run) -> None:
-    facts = run().read_run()
+def test_facts_hold_the_configuration_and_the_machine(trained: Trained) -> None:
+    facts = trained().read_run()
     config = facts["config"]
     assert (config["task.steps"], config["moe.adaptation.length"], config["seed"]) == (9, 3, 0)
     assert "data.seed" not in config and "paths.outputs" not in config
@@ -113,8 +113,8 @@ def test_facts_hold_the_configuration_and_the_machine(run: Run) -> None:
     assert facts["machine"].keys() == {"cpu", "cores"}
 
 
-def test_selected_checkpoint_is_the_selected_records(run: Run) -> None:
-    folder = run()
+def test_selected_checkpoint_is_the_selected_records(trained: Trained) -> None:
+    folder = trained()
     record = selected(folder.read("results"), "training_domain_validation", [0])
     assert record is not None
     for name, step in (("selected", record["step"]), ("last", 8)):
@@ -122,8 +122,8 @@ def test_selected_checkpoint_is_the_selected_records(run: Run) -> None:
         assert checkpoint["global_step"] - 1 == step
 
 
-def test_seeds_matter_and_repeat(run: Run) -> None:
-    first = everything(run(name="a"))
+def test_seeds_matter_and_repeat(run: Run, trained: Trained) -> None:
+    first = everything(trained())
     assert everything(run(name="b")) == first
     assert everything(run("seed=1", name="c"))["results"] != first["results"]
 
@@ -143,13 +143,19 @@ class StopAt(L.Callback):
             raise Stop
 
 
-@pytest.mark.parametrize("step", [3, 5, 7])
-@pytest.mark.parametrize("moe", ["dynmoe", "gmoe"])
+@pytest.mark.parametrize(
+    ("moe", "step"), [("dynmoe", 3), ("dynmoe", 5), ("dynmoe", 7), ("gmoe", 5)]
+)
 def test_an_interrupted_run_resumes_without_a_trace(
-    step: int, moe: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int,
+    moe: str,
+    run: Run,
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Dropout, stochastic depth, routing noise, a half-filled window: later records are equal."""
-    straight = everything(run(moe=moe, name="straight"))
+    straight = everything(trained(moe=moe))
     from dynmoe.training import build
 
     callbacks = build.build_callbacks
@@ -166,8 +172,10 @@ def test_an_interrupted_run_resumes_without_a_trace(
     assert everything(run(moe=moe, name="broken")) == straight
 
 
-def test_nothing_of_a_finished_run_is_repeated(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = run()
+def test_nothing_of_a_finished_run_is_repeated(
+    copied: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied
     before = {p: p.stat().st_mtime_ns for p in folder.path.glob("*.jsonl")}
 
     class Hydra:
@@ -188,8 +196,8 @@ def test_nothing_of_a_finished_run_is_repeated(run: Run, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "moe", ["dense", "topk", "gmoe", "dynmoe_official_tutel", "dynmoe_official_deepspeed"]
 )
-def test_every_mixture_trains(moe: str, run: Run) -> None:
-    folder = run(moe=moe)
+def test_every_mixture_trains(moe: str, trained: Trained) -> None:
+    folder = trained(moe=moe)
     assert all(math.isfinite(r["loss"]) for r in folder.read("results"))
     assert (folder.path / "figures" / "accuracy.png").exists()
     assert bool(folder.read("events")) == moe.startswith("dynmoe")
@@ -202,8 +210,8 @@ def test_other_selection_rules(selection: str, run: Run) -> None:
     assert chosen == (selection == "oracle")
 
 
-def test_bf16_stays_near_fp32(run: Run) -> None:
-    full = run(name="full").read("results")
+def test_bf16_stays_near_fp32(run: Run, trained: Trained) -> None:
+    full = trained().read("results")
     mixed = run("trainer.precision=bf16-mixed", name="mixed").read("results")
     for a, b in zip(mixed, full, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.05) and a["loss"] != b["loss"]
@@ -217,8 +225,8 @@ def test_accumulation_does_not_change_the_run(run: Run) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-def test_activation_checkpointing_does_not_change_the_run(run: Run) -> None:
-    plain = everything(run(name="plain"))
+def test_activation_checkpointing_does_not_change_the_run(run: Run, trained: Trained) -> None:
+    plain = everything(trained())
     checkpointed = everything(run("backbone.grad_checkpointing=true", name="checkpointed"))
     for kind in ("routing", "events"):
         assert checkpointed[kind] == plain[kind]
@@ -233,8 +241,8 @@ def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
         pass
 
 
-def test_a_damaged_checkpoint_is_named(run: Run) -> None:
-    folder = run()
+def test_a_damaged_checkpoint_is_named(copied: RunFolder, run: Run) -> None:
+    folder = copied
     (folder.path / "done").unlink()
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
