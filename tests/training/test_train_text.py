@@ -12,10 +12,11 @@ import torch
 from omegaconf import OmegaConf
 from tiny_texts import DEV, TRAIN, config, pairs, write, write_rte, write_stsb
 
+from dynmoe import job
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
 from dynmoe.tasks.text import TextClassification
-from dynmoe.training import evaluate, job
+from dynmoe.training import evaluate
 
 
 @pytest.fixture
@@ -23,11 +24,14 @@ def rte(tmp_path: Path) -> Path:
     return write_rte(tmp_path / "glue")
 
 
-def run(root: Path, folder: Path, *overrides: str, moe: str = "dynmoe_glue") -> RunFolder:
+def run(
+    root: Path, folder: Path, *overrides: str, moe: str = "dynmoe_glue", show: bool = False
+) -> RunFolder:
     made = RunFolder(folder)
     folder.mkdir(exist_ok=True)
     job.train(config(root, f"paths.outputs={root}", "data=rte", *overrides, moe=moe), made)
-    job.show(made)
+    if show:
+        job.show(made)
     return made
 
 
@@ -44,7 +48,7 @@ def test_a_run_leaves_what_it_promises(
     rte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        folder = run(rte, tmp_path / "run")
+        folder = run(rte, tmp_path / "run", show=True)
     assert "RTE train: expected 2,490 rows, found 22" in caplog.text
     results, facts = folder.read("results"), folder.read_run()
     assert [(r["step"], r["epoch"]) for r in results] == [(2, 1.0), (5, 2.0)]
@@ -99,12 +103,13 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
 def test_training_stops_without_gain(
     rte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run(rte, tmp_path / "run", "task.epochs=9", "task.patience=1", "task.optimizer.lr=0.0")
+    never = ("task.epochs=9", "task.patience=1", "task.optimizer.lr=0.0")
+    folder = run(rte, tmp_path / "run", *never, show=True)
     assert [r["step"] for r in folder.read("results")] == [2, 5]
     assert folder.is_done and folder.read_run()["steps"] == 27
     assert "unfinished" not in capsys.readouterr().out
     (folder.path / "done").unlink()  # as if killed before the summary
-    run(rte, tmp_path / "run", "task.epochs=9", "task.patience=1", "task.optimizer.lr=0.0")
+    run(rte, tmp_path / "run", *never)
     assert [r["step"] for r in folder.read("results")] == [2, 5]
 
 
