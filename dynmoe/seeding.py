@@ -1,4 +1,4 @@
-"""Seeds as functions of what they are for (domainbed/lib/misc.py)."""
+"""Seeds as functions of their purpose (domainbed/lib/misc.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def seed_hash(*args: object) -> int:
-    """Seed in [0, 2**31) from the printed tuple of `args`; the same on every machine and run.
+    """Return a seed in [0, 2**31) from the printed tuple of `args`: the same on every machine.
 
     Arguments must be plain Python values: a NumPy integer prints differently.
     """

@@ -104,7 +104,7 @@ def step(args: argparse.Namespace) -> None:
         work = workload.images(cfg, args.batch or 32, device)
     else:
         cfg.data.batch_size = args.batch or cfg.data.batch_size
-        work = workload.of_data(cfg, workload.data_of(cfg.data), device)
+        work = workload.of_data(cfg, workload.data_of(cfg), device)
     amp = args.dtype == "amp"
     given_layers = "moe.layers" in candidates.keys(args.overrides)
     fused_attention = settings["fused_attention"]
@@ -155,13 +155,12 @@ def data(args: argparse.Namespace) -> None:
 
     from dynmoe.benchmark import results, tables
     from dynmoe.benchmark.results import DataRow
-    from dynmoe.benchmark.workload import ENDLESS, measure_loader
+    from dynmoe.benchmark.workload import endless_data, measure_loader
 
-    cfg.data.steps = cfg.data.eval_every = ENDLESS
     rows: list[DataRow] = []
     for workers in args.workers or [cfg.data.workers]:
         cfg.data.workers = workers
-        module = candidates.built(cfg.data)
+        module: Any = endless_data(cfg)
         module.setup()
         file.make_folder()
         rows.append(measure_loader(module, args.seconds))

@@ -120,7 +120,7 @@ def _load(
 
     # Tasks log their losses, to a trainer that is not there.
     warnings.filterwarnings("ignore", message=r".*`self\.trainer` reference is not registered.*")
-    data = data_of(group[0].cfg.data)
+    data = data_of(group[0].cfg)
     batches = training_batches(data, device)
     models = []
     for run, cfg, checkpoint in group:
@@ -214,9 +214,9 @@ def _load_speakers(
     from dynmoe.benchmark.workload import data_of
     from dynmoe.training import build
 
-    node = group[0].cfg.data
-    node.eval_batch_size = batch or node.eval_batch_size
-    data: Any = data_of(node)
+    first = group[0].cfg
+    first.data.eval_batch_size = batch or first.data.eval_batch_size
+    data: Any = data_of(first)
     questions = question_batches(data, device)
     speakers = []
     for run, cfg, checkpoint in group:
@@ -251,7 +251,7 @@ def _time_fresh(args: argparse.Namespace) -> None:
     device = device_of(args)
     settings = runtime.settle(cfg.runtime, device.type)
     cfg.data.eval_batch_size = args.batch or cfg.data.eval_batch_size
-    data: Any = data_of(cfg.data)
+    data: Any = data_of(cfg)
     fitted_on = of_data(cfg, data, device)
     questions = question_batches(data, device)
     facts = {"data": data.name, **question_facts(questions, args.new_tokens)}

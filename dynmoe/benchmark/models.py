@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from dynmoe.backbones.surgery import add_moe_layers, blocks_of
+from dynmoe.backbones.surgery import blocks_of
 from dynmoe.benchmark.candidates import built
 from dynmoe.benchmark.layer import fit_thresholds
 from dynmoe.benchmark.results import Facts
@@ -22,6 +22,7 @@ from dynmoe.benchmark.workload import LabelledBatch, Workload, calls_of_sample, 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import Experts, Routing, TopAnyRouter, TopKRouter, moe_layers
 from dynmoe.runtime import set_fused_attention
+from dynmoe.training.build import add_layers
 
 
 def build(
@@ -102,16 +103,8 @@ def build_models(
     def with_router(router: Callable[[int, int], nn.Module], slots: int) -> nn.Module:
         torch.manual_seed(0)  # equal experts and directions in all cases of equal routers
         model = copy.deepcopy(dense)
-        add_moe_layers(
-            model,
-            router=router,
-            num_experts=moe.num_experts,
-            max_experts=slots,
-            layers=layers,  # type: ignore[arg-type]
-            init="fresh" if fresh else "copy",
-            expert_dropout=moe.expert_dropout,
-            recompute=moe.recompute,
-        )
+        init = "fresh" if fresh else "copy"
+        add_layers(moe, model, router=router, max_experts=slots, layers=layers, init=init)
         return model.to(device)
 
     def top_k(k: int) -> nn.Module:

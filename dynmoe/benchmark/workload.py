@@ -20,13 +20,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dynmoe.benchmark.candidates import built
+from dynmoe.benchmark.candidates import unwrapped
 from dynmoe.benchmark.results import DataRow, Facts
 from dynmoe.data.base import TaskData
-from dynmoe.data.images.batches import Batch
+from dynmoe.data.images.batches import ImageBatch
 from dynmoe.data.images.module import DomainData
 from dynmoe.data.vl.batches import ConversationBatch
 from dynmoe.metrics.efficiency import Costs, count
+from dynmoe.training.build import build_data
 
 BATCHES = 8
 """They differ, and with them the loads of the experts, as in training."""
@@ -36,7 +37,7 @@ ENDLESS = 10**9
 
 
 class LabelledBatch(Protocol):
-    """A ``Batch`` of images, a ``TextBatch`` or a ``ConversationBatch``."""
+    """A ``ImageBatch`` of images, a ``TextBatch`` or a ``ConversationBatch``."""
 
     @property
     def inputs(self) -> tuple[Any, ...]: ...
@@ -82,11 +83,11 @@ def of_data(cfg: DictConfig, data: TaskData, device: torch.device) -> Workload:
 
 def random_batches(
     size: int, channels: int, px: int, classes: int, device: torch.device
-) -> list[Batch]:
+) -> list[ImageBatch]:
     torch.manual_seed(1)
     none = torch.zeros(size, dtype=torch.long, device=device)
     return [
-        Batch(
+        ImageBatch(
             torch.randn(size, channels, px, px).to(device),
             torch.randint(classes, (size,)).to(device),
             env=none,
@@ -96,17 +97,25 @@ def random_batches(
     ]
 
 
-def data_of(node: DictConfig) -> TaskData:
-    """The data module of ``node``, which reads in this process and is never evaluated on.
+def data_of(cfg: DictConfig) -> TaskData:
+    """The data module of ``cfg``, which reads in this process and is never evaluated on.
 
     Raises:
         UserError: data that cannot be built.
     """
-    node.update(steps=ENDLESS, eval_every=ENDLESS, accumulate=1)
-    if "workers" in node:
-        node.workers = 0
-    data: TaskData = built(node)
-    return data
+    if "workers" in cfg.data:
+        cfg.data.workers = 0
+    return endless_data(cfg)
+
+
+def endless_data(cfg: DictConfig) -> TaskData:
+    """The data module of ``cfg``, whose training batches go on without an evaluation.
+
+    Raises:
+        UserError: data that cannot be built.
+    """
+    with unwrapped():
+        return build_data(cfg, steps=ENDLESS, eval_every=ENDLESS, accumulate=1)
 
 
 def training_batches(data: TaskData, device: torch.device) -> list[Any]:
@@ -153,7 +162,7 @@ def token_facts(batches: Sequence[LabelledBatch]) -> Facts:
 
 def tokens_of(batches: Sequence[LabelledBatch]) -> float | None:
     """Real tokens of a batch, the mean; None for images."""
-    if isinstance(batches[0], Batch):
+    if isinstance(batches[0], ImageBatch):
         return None
     return fmean(int(batch.inputs[0]["attention_mask"].sum()) for batch in batches)
 
@@ -210,10 +219,10 @@ WARM_UP = 3
 def measure_loader(data: DomainData, seconds: float) -> DataRow:
     """Iterate the training loader for so many ``seconds`` after a warm-up.
 
-    ``data`` has been set up, with ``steps`` and ``eval_every`` of ``ENDLESS``.
+    ``data`` is ``endless_data`` that has been set up.
     """
     data.repeat_evaluation_of(0)  # go on after step 0, behind which there is an evaluation
-    batches: Iterator[Batch] = iter(data.train_dataloader())
+    batches: Iterator[ImageBatch] = iter(data.train_dataloader())
     for _ in range(WARM_UP):
         next(batches)
     images, cpu, start = 0, _cpu_seconds(), time.perf_counter()

@@ -435,12 +435,14 @@ def _bodies(found: Located) -> Iterator[list[ast.stmt]]:
 
 
 def _class_signature(cls: Located) -> Signature:
-    """Of __init__, or of the fields of a dataclass; inherited where the class has neither."""
+    """Parameters of __init__ or fields of a dataclass; inherited if the class has neither."""
     fields: dict[str, Parameter] = {}
     for owner in lineage(cls):
         assert isinstance(owner.node, ast.ClassDef)
         for node in statements(owner.node.body):
             if isinstance(node, Function) and node.name == "__init__":
+                if fields:  # the __init__ that a dataclass below this base got hides it
+                    return Signature(fields)
                 return _function_signature(node, owner.module, bound=True)
         if _is_dataclass(owner.node):
             # Depth first meets a subclass before its bases, whose fields come first.

@@ -1,28 +1,109 @@
-"""What a run asks of its data module, whatever it holds: images of several domains, or texts."""
+"""The base of every data module, and the optimizer steps that its training batches are made for."""
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+K = TypeVar("K")
+
+Draw = Callable[[int, int], Sequence[list[K]]]
+"""`draw(step, parts)`: the batch of an optimizer step, as the keys of `parts` micro-batches. It is
+a pure function: no state has to be saved for a resumed run to train on the very same batches."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The optimizer steps of a run, counted from 0, and the steps that an evaluation follows.
+
+    `training.build.build_data` makes it from the configuration and connects the data module to it,
+    which completes it: `TaskData.plan`.
+    """
+
+    seed: int
+    """Seed of the batches and of their augmentation."""
+    steps: int = -1
+    """Optimizer steps of the run; -1: `epochs` of the training data."""
+    epochs: int | None = None
+    """Passes over the training data, where `steps` is -1."""
+    eval_every: int | None = None
+    """Optimizer steps between two evaluations; None: the data module's default."""
+    accumulate: int = 1
+    """Micro-batches of a step on each rank (Lightning's accumulate_grad_batches)."""
+    eval_after_first: bool = False
+    """Whether evaluations are counted from the first step on: see `next_evaluated`."""
+
+    def next_evaluated(self, step: int) -> int:
+        """The first step, not before `step`, that an evaluation follows.
+
+        An evaluation follows every `eval_every` steps, that is steps n-1, 2n-1, 3n-1, ...; with
+        `eval_after_first` steps 0, n, 2n, ... (domainbed/scripts/train.py); and always the last.
+        """
+        assert self.eval_every is not None
+        counted = step if self.eval_after_first else step + 1
+        ahead = -counted % self.eval_every
+        return min(step + ahead, self.steps - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatches(Sampler[list[K]], Generic[K]):
+    """Micro-batches of the steps from `next_step()` up to the next evaluation: one Lightning epoch.
+
+    It has no length, since the stretch between two evaluations varies.
+    """
+
+    plan: StepPlan
+    draw: Draw[K]
+    next_step: Callable[[], int]
+    rank: int = 0
+    world_size: int = 1
+
+    def __iter__(self) -> Iterator[list[K]]:
+        # NOTE: Lightning keeps this object and iterates it again after each evaluation, and after a
+        # resume: the step it starts at is asked for here, not when it is made.
+        first = self.next_step()
+        parts = self.plan.accumulate * self.world_size
+        for step in range(first, self.plan.next_evaluated(first) + 1):
+            # NOTE: every rank draws the whole batch and takes its own micro-batches of it, m *
+            # world_size + rank: the batch is the same one however many ranks and micro-batches.
+            yield from self.draw(step, parts)[self.rank :: self.world_size]
 
 
 class TaskData(LightningDataModule):
     """Sets of labelled examples. All but `name` and `test_envs` holds after `setup`.
 
-    Batches have `inputs`, what the backbone is called with, and `label`.
+    Subclasses are dataclasses, whose fields are the keys of the configuration's `data` node; `plan`
+    is connected before `setup`. Batches have `inputs`, the backbone's positional arguments, and
+    `label`.
     """
 
     modality: ClassVar[str]
     libraries: ClassVar[tuple[str, ...]]
     """Packages whose versions belong to a result."""
+    eval_after_first: ClassVar[bool] = False
+    """See `StepPlan`."""
 
     name: str
     test_envs: list[int]
-    """Those of `env_names` that results are reported for."""
+    """Indices of the `env_names` that results are reported for."""
+    _plan: StepPlan
     _repeated_step: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def connect(self, plan: StepPlan) -> None:
+        """Take the plan of the run, before `setup`."""
+        self._plan = plan
 
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:
@@ -36,17 +117,24 @@ class TaskData(LightningDataModule):
     @property
     @abstractmethod
     def class_names(self) -> list[str]:
-        """Empty for regression."""
+        """Empty for regression and for answers in words."""
 
     @property
     @abstractmethod
     def backbone_arguments(self) -> dict[str, Any]:
-        """What the backbone has to know of the data."""
+        """Arguments of the backbone that follow from the data."""
+
+    def check_backbone(self, backbone: nn.Module) -> None:
+        """Check that the backbone can read the data.
+
+        Raises:
+            ConfigError: the data's texts are longer than the backbone has positions.
+        """
 
     @property
     @abstractmethod
     def task_arguments(self) -> dict[str, Any]:
-        """What the task has to know of the data."""
+        """Arguments of the task that follow from the data."""
 
     @property
     @abstractmethod
@@ -54,44 +142,60 @@ class TaskData(LightningDataModule):
         """The backbone's inputs for a typical batch of one; values do not matter."""
 
     @property
-    @abstractmethod
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
+    def plan(self) -> StepPlan:
+        """The connected plan, complete."""
+        return replace(
+            self._plan,
+            steps=self.steps,
+            eval_every=self.eval_every,
+            eval_after_first=self.eval_after_first,
+        )
 
     @property
-    @abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps of the run: those of the plan, else its epochs of this data."""
+        if self._plan.steps > 0:
+            return self._plan.steps
+        assert self._plan.epochs is not None
+        return round(self._plan.epochs * self.steps_per_epoch)
+
+    @property
     def eval_every(self) -> int:
-        """Optimizer steps between two evaluations."""
+        """Optimizer steps between two evaluations: those of the plan, else an epoch."""
+        return self._plan.eval_every or round(self.steps_per_epoch)
 
     @property
     @abstractmethod
     def steps_per_epoch(self) -> float: ...
 
-    @abstractmethod
     def epoch_at(self, step: int) -> float:
-        """What records call the epoch of 0-based optimizer step `step`."""
+        """Epochs that are over after 0-based optimizer step `step`, as records count them."""
+        return (step + 1) / self.steps_per_epoch
 
     @property
     @abstractmethod
     def sizes(self) -> dict[str, Any]:
-        """Examples: {"env0": {"in": n, ...}, ...}, and what else there is."""
+        """Numbers of examples: {"env0": {"in": n, ...}, ...}, of further sets by their names."""
 
     @property
     @abstractmethod
     def data_hash(self) -> str:
-        """Of the examples and their splits."""
+        """Hash of the examples and their splits."""
 
     @property
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What `run.json` says of the data beside the above: `samples_per_step`, `baseline`, ..."""
+        """Further facts for `run.json`: `samples_per_step`, `baseline`, ..."""
 
     @abstractmethod
     def print_check(self, console: Console | None = None) -> None:
-        """A table of what there is."""
+        """Print a table of the sets and their sizes."""
 
     def repeat_evaluation_of(self, step: int) -> None:
-        """Evaluate as training did at `step`: with the same augmentations, if there are any."""
+        """Evaluate as training did at `step`: with the same augmentations, if there are any.
+
+        Training batches then begin at the step after it.
+        """
         self._repeated_step = step
 
     def _next_step(self) -> int:
@@ -106,3 +210,30 @@ class TaskData(LightningDataModule):
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
+
+    def _step_batches(self, draw: Draw[K]) -> StepBatches[K]:
+        return StepBatches(self.plan, draw, self._next_step, self._rank, self._world_size)
+
+    def _loader(
+        self,
+        examples: Dataset[Any],
+        batches: Sampler[Any],
+        collate: Callable[[Any], Any],
+        workers: int = 0,
+        keep_workers: bool = False,
+    ) -> DataLoader[Any]:
+        """A loader of `batches` of keys; `keep_workers` from one evaluation to the next."""
+        return DataLoader(
+            examples,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            persistent_workers=keep_workers and workers > 0,
+            pin_memory=self.trainer is not None
+            and self.trainer.strategy.root_device.type == "cuda",
+            # NOTE: a loader draws a base seed at each pass; without a generator of its own it would
+            # take it from the one the model uses, and shift all that the model draws.
+            generator=torch.Generator(),
+            # Forked workers share decoded images and tokens; other ways to start would copy them.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        )

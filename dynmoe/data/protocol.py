@@ -1,12 +1,12 @@
-"""DomainBed's rules that need numbers only: seeds, splits, hyper-parameter draws, evaluation steps.
+"""DomainBed's rules that need numbers only: splits and hyper-parameter draws.
 
 Source: Gulrajani and Lopez-Paz, "In Search of Lost Domain Generalization", ICLR 2021;
-domainbed/lib/misc.py, domainbed/hparams_registry.py and domainbed/scripts/{train,sweep}.py.
+domainbed/lib/misc.py, domainbed/hparams_registry.py and domainbed/scripts/train.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,24 +21,18 @@ DIGITS_SETS = ("RotatedDigits", "ColoredDigits")
 
 
 def split(n: int, trial_seed: int, env: int, holdout: float) -> tuple[IntArray, IntArray]:
-    """The (in, out) indices of environment `env` with `n` examples; out holds int(holdout * n)."""
+    """Return (in, out) indices of environment `env` with `n` examples; out has int(holdout * n)."""
     order = np.arange(n)
     np.random.RandomState(seed_hash(trial_seed, env)).shuffle(order)
     held_out = int(n * holdout)
     return order[held_out:], order[:held_out]
 
 
-def run_seed(
-    dataset: str, algorithm: str, test_envs: Sequence[int], hparams_seed: int, trial_seed: int
-) -> int:
-    """The run's seed in a DomainBed sweep."""
-    return seed_hash(dataset, algorithm, list(test_envs), hparams_seed, trial_seed)
-
-
 def sample_hparams(dataset: str, hparams_seed: int, trial_seed: int) -> dict[str, float | int]:
-    """lr, batch_size, weight_decay and resnet_dropout: defaults for seed 0, else the n-th draw.
+    """Return lr, batch_size and weight_decay: defaults for seed 0, else the n-th draw.
 
-    Each hyper-parameter has its own generator, so draws are shared by algorithms and data sets.
+    Each hyper-parameter has its own generator, so draws are shared by algorithms and data sets, and
+    do not depend on the hyper-parameters that DomainBed draws beside these (resnet_dropout, ...).
     """
     run = seed_hash(hparams_seed, trial_seed)
     return {
@@ -59,15 +53,4 @@ def _registry(dataset: str) -> dict[str, tuple[float | int, Draw]]:
         "lr": (1e-3 if small else 5e-5, lambda r: 10 ** r.uniform(*lr_exponents)),
         "batch_size": (64 if small else 32, lambda r: int(2 ** r.uniform(*batch_exponents))),
         "weight_decay": (0.0, lambda r: 0.0 if small else 10 ** r.uniform(-6, -2)),
-        "resnet_dropout": (0.0, lambda r: float(r.choice([0.0, 0.1, 0.5]))),
     }
-
-
-def eval_steps(steps: int, every: int) -> list[int]:
-    """Steps followed by an evaluation: 0, every, 2 * every, ... and the last one."""
-    return sorted({*range(0, steps, every), steps - 1})
-
-
-def next_eval_step(step: int, steps: int, every: int) -> int:
-    """The first evaluation step that is not before `step`."""
-    return min(-(-step // every) * every, steps - 1)

@@ -18,17 +18,17 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig
 
-from dynmoe.backbones.surgery import add_moe_layers, blocks_of
+from dynmoe.backbones.surgery import blocks_of
 from dynmoe.backbones.vlm import VisionLanguageModel, train_only
 from dynmoe.config.rules import device_count
-from dynmoe.data.vl.module import VisionLanguageData
+from dynmoe.data.vl.module import VisionLanguageData, sample_of
 from dynmoe.estimate import formulas
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
-from dynmoe.training.build import build_data
+from dynmoe.training.build import add_layers, build_data
 
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
 LLAVA = {"align": 558_128, "instruct": 964_000, "moe": 665_298}
@@ -67,7 +67,8 @@ def measure(cfg: DictConfig) -> Sizes:
     model = shell(cfg, {} if data is None else data.backbone_arguments)
     if data is None or plan.mean_tokens is not None:
         tokens = plan.mean_tokens or cfg.data.max_length
-        sample = _sample(cfg, round(tokens))
+        patches = patches_of(cfg)  # all else of the conversation is learnt
+        sample = sample_of(tokens, round(tokens) - patches, patches, cfg.backbone.vision.image_size)
     else:
         tokens, sample = data.mean_tokens, data.sample
     costs = efficiency.count(model, *sample)
@@ -103,17 +104,10 @@ def mean_ffns(cfg: DictConfig) -> float:
 def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:
     """The run's model without numbers, what the stage does not train frozen. ``arguments`` are the
     data's."""
-    moe = cfg.moe
     with _sizes_alone(cfg.backbone) as backbone, torch.device("meta"):
         model: VisionLanguageModel = instantiate(backbone, **arguments)
-        add_moe_layers(
-            model,
-            router=instantiate(moe.router),
-            num_experts=moe.num_experts,
-            max_experts=moe.max_experts,
-            layers=moe.layers,
-            init="random" if moe.init in PARTS else "copy",  # equal shapes, without the k-means
-        )
+        init = "random" if cfg.moe.init in PARTS else "copy"  # equal shapes, without the k-means
+        add_layers(cfg.moe, model, init=init)
     train_only(model, cfg.task.module.trains)
     return model
 
@@ -177,18 +171,6 @@ def _trained_share(model: VisionLanguageModel, in_layers: float, activated: floa
     if not tied and model.language_model.get_input_embeddings().weight.requires_grad:
         trained -= looked_up
     return (trained + in_layers * (layers > 0)) / (activated - number(model.vision) - looked_up)
-
-
-def _sample(cfg: DictConfig, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
-    """A conversation about one image, all of whose text is learnt."""
-    size, patches = cfg.backbone.vision.image_size, patches_of(cfg)
-    tokens = max(tokens, patches + 1)
-    inputs = {
-        "input_ids": torch.zeros(1, tokens, dtype=torch.long),
-        "image_mask": torch.arange(tokens)[None] < patches,
-        "images": torch.zeros(1, 3, size, size),
-    }
-    return inputs, torch.zeros(tokens - patches, dtype=torch.long)
 
 
 def patches_of(cfg: DictConfig) -> int:

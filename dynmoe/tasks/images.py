@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynmoe.data.images.batches import IN, OUT, Batch
+from dynmoe.data.images.batches import IN, OUT, ImageBatch
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.tasks.base import MoETask
 
@@ -30,14 +30,14 @@ class DomainGeneralization(MoETask):
         # Not a buffer: DDP would overwrite it with rank 0's at every forward.
         self._counts = torch.zeros(num_envs, 2, 2, dtype=torch.long)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
         logits, tape = self.routed_forward(batch.image)
         return self.total_loss(F.cross_entropy(logits, batch.label), tape)
 
     def on_validation_epoch_start(self) -> None:
         self._counts = torch.zeros(self.num_envs, 2, 2, dtype=torch.long, device=self.device)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """A batch comes from one split of one environment."""
         logits, tape = self.routed_forward(batch.image)
         env, split = int(batch.env[0]), int(batch.split[0])

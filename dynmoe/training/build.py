@@ -6,6 +6,7 @@ import logging
 import platform
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,7 @@ from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.identity import flat
 from dynmoe.config.stages import start_folder
-from dynmoe.data.base import TaskData
+from dynmoe.data.base import StepPlan, TaskData
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
@@ -53,9 +54,25 @@ REASON = 300  # characters of a reason: PyTorch names every weight that does not
 UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rms_norm_eps", "rope_parameters")
 
 
-def build_data(cfg: DictConfig) -> TaskData:
-    """The data module. Nothing is read from disk before ``setup``."""
-    return instantiate(cfg.data)
+def build_data(cfg: DictConfig, **plan: Any) -> TaskData:
+    """The data module, connected to the plan of the run; ``plan`` replaces fields of it.
+
+    Nothing is read from disk before ``setup``.
+    """
+    data: TaskData = instantiate(cfg.data)
+    data.connect(replace(step_plan(cfg), **plan))
+    return data
+
+
+def step_plan(cfg: DictConfig) -> StepPlan:
+    """The optimizer steps that the configuration asks for."""
+    return StepPlan(
+        seed=cfg.seed,
+        steps=cfg.trainer.max_steps,  # task.steps, unless the trainer says otherwise
+        epochs=cfg.task.get("epochs"),
+        eval_every=cfg.task.eval_every,
+        accumulate=cfg.trainer.accumulate_grad_batches,
+    )
 
 
 def settle_runtime(cfg: DictConfig) -> dict[str, Any]:
@@ -79,26 +96,13 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
     start = start_folder(cfg)
     if start is not None:
         load_backbone(backbone, start)
-    if data.modality == "text":
-        backbone.check_length(cfg.data.max_length)
-    elif data.modality == "vision-language":
-        backbone.check_length(cfg.data.max_length, cfg.data.max_new_tokens)
+    data.check_backbone(backbone)
     runtime.set_fused_attention(backbone, fused_attention)
-    moe = cfg.moe
-    init = moe.init
+    adaptation, init = cfg.moe.adaptation, cfg.moe.init
     if init == "auto":
         init = "copy" if cfg.backbone.pretrained or start is not None else "fresh"
-    add_moe_layers(
-        backbone,
-        router=instantiate(moe.router),
-        num_experts=moe.num_experts,
-        max_experts=moe.max_experts,
-        layers=moe.layers,
-        init=init,
-        expert_dropout=moe.expert_dropout,
-        recompute=moe.recompute,
-        keep_origin=moe.adaptation is not None and moe.adaptation.init == "pretrained",
-    )
+    keep_origin = adaptation is not None and adaptation.init == "pretrained"
+    add_layers(cfg.moe, backbone, init=init, keep_origin=keep_origin)
     return instantiate(
         cfg.task.module,
         **data.task_arguments,
@@ -107,6 +111,23 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
         scheduler=instantiate(cfg.task.get("scheduler")),
         seed=cfg.seed,
     )
+
+
+def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
+    """Replace FFNs of a backbone by the MoE layers of a ``moe`` node; ``settings`` are arguments of
+    ``add_moe_layers`` that replace those of the node, ``init`` among them where that is auto."""
+    given = {
+        "num_experts": moe.num_experts,
+        "max_experts": moe.max_experts,
+        "layers": moe.layers,
+        "init": moe.init,
+        "expert_dropout": moe.expert_dropout,
+        "recompute": moe.recompute,
+        **settings,
+    }
+    if "router" not in given:
+        given["router"] = instantiate(moe.router)
+    add_moe_layers(backbone, **given)
 
 
 def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:

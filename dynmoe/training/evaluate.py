@@ -116,7 +116,7 @@ def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
         )
         index = data.sets[name].index[rows]
         files.append(
-            write_submission(folder.path / "submission", data.task, name, index, predicted)
+            write_submission(folder.path / "submission", data.glue_task, name, index, predicted)
         )
     print(f"{checkpoint.name}, step {step}. To be zipped and sent to gluebenchmark.com:")
     for file in files:

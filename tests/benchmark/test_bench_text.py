@@ -99,7 +99,7 @@ def test_step_on_numbers(glue: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_costs_leave_padding_out_of_moe_layers(glue: Path) -> None:
     """Against the dense model an expert per token saves the FFN of all padding."""
     cfg = config(glue, "data=rte", "data.cache=null", "moe.layers=[1,3]")
-    data = data_of(cfg.data)
+    data = data_of(cfg)
     batches = training_batches(data, CPU)
     cfg.backbone.pretrained = False
     dense_cfg = config(glue, "data=rte", moe="dense")
@@ -169,7 +169,7 @@ def test_epoch_beside_a_plain_loop(
 def test_the_plain_loader_gives_every_text_once(glue: Path) -> None:
     """The very tokens of our loader."""
     cfg = config(glue, "data=rte", "data.cache=null")
-    data = data_of(cfg.data)
+    data = data_of(cfg)
     data.setup()
     data.repeat_evaluation_of(0)
     assert data.eval_every == ENDLESS

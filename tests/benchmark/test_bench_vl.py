@@ -65,7 +65,7 @@ def scenes(tmp_path: Path) -> tuple[Any, workload.Workload]:
     """A configuration with 4 experts, and its training batches."""
     own = ("moe=dynmoe_vl", "moe.num_experts=4", "moe.max_experts=4", "data.max_length=96")
     cfg = configuration(tmp_path, *ALONE, *own)
-    return cfg, workload.of_data(cfg, workload.data_of(cfg.data), CPU)
+    return cfg, workload.of_data(cfg, workload.data_of(cfg), CPU)
 
 
 def test_what_the_batches_hold(tmp_path: Path) -> None:

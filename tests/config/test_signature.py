@@ -43,6 +43,10 @@ class Point:
 class Point3(Point):
     z: float = 0.0
 
+@dataclass(eq=False)
+class Fields(Base):
+    height: int
+
 def build(a, b: bool = True, /, c="c"): ...
 
 Alias = Child
@@ -73,6 +77,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ("core.Child.load", ["path"], False),
         ("core.Open", ["name"], True),
         ("core.Point3", ["x", "y", "z"], False),
+        ("core.Fields", ["height"], False),
         ("core.build", ["a", "b", "c"], False),
         ("inner.build", ["a", "b", "c"], False),
     ],

@@ -1,4 +1,4 @@
-"""Proves that seeds, splits, draws and steps are DomainBed's, by values from its code and logs."""
+"""Proves that seeds, splits and draws are DomainBed's, by values from its code and logs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmoe.data.protocol import (
-    eval_steps,
-    next_eval_step,
-    run_seed,
-    sample_hparams,
-    split,
-)
+from dynmoe.data.protocol import sample_hparams, split
 from dynmoe.seeding import seed_hash
 
 
@@ -54,57 +48,30 @@ def test_a_split_is_a_partition(n: int, trial_seed: int, env: int) -> None:
     assert sorted([*in_indices, *out_indices]) == list(range(n))
 
 
-def test_run_seed_of_a_published_log() -> None:
-    assert run_seed("VLCS", "ERM", [0], hparams_seed=0, trial_seed=0) == 1721972278
-    assert run_seed("VLCS", "ERM", (0,), hparams_seed=0, trial_seed=0) == 1721972278
-
-
 @pytest.mark.parametrize(
     ("dataset", "hparams_seed", "trial_seed", "expected"),
     [
-        ("PACS", 1, 0, (2.7028930742148706e-05, 39, 0.00044832883881609976, 0.5)),
-        ("VLCS", 2, 0, (5.6841898471378446e-05, 25, 0.005100223533962902, 0.5)),
-        ("PACS", 1, 1, (2.2352558725944602e-05, 8, 1.9967320578799288e-06, 0.5)),
-        ("DomainNet", 1, 0, (2.7028930742148706e-05, 28, 0.00044832883881609976, 0.5)),
-        ("DomainNet", 2, 0, (5.6841898471378446e-05, 20, 0.005100223533962902, 0.5)),
-        ("RotatedMNIST", 1, 0, (0.00011906162909279594, 372, 0.0, 0.5)),
-        ("ColoredMNIST", 2, 0, (0.0003207929136369226, 126, 0.0, 0.5)),
-        ("PACS", 0, 0, (5e-5, 32, 0.0, 0.0)),
-        ("RotatedMNIST", 0, 3, (1e-3, 64, 0.0, 0.0)),
+        ("PACS", 1, 0, (2.7028930742148706e-05, 39, 0.00044832883881609976)),
+        ("VLCS", 2, 0, (5.6841898471378446e-05, 25, 0.005100223533962902)),
+        ("PACS", 1, 1, (2.2352558725944602e-05, 8, 1.9967320578799288e-06)),
+        ("DomainNet", 1, 0, (2.7028930742148706e-05, 28, 0.00044832883881609976)),
+        ("DomainNet", 2, 0, (5.6841898471378446e-05, 20, 0.005100223533962902)),
+        ("RotatedMNIST", 1, 0, (0.00011906162909279594, 372, 0.0)),
+        ("ColoredMNIST", 2, 0, (0.0003207929136369226, 126, 0.0)),
+        ("PACS", 0, 0, (5e-5, 32, 0.0)),
+        ("RotatedMNIST", 0, 3, (1e-3, 64, 0.0)),
     ],
 )
 def test_hyper_parameters(
     dataset: str, hparams_seed: int, trial_seed: int, expected: tuple[float, ...]
 ) -> None:
     hparams = sample_hparams(dataset, hparams_seed, trial_seed)
-    names = ("lr", "batch_size", "weight_decay", "resnet_dropout")
-    drawn = tuple(hparams[name] for name in names)
-    if dataset in ("RotatedMNIST", "ColoredMNIST"):  # the logs show no dropout for MNIST
-        drawn, expected = drawn[:3], expected[:3]
-    assert drawn == expected
+    assert tuple(hparams[name] for name in ("lr", "batch_size", "weight_decay")) == expected
 
 
 def test_random_batches_fit_the_embedded_digits() -> None:
     drawn = [sample_hparams("RotatedDigits", seed, 0)["batch_size"] for seed in range(1, 100)]
     assert max(drawn) < 2**7 < split(299, 0, 0, 0.2)[0].size
-
-
-def test_evaluation_steps() -> None:
-    steps = eval_steps(5001, 300)
-    assert len(steps) == 18 and steps[:2] == [0, 300] and steps[-2:] == [4800, 5000]
-    assert len(eval_steps(5001, 100)) == 51
-    assert len(eval_steps(5001, 1000)) == 6
-    assert eval_steps(12, 5) == [0, 5, 10, 11]
-
-
-@given(steps=st.integers(1, 200), every=st.integers(1, 50), data=st.data())
-def test_next_evaluation_is_the_first_one_not_passed(
-    steps: int, every: int, data: st.DataObject
-) -> None:
-    step = data.draw(st.integers(0, steps - 1))
-    assert next_eval_step(step, steps, every) == min(
-        s for s in eval_steps(steps, every) if s >= step
-    )
 
 
 def test_the_protocol_needs_no_torch() -> None:

@@ -18,6 +18,7 @@ from vl_models import GATED, add_experts, widen
 from dynmoe.adaptation.callback import DynMoECallback
 from dynmoe.backbones.vision import build_vision_tower
 from dynmoe.backbones.vlm import build_vision_language_model
+from dynmoe.data.base import StepPlan
 from dynmoe.data.text.batches import Key
 from dynmoe.data.vl.batches import ConversationBatch, Questions, collate_questions
 from dynmoe.data.vl.chat import IGNORE, IMAGE
@@ -39,8 +40,8 @@ def data() -> VisionLanguageData:
 
 def make_data(accumulate: int = 1) -> VisionLanguageData:
     made = VisionLanguageData(
-        "Scenes",
-        partial(scenes, stage="instruct", px=PX, train_scenes=20, test_scenes=6),
+        name="Scenes",
+        content=partial(scenes, stage="instruct", px=PX, train_scenes=20, test_scenes=6),
         image_size=PX,
         patch_size=PATCH,
         mean=HALVES,
@@ -48,15 +49,12 @@ def make_data(accumulate: int = 1) -> VisionLanguageData:
         template="simple",
         question_template="simple",
         batch_size=BATCH,
-        epochs=1,
-        seed=0,
         max_length=128,
         max_new_tokens=MOST,
         eval_batch_size=4,
-        steps=1,
-        accumulate=accumulate,
         examples=2,
     )
+    made.connect(StepPlan(seed=0, steps=1, accumulate=accumulate))
     made.setup()
     return made
 

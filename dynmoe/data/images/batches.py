@@ -19,13 +19,13 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from dynmoe.data.images.environments import Environment
-from dynmoe.data.protocol import IntArray, next_eval_step
+from dynmoe.data.protocol import IntArray
 from dynmoe.seeding import seed_hash
 
 IN, OUT = 0, 1
 
 
-class Key(NamedTuple):
+class ImageKey(NamedTuple):
     """Names one example of a batch; `draw_seed` seeds its augmentation, None: not augmented."""
 
     env: int
@@ -34,7 +34,7 @@ class Key(NamedTuple):
     draw_seed: int | None
 
 
-class Batch(NamedTuple):
+class ImageBatch(NamedTuple):
     """image [B, C, H, W] float32; label, env and split (0 in, 1 out) [B] int64."""
 
     image: Tensor
@@ -44,12 +44,12 @@ class Batch(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor]:
-        """What the backbone is called with."""
+        """The backbone's positional arguments."""
         return (self.image,)
 
 
-class Example(NamedTuple):
-    """One row of a Batch before collation."""
+class ImageExample(NamedTuple):
+    """One row of an ImageBatch before collation."""
 
     image: Tensor
     label: int
@@ -57,12 +57,12 @@ class Example(NamedTuple):
     split: int
 
 
-def collate(examples: list[Example]) -> Batch:
-    return Batch(*default_collate(examples))
+def collate(examples: list[ImageExample]) -> ImageBatch:
+    return ImageBatch(*default_collate(examples))
 
 
-class Examples(Dataset[Example]):
-    """All environments behind one index, so that one pool of workers serves them all."""
+class ImageExamples(Dataset[ImageExample]):
+    """All environments in one dataset, so that one pool of workers serves them all."""
 
     def __init__(self, environments: Sequence[Environment], image_size: int) -> None:
         self.environments = environments
@@ -70,71 +70,66 @@ class Examples(Dataset[Example]):
         self.augmented = augmented(image_size)
         self.plain = plain(image_size)
 
-    def __getitem__(self, key: Key) -> Example:
+    def __getitem__(self, key: ImageKey) -> ImageExample:
         environment = self.environments[key.env]
         image = environment.load(key.item)
         if isinstance(image, Tensor):
             pixels = scaled(image, self.image_size)
         elif key.draw_seed is None:
             pixels = self.plain(image)
-        else:  # torchvision draws from torch's global generator: lend it, give it back untouched
+        else:
+            # NOTE: torchvision draws from torch's global generator. It is seeded by the key, so
+            # that an augmentation depends neither on the worker that makes it nor on what that has
+            # made before, and restored: without workers the model draws from it too.
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(key.draw_seed)
                 pixels = self.augmented(image)
-        return Example(pixels, int(environment.labels[key.item]), key.env, key.split)
+        return ImageExample(pixels, int(environment.labels[key.item]), key.env, key.split)
 
 
 @dataclass(frozen=True, eq=False)
-class TrainBatches(Sampler[list[Key]]):
-    """Micro-batches of the steps from `next_step()` up to the next evaluation.
+class EnvironmentDraw:
+    """The batch of a step: `batch_size` examples of every pool, one environment after the other.
 
-    A step draws `batch_size` examples with replacement from every pool (a training environment's
-    in split) and puts them one environment after the other. Micro-batch m of rank r takes slice
-    m * world_size + r of each environment's draw: their union is the same batch for any number of
-    ranks and micro-batches. It has no length, for the stretch between evaluations varies.
-
-    `weights` are sampling probabilities per pool entry; None draws uniformly.
+    They are drawn with replacement, as DomainBed's InfiniteDataLoader draws them. A pool holds a
+    training environment's in split. A draw is cut into equal slices of each environment.
     """
 
     pools: Mapping[int, IntArray]
     weights: Mapping[int, npt.NDArray[np.float64]] | None
+    """Sampling probabilities of the entries of each pool; None: uniform."""
     batch_size: int
     seed: int
-    steps: int
-    eval_every: int
-    next_step: Callable[[], int]
-    accumulate: int = 1
-    rank: int = 0
-    world_size: int = 1
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        first = self.next_step()
-        last = next_eval_step(first, self.steps, self.eval_every)
-        size = self.batch_size // (self.accumulate * self.world_size)
-        for step in range(first, last + 1):
-            draws = [self.draw(step, env) for env in self.pools]
-            for micro in range(self.accumulate):
-                start = (micro * self.world_size + self.rank) * size
-                yield [key for keys in draws for key in keys[start : start + size]]
+    def __call__(self, step: int, parts: int) -> list[list[ImageKey]]:
+        draws = [self.of_environment(step, env) for env in self.pools]
+        size = self.batch_size // parts
+        return [
+            [key for keys in draws for key in keys[start : start + size]]
+            for start in range(0, size * parts, size)
+        ]
 
-    def draw(self, step: int, env: int) -> list[Key]:
+    def of_environment(self, step: int, env: int) -> list[ImageKey]:
         """The whole batch of one environment at one step."""
+        # NOTE: seeded by the environment's number, not by its place among the pools: another choice
+        # of test environments leaves the draws of those that remain as they were.
         rng = np.random.default_rng(seed_hash(self.seed, "batch", step, env))
         weights = None if self.weights is None else self.weights[env]
         items = rng.choice(self.pools[env], self.batch_size, p=weights)
         draw_seeds = rng.integers(2**63, size=self.batch_size)
         return [
-            Key(env, IN, item, draw_seed)
+            ImageKey(env, IN, item, draw_seed)
             for item, draw_seed in zip(items.tolist(), draw_seeds.tolist(), strict=True)
         ]
 
 
 @dataclass(frozen=True, eq=False)
-class EvalBatches(Sampler[list[Key]]):
+class ImageEvalBatches(Sampler[list[ImageKey]]):
     """Every example once, environment by environment, in before out, never mixed in a batch.
 
-    Environments in `augmented` are seen through the training transform, seeded by the step just
-    made. Rank r takes batches r, r + world_size, ...
+    Environments in `augmented` are seen through the training transform (DomainBed evaluates its
+    training environments so), seeded by the last optimizer step. Rank r takes batches r, r +
+    world_size, ...
     """
 
     splits: Sequence[tuple[IntArray, IntArray]]
@@ -148,11 +143,11 @@ class EvalBatches(Sampler[list[Key]]):
     def __len__(self) -> int:
         return len(self._slices()[self.rank :: self.world_size])
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        step = self.next_step() - 1
+    def __iter__(self) -> Iterator[list[ImageKey]]:
+        step = self.next_step() - 1  # the evaluation follows it: each has augmentations of its own
         for env, part, start in self._slices()[self.rank :: self.world_size]:
             items = self.splits[env][part][start : start + self.batch_size].tolist()
-            yield [Key(env, part, item, self._draw_seed(step, env, item)) for item in items]
+            yield [ImageKey(env, part, item, self._draw_seed(step, env, item)) for item in items]
 
     def _slices(self) -> list[tuple[int, int, int]]:
         return [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,17 +13,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from dynmoe.data.base import TaskData
 from dynmoe.data.images.batches import (
     IN,
     OUT,
-    EvalBatches,
-    Example,
-    Examples,
-    Key,
-    TrainBatches,
+    EnvironmentDraw,
+    ImageEvalBatches,
+    ImageExamples,
+    ImageKey,
     class_balanced_weights,
     collate,
 )
@@ -40,91 +39,83 @@ from dynmoe.data.protocol import IntArray, split
 from dynmoe.errors import DataError
 
 
+@dataclass(eq=False, kw_only=True)
 class DomainData(TaskData):
     """A DomainBed data set: every environment split in and out, some kept for testing.
 
     Training batches come from the training environments' in splits; evaluation covers both splits
-    of every environment. `environments` is called in `setup`, which raises one DataError with all
-    problems of the data; the other properties hold after it. Loaders give `sampling.Batch`.
+    of every environment. `setup` raises one DataError with all problems of the data; the other
+    properties hold after it. Loaders give `ImageBatch`.
     """
 
     modality = "image"
     libraries = ("timm", "torchvision")
+    eval_after_first = True
 
-    def __init__(
-        self,
-        name: str,
-        environments: Callable[[], list[Environment]],
-        test_envs: Sequence[int],
-        image_size: int,
-        batch_size: int,
-        steps: int,
-        eval_every: int,
-        seed: int,
-        trial_seed: int,
-        holdout_fraction: float = 0.2,
-        augment_eval: bool = True,
-        accumulate: int = 1,
-        class_balanced: bool = False,
-        eval_batch_size: int = 64,
-        workers: int | Literal["auto"] = "auto",
-        root: str | None = None,
-        verify: Literal["header", "decode", "none"] = "header",
-        cache: bool | Literal["auto"] = "auto",
-        cache_gb: float = 2.0,
-        linear_baseline: bool = False,
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.root = root
-        self.test_envs = list(test_envs)
-        self.environments: list[Environment] = []
-        self.splits: list[tuple[IntArray, IntArray]] = []
-        self._make_environments = environments
-        self._image_size = image_size
-        self._batch_size = batch_size
-        self._eval_batch_size = eval_batch_size
-        self._steps = steps
-        self._eval_every = eval_every
-        self._accumulate = accumulate
-        self._seed = seed
-        self._trial_seed = trial_seed
-        self._holdout_fraction = holdout_fraction
-        self._augment_eval = augment_eval
-        self._class_balanced = class_balanced
-        self._workers = workers
-        self._verify = verify
-        self._cache = cache
-        self._cache_gb = cache_gb
-        self.linear_baseline = linear_baseline
+    name: str
+    """Name of the data set: the protocol's recipe is chosen by it."""
+    environments: Callable[[], list[Environment]]
+    """Reads the environments, in `setup`."""
+    root: str | None = None
+    """Folder that configurations pass on to `environments`; not read here."""
+    test_envs: list[int]
+    """Environments kept for testing, by index."""
+    image_size: int
+    """Pixels; images are squeezed to a square."""
+    batch_size: int
+    """Images per training environment and optimizer step."""
+    eval_batch_size: int = 64
+    """Images per batch of an evaluation."""
+    trial_seed: int
+    """Seed of the in/out splits."""
+    holdout_fraction: float = 0.2
+    """Share of an environment that is its out split."""
+    augment_eval: bool = True
+    """Evaluate training environments on augmented images, as DomainBed does."""
+    class_balanced: bool = False
+    """Draw every class of an environment equally often."""
+    workers: int | Literal["auto"] = "auto"
+    """Loader processes per device; auto: 0 for images in memory, else up to 8."""
+    verify: Literal["header", "decode", "none"] = "header"
+    """What is read of every image file before training."""
+    cache: bool | Literal["auto"] = "auto"
+    """Keep decoded images in memory; auto: if they need no more than `cache_gb`."""
+    cache_gb: float = 2.0
+    """GiB per device."""
+    linear_baseline: bool = False
+    """Fit a linear classifier on pixels to compare with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.test_envs = list(self.test_envs)
+        self.envs: list[Environment] = []
+        self.splits: list[tuple[IntArray, IntArray]] = []  # (in, out) indices of each environment
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads, checks and splits the environments; a second call does nothing.
+        """Read, check and split the environments; a second call does nothing.
 
         Raises:
             DataError: the data cannot be trained on; lists every problem.
         """
-        if self.environments:
+        if self.envs:
             return
-        environments = self._make_environments()
+        envs = self.environments()
         splits = [
-            split(len(e), self._trial_seed, env, self._holdout_fraction)
-            for env, e in enumerate(environments)
+            split(len(each), self.trial_seed, env, self.holdout_fraction)
+            for env, each in enumerate(envs)
         ]
-        sizes, unreadable = self._survey(environments)
+        sizes, unreadable = self._survey(envs)
         problems = [
-            *role_problems(environments, self.test_envs),
-            *class_problems(environments),
+            *role_problems(envs, self.test_envs),
+            *class_problems(envs),
             *batch_problems(
                 {
-                    e.name: len(in_indices)
-                    for env, (e, (in_indices, _)) in enumerate(
-                        zip(environments, splits, strict=True)
-                    )
+                    each.name: len(in_indices)
+                    for env, (each, (in_indices, _)) in enumerate(zip(envs, splits, strict=True))
                     if env not in self.test_envs
                 },
-                batch_size=self._batch_size,
-                parts=self._accumulate * self._world_size,
+                batch_size=self.batch_size,
+                parts=self._plan.accumulate * self._world_size,
             ),
             *unreadable,
         ]
@@ -133,31 +124,31 @@ class DomainData(TaskData):
                 "\n  ".join([f"data {self.name}: {len(problems)} problem(s)", *problems])
             )
         if self._to_be_cached(sizes):
-            environments = list(map(cached, environments, sizes))
-        self.environments, self.splits = environments, splits
+            envs = list(map(cached, envs, sizes))
+        self.envs, self.splits = envs, splits
 
-    def _survey(self, environments: Sequence[Environment]) -> tuple[list[IntArray], list[str]]:
-        files = [e for e in environments if isinstance(e, FolderEnvironment)]
-        if self._verify == "none" and self._cache is False:
+    def _survey(self, envs: Sequence[Environment]) -> tuple[list[IntArray], list[str]]:
+        files = [each for each in envs if isinstance(each, FolderEnvironment)]
+        if self.verify == "none" and self.cache is False:
             return [], []
-        sizes, unreadable = survey(files, decode=self._verify == "decode")
-        return sizes, [] if self._verify == "none" else unreadable
+        sizes, unreadable = survey(files, decode=self.verify == "decode")
+        return sizes, [] if self.verify == "none" else unreadable
 
     def _to_be_cached(self, sizes: Sequence[IntArray]) -> bool:
-        fits = decoded_bytes(sizes) <= self._cache_gb * 2**30
-        return bool(sizes) and (fits if self._cache == "auto" else self._cache)
+        fits = decoded_bytes(sizes) <= self.cache_gb * 2**30
+        return bool(sizes) and (fits if self.cache == "auto" else self.cache)
 
     @property
     def train_envs(self) -> list[int]:
-        return [env for env in range(len(self.environments)) if env not in self.test_envs]
+        return [env for env in range(len(self.envs)) if env not in self.test_envs]
 
     @property
     def env_names(self) -> list[str]:
-        return [e.name for e in self.environments]
+        return [e.name for e in self.envs]
 
     @property
     def class_names(self) -> list[str]:
-        return list(self.environments[0].class_names)
+        return list(self.envs[0].class_names)
 
     @property
     def num_classes(self) -> int:
@@ -165,7 +156,7 @@ class DomainData(TaskData):
 
     @property
     def channels(self) -> int:
-        return self.environments[0].channels
+        return self.envs[0].channels
 
     @property
     def backbone_arguments(self) -> dict[str, Any]:
@@ -175,30 +166,23 @@ class DomainData(TaskData):
     def task_arguments(self) -> dict[str, Any]:
         return {
             "num_classes": self.num_classes,
-            "num_envs": len(self.environments),
+            "num_envs": len(self.envs),
             "test_envs": self.test_envs,
         }
 
     @property
     def sample(self) -> tuple[torch.Tensor]:
-        return (torch.empty(1, self.channels, self._image_size, self._image_size),)
+        return (torch.empty(1, self.channels, self.image_size, self.image_size),)
 
     @property
     def facts(self) -> dict[str, Any]:
         return {
-            "samples_per_step": self._batch_size * len(self.train_envs),
-            "baseline": linear_baseline(self) if self.linear_baseline else None,
+            "samples_per_step": self.batch_size * len(self.train_envs),
+            "baseline": linear_pixel_baseline(self) if self.linear_baseline else None,
         }
 
-    @property
-    def steps(self) -> int:
-        return self._steps
-
-    @property
-    def eval_every(self) -> int:
-        return self._eval_every
-
     def epoch_at(self, step: int) -> float:
+        """DomainBed's: the epochs that are over before `step`."""
         return step / self.steps_per_epoch
 
     @property
@@ -212,11 +196,11 @@ class DomainData(TaskData):
     @property
     def steps_per_epoch(self) -> float:
         """DomainBed's epoch: batches in the smallest in split of all environments."""
-        return min(size["in"] for size in self.sizes.values()) / self._batch_size
+        return min(size["in"] for size in self.sizes.values()) / self.batch_size
 
     @property
     def data_hash(self) -> str:
-        return data_hash(self.environments, self.splits)
+        return data_hash(self.envs, self.splits)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Images per environment name and class name."""
@@ -228,11 +212,11 @@ class DomainData(TaskData):
                     strict=True,
                 )
             )
-            for e in self.environments
+            for e in self.envs
         }
 
     def print_check(self, console: Console | None = None) -> None:
-        """Table with one column per environment: its role, its splits, its images per class."""
+        """Print a table of the environments: role, splits and images per class."""
         table = Table(title=f"{self.name}, data {self.data_hash}")
         table.add_column("")
         for env, name in enumerate(self.env_names):
@@ -246,67 +230,43 @@ class DomainData(TaskData):
             table.add_row(name, *[str(per_class[name]) for per_class in self.counts().values()])
         (console or Console()).print(table)
 
-    def train_dataloader(self) -> DataLoader[Example]:
-        pools = {env: self.splits[env][0] for env in self.train_envs}
+    def train_dataloader(self) -> DataLoader[Any]:
+        pools = {env: self.splits[env][IN] for env in self.train_envs}
         weights = {
-            env: class_balanced_weights(self.environments[env].labels[pool])
-            for env, pool in pools.items()
+            env: class_balanced_weights(self.envs[env].labels[pool]) for env, pool in pools.items()
         }
-        batches = TrainBatches(
-            pools=pools,
-            weights=weights if self._class_balanced else None,
-            batch_size=self._batch_size,
-            seed=self._seed,
-            steps=self._steps,
-            eval_every=self._eval_every,
-            next_step=self._next_step,
-            accumulate=self._accumulate,
-            rank=self._rank,
-            world_size=self._world_size,
+        draw = EnvironmentDraw(
+            pools, weights if self.class_balanced else None, self.batch_size, self.plan.seed
         )
-        return self._loader(batches, persistent=True)
+        return self._image_loader(self._step_batches(draw), keep_workers=True)
 
-    def val_dataloader(self) -> DataLoader[Example]:
-        batches = EvalBatches(
+    def val_dataloader(self) -> DataLoader[Any]:
+        batches = ImageEvalBatches(
             splits=self.splits,
-            augmented=frozenset(self.train_envs if self._augment_eval else ()),
-            batch_size=self._eval_batch_size,
-            seed=self._seed,
+            augmented=frozenset(self.train_envs if self.augment_eval else ()),
+            batch_size=self.eval_batch_size,
+            seed=self.plan.seed,
             next_step=self._next_step,
             rank=self._rank,
             world_size=self._world_size,
         )
-        return self._loader(batches, persistent=False)
+        return self._image_loader(batches, keep_workers=False)
 
-    def _loader(
-        self, batches: TrainBatches | EvalBatches, *, persistent: bool
-    ) -> DataLoader[Example]:
-        workers = self.num_workers
-        return DataLoader(
-            Examples(self.environments, self._image_size),
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=workers,
-            persistent_workers=persistent and workers > 0,
-            pin_memory=self.trainer is not None
-            and self.trainer.strategy.root_device.type == "cuda",
-            # A loader draws a base seed at each pass: not from the generator the model uses.
-            generator=torch.Generator(),
-            # Forked workers share the decoded images; other ways to start would copy them.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        )
+    def _image_loader(self, batches: Sampler[Any], keep_workers: bool) -> DataLoader[Any]:
+        examples = ImageExamples(self.envs, self.image_size)
+        return self._loader(examples, batches, collate, self.num_workers, keep_workers)
 
     @property
     def num_workers(self) -> int:
         """Processes of a loader; training's wait while those of an evaluation work."""
-        if self._workers != "auto":
-            return self._workers
-        if isinstance(self.environments[0], ArrayEnvironment):
+        if self.workers != "auto":
+            return self.workers
+        if isinstance(self.envs[0], ArrayEnvironment):
             return 0
         return min(8, (os.cpu_count() or 1) - 1)
 
 
-# What must hold before training: each check returns its problems, all are reported together.
+# Checks before training. Each returns its problems; all are reported together.
 
 
 def class_problems(environments: Sequence[Environment]) -> list[str]:
@@ -383,25 +343,25 @@ def _join(items: Sequence[object]) -> str:
     return ", ".join(map(str, items))
 
 
-# What a network must beat: a linear classifier on pixels.
+# The baseline that a network must beat: a linear classifier on pixels.
 
 SIDE = 28  # pixels; larger images are shrunk to it
 
 
-def linear_baseline(data: DomainData) -> dict[str, str | float]:
+def linear_pixel_baseline(data: DomainData) -> dict[str, str | float]:
     """Accuracy in [0, 1] of a logistic regression on both splits of every environment.
 
     It is fitted on the in splits of the training environments, without augmentation:
     {"name": ..., "env0_in_acc": ..., "env0_out_acc": ..., ...}. `data` has been set up.
     """
-    examples = Examples(data.environments, SIDE)
+    examples = ImageExamples(data.envs, SIDE)
 
     def pixels(env: int, part: int) -> npt.NDArray[np.float32]:
-        keys = [Key(env, part, index, None) for index in data.splits[env][part].tolist()]
+        keys = [ImageKey(env, part, index, None) for index in data.splits[env][part].tolist()]
         return np.stack([examples[key].image.flatten().numpy() for key in keys])
 
     def labels(env: int, part: int) -> IntArray:
-        return data.environments[env].labels[data.splits[env][part]]
+        return data.envs[env].labels[data.splits[env][part]]
 
     # Stops earlier than scikit-learn's default: the same accuracy in a quarter of the time.
     classifier = LogisticRegression(tol=1e-3, max_iter=1000).fit(
@@ -409,7 +369,7 @@ def linear_baseline(data: DomainData) -> dict[str, str | float]:
         np.concatenate([labels(env, IN) for env in data.train_envs]),
     )
     result: dict[str, str | float] = {"name": "linear classifier on pixels"}
-    for env in range(len(data.environments)):
+    for env in range(len(data.envs)):
         for part, split_name in ((IN, "in"), (OUT, "out")):
             accuracy = classifier.score(pixels(env, part), labels(env, part))
             result[f"env{env}_{split_name}_acc"] = float(accuracy)

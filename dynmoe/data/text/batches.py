@@ -6,7 +6,7 @@ have had.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -33,8 +33,8 @@ class Key(NamedTuple):
     source: str
     row: int
     weight: float = 1.0
-    """Of the loss of its micro-batch, such that the mean over the parts of a step's batch is that
-    of its examples, also where the parts are not equally large."""
+    """Weight of the loss of its micro-batch: the mean over the micro-batches of a step is that over
+    its examples, also where micro-batches are not equally large."""
 
 
 class TextBatch(NamedTuple):
@@ -52,22 +52,19 @@ class TextBatch(NamedTuple):
 
     @property
     def inputs(self) -> tuple[dict[str, Tensor]]:
-        """What the backbone is called with."""
+        """The backbone's positional arguments."""
         return (self.tokens,)
 
 
-@dataclass(frozen=True, eq=False)
-class TrainBatches(Sampler[list[Key]]):
-    """Micro-batches of the steps from `next_step()` up to the next evaluation.
+@dataclass(eq=False)
+class EpochDraw:
+    """The batch of a step: an epoch sees every example once, the last batch may be smaller.
 
-    An epoch sees every example once, in `steps_per_epoch` batches, the last of which may be
-    smaller. Examples are drawn in buckets of `BUCKET` batches, sorted by length within, so that
-    little is padded. Micro-batch m of rank r takes examples m * world_size + r, + parts, + 2 parts
-    ... of a step's batch: all get texts of all its lengths. None goes empty: of a last batch with
-    fewer examples than parts some come again, with weight 0. It has no length, for the stretch
-    between evaluations varies.
+    Examples are drawn in buckets of `BUCKET` batches, sorted by length within, so that little is
+    padded. Part p of a batch has its examples p, p + parts, p + 2 parts, ...: every part gets texts
+    of all lengths.
 
-    With `groups` a batch is of one group, but for what is left of each: these examples share the
+    With `groups` a batch is of one group, but for the remainder of each: these examples share the
     fewest batches they fill (LLaVA's "group by modality length").
     """
 
@@ -75,35 +72,33 @@ class TrainBatches(Sampler[list[Key]]):
     """Tokens of each example of the training set."""
     batch_size: int
     seed: int
-    steps: int
-    eval_every: int
-    next_step: Callable[[], int]
-    accumulate: int = 1
-    rank: int = 0
-    world_size: int = 1
     counts: IntArray | None = None
-    """What each example counts in the mean loss, such as its answer tokens; above 0. None: 1."""
+    """Weight of each example in the mean loss, such as its answer tokens; above 0. None: 1."""
     groups: IntArray | None = None
     """The kind of each example, such as with and without an image. None: all alike."""
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        first = self.next_step()
-        last = next_eval_step(first, self.steps, self.eval_every)
-        parts = self.accumulate * self.world_size
-        epoch_of = lru_cache(maxsize=1)(self.epoch)
-        for step in range(first, last + 1):
-            epoch, place = divmod(step, steps_per_epoch(len(self.lengths), self.batch_size))
-            batch = epoch_of(epoch)[place]
-            size, total = len(batch), self._count(batch)
-            batch = np.resize(batch, max(size, parts))
-            for micro in range(self.accumulate):
-                part = micro * self.world_size + self.rank
-                own = batch[part::parts]
-                weight = self._count(own) * parts / total if part < size else 0.0
-                yield [Key("train", row, weight) for row in own.tolist()]
+    def __post_init__(self) -> None:
+        self._kept_epoch = lru_cache(maxsize=1)(self.epoch)  # steps ask for one after the other
+
+    def __call__(self, step: int, parts: int) -> list[list[Key]]:
+        epoch, place = divmod(step, steps_per_epoch(len(self.lengths), self.batch_size))
+        batch = self._kept_epoch(epoch)[place]
+        size, total = len(batch), self._count(batch)
+        # NOTE: no part may be empty, since every rank has to run every micro-batch. Of a last batch
+        # with fewer examples than parts some come again, with weight 0.
+        batch = np.resize(batch, max(size, parts))
+        micro_batches = []
+        for part in range(parts):
+            own = batch[part::parts]
+            # Parts differ in size, and the trainer takes their plain mean: see Key.weight.
+            weight = self._count(own) * parts / total if part < size else 0.0
+            micro_batches.append([Key("train", row, weight) for row in own.tolist()])
+        return micro_batches
 
     def epoch(self, epoch: int) -> list[IntArray]:
         """The batches of one epoch, as rows of the training set."""
+        # NOTE: a function of (seed, epoch), not of the epochs before: a resumed run draws the one
+        # it was in again and goes on at its place there.
         rng = np.random.default_rng(seed_hash(self.seed, "epoch", epoch))
         order = rng.permutation(len(self.lengths))
         size = BUCKET * self.batch_size
@@ -113,6 +108,7 @@ class TrainBatches(Sampler[list[Key]]):
                 bucket = rows[start : start + size]
                 bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
                 batches += np.split(bucket, range(self.batch_size, len(bucket), self.batch_size))
+        # Within a bucket short batches come first: shuffle whole batches.
         return [batches[place] for place in rng.permutation(len(batches))]
 
     def _apart(self, rows: IntArray) -> list[IntArray]:
@@ -134,12 +130,11 @@ class TrainBatches(Sampler[list[Key]]):
 class EvalBatches(Sampler[list[Key]]):
     """Every example of every set once, long ones first, sets never mixed in a batch.
 
-    Rank r takes every world_size-th example of each set. Where each has one, all have as many
-    batches, the last of them with one example more on some: sharded models need every rank.
+    Rank r takes examples r, r + world_size, ... of each set.
     """
 
     lengths: dict[str, IntArray]
-    """Of each set the tokens of its examples."""
+    """Tokens of the examples of each set."""
     batch_size: int
     rank: int = 0
     world_size: int = 1
@@ -154,6 +149,9 @@ class EvalBatches(Sampler[list[Key]]):
         batches = []
         for source, lengths in self.lengths.items():
             order = np.argsort(-lengths, kind="stable")[self.rank :: self.world_size].tolist()
+            # NOTE: counted by the ranks with fewest examples, so that all ranks have equally many
+            # batches (sharded models need every rank in each); some have one example more in the
+            # last.
             starts = list(range(0, len(lengths) // self.world_size, self.batch_size)) or [0]
             for start, end in pairwise([*starts, None]):
                 if rows := order[start:end]:
@@ -165,15 +163,10 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)
 
 
-def next_eval_step(step: int, steps: int, every: int) -> int:
-    """The first step, not before `step`, that an evaluation follows: every-th ones and the last."""
-    return min((step // every + 1) * every, steps) - 1
+# From the keys of examples to a padded batch: what a loader of texts fetches and collates.
 
 
-# From the names of examples to a padded batch: what a loader of texts fetches and collates.
-
-
-class Fetched(NamedTuple):
+class FetchedTexts(NamedTuple):
     """Examples of one set, not yet padded."""
 
     source: str
@@ -183,17 +176,17 @@ class Fetched(NamedTuple):
     weight: float
 
 
-class Examples(Dataset[Fetched]):
-    """All sets behind one index. A batch is fetched at once, from the set of its first example."""
+class TextExamples(Dataset[FetchedTexts]):
+    """All sets in one dataset. A batch is fetched at once, from the set of its first example."""
 
     def __init__(self, sets: Mapping[str, TextSet], encoded: Mapping[str, Encoded]) -> None:
         self.sets = sets
         self.encoded = encoded
 
-    def __getitems__(self, keys: list[Key]) -> Fetched:
+    def __getitems__(self, keys: list[Key]) -> FetchedTexts:
         (source, _, weight), rows = keys[0], [key.row for key in keys]
         texts, label = self.encoded[source].rows(rows), self.sets[source].label[rows]
-        return Fetched(source, rows, texts, label, weight)
+        return FetchedTexts(source, rows, texts, label, weight)
 
 
 class Collate:
@@ -202,7 +195,7 @@ class Collate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.pad = DataCollatorWithPadding(tokenizer)
 
-    def __call__(self, fetched: Fetched) -> TextBatch:
+    def __call__(self, fetched: FetchedTexts) -> TextBatch:
         return TextBatch(
             tokens=dict(self.pad(fetched.texts)),
             label=torch.as_tensor(fetched.label),

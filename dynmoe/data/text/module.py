@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,18 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from sklearn.pipeline import make_pipeline
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data.base import TaskData
 from dynmoe.data.protocol import split
-from dynmoe.data.text.batches import Collate, EvalBatches, Examples, TrainBatches, steps_per_epoch
+from dynmoe.data.text.batches import (
+    Collate,
+    EpochDraw,
+    EvalBatches,
+    TextExamples,
+    steps_per_epoch,
+)
 from dynmoe.data.text.ood import read_ood
 from dynmoe.data.text.sets import TextSet
 from dynmoe.data.text.sources import Source, read
@@ -36,69 +43,63 @@ VOCABULARY = 8192
 """Words of a tokenizer made from the training set; rarer ones are unknown."""
 
 
+@dataclass(eq=False, kw_only=True)
 class GlueData(TaskData):
     """A task of GLUE: its training set, and the labelled sets it is evaluated on.
 
-    Those are `env_names`: dev first, for MNLI mismatched, then the out-of-distribution sets `ood`.
-    With `holdout_fraction` a part of the training set, `heldout`, is evaluated too. Loaders give
-    `text_batches.TextBatch`.
+    The evaluated sets are `env_names`: dev first, for MNLI mismatched, then the out-of-distribution
+    sets `ood`. With `holdout_fraction` a part of the training set, `heldout`, is evaluated too.
+    Loaders give `TextBatch`.
     """
 
     modality = "text"
     libraries = ("transformers", "tokenizers", "datasets")
 
-    def __init__(
-        self,
-        name: str,
-        task: str,
-        source: Source,
-        batch_size: int,
-        epochs: int,
-        seed: int,
-        trial_seed: int,
-        root: str | None = None,
-        ood: Sequence[str] = (),
-        ood_root: str | None = None,
-        max_length: int = 128,
-        eval_batch_size: int = 128,
-        steps: int = -1,
-        eval_every: int | None = None,
-        accumulate: int = 1,
-        holdout_fraction: float = 0.0,
-        tokenizer_path: str | None = None,
-        tokenizer_name: str | None = None,
-        cache: str | None = None,
-        linear_baseline: bool = False,
-    ) -> None:
-        super().__init__()
-        self.name = name
+    name: str
+    """Name of the data set: the protocol's recipe is chosen by it."""
+    task: str
+    """Key of the task in `TASKS`."""
+    source: Source
+    """Where the sets come from: the hub, official TSV files, Parquet files or this package."""
+    root: str | None = None
+    """For tsv and parquet: the task's folder, or the one that holds it."""
+    ood: Sequence[str] = ()
+    """Further sets to evaluate on (data/text/ood.py)."""
+    ood_root: str | None = None
+    """Folder of the files of `ood`."""
+    max_length: int = 128
+    """Tokens of an example at most; longer ones are cut."""
+    batch_size: int
+    """Examples per optimizer step."""
+    eval_batch_size: int = 128
+    """Examples per batch of an evaluation."""
+    trial_seed: int
+    """Seed of the part of the training set that is held out."""
+    holdout_fraction: float = 0.0
+    """Share of the training set that is held out."""
+    tokenizer_path: str | None = None
+    """Local folder of a tokenizer."""
+    tokenizer_name: str | None = None
+    """Name of a tokenizer on the hub; without path and name: the words of the training set."""
+    cache: str | None = None
+    """Folder of tokenized texts, shared by all runs; None: none."""
+    linear_baseline: bool = False
+    """Fit TF-IDF + logistic regression to compare with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.test_envs = [0]
-        self.task = TASKS[task]
         self.sets: dict[str, TextSet] = {}
         self.baseline: dict[str, Any] | None = None
         self.tokenizer: PreTrainedTokenizerBase
         self._encoded: dict[str, Encoded] = {}
-        self._source: Source = source
-        self._root = root
-        self._ood = list(ood)
-        self._ood_root = ood_root
-        self._max_length = max_length
-        self._batch_size = batch_size
-        self._eval_batch_size = eval_batch_size
-        self._epochs = epochs
-        self._steps = steps
-        self._eval_every = eval_every
-        self._accumulate = accumulate
-        self._seed = seed
-        self._trial_seed = trial_seed
-        self._holdout_fraction = holdout_fraction
-        self._tokenizer_path = tokenizer_path
-        self._tokenizer_name = tokenizer_name
-        self._cache = cache
-        self._linear_baseline = linear_baseline
+
+    @property
+    def glue_task(self) -> GlueTask:
+        return TASKS[self.task]
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and tokenizes; a second call does nothing. Warns of unexpected sizes.
+        """Read and tokenize; a second call does nothing. Warns of unexpected sizes.
 
         Raises:
             DataError: the data cannot be trained on; lists every problem.
@@ -107,22 +108,22 @@ class GlueData(TaskData):
         if self.sets:
             return
         sets = self._read(LABELLED)
-        for name in self._ood:
-            sets[name] = read_ood(name, self._ood_root, self.task)
-        if self._holdout_fraction:
+        for name in self.ood:
+            sets[name] = read_ood(name, self.ood_root, self.glue_task)
+        if self.holdout_fraction:
             train = sets["train"]
-            kept, held = split(len(train), self._trial_seed, 0, self._holdout_fraction)
+            kept, held = split(len(train), self.trial_seed, 0, self.holdout_fraction)
             sets["train"] = train.subset(np.sort(kept))
             sets["heldout"] = train.subset(np.sort(held))
         self._check(sets)
         self.tokenizer = self._make_tokenizer(sets["train"])
         self._encoded = {name: self._encode(each) for name, each in sets.items()}
         self.sets = sets
-        if self._linear_baseline:
-            self.baseline = linear_text_baseline(sets["train"], sets["dev"], self.task.metrics)
+        if self.linear_baseline:
+            self.baseline = linear_text_baseline(sets["train"], sets["dev"], self.glue_task.metrics)
 
     def _read(self, names: Sequence[str]) -> dict[str, TextSet]:
-        found = read(self.task, self._source, self._root, names)
+        found = read(self.glue_task, self.source, self.root, names)
         for text in found.warnings:
             log.warning("%s", text)
         return found.sets
@@ -130,18 +131,18 @@ class GlueData(TaskData):
     def _check(self, sets: dict[str, TextSet]) -> None:
         if not all(map(len, sets.values())):
             raise DataError(
-                f"data {self.name}: protocol.holdout_fraction={self._holdout_fraction} of "
+                f"data {self.name}: protocol.holdout_fraction={self.holdout_fraction} of "
                 f"{len(sets['train'])} training examples leaves none to hold out"
             )
 
     def _make_tokenizer(self, train: TextSet) -> PreTrainedTokenizerBase:
-        if self._tokenizer_path is None and self._tokenizer_name is None:
+        if self.tokenizer_path is None and self.tokenizer_name is None:
             return word_tokenizer([*train.first, *(train.second or [])], VOCABULARY)
-        return load_tokenizer(self._tokenizer_path, self._tokenizer_name)
+        return load_tokenizer(self.tokenizer_path, self.tokenizer_name)
 
     def _encode(self, texts: TextSet) -> Encoded:
-        cache = None if self._cache is None else Path(self._cache)
-        return encode(texts, self.tokenizer, self._max_length, cache)
+        cache = None if self.cache is None else Path(self.cache)
+        return encode(texts, self.tokenizer, self.max_length, cache)
 
     @property
     def env_names(self) -> list[str]:
@@ -149,21 +150,24 @@ class GlueData(TaskData):
 
     @property
     def class_names(self) -> list[str]:
-        return list(self.task.labels)
+        return list(self.glue_task.labels)
 
     @property
     def backbone_arguments(self) -> dict[str, Any]:
         return {
-            "num_classes": max(1, len(self.task.labels)),
+            "num_classes": max(1, len(self.glue_task.labels)),
             "vocab_size": len(self.tokenizer),
             "pad_token_id": self.tokenizer.pad_token_id,
         }
 
+    def check_backbone(self, backbone: Any) -> None:
+        backbone.check_length(self.max_length)
+
     @property
     def task_arguments(self) -> dict[str, Any]:
         return {
-            "num_classes": len(self.task.labels),
-            "metrics": self.task.metrics,
+            "num_classes": len(self.glue_task.labels),
+            "metrics": self.glue_task.metrics,
             "env_names": self.env_names,
             "heldout": "heldout" in self.sets,
         }
@@ -190,36 +194,24 @@ class GlueData(TaskData):
     @property
     def facts(self) -> dict[str, Any]:
         return {
-            "measure": self.task.measure,
+            "measure": self.glue_task.measure,
             "mean_tokens": self.mean_tokens,
-            "samples_per_step": self._batch_size,
+            "samples_per_step": self.batch_size,
             "baseline": self.baseline,
         }
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.sets["train"]), self._batch_size)
-
-    @property
-    def steps(self) -> int:
-        return self._steps if self._steps > 0 else self._epochs * self.steps_per_epoch
-
-    @property
-    def eval_every(self) -> int:
-        return self._eval_every or self.steps_per_epoch
-
-    def epoch_at(self, step: int) -> float:
-        """Epochs that are over after 0-based optimizer step `step`."""
-        return (step + 1) / self.steps_per_epoch
+        return steps_per_epoch(len(self.sets["train"]), self.batch_size)
 
     @property
     def data_hash(self) -> str:
-        own = (item for item in self.sets.items() if item[0] not in self._ood)
+        own = (item for item in self.sets.items() if item[0] not in self.ood)
         digests = [f"{name} {texts.digest}" for name, texts in own]
         return sha256("\n".join(digests).encode()).hexdigest()[:8]
 
     def print_check(self, console: Console | None = None) -> None:
-        """Table with one column per set: its examples, its tokens, its examples per class."""
+        """Print a table of the sets: examples, tokens and examples per class."""
         table = Table(title=f"{self.name}, data {self.data_hash}")
         table.add_column("")
         for name in self.sets:
@@ -234,25 +226,15 @@ class GlueData(TaskData):
         (console or Console()).print(table)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        batches = TrainBatches(
-            lengths=self._encoded["train"].lengths,
-            batch_size=self._batch_size,
-            seed=self._seed,
-            steps=self.steps,
-            eval_every=self.eval_every,
-            next_step=self._next_step,
-            accumulate=self._accumulate,
-            rank=self._rank,
-            world_size=self._world_size,
-        )
-        return self._loader(batches)
+        draw = EpochDraw(self._encoded["train"].lengths, self.batch_size, self.plan.seed)
+        return self._text_loader(self._step_batches(draw))
 
     def val_dataloader(self) -> DataLoader[Any]:
         evaluated = [name for name in self.sets if name not in ("train", *TESTS)]
         return self._eval_loader(evaluated)
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
-        """One for each of `test_sets`."""
+        """A loader for each of `test_sets`."""
         return [self._eval_loader([name]) for name in self.test_sets]
 
     @property
@@ -260,7 +242,7 @@ class GlueData(TaskData):
         return [name for name in TESTS if name in self.sets]
 
     def read_tests(self) -> None:
-        """Reads the sets of the GLUE server as well.
+        """Read the test sets, which the GLUE server scores, as well.
 
         Raises:
             DataError: there are none, or they cannot be read.
@@ -276,19 +258,12 @@ class GlueData(TaskData):
 
     def _eval_loader(self, names: list[str]) -> DataLoader[Any]:
         lengths = {name: self._encoded[name].lengths for name in names}
-        return self._loader(
-            EvalBatches(lengths, self._eval_batch_size, self._rank, self._world_size)
-        )
+        batches = EvalBatches(lengths, self.eval_batch_size, self._rank, self._world_size)
+        return self._text_loader(batches)
 
-    def _loader(self, batches: TrainBatches | EvalBatches) -> DataLoader[Any]:
-        return DataLoader(
-            Examples(self.sets, self._encoded),
-            batch_sampler=batches,
-            collate_fn=Collate(self.tokenizer),  # type: ignore[arg-type]
-            pin_memory=self.trainer is not None
-            and self.trainer.strategy.root_device.type == "cuda",
-            # A loader draws a base seed at each pass: not from the generator the model uses.
-            generator=torch.Generator(),
+    def _text_loader(self, batches: Sampler[Any]) -> DataLoader[Any]:
+        return self._loader(
+            TextExamples(self.sets, self._encoded), batches, Collate(self.tokenizer)
         )
 
 
@@ -304,7 +279,7 @@ def write_submission(
 ) -> Path:
     """Write `index` [N] and `prediction` [N] as the server names and spells them, by index.
 
-    A regression's numbers are put into STS-B's range, 0 to 5.
+    A regression's predictions are clipped to STS-B's range, 0 to 5.
     """
     order = np.argsort(index)
     lines = ["index\tprediction"]
@@ -322,7 +297,7 @@ def _spelled(task: GlueTask, value: float) -> str:
     return task.labels[int(value)] if task.text_labels else str(int(value))
 
 
-# What a network must beat: a linear classifier on words.
+# The baseline that a network must beat: a linear classifier on words.
 
 METRICS: dict[str, Callable[[Any, Any], float]] = {
     "accuracy": accuracy_score,
@@ -334,7 +309,7 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
 def linear_text_baseline(
     train: TextSet, dev: TextSet, metrics: Sequence[str]
 ) -> dict[str, str | float]:
-    """The mean of `metrics` on dev: {"name": ..., "dev_score": ...}. For classes, not for scores.
+    """Return the mean of `metrics` on dev, {"name": ..., "dev_score": ...}, for classification.
 
     A pair is read as one text.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data.base import TaskData
 from dynmoe.data.protocol import IntArray
-from dynmoe.data.text.batches import EvalBatches, TrainBatches, steps_per_epoch
+from dynmoe.data.text.batches import EpochDraw, EvalBatches, steps_per_epoch
 from dynmoe.data.vl import chat
 from dynmoe.data.vl.batches import (
     AskedQuestions,
@@ -40,78 +41,68 @@ from dynmoe.questions.registry import read
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, kw_only=True)
 class VisionLanguageData(TaskData):
-    """Conversations to train on, and sets of questions to evaluate on, its ``env_names``.
+    """Conversations to train on, and sets of questions to evaluate on, its `env_names`.
 
-    ``content()`` reads both (dynmoe/data/vl/content.py); ``benchmarks`` adds published sets:
-    ``{name: folder}`` of ``questions.registry``. ``image_size``, ``patch_size``, ``mean`` and
-    ``std`` are the vision tower's; ``fit`` makes an image square. ``template`` is how conversations
-    are written for the language model in training, ``question_template`` how it is asked
-    (dynmoe/data/vl/chat.py). Loaders give
-    ``vl_examples.ConversationBatch`` and ``QuestionBatch``. ``root`` is not read here: it is where
-    configurations have the folder that they give to ``content``.
+    Loaders give `ConversationBatch` and `QuestionBatch`.
     """
 
     modality = "vision-language"
     libraries = ("transformers", "tokenizers", "timm")
 
-    def __init__(
-        self,
-        name: str,
-        content: Callable[[], Content],
-        image_size: int,
-        patch_size: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        template: str,
-        question_template: str,
-        batch_size: int,
-        epochs: int,
-        seed: int,
-        fit: Literal["pad", "crop", "stretch"] = "pad",
-        benchmarks: Mapping[str, str] | None = None,
-        max_length: int = 2048,
-        max_new_tokens: int = 16,
-        eval_batch_size: int = 16,
-        steps: int = -1,
-        eval_every: int | None = None,
-        accumulate: int = 1,
-        examples: int = 4,
-        tokenizer_path: str | None = None,
-        tokenizer_name: str | None = None,
-        cache: str | None = None,
-        workers: int = 0,
-        root: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.name = name
+    name: str
+    """Name of the data set: the protocol's recipe is chosen by it."""
+    content: Callable[[], Content]
+    """Reads conversations and questions (data/vl/content.py)."""
+    root: str | None = None
+    """Folder that configurations pass on to `content`; not read here."""
+    benchmarks: Mapping[str, str] = field(default_factory=dict)
+    """Published sets to evaluate on: {name in questions/registry.py: folder}."""
+    image_size: int
+    """Pixels of the vision tower's square images."""
+    patch_size: int
+    """Pixels of the side of a patch, which is a token."""
+    mean: tuple[float, float, float]
+    """Mean of each channel of pixels in [0, 1], for the vision tower's normalisation."""
+    std: tuple[float, float, float]
+    """Standard deviation of each channel, likewise."""
+    fit: Literal["pad", "crop", "stretch"] = "pad"
+    """How an image becomes square: see `ImageTransform`."""
+    template: str
+    """How conversations are written in training (data/vl/chat.py)."""
+    question_template: str
+    """How questions are written."""
+    max_length: int = 2048
+    """Tokens of a conversation at most, patches of its images included."""
+    max_new_tokens: int = 16
+    """Tokens of an answer at most."""
+    batch_size: int
+    """Conversations per optimizer step."""
+    eval_batch_size: int = 16
+    """Questions answered at once."""
+    examples: int = 4
+    """Questions whose answers are recorded token by token, with their experts."""
+    tokenizer_path: str | None = None
+    """Local folder of a tokenizer."""
+    tokenizer_name: str | None = None
+    """Name of a tokenizer on the hub; without path and name: the words of the data."""
+    cache: str | None = None
+    """Folder of tokenized conversations, shared by all runs; None: none."""
+    workers: int = 0
+    """Loader processes per device."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.test_envs = [0]
-        self.asked = AskedQuestions((image_size // patch_size) ** 2)
+        self.asked = AskedQuestions((self.image_size // self.patch_size) ** 2)
         self.tokenizer: PreTrainedTokenizerBase
-        self._read_content = content
-        self._transform = ImageTransform(image_size, mean, std, fit)
-        self._template = template
-        self._question_template = question_template
-        self._batch_size = batch_size
-        self._epochs = epochs
-        self._seed = seed
-        self._benchmarks = dict(benchmarks or {})
-        self._max_length = max_length
-        self._max_new_tokens = max_new_tokens
-        self._eval_batch_size = eval_batch_size
-        self._steps = steps
-        self._eval_every = eval_every
-        self._accumulate = accumulate
-        self._examples = examples
-        self._tokenizer_path = tokenizer_path
-        self._tokenizer_name = tokenizer_name
-        self._cache = cache
-        self._workers = workers
+        self._transform = ImageTransform(self.image_size, self.mean, self.std, self.fit)
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and tokenizes; a second call does nothing. Warns of what is left out.
+        """Read and tokenize; a second call does nothing. Warns of conversations that are left out.
 
-        With ``stage="validate"``, and of content without conversations, there are questions alone.
+        With `stage="validate"`, or if the content has no conversations, only questions are read.
 
         Raises:
             DataError: the data cannot be trained or evaluated on.
@@ -120,23 +111,25 @@ class VisionLanguageData(TaskData):
         """
         if not self.sets:
             self.setup_questions({})
-            self.asked.refuse_unscored(self._benchmarks)
+            self.asked.refuse_unscored(self.benchmarks)
         if stage != "validate" and self._has_conversations:
             _ = self.store  # tokenized now
 
     def setup_questions(self, benchmarks: Mapping[str, str]) -> None:
-        """In place of ``setup``, to answer questions alone: those of published sets, scored here or
-        not, as ``{name: folder}``; of the run's own sets if there are none.
+        """Read questions alone, to answer them: `setup` without training.
+
+        `benchmarks` are published sets, scored here or not, as {name: folder}; without any, the
+        run's own sets are read.
 
         Raises:
             DataError: questions that cannot be read.
             ConfigError: no such set or tokenizer, or one that the template does not fit.
         """
-        named = self._tokenizer_path, self._tokenizer_name
+        named = self.tokenizer_path, self.tokenizer_name
         self.tokenizer = tokenizer_of(self.name, *named, self._content.words)
         own = {} if benchmarks else dict(self._content.sets)
         published = {
-            name: read(name, root) for name, root in (benchmarks or self._benchmarks).items()
+            name: read(name, root) for name, root in (benchmarks or self.benchmarks).items()
         }
         sets = {**own, **published}
         if not sets:
@@ -144,7 +137,7 @@ class VisionLanguageData(TaskData):
                 f"data {self.name}: no questions to evaluate on, which stage align needs too. Name "
                 "some with their folders: data.benchmarks={gqa: FOLDER, pope: FOLDER}"
             )
-        self.asked.add(sets, self.tokenizer, self._question_template)
+        self.asked.add(sets, self.tokenizer, self.question_template)
 
     @property
     def sets(self) -> Mapping[str, QuestionSet]:
@@ -152,7 +145,7 @@ class VisionLanguageData(TaskData):
 
     @cached_property
     def _content(self) -> Content:
-        return self._read_content()
+        return self.content()
 
     @property
     def _has_conversations(self) -> bool:
@@ -168,10 +161,10 @@ class VisionLanguageData(TaskData):
         store = tokenized(
             self._source,
             self.tokenizer,
-            self._template,
+            self.template,
             self.asked.image_tokens,
-            self._max_length,
-            None if self._cache is None else Path(self._cache),
+            self.max_length,
+            None if self.cache is None else Path(self.cache),
         )
         if store.left_out:
             log.warning(
@@ -180,7 +173,7 @@ class VisionLanguageData(TaskData):
                 self.name,
                 store.left_out,
                 store.left_out + len(store),
-                self._max_length,
+                self.max_length,
             )
         return store
 
@@ -206,8 +199,11 @@ class VisionLanguageData(TaskData):
         return {
             "vocab_size": len(self.tokenizer),
             "pad_token_id": self.tokenizer.pad_token_id,
-            "eos_token_id": chat.end_id(self.tokenizer, self._question_template),
+            "eos_token_id": chat.end_id(self.tokenizer, self.question_template),
         }
+
+    def check_backbone(self, backbone: Any) -> None:
+        backbone.check_length(self.max_length, self.max_new_tokens)
 
     @property
     def task_arguments(self) -> dict[str, Any]:
@@ -216,8 +212,8 @@ class VisionLanguageData(TaskData):
             "decode": self.decode,
             "score": self.asked.score,
             "describe": self.asked.describe,
-            "max_new_tokens": self._max_new_tokens,
-            "examples": self._examples,
+            "max_new_tokens": self.max_new_tokens,
+            "examples": self.examples,
         }
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -226,14 +222,14 @@ class VisionLanguageData(TaskData):
     @property
     def sample(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """As long as the mean conversation, with one image."""
-        answer = float(self._max_new_tokens)
+        answer = float(self.max_new_tokens)
         if self._has_conversations:
             answer = float(self.store.answer_tokens.mean())
         return sample_of(self.mean_tokens, answer, self.asked.image_tokens, self._transform.size)
 
     @property
     def mean_tokens(self) -> float:
-        """Of conversations, or of questions if there are no others."""
+        """Mean tokens of conversations; of questions if there are no conversations."""
         if self._has_conversations:
             return float(self.store.lengths.mean())
         return self.asked.mean_tokens
@@ -251,25 +247,18 @@ class VisionLanguageData(TaskData):
         return {
             "measure": "accuracy",
             "mean_tokens": self.mean_tokens,
-            "samples_per_step": self._batch_size,
+            "samples_per_step": self.batch_size,
             "baseline": None if baseline is None else baseline(),
         }
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.store), self._batch_size)
-
-    @property
-    def steps(self) -> int:
-        return self._steps if self._steps > 0 else self._epochs * self.steps_per_epoch
+        return steps_per_epoch(len(self.store), self.batch_size)
 
     @property
     def eval_every(self) -> int:
-        return self._eval_every or self.steps
-
-    def epoch_at(self, step: int) -> float:
-        """Epochs that are over after 0-based optimizer step `step`."""
-        return (step + 1) / self.steps_per_epoch
+        """Optimizer steps between two evaluations: those of the plan, else once, at the end."""
+        return self._plan.eval_every or self.steps
 
     @property
     def data_hash(self) -> str:
@@ -278,60 +267,43 @@ class VisionLanguageData(TaskData):
         return sha256("\n".join(digests).encode()).hexdigest()[:8]
 
     def print_check(self, console: Console | None = None) -> None:
-        """Conversations and questions, their tokens and images."""
+        """Print a table of conversations and questions: tokens and images."""
         store = self.store if self._has_conversations else None
         print_overview(f"{self.name}, data {self.data_hash}", store, self.asked, console)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        batches = TrainBatches(
-            lengths=self.store.lengths,
-            batch_size=self._batch_size,
-            seed=self._seed,
-            steps=self.steps,
-            eval_every=self.eval_every,
-            next_step=self._next_step,
-            accumulate=self._accumulate,
-            rank=self._rank,
-            world_size=self._world_size,
+        draw = EpochDraw(
+            self.store.lengths,
+            self.batch_size,
+            self.plan.seed,
             counts=self.store.answer_tokens,
             groups=(self.store.num_images > 0).astype(np.int64),
         )
         load = {"train": self._source.load_image}
         examples = Conversations({"train": self.store}, load, self._transform)
-        return self._loader(examples, batches, collate_conversations(self._pad))
+        collate = collate_conversations(self._pad)
+        return self._loader(examples, self._step_batches(draw), collate, self.workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
         self.asked.refuse_fewer_than(self._world_size)
         lengths = self.asked.lengths
-        batches = EvalBatches(lengths, self._eval_batch_size, self._rank, self._world_size)
+        batches = EvalBatches(lengths, self.eval_batch_size, self._rank, self._world_size)
         examples = Questions(self.sets, self.asked.prompts, self._transform)
-        return self._loader(examples, batches, collate_questions(self._pad))
+        return self._loader(examples, batches, collate_questions(self._pad), self.workers)
 
     @property
     def _pad(self) -> int:
         pad: int = self.tokenizer.pad_token_id
         return pad
 
-    def _loader(self, examples: Any, batches: Any, collate: Any) -> DataLoader[Any]:
-        return DataLoader(
-            examples,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=self._workers,
-            pin_memory=self.trainer is not None
-            and self.trainer.strategy.root_device.type == "cuda",
-            # A loader draws a base seed at each pass: not from the generator the model uses.
-            generator=torch.Generator(),
-        )
 
-
-# What conversations and questions look like on the whole: a table, and a typical one.
+# Summaries of conversations and questions: a table, and a typical input.
 
 
 def print_overview(
     title: str, store: TokenStore | None, asked: AskedQuestions, console: Console | None
 ) -> None:
-    """Conversations, if there are any, and questions: their tokens and images."""
+    """Print a table of conversations, if there are any, and questions: tokens and images."""
     table = Table(title=title)
     for column in ("", "rows", "with images", "mean tokens", "longest"):
         table.add_column(column, justify="right" if column else "left")
@@ -355,7 +327,7 @@ def print_overview(
 def sample_of(
     mean_tokens: float, answer_tokens: float, patches: int, px: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """A vision-language model's inputs for one conversation with one image of `patches` tokens."""
+    """Return a model's inputs for one conversation with one image of `patches` tokens."""
     length = max(patches + 1, round(mean_tokens))
     tokens = {
         "input_ids": torch.zeros(1, length, dtype=torch.long),

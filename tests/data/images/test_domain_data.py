@@ -15,30 +15,30 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dynmoe.data.images.batches import Batch, TrainBatches
+from dynmoe.data.base import StepBatches, StepPlan
+from dynmoe.data.images.batches import EnvironmentDraw, ImageBatch
 from dynmoe.data.images.digits import rotated_digits
 from dynmoe.data.images.environments import image_folders
-from dynmoe.data.images.module import DomainData, linear_baseline
+from dynmoe.data.images.module import DomainData, linear_pixel_baseline
 from dynmoe.errors import DataError
 
 DIGITS = partial(rotated_digits, seed=0)
 
 
-def domain_data(environments: Any, **changes: Any) -> DomainData:
+def domain_data(environments: Any, accumulate: int = 1, **changes: Any) -> DomainData:
     settings: dict[str, Any] = {
         "name": "Test",
         "environments": environments,
         "test_envs": [0],
         "image_size": 16,
         "batch_size": 4,
-        "steps": 12,
-        "eval_every": 5,
-        "seed": 0,
         "trial_seed": 0,
         "eval_batch_size": 8,
         "workers": 0,
     }
-    return DomainData(**{**settings, **changes})
+    data = DomainData(**{**settings, **changes})
+    data.connect(StepPlan(seed=0, steps=12, eval_every=5, accumulate=accumulate))
+    return data
 
 
 def pets(tree: Path, **changes: Any) -> DomainData:
@@ -54,9 +54,9 @@ def problems(data: DomainData) -> list[str]:
 def test_records_of_the_embedded_digits() -> None:
     data = domain_data(DIGITS, test_envs=[0, 5])
     data.setup()
-    environments = data.environments
+    envs = data.envs
     data.setup()
-    assert data.environments is environments
+    assert data.envs is envs
     assert data.env_names == ["0", "15", "30", "45", "60", "75"]
     assert (data.num_classes, data.channels, data.train_envs) == (10, 1, [1, 2, 3, 4])
     assert data.sizes["env0"] == {"in": 240, "out": 60}
@@ -64,7 +64,7 @@ def test_records_of_the_embedded_digits() -> None:
     assert sum(sum(row.values()) for row in data.counts().values()) == 1797
     assert data.modality == "image"
     batch = next(iter(data.train_dataloader()))
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, ImageBatch)
     assert batch.image.shape == (16, 1, 16, 16) and batch.image.dtype == torch.float32
     assert batch.env.tolist() == [env for env in (1, 2, 3, 4) for _ in range(4)]
     assert batch.split.tolist() == [0] * 16 and batch.label.dtype == torch.int64
@@ -76,7 +76,7 @@ def test_data_hash_changes_with_split_and_files(tree: Path) -> None:
         data.setup()
         return data.data_hash
 
-    assert data_hash() == data_hash(cache=False, seed=9, test_envs=[1])
+    assert data_hash() == data_hash(cache=False, test_envs=[1])
     assert data_hash() != data_hash(trial_seed=1)
     before = data_hash()
     (tree / "art" / "cat" / "0.png").rename(tree / "art" / "cat" / "00.png")
@@ -101,7 +101,7 @@ def test_loaders_are_equal_with_and_without_cache_and_workers(tree: Path) -> Non
 def test_auto_cache_keeps_what_fits(tree: Path, cache: str, cache_gb: float, kept: bool) -> None:
     data = pets(tree, cache=cache, cache_gb=cache_gb)
     data.setup()
-    assert (type(data.environments[0]).__name__ == "CachedEnvironment") == kept
+    assert (type(data.envs[0]).__name__ == "CachedEnvironment") == kept
 
 
 def test_training_environments_are_evaluated_augmented_only_if_asked(tree: Path) -> None:
@@ -159,9 +159,11 @@ def test_class_balanced_is_passed_on(tree: Path) -> None:
     data = pets(tree, class_balanced=True)
     data.setup()
     sampler = data.train_dataloader().batch_sampler
-    assert isinstance(sampler, TrainBatches) and sampler.weights is not None
-    labels = data.environments[1].labels[sampler.pools[1]]
-    assert [sampler.weights[1][labels == label].sum() for label in (0, 1)] == [0.5, 0.5]
+    assert isinstance(sampler, StepBatches)
+    draw = sampler.draw
+    assert isinstance(draw, EnvironmentDraw) and draw.weights is not None
+    labels = data.envs[1].labels[draw.pools[1]]
+    assert [draw.weights[1][labels == label].sum() for label in (0, 1)] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,7 @@ def test_check_table(tree: Path) -> None:
 def test_linear_baseline_learns_the_training_angles() -> None:
     data = domain_data(DIGITS, image_size=28)
     data.setup()
-    baseline = linear_baseline(data)
+    baseline = linear_pixel_baseline(data)
     assert baseline["name"] == "linear classifier on pixels"
     assert float(baseline["env0_out_acc"]) < 0.7 < 0.85 < float(baseline["env2_out_acc"])
     assert len(baseline) == 1 + 2 * 6
@@ -226,18 +228,18 @@ class Recorder(pl.LightningModule):
         self.trained: list[tuple[int, str]] = []
         self.evaluated: list[tuple[int, str]] = []
 
-    def training_step(self, batch: Batch) -> Tensor:
+    def training_step(self, batch: ImageBatch) -> Tensor:
         self.trained.append((self.global_step, digest(batch)))
         return self.weight * batch.image.mean()
 
-    def validation_step(self, batch: Batch) -> None:
+    def validation_step(self, batch: ImageBatch) -> None:
         self.evaluated.append((self.global_step - 1, digest(batch)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def digest(batch: Batch) -> str:
+def digest(batch: ImageBatch) -> str:
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in batch)).hexdigest()
 
 

@@ -13,25 +13,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynmoe.data.base import StepBatches, StepPlan
 from dynmoe.data.images.batches import (
-    EvalBatches,
-    Examples,
-    Key,
-    TrainBatches,
+    EnvironmentDraw,
+    ImageEvalBatches,
+    ImageExamples,
+    ImageKey,
     class_balanced_weights,
 )
 from dynmoe.data.images.environments import image_folders
 from dynmoe.data.protocol import split
 
-BATCHES = TrainBatches(
-    pools={1: np.arange(0, 50), 3: np.arange(100, 130)},
-    weights=None,
-    batch_size=8,
-    seed=5,
-    steps=12,
-    eval_every=5,
-    next_step=lambda: 1,
+DRAW = EnvironmentDraw(
+    pools={1: np.arange(0, 50), 3: np.arange(100, 130)}, weights=None, batch_size=8, seed=5
 )
+PLAN = StepPlan(seed=5, steps=12, eval_every=5, eval_after_first=True)
+BATCHES = StepBatches(PLAN, DRAW, next_step=lambda: 1)
 
 
 def at(step: int) -> Callable[[], int]:
@@ -61,10 +58,8 @@ def test_a_batch_holds_every_training_environment_in_order() -> None:
 @settings(max_examples=30)
 @given(world_size=st.sampled_from([1, 2, 4]), accumulate=st.sampled_from([1, 2]))
 def test_ranks_and_micro_batches_share_one_batch(world_size: int, accumulate: int) -> None:
-    parts = [
-        list(replace(BATCHES, rank=rank, world_size=world_size, accumulate=accumulate))
-        for rank in range(world_size)
-    ]
+    batches = replace(BATCHES, world_size=world_size, plan=replace(PLAN, accumulate=accumulate))
+    parts = [list(replace(batches, rank=rank)) for rank in range(world_size)]
     for step, whole in enumerate(BATCHES):
         micro = slice(step * accumulate, (step + 1) * accumulate)
         union = [key for rank in parts for batch in rank[micro] for key in batch]
@@ -74,16 +69,16 @@ def test_ranks_and_micro_batches_share_one_batch(world_size: int, accumulate: in
 
 
 def test_draws_are_uniform_with_replacement_over_the_pool() -> None:
-    batches = replace(BATCHES, batch_size=30_000)
-    items = np.array([key.item for key in batches.draw(0, 3)])
+    draw = replace(DRAW, batch_size=30_000)
+    items = np.array([key.item for key in draw.of_environment(0, 3)])
     counts = np.bincount(items - 100, minlength=30)
     assert counts.sum() == 30_000 and abs(counts - 1000).max() < 150
 
 
 def test_weighted_draws_follow_their_weights() -> None:
     weights = {1: np.full(50, 1 / 50), 3: class_balanced_weights(np.array([0] * 3 + [1] * 27))}
-    batches = replace(BATCHES, batch_size=30_000, weights=weights)
-    items = np.array([key.item for key in batches.draw(0, 3)])
+    draw = replace(DRAW, batch_size=30_000, weights=weights)
+    items = np.array([key.item for key in draw.of_environment(0, 3)])
     assert (items < 103).mean() == pytest.approx(0.5, abs=0.01)
 
 
@@ -95,7 +90,7 @@ def test_class_weights_as_in_domainbed() -> None:
 
 def test_evaluation_covers_each_example_once_and_never_mixes() -> None:
     splits = [split(n, 0, env, 0.2) for env, n in enumerate([20, 33])]
-    batches = EvalBatches(
+    batches = ImageEvalBatches(
         splits=splits, augmented=frozenset({1}), batch_size=8, seed=0, next_step=at(6)
     )
     seen = list(batches)
@@ -118,8 +113,8 @@ def test_evaluation_covers_each_example_once_and_never_mixes() -> None:
 
 
 def test_an_augmentation_depends_on_its_key_alone(tree: Path) -> None:
-    examples = Examples(image_folders(str(tree)), image_size=16)
-    load = partial(Key, 0, 0, 3)
+    examples = ImageExamples(image_folders(str(tree)), image_size=16)
+    load = partial(ImageKey, 0, 0, 3)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = examples[load(11)].image

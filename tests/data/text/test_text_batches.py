@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dynmoe.data.text.batches import EvalBatches, Key, TrainBatches, next_eval_step, steps_per_epoch
+from dynmoe.data.base import StepBatches, StepPlan
+from dynmoe.data.text.batches import EpochDraw, EvalBatches, Key, steps_per_epoch
 
 LENGTHS = np.random.default_rng(0).integers(3, 100, size=330)
 
 
-def train_batches(**changes: object) -> TrainBatches:
-    given: dict[str, object] = {
-        "lengths": LENGTHS,
-        "batch_size": 16,
-        "seed": 0,
-        "steps": 42,
-        "eval_every": 21,
-        "next_step": lambda: 0,
-    }
-    return TrainBatches(**{**given, **changes})  # type: ignore[arg-type]
+def train_batches(
+    steps: int = 42,
+    eval_every: int = 21,
+    accumulate: int = 1,
+    next_step: Callable[[], int] = lambda: 0,
+    rank: int = 0,
+    world_size: int = 1,
+    **changes: Any,
+) -> StepBatches[Key]:
+    draw = EpochDraw(**{"lengths": LENGTHS, "batch_size": 16, "seed": 0, **changes})
+    plan = StepPlan(seed=0, steps=steps, eval_every=eval_every, accumulate=accumulate)
+    return StepBatches(plan, draw, next_step, rank, world_size)
 
 
-def rows(batches: TrainBatches) -> list[list[int]]:
+def rows(batches: StepBatches[Key]) -> list[list[int]]:
     return [[key.row for key in batch] for batch in batches]
 
 
@@ -94,8 +99,12 @@ def test_the_loss_is_the_mean_over_all_counted(
     rng = np.random.default_rng(batch_size)
     counts = rng.integers(1, 300, size=330)
     losses = rng.normal(size=330) * counts  # sums over the tokens of each example
-    cut = {"accumulate": accumulate, "world_size": world_size}
-    common = {"batch_size": batch_size, "steps": steps_per_epoch(330, batch_size), "eval_every": 99}
+    cut: dict[str, Any] = {"accumulate": accumulate, "world_size": world_size}
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "steps": steps_per_epoch(330, batch_size),
+        "eval_every": 99,
+    }
     ranks = [
         list(train_batches(**common, **cut, rank=rank, counts=counts)) for rank in range(world_size)
     ]
@@ -181,13 +190,3 @@ def test_evaluation_sees_every_example_of_every_set_once() -> None:
     assert sorted(chain(*chain(*ranks))) == sorted(chain(*batches))
     assert [len(batch) for batch in ranks[1]] == [2, 1]
     assert len(EvalBatches(lengths, 3, 1, 2)) == 2
-
-
-@pytest.mark.parametrize(
-    ("step", "steps", "every", "expected"),
-    [(0, 20, 8, 7), (7, 20, 8, 7), (8, 20, 8, 15), (16, 20, 8, 19), (0, 3, 8, 2)],
-)
-def test_evaluations_follow_every_nth_step_and_the_last(
-    step: int, steps: int, every: int, expected: int
-) -> None:
-    assert next_eval_step(step, steps, every) == expected

@@ -12,6 +12,7 @@ from chat_tokenizers import whole_words
 from PIL import Image
 from rich.console import Console
 
+from dynmoe.data.base import StepPlan
 from dynmoe.data.vl.content import Content, questions_only
 from dynmoe.data.vl.module import VisionLanguageData
 from dynmoe.errors import DataError
@@ -31,9 +32,9 @@ SETS = {
 
 
 def data(content: Content, template: str = "simple", **settings: Any) -> VisionLanguageData:
-    return VisionLanguageData(
-        "Questions",
-        lambda: content,
+    made = VisionLanguageData(
+        name="Questions",
+        content=lambda: content,
         image_size=8,
         patch_size=4,
         mean=(0.5, 0.5, 0.5),
@@ -41,11 +42,11 @@ def data(content: Content, template: str = "simple", **settings: Any) -> VisionL
         template="simple",
         question_template=template,
         batch_size=4,
-        epochs=1,
-        seed=0,
         max_new_tokens=3,
         **settings,
     )
+    made.connect(StepPlan(seed=0, epochs=1))
+    return made
 
 
 @pytest.fixture
