@@ -94,7 +94,7 @@ def easy_vqa(
 
 
 def llava(stage: str, root: str, files: Mapping[str, Sequence[str]]) -> Content:
-    """LLaVA's conversation files of a stage. Questions come from ``data.benchmarks``.
+    """LLaVA's conversation files of a stage. Questions come from ``data.question_sets``.
 
     Raises:
         DataError: in reading, a file, an image or an entry that is not as it should be.
@@ -140,5 +140,5 @@ def science_qa(root: str) -> Content:
 
 
 def questions_only() -> Content:
-    """Nothing to train on: questions come from ``data.benchmarks``."""
+    """Nothing to train on: questions come from ``data.question_sets``."""
     return Content(None)

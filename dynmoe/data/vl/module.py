@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 class VisionLanguageData(TaskData):
     """Conversations to train on, and sets of questions to evaluate on, its ``env_names``.
 
-    ``content()`` reads both (dynmoe/data/vl/content.py); ``benchmarks`` adds published sets:
+    ``content()`` reads both (dynmoe/data/vl/content.py); ``question_sets`` adds published ones:
     ``{name: folder}`` of ``questions.registry``. ``image_size``, ``patch_size``, ``mean`` and
     ``std`` are the vision tower's; ``fit`` makes an image square. ``template`` is how conversations
     are written for the language model in training, ``question_template`` how it is asked
@@ -69,7 +69,7 @@ class VisionLanguageData(TaskData):
         epochs: int,
         seed: int,
         fit: Literal["pad", "crop", "stretch"] = "pad",
-        benchmarks: Mapping[str, str] | None = None,
+        question_sets: Mapping[str, str] | None = None,
         max_length: int = 2048,
         max_new_tokens: int = 16,
         eval_batch_size: int = 16,
@@ -95,7 +95,7 @@ class VisionLanguageData(TaskData):
         self._batch_size = batch_size
         self._epochs = epochs
         self._seed = seed
-        self._benchmarks = dict(benchmarks or {})
+        self._question_sets = dict(question_sets or {})
         self._max_length = max_length
         self._max_new_tokens = max_new_tokens
         self._eval_batch_size = eval_batch_size
@@ -120,11 +120,11 @@ class VisionLanguageData(TaskData):
         """
         if not self.sets:
             self.setup_questions({})
-            self.asked.refuse_unscored(self._benchmarks)
+            self.asked.refuse_unscored(self._question_sets)
         if stage != "validate" and self._has_conversations:
             _ = self.store  # tokenized now
 
-    def setup_questions(self, benchmarks: Mapping[str, str]) -> None:
+    def setup_questions(self, folders: Mapping[str, str]) -> None:
         """In place of ``setup``, to answer questions alone: those of published sets, scored here or
         not, as ``{name: folder}``; of the run's own sets if there are none.
 
@@ -134,15 +134,15 @@ class VisionLanguageData(TaskData):
         """
         named = self._tokenizer_path, self._tokenizer_name
         self.tokenizer = tokenizer_of(self.name, *named, self._content.words)
-        own = {} if benchmarks else dict(self._content.sets)
+        own = {} if folders else dict(self._content.sets)
         published = {
-            name: read(name, root) for name, root in (benchmarks or self._benchmarks).items()
+            name: read(name, root) for name, root in (folders or self._question_sets).items()
         }
         sets = {**own, **published}
         if not sets:
             raise DataError(
                 f"data {self.name}: no questions to evaluate on, which stage align needs too. Name "
-                "some with their folders: data.benchmarks={gqa: FOLDER, pope: FOLDER}"
+                "some with their folders: data.question_sets={gqa: FOLDER, pope: FOLDER}"
             )
         self.asked.add(sets, self.tokenizer, self._question_template)
 
