@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,18 +70,28 @@ def load_image(path: Path) -> PIL.Image.Image:
         raise DataError(f"{path}: cannot be read as an image: {error}.") from None
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system or the decoder raises on `path` into a DataError."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"{path}: not UTF-8 (byte 0x{byte:02x}: {error.reason}). Convert it to UTF-8."
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+
+
 def read_text(path: Path) -> str:
-    """UTF-8 with or without a byte order mark; line ends become a line feed.
+    """The text of a UTF-8 file without its byte order mark; line ends become a line feed.
 
     Raises:
         DataError: no such file, or not UTF-8.
     """
-    try:
+    with reading(path):
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}. Convert it to UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
 
 
 def read_json(path: Path) -> Any:
@@ -129,18 +140,25 @@ def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         DataError: a line is something else, or lacks a field.
     """
-    rows = list(_lines(path))
+    rows = list(json_lines(path))
     _check(path, ((f"line {number}", row) for number, row in rows), fields)
     return [row for _, row in rows]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON: {error}.") from None
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers from 1 and the JSON values of the lines, read as a stream; no blank lines.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not JSON.
+    """
+    with reading(path), path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}, line {number}: not JSON: {error}.") from None
+                yield number, value
 
 
 def _check(path: Path, rows: Iterable[tuple[str, Any]], fields: Sequence[str]) -> None:

@@ -59,7 +59,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         f"{file}, line 2: not JSON:"
     )
     file.write_bytes(b'{"a": "\xff"}')
-    assert refusal(read_lines, file, []) == f"{file}: not UTF-8 at byte 7. Convert it to UTF-8."
+    assert refusal(read_lines, file, []) == (
+        f"{file}: not UTF-8 (byte 0xff: invalid start byte). Convert it to UTF-8."
+    )
     assert refusal(read_lines, tmp_path / "b.json", []) == (
         f"{tmp_path}/b.json: cannot be read: No such file or directory."
     )

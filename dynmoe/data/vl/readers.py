@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import dropwhile
-from json import JSONDecodeError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dynmoe.data.vl.conversations import (
     IMAGE_PLACEHOLDER,
@@ -29,33 +28,60 @@ from dynmoe.data.vl.conversations import (
 from dynmoe.errors import DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.exact import ExactMatch
-from dynmoe.questions.files import image_folder, locate, read_json, read_object
+from dynmoe.questions.files import (
+    image_folder,
+    json_lines,
+    locate,
+    read_json,
+    read_object,
+    reading,
+)
 from dynmoe.questions.scienceqa import FIELDS, INSTRUCTION, LETTERS, SOURCE, prompt_text
 
 if TYPE_CHECKING:
     import PIL.Image
 
-CHUNK = 1 << 20  # characters read at once
-LONGEST = 1 << 26  # characters of one object; beyond that the file is taken for damaged
-DECODER = json.JSONDecoder()
-NOT_SPACE = re.compile(r"\S")
+FIRST = 1 << 16  # bytes in which the first character of a file is looked for
 
 
 def json_entries(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file that is one array of objects, or has one object a line.
 
+    The file is read as a stream: memory holds one object and the parser's buffer.
+
     Raises:
         DataError: no such file, not UTF-8, not JSON, cut off, or something else than objects.
     """
+    with reading(path), path.open("rb") as file:
+        start = file.read(FIRST).removeprefix(BOM_UTF8).lstrip()
+        numbered = _array(path, file) if start.startswith(b"[") else _lines(path)
+        for where, entry in numbered:
+            if not isinstance(entry, dict):
+                raise DataError(f"{where}: expected an object, found {type(entry).__name__}.")
+            yield entry
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    return ((f"{path}, line {number}", entry) for number, entry in json_lines(path))
+
+
+def _array(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    import ijson  # of the extra vision-language
+
+    file.seek(0)
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:
+        file.seek(0)
+    number = 0
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            start = _first_character(file)
-            file.seek(0)
-            yield from _array(path, file) if start == "[" else _lines(path, file)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason}). Convert it to UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+        for entry in ijson.items(file, "item", use_float=True):
+            yield f"{path}, entry {number}", entry
+            number += 1
+    except ijson.JSONError as error:
+        reason = str(error).splitlines()[0]  # the others show the place in the parser's buffer
+        wrong = f"not JSON, or cut off: {reason}."
+        if "UTF8" in reason:
+            wrong = "not UTF-8. Convert it to UTF-8."
+        raise DataError(f"{path}, entry {number}: {wrong}") from None
 
 
 def file_digest(*paths: Path) -> str:
@@ -65,84 +91,6 @@ def file_digest(*paths: Path) -> str:
         with path.open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
-
-
-def _first_character(file: TextIO) -> str:
-    while piece := file.read(CHUNK):
-        if stripped := piece.lstrip():
-            return stripped[0]
-    return ""
-
-
-def _lines(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}.") from None
-        yield _object(entry, f"{path}, line {number}")
-
-
-def _array(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
-    window = _Window(file)
-    number = 0
-    closing = window.take() == "[" and window.peek() == "]"
-    while not closing:
-        where = f"{path}, entry {number}"
-        try:
-            entry = window.value()
-        except JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON, or cut off: {error.msg}.") from None
-        yield _object(entry, where)
-        if (found := window.take()) not in (",", "]"):
-            what = repr(found) if found else "the end of the file: it is cut off"
-            raise DataError(f"{where}: expected , or ] behind it, found {what}.")
-        closing = found == "]"
-        number += 1
-
-
-class _Window:
-    """A stretch of a file. It slides on, and grows only to hold one whole value."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._text = ""
-        self._place = 0
-
-    def peek(self) -> str:
-        """The next character but white space, not yet taken; "" at the end of the file."""
-        while True:
-            if found := NOT_SPACE.search(self._text, self._place):
-                self._place = found.start()
-                return found.group()
-            self._text, self._place = self._file.read(CHUNK), 0
-            if not self._text:
-                return ""
-
-    def take(self) -> str:
-        found = self.peek()
-        self._place += 1
-        return found
-
-    def value(self) -> Any:
-        self.peek()
-        while True:
-            try:
-                value, self._place = DECODER.raw_decode(self._text, self._place)
-                return value
-            except JSONDecodeError:  # perhaps only because the window ends
-                more = self._file.read(max(CHUNK, len(self._text)))
-                self._text, self._place = self._text[self._place :] + more, 0
-                if not more or len(self._text) > LONGEST:
-                    raise
-
-
-def _object(entry: Any, where: str) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise DataError(f"{where}: expected an object, found {type(entry).__name__}.")
-    return entry
 
 
 # LLaVA's conversation files: the public 558k and 665k, MoE-LLaVA's, and those made like them.
