@@ -27,7 +27,7 @@ from dynmoe.data.text.ood import read_ood
 from dynmoe.data.text.sets import TextSet
 from dynmoe.data.text.sources import Source, read
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS, GlueTask
-from dynmoe.data.text.tokens import Encoded, encode, load_tokenizer, word_tokenizer
+from dynmoe.data.text.tokens import EncodedTexts, encode, load_tokenizer, word_tokenizer
 from dynmoe.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class GlueData(TaskData):
         self.sets: dict[str, TextSet] = {}
         self.baseline: dict[str, Any] | None = None
         self.tokenizer: PreTrainedTokenizerBase
-        self._encoded: dict[str, Encoded] = {}
+        self._encoded: dict[str, EncodedTexts] = {}
         self._source: Source = source
         self._root = root
         self._ood = list(ood)
@@ -139,7 +139,7 @@ class GlueData(TaskData):
             return word_tokenizer([*train.first, *(train.second or [])], VOCABULARY)
         return load_tokenizer(self._tokenizer_path, self._tokenizer_name)
 
-    def _encode(self, texts: TextSet) -> Encoded:
+    def _encode(self, texts: TextSet) -> EncodedTexts:
         cache = None if self._cache is None else Path(self._cache)
         return encode(texts, self.tokenizer, self._max_length, cache)
 
