@@ -25,7 +25,7 @@ from dynmoe.data.protocol import split
 from dynmoe.data.text.batches import Collate, EvalBatches, Examples, TrainBatches, steps_per_epoch
 from dynmoe.data.text.ood import read_ood
 from dynmoe.data.text.sets import TextSet
-from dynmoe.data.text.sources import Source, read
+from dynmoe.data.text.sources import Source, read_sets
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS, GlueTask
 from dynmoe.data.text.tokens import EncodedTexts, encode, load_tokenizer, word_tokenizer
 from dynmoe.errors import DataError
@@ -122,7 +122,7 @@ class GlueData(TaskData):
             self.baseline = linear_text_baseline(sets["train"], sets["dev"], self.task.metrics)
 
     def _read(self, names: Sequence[str]) -> dict[str, TextSet]:
-        found = read(self.task, self._source, self._root, names)
+        found = read_sets(self.task, self._source, self._root, names)
         for text in found.warnings:
             log.warning("%s", text)
         return found.sets
