@@ -79,12 +79,12 @@ reproduce-language-small: install  ## The report in docs/reports/glue_small: DAT
 	$(BIN)/dynmoe-report outputs/glue_small_rte outputs/glue_small_cola --out outputs/glue_small
 
 # DynMoE-LLaVA and MoE-LLaVA (StableLM-2-1.6B, Qwen-1.8B, Phi-2): stages I and II once for each language model, then
-# stage III dense, with top-2 of 4 and with DynMoE. DATA holds MoE-LLaVA's ft_json/, pt_json/ and images; BENCHMARKS
+# stage III dense, with top-2 of 4 and with DynMoE. DATA holds MoE-LLaVA's ft_json/, pt_json/ and images; QUESTIONS
 # gqa/, scienceqa/, textvqa/, pope/, mme/. Stages run one by one: on several devices a run waits for no other.
-BENCHMARKS ?= $(DATA)/eval
-SETS := 'data.benchmarks={gqa: $(BENCHMARKS)/gqa, scienceqa: $(BENCHMARKS)/scienceqa, textvqa: $(BENCHMARKS)/textvqa, pope: $(BENCHMARKS)/pope, mme: $(BENCHMARKS)/mme}'
+QUESTIONS ?= $(DATA)/eval
+SETS := 'data.question_sets={gqa: $(QUESTIONS)/gqa, scienceqa: $(QUESTIONS)/scienceqa, textvqa: $(QUESTIONS)/textvqa, pope: $(QUESTIONS)/pope, mme: $(QUESTIONS)/mme}'
 VL = task=vl data=llava data.root=$(DATA) backbone=vl_$(1) trainer=ddp trainer.precision=bf16-mixed trainer.devices=8 $(SETS)
-reproduce-vl: install  ## The paper's three vision-language models, all stages, and their report: DATA=, BENCHMARKS=, weeks on 8 GPUs
+reproduce-vl: install  ## The paper's three vision-language models, all stages, and their report: DATA=, QUESTIONS=, weeks on 8 GPUs
 	for lm in stablelm qwen phi2; do for stage in align instruct; do \
 	  $(RUN) $(call VL,$$lm) stage=$$stage || exit 1; done; \
 	  for moe in dense moe_llava dynmoe_vl; do $(RUN) $(call VL,$$lm) moe=$$moe name=vl_$$lm || exit 1; done; done

@@ -16,8 +16,9 @@ FOLDER is outputs/<name>/<run>. mode=evaluate prints every score beside the reco
 same machine they are equal; nothing is written.
 
 mode=answer, for task=vl, answers the questions of the run's own sets, or of the published ones that
-benchmarks.<set>=FOLDER names (benchmarks.gqa=/data/gqa benchmarks.vizwiz=/data/vizwiz), whether
-they are scored here or elsewhere, and writes FOLDER/answers/<set>/ as their evaluators read it.
+question_sets.<set>=FOLDER names (question_sets.gqa=/data/gqa question_sets.vizwiz=/data/vizwiz),
+whether they are scored here or elsewhere, and writes FOLDER/answers/<set>/ as their evaluators read
+it.
 mode=submit, for GLUE tasks, predicts the test sets and writes FOLDER/submission/*.tsv as the GLUE
 server takes them.
 

@@ -19,7 +19,7 @@ from transformers import (
 from dynmoe.benchmark.results import EpochRow
 from dynmoe.benchmark.timing import Sample, Speed, interleave
 from dynmoe.data.protocol import IntArray
-from dynmoe.data.text.tokens import Encoded
+from dynmoe.data.text.tokens import EncodedTexts
 
 
 class Work(NamedTuple):
@@ -116,7 +116,7 @@ class PlainFineTuning(L.LightningModule):
 class LabelledTexts(Dataset[dict[str, Any]]):
     """Tokens and label of each example; a batch is fetched at once."""
 
-    def __init__(self, encoded: Encoded, labels: np.ndarray) -> None:
+    def __init__(self, encoded: EncodedTexts, labels: np.ndarray) -> None:
         self.encoded = encoded
         self.labels = labels
 

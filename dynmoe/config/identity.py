@@ -31,7 +31,7 @@ NOT_IN_IDENTITY = (
     "sweep",
     "task.save_every",
     "backbone.grad_checkpointing",  # the same numbers, computed twice
-    "data.benchmarks",  # more of them are answered by dynmoe-eval
+    "data.question_sets",  # more of them are answered by dynmoe-eval
     "data.cache",
     "data.cache_gb",
     "data.eval_batch_size",

@@ -1,4 +1,4 @@
-"""What every set of questions is."""
+"""Question sets: their questions, their scores and the files that official evaluators read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynmoe.errors import DataError
-from dynmoe.questions.files import counted, load_image
+from dynmoe.questions.files import check_images, counted, load_image
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question:
-    """`text` is what the model is asked, the benchmark's instruction at its end included.
+    """One prompt. `text` is all that the model is asked, with the set's instruction at its end.
 
     `images` are keys for the set's `load_image`, () for text only. `kind` groups questions for
     scores by kind, "" if there are no groups.
@@ -37,9 +37,9 @@ class Question:
 
 
 class QuestionSet(ABC):
-    """Questions, and what their evaluator knows about each.
+    """Questions with the evaluator's record of each.
 
-    `records` [Q] is that knowledge, as JSON: right answers, columns of the prediction file.
+    `records` [Q] are JSON values: right answers, columns of the prediction file.
     `is_scored` is False where an evaluation server or a judge scores the prediction files; `note`
     then says so in one sentence.
     """
@@ -56,7 +56,7 @@ class QuestionSet(ABC):
         twice = [id for id, count in counts.items() if count > 1]
         if twice:
             raise DataError(
-                f"{name}: ids of several questions {counted(twice)}. Each needs an id of its own."
+                f"{name}: several questions share an id {counted(twice)}. Each needs its own."
             )
         self.name = name
         self.questions = list(questions)
@@ -80,7 +80,7 @@ class QuestionSet(ABC):
 
     @abstractmethod
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
-        """Writes `answers` [Q] into `folder` as the official evaluator reads them."""
+        """Write `answers` [Q] into `folder` as the official evaluator reads them."""
 
     @cached_property
     def digest(self) -> str:
@@ -99,12 +99,17 @@ class QuestionSet(ABC):
 
 
 class FolderSet(QuestionSet):
-    """A set whose images are files; keys are paths below `images`."""
+    """A set whose images are files; keys are paths below `images`.
+
+    Raises:
+        DataError: an image is not there.
+    """
 
     def __init__(
         self, name: str, questions: Sequence[Question], records: Sequence[Any], images: Path
     ) -> None:
         super().__init__(name, questions, records)
+        check_images(name, images, (key for question in questions for key in question.images))
         self._images = images
 
     def load_image(self, key: str) -> PIL.Image.Image:
@@ -142,7 +147,7 @@ def accuracies(questions: Sequence[Question], values: Sequence[float]) -> dict[s
 # Writing prediction files, and the one that LLaVA's evaluation scripts share.
 
 MODEL = "dynmoe"
-"""What the files name as the model."""
+"""Name of the model in prediction files."""
 
 
 def write_json(file: Path, content: Any, indent: int | None = None) -> Path:

@@ -14,7 +14,7 @@ from dynmoe.questions.base import (
     write_json,
     write_lines,
 )
-from dynmoe.questions.files import check_images, image_folder, locate, read_object
+from dynmoe.questions.files import image_folder, locate, read_object
 from dynmoe.questions.vqa import INSTRUCTION
 
 if TYPE_CHECKING:
@@ -103,5 +103,4 @@ def read_gqa(root: str, images: str | None = None) -> Gqa:
         )
         for id, row in rows.items()
     ]
-    check_images("GQA", paths["images"], (question.images[0] for question in questions))
     return Gqa("gqa", questions, [row["answer"] for row in rows.values()], paths["images"])

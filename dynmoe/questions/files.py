@@ -1,9 +1,11 @@
-"""Files of published sets: where they may be, and reading them with clear refusals."""
+"""Finding and reading the files of published sets, with errors that say what to do."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +26,11 @@ def first_path(root: str | Path, candidates: Iterable[str]) -> Path | None:
 def locate(
     title: str, root: str | Path, wanted: Mapping[str, Sequence[str]], source: str
 ) -> dict[str, Path]:
-    """For each thing wanted the first of its candidates below `root`; an absolute one stays itself.
+    """The first existing candidate of each thing wanted, below `root` unless it is absolute.
 
     Raises:
         DataError: names everything that is missing and every place looked at; `source` is where
-            it is to be had.
+            it can be downloaded.
     """
     found = {what: first_path(root, candidates) for what, candidates in wanted.items()}
     missing = [
@@ -48,10 +50,19 @@ def image_folder(images: str | None, *defaults: str) -> dict[str, Sequence[str]]
 
 
 def check_images(title: str, folder: Path, keys: Iterable[str]) -> None:
-    """Raises DataError if any of the images is not in the folder."""
-    missing = [key for key in dict.fromkeys(keys) if not (folder / key).is_file()]
+    """Raises DataError if any of the images is not in the folder; `title` names who wants them."""
+    listings: dict[Path, set[str]] = {}  # each folder is listed once: a look at every file is slow
+    missing: dict[str, None] = {}  # an ordered set
+    for path, key in ((folder / key, key) for key in keys):
+        if (below := path.parent) not in listings:
+            listings[below] = set(os.listdir(below)) if below.is_dir() else set()
+        if path.name not in listings[below]:
+            missing[key] = None
     if missing:
-        raise DataError(f"{title}: images not in {folder} {counted(missing)}.")
+        raise DataError(
+            f"{title}: images not in {folder} {counted([*missing])}. "
+            "Give the folder from which these paths start, and fetch what it lacks."
+        )
 
 
 def load_image(path: Path) -> PIL.Image.Image:
@@ -69,18 +80,28 @@ def load_image(path: Path) -> PIL.Image.Image:
         raise DataError(f"{path}: cannot be read as an image: {error}.") from None
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system or the decoder raises on `path` into a DataError."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"{path}: not UTF-8 (byte 0x{byte:02x}: {error.reason}). Convert it to UTF-8."
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+
+
 def read_text(path: Path) -> str:
-    """UTF-8 with or without a byte order mark; line ends become a line feed.
+    """The text of a UTF-8 file without its byte order mark; line ends become a line feed.
 
     Raises:
         DataError: no such file, or not UTF-8.
     """
-    try:
+    with reading(path):
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}. Convert it to UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
 
 
 def read_json(path: Path) -> Any:
@@ -96,10 +117,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_list(path: Path, fields: Sequence[str], key: str | None = None) -> list[dict[str, Any]]:
-    """The array of objects of a JSON file, or that under `key` of its object.
+    """The array of objects of a JSON file, or the array under `key` of its object.
 
     Raises:
-        DataError: it is something else, or an object lacks a field.
+        DataError: the file holds something else, or an object lacks a field.
     """
     content = read_json(path)
     if key is not None:
@@ -114,7 +135,7 @@ def read_object(path: Path, fields: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The objects of a JSON file by their keys.
 
     Raises:
-        DataError: it is something else, or an object lacks a field.
+        DataError: the file holds something else, or an object lacks a field.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -129,25 +150,32 @@ def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         DataError: a line is something else, or lacks a field.
     """
-    rows = list(_lines(path))
+    rows = list(json_lines(path))
     _check(path, ((f"line {number}", row) for number, row in rows), fields)
     return [row for _, row in rows]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON: {error}.") from None
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers from 1 and the JSON values of the lines, read as a stream; no blank lines.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not JSON.
+    """
+    with reading(path), path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise DataError(f"{path}, line {number}: not JSON: {error}.") from None
+                yield number, value
 
 
 def _check(path: Path, rows: Iterable[tuple[str, Any]], fields: Sequence[str]) -> None:
     problems = []
     for name, row in rows:
         if not isinstance(row, dict):
-            problems.append(f"{name} is no object")
+            problems.append(f"{name} is not an object")
         elif lacking := [field for field in fields if field not in row]:
             problems.append(f"{name} has no {', '.join(lacking)}")
     if problems:
@@ -166,11 +194,12 @@ def check_same(path: Path, found: Iterable[Any], expected: Iterable[Any]) -> Non
     found_problems = [f"{what} {counted(ids)}" for what, ids in problems.items() if ids]
     if found_problems:
         raise DataError(
-            f"{path}: not the same questions: {', '.join(found_problems)}. It is of another set."
+            f"{path}: not the same questions: {', '.join(found_problems)}. "
+            "The file belongs to another set."
         )
 
 
 def counted(texts: Sequence[str]) -> str:
-    """(7): the first five; and more."""
+    """The number of texts and the first five: "(7): a; b; c; d; e and more"."""
     more = " and more" if len(texts) > SHOWN else ""
     return f"({len(texts)}): {'; '.join(texts[:SHOWN])}{more}"

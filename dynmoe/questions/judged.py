@@ -7,7 +7,6 @@ from pathlib import Path
 
 from dynmoe.questions.base import FolderSet, Question, Unscored, answer_row, write_json, write_lines
 from dynmoe.questions.files import (
-    check_images,
     image_folder,
     locate,
     read_lines,
@@ -50,7 +49,6 @@ def read_vizwiz(root: str, images: str | None = None) -> VizWiz:
         Question(row["image"], row["question"] + UNANSWERABLE + INSTRUCTION, (row["image"],))
         for row in rows
     ]
-    check_images("VizWiz", paths["images"], names)
     return VizWiz("vizwiz", questions, names, paths["images"])
 
 
@@ -79,7 +77,6 @@ def read_llava_bench(root: str, images: str | None = None) -> LlavaBench:
         Question(str(row["question_id"]), row["text"], (row["image"],), row.get("category", ""))
         for row in rows
     ]
-    check_images("LLaVA-Bench", paths["images"], (row["image"] for row in rows))
     ids = [row["question_id"] for row in rows]
     return LlavaBench("llava_bench", questions, ids, paths["images"])
 
@@ -105,5 +102,4 @@ def read_mm_vet(root: str, images: str | None = None) -> MmVet:
     paths = locate("MM-Vet", root, wanted, "https://github.com/yuweihao/MM-Vet/releases")
     rows = read_object(paths["questions"], ("imagename", "question"))
     questions = [Question(id, row["question"], (row["imagename"],)) for id, row in rows.items()]
-    check_images("MM-Vet", paths["images"], (row["imagename"] for row in rows.values()))
     return MmVet("mm_vet", questions, [None] * len(questions), paths["images"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dynmoe.errors import DataError
 from dynmoe.questions.base import FolderSet, Question, mean, write_lines
-from dynmoe.questions.files import check_images, first_path, image_folder, locate, read_lines
+from dynmoe.questions.files import first_path, image_folder, locate, read_lines
 from dynmoe.questions.vqa import INSTRUCTION
 
 SOURCE = "https://github.com/AoiDragon/POPE, output/coco; the images are COCO's val2014"
@@ -99,5 +99,4 @@ def read_pope(root: str, images: str | None = None) -> Pope:
             id = f"{split}/{row['question_id']}"
             questions.append(Question(id, row["text"] + INSTRUCTION, (row["image"],), split))
             labels.append(row["label"])
-    check_images("POPE", paths["images"], (question.images[0] for question in questions))
     return Pope("pope", questions, labels, paths["images"])

@@ -7,14 +7,13 @@ llava_test_CQM-A.json      LLaVA's questions, where its evaluation bundle is the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynmoe.errors import DataError
 from dynmoe.questions.base import FolderSet, Question, answer_row, mean, write_json, write_lines
 from dynmoe.questions.files import (
-    check_images,
     check_same,
     counted,
     first_path,
@@ -34,7 +33,7 @@ INSTRUCTION = "\nAnswer with the option's letter from the given choices directly
 STATED = re.compile(r"The answer is ([A-Z]).")
 
 
-class Problem(NamedTuple):
+class ScienceProblem(NamedTuple):
     """Record of a question: `answer` is the place of the right one among `choices` options."""
 
     answer: int
@@ -46,7 +45,7 @@ class Problem(NamedTuple):
 
 
 # The columns of the benchmark's table, as tools/evaluate_acc.py of ScienceQA forms them.
-COLUMNS: dict[str, Callable[[Problem], bool]] = {
+COLUMNS: dict[str, Callable[[ScienceProblem], bool]] = {
     "img": lambda problem: problem.has_image,
     "txt": lambda problem: problem.has_hint,
     "no": lambda problem: not problem.has_hint and not problem.has_image,
@@ -59,7 +58,7 @@ COLUMNS: dict[str, Callable[[Problem], bool]] = {
 
 
 class ScienceQa(FolderSet):
-    """Records are `Problem`s; a question's kind is its subject."""
+    """Records are `ScienceProblem`s; a question's kind is its subject."""
 
     def score(self, answers: Sequence[str]) -> dict[str, float]:
         """Accuracies: "score" over all, and each of `COLUMNS` that has questions."""
@@ -123,42 +122,59 @@ def read_scienceqa(root: str, images: str | None = None) -> ScienceQa:
     Raises:
         DataError: files are missing or damaged, or LLaVA's questions are others.
     """
-    wanted = {"problems": ["problems.json"], "splits": ["pid_splits.json"]}
-    defaults = image_folder(images, f"images/{SPLIT}", SPLIT)
-    paths = locate("ScienceQA", root, wanted | defaults, SOURCE)
-    problems = read_object(paths["problems"], FIELDS)
-    ids = _ids(paths["splits"])
-    lacking = [id for id in ids if id not in problems]
-    if lacking:
-        raise DataError(
-            f"{paths['splits']}: ids of {SPLIT} not in {paths['problems']} {counted(lacking)}."
-        )
+    problems, paths = read_problems(root, images, SPLIT)
     llava = first_path(root, [LLAVA_QUESTIONS])
     texts = (
-        {id: prompt_text(problems[id]) for id in ids} if llava is None else _llava_texts(llava, ids)
+        {id: prompt_text(problem) for id, problem in problems.items()}
+        if llava is None
+        else _llava_texts(llava, problems)
     )
     questions = [
         Question(
             id=id,
             text=texts[id] + INSTRUCTION,
-            images=(f"{id}/{problems[id]['image']}",) if problems[id]["image"] else (),
-            kind=problems[id]["subject"],
+            images=(f"{id}/{problem['image']}",) if problem["image"] else (),
+            kind=problem["subject"],
         )
-        for id in ids
+        for id, problem in problems.items()
     ]
-    check_images("ScienceQA", paths["images"], (key for each in questions for key in each.images))
-    return ScienceQa("scienceqa", questions, [_record(problems[id]) for id in ids], paths["images"])
+    return ScienceQa("scienceqa", questions, [*map(_record, problems.values())], paths["images"])
 
 
-def _ids(path: Path) -> list[str]:
-    splits = read_json(path)
-    if not isinstance(splits, dict) or not isinstance(splits.get(SPLIT), list):
-        raise DataError(f"{path}: expected an object with an array of ids under {SPLIT!r}.")
-    return [str(id) for id in splits[SPLIT]]
+def read_problems(
+    root: str, images: str | None, split: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, Path]]:
+    """The problems of a split by their ids, in its order, and the paths of the files.
+
+    Raises:
+        DataError: files are missing or damaged; an id without a problem, or a problem whose answer
+            is not the place of one of its choices.
+    """
+    wanted = {"problems": ["problems.json"], "splits": ["pid_splits.json"]}
+    defaults = image_folder(images, f"images/{split}", split)
+    paths = locate("ScienceQA", root, wanted | defaults, SOURCE)
+    problems = read_object(paths["problems"], FIELDS)
+    splits = read_json(paths["splits"])
+    if not isinstance(splits, dict) or not isinstance(splits.get(split), list):
+        raise DataError(
+            f"{paths['splits']}: expected an object with an array of ids under {split!r}."
+        )
+    ids = [str(id) for id in splits[split]]
+    wrong = [id for id in ids if id not in problems or not _has_answer(problems[id])]
+    if wrong:
+        raise DataError(
+            f"{paths['problems']}: problems of {split} that are missing or whose answer is not the "
+            f"place of a choice {counted(wrong)}."
+        )
+    return {id: problems[id] for id in ids}, paths
 
 
-def _record(row: dict[str, Any]) -> Problem:
-    return Problem(
+def _has_answer(row: dict[str, Any]) -> bool:
+    return row["answer"] in range(min(len(row["choices"]), len(LETTERS)))
+
+
+def _record(row: dict[str, Any]) -> ScienceProblem:
+    return ScienceProblem(
         answer=row["answer"],
         choices=len(row["choices"]),
         has_hint=bool(row["hint"]),
@@ -178,7 +194,7 @@ def prompt_text(row: dict[str, Any]) -> str:
     return text.replace("  ", " ").strip()
 
 
-def _llava_texts(path: Path, ids: Sequence[str]) -> dict[str, str]:
+def _llava_texts(path: Path, ids: Iterable[str]) -> dict[str, str]:
     rows = read_list(path, ("id", "conversations"))
     check_same(path, (row["id"] for row in rows), ids)
     return {

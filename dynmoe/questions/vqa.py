@@ -28,7 +28,6 @@ from dynmoe.questions.base import (
     write_lines,
 )
 from dynmoe.questions.files import (
-    check_images,
     check_same,
     counted,
     first_path,
@@ -208,7 +207,6 @@ def read_vqav2(root: str, images: str | None = None) -> Vqav2:
         )
         for row in rows
     ]
-    check_images("VQAv2", paths["images"], (question.images[0] for question in questions))
     if scored:
         humans = [
             [answer["answer"] for answer in annotations[row["question_id"]]["answers"]]
@@ -304,7 +302,6 @@ def read_textvqa(root: str, images: str | None = None) -> TextVqa:
         )
         for row in rows
     ]
-    check_images("TextVQA", paths["images"], (question.images[0] for question in questions))
     records = [(row["image_id"], row["answers"]) for row in rows]
     return TextVqa("textvqa", questions, records, paths["images"])
 

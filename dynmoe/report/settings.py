@@ -31,7 +31,7 @@ READING = (
     "data.ood_root",
     "data.linear_baseline",
     "data.content.root",
-    "data.benchmarks",
+    "data.question_sets",
     "data.examples",
 )
 

@@ -38,15 +38,15 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
             not there.
     """
     given: dict[str, str] = {}
-    benchmarks: list[str] = []
+    question_sets: list[str] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key.startswith("benchmarks."):
-            benchmarks.append(argument)
+        if equals and key.startswith("question_sets."):
+            question_sets.append(argument)
         elif equals and key in (*ARGUMENTS, *OVERRIDES):
             given[key] = value
         else:
-            known = ", ".join(f"{k}=" for k in (*ARGUMENTS, "benchmarks.<set>", *OVERRIDES))
+            known = ", ".join(f"{k}=" for k in (*ARGUMENTS, "question_sets.<set>", *OVERRIDES))
             raise ConfigError(f"{argument}: unknown argument, expected {known}")
     if "run" not in given:
         raise ConfigError("run=FOLDER is missing: the folder outputs/<name>/<run> of a trained run")
@@ -68,10 +68,10 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
             cfg.data[node].root = given["data.root"]
     if "backbone.path" in given:
         cfg.data.tokenizer_path = given["backbone.path"]
-    if benchmarks and mode != "answer":
-        raise ConfigError(f"{benchmarks[0]}: questions to answer, expected with mode=answer")
+    if question_sets and mode != "answer":
+        raise ConfigError(f"{question_sets[0]}: questions to answer, expected with mode=answer")
     values = [f"{key}={value}" for key, value in given.items()]
-    overrides = OmegaConf.from_dotlist([*values, *benchmarks])
+    overrides = OmegaConf.from_dotlist([*values, *question_sets])
     cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     if wrong := [*text_run(cfg), *folders(cfg)]:
         raise ConfigError("\n".join(wrong))
@@ -139,7 +139,7 @@ def _load(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, An
 
 
 def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, float]:
-    """Answer every question of ``cfg.benchmarks``, or of the run's own sets where there are none.
+    """Answer the questions of ``cfg.question_sets``, or of the run's own sets where it is empty.
 
     Writes ``answers/<set>/`` in the run's folder; prints scores, k by part, and the files.
 
@@ -157,7 +157,8 @@ def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, fl
         )
     settings = build.settle_runtime(cfg)
     data: Any = build.build_data(cfg)
-    data.setup_questions({name: str(root) for name, root in cfg.get("benchmarks", {}).items()})
+    folders = cfg.get("question_sets", {})
+    data.setup_questions({name: str(root) for name, root in folders.items()})
     task: Any
     task, step = build.load(cfg, data, settings["fused_attention"], checkpoint)
     trainer = build.build_trainer(cfg, [], folder, max_steps=1)

@@ -53,7 +53,7 @@ def run_convert(**given: str | Path) -> None:
 
 
 def answers_of(run: Path, benchmark: Path) -> list[str]:
-    arguments = [f"run={run}", "mode=answer", f"benchmarks.pope={benchmark}"]
+    arguments = [f"run={run}", "mode=answer", f"question_sets.pope={benchmark}"]
     small = ["data.max_new_tokens=3", "trainer.accelerator=cpu"]
     _, folder, checkpoint, cfg = evaluate.parse([*arguments, *small])
     cfg.trainer.enable_progress_bar = False
@@ -145,7 +145,7 @@ def test_training_starts_from_a_dense_model(tmp_path: Path) -> None:
         *("task=vl", "data=llava", f"data.root={root}", "data.content.files.moe=[train.json]"),
         *("backbone=vl_phi2", f"backbone.path={ours}/language_model", "backbone.pretrained=false"),
         *(f"backbone.vision.path={clip}", "backbone.vision.image_size=28"),
-        *(f"stage.start={ours}", f"data.benchmarks={{pope: {benchmark}}}", "data.batch_size=4"),
+        *(f"stage.start={ours}", f"data.question_sets={{pope: {benchmark}}}", "data.batch_size=4"),
         *("trainer.max_steps=2", "data.max_new_tokens=3", "task.optimizer.lr=1e-2"),
         *("logger=none", "trainer.enable_progress_bar=false", f"paths.outputs={tmp_path}/out"),
     ]

@@ -61,7 +61,7 @@ def test_answers_are_one_per_question(tmp_path: Path) -> None:
 
 
 def test_ids_stand_for_one_question() -> None:
-    with pytest.raises(DataError, match=r"toy: ids of several questions \(1\): 1. Each needs"):
+    with pytest.raises(DataError, match=r"toy: several questions share an id \(1\): 1\."):
         exact([QUESTIONS[0], QUESTIONS[1], QUESTIONS[0]], ["yes", "2", "yes"])
     with pytest.raises(DataError, match="toy: no questions"):
         exact([], [])
@@ -85,7 +85,7 @@ def test_images_of_a_folder_are_rgb_or_refused(tmp_path: Path) -> None:
 
     Image.new("L", (3, 2), 7).save(tmp_path / "grey.png")
     put(tmp_path / "text.png", "no image")
-    exported = Exported("toy", QUESTIONS[:1], [None], tmp_path)
+    exported = Exported("toy", [Question("1", "?", ("grey.png",))], [None], tmp_path)
     image = exported.load_image("grey.png")
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (3, 2), (7, 7, 7))
     for key in ("text.png", "none.png"):

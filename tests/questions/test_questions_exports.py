@@ -67,7 +67,7 @@ def test_mm_vet(tmp_path: Path) -> None:
     }
     put(tmp_path / "mm-vet.json", content)
     picture(tmp_path / "images" / "v1_0.png")
-    with pytest.raises(DataError, match=r"MM-Vet: images not in .*/images \(1\): v1_1"):
+    with pytest.raises(DataError, match=r"mm_vet: images not in .*/images \(1\): v1_1"):
         read_mm_vet(str(tmp_path))
     picture(tmp_path / "images" / "v1_1.png")
     found = read_mm_vet(str(tmp_path))

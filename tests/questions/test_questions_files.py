@@ -43,7 +43,7 @@ def test_fields_are_checked_for_all_entries_at_once(tmp_path: Path) -> None:
     file = put(tmp_path / "a.jsonl", '{"a": 1}\n[]\n{"a": 1, "b": 2}\n{}\n')
     assert refusal(read_lines, file, ["a", "b"]) == (
         f"{file}: expected objects with a, b. "
-        "Others (3): line 1 has no b; line 2 is no object; line 4 has no a, b."
+        "Others (3): line 1 has no b; line 2 is not an object; line 4 has no a, b."
     )
     file = put(tmp_path / "a.json", {"x": {"a": 1}, **{str(n): {} for n in range(6)}})
     assert refusal(read_object, file, ["a"]).endswith(
@@ -59,7 +59,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         f"{file}, line 2: not JSON:"
     )
     file.write_bytes(b'{"a": "\xff"}')
-    assert refusal(read_lines, file, []) == f"{file}: not UTF-8 at byte 7. Convert it to UTF-8."
+    assert refusal(read_lines, file, []) == (
+        f"{file}: not UTF-8 (byte 0xff: invalid start byte). Convert it to UTF-8."
+    )
     assert refusal(read_lines, tmp_path / "b.json", []) == (
         f"{tmp_path}/b.json: cannot be read: No such file or directory."
     )
@@ -83,7 +85,8 @@ def test_missing_images_are_counted_once_each(tmp_path: Path) -> None:
     picture(tmp_path / "0.png")
     keys = [f"{n}.png" for n in (0, 1, 1, 2, 3, 4, 5, 6)]
     assert refusal(check_images, "Toy", tmp_path, keys) == (
-        f"Toy: images not in {tmp_path} (6): 1.png; 2.png; 3.png; 4.png; 5.png and more."
+        f"Toy: images not in {tmp_path} (6): 1.png; 2.png; 3.png; 4.png; 5.png and more. "
+        "Give the folder from which these paths start, and fetch what it lacks."
     )
     check_images("Toy", tmp_path, ["0.png"])
 
@@ -91,5 +94,6 @@ def test_missing_images_are_counted_once_each(tmp_path: Path) -> None:
 def test_ids_have_to_be_the_same(tmp_path: Path) -> None:
     check_same(tmp_path, [2, 1], [1, 2])
     assert refusal(check_same, tmp_path, [2, 3], [1, 2]) == (
-        f"{tmp_path}: not the same questions: missing (1): 1, unknown (1): 3. It is of another set."
+        f"{tmp_path}: not the same questions: missing (1): 1, unknown (1): 3. "
+        "The file belongs to another set."
     )

@@ -144,12 +144,12 @@ def test_llavas_questions_are_asked_where_they_are_there(root: Path) -> None:
 
 def test_refusals(root: Path) -> None:
     put(root / "pid_splits.json", {"test": ["4", "6", "8"]})
-    with pytest.raises(DataError, match=r"ids of test not in .* \(2\): 6; 8"):
+    with pytest.raises(DataError, match=r"problems of test that are missing .* \(2\): 6; 8"):
         read_scienceqa(str(root))
     put(root / "pid_splits.json", {"val": ["4"]})
     with pytest.raises(DataError, match="expected an object with an array of ids under 'test'"):
         read_scienceqa(str(root))
     put(root / "pid_splits.json", {"test": ["4"]})
     (root / "images" / "test" / "4" / "image.png").unlink()
-    with pytest.raises(DataError, match=r"ScienceQA: images not in .* \(1\): 4/image.png"):
+    with pytest.raises(DataError, match=r"scienceqa: images not in .* \(1\): 4/image.png"):
         read_scienceqa(str(root))

@@ -75,7 +75,7 @@ def test_llavas_questions_have_to_be_the_same(root: Path) -> None:
     assert str(error.value) == (
         f"{file}: not the same questions: missing (1): "
         "('003a8ae2ef43b901', 'what is the brand of this camera?'), "
-        "unknown (1): ('003a8ae2ef43b901', 'where?'). It is of another set."
+        "unknown (1): ('003a8ae2ef43b901', 'where?'). The file belongs to another set."
     )
 
 

@@ -129,7 +129,7 @@ def test_annotations_have_to_be_of_the_questions(root: Path) -> None:
         read_vqav2(str(root))
     assert str(error.value) == (
         f"{file}: not the same questions: missing (2): 262148001; 393225000, unknown (1): 7. "
-        "It is of another set."
+        "The file belongs to another set."
     )
 
 

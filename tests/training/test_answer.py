@@ -75,7 +75,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def given(published: dict[str, Path], *names: str) -> list[str]:
-    return [f"benchmarks.{name}={published[name]}" for name in names]
+    return [f"question_sets.{name}={published[name]}" for name in names]
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -190,26 +190,32 @@ def test_questions_alone_need_no_conversations(
 
 
 def test_training_refuses_what_it_cannot_score(tmp_path: Path, published: dict[str, Path]) -> None:
-    own = f"+data.benchmarks={{vizwiz: {published['vizwiz']}}}"
+    own = f"+data.question_sets={{vizwiz: {published['vizwiz']}}}"
     data = build.build_data(configuration(tmp_path, *ALONE, own))
     with pytest.raises(ConfigError) as error:
         data.setup()
     assert str(error.value) == (
-        "data.benchmarks: vizwiz has no local score. Leave it out; answer it after training: "
-        f"dynmoe-eval run=FOLDER mode=answer benchmarks.vizwiz={published['vizwiz']}"
+        "data.question_sets: vizwiz has no local score. Leave it out; answer it after training: "
+        f"dynmoe-eval run=FOLDER mode=answer question_sets.vizwiz={published['vizwiz']}"
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mode=answer", "benchmarks.gpa=."], "no question set gpa. Choose one of vqav2, gqa"),
-        (["mode=answer", "benchmarks.gqa=."], "GQA is not complete below .: questions: no"),
-        (["benchmarks.gqa=."], "benchmarks.gqa=.: questions to answer, expected with mode=answer"),
+        (["mode=answer", "question_sets.gpa=."], "no question set gpa. Choose one of vqav2, gqa"),
+        (["mode=answer", "question_sets.gqa=."], "GQA is not complete below .: questions: no"),
+        (
+            ["question_sets.gqa=."],
+            "question_sets.gqa=.: questions to answer, expected with mode=answer",
+        ),
         (["mode=answers"], "mode=answers: expected one of evaluate, answer, submit"),
         (["mode=submit"], "mode=submit: Scenes is no task of GLUE"),
         (["mode=answer", "checkpoint=best"], "checkpoint=best: there is no file best"),
-        (["mode=answer", "benchmark.gqa=."], "unknown argument, expected run=, checkpoint=, mode="),
+        (
+            ["mode=answer", "question_set.gqa=."],
+            "unknown argument, expected run=, checkpoint=, mode=",
+        ),
         (["mode=answer", "data.root=."], "data.root: this run on Scenes has no such key"),
     ],
 )

@@ -20,7 +20,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.sets import LabelArray, TextSet
-from dynmoe.data.text.tokens import Encoded, Row
+from dynmoe.data.text.tokens import EncodedTexts, TokenRow
 from dynmoe.seeding import seed_hash
 
 BUCKET = 50
@@ -171,7 +171,7 @@ class FetchedTexts(NamedTuple):
 
     source: str
     rows: list[int]
-    texts: list[Row]
+    texts: list[TokenRow]
     label: LabelArray
     weight: float
 
@@ -179,7 +179,7 @@ class FetchedTexts(NamedTuple):
 class TextExamples(Dataset[FetchedTexts]):
     """All sets in one dataset. A batch is fetched at once, from the set of its first example."""
 
-    def __init__(self, sets: Mapping[str, TextSet], encoded: Mapping[str, Encoded]) -> None:
+    def __init__(self, sets: Mapping[str, TextSet], encoded: Mapping[str, EncodedTexts]) -> None:
         self.sets = sets
         self.encoded = encoded
 

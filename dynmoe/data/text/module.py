@@ -32,9 +32,9 @@ from dynmoe.data.text.batches import (
 )
 from dynmoe.data.text.ood import read_ood
 from dynmoe.data.text.sets import TextSet
-from dynmoe.data.text.sources import Source, read
+from dynmoe.data.text.sources import Source, read_sets
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS, GlueTask
-from dynmoe.data.text.tokens import Encoded, encode, load_tokenizer, word_tokenizer
+from dynmoe.data.text.tokens import EncodedTexts, encode, load_tokenizer, word_tokenizer
 from dynmoe.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class GlueData(TaskData):
         self.sets: dict[str, TextSet] = {}
         self.baseline: dict[str, Any] | None = None
         self.tokenizer: PreTrainedTokenizerBase
-        self._encoded: dict[str, Encoded] = {}
+        self._encoded: dict[str, EncodedTexts] = {}
 
     @property
     def glue_task(self) -> GlueTask:
@@ -123,7 +123,7 @@ class GlueData(TaskData):
             self.baseline = linear_text_baseline(sets["train"], sets["dev"], self.glue_task.metrics)
 
     def _read(self, names: Sequence[str]) -> dict[str, TextSet]:
-        found = read(self.glue_task, self.source, self.root, names)
+        found = read_sets(self.glue_task, self.source, self.root, names)
         for text in found.warnings:
             log.warning("%s", text)
         return found.sets
@@ -140,7 +140,7 @@ class GlueData(TaskData):
             return word_tokenizer([*train.first, *(train.second or [])], VOCABULARY)
         return load_tokenizer(self.tokenizer_path, self.tokenizer_name)
 
-    def _encode(self, texts: TextSet) -> Encoded:
+    def _encode(self, texts: TextSet) -> EncodedTexts:
         cache = None if self.cache is None else Path(self.cache)
         return encode(texts, self.tokenizer, self.max_length, cache)
 

@@ -1,21 +1,22 @@
-"""Where the texts of a task come from; every source gives the same examples."""
+"""The sources of a task's texts: TSV, Parquet, hub, package; all give the same examples."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import as_file, files
-from operator import itemgetter
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dynmoe.data.text.sets import Loader, RawTexts, TextSet, text_set
 from dynmoe.data.text.tasks import LABELLED, TESTS, GlueTask
 from dynmoe.errors import DataError
+from dynmoe.questions.files import reading
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,13 +25,13 @@ Source = Literal["hub", "tsv", "parquet", "embedded"]
 
 
 class Sets(NamedTuple):
-    """Of the sets asked for: train and dev, and those of the others that the source has."""
+    """Train and dev, and those of the other sets asked for that the source has."""
 
     sets: dict[str, TextSet]
     warnings: list[str]
 
 
-def read(
+def read_sets(
     task: GlueTask,
     source: Source,
     root: str | None,
@@ -75,7 +76,7 @@ def _loaders(task: GlueTask, source: Source, root: str | None) -> dict[str, Load
             "The package embeds Glosses only (data=glosses); GLUE comes from tsv, parquet or hub."
         )
     if source == "embedded":
-        return gloss_loaders()
+        return {name: partial(_read_glosses, name) for name in ("train", "dev")}
     if source == "hub":
         return hub_loaders(task)
     if root is None or not Path(root).is_dir():
@@ -87,10 +88,14 @@ def _loaders(task: GlueTask, source: Source, root: str | None) -> dict[str, Load
 
 
 # Columns of a TSV or JSONL file, plain or .gz, without any quoting.
+#
+# NOTE: pandas (and `datasets`, which reads CSV with it) cannot do this: it reads a line that ends
+# early as one with empty fields, refuses a line with more fields than the header, and ends a row at
+# a carriage return within a text.
 
 
 @dataclass(frozen=True)
-class Table:
+class TextTable:
     """Columns of equal length; `row` numbers their lines from 0, counting the `dropped` ones too.
 
     A line is dropped if it ends before a column, or lacks its key, or says null.
@@ -102,7 +107,7 @@ class Table:
 
 
 def first_file(candidates: Sequence[Path]) -> Path | None:
-    """The first candidate that exists, itself or with .gz behind its name."""
+    """The first candidate that exists, itself or with .gz after its name."""
     for path in candidates:
         for file in (path, path.with_name(path.name + ".gz")):
             if file.is_file():
@@ -115,7 +120,7 @@ def read_table(
     required: Sequence[str],
     optional: Sequence[str] = (),
     header: Sequence[str] | None = None,
-) -> Table:
+) -> TextTable:
     """The named columns of a file.
 
     `header` names the columns of a TSV file whose first line does not.
@@ -123,15 +128,27 @@ def read_table(
     Raises:
         DataError: the file is damaged, not UTF-8, or lacks a required column.
     """
-    read = _jsonl if ".jsonl" in path.suffixes else _tsv
-    try:
-        return read(path, required, optional, header)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise DataError(f"{path}: damaged gzip file. Fetch or pack it again.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}. Convert it to UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+    names: Sequence[str]
+    rows: Iterable[dict[str, Any]]
+    with reading(path):
+        try:
+            if ".jsonl" in path.suffixes:
+                rows = list(_json_objects(path))
+                names = list(rows[0]) if rows else []
+            else:
+                lines = (line.split("\t") for line in _lines(path))
+                names = next(lines, [])
+                if header is not None and not set(required) <= set(names):
+                    names, lines = header, chain([names], lines)
+                rows = (dict(zip(names, fields, strict=False)) for fields in lines)
+            if missing := [name for name in required if name not in names]:
+                raise DataError(
+                    f"{path}: no column {', '.join(missing)}. "
+                    f"Found {', '.join(names) or 'an empty file'}."
+                )
+            return _table([*required, *(name for name in optional if name in names)], rows)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            raise DataError(f"{path}: damaged gzip file. Fetch or pack it again.") from None
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -143,66 +160,26 @@ def _lines(path: Path) -> Iterator[str]:
                 yield stripped
 
 
-def _tsv(
-    path: Path, required: Sequence[str], optional: Sequence[str], header: Sequence[str] | None
-) -> Table:
-    rows = (line.split("\t") for line in _lines(path))
-    names = next(rows, [])
-    first: list[list[str]] = []
-    if header is not None and not set(required) <= set(names):
-        first, names = [names], list(header)
-    wanted = _present(path, names, required, optional)
-    places = [names.index(name) for name in wanted]
-    pick, width = itemgetter(*places, places[0]), max(places) + 1  # two places or more: a tuple
-    numbered = enumerate(row for part in (first, rows) for row in part)
-    return _table(
-        wanted, ((row, pick(fields) if len(fields) >= width else None) for row, fields in numbered)
-    )
+def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
+    for line in _lines(path):
+        try:
+            yield dict(json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: not one JSON object per line: {error}.") from None
 
 
-def _jsonl(
-    path: Path, required: Sequence[str], optional: Sequence[str], header: Sequence[str] | None
-) -> Table:
-    try:
-        rows = [dict(json.loads(line)) for line in _lines(path)]
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: not one JSON object per line: {error}.") from None
-    wanted = _present(path, list(rows[0]) if rows else [], required, optional)
-    return _table(
-        wanted,
-        (
-            (row, None if None in values else list(map(str, values)))
-            for row, values in enumerate([fields.get(name) for name in wanted] for fields in rows)
-        ),
-    )
-
-
-def _present(
-    path: Path, names: Sequence[str], required: Sequence[str], optional: Sequence[str]
-) -> list[str]:
-    missing = [name for name in required if name not in names]
-    if missing:
-        raise DataError(
-            f"{path}: no column {', '.join(missing)}. "
-            f"Found {', '.join(names) if names else 'an empty file'}."
-        )
-    return [*required, *(name for name in optional if name in names)]
-
-
-def _table(wanted: list[str], rows: Iterator[tuple[int, Sequence[str] | None]]) -> Table:
-    columns: list[list[str]] = [[] for _ in wanted]
+def _table(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> TextTable:
+    columns: list[list[str]] = [[] for _ in names]
     numbers: list[int] = []
-    dropped = 0
-    for row, values in rows:
-        if values is None:
-            dropped += 1
-            continue
-        numbers.append(row)
-        for column, value in zip(columns, values, strict=False):
-            column.append(value)
-    return Table(dict(zip(wanted, columns, strict=True)), numbers, dropped)
+    number = -1
+    for number, row in enumerate(rows):
+        values = [row.get(name) for name in names]
+        if None not in values:
+            numbers.append(number)
+            for column, value in zip(columns, values, strict=True):
+                column.append(str(value))
+    dropped = number + 1 - len(numbers)
+    return TextTable(dict(zip(names, columns, strict=True)), numbers, dropped)
 
 
 # GLUE as the official zips hold it: one folder per problem, tab separated, no quoting.
@@ -252,11 +229,11 @@ MSR_DEV_IDS = "mrpc_dev_ids.tsv"
 
 
 def tsv_loaders(task: GlueTask, root: Path) -> dict[str, Loader]:
-    """What reads each set that is there; train and dev are always named, and raise if missing."""
+    """Readers of the sets that are there; train and dev are always named, and raise if missing."""
     folder = task_folder(task, root)
     files = MNLI_FILES if task.name == "mnli" else FILES
     if task.name == "mrpc" and first_file([folder / MSR_FILES["train"]]):
-        return {name: partial(_msr, task, folder, name) for name in FILES}
+        return {name: partial(_read_msr, task, folder, name) for name in FILES}
     loaders: dict[str, Loader] = {}
     for name, candidates in files.items():
         file = first_file([folder / candidate for candidate in candidates])
@@ -281,7 +258,7 @@ def _read_tsv(task: GlueTask, file: Path) -> RawTexts:
     return _raw_tsv(layout, file, read_table(file, layout.texts, (layout.label,), layout.header))
 
 
-def _raw_tsv(layout: Layout, file: Path, table: Table) -> RawTexts:
+def _raw_tsv(layout: Layout, file: Path, table: TextTable) -> RawTexts:
     return RawTexts(
         where=str(file),
         texts=[table.columns[name] for name in layout.texts],
@@ -298,8 +275,8 @@ def _missing(task: GlueTask, folder: Path, name: str) -> RawTexts:
     )
 
 
-def _msr(task: GlueTask, folder: Path, name: str) -> RawTexts:
-    """The original corpus: GLUE's dev set is cut out of train by the list of ID pairs."""
+def _read_msr(task: GlueTask, folder: Path, name: str) -> RawTexts:
+    """MRPC from the original corpus: GLUE's dev set is cut out of train by the list of ID pairs."""
     file = first_file([folder / MSR_FILES["test" if name == "test" else "train"]])
     ids = first_file([folder / MSR_DEV_IDS])
     if file is None or (ids is None and name != "test"):
@@ -311,7 +288,7 @@ def _msr(task: GlueTask, folder: Path, name: str) -> RawTexts:
         dev = set(zip(pairs["first"], pairs["second"], strict=True))
         id_pairs = zip(table.columns["#1 ID"], table.columns["#2 ID"], strict=True)
         chosen = [i for i, pair in enumerate(id_pairs) if (pair in dev) == (name == "dev")]
-        table = Table(
+        table = TextTable(
             {key: [column[i] for i in chosen] for key, column in table.columns.items()},
             [table.row[i] for i in chosen],
             table.dropped,
@@ -319,7 +296,7 @@ def _msr(task: GlueTask, folder: Path, name: str) -> RawTexts:
     return _raw_tsv(layout, file, table)
 
 
-# GLUE as the hub holds it: Parquet tables, local files or fetched by `datasets`.
+# GLUE as the hub holds it: Parquet tables, local files or downloaded by `datasets`.
 
 HUB = "nyu-mll/glue"
 SPLITS = {"train": "train", "dev": "validation", "test": "test"}
@@ -333,7 +310,7 @@ MNLI_SPLITS = {
 
 
 def parquet_loaders(task: GlueTask, root: Path) -> dict[str, Loader]:
-    """What reads each set that is there; train and dev are always named, and raise if missing."""
+    """Readers of the sets that are there; train and dev are always named, and raise if missing."""
     folder = task_folder(task, root)
     loaders: dict[str, Loader] = {}
     for name, split in _splits(task).items():
@@ -346,10 +323,10 @@ def parquet_loaders(task: GlueTask, root: Path) -> dict[str, Loader]:
 
 
 def hub_loaders(task: GlueTask) -> dict[str, Loader]:
-    """Fetches the task from the hub, or takes it from the cache of `datasets`; ax when it is read.
+    """Readers of the task from the hub, or from the cache of `datasets`; ax only when it is read.
 
     Raises:
-        DataError: it cannot be fetched.
+        DataError: the task cannot be downloaded.
     """
     from datasets import load_dataset
 
@@ -358,8 +335,8 @@ def hub_loaders(task: GlueTask) -> dict[str, Loader]:
             return {key: split.data.table for key, split in load_dataset(HUB, name).items()}
         except Exception as error:  # network, hub and cache errors share no base class
             raise DataError(
-                f"data.source: hub: {HUB} ({name}) could not be fetched: {error}\n"
-                "Without network take data.source=tsv data.root=<folder of the official files>."
+                f"data.source: hub: {HUB} ({name}) could not be downloaded: {error}\n"
+                "Without network use data.source=tsv data.root=<folder of the official files>."
             ) from None
 
     tables = fetch(task.name)
@@ -415,21 +392,15 @@ def _raw_parquet(task: GlueTask, where: str, table: pyarrow.Table) -> RawTexts:
     )
 
 
-# Glosses: 4,800 noun definitions of WordNet 3.0, to be told apart by topic; nothing to download.
-#
-# Made once from WordNet's data.noun: the label is the lexicographer file of the noun, one of ten;
-# the text is its definition up to the first quoted example. Left out are definitions of less than 4
-# or more than 40 words, with other quotes in them, that name their own topic, or that more than one
-# topic has (in any case of letters). Sorted by the SHA-256 of the text, the first 80 of every topic
-# are dev and the next 400 train. Licence: glosses.LICENSE.
-
-
-def gloss_loaders() -> dict[str, Loader]:
-    """What reads train and dev."""
-    return {split: partial(_read_glosses, split) for split in ("train", "dev")}
-
-
 def _read_glosses(split: str) -> RawTexts:
+    """Glosses: 4,800 noun definitions of WordNet 3.0, classified by topic; nothing to download.
+
+    Made once from WordNet's data.noun: the label is the lexicographer file of the noun, one of ten;
+    the text is its definition up to the first quoted example. Left out are definitions of less than
+    4 or more than 40 words, with other quotes in them, that name their own topic, or that more than
+    one topic has (in any case of letters). Sorted by the SHA-256 of the text, the first 80 of every
+    topic are dev and the next 400 train. Licence: glosses.LICENSE.
+    """
     with as_file(files("dynmoe.data.text") / "glosses.tsv.gz") as path:
         columns = read_table(path, ("split", "label", "text")).columns
     chosen = [row for row, name in enumerate(columns["split"]) if name == split]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 BATCH = 1000  # texts handed to the tokenizer at once
 LONG_PASS = 20_000  # texts from which a progress bar is shown
 
-Row = dict[str, list[int]]
+TokenRow = dict[str, list[int]]
+T = TypeVar("T")
 
 
-class Encoded:
+class EncodedTexts:
     """Token ids of every example, not padded; `lengths` [N] counts them."""
 
     def __init__(self, dataset: Dataset) -> None:
@@ -38,15 +40,15 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def rows(self, indices: list[int]) -> list[Row]:
-        """What the tokenizer gave for each: input_ids, attention_mask, maybe token_type_ids."""
+    def rows(self, indices: list[int]) -> list[TokenRow]:
+        """The tokenizer's output for each: input_ids, attention_mask, maybe token_type_ids."""
         columns = self._dataset[indices]
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def encode(
     texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int, cache: Path | None
-) -> Encoded:
+) -> EncodedTexts:
     """Token ids of at most `max_length` per example, cut from the longer text of a pair.
 
     `cache` is a folder: the file in it is named after the texts, the tokenizer and `max_length`.
@@ -61,26 +63,51 @@ def encode(
             f"backbone.path: {type(tokenizer).__name__} has no tokenizer.json. Save one there with "
             "transformers' save_pretrained, or take a backbone with a fast tokenizer."
         )
+    make = partial(_tokenized, texts, tokenizer, max_length)
     if cache is None:
-        return Encoded(_tokenized(texts, tokenizer, max_length, None))
-    file = cache / f"tokens-{_fingerprint(texts, tokenizer, max_length)}.arrow"
+        return EncodedTexts(make(None))
+    settings = [tokenizer.model_input_names, tokenizer.truncation_side, max_length]
+    name = f"tokens-{fingerprint(tokenizer, [texts.digest, settings])}.arrow"
+    return EncodedTexts(kept_or_made(cache / name, partial(_kept, len(texts)), make))
+
+
+def kept_or_made(file: Path, read: Callable[[Path], T], make: Callable[[Path], T]) -> T:
+    """Return what `read` finds in `file`, a file of the cache, or else what `make` writes there.
+
+    `read` raises OSError or ValueError where there is no file or a damaged one. Processes that ask
+    for the same file wait for the first.
+
+    Raises:
+        ConfigError: the folder of `file` cannot be written.
+    """
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
-            kept = _kept(file, len(texts))
-            return Encoded(kept or _tokenized(texts, tokenizer, max_length, file))
+            try:
+                return read(file)
+            except (OSError, ValueError):
+                return make(file)
     except OSError as error:
         raise ConfigError(
-            f"paths.cache: cannot write to {cache}: {error.strerror or error}. "
+            f"paths.cache: cannot write to {file.parent}: {error.strerror or error}. "
             "Choose another folder: paths.cache=FOLDER, or keep none: data.cache=null"
         ) from error
 
 
+def fingerprint(tokenizer: PreTrainedTokenizerBase, content: Any) -> str:
+    """16 hexadecimal digits that change with the tokenizer and with `content`, which is JSON."""
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    for changed_by_use in ("truncation", "padding"):
+        state.pop(changed_by_use)
+    text = json.dumps([content, state], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def load_tokenizer(path: str | None, name: str | None) -> PreTrainedTokenizerBase:
-    """That of a folder, which needs no network, else of a name on Hugging Face's hub.
+    """The tokenizer of a folder, which needs no network, or of a name on the Hugging Face Hub.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -100,7 +127,7 @@ def load_tokenizer(path: str | None, name: str | None) -> PreTrainedTokenizerBas
 
 
 def word_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Lower-case words of `texts`, the most frequent first, equals in alphabetical order.
+    """A tokenizer of the lower-case words of `texts`: frequent ones first, ties by the alphabet.
 
     `size` counts the special tokens [PAD] (0), [UNK], [CLS] and [SEP] too.
     """
@@ -130,27 +157,14 @@ def word_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _fingerprint(texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    for changed_by_use in ("truncation", "padding"):
-        state.pop(changed_by_use)
-    settings = (tokenizer.model_input_names, tokenizer.truncation_side, max_length)
-    content = json.dumps([texts.digest, state, settings], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _kept(file: Path, rows: int) -> Dataset | None:
-    """The file's data set, or None if there is none or it is damaged."""
-    import pyarrow
+def _kept(rows: int, file: Path) -> Dataset:
+    """Raises OSError or ValueError (pyarrow.ArrowInvalid): no file, damaged, or of other texts."""
     from datasets import Dataset
 
-    if not file.exists():
-        return None
-    try:
-        dataset = Dataset.from_file(str(file))
-    except (pyarrow.ArrowException, OSError, ValueError):
-        return None
-    return dataset if len(dataset) == rows else None
+    dataset = Dataset.from_file(str(file))
+    if len(dataset) != rows:  # an Arrow stream may be cut between two of its batches
+        raise ValueError(f"{file}: expected {rows} rows, found {len(dataset)}")
+    return dataset
 
 
 def _tokenized(

@@ -280,8 +280,8 @@ class AskedQuestions:
         for name, questions in self.sets.items():
             if not questions.is_scored:
                 raise ConfigError(
-                    f"data.benchmarks: {name} has no local score. Leave it out; answer it after "
-                    f"training: dynmoe-eval run=FOLDER mode=answer benchmarks.{name}="
+                    f"data.question_sets: {name} has no local score. Leave it out; answer it after "
+                    f"training: dynmoe-eval run=FOLDER mode=answer question_sets.{name}="
                     f"{folders.get(name, 'FOLDER')}"
                 )
 

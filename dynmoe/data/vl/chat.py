@@ -28,7 +28,7 @@ CHUNK = 1000  # prompts tokenized at once: offsets of all would fill the memory
 IdArray = npt.NDArray[np.int32]
 
 
-class Encoded(NamedTuple):
+class EncodedConversation(NamedTuple):
     """A conversation: `labels` are the ids at the tokens of answers and of their ends, else
     `IGNORE`."""
 
@@ -38,32 +38,18 @@ class Encoded(NamedTuple):
     """[N] int32."""
 
 
-def encode(
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    image_tokens: int,
-    max_length: int,
-) -> Encoded | None:
-    """At most `max_length` tokens of a conversation, an image being `image_tokens` of them.
-
-    None if an image is cut off, or every answer. See `encode_all`.
-    """
-    return encode_all([conversation], tokenizer, template, image_tokens, max_length)[0]
-
-
 def encode_all(
     conversations: Sequence[Conversation],
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     image_tokens: int,
     max_length: int,
-) -> list[Encoded | None]:
-    """`encode` of each conversation, tokenized together, which is faster.
+) -> list[EncodedConversation | None]:
+    """At most `max_length` tokens of each conversation, an image being `image_tokens` of them.
 
-    The text is cut at its images, and each piece tokenized as a whole. A token belongs to an answer
-    if it begins there, and an answer begins right behind the assistant's tag: labels are what has
-    to be generated after the prompt.
+    None where an image is cut off, or every answer. The text is cut at its images, and each piece
+    tokenized as a whole. A token belongs to an answer if it begins there, and an answer begins
+    right after the assistant's tag: labels are what has to be generated after the prompt.
 
     Raises:
         ConfigError: `template` and `tokenizer` do not fit together.
@@ -73,31 +59,16 @@ def encode_all(
     return [_cut(encoded, max_length) for encoded in _encoded(spans, tokenizer, form, image_tokens)]
 
 
-def encode_prompt(
-    question: str,
-    num_images: int,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    image_tokens: int,
-) -> IdArray:
-    """Ids [N] of a question, up to where the assistant begins to speak; not cut.
-
-    A question without placeholders has its images on lines of their own before it, as LLaVA asks.
-
-    Raises:
-        ConfigError: `template` and `tokenizer` do not fit together.
-        DataError: other placeholders than images.
-    """
-    return encode_prompts([(question, num_images)], tokenizer, template, image_tokens)[0]
-
-
 def encode_prompts(
     questions: Sequence[tuple[str, int]],
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     image_tokens: int,
 ) -> list[IdArray]:
-    """`encode_prompt` of each question and its number of images, tokenized together.
+    """Ids [N] of each question and its number of images, up to where the assistant begins to speak.
+
+    They are not cut. A question without placeholders has its images on lines of their own before
+    it, as LLaVA asks.
 
     Raises:
         ConfigError: `template` and `tokenizer` do not fit together.
@@ -176,7 +147,7 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     form: Template,
     image_tokens: int,
-) -> list[Encoded]:
+) -> list[EncodedConversation]:
     pieces = [_pieces(each) for each in spans]
     tokenized = tokenizer(
         ["".join(text for text, _ in piece) for each in pieces for piece in each],
@@ -196,7 +167,7 @@ def _encoded(
             parts += [image] * (place > 0) + [_labelled(piece, *next(rows))]
         ids, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
         labels[:1] = IGNORE  # nothing comes before it that it could be generated from
-        result.append(Encoded(ids, labels))
+        result.append(EncodedConversation(ids, labels))
     return result
 
 
@@ -210,19 +181,21 @@ def _pieces(spans: list[Span]) -> list[list[Span]]:
     return pieces
 
 
-def _labelled(piece: list[Span], ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
+def _labelled(
+    piece: list[Span], ids: list[int], offsets: list[tuple[int, int]]
+) -> EncodedConversation:
     """`offsets` are the first and last character of each token in the text of the piece."""
     ends = np.cumsum([len(text) for text, _ in piece])
     starts = np.array([start for start, _ in offsets], dtype=np.int64)
     at = np.minimum(np.searchsorted(ends, starts, side="right"), len(piece) - 1)
     answers = np.array([is_answer for _, is_answer in piece])[at]
     row = np.array(ids, dtype=np.int32)
-    return Encoded(row, np.where(answers, row, np.int32(IGNORE)))
+    return EncodedConversation(row, np.where(answers, row, np.int32(IGNORE)))
 
 
-def _unlabelled(ids: list[int]) -> Encoded:
+def _unlabelled(ids: list[int]) -> EncodedConversation:
     row = np.array(ids, dtype=np.int32)
-    return Encoded(row, np.full_like(row, IGNORE))
+    return EncodedConversation(row, np.full_like(row, IGNORE))
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -231,10 +204,10 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [first] if first == tokenizer.bos_token_id else []
 
 
-def _cut(encoded: Encoded, max_length: int) -> Encoded | None:
+def _cut(encoded: EncodedConversation, max_length: int) -> EncodedConversation | None:
     ids, labels = encoded.ids[:max_length], encoded.labels[:max_length]
     whole_images = not (encoded.ids[max_length:] == IMAGE).any()
-    return Encoded(ids, labels) if whole_images and (labels != IGNORE).any() else None
+    return EncodedConversation(ids, labels) if whole_images and (labels != IGNORE).any() else None
 
 
 # How a conversation is written down for a language model, and which of it is the model's to say.

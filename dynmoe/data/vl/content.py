@@ -1,6 +1,6 @@
-"""What a vision-language run trains on in each stage, and the questions it is measured by.
+"""The training conversations of a vision-language run and the questions that measure it.
 
-One function for each kind of data. A stage's name is `align`, `instruct` or `moe`.
+There is one function for each kind of data. A stage's name is `align`, `instruct` or `moe`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dynmoe.data.vl import easy_vqa as shapes
-from dynmoe.data.vl import readers as science
-from dynmoe.data.vl import scenes as drawn
-from dynmoe.data.vl.conversations import ConversationSource
+from dynmoe.data.vl import readers
+from dynmoe.data.vl.conversations import ConversationSource, SourceKind
+from dynmoe.data.vl.easy_vqa import easy_vqa_questions, easy_vqa_source
 from dynmoe.data.vl.image_use import baselines, spread, with_other_images
-from dynmoe.data.vl.readers import read_llava, vqa_questions, vqa_table
+from dynmoe.data.vl.scenes import scene_questions, scene_source
 from dynmoe.questions.base import QuestionSet
 from dynmoe.questions.exact import ExactMatch
 from dynmoe.questions.scienceqa import read_scienceqa
@@ -24,30 +23,32 @@ from dynmoe.questions.scienceqa import read_scienceqa
 
 @dataclass(frozen=True)
 class Content:
+    """Conversations, question sets and facts about them, read when they are needed."""
+
     train: Callable[[], ConversationSource] | None
-    """Reads them: an evaluation has no use for them. None: there is nothing to train on."""
+    """Reads the conversations, which an evaluation does not need; None: nothing to train on."""
     sets: Mapping[str, QuestionSet] = field(default_factory=dict)
     """The first is the one reported."""
     words: Callable[[], Iterable[str]] | None = None
-    """Texts that hold every word of all stages, for a vocabulary of the data's own."""
+    """Texts with every word of all stages, to make a vocabulary from."""
     baseline: Callable[[], dict[str, Any]] | None = None
-    """How far one comes on the first set without its images (`image_use.baselines`)."""
+    """Scores on the first set without its images (`image_use.baselines`)."""
 
 
 def scenes(stage: str, px: int, train_scenes: int, test_scenes: int, seed: int = 0) -> Content:
     """Rendered scenes (dynmoe/data/vl/scenes.py): captions to align, then questions.
 
-    The set `shuffled` has the questions of `test` about images of others: what is right there comes
-    from the text, or by chance, as the other image may have the same answer.
+    The set `shuffled` asks the questions of `test` about other questions' images: a right answer
+    comes from the text, or by chance, as the other image may have the same answer.
     """
 
-    def read(kind: drawn.Kind) -> ConversationSource:
-        return drawn.scene_source(kind, seed, train_scenes, px)
+    def read(kind: SourceKind) -> ConversationSource:
+        return scene_source(kind, seed, train_scenes, px)
 
-    test = drawn.scene_questions(seed, test_scenes, px)
+    test = scene_questions(seed, test_scenes, px)
     return Content(
         lambda: read("captions" if stage == "align" else "questions"),
-        {"test": test, "shuffled": drawn.scene_questions(seed, test_scenes, px, shuffled=True)},
+        {"test": test, "shuffled": scene_questions(seed, test_scenes, px, shuffled=True)},
         lambda: _texts(read("captions"), read("questions")),
         lambda: _without_images("test", test, read("questions")),
     )
@@ -73,17 +74,16 @@ def easy_vqa(
 ) -> Content:
     """easy-VQA (dynmoe/data/vl/easy_vqa.py): statements about its images to align, then questions.
 
-    ``test_questions`` of the test set are asked, evenly spread; None: all. As of scenes there is a
-    set `shuffled`; there are few answers, and many an image has the same.
+    ``test_questions`` of the test set are asked, evenly spread; None: all. There is a set
+    `shuffled` as in `scenes`; answers are few, so another image often has the same one.
     """
 
     @cache
-    def read(kind: shapes.Kind) -> ConversationSource:
-        return shapes.easy_vqa_source(kind, root, max_turns)
+    def read(kind: SourceKind) -> ConversationSource:
+        return easy_vqa_source(kind, root, max_turns)
 
     test, shuffled = (
-        spread(shapes.easy_vqa_questions(root, shuffled), test_questions)
-        for shuffled in (False, True)
+        spread(easy_vqa_questions(root, shuffled), test_questions) for shuffled in (False, True)
     )
     return Content(
         lambda: read("captions" if stage == "align" else "questions"),
@@ -94,7 +94,7 @@ def easy_vqa(
 
 
 def llava(stage: str, root: str, files: Mapping[str, Sequence[str]]) -> Content:
-    """LLaVA's conversation files of a stage. Questions come from ``data.benchmarks``.
+    """LLaVA's conversation files of a stage. Questions come from ``data.question_sets``.
 
     Raises:
         DataError: in reading, a file, an image or an entry that is not as it should be.
@@ -102,9 +102,8 @@ def llava(stage: str, root: str, files: Mapping[str, Sequence[str]]) -> Content:
     folder = Path(root).expanduser()
 
     def read() -> ConversationSource:
-        source = read_llava("LLaVA", [str(folder / name) for name in files[stage]], str(folder))
-        source.check()
-        return source
+        paths = [str(folder / name) for name in files[stage]]
+        return readers.read_llava("LLaVA", paths, str(folder))
 
     return Content(read)
 
@@ -119,9 +118,9 @@ def vqa(root: str, train: str, test: str, images: str, suffix: str) -> Content:
 
     @cache
     def read() -> ConversationSource:
-        return vqa_table("VQA", str(folder / train), str(folder / images), suffix)
+        return readers.vqa_table("VQA", str(folder / train), str(folder / images), suffix)
 
-    questions = vqa_questions("test", str(folder / test), str(folder / images), suffix)
+    questions = readers.vqa_questions("test", str(folder / test), str(folder / images), suffix)
     shown = [question for question in questions.questions if question.images]
     sets = {"test": questions}
     if len({question.images for question in shown}) > 1:
@@ -136,9 +135,9 @@ def vqa(root: str, train: str, test: str, images: str, suffix: str) -> Content:
 
 def science_qa(root: str) -> Content:
     """ScienceQA's training questions, the same in all stages, and its test set."""
-    return Content(lambda: science.science_qa(root), {"scienceqa": read_scienceqa(root)})
+    return Content(lambda: readers.science_qa(root), {"scienceqa": read_scienceqa(root)})
 
 
 def questions_only() -> Content:
-    """Nothing to train on: questions come from ``data.benchmarks``."""
+    """Nothing to train on: questions come from ``data.question_sets``."""
     return Content(None)

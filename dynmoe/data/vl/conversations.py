@@ -1,27 +1,29 @@
-"""Conversations about images: what a vision-language model is trained on."""
+"""Conversations about images, on which a vision-language model is trained."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from dynmoe.errors import DataError
-from dynmoe.questions.files import SHOWN, load_image
+from dynmoe.questions.files import check_images, load_image
 
 if TYPE_CHECKING:
     import PIL.Image
 
 IMAGE_PLACEHOLDER = "<image>"
-"""Stands in a user's text for the conversation's next image; in an answer it is mere text."""
+"""Marks the place of the conversation's next image in a user's text; plain text in an answer."""
 
 Role = Literal["user", "assistant"]
+SourceKind = Literal["captions", "questions"]
+"""Captions align the vision tower with the language model; questions instruct it."""
 
 
 class Message(NamedTuple):
-    """What one side says; `IMAGE_PLACEHOLDER` in a user's text is the next image."""
+    """The text of one side; `IMAGE_PLACEHOLDER` in a user's text is the next image."""
 
     role: Role
     text: str
@@ -29,7 +31,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages of a user and an assistant in turns: the user begins, the assistant ends.
+    """Alternating messages of a user, who begins, and an assistant, who ends.
 
     `images` are keys for the source's `load_image`, in the order of the placeholders.
     """
@@ -40,7 +42,7 @@ class Conversation:
 
 
 class ConversationSource(Protocol):
-    """What every reader returns: conversations as a stream that may be read again.
+    """Conversations as a stream that may be read again; every reader returns one.
 
     `digest`, 16 hexadecimal digits, changes with the content.
     """
@@ -58,16 +60,16 @@ class ConversationSource(Protocol):
 
 
 @dataclass(frozen=True)
-class ConversationList:
-    """A `ConversationSource` in memory; `load` is its `load_image`."""
+class ReadConversations:
+    """A `ConversationSource` of files: `read` reads them anew at every pass, or returns a list."""
 
     name: str
     digest: str
-    conversations: Sequence[Conversation]
+    read: Callable[[], Iterable[Conversation]]
     load: Callable[[str], PIL.Image.Image]
 
     def __iter__(self) -> Iterator[Conversation]:
-        return iter(self.conversations)
+        return iter(self.read())
 
     def load_image(self, key: str) -> PIL.Image.Image:
         return self.load(key)
@@ -76,7 +78,7 @@ class ConversationList:
 def questions_answered(
     id: str, turns: Iterable[tuple[str, str]], images: Sequence[str] = ()
 ) -> Conversation:
-    """A conversation of questions with their answers; all images stand before the first one."""
+    """A conversation of questions with their answers; its images stand before the first one."""
     messages: list[Message] = []
     front = f"{IMAGE_PLACEHOLDER}\n" * len(images)
     for question, answer in turns:
@@ -86,33 +88,26 @@ def questions_answered(
 
 
 def check_conversation(conversation: Conversation, where: str) -> Conversation:
-    """The conversation itself, if it keeps the rules; `where` names its file and place there.
+    """Return the conversation if it keeps the rules; `where` names its file and place there.
 
     Raises:
-        DataError: turns out of order, or not as many placeholders as images.
+        DataError: messages out of order, or not as many placeholders as images.
     """
-    problem = _problem(conversation)
-    if problem:
-        raise DataError(f"{where}, conversation {conversation.id!r}: {problem}.")
-    return conversation
-
-
-def _problem(conversation: Conversation) -> str:
-    messages = conversation.messages
+    messages, images = conversation.messages, len(conversation.images)
     roles = [message.role for message in messages]
-    if not roles or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
-        found = ", ".join(roles) if roles else "no messages"
-        return f"expected user and assistant in turns, the assistant last; found {found}"
     placeholders = sum(message.text.count(IMAGE_PLACEHOLDER) for message in messages[::2])
-    if placeholders != len(conversation.images):
-        return (
-            f"expected as many {IMAGE_PLACEHOLDER} as images, "
-            f"found {placeholders} and {len(conversation.images)}"
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        problem = (
+            "expected alternating user and assistant, the assistant last; "
+            f"found {', '.join(roles) or 'no messages'}"
         )
-    return ""
-
-
-# Images below a folder: loading one, and finding early which of many are missing.
+    elif placeholders != images:
+        problem = (
+            f"expected as many {IMAGE_PLACEHOLDER} as images, found {placeholders} and {images}"
+        )
+    else:
+        return conversation
+    raise DataError(f"{where}, conversation {conversation.id!r}: {problem}.")
 
 
 @dataclass(frozen=True)
@@ -127,42 +122,25 @@ class ImageFolder:
         Raises:
             DataError: no such file, or not an image.
         """
-        return load_image(self._path(key))
+        return load_image(self._below(key) / key)
 
     def check(self, keys: Iterable[str], where: str) -> None:
-        """Nothing, if every key of the file `where` is there; each folder is listed once.
+        """Look for the images that the file `where` names, without opening them.
 
         Raises:
             DataError: shows the first missing images, and says how many they are.
         """
-        listings: dict[Path, set[str]] = {}
-        missing: dict[str, None] = {}  # an ordered set
-        for key in keys:
-            path = self._path(key)
-            if path.parent not in listings:
-                listings[path.parent] = _listing(path.parent)
-            if path.name not in listings[path.parent]:
-                missing[key] = None
-        if missing:
-            names = ", ".join(list(missing)[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
-            number = "1 image is" if len(missing) == 1 else f"{len(missing):,} images are"
-            raise DataError(
-                f"{where}: {number} not in {self.root}: {names}. "
-                "Give the folder from which these paths start, and fetch what it lacks."
-            )
+        if key := next(keys := iter(keys), None):
+            check_images(where, self._below(key), chain([key], keys))
 
-    def _path(self, key: str) -> Path:
+    def _below(self, key: str) -> Path:
         if self.root is None:
             raise DataError(f"image {key}: no image folder given. Give the one that holds it.")
-        return self.root / key
-
-
-def _listing(folder: Path) -> set[str]:
-    return set(os.listdir(folder)) if folder.is_dir() else set()
+        return self.root
 
 
 def image_keys(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """An entry's `image`: a path or a list of paths; (), if it is missing, null or "".
+    """The paths of an entry's `image`, one or a list; () if it is missing, null or "".
 
     Raises:
         DataError: it is something else; `where` names the entry.

@@ -57,7 +57,7 @@ class VisionLanguageData(TaskData):
     """Reads conversations and questions (data/vl/content.py)."""
     root: str | None = None
     """Folder that configurations pass on to `content`; not read here."""
-    benchmarks: Mapping[str, str] = field(default_factory=dict)
+    question_sets: Mapping[str, str] = field(default_factory=dict)
     """Published sets to evaluate on: {name in questions/registry.py: folder}."""
     image_size: int
     """Pixels of the vision tower's square images."""
@@ -111,14 +111,14 @@ class VisionLanguageData(TaskData):
         """
         if not self.sets:
             self.setup_questions({})
-            self.asked.refuse_unscored(self.benchmarks)
+            self.asked.refuse_unscored(self.question_sets)
         if stage != "validate" and self._has_conversations:
             _ = self.store  # tokenized now
 
-    def setup_questions(self, benchmarks: Mapping[str, str]) -> None:
+    def setup_questions(self, folders: Mapping[str, str]) -> None:
         """Read questions alone, to answer them: `setup` without training.
 
-        `benchmarks` are published sets, scored here or not, as {name: folder}; without any, the
+        `folders` are those of published sets, scored here or not: {name: folder}; without any, the
         run's own sets are read.
 
         Raises:
@@ -127,15 +127,15 @@ class VisionLanguageData(TaskData):
         """
         named = self.tokenizer_path, self.tokenizer_name
         self.tokenizer = tokenizer_of(self.name, *named, self._content.words)
-        own = {} if benchmarks else dict(self._content.sets)
+        own = {} if folders else dict(self._content.sets)
         published = {
-            name: read(name, root) for name, root in (benchmarks or self.benchmarks).items()
+            name: read(name, root) for name, root in (folders or self.question_sets).items()
         }
         sets = {**own, **published}
         if not sets:
             raise DataError(
                 f"data {self.name}: no questions to evaluate on, which stage align needs too. Name "
-                "some with their folders: data.benchmarks={gqa: FOLDER, pope: FOLDER}"
+                "some with their folders: data.question_sets={gqa: FOLDER, pope: FOLDER}"
             )
         self.asked.add(sets, self.tokenizer, self.question_template)
 

@@ -1,26 +1,25 @@
-"""The objects of a JSON array or of JSON lines, one after the other, in constant memory."""
+"""Conversations and questions from files: LLaVA's JSON, tables of questions, ScienceQA."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
-import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import dropwhile
-from json import JSONDecodeError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
+from typing import IO, Any, Literal, NamedTuple
 
 from dynmoe.data.vl.conversations import (
     IMAGE_PLACEHOLDER,
     Conversation,
-    ConversationList,
     ImageFolder,
     Message,
+    ReadConversations,
     Role,
     check_conversation,
     image_keys,
@@ -29,33 +28,50 @@ from dynmoe.data.vl.conversations import (
 from dynmoe.errors import DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.exact import ExactMatch
-from dynmoe.questions.files import image_folder, locate, read_json, read_object
-from dynmoe.questions.scienceqa import FIELDS, INSTRUCTION, LETTERS, SOURCE, prompt_text
+from dynmoe.questions.files import json_lines, reading
+from dynmoe.questions.scienceqa import INSTRUCTION, LETTERS, prompt_text, read_problems
 
-if TYPE_CHECKING:
-    import PIL.Image
-
-CHUNK = 1 << 20  # characters read at once
-LONGEST = 1 << 26  # characters of one object; beyond that the file is taken for damaged
-DECODER = json.JSONDecoder()
-NOT_SPACE = re.compile(r"\S")
+FIRST = 1 << 16  # bytes in which the first character of a file is looked for
 
 
 def json_entries(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file that is one array of objects, or has one object a line.
 
+    The file is read as a stream: memory holds one object and the parser's buffer.
+
     Raises:
         DataError: no such file, not UTF-8, not JSON, cut off, or something else than objects.
     """
+    with reading(path), path.open("rb") as file:
+        start = file.read(FIRST).removeprefix(BOM_UTF8).lstrip()
+        numbered = _array(path, file) if start.startswith(b"[") else _lines(path)
+        for where, entry in numbered:
+            if not isinstance(entry, dict):
+                raise DataError(f"{where}: expected an object, found {type(entry).__name__}.")
+            yield entry
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    return ((f"{path}, line {number}", entry) for number, entry in json_lines(path))
+
+
+def _array(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    import ijson  # of the extra vision-language
+
+    file.seek(0)
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:
+        file.seek(0)
+    number = 0
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            start = _first_character(file)
-            file.seek(0)
-            yield from _array(path, file) if start == "[" else _lines(path, file)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason}). Convert it to UTF-8.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+        for entry in ijson.items(file, "item", use_float=True):
+            yield f"{path}, entry {number}", entry
+            number += 1
+    except ijson.JSONError as error:
+        reason = str(error).splitlines()[0]  # the others show the place in the parser's buffer
+        wrong = f"not JSON, or cut off: {reason}."
+        if "UTF8" in reason:
+            wrong = "not UTF-8. Convert it to UTF-8."
+        raise DataError(f"{path}, entry {number}: {wrong}") from None
 
 
 def file_digest(*paths: Path) -> str:
@@ -67,95 +83,7 @@ def file_digest(*paths: Path) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
 
 
-def _first_character(file: TextIO) -> str:
-    while piece := file.read(CHUNK):
-        if stripped := piece.lstrip():
-            return stripped[0]
-    return ""
-
-
-def _lines(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}.") from None
-        yield _object(entry, f"{path}, line {number}")
-
-
-def _array(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
-    window = _Window(file)
-    number = 0
-    closing = window.take() == "[" and window.peek() == "]"
-    while not closing:
-        where = f"{path}, entry {number}"
-        try:
-            entry = window.value()
-        except JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON, or cut off: {error.msg}.") from None
-        yield _object(entry, where)
-        if (found := window.take()) not in (",", "]"):
-            what = repr(found) if found else "the end of the file: it is cut off"
-            raise DataError(f"{where}: expected , or ] behind it, found {what}.")
-        closing = found == "]"
-        number += 1
-
-
-class _Window:
-    """A stretch of a file. It slides on, and grows only to hold one whole value."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
-        self._text = ""
-        self._place = 0
-
-    def peek(self) -> str:
-        """The next character but white space, not yet taken; "" at the end of the file."""
-        while True:
-            if found := NOT_SPACE.search(self._text, self._place):
-                self._place = found.start()
-                return found.group()
-            self._text, self._place = self._file.read(CHUNK), 0
-            if not self._text:
-                return ""
-
-    def take(self) -> str:
-        found = self.peek()
-        self._place += 1
-        return found
-
-    def value(self) -> Any:
-        self.peek()
-        while True:
-            try:
-                value, self._place = DECODER.raw_decode(self._text, self._place)
-                return value
-            except JSONDecodeError:  # perhaps only because the window ends
-                more = self._file.read(max(CHUNK, len(self._text)))
-                self._text, self._place = self._text[self._place :] + more, 0
-                if not more or len(self._text) > LONGEST:
-                    raise
-
-
-def _object(entry: Any, where: str) -> dict[str, Any]:
-    if not isinstance(entry, dict):
-        raise DataError(f"{where}: expected an object, found {type(entry).__name__}.")
-    return entry
-
-
-# LLaVA's conversation files: the public 558k and 665k, MoE-LLaVA's, and those made like them.
-#
-# An entry is {"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}; `image`
-# is a path below the image folder, a list of them, or missing in an entry of text alone. What
-# LLaVA's llava/train/train.py (preprocess_multimodal, preprocess_v1) makes of an entry is kept:
-#
-# - What stands before the first human turn is left out, and what is never answered is left out too.
-# - The only placeholder of a turn moves to its front: "What is it?\n<image>" is trained on as
-#   "<image>\nWhat is it?". Several in one turn stay where they are.
-# - Where images have no placeholder at all, they stand before the first turn.
-# - Inside the turns of a text-only entry "<image>" is mere text: `LITERAL`.
+# LLaVA's conversation files: the public 558k and 665k, MoE-LLaVA's, and others of their format.
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -167,40 +95,13 @@ SILENT = "system"  # a template has its own system text
 LITERAL = "<image >"
 
 
-@dataclass(frozen=True)
-class LlavaJson:
-    """A `ConversationSource` of JSON or JSONL files, read as a stream, and one image folder."""
+def read_llava(name: str, files: Sequence[str], images: str | None = None) -> ReadConversations:
+    """Conversations of all `files`, one after the other; image paths start from `images`.
 
-    name: str
-    digest: str
-    files: tuple[Path, ...]
-    folder: ImageFolder
-
-    def __iter__(self) -> Iterator[Conversation]:
-        for file in self.files:
-            for index, entry in enumerate(json_entries(file)):
-                conversation = read_entry(entry, index, f"{file}, entry {index}")
-                if conversation is not None:
-                    yield conversation
-
-    def load_image(self, key: str) -> PIL.Image.Image:
-        return self.folder.load(key)
-
-    def check(self) -> None:
-        """Reads all entries, and looks whether their images are there, without opening them.
-
-        Raises:
-            DataError: the first broken entry; or the first missing images, and how many.
-        """
-        where = " and ".join(map(str, self.files))
-        self.folder.check((key for conversation in self for key in conversation.images), where)
-
-
-def read_llava(name: str, files: Sequence[str], images: str | None = None) -> LlavaJson:
-    """Conversations of all `files` in turn; their image paths start from the folder `images`.
+    All entries are read once to find broken ones and missing images before training.
 
     Raises:
-        DataError: no such file or folder.
+        DataError: no such file or folder, a broken entry, or images that are not there.
     """
     paths = tuple(map(Path, files))
     problems = [f"no file {path}" for path in paths if not path.is_file()]
@@ -209,14 +110,37 @@ def read_llava(name: str, files: Sequence[str], images: str | None = None) -> Ll
     if problems:
         raise DataError(f"data {name}: {', '.join(problems)}.")
     folder = ImageFolder(None if images is None else Path(images))
-    return LlavaJson(name, file_digest(*paths), paths, folder)
+    source = ReadConversations(
+        name, file_digest(*paths), partial(_llava_conversations, paths), folder.load
+    )
+    where = " and ".join(map(str, paths))
+    folder.check((key for conversation in source for key in conversation.images), where)
+    return source
+
+
+def _llava_conversations(files: Sequence[Path]) -> Iterator[Conversation]:
+    for file in files:
+        for index, entry in enumerate(json_entries(file)):
+            conversation = read_entry(entry, index, f"{file}, entry {index}")
+            if conversation is not None:
+                yield conversation
 
 
 def read_entry(entry: dict[str, Any], index: int, where: str) -> Conversation | None:
     """The conversation of an entry; None if nothing in it is an answer to a human.
 
+    An entry is {"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}, where
+    `image` is a path, a list of paths, or missing if there is only text. It becomes what LLaVA's
+    llava/train/train.py (preprocess_multimodal, preprocess_v1) makes of it:
+
+    - Text before the first human turn is left out, and a question without an answer too.
+    - A turn's only placeholder moves to its front: "What is it?\\n<image>" is trained on as
+      "<image>\\nWhat is it?". Several placeholders in one turn stay where they are.
+    - Images without any placeholder are put before the first turn.
+    - In a text-only entry "<image>" within a turn is plain text: `LITERAL`.
+
     Raises:
-        DataError: not as the head of this file says; names the entry, its id and what is wrong.
+        DataError: the entry has another form; names the entry, its id and what is wrong.
     """
     name = str(index if entry.get("id") is None else entry["id"])
     place, where = where, f"{where}, conversation {name!r}"
@@ -250,7 +174,7 @@ def _messages(entry: dict[str, Any], where: str) -> Iterator[Message]:
 
 
 def _placed(messages: list[Message], images: int, where: str) -> list[Message]:
-    """With the placeholders where LLaVA has them."""
+    """Put the placeholders where LLaVA has them."""
     first = messages[0].text.strip()
     if not images and (first.startswith(IMAGE_PLACEHOLDER) or first.endswith(IMAGE_PLACEHOLDER)):
         raise DataError(f"{where}: the first turn has {IMAGE_PLACEHOLDER}, but there is no image.")
@@ -269,15 +193,8 @@ def _in_front(message: Message) -> Message:
     return Message("user", f"{IMAGE_PLACEHOLDER}\n{rest}")
 
 
-# Questions about images, or without, from a table: JSON, JSON lines or CSV.
-#
-# Columns: `question`; `answer`, or a list `answers` of several people, of which the most frequent
-# counts (the first of equally frequent ones); optional `image` (a path below the image folder, or a
-# list of them), `id` and `kind`. In CSV, `answers` is a JSON list, and an `image` one path.
-
-
-class Row(NamedTuple):
-    """A line of the table."""
+class TableRow(NamedTuple):
+    """A question of a table and its answer."""
 
     id: str
     question: str
@@ -286,35 +203,21 @@ class Row(NamedTuple):
     kind: str
 
 
-@dataclass(frozen=True)
-class VqaTable:
-    """A `ConversationSource`: one question a conversation, `suffix` behind it; read as a stream."""
+def vqa_table(
+    name: str, file: str, images: str | None = None, suffix: str = ""
+) -> ReadConversations:
+    """Training conversations: one question of the table each, with `suffix` at its end.
 
-    name: str
-    digest: str
-    file: Path
-    folder: ImageFolder
-    suffix: str
-
-    def __iter__(self) -> Iterator[Conversation]:
-        for row in read_rows(self.file):
-            turn = (row.question + self.suffix, row.answer)
-            made = questions_answered(row.id, [turn], row.images)
-            yield check_conversation(made, str(self.file))
-
-    def load_image(self, key: str) -> PIL.Image.Image:
-        return self.folder.load(key)
-
-
-def vqa_table(name: str, file: str, images: str | None = None, suffix: str = "") -> VqaTable:
-    """Training conversations; raises DataError: a broken row, or images that are not there."""
+    Raises:
+        DataError: a broken row, or images that are not there.
+    """
     path, folder = Path(file), _checked(file, images)
     digest = sha256(f"{file_digest(path)} {suffix}".encode()).hexdigest()[:16]
-    return VqaTable(name, digest, path, folder, suffix)
+    return ReadConversations(name, digest, partial(_table_conversations, path, suffix), folder.load)
 
 
 def vqa_questions(name: str, file: str, images: str | None = None, suffix: str = "") -> ExactMatch:
-    """The same table to be answered; raises DataError as `vqa_table` does."""
+    """The questions of the table as a question set; raises DataError as `vqa_table` does."""
     folder, rows = _checked(file, images), list(read_rows(Path(file)))
     return ExactMatch(
         name,
@@ -324,15 +227,29 @@ def vqa_questions(name: str, file: str, images: str | None = None, suffix: str =
     )
 
 
-def read_rows(file: Path) -> Iterator[Row]:
-    """The rows of a table. Raises DataError: names the first that is broken, and how."""
+def _table_conversations(file: Path, suffix: str) -> Iterator[Conversation]:
+    for row in read_rows(file):
+        made = questions_answered(row.id, [(row.question + suffix, row.answer)], row.images)
+        yield check_conversation(made, str(file))
+
+
+def read_rows(file: Path) -> Iterator[TableRow]:
+    """The rows of a table of questions: JSON, JSON lines or CSV, read as a stream.
+
+    Columns: `question`; `answer`, or a list `answers` of several people, of which the most frequent
+    counts (the first of equally frequent ones); optional `image` (a path below the image folder, or
+    a list of paths), `id` and `kind`. In CSV, `answers` is a JSON list, and an `image` one path.
+
+    Raises:
+        DataError: names the first broken row, and what is wrong with it.
+    """
     entries = _csv_entries(file) if file.suffix == ".csv" else json_entries(file)
     for index, entry in enumerate(entries):
         where = f"{file}, row {index}"
         question = entry.get("question")
         if not isinstance(question, str) or not question.strip():
             raise DataError(f"{where}: expected a question, found {_seen(entry)}.")
-        yield Row(
+        yield TableRow(
             id=str(entry.get("id") or index),
             question=question,
             answer=_answer(entry, where),
@@ -349,17 +266,13 @@ def _checked(file: str, images: str | None) -> ImageFolder:
 
 def _csv_entries(file: Path) -> Iterator[dict[str, Any]]:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
+        with reading(file), file.open(encoding="utf-8-sig", newline="") as lines:
             for entry in csv.DictReader(lines):
                 if entry.get("answers"):
                     entry["answers"] = json.loads(entry["answers"])
                 yield entry
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{file}: {error}. Expected UTF-8 CSV whose answers are JSON lists."
-        ) from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}.") from None
+    except (json.JSONDecodeError, csv.Error) as error:
+        raise DataError(f"{file}: {error}. Expected CSV whose answers are JSON lists.") from None
 
 
 def _answer(entry: Mapping[str, Any], where: str) -> str:
@@ -374,49 +287,28 @@ def _seen(entry: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in entry.items()) or "nothing"
 
 
-# ScienceQA (Lu et al., NeurIPS 2022) to train on: asked as the test set is, answered by a letter.
-#
-# problems.json      pid_splits.json      images/train/<pid>/image.png
-
-
 def science_qa(
     root: str, images: str | None = None, split: Literal["train", "val"] = "train"
-) -> ConversationList:
-    """One conversation for each problem of a split, with its image where it has one.
+) -> ReadConversations:
+    """A split of ScienceQA (Lu et al., NeurIPS 2022), asked as its test set, answered by a letter.
 
-    `images` is the folder of <pid>/image.png, else `images/<split>` below `root`.
+    One conversation for each problem, with its image where it has one. `images` is the folder of
+    <pid>/image.png, else `images/<split>` below `root`.
 
     Raises:
         DataError: files are missing or damaged.
     """
-    wanted = {"problems": ["problems.json"], "splits": ["pid_splits.json"]}
-    defaults = image_folder(images, f"images/{split}", split)
-    paths = locate("ScienceQA", root, wanted | defaults, SOURCE)
-    problems = read_object(paths["problems"], FIELDS)
-    splits = read_json(paths["splits"])
-    if not isinstance(splits, dict) or not isinstance(splits.get(split), list):
-        raise DataError(f"{paths['splits']}: expected an object with an array of ids at {split!r}.")
-    ids = [str(id) for id in splits[split]]
-    wrong = [id for id in ids if id not in problems or not _has_answer(problems[id])]
-    if wrong:
-        raise DataError(
-            f"{paths['problems']}: of {len(ids):,} problems of {split}, {len(wrong):,} are not "
-            f"there or their answer is not the place of a choice; the first is {wrong[0]}."
-        )
+    problems, paths = read_problems(root, images, split)
     made = [
         questions_answered(
             id,
-            [(prompt_text(problems[id]) + INSTRUCTION, LETTERS[problems[id]["answer"]])],
-            [f"{id}/{problems[id]['image']}"] if problems[id]["image"] else [],
+            [(prompt_text(problem) + INSTRUCTION, LETTERS[problem["answer"]])],
+            [f"{id}/{problem['image']}"] if problem["image"] else [],
         )
-        for id in ids
+        for id, problem in problems.items()
     ]
     folder = ImageFolder(paths["images"])
     folder.check((key for each in made for key in each.images), str(paths["problems"]))
     content = f"{split} {file_digest(paths['problems'], paths['splits'])}"
     digest = sha256(content.encode()).hexdigest()[:16]
-    return ConversationList(f"scienceqa {split}", digest, made, folder.load)
-
-
-def _has_answer(problem: Mapping[str, Any]) -> bool:
-    return problem["answer"] in range(min(len(problem["choices"]), len(LETTERS)))
+    return ReadConversations(f"scienceqa {split}", digest, partial(iter, made), folder.load)

@@ -1,7 +1,7 @@
-"""Scenes: conversations about drawn images, without end and without a file.
+"""Scenes: any number of conversations about drawn images, without a file.
 
-Everything is a function of a seed and an index: `scene_images.py` draws, `scene_questions.py` asks.
-The words are few, lower case, and parted by spaces. Training and test share no scene.
+A scene is up to four coloured shapes in a grid of 3 x 3 cells. Everything is a function of a seed
+and an index. Words are few, lower case, and separated by spaces. Training and test share no scene.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from functools import cache, cached_property
 from hashlib import sha256
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 
-from dynmoe.data.vl.conversations import Conversation, questions_answered
+from dynmoe.data.vl.conversations import Conversation, SourceKind, questions_answered
 from dynmoe.data.vl.image_use import with_other_images
 from dynmoe.errors import ConfigError
 from dynmoe.questions.base import Question
@@ -27,15 +27,15 @@ from dynmoe.questions.exact import ExactMatch
 if TYPE_CHECKING:
     import PIL.Image
 
-Kind = Literal["captions", "questions"]
-
 CAPTION_QUESTION = "what is in the image ?"
 TEXT_ONLY = 0.05
-"""Share of training conversations with a sum and no image; `TWO_IMAGES` of those with two."""
+"""Share of training conversations with a sum and no image."""
 
 TWO_IMAGES = 0.05
+"""Share of training conversations with two images."""
+
 FEWEST_TURNS, MOST_TURNS = 2, 5
-DIGESTED = 100  # conversations that stand for all of a source
+DIGESTED = 100  # conversations that the digest is computed from
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SceneSource:
     kind; a few conversations are about two images ("in the first image , ..."), a few about none.
     """
 
-    kind: Kind
+    kind: SourceKind
     seed: int
     size: int
     px: int
@@ -70,8 +70,12 @@ class SceneSource:
         return draw_image(key)
 
 
-def scene_source(kind: Kind, seed: int, size: int, px: int = 48) -> SceneSource:
-    """Training conversations; raises ConfigError: no such kind, size or image side."""
+def scene_source(kind: SourceKind, seed: int, size: int, px: int = 48) -> SceneSource:
+    """Training conversations.
+
+    Raises:
+        ConfigError: no such kind, size or image side.
+    """
     if kind not in ("captions", "questions"):
         raise ConfigError(f"scenes: expected the kind captions or questions, found {kind!r}.")
     _check(size, px)
@@ -79,7 +83,7 @@ def scene_source(kind: Kind, seed: int, size: int, px: int = 48) -> SceneSource:
 
 
 def scene_questions(seed: int, size: int, px: int = 48, shuffled: bool = False) -> ExactMatch:
-    """Questions about test scenes, each kind in turn; `shuffled` shows another question's image.
+    """Questions about test scenes, kinds alternating; `shuffled` shows another question's image.
 
     A model that looks at the image does no better on the shuffled set than by the text alone.
     """
@@ -126,10 +130,7 @@ def _discussed(name: str, random: Random, px: int) -> Conversation:
     return questions_answered(name, turns, keys)
 
 
-# Scenes: up to four coloured shapes in a grid of 3 x 3 cells, as text and as an image.
-#
-# A scene's key is its text, "48px 8123: red circle 0, blue square 4": the image's side, what its
-# background and jitter are drawn from, and colour, shape and cell of every object.
+# Scenes as text and as an image.
 
 GRID = 3
 CELLS = (
@@ -181,7 +182,14 @@ def draw_scene(random: Random, test: bool) -> Scene:
 
 
 def scene_key(scene: Scene, px: int, jitter: int) -> str:
-    """The scene as text. Raises ConfigError: no such image side."""
+    """The scene as text, "48px 8123: red circle 0, blue square 4".
+
+    It names the image's side, the seed of its background and jitter, and the colour, shape and cell
+    of every object.
+
+    Raises:
+        ConfigError: no such image side.
+    """
     if px < SMALLEST or px % GRID:
         raise ConfigError(
             f"scenes of {px} px: expected a multiple of {GRID}, {SMALLEST} or more, as 48."
@@ -195,7 +203,7 @@ def read_scene(key: str) -> Scene:
 
 
 def draw_image(key: str) -> PIL.Image.Image:
-    """The image of a key, RGB; the same for ever."""
+    """The image of a key, RGB; the same on every machine."""
     from PIL import Image
 
     size, jitter = key.partition(": ")[0].split("px ")
@@ -250,17 +258,17 @@ def _mask(shape: str, side: int) -> npt.NDArray[np.float32]:
 
 
 def _corners(shape: str) -> list[tuple[float, float]]:
-    """Of a polygon in the unit square, y downwards."""
+    """Corners of a polygon in the unit square, y downwards."""
     if shape == "square":
         return [(0.08, 0.08), (0.92, 0.08), (0.92, 0.92), (0.08, 0.92)]
     return [(0.5, 0.02), (1, 0.94), (0, 0.94)]  # triangle
 
 
-# What is asked about a scene: five kinds of question, each with exactly one right answer.
+# Questions about a scene: five kinds, each with exactly one right answer.
 #
-# Answers are dealt out so that a question's text alone says little about its answer: with the most
-# frequent answer to each question 0.28 of the test answers are right, with the most frequent of all
-# 0.10 (tests/data/test_scenes.py).
+# Answers are balanced so that a question's text alone says little about its answer: the most
+# frequent answer to each question is right for 0.28 of the test questions, the most frequent answer
+# of all for 0.10 (tests/data/vl/test_scenes.py).
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PLURAL = {shape: f"{shape}es" if shape.endswith("s") else f"{shape}s" for shape in SHAPES}
@@ -282,7 +290,7 @@ def caption(scene: Scene) -> str:
 
 
 def ask_colour(scene: Scene, random: Random) -> Asked:
-    """By shape where only one object has it, or by position."""
+    """Ask for the colour of an object, named by its shape if that is unique, or by its position."""
     thing = random.choice(scene)
     if _once(thing.shape, scene) and random.random() < 0.5:
         return Asked(f"what colour is the {thing.shape} ?", thing.colour)
@@ -290,7 +298,7 @@ def ask_colour(scene: Scene, random: Random) -> Asked:
 
 
 def ask_shape(scene: Scene, random: Random) -> Asked:
-    """By colour where only one object has it, or by position."""
+    """Ask for the shape of an object, named by its colour if that is unique, or by its position."""
     thing = random.choice(scene)
     if _once(thing.colour, scene) and random.random() < 0.5:
         return Asked(f"what shape is the {thing.colour} object ?", thing.shape)
@@ -298,7 +306,7 @@ def ask_shape(scene: Scene, random: Random) -> Asked:
 
 
 def ask_count(scene: Scene, random: Random) -> Asked:
-    """Of all objects, of a shape or of a colour."""
+    """Ask for the number of all objects, of a shape or of a colour."""
     if random.random() < OF_ALL:
         return Asked("how many objects are there ?", NUMBERS[len(scene)])
     counts = {plural: sum(t.shape == shape for t in scene) for shape, plural in PLURAL.items()}
@@ -310,7 +318,7 @@ def ask_count(scene: Scene, random: Random) -> Asked:
 
 
 def ask_exists(scene: Scene, random: Random) -> Asked:
-    """Yes of an object of the scene, no of one that differs from such an object in one feature."""
+    """Ask whether an object is there; an absent one differs in one feature from a present one."""
     thing = random.choice(scene)
     answer = random.choice(("yes", "no"))
     colour, shape = thing.colour, thing.shape
@@ -322,7 +330,7 @@ def ask_exists(scene: Scene, random: Random) -> Asked:
 
 
 def ask_position(scene: Scene, random: Random) -> Asked:
-    """Of an object, as no two are alike."""
+    """Ask for the position of an object; no two objects are alike."""
     thing = random.choice(scene)
     return Asked(f"where is the {thing.colour} {thing.shape} ?", CELLS[thing.cell])
 
@@ -337,7 +345,7 @@ KINDS: dict[str, Callable[[Scene, Random], Asked]] = {
 
 
 def ask_sum(random: Random) -> Asked:
-    """Without a scene: a sum or a difference of two numbers, all from zero to nine."""
+    """Ask for a sum or a difference of two numbers, all from zero to nine; needs no scene."""
     larger = random.randrange(len(NUMBERS))
     part = random.randrange(larger + 1)
     if random.random() < 0.5:

@@ -1,45 +1,54 @@
-"""The token ids of all conversations of a source, made once and kept in a folder of the cache."""
+"""The token ids of all conversations of a source, made once and kept in a file of the cache."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import shutil
-import zipfile
-from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
-from filelock import FileLock
+import pyarrow
+import pyarrow.compute
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dynmoe.data.protocol import IntArray
-from dynmoe.data.vl.chat import IGNORE, IMAGE, TEMPLATES, Encoded, IdArray, checked, encode_all
+from dynmoe.data.text.tokens import fingerprint, kept_or_made
+from dynmoe.data.vl.chat import (
+    IGNORE,
+    IMAGE,
+    TEMPLATES,
+    EncodedConversation,
+    checked,
+    encode_all,
+)
 from dynmoe.data.vl.conversations import Conversation, ConversationSource
-from dynmoe.errors import ConfigError, DataError
+from dynmoe.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 500  # conversations in memory at once
 LONG_PASS = 20_000  # conversations after which progress is shown
-TOKENS, IMAGES, INDEX = "tokens.int32", "images.jsonl", "index.npz"
-LAYOUT = 1  # of these files: a change of it leaves older ones aside
+COLUMNS = pyarrow.schema(
+    {
+        "ids": pyarrow.list_(pyarrow.int32()),  # an image is one `IMAGE`
+        "labels": pyarrow.list_(pyarrow.int32()),
+        "images": pyarrow.list_(pyarrow.string()),
+        "length": pyarrow.int64(),  # an image is all its positions
+        "answer_tokens": pyarrow.int64(),
+    }
+)
+"""A conversation that is left out is a row of nulls."""
 
-Index = dict[str, IntArray]
-EncodeAll = Callable[[list[Conversation]], list[Encoded | None]]
+EncodeAll = Callable[[list[Conversation]], list[EncodedConversation | None]]
 
 
 class TokenStore:
-    """Conversations as token ids and labels, and the images they show: flat arrays with offsets.
+    """Conversations as token ids and labels, and the keys of their images: a table of `COLUMNS`.
 
-    An image is kept as one `IMAGE`; `row` gives it all its positions.
+    The table of a `file` is mapped into memory, not read.
     """
 
     lengths: IntArray
@@ -51,36 +60,38 @@ class TokenStore:
     left_out: int
     """Conversations of the source whose images, or any answer, did not fit in the length."""
 
-    def __init__(self, index: Index, tokens: IdArray, images: npt.NDArray[np.uint8]) -> None:
-        self.lengths = index["lengths"]
-        self.answer_tokens = index["answer_tokens"]
-        self.num_images = index["num_images"]
-        self.left_out = int(index["left_out"])
-        self._index = index
-        self._tokens = tokens.reshape(-1, 2)
-        self._images = images
+    def __init__(self, table: pyarrow.Table, image_tokens: int, file: Path | None = None) -> None:
+        self._table = table
+        self._image_tokens = image_tokens
+        self._file = file
+        self._rows = np.flatnonzero(table["ids"].is_valid())
+        self.left_out = len(table) - len(self._rows)
+        images = pyarrow.compute.list_value_length(table["images"])
+        columns = table["length"], table["answer_tokens"], images
+        self.lengths, self.answer_tokens, self.num_images = (
+            column.drop_null().to_numpy().astype(np.int64) for column in columns
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def row(self, index: int) -> Encoded:
+    def row(self, index: int) -> EncodedConversation:
         """Ids and labels of conversation `index`."""
-        start, stop = self._index["token_offsets"][index : index + 2]
-        pairs = np.asarray(self._tokens[start:stop])
-        repeats = np.where(pairs[:, 0] == IMAGE, self._index["image_tokens"], 1)
-        return Encoded(*np.repeat(pairs.T, repeats, axis=1))
+        row = int(self._rows[index])
+        ids, labels = (self._table[name][row].values.to_numpy() for name in ("ids", "labels"))
+        repeats = np.where(ids == IMAGE, self._image_tokens, 1)
+        return EncodedConversation(np.repeat(ids, repeats), np.repeat(labels, repeats))
 
     def images(self, index: int) -> list[str]:
         """Keys of the images of conversation `index`, in the order of their places."""
-        start, stop = self._index["image_offsets"][index : index + 2]
-        keys: list[str] = json.loads(self._images[start:stop].tobytes())
+        keys: list[str] = self._table["images"][int(self._rows[index])].as_py()
         return keys
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process maps the files again; pickled arrays would be copies of them."""
-        if isinstance(self._tokens, np.memmap):
-            return _opened, (Path(str(self._tokens.filename)).parent,)
-        return TokenStore, (self._index, self._tokens, self._images)
+        """Another process maps the file again; a pickled table would be a copy of it."""
+        if self._file is None:
+            return TokenStore, (self._table, self._image_tokens)
+        return _opened, (self._image_tokens, self._file)
 
 
 def tokenized(
@@ -91,11 +102,11 @@ def tokenized(
     max_length: int,
     cache: Path | None,
 ) -> TokenStore:
-    """The conversations of `source` as `chat.encode` writes them.
+    """The conversations of `source` as `chat.encode_all` writes them.
 
-    `cache` is a folder: the one made in it is named after the source, the tokenizer and the other
+    `cache` is a folder: the file in it is named after the source, the tokenizer and the other
     arguments, and written while the source is read, so that memory does not grow with the source.
-    Processes that ask for the same one wait for the first; a damaged one is made anew. Without
+    Processes that ask for the same file wait for the first; a damaged file is made anew. Without
     `cache` all is kept in memory.
 
     Raises:
@@ -103,7 +114,7 @@ def tokenized(
         DataError: no conversation fits in `max_length`.
     """
     checked(tokenizer, template)
-    encode: EncodeAll = partial(
+    encode = partial(
         encode_all,
         tokenizer=tokenizer,
         template=template,
@@ -111,101 +122,67 @@ def tokenized(
         max_length=max_length,
     )
     if cache is None:
-        tokens, images = io.BytesIO(), io.BytesIO()
-        index = _write(source, encode, image_tokens, tokens, images)
-        return TokenStore(
-            index,
-            np.frombuffer(tokens.getbuffer(), np.int32),
-            np.frombuffer(images.getbuffer(), np.uint8),
-        )
-    settings = [repr(TEMPLATES[template]), image_tokens, max_length]
-    folder = cache / f"conversations-{_fingerprint(source, tokenizer, settings)}"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            return _kept(folder) or _made(folder, source, encode, image_tokens)
-    except OSError as error:
-        raise ConfigError(
-            f"paths.cache: cannot write to {cache}: {error.strerror or error}. "
-            "Choose another folder: paths.cache=FOLDER, or keep none: data.cache=null"
-        ) from error
+        buffer = pyarrow.BufferOutputStream()
+        _write(source, encode, image_tokens, buffer)
+        return TokenStore(pyarrow.ipc.open_file(buffer.getvalue()).read_all(), image_tokens)
+    marks = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    settings = [repr(TEMPLATES[template]), image_tokens, max_length, str(COLUMNS)]
+    name = f"conversations-{fingerprint(tokenizer, [source.digest, marks, settings])}.arrow"
+    return kept_or_made(
+        cache / name,
+        partial(_opened, image_tokens),
+        partial(_made, source, encode, image_tokens),
+    )
 
 
-def _kept(folder: Path) -> TokenStore | None:
-    """The folder's store, or None if there is none or it is damaged."""
-    try:
-        return _opened(folder)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _opened(folder: Path) -> TokenStore:
-    with np.load(folder / INDEX) as file:
-        index = dict(file)
-    tokens = np.memmap(folder / TOKENS, np.int32, "r")
-    images = np.memmap(folder / IMAGES, np.uint8, "r")
-    ends = 2 * index["token_offsets"][-1], index["image_offsets"][-1]
-    if (len(tokens), len(images)) != ends:
-        raise ValueError(f"{folder}: files of other sizes than {ends}")
-    return TokenStore(index, tokens, images)
+def _opened(image_tokens: int, file: Path) -> TokenStore:
+    """Raises OSError or ValueError (pyarrow.ArrowInvalid): no such file, or a damaged one."""
+    table = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+    return TokenStore(table, image_tokens, file)
 
 
 def _made(
-    folder: Path, source: ConversationSource, encode: EncodeAll, image_tokens: int
+    source: ConversationSource, encode: EncodeAll, image_tokens: int, file: Path
 ) -> TokenStore:
-    part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-    part.mkdir()
+    part = file.with_suffix(".part")
     try:
-        with (part / TOKENS).open("wb") as tokens, (part / IMAGES).open("wb") as images:
-            index = _write(source, encode, image_tokens, tokens, images)
-        np.savez(part / INDEX, **index)  # type: ignore[arg-type]
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        with part.open("wb") as sink:
+            _write(source, encode, image_tokens, sink)
+        part.replace(file)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return _opened(folder)
+        part.unlink(missing_ok=True)
+    return _opened(image_tokens, file)
 
 
-def _write(
-    source: ConversationSource,
-    encode: EncodeAll,
-    image_tokens: int,
-    tokens: IO[bytes],
-    images: IO[bytes],
-) -> Index:
-    columns = array("q")  # a list of numbers would take five times the memory
-    left_out = 0
-    for chunk in _chunks(source):
-        for conversation, encoded in zip(chunk, encode(chunk), strict=True):
-            if encoded is None:
-                left_out += 1
-                continue
-            ids, labels = encoded
-            image = np.flatnonzero(ids == IMAGE)
-            keep = np.ones(len(ids), dtype=bool)
-            keep[image] = np.arange(len(image)) % image_tokens == 0
-            pairs = np.stack(encoded, axis=1)[keep]
-            keys = json.dumps(conversation.images).encode() + b"\n"
-            tokens.write(pairs.tobytes())
-            images.write(keys)
-            answered = int(np.count_nonzero(labels != IGNORE))
-            columns.extend([len(ids), answered, len(conversation.images), len(pairs), len(keys)])
-    if not columns:
+def _write(source: ConversationSource, encode: EncodeAll, image_tokens: int, sink: Any) -> None:
+    total = left_out = 0
+    with pyarrow.ipc.new_file(sink, COLUMNS) as file:
+        for chunk in _chunks(source):
+            rows = [
+                _row(conversation, encoded, image_tokens) if encoded else {}
+                for conversation, encoded in zip(chunk, encode(chunk), strict=True)
+            ]
+            file.write_batch(pyarrow.RecordBatch.from_pylist(rows, COLUMNS))
+            left_out += rows.count({})
+            total += len(rows)
+    if left_out == total:
         raise DataError(
             f"data {source.name}: none of its {left_out} conversations fits. An image alone is "
             f"{image_tokens} tokens: raise data.max_length."
         )
-    table = np.frombuffer(columns, dtype=np.int64).reshape(-1, 5)
-    lengths, answer_tokens, num_images, stored, written = np.ascontiguousarray(table.T)
+
+
+def _row(
+    conversation: Conversation, encoded: EncodedConversation, image_tokens: int
+) -> dict[str, Any]:
+    ids, labels = encoded
+    repeated = np.flatnonzero(ids == IMAGE).reshape(-1, image_tokens)[:, 1:]
     return {
-        "lengths": lengths,
-        "answer_tokens": answer_tokens,
-        "num_images": num_images,
-        "token_offsets": np.append(0, stored.cumsum()),
-        "image_offsets": np.append(0, written.cumsum()),
-        "image_tokens": np.array(image_tokens),
-        "left_out": np.array(left_out),
+        "ids": np.delete(ids, repeated),
+        "labels": np.delete(labels, repeated),
+        "images": list(conversation.images),
+        "length": len(ids),
+        "answer_tokens": int(np.count_nonzero(labels != IGNORE)),
     }
 
 
@@ -225,14 +202,3 @@ def _chunks(source: ConversationSource) -> Iterator[list[Conversation]]:
     finally:
         if display.live.is_started:
             display.stop()
-
-
-def _fingerprint(
-    source: ConversationSource, tokenizer: PreTrainedTokenizerBase, settings: list[Any]
-) -> str:
-    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    for changed_by_use in ("truncation", "padding"):
-        state.pop(changed_by_use)
-    marks = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
-    content = json.dumps([LAYOUT, source.digest, state, marks, settings], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -7,13 +7,13 @@ import pytest
 
 from dynmoe.data.text.module import linear_text_baseline
 from dynmoe.data.text.sets import TextSet
-from dynmoe.data.text.sources import read
+from dynmoe.data.text.sources import read_sets
 from dynmoe.data.text.tasks import TASKS
 
 
 def test_glosses_are_balanced_and_shared_by_no_two_sets() -> None:
     task = TASKS["glosses"]
-    sets, warnings = read(task, "embedded", None)
+    sets, warnings = read_sets(task, "embedded", None)
     assert warnings == []
     for name, per_topic in (("train", 400), ("dev", 80)):
         assert np.bincount(sets[name].label).tolist() == [per_topic] * len(task.labels)
@@ -24,13 +24,13 @@ def test_glosses_are_balanced_and_shared_by_no_two_sets() -> None:
 
 def test_no_gloss_names_its_topic() -> None:
     task = TASKS["glosses"]
-    dev = read(task, "embedded", None).sets["dev"]
+    dev = read_sets(task, "embedded", None).sets["dev"]
     for text, label in zip(dev.first, dev.label, strict=True):
         assert task.labels[label] not in text.lower().split()
 
 
 def test_words_alone_reach_three_quarters() -> None:
-    sets = read(TASKS["glosses"], "embedded", None).sets
+    sets = read_sets(TASKS["glosses"], "embedded", None).sets
     found = linear_text_baseline(sets["train"], sets["dev"], ("accuracy",))
     assert found["name"] == "TF-IDF + logistic regression"
     assert 0.75 < float(found["dev_score"]) < 0.82

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from dynmoe.data.text.sets import TextSet
-from dynmoe.data.text.sources import LAYOUTS, MNLI_SPLITS, Sets, read
+from dynmoe.data.text.sources import LAYOUTS, MNLI_SPLITS, Sets, read_sets
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 from dynmoe.errors import DataError
 
@@ -61,7 +61,7 @@ def equal(one: TextSet, other: TextSet) -> bool:
 @pytest.mark.parametrize("suffix", [".tsv", ".tsv.gz"])
 def test_tsv(tmp_path: Path, folder: str, suffix: str) -> None:
     write_rte(tmp_path / folder, suffix=suffix)
-    sets, warnings = read(TASKS["rte"], "tsv", str(tmp_path))
+    sets, warnings = read_sets(TASKS["rte"], "tsv", str(tmp_path))
     assert sets.keys() == {"train", "dev", "test"}
     assert (sets["train"].first, sets["train"].second) == (['a "quote', "c"], ["b", "d"])
     assert [each.label.tolist() for each in sets.values()] == [[1, 0], [0], [-1]]
@@ -75,10 +75,10 @@ def test_parquet_and_hub_give_the_examples_of_tsv(
     write_parquet(tmp_path / "parquet" / "rte", rte_tables())
     hub = {split: datasets.Dataset.from_dict(table) for split, table in rte_tables().items()}
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name: datasets.DatasetDict(hub))
-    wanted = read(TASKS["rte"], "tsv", str(tmp_path / "tsv"))
+    wanted = read_sets(TASKS["rte"], "tsv", str(tmp_path / "tsv"))
     found: dict[str, Sets] = {
-        "parquet": read(TASKS["rte"], "parquet", str(tmp_path / "parquet")),
-        "hub": read(TASKS["rte"], "hub", None),
+        "parquet": read_sets(TASKS["rte"], "parquet", str(tmp_path / "parquet")),
+        "hub": read_sets(TASKS["rte"], "hub", None),
     }
     for sets, warnings in found.values():
         assert sets.keys() == wanted.sets.keys()
@@ -91,9 +91,9 @@ def test_what_is_not_asked_for_is_neither_read_nor_fetched(
 ) -> None:
     write_rte(tmp_path)
     (tmp_path / "test.tsv").write_text("damaged")
-    assert read(TASKS["rte"], "tsv", str(tmp_path), LABELLED).sets.keys() == {"train", "dev"}
+    assert read_sets(TASKS["rte"], "tsv", str(tmp_path), LABELLED).sets.keys() == {"train", "dev"}
     with pytest.raises(DataError, match="no column sentence1"):
-        read(TASKS["rte"], "tsv", str(tmp_path), TESTS)
+        read_sets(TASKS["rte"], "tsv", str(tmp_path), TESTS)
 
     table = {"premise": ["a"], "hypothesis": ["b"], "label": [0], "idx": [0]}
     hub = {split: datasets.Dataset.from_dict(table) for split in MNLI_SPLITS.values()}
@@ -104,16 +104,16 @@ def test_what_is_not_asked_for_is_neither_read_nor_fetched(
         return datasets.DatasetDict(hub if name == "mnli" else {"test": hub["train"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    read(TASKS["mnli"], "hub", None, LABELLED)
+    read_sets(TASKS["mnli"], "hub", None, LABELLED)
     assert fetched == ["mnli"]
-    assert read(TASKS["mnli"], "hub", None).sets["ax"].first == ["a"]
+    assert read_sets(TASKS["mnli"], "hub", None).sets["ax"].first == ["a"]
 
 
 def test_parquet_of_single_files_without_index_drops_rows_with_nulls(tmp_path: Path) -> None:
     for name in ("train", "validation"):
         table = pyarrow.table({"sentence": ["a", None, "b"], "label": [0, 1, 1]})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    sets, warnings = read(TASKS["sst2"], "parquet", str(tmp_path))
+    sets, warnings = read_sets(TASKS["sst2"], "parquet", str(tmp_path))
     assert (sets["dev"].first, sets["dev"].index.tolist()) == (["a", "b"], [0, 2])
     assert "SST-2 train: dropped 1 row with missing fields" in warnings
 
@@ -130,7 +130,7 @@ def test_official_layouts(tmp_path: Path, name: str) -> None:
         write(tmp_path / task.title / f"{split}.tsv", lines(*names, row))
     test = ("index", *layout.texts)
     write(tmp_path / task.title / "test.tsv", lines("\t".join(test), "\t".join(test)))
-    sets = read(task, "tsv", str(tmp_path)).sets
+    sets = read_sets(task, "tsv", str(tmp_path)).sets
     assert sets["train"].first == [f"some {layout.texts[0]}"]
     assert (sets["train"].second is None) == (len(task.columns) == 1)
     assert sets["dev"].label.tolist() == [1]
@@ -141,7 +141,7 @@ def test_cola_with_a_header(tmp_path: Path) -> None:
     for split in ("train", "dev"):
         text = lines("source\tlabel\toriginal_label\tsentence", "gj04\t0\t*\tHim sleeps.")
         write(tmp_path / f"{split}.tsv.gz", text)
-    dev = read(TASKS["cola"], "tsv", str(tmp_path)).sets["dev"]
+    dev = read_sets(TASKS["cola"], "tsv", str(tmp_path)).sets["dev"]
     assert (dev.first, dev.label.tolist()) == (["Him sleeps."], [0])
 
 
@@ -156,7 +156,7 @@ def test_mnli_has_two_dev_sets_and_the_diagnostic_set(tmp_path: Path, ax: str) -
         )
     folder = tmp_path / "diagnostic" if ax == "diagnostic.tsv" else tmp_path
     write(folder / ax, lines(header, "0\ta\tax"))
-    sets = read(TASKS["mnli"], "tsv", str(tmp_path)).sets
+    sets = read_sets(TASKS["mnli"], "tsv", str(tmp_path)).sets
     assert {name: (each.second, each.label.tolist()) for name, each in sets.items()} == {
         "train": (["train"], [1]),
         "dev": (["dev_matched"], [1]),
@@ -174,7 +174,7 @@ def test_mnli_as_parquet(tmp_path: Path) -> None:
     splits = ("train", "validation_matched", "validation_mismatched", "test_matched")
     write_parquet(tmp_path / "mnli", {split: table(split, 2) for split in splits})
     write_parquet(tmp_path / "ax", {"test": table("ax", -1)})
-    sets = read(TASKS["mnli"], "parquet", str(tmp_path)).sets
+    sets = read_sets(TASKS["mnli"], "parquet", str(tmp_path)).sets
     assert list(sets) == ["train", "dev", "mismatched", "test", "ax"]
     assert sets["mismatched"].second == ["validation_mismatched"]
 
@@ -185,20 +185,20 @@ def test_mrpc_from_the_original_corpus(tmp_path: Path) -> None:
     write(tmp_path / "msr_paraphrase_train.txt", train.replace("\n", "\r\n"))
     write(tmp_path / "msr_paraphrase_test.txt", lines(header, "0\t16\t17\tg\th"))
     write(tmp_path / "mrpc_dev_ids.tsv", lines("12\t13", "90\t91"))
-    sets = read(TASKS["mrpc"], "tsv", str(tmp_path)).sets
+    sets = read_sets(TASKS["mrpc"], "tsv", str(tmp_path)).sets
     assert (sets["train"].first, sets["train"].index.tolist()) == (["a", "e"], [0, 2])
     assert (sets["dev"].second, sets["dev"].index.tolist()) == (["d"], [1])
     assert sets["test"].label.tolist() == [0]
     (tmp_path / "mrpc_dev_ids.tsv").unlink()
     with pytest.raises(DataError, match=r"no file \S+mrpc_dev_ids.tsv or mrpc_dev_ids.tsv.gz"):
-        read(TASKS["mrpc"], "tsv", str(tmp_path))
+        read_sets(TASKS["mrpc"], "tsv", str(tmp_path))
 
 
 def test_dropped_rows_are_told(tmp_path: Path) -> None:
     write_rte(tmp_path)
     with (tmp_path / "train.tsv").open("a") as file:
         file.write("2\tbroken\n3\tbroken\n")
-    warnings = read(TASKS["rte"], "tsv", str(tmp_path)).warnings
+    warnings = read_sets(TASKS["rte"], "tsv", str(tmp_path)).warnings
     assert warnings[0] == "RTE train: dropped 2 rows with missing fields"
 
 
@@ -206,7 +206,7 @@ def test_the_published_sizes_give_no_warning(tmp_path: Path) -> None:
     for split, size in (("train", 635), ("dev", 71)):
         rows = ["index\tsentence1\tsentence2\tlabel", *["0\ta\tb\t1"] * size]
         write(tmp_path / f"{split}.tsv", lines(*rows))
-    assert read(TASKS["wnli"], "tsv", str(tmp_path)).warnings == []
+    assert read_sets(TASKS["wnli"], "tsv", str(tmp_path)).warnings == []
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").unlink()
     (tmp_path / "test.tsv").write_text("index\tsentence1\n")
     with pytest.raises(DataError) as error:
-        read(TASKS["rte"], "tsv", str(tmp_path))
+        read_sets(TASKS["rte"], "tsv", str(tmp_path))
     assert str(error.value).splitlines() == [
         "RTE cannot be read:",
         f"{tmp_path}/train.tsv: unknown labels 'perhaps'. "
@@ -229,7 +229,7 @@ def test_parquet_problems(tmp_path: Path) -> None:
     write_parquet(tmp_path / "rte", {"train": {"sentence1": ["a"], "label": [0]}})
     (tmp_path / "rte" / "test.parquet").write_text("not parquet")
     with pytest.raises(DataError) as error:
-        read(TASKS["rte"], "parquet", str(tmp_path))
+        read_sets(TASKS["rte"], "parquet", str(tmp_path))
     _, column, file, damaged = str(error.value).split("\n", 3)
     assert column.endswith(".parquet: no column sentence2. Found sentence1, label.")
     assert file.startswith(f"data.root: no file {tmp_path}/rte/validation-*.parquet or ")
@@ -242,10 +242,10 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError) as error:
-        read(TASKS["rte"], "hub", None)
+        read_sets(TASKS["rte"], "hub", None)
     assert str(error.value) == (
-        "data.source: hub: nyu-mll/glue (rte) could not be fetched: no route\n"
-        "Without network take data.source=tsv data.root=<folder of the official files>."
+        "data.source: hub: nyu-mll/glue (rte) could not be downloaded: no route\n"
+        "Without network use data.source=tsv data.root=<folder of the official files>."
     )
 
 
@@ -260,5 +260,5 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_wrong_sources(task: str, source, root: str | None, message: str) -> None:
     with pytest.raises(DataError) as error:
-        read(TASKS[task], source, root)
+        read_sets(TASKS[task], source, root)
     assert str(error.value).startswith(message)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.data.text.sources import Table, first_file, read_table
+from dynmoe.data.text.sources import TextTable, first_file, read_table
 from dynmoe.errors import DataError
 
 
@@ -18,7 +18,7 @@ def written(path: Path, content: str | bytes) -> Path:
 
 def test_tsv_knows_no_quotes_and_breaks_lines_at_line_feeds_only(tmp_path: Path) -> None:
     text = 'id\ttext\tlabel\n0\t"open\r quote\u2028and\x85more\t1\n1\tplain"\t0\n'
-    assert read_table(written(tmp_path / "a.tsv", text), ("text",), ("label", "gone")) == Table(
+    assert read_table(written(tmp_path / "a.tsv", text), ("text",), ("label", "gone")) == TextTable(
         {"text": ['"open\r quote\u2028and\x85more', 'plain"'], "label": ["1", "0"]}, [0, 1], 0
     )
 
@@ -28,12 +28,12 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path, name: str) -> Non
     content = b"\xef\xbb\xbftext\tlabel\r\nbonjour\xc3\xa9\t1\r\n\r\n"
     packed = gzip.compress(content) if name.endswith("gz") else content
     table = read_table(written(tmp_path / name, packed), ("text", "label"))
-    assert table == Table({"text": ["bonjouré"], "label": ["1"]}, [0], 0)
+    assert table == TextTable({"text": ["bonjouré"], "label": ["1"]}, [0], 0)
 
 
 def test_short_rows_are_dropped_and_counted_in_the_row_numbers(tmp_path: Path) -> None:
     file = written(tmp_path / "a.tsv", "label\ttext\n1\tone\n0\n1\t\n0\tfour\textra\n")
-    assert read_table(file, ("text", "label")) == Table(
+    assert read_table(file, ("text", "label")) == TextTable(
         {"text": ["one", "", "four"], "label": ["1", "1", "0"]}, [0, 2, 3], 1
     )
 
@@ -43,13 +43,15 @@ def test_a_given_header_serves_where_the_first_line_is_none(tmp_path: Path) -> N
     headed = written(tmp_path / "b.tsv", "label\ttext\n1\tx\n0\ty\n")
     for file in (bare, headed):
         table = read_table(file, ("text", "label"), header=("text", "label"))
-        assert table == Table({"text": ["x", "y"], "label": ["1", "0"]}, [0, 1], 0)
+        assert table == TextTable({"text": ["x", "y"], "label": ["1", "0"]}, [0, 1], 0)
 
 
 def test_jsonl(tmp_path: Path) -> None:
     rows = '{"text": "x", "label": 1}\n{"text": "y"}\n{"text": null, "label": 0}\n'
     file = written(tmp_path / "a.jsonl", rows)
-    assert read_table(file, ("text",), ("label",)) == Table({"text": ["x"], "label": ["1"]}, [0], 2)
+    assert read_table(file, ("text",), ("label",)) == TextTable(
+        {"text": ["x"], "label": ["1"]}, [0], 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_jsonl(tmp_path: Path) -> None:
     [
         ("a.tsv", "", "no column text. Found an empty file."),
         ("a.tsv", "id\tlabel\n", "no column text. Found id, label."),
-        ("a.tsv", b"text\ncaf\xe9\n", "not UTF-8 at byte"),
+        ("a.tsv", b"text\ncaf\xe9\n", "not UTF-8 (byte 0xe9"),
         ("a.tsv.gz", b"text\n", "damaged gzip file"),
         ("a.tsv.gz", gzip.compress(b"text\n" * 100, mtime=0)[:-12], "damaged gzip file"),
         ("a.jsonl", "text\n", "not one JSON object per line"),

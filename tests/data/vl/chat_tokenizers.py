@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dynmoe.data.vl.chat import IGNORE, IMAGE, Encoded, conversation_tokenizer
+from dynmoe.data.vl.chat import (
+    IGNORE,
+    IMAGE,
+    EncodedConversation,
+    IdArray,
+    conversation_tokenizer,
+    encode_all,
+    encode_prompts,
+)
+from dynmoe.data.vl.conversations import Conversation
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -75,7 +86,7 @@ def sentence_piece(words: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 
-def written(encoded: Encoded, tokenizer: PreTrainedTokenizerFast) -> str:
+def written(encoded: EncodedConversation, tokenizer: PreTrainedTokenizerFast) -> str:
     """The tokens, those with a label marked by a star, an image's position as <image>."""
     result = []
     for token, label in zip(encoded.ids.tolist(), encoded.labels.tolist(), strict=True):
@@ -83,3 +94,13 @@ def written(encoded: Encoded, tokenizer: PreTrainedTokenizerFast) -> str:
         name = "<image>" if token == IMAGE else tokenizer.convert_ids_to_tokens(token)
         result.append(name + "*" * (label != IGNORE))
     return " ".join(result)
+
+
+def encode(conversation: Conversation, *arguments: Any) -> EncodedConversation | None:
+    """`encode_all` of one conversation."""
+    return encode_all([conversation], *arguments)[0]
+
+
+def encode_prompt(question: str, num_images: int, *arguments: Any) -> IdArray:
+    """`encode_prompts` of one question."""
+    return encode_prompts([(question, num_images)], *arguments)[0]

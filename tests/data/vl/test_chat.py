@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from chat_tokenizers import CHATML, SYSTEM, byte_level, sentence_piece, whole_words, written
+from chat_tokenizers import (
+    CHATML,
+    SYSTEM,
+    byte_level,
+    encode,
+    encode_prompt,
+    sentence_piece,
+    whole_words,
+    written,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -14,9 +23,7 @@ from dynmoe.data.vl.chat import (
     IGNORE,
     TEMPLATES,
     conversation_tokenizer,
-    encode,
     encode_all,
-    encode_prompt,
     encode_prompts,
     end_id,
 )

@@ -34,14 +34,14 @@ def test_accepted(conversation: Conversation) -> None:
 @pytest.mark.parametrize(
     ("conversation", "problem"),
     [
-        (said(), "expected user and assistant in turns, the assistant last; found no messages"),
+        (said(), "expected alternating user and assistant, the assistant last; found no messages"),
         (
             said("u:q"),
-            "expected user and assistant in turns, the assistant last; found user",
+            "expected alternating user and assistant, the assistant last; found user",
         ),
         (
             said("a:a", "u:q"),
-            "expected user and assistant in turns, the assistant last; found assistant, user",
+            "expected alternating user and assistant, the assistant last; found assistant, user",
         ),
         (
             said("u:<image>", "a:a", images=("x", "y")),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dynmoe.data.vl.conversations import Conversation, Message
+from dynmoe.data.vl.conversations import Conversation, ImageFolder, Message
 from dynmoe.data.vl.readers import read_entry, read_llava
 from dynmoe.errors import DataError
 
@@ -80,7 +80,6 @@ def test_files_in_turn(tmp_path: Path) -> None:
         ),
     ]
     assert (source.name, list(source), list(source)) == ("mix", expected, expected)
-    source.check()
     image = source.load_image("sub/x.png")
     assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (3, 2), (200, 200, 200))
     assert source.digest != read_llava("mix", files[:1]).digest
@@ -122,7 +121,7 @@ def test_files_in_turn(tmp_path: Path) -> None:
         ),
         (
             entry(("human", "q"), ("human", "r"), ("gpt", "a")),
-            "conversation '33': expected user and assistant in turns, the assistant last; "
+            "conversation '33': expected alternating user and assistant, the assistant last; "
             "found user, user, assistant",
         ),
     ],
@@ -141,16 +140,16 @@ def test_missing_images_are_found_before_training(tmp_path: Path) -> None:
     entries = [entry(("human", "q"), ("gpt", "a"), image=key) for key in keys]
     file = put(tmp_path, "mix.json", entries)
     with pytest.raises(DataError) as error:
-        read_llava("mix", [file], str(tmp_path)).check()
+        read_llava("mix", [file], str(tmp_path))
     assert str(error.value) == (
-        f"{file}: 7 images are not in {tmp_path}: there/1.jpg, there/2.jpg, there/3.jpg, "
-        "there/4.jpg, there/5.jpg, .... Give the folder from which these paths start, and fetch "
-        "what it lacks."
+        f"{file}: images not in {tmp_path} (7): there/1.jpg; there/2.jpg; there/3.jpg; "
+        "there/4.jpg; there/5.jpg and more. Give the folder from which these paths start, and "
+        "fetch what it lacks."
     )
     with pytest.raises(DataError, match=r"image there/0\.jpg: no image folder given\."):
-        read_llava("mix", [file]).check()
+        read_llava("mix", [file])
     with pytest.raises(DataError, match=r"there/0\.jpg: cannot be read as an image"):
-        read_llava("mix", [file], str(tmp_path)).load_image("there/0.jpg")
+        ImageFolder(tmp_path).load("there/0.jpg")
 
 
 def test_no_such_files(tmp_path: Path) -> None:

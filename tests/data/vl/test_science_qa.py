@@ -68,8 +68,8 @@ def test_broken_problems(tmp_path: Path, broken: dict[str, Any]) -> None:
     with pytest.raises(DataError) as error:
         science_qa(root)
     assert str(error.value) == (
-        f"{root}/problems.json: of 2 problems of train, 1 are not there or their answer is not the "
-        "place of a choice; the first is 2."
+        f"{root}/problems.json: problems of train that are missing or whose answer is not the "
+        "place of a choice (1): 2."
     )
 
 
@@ -78,5 +78,5 @@ def test_missing_files(tmp_path: Path) -> None:
         science_qa(put(tmp_path, PROBLEMS, test=["1"]))
     root = put(tmp_path, PROBLEMS, train=["2"])
     (tmp_path / "images" / "train" / "2" / "image.png").unlink()
-    with pytest.raises(DataError, match=r"problems\.json: 1 image is not in .*: 2/image\.png\."):
+    with pytest.raises(DataError, match=r"problems\.json: images not in .* \(1\): 2/image\.png\."):
         science_qa(root)

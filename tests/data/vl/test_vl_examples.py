@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import PIL.Image
 import pytest
 import torch
-from chat_tokenizers import whole_words
+from chat_tokenizers import encode_prompt, whole_words
 from torch.utils.data import DataLoader
 
 from dynmoe.data.text.batches import Key
@@ -19,7 +19,6 @@ from dynmoe.data.vl.batches import (
     collate_conversations,
     collate_questions,
 )
-from dynmoe.data.vl.chat import encode_prompt
 from dynmoe.data.vl.conversations import Conversation, Message
 from dynmoe.data.vl.store import tokenized
 from dynmoe.questions.base import Question

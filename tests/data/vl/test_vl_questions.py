@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_tokenizers import whole_words
+from chat_tokenizers import encode_prompt, whole_words
 from PIL import Image
 
 from dynmoe.data.vl.batches import AskedQuestions
-from dynmoe.data.vl.chat import IMAGE, encode_prompt
+from dynmoe.data.vl.chat import IMAGE
 from dynmoe.data.vl.content import llava, vqa
 from dynmoe.errors import DataError
 from dynmoe.questions.base import Question

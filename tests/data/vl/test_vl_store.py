@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow
 import pytest
 from chat_tokenizers import whole_words
 from rich.progress import Progress
 
 from dynmoe.data.vl import store as vl_store
-from dynmoe.data.vl.chat import encode
+from dynmoe.data.vl.chat import encode_all
 from dynmoe.data.vl.conversations import Conversation, Message
 from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import ConfigError, DataError
@@ -77,8 +78,8 @@ def test_rows_are_what_is_encoded(
     assert store.answer_tokens.tolist() == [2, 3, 5, 2]
     assert store.num_images.tolist() == [1, 0, 2, 2]
     assert (store.left_out, len(store)) == (0, 4)
-    for index, each in enumerate(SOURCE):
-        ids, labels = encode(each, TOKENIZER, "simple", 3, 16)
+    encoded = encode_all(SOURCE.conversations, TOKENIZER, "simple", 3, 16)
+    for index, (each, (ids, labels)) in enumerate(zip(SOURCE, encoded, strict=True)):
         row = store.row(index)
         assert row.ids.dtype == row.labels.dtype == np.int32
         assert row.ids.tolist() == ids.tolist() and row.labels.tolist() == labels.tolist()
@@ -105,20 +106,24 @@ def test_what_does_not_fit_is_left_out_and_counted() -> None:
 
 
 def test_image_positions_are_not_kept(tmp_path: Path) -> None:
-    """5 images of 100 positions: 5 tokens in the file, of 8 bytes, ids and labels."""
-    store = make(tmp_path, image_tokens=100, max_length=1000)
-    (file,) = tmp_path.glob("*/tokens.int32")
-    assert file.stat().st_size == 8 * (store.lengths.sum() - 5 * 99)
+    """5 images of many positions: 5 tokens in the file."""
+    sizes = []
+    for image_tokens in (100, 1000):
+        store = make(tmp_path / str(image_tokens), image_tokens=image_tokens, max_length=10_000)
+        assert store.lengths.sum() > 5 * image_tokens
+        (file,) = (tmp_path / str(image_tokens)).glob("*.arrow")
+        sizes.append(file.stat().st_size)
+    assert sizes[0] == sizes[1] < 4 * 5 * 1000
 
 
-def test_each_of_source_tokenizer_and_setting_has_its_own_folder(tmp_path: Path) -> None:
+def test_each_of_source_tokenizer_and_setting_has_its_own_file(tmp_path: Path) -> None:
     make(tmp_path)
     make(tmp_path, Source(SOURCE.conversations, digest="1" * 16))
     make(tmp_path, tokenizer=whole_words("what"))
     make(tmp_path, template="v1", max_length=100)
     make(tmp_path, max_length=15)
     make(tmp_path, image_tokens=2)
-    assert len([each for each in tmp_path.iterdir() if each.is_dir()]) == 6
+    assert len(list(tmp_path.glob("*.arrow"))) == 6
 
 
 @pytest.mark.parametrize(
@@ -128,18 +133,15 @@ def test_each_of_source_tokenizer_and_setting_has_its_own_folder(tmp_path: Path)
         lambda content: b"",
         lambda content: b"garbage" * 99,
         lambda content: content[: -len(content) // 2],
+        lambda content: content[:-1],
     ],
-    ids=["missing", "empty", "garbage", "cut"],
+    ids=["missing", "empty", "garbage", "cut", "last byte"],
 )
-@pytest.mark.parametrize("name", [vl_store.TOKENS, vl_store.IMAGES, vl_store.INDEX])
-def test_a_damaged_folder_is_made_anew(
-    tmp_path: Path,
-    name: str,
-    damage: Callable[[bytes], bytes | None],
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_damaged_file_is_made_anew(
+    tmp_path: Path, damage: Callable[[bytes], bytes | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = contents(make(tmp_path))
-    (file,) = tmp_path.glob(f"*/{name}")
+    (file,) = tmp_path.glob("*.arrow")
     content = damage(file.read_bytes())
     file.unlink() if content is None else file.write_bytes(content)
     assert contents(make(tmp_path)) == written
@@ -171,10 +173,11 @@ def test_memory_holds_two_chunks_at_most(tmp_path: Path, monkeypatch: pytest.Mon
                 most.append(sum(1 for _ in alive))
                 yield each
 
+    held = pyarrow.total_allocated_bytes()
     store = make(tmp_path, Stream([]))
+    assert pyarrow.total_allocated_bytes() - held < 10_000  # the file is mapped
     assert len(store) == 200 and store.images(199) == ["199.png"]
     assert len(most) == 200 and max(most) <= 21  # a chunk, the next one, and the one just made
-    assert isinstance(store._tokens, np.memmap) and isinstance(store._images, np.memmap)
 
 
 def test_progress_is_shown_in_a_long_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +208,7 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     with get_context("spawn").Pool(2) as pool:
         one, other = pool.map(_contents, [str(tmp_path)] * 2)
     assert one == other == _contents(str(tmp_path))
-    assert len([each for each in tmp_path.iterdir() if each.is_dir()]) == 1
+    assert len(list(tmp_path.glob("*.arrow"))) == 1
 
 
 def test_refusals_name_the_key(tmp_path: Path) -> None:
