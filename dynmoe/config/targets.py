@@ -107,8 +107,10 @@ def _bindings(node: ast.stmt, module: str) -> Iterator[tuple[str, Located | str]
             yield each.asname or each.name, f"{source}.{each.name}"
     elif (name := _assigned_name(node)) is not None:
         value = getattr(node, "value", None) or ast.Constant(None)  # declared without a value
-        renames = isinstance(value, ast.Name) and value.id != name
-        yield name, f"{module}.{value.id}" if renames else Located(value, module)
+        if isinstance(value, ast.Name) and value.id != name:
+            yield name, f"{module}.{value.id}"
+        else:
+            yield name, Located(value, module)
 
 
 @contextmanager
@@ -396,7 +398,7 @@ def _name(node: ast.expr) -> str:
         return _name(node.value)
     if isinstance(node, ast.Constant) and node.value is None:
         return "None"
-    return getattr(node, "attr", None) or getattr(node, "id", "")
+    return str(getattr(node, "attr", None) or getattr(node, "id", ""))
 
 
 def _arguments(node: ast.expr) -> list[ast.expr]:
