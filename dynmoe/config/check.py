@@ -27,13 +27,20 @@ from dynmoe.config.targets import (
 )
 from dynmoe.errors import ConfigError
 
-# Keys of hydra.utils.instantiate, no parameters of the target.
+# Keys of hydra.utils.instantiate, which are no parameters of the target.
 INSTANTIATE = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 # Groups that leave no key of their own in the configuration.
 GROUPS = ("experiment", "schedule", "sweep")
 
-# What a value that has no default is.
+# Options and keys that users look for and that live elsewhere.
+ELSEWHERE = {
+    "data=ax": " AX is a test set of MNLI's models: train with data=mnli, then dynmoe-eval "
+    "run=FOLDER mode=submit.",
+    "data.benchmarks": " Did you mean 'question_sets'?",
+}
+
+# Meaning of the values that have no default.
 MEANING = {
     "data.root": "the folder of the data set, e.g. data.root=/data/PACS",
     "name": "the folder of the runs, e.g. name=my_runs",
@@ -54,18 +61,18 @@ def report(found: list[str]) -> str:
 
 
 def problems(cfg: DictConfig, *, multirun: bool = False) -> list[str]:
-    """What keeps `cfg` from running, one message each; `multirun` adds the rules of sweeps."""
+    """Reasons why `cfg` cannot run, one message each; `multirun` adds the rules of sweeps."""
     with _hydra_config_of(cfg):
         direct: list[str] = []
         indirect: list[str] = []
         _walk(cfg, "", direct, indirect)
-        # Images ask for what no text backbone or protocol has: the rules say so better.
+        # Image data copy keys that text backbones and protocols lack: rules name the cause.
         if any(any(rule(cfg)) for rule in (same_modality, protocol_fits, stage_is_chosen)):
             direct = [text for text in direct if "Interpolation key" not in text]
         for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
             direct.extend(rule(cfg))
-    # What is wrong with a value shows again in all that is computed from it: say so only where
-    # nothing else explains it.
+    # A wrong value shows again in everything computed from it; this is reported only where nothing
+    # else explains it.
     return list(dict.fromkeys(direct or indirect))
 
 
@@ -80,9 +87,11 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
             continue
         try:
             value = cfg[key]
-            plain = OmegaConf.to_container(value, resolve=True) if _is_list(value) else value
+            is_list = isinstance(value, ListConfig)
+            plain = OmegaConf.to_container(value, resolve=True) if is_list else value
         except MissingMandatoryValue:
-            direct.append(f"{dotted}: required, {_meaning(dotted)}")
+            meaning = MEANING.get(dotted, f"no default: give {dotted}=VALUE")
+            direct.append(f"{dotted}: required, {meaning}")
         except InterpolationToMissingValueError:
             pass  # reported at the key that is missing
         except InterpolationKeyError as error:
@@ -91,20 +100,19 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
             indirect.append(f"{dotted}: {_first_line(error)}")
         else:
             parameter = known.parameters.get(key) if known is not None else None
-            if isinstance(value, DictConfig) and "_target_" in value:
-                parameter = None  # an object by the time it is passed
-            if parameter is not None:
+            is_object = isinstance(value, DictConfig) and "_target_" in value  # once it is passed
+            if parameter is not None and not is_object:
                 wrong = mismatch(plain, parameter.annotation, parameter.module)
-                copied = OmegaConf.is_interpolation(cfg, key)
                 if wrong:
                     wrong += _list_hint(dotted, plain, parameter)
-                    (indirect if copied else direct).append(f"{dotted}: {wrong}")
+                    found = indirect if OmegaConf.is_interpolation(cfg, key) else direct
+                    found.append(f"{dotted}: {wrong}")
             if isinstance(value, DictConfig):
                 _walk(value, dotted, direct, indirect)
 
 
 def _known_keys(cfg: DictConfig, path: str, direct: list[str]) -> Signature | None:
-    """Keys that the node may have, by its target or its schema; None where anything goes."""
+    """Keys that the node may have, by its target or its schema; None where any key may stand."""
     if "_target_" not in cfg:
         return schema(path)
     try:
@@ -124,7 +132,8 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
             if not path and key in GROUPS:
                 yield f"{key}: the file of this group has to begin with '# @package _global_'"
             elif key not in known.parameters.keys() | INSTANTIATE | {"hydra"}:
-                yield f"{dot}{key}: unknown key.{did_you_mean(key, words)}"
+                hint = ELSEWHERE.get(f"{dot}{key}") or did_you_mean(key, words)
+                yield f"{dot}{key}: unknown key.{hint}"
     if "_target_" not in cfg:
         for key, parameter in known.parameters.items():
             if key not in set(cfg) and not parameter.has_default:
@@ -138,14 +147,6 @@ def _list_hint(key: str, value: Any, parameter: Parameter) -> str:
     if mismatch([value], parameter.annotation, parameter.module):
         return ""
     return f". A list is written '{key}=[{value}]', with the quotes"
-
-
-def _meaning(key: str) -> str:
-    return MEANING.get(key, f"no default: give {key}=VALUE")
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, ListConfig)
 
 
 def _first_line(error: Exception) -> str:

@@ -20,20 +20,24 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dynmoe.config import options, stages
-from dynmoe.config.check import MEANING, problems
-from dynmoe.config.sweeps import SWEEPER, Axes, problems_of, read_sweep
+from dynmoe.config.check import ELSEWHERE, MEANING, problems
+from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_problems
 from dynmoe.config.targets import did_you_mean
 
-# Of pyproject.toml, those that bring launchers and sweepers.
+# Extras of pyproject.toml that bring launchers and sweepers.
 EXTRAS = ("joblib", "optuna", "ray", "submitit")
+
+
+class MissingGroup(Exception):
+    """A group without a default, `args[0]`, was given no option."""
 
 
 @dataclass
 class Verdict:
-    """`problems` that keep a command from running, and what Hydra should read `instead` of a text.
+    """`problems` that keep a command from running, and the text Hydra reads `instead` of another.
 
-    Every value becomes `++key=value`: it was found right where a job uses it, but Hydra composes a
-    sweep once without the swept groups as well, and there its key need not exist.
+    Every value becomes `++key=value`: each job has its key, but Hydra also composes a sweep once
+    without the swept groups, and there the key need not exist.
     """
 
     problems: list[str]
@@ -43,9 +47,9 @@ class Verdict:
 def preflight(
     texts: Sequence[str], *, multirun: bool = False, config_dir: str | None = None
 ) -> Verdict:
-    """Judge the command with the overrides `texts`.
+    """Check the command with the overrides `texts`.
 
-    Of a sweep, the first value of every swept key is checked, and each other value in its place.
+    In a sweep the first value of every swept key is checked, and each other value in its place.
     """
     if config_dir is not None and not Path(config_dir).is_dir():
         return Verdict([f"--config-dir: no folder '{config_dir}'"])
@@ -64,7 +68,7 @@ def preflight(
             if not any(text.startswith(f"{group}: no option") for text in found):
                 names = ", ".join(options.options(group, composer.search))
                 found.append(f"{group}: required, {MEANING[group]}. Options: {names}")
-            found += _whatever_the(group, composer, known, multirun)
+            found += _problems_for_every_option(group, composer, known, multirun)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             found.append(_missing_plugin(str(error)) or " ".join(str(error).split()))
         values = [o for o in known if composer.is_plain_value(o)]
@@ -74,7 +78,7 @@ def preflight(
 
 
 def _missing_plugin(message: str) -> str:
-    """Of a launcher or sweeper that is not there; empty if that is not the matter."""
+    """The problem of an unknown launcher or sweeper; empty if the error is about something else."""
     text = " ".join(message.split())
     asked = re.search(r"Could not find '(hydra/(?:launcher|sweeper))/(([a-z]+)\w*)'(.*)", text)
     if asked is None:
@@ -100,9 +104,10 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
         if override.key_or_group in ("sweep", "mode") and override.is_sweep_override():
             return [f"{override.key_or_group}: one at a time, start them one after the other"]
     firsts = [single for override in overrides for single in single_values(override)[:1]]
-    cfg = composer.compose(firsts).cfg
+    made = composer.compose(firsts)
+    cfg = made.cfg
     if not multirun and cfg.hydra.mode != RunMode.MULTIRUN:
-        return composer.problems(firsts, multirun=False) + [
+        return made.problems(multirun=False) + [
             f"{override.input_line}: several values need a sweep: add -m. "
             f"A list is written {override.key_or_group}=[...]"
             for override in overrides
@@ -110,7 +115,7 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
         ]
     node, name = cfg.hydra.sweeper, cfg.hydra.runtime.choices.get("sweep")
     ours = node._target_ == SWEEPER
-    wrong = list(problems_of(node)) if ours else []
+    wrong = list(sweeper_problems(node)) if ours else []
     if ours and not wrong:
         for values in (node.params or {}, *node.settings):
             wrong += parse([f"{key}={value}" for key, value in values.items()])[1]
@@ -118,21 +123,23 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
         return [f"sweep={name}: {text}" if name else text for text in wrong]
     sweep = read_sweep(parser(), node, overrides)
     found: list[str] = []
-    for axes in sweep.axes:
-        found += _axes_problems(composer, axes)
+    for index, (own, axes) in enumerate(zip(sweep.settings, sweep.axes, strict=True)):
+        # Values that settings share are tried beside the first; the sweeper checks every job.
+        once = {key: each if key in own or not index else each[:1] for key, each in axes.items()}
+        found += _axes_problems(composer, once)
     given = {override.key_or_group for override in overrides}
     for key in sorted(given & {key for own in sweep.settings for key in own}):
-        found.append(f"{key}: sweep={name} sets it. Leave it out, or write a sweep of your own")
+        found.append(f"{key}: sweep={name} sets it. Leave it out, or write another sweep")
     if "name" not in given and any(len(axes.get("task", ())) > 1 for axes in sweep.axes):
         found.append(f"name: a sweep over tasks has to name {MEANING['name']}")
     if ours:
         found += [
-            f"{override.input_line}: an interval is drawn from by a search: sweep=optuna"
+            f"{override.input_line}: only a search draws from an interval: sweep=optuna"
             for override in overrides
             if override.is_sweep_override() and not override.is_discrete_sweep()
         ]
     elif OmegaConf.select(cfg, "mode") == "plan":
-        found.append("mode: a search draws its jobs as it goes, there is no plan of it")
+        found.append("mode: a search draws its jobs one after another and cannot list them first")
     return found
 
 
@@ -143,18 +150,16 @@ def _axes_problems(composer: Composer, axes: Axes) -> list[str]:
     if unknown:
         return unknown
     firsts = [values[0] for values in singles]
-    found = composer.problems(firsts, multirun=True)
+    jobs = [firsts]
     for index, values in enumerate(singles):
-        for other in values[1:]:
-            job = [*firsts[:index], other, *firsts[index + 1 :]]
-            found += composer.problems(job, multirun=True)
-    return found
+        jobs += [[*firsts[:index], other, *firsts[index + 1 :]] for other in values[1:]]
+    return [text for job in jobs for text in composer.compose(job).problems(multirun=True)]
 
 
-def _whatever_the(
+def _problems_for_every_option(
     group: str, composer: Composer, overrides: Sequence[Override], multirun: bool
 ) -> list[str]:
-    """Problems that every choice of a group that was left out would leave."""
+    """Problems that remain whichever option of a missing group is chosen."""
     ways = [
         _sweep_problems(composer, [*overrides, *parse([f"{group}={name}"])[0]], multirun)
         for name in options.options(group, composer.search)
@@ -162,24 +167,12 @@ def _whatever_the(
     return [text for text in ways[0] if all(text in way for way in ways)]
 
 
-# Compose what a command line asks for without stopping at its first mistake.
-#
-# Hydra refuses the first unknown key it meets and accepts any key behind a `+`. Here the groups are
-# composed first and the values set afterwards, one by one, so that every mistake is found.
-
-# What is had in another way than by an option of its name.
-ELSEWHERE = {
-    "data=ax": " AX is a test set of MNLI's models: train with data=mnli, then dynmoe-eval "
-    "run=FOLDER mode=submit."
-}
-
-
-class MissingGroup(Exception):
-    """A group without a default, `args[0]`, was given no option."""
+# Composition that does not stop at the first mistake. Hydra refuses the first unknown key and
+# accepts any key after a `+`; here groups are composed first and values set one by one.
 
 
 def parser() -> OverridesParser:
-    """Hydra's; it knows the groups."""
+    """Hydra's parser, which knows the groups."""
     return OverridesParser.create(config_loader=options.loader())
 
 
@@ -198,13 +191,8 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
 
 
 def single_values(override: Override) -> list[Override]:
-    """The overrides that a sweep goes through; none for an interval, whose values are drawn."""
-    if not override.is_sweep_override():
-        return [override]
-    if not override.is_discrete_sweep():
-        return []
-    key = override.get_key_element()
-    return parse([f"{key}={value}" for value in override.sweep_string_iterator()])[0]
+    """The overrides of one key that a sweep goes through; none for an interval."""
+    return parse(each_value(override))[0] if override.is_sweep_override() else [override]
 
 
 @dataclass
@@ -212,8 +200,41 @@ class Composition:
     """A configuration, what could not be set in it, and the keys that were not there before."""
 
     cfg: DictConfig
-    found: list[str]
-    added: list[Override]
+    found: list[str] = field(default_factory=list)
+    added: list[Override] = field(default_factory=list)
+
+    def problems(self, *, multirun: bool) -> list[str]:
+        found = self.found + problems(self.cfg, multirun=multirun)
+        for override in self.added:  # Hydra adds them only behind a +
+            parts = override.key_or_group.split(".")
+            paths = tuple(".".join(parts[: n + 1]) + ":" for n in range(len(parts)))
+            if not any(text.startswith(paths) for text in found):
+                found.append(
+                    f"{override.key_or_group}: not in this configuration. "
+                    f"To add it write +{override.input_line}"
+                )
+        return found
+
+    def set(self, override: Override) -> None:
+        """Set or delete one value; an error that Hydra would stop at becomes a message."""
+        key, value = override.key_or_group, override.value()
+        parent, name = _parent(self.cfg, key)
+        there = name in _keys(parent)
+        if override.is_delete() and there:
+            with open_dict(parent):
+                del parent[name]
+        elif override.is_delete():
+            near = did_you_mean(name, _keys(parent))
+            self.found.append(f"~{key}: there is no such key to delete.{near}")
+        else:
+            if override.is_add() and there and not isinstance(value, list | dict):
+                self.found.append(f"+{key}: the key is there already. Leave out the +")
+            if not (there or override.is_add() or override.is_force_add()):
+                self.added.append(override)
+            try:
+                OmegaConf.update(self.cfg, key, value, merge=True, force_add=True)
+            except (OmegaConfBaseException, IndexError, ValueError) as error:  # a list's index
+                self.found.append(f"{key}: cannot be set: {str(error).splitlines()[0]}")
 
 
 class Composer:
@@ -221,13 +242,17 @@ class Composer:
 
     def __init__(self, overrides: Sequence[Override], config_dir: str | None) -> None:
         self.search = _search_override(overrides, config_dir)
+        self._options: dict[str, list[str]] = {}
         self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def options(self, override: Override) -> list[str]:
         """Options of the group that `override` chooses from; empty where it sets a value."""
-        if override.is_hydra_override() or "." in override.key_or_group:
+        group = override.key_or_group
+        if override.is_hydra_override() or "." in group:
             return []
-        return options.options(override.key_or_group, self.search)
+        if group not in self._options:
+            self._options[group] = options.options(group, self.search)
+        return self._options[group]
 
     def is_plain_value(self, override: Override) -> bool:
         """Whether `override` is key=value, neither a group, nor Hydra's, nor behind a + or ~."""
@@ -239,14 +264,12 @@ class Composer:
         names = self.options(override)
         if not names or override.is_delete():
             return []
-        chosen: list[str] = []
+        group, chosen = override.key_or_group, []
         for single in single_values(override):
             value = single.value()
             if value is None:
-                group = override.key_or_group
                 return [f"{group}: null is no option; ~{group} leaves the group out"]
             chosen += map(str, value if isinstance(value, list) else [value] if value else [])
-        group = override.key_or_group
         return [
             f"{group}: no option '{name}'."
             f"{ELSEWHERE.get(f'{group}={name}') or did_you_mean(name, names)} "
@@ -254,12 +277,6 @@ class Composer:
             for name in dict.fromkeys(chosen)
             if name not in names
         ]
-
-    def problems(self, overrides: Sequence[Override], *, multirun: bool) -> list[str]:
-        """What is wrong with single-valued `overrides` and the configuration they make."""
-        made = self.compose(overrides)
-        found = made.found + problems(made.cfg, multirun=multirun)
-        return found + list(_unexpected(made.added, found))
 
     def compose(self, overrides: Sequence[Override]) -> Composition:
         """Raises MissingGroup, or HydraException where the groups do not go together."""
@@ -272,9 +289,9 @@ class Composer:
                 groups.append(str(override.input_line))
             else:
                 values.append(override)
-        made = Composition(copy.deepcopy(self._groups((*self.search, *groups))), [], [])
+        made = Composition(copy.deepcopy(self._groups((*self.search, *groups))))
         for override in values:
-            _set(made, override)
+            made.set(override)
         return made
 
     def _groups(self, lines: tuple[str, ...]) -> DictConfig:
@@ -301,29 +318,6 @@ def _search_override(overrides: Sequence[Override], config_dir: str | None) -> l
     return [f"hydra.searchpath=[{quoted}]"] if folders else []
 
 
-def _set(made: Composition, override: Override) -> None:
-    """Set or delete one value; what Hydra would refuse becomes a message."""
-    key, value, cfg = override.key_or_group, override.value(), made.cfg
-    parent, name = _parent(cfg, key)
-    there = name in _keys(parent)
-    if override.is_delete():
-        if not there:
-            near = did_you_mean(name, _keys(parent))
-            made.found.append(f"~{key}: there is no such key to delete.{near}")
-            return
-        with open_dict(parent):
-            del parent[name]
-        return
-    if override.is_add() and there and not isinstance(value, list | dict):
-        made.found.append(f"+{key}: the key is there already. Leave out the +")
-    if not there and not override.is_add() and not override.is_force_add():
-        made.added.append(override)
-    try:
-        OmegaConf.update(cfg, key, value, merge=True, force_add=True)
-    except (OmegaConfBaseException, IndexError, ValueError) as error:  # of a list's index
-        made.found.append(f"{key}: cannot be set: {str(error).splitlines()[0]}")
-
-
 def _parent(cfg: DictConfig, key: str) -> tuple[Any, str]:
     """The node that holds `key`, None where there is none, and the last part of `key`."""
     above, _, name = key.rpartition(".")
@@ -338,13 +332,3 @@ def _keys(node: Any) -> list[str]:
     if isinstance(node, DictConfig):
         return [str(key) for key in node]
     return [str(index) for index in range(len(node))] if isinstance(node, ListConfig) else []
-
-
-def _unexpected(added: Sequence[Override], found: Sequence[str]) -> Iterator[str]:
-    """Keys that Hydra adds only behind a +, unless something is already said about them."""
-    for override in added:
-        key = override.key_or_group
-        parts = key.split(".")
-        paths = tuple(".".join(parts[: n + 1]) + ":" for n in range(len(parts)))
-        if not any(text.startswith(paths) for text in found):
-            yield f"{key}: not in this configuration. To add it write +{override.input_line}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-# What does not change the result of a run, as dotted keys.
+# Dotted keys that do not change the result of a run.
 NOT_IN_IDENTITY = (
     "hydra",
     "logger",
@@ -24,7 +24,7 @@ NOT_IN_IDENTITY = (
     "overwrite",
     "paths",
     "plan",
-    "protocol.datasets",  # the one entry in use shows in the keys that ask for it
+    "protocol.datasets",  # the entry in use shows in the keys that copy it
     "protocol.defaults",
     "protocol.stages",
     "runtime.malloc",

@@ -26,10 +26,13 @@ def groups() -> dict[str, list[str]]:
 def options(group: str, search: list[str] | None = None) -> list[str]:
     """Options of a group, empty where there is no such group; _names are parts of other files.
 
-    `search` are overrides of hydra.searchpath, the only ones that bear on the answer.
+    `search`: overrides of hydra.searchpath.
     """
     names = loader().get_group_options(
-        group, ObjectType.CONFIG, config_name=CONFIG_NAME, overrides=search
+        group,
+        ObjectType.CONFIG,
+        config_name=CONFIG_NAME if search else None,  # read only for its search path
+        overrides=search,
     )
     return sorted(name for name in names if not name.startswith("_"))
 
@@ -42,8 +45,10 @@ def options_with(group: str, fits: Callable[[DictConfig], bool]) -> list[str]:
 
 
 def own(group: str, option: str) -> DictConfig:
-    """What a file and those of its group that it builds on say; composing takes a hundred times as
-    long, and a refusal would wait for every option."""
+    """Keys of an option's file and of the files of its group that it builds on.
+
+    Composing takes a hundred times as long, and a refusal would wait for every option.
+    """
     found = loader().repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
     if found is None:
         return OmegaConf.create()
@@ -57,13 +62,13 @@ def loader() -> ConfigLoader:
     return GlobalHydra.instance().config_loader()
 
 
-# How rules read a configuration that may be wrong in many places.
+# Reading of a configuration that may be wrong in many places.
 
 T = TypeVar("T")
 
 
 def read(cfg: DictConfig, key: str, kind: type[T]) -> T | None:
-    """The resolved value at `key` as plain Python, None where it is not there or not a `kind`."""
+    """The resolved value at `key` as plain Python, None if it is missing or of another type."""
     try:
         value = OmegaConf.select(cfg, key)
         if OmegaConf.is_config(value):
@@ -78,7 +83,7 @@ def read(cfg: DictConfig, key: str, kind: type[T]) -> T | None:
 
 
 def modality(cfg: DictConfig, node: str = "") -> str | None:
-    """What the target of a node works on, `image` or `text`; None where it does not say."""
+    """Modality of a node's target: image, text, vision-language; None if it declares none."""
     target = read(cfg, f"{node}._target_" if node else "_target_", str)
     if target is None:
         return None

@@ -1,7 +1,7 @@
 """Rules that need more than one key. Each takes the configuration and yields its messages.
 
-A value that is missing or of the wrong type is somebody else's message: a rule that cannot read
-what it speaks about stays silent.
+A missing value or one of the wrong type has its own message already: a rule that cannot read its
+keys stays silent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from omegaconf import DictConfig
 from dynmoe.config.options import device_count, modality, options_with, read
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 
-# Rules of the `moe` node that need more than one key.
+Rule = Callable[[DictConfig], Iterator[str]]
+
+# The mixture.
 
 # The number of blocks, in timm's options and in those of transformers' families.
 DEPTHS = ("depth", "num_hidden_layers", "n_layer", "n_layers")
@@ -114,20 +116,15 @@ def expert_layers(cfg: DictConfig) -> Iterator[str]:
 
 
 def adaptation_there(cfg: DictConfig) -> Iterator[str]:
-    """A schedule alone is no adaptation."""
     adaptation = read(cfg, "moe.adaptation", dict)
     if adaptation is not None and "_target_" not in adaptation:
         name = read(cfg, "moe.name", str)
         yield f"schedule: moe={name} does not adapt its experts. Leave it out, or choose moe=dynmoe"
 
 
-EXPERT_RULES = (top_k_within_experts, expert_bounds, parts_add_up, expert_layers, adaptation_there)
+# The protocol, and the rule that selects a step.
 
-
-# Rules of what a protocol and its way to select a step are for.
-
-# By what a task works on: its selection rules, and its protocols. Those of images leave the rule
-# to the task.
+# Selection rules and protocols by the modality of a task. Image protocols set no rule.
 SELECTIONS = {
     "image": ("training_domain_validation", "oracle", "leave_one_domain_out"),
     "text": ("best_dev", "heldout"),
@@ -143,7 +140,7 @@ PROTOCOLS = {
 def patience_fits(cfg: DictConfig) -> Iterator[str]:
     patience = read(cfg, "task.patience", object)
     if patience is not None and modality(cfg, "task.module") != "text":
-        yield "task.patience: only runs on texts stop early. Leave it out"
+        yield "task.patience: only text runs stop early. Leave it out"
 
 
 def draws_fit(cfg: DictConfig) -> Iterator[str]:
@@ -159,7 +156,7 @@ def protocol_fits(cfg: DictConfig) -> Iterator[str]:
     fits = selection is None if kind == "image" else selection in SELECTIONS[kind]
     if not fits:
         yield (
-            f"protocol: task.module works on {kind}, {name} does not. "
+            f"protocol: task.module works on {kind}, protocol={name} does not. "
             f"Choose protocol={PROTOCOLS[kind]}."
         )
 
@@ -173,23 +170,19 @@ def selection_fits(cfg: DictConfig) -> Iterator[str]:
         yield f"task.selection: {selection} is not for a task on {kind}. Choose protocol={fix}."
     elif selection == "heldout" and read(cfg, "protocol.holdout_fraction", float) == 0:
         yield (
-            "protocol.holdout_fraction: 0 leaves nothing to select by. "
+            "protocol.holdout_fraction: 0 leaves no examples to select by. "
             "Set a share, e.g. 0.1, or task.selection=best_dev"
         )
 
 
-PROTOCOL_RULES = (patience_fits, draws_fit, protocol_fits, selection_fits)
-
-
-# Rules of runs in stages.
+# Stages of a vision-language run.
 
 DERIVED = "${previous_run:}"
 
-PARTS = ("vision", "projector", "language_model", "moe_layers", "dense_ffns")
+TRAINABLE = ("vision", "projector", "language_model", "moe_layers", "dense_ffns")
 
 
 def stage_is_chosen(cfg: DictConfig) -> Iterator[str]:
-    """A task in stages has one; others have none."""
     kind, stage = modality(cfg, "task.module"), read(cfg, "stage.name", str)
     if kind == "vision-language" and stage is None:
         yield "stage: this task runs in stages. Choose stage=align, instruct or moe."
@@ -198,7 +191,7 @@ def stage_is_chosen(cfg: DictConfig) -> Iterator[str]:
 
 
 def dense_before_moe(cfg: DictConfig) -> Iterator[str]:
-    """Only the last stage has MoE layers: those before it train what they are made from."""
+    """Only the last stage has MoE layers; earlier stages train the FFNs they are made from."""
     stage, layers = read(cfg, "stage.name", str), read(cfg, "moe.layers", object)
     if stage in ("align", "instruct") and layers not in (None, "none"):
         name = read(cfg, "moe.name", str)
@@ -209,7 +202,7 @@ def dense_before_moe(cfg: DictConfig) -> Iterator[str]:
 
 
 def start_is_a_run(cfg: DictConfig) -> Iterator[str]:
-    """A folder that was named; one that follows from the configuration comes into being."""
+    """A folder that the user gives has to exist; a derived one is trained first."""
     node = cfg.get("stage")
     start = None if node is None else DictConfig._get_node(node, "start")  # not resolved
     raw = None if start is None else start._value()
@@ -222,12 +215,12 @@ def start_is_a_run(cfg: DictConfig) -> Iterator[str]:
 def trained_parts(cfg: DictConfig) -> Iterator[str]:
     parts = read(cfg, "task.module.trains", list)
     for part in parts or ():
-        if part not in PARTS:
-            yield f"task.module.trains: expected some of {', '.join(PARTS)}, found '{part}'"
+        if part not in TRAINABLE:
+            yield f"task.module.trains: expected some of {', '.join(TRAINABLE)}, found '{part}'"
 
 
 def scratch_is_trained(cfg: DictConfig) -> Iterator[str]:
-    """What is drawn at random and never trained says nothing."""
+    """Random weights that no stage trains make a run meaningless."""
     trains = read(cfg, "task.module.trains", list)
     if trains is None or read(cfg, "stage.after", str) is not None:
         return
@@ -238,7 +231,7 @@ def scratch_is_trained(cfg: DictConfig) -> Iterator[str]:
         if read(cfg, key, bool) is False and part not in trains:
             yield (
                 f"task.module.trains: {key}=false, and the first stage does not train {part}: it "
-                f"would stay as it was drawn. Take a pretrained one, or add {part} to "
+                f"would keep its random weights. Take a pretrained one, or add {part} to "
                 f"protocol.stages.{read(cfg, 'stage.name', str)}.defaults.trains."
             )
 
@@ -248,7 +241,7 @@ def there_is_training_data(cfg: DictConfig) -> Iterator[str]:
     if content.endswith(".questions_only") and read(cfg, "mode", str) == "train":
         name = read(cfg, "data.name", str)
         yield (
-            f"data: {name} has nothing to train on. dynmoe-eval run=FOLDER mode=answer asks its "
+            f"data: {name} has no training data. dynmoe-eval run=FOLDER mode=answer asks its "
             "questions; to train choose data=scenes, easy_vqa, llava, ..."
         )
 
@@ -265,25 +258,13 @@ def libraries(cfg: DictConfig) -> Iterator[str]:
         yield 'task: needs transformers: pip install "dynmoe[language]"'
 
 
-STAGE_RULES = (
-    stage_is_chosen,
-    dense_before_moe,
-    start_is_a_run,
-    trained_parts,
-    scratch_is_trained,
-    there_is_training_data,
-    folders,
-    libraries,
-)
-
-
-# Rules of runs on texts.
+# Text runs.
 
 OWN_SETS = (*LABELLED, "heldout", *TESTS)
 
 
 def text_run(cfg: DictConfig) -> Iterator[str]:
-    """What a run on texts needs beside its keys."""
+    """Libraries, folders and sets that a text run needs."""
     if modality(cfg, "task.module") != "text" or modality(cfg, "data") != "text":
         return
     missing = [name for name in ("transformers", "datasets") if find_spec(name) is None]
@@ -304,19 +285,16 @@ def text_run(cfg: DictConfig) -> Iterator[str]:
             yield f"data.ood: expected a name of letters, digits, _ and -, found '{name}'"
     task = TASKS.get(read(cfg, "data.task", str) or "")
     if read(cfg, "data.linear_baseline", bool) and task is not None and task.regression:
-        yield "data.linear_baseline: tells classes apart, this task has none. Set it to false"
+        yield "data.linear_baseline: needs classes, this task has none. Set it to false"
 
 
-TEXT_RULES = (text_run,)
-
-
-Rule = Callable[[DictConfig], Iterator[str]]
+# Any run.
 
 WEIGHT_FILES = (".safetensors", ".pth", ".bin")
 
 
 def same_modality(cfg: DictConfig) -> Iterator[str]:
-    """The task decides; data and backbone must speak its language."""
+    """Data and backbone must work on the modality of the task."""
     wanted = modality(cfg, "task.module")
     for group in ("data", "backbone"):
         found = modality(cfg, group)
@@ -367,14 +345,14 @@ def ranges(cfg: DictConfig) -> Iterator[str]:
         if count is not None and count < 1 and not endless:
             yield f"{key}: expected 1 or more, found {count}"
     if read(cfg, "trainer.max_steps", int) == -1 and read(cfg, "task.epochs", int) is None:
-        yield "task.steps: -1 takes its length from task.epochs, which this task has not"
+        yield "task.steps: -1 takes the length from task.epochs, but this task has no epochs"
     for key in ("seed", "trial_seed", "hparams_seed"):
         seed = read(cfg, key, int)
         if seed is not None and seed < 0:
             yield f"{key}: expected 0 or more, found {seed}"
     share = read(cfg, "protocol.holdout_fraction", float)
-    none_will_do = share == 0 and modality(cfg, "task.module") != "image"
-    if share is not None and not (0 < share < 1 or none_will_do):
+    may_be_none = share == 0 and modality(cfg, "task.module") != "image"
+    if share is not None and not (0 < share < 1 or may_be_none):
         yield f"protocol.holdout_fraction: expected a share between 0 and 1, found {share}"
 
 
@@ -397,7 +375,7 @@ def pretrained_weights(cfg: DictConfig) -> Iterator[str]:
 
 
 def data_folder(cfg: DictConfig) -> Iterator[str]:
-    if read(cfg, "mode", str) == "plan":  # reads none
+    if read(cfg, "mode", str) == "plan":  # reads no data
         return
     for key in ("data.root", "data.ood_root"):
         root = read(cfg, key, str)
@@ -437,7 +415,7 @@ def one_device_per_job(cfg: DictConfig) -> Iterator[str]:
 
 
 def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
-    """Lightning refuses it at the first step (plugins/precision/amp.py, clip_gradients)."""
+    """Lightning refuses this pair at the first step (plugins/precision/amp.py, clip_gradients)."""
     clips = read(cfg, "trainer.gradient_clip_val", float)
     mixed = "mixed" in str(read(cfg, "trainer.precision", object))
     if clips and mixed and read(cfg, "task.optimizer.fused", bool):
@@ -447,17 +425,32 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+# In the order of their messages.
 RULES: tuple[Rule, ...] = (
-    *EXPERT_RULES,
+    top_k_within_experts,
+    expert_bounds,
+    parts_add_up,
+    expert_layers,
+    adaptation_there,
     same_modality,
     test_environments,
     batch_divides,
     ranges,
     pretrained_weights,
     data_folder,
-    *TEXT_RULES,
-    *STAGE_RULES,
-    *PROTOCOL_RULES,
+    text_run,
+    stage_is_chosen,
+    dense_before_moe,
+    start_is_a_run,
+    trained_parts,
+    scratch_is_trained,
+    there_is_training_data,
+    folders,
+    libraries,
+    patience_fits,
+    draws_fit,
+    protocol_fits,
+    selection_fits,
     run_folder,
     clipping_optimizer,
 )

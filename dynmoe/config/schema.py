@@ -1,4 +1,4 @@
-"""The plain nodes of the configuration that are our own: their keys, types and allowed words.
+"""Keys, types and allowed words of the nodes that dynmoe defines itself.
 
 Nodes with a `_target_` need no schema: the signature of their target is one.
 """
@@ -32,7 +32,7 @@ class Paths:
 
 @dataclass
 class Recipe:
-    """What a protocol prescribes; an entry of `datasets` leaves out what `defaults` says."""
+    """Settings of a protocol; an entry of `datasets` names only those that differ from `defaults`."""
 
     steps: int = 0
     eval_every: int | None = 0
@@ -46,7 +46,7 @@ class Recipe:
 
 @dataclass
 class Recipes:
-    """Of one stage."""
+    """The recipes of one stage."""
 
     defaults: dict[str, Any]
     datasets: dict[str, Any]
@@ -60,7 +60,7 @@ class Protocol:
     datasets: dict[str, Any] | None = None
     augment_eval: bool = False  # images only
     stages: dict[str, Any] | None = None  # recipes by stage, instead of defaults and datasets
-    selection: Selection | None = None  # not images, as the others
+    selection: Selection | None = None  # these three: texts and vision-language only
     patience: int | None = None
     searched: list[str] | None = None
 
@@ -113,7 +113,7 @@ class Runtime:
 
 
 @dataclass
-class Plan:
+class EstimateSettings:
     tflops: float
     utilisation: float
     mean_k: float | None
@@ -122,7 +122,7 @@ class Plan:
 
 
 @dataclass
-class Run:
+class Root:
     protocol: dict[str, Any]
     backbone: dict[str, Any]
     data: dict[str, Any]
@@ -144,7 +144,7 @@ class Run:
 
 # The schema of a node by its path; "" is the root.
 SCHEMAS: dict[str, type] = {
-    "": Run,
+    "": Root,
     "protocol": Protocol,
     "protocol.defaults": Recipe,
     "protocol.datasets.*": Recipe,
@@ -154,7 +154,7 @@ SCHEMAS: dict[str, type] = {
     "stage": Stage,
     "moe": MoE,
     "paths": Paths,
-    "plan": Plan,
+    "plan": EstimateSettings,
     "runtime": Runtime,
     "task": Task,
 }
@@ -170,7 +170,7 @@ def schema(path: str) -> Signature | None:
 
 
 def _matches(keys: list[str], pattern: list[str]) -> bool:
-    """`*` stands for one key."""
+    """Whether the path fits; `*` is any one key."""
     return len(keys) == len(pattern) and all(
         wanted in (key, "*") for key, wanted in zip(keys, pattern, strict=True)
     )

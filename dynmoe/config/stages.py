@@ -1,8 +1,8 @@
 """Runs that follow one another: a stage of training starts from the run of the stage before it.
 
-That run is no setting of its own: it is what the same command would train with `stage=<before>`,
-but for what the command says of MoE layers and of the recipe of its own stage. Runs that differ in
-these alone therefore start from one and the same run.
+The earlier run follows from the configuration: it is the run of the same command with
+`stage=<before>`, without its MoE layers and the recipe of its own stage. Runs that differ only in
+these start from the same run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dynmoe.config import options
 from dynmoe.config.identity import run_name
 from dynmoe.config.options import device_count
 
-# What the protocol prescribes for each stage (conf/protocol/llava.yaml). A value on the command
-# line is of the stage that the command names; `protocol.stages.<stage>` speaks to any.
+# Keys that the protocol sets for each stage (conf/protocol/llava.yaml). A value on the command line
+# belongs to the stage of the command; `protocol.stages.<stage>` sets it for any stage.
 RECIPE = {
     "task.epochs": "${recipe:epochs}",
     "task.eval_every": "${recipe:eval_every}",
@@ -31,9 +31,9 @@ RECIPE = {
 
 
 def previous(cfg: DictConfig) -> DictConfig | None:
-    """The configuration of the run before: this one's, but for stage, recipe, MoE layers, folder.
+    """The configuration of the earlier run: `cfg` with other stage, recipe, MoE layers and folder.
 
-    None where nothing comes before, or a run folder is given.
+    None for a first stage, or where a run folder is given.
     """
     stage = cfg.get("stage")
     if stage is None or stage.after is None or not OmegaConf.is_interpolation(stage, "start"):
@@ -57,7 +57,7 @@ def previous_run(*, _root_: DictConfig) -> str | None:
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """Of an earlier stage, whose configuration Hydra did not compose."""
+    """The folder of an earlier stage, whose configuration Hydra did not compose."""
     return Path(cfg.paths.outputs) / str(cfg.name) / run_name(cfg)
 
 
@@ -76,7 +76,8 @@ def start_folder(cfg: DictConfig) -> Path | None:
 
 # OmegaConf resolvers used in conf/: `${recipe:key}`, `${run_name:}` and `${previous_run:}`.
 
-# What DomainBed draws at random for hparams_seed > 0 (domainbed/hparams_registry.py) and we use.
+# Hyper-parameters in use here that DomainBed draws at random for hparams_seed > 0
+# (domainbed/hparams_registry.py).
 SAMPLED = ("lr", "batch_size", "weight_decay")
 
 
@@ -88,8 +89,7 @@ def register() -> None:
 
 
 def recipe(key: str, *, _root_: DictConfig) -> Any:
-    """The protocol's value of `key` for the chosen data set: drawn, its own, or the default; of a
-    protocol in stages, the chosen stage's.
+    """The protocol's value of `key` for the data set and stage: drawn, its own, or the default.
 
     Raises KeyError where the protocol has no such key.
     """

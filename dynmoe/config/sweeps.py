@@ -1,7 +1,7 @@
-"""What a sweep runs: settings x parameters, as the overrides of its jobs.
+"""The jobs of a sweep: settings x parameters, as overrides.
 
 A sweep over (experts, top-k), a dense model and DynMoE is no product of values: `moe.top_k` exists
-for some mixtures alone. So `hydra.sweeper.settings` lists what belongs together, and
+for some mixtures only. So `hydra.sweeper.settings` lists what belongs together, and
 `hydra.sweeper.params`, with what the command line sweeps, multiplies each of them.
 """
 
@@ -16,33 +16,33 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-# Runs that differ in these alone repeat one setting.
+# Runs that differ only in these keys repeat one setting.
 REPETITION = ("seed", "trial_seed", "hparams_seed", "data.test_envs")
 
 SWEEPER = "hydra_plugins.dynmoe_sweeper.DynMoESweeper"
 KEYS = ("_target_", "max_batch_size", "params", "settings")
 
 Axes = dict[str, list[str]]
-"""Of every key the overrides it takes in turn: {"seed": ["seed=0", "seed=1"]}."""
+"""The overrides of each key, one per value: {"seed": ["seed=0", "seed=1"]}."""
 
 
 @dataclass(frozen=True)
 class SweepJob:
     overrides: tuple[str, ...]
     setting: str
-    """Those that say which setting it is; what all jobs share, and repetitions, left out."""
+    """The overrides that name its setting, without those of all jobs and without repetitions."""
 
 
 @dataclass(frozen=True)
 class Sweep:
     settings: list[Axes]
-    """Of each setting its own keys; they win over `shared`."""
+    """The keys of each setting; they win over `shared`."""
     shared: Axes
     """From `params` and, over them, the command line."""
 
     @property
     def axes(self) -> list[Axes]:
-        """Of each setting all keys, its own first."""
+        """All keys of each setting, its own first."""
         return [
             own | {k: v for k, v in self.shared.items() if k not in own} for own in self.settings
         ]
@@ -54,7 +54,7 @@ class Sweep:
 
     @property
     def jobs(self) -> list[SweepJob]:
-        """All of them, equal ones once.
+        """All jobs, equal ones once.
 
         All settings of the first seed come first, so that an unfinished sweep can be compared.
         """
@@ -71,17 +71,17 @@ class Sweep:
 
 
 def read_sweep(parser: OverridesParser, sweeper: DictConfig, given: Sequence[Override]) -> Sweep:
-    """The sweep of a sweeper's node, in which `problems_of` finds none, and a command line."""
+    """The sweep of a sweeper's node without `sweeper_problems`, and of a command line."""
     node = OmegaConf.to_container(sweeper, resolve=True)
     assert isinstance(node, dict)
     return Sweep(
-        [_read(parser, setting) for setting in node.get("settings") or [{}]],
-        _read(parser, node.get("params") or {}) | _axes(given),
+        [_parsed_axes(parser, setting) for setting in node.get("settings") or [{}]],
+        _parsed_axes(parser, node.get("params") or {}) | _axes(given),
     )
 
 
-def problems_of(sweeper: DictConfig) -> Iterator[str]:
-    """What is wrong with the shape of our sweeper's node."""
+def sweeper_problems(sweeper: DictConfig) -> Iterator[str]:
+    """Mistakes in the shape of our sweeper's node."""
     node = OmegaConf.to_container(sweeper)
     assert isinstance(node, dict)
     for key in map(str, node):
@@ -115,17 +115,17 @@ def _mapping_problems(place: str, node: Any) -> Iterator[str]:
             yield f"{place}.{key}: expected a value, found {value}"
 
 
-def _read(parser: OverridesParser, values: Mapping[str, Any]) -> Axes:
+def _parsed_axes(parser: OverridesParser, values: Mapping[str, Any]) -> Axes:
     return _axes(parser.parse_overrides([f"{key}={value}" for key, value in values.items()]))
 
 
 def _axes(overrides: Sequence[Override]) -> Axes:
-    axes = {override.key_or_group: _each(override) for override in overrides}
+    axes = {override.key_or_group: each_value(override) for override in overrides}
     return {key: each for key, each in axes.items() if each}
 
 
-def _each(override: Override) -> list[str]:
-    """None for an interval, which only a search can draw from."""
+def each_value(override: Override) -> list[str]:
+    """One override per value; none for an interval, from which only a search can draw."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if not override.is_discrete_sweep():

@@ -1,17 +1,22 @@
-"""From a dotted name to the source that defines it: nothing is imported, nothing is executed.
+"""What a `_target_` accepts, read from its source: nothing is imported, nothing is executed.
 
 Importing Lightning takes seconds; parsing the one file that defines a class takes milliseconds.
-A name is followed through package folders and `from x import y` to its definition.
+A dotted name is followed through packages, imports and assignments to its definition, whose
+parameters and annotations then say which keys and values a node of the configuration may have.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
+import pkgutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, reduce
+from importlib.machinery import ModuleSpec
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
@@ -29,124 +34,10 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Located:
-    """A definition, and the module whose names it uses."""
+    """A definition, an assigned expression, or a module (None), and the module it lies in."""
 
-    node: Definition
+    node: Definition | ast.expr | None
     module: str
-
-
-@lru_cache
-def locate(target: str) -> Located:
-    parts = target.split(".")
-    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise TargetError(f"'{target}' is not a dotted path such as torch.optim.Adam")
-    module, rest = parts[0], parts[1:]
-    _module_path(module)
-    while rest and _exists(f"{module}.{rest[0]}"):
-        module, rest = f"{module}.{rest[0]}", rest[1:]
-    if not rest:
-        raise TargetError(f"'{target}' is a module, not a class or function")
-    found = _in_module(module, rest[0])
-    for name in rest[1:]:
-        found = _member(found, name)
-    return found
-
-
-def _in_module(module: str, name: str) -> Located:
-    """Definition of `name` in `module`, imports followed."""
-    tree = parsed(module)
-    dynamic = False
-    names: set[str] = set()
-    for node in statements(tree.body):
-        if isinstance(node, Definition):
-            names.add(node.name)
-            if node.name == name:
-                return Located(node, module)
-            dynamic |= node.name == "__getattr__"
-        elif isinstance(node, ast.ImportFrom):
-            source = _source_module(node, module)
-            for imported in node.names:
-                visible = imported.asname or imported.name
-                names.add(visible)
-                if imported.name == "*":
-                    dynamic = True
-                elif visible == name:
-                    return _imported(source, imported.name)
-        elif isinstance(node, ast.Import):
-            names.update(imported.asname or imported.name for imported in node.names)
-        elif assigned_name(node) is not None:
-            names.add(str(assigned_name(node)))
-            value = getattr(node, "value", None)
-            if assigned_name(node) == name and isinstance(value, ast.Name) and value.id != name:
-                return _in_module(module, value.id)
-    if dynamic or name in names:
-        raise Unreadable
-    known = {n for n in names if not n.startswith("_")} | set(_children(module))
-    raise TargetError(f"{module} has no '{name}'.{did_you_mean(name, known)}")
-
-
-def _imported(module: str, name: str) -> Located:
-    try:
-        return _in_module(module, name)
-    except TargetError as error:
-        # A module, or an optional package that is not installed: only Python itself can tell.
-        raise Unreadable from error
-
-
-def _member(owner: Located, name: str) -> Located:
-    if isinstance(owner.node, ast.ClassDef):
-        for cls in lineage(owner):
-            for node in statements(cls.node.body):
-                if isinstance(node, Definition) and node.name == name:
-                    return Located(node, cls.module)
-        raise TargetError(f"{owner.module}.{owner.node.name} has no '{name}'.")
-    raise Unreadable
-
-
-def lineage(cls: Located) -> Iterator[Located]:
-    """A class and its bases, depth first, as far as their sources can be read."""
-    yield cls
-    assert isinstance(cls.node, ast.ClassDef)
-    for base in cls.node.bases:
-        # Generic[T] is Generic; a call or another expression has no name to follow.
-        expression = base.value if isinstance(base, ast.Subscript) else base
-        found = _resolve(ast.unparse(expression), cls.module)
-        if isinstance(found.node, ast.ClassDef):
-            yield from lineage(found)
-
-
-def _resolve(name: str, module: str) -> Located:
-    """What `name`, dotted or not, means inside `module`."""
-    first, *rest = name.split(".")
-    if not rest:
-        return _imported(module, first)
-    for node in statements(parsed(module).body):
-        if isinstance(node, ast.Import):
-            for imported in node.names:
-                if (imported.asname or imported.name).split(".")[0] == first:
-                    root = imported.name if imported.asname else first
-                    return locate(".".join([root, *rest]))
-        elif isinstance(node, ast.ImportFrom):
-            for imported in node.names:
-                if (imported.asname or imported.name) == first:
-                    return locate(".".join([_source_module(node, module), imported.name, *rest]))
-    raise Unreadable
-
-
-def alias(module: str, name: str) -> tuple[ast.expr, str] | None:
-    """What a type alias stands for, and the module it is written in; None for anything else."""
-    try:
-        for node in statements(parsed(module).body):
-            if assigned_name(node) == name:
-                value = getattr(node, "value", None)
-                return (value, module) if isinstance(value, ast.expr) else None
-            if isinstance(node, ast.ImportFrom):
-                for imported in node.names:
-                    if (imported.asname or imported.name) == name:
-                        return alias(_source_module(node, module), imported.name)
-    except (TargetError, Unreadable):
-        pass
-    return None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -155,238 +46,156 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
+# From a dotted name to its definition.
+
+
 @lru_cache
-def _module_path(module: str) -> Path:
-    """File of a module, its __init__.py for a package, its folder for a namespace package."""
-    parent, _, name = module.rpartition(".")
-    if not parent:
-        try:
-            spec = importlib.util.find_spec(name)  # imports nothing at the top level
-        except ValueError:
-            spec = None
-        if spec is None:
-            raise TargetError(f"no package '{name}' is installed.")
-        if spec.submodule_search_locations and not spec.has_location:
-            return Path(next(iter(spec.submodule_search_locations)))
-        if not spec.has_location or not str(spec.origin).endswith(".py"):
-            raise Unreadable  # built-in, frozen or compiled
-        return Path(str(spec.origin))
-    above = _module_path(parent)
-    folder = above.parent if above.name == "__init__.py" else above
-    for path in (folder / name / "__init__.py", folder / f"{name}.py", folder / name):
-        if path.exists():
-            return path
-    if list(folder.glob(f"{name}.*.so")) or list(folder.glob(f"{name}.*.pyd")):
+def locate(target: str) -> Located:
+    """Raise TargetError where `target` names nothing, Unreadable where only Python can tell."""
+    first, *rest = target.split(".")
+    if not rest or not all(part.isidentifier() for part in (first, *rest)):
+        raise TargetError(f"'{target}' is not a dotted path such as torch.optim.Adam")
+    _spec(first)
+    found = reduce(_member, rest, Located(None, first))
+    if found.node is None:
+        raise TargetError(f"'{target}' is a module, not a class or function")
+    return found
+
+
+def _member(owner: Located, name: str) -> Located:
+    if owner.node is None:
+        return _in_module(owner.module, name)
+    if not isinstance(owner.node, ast.ClassDef):
         raise Unreadable
-    raise TargetError(f"{parent} has no '{name}'.{did_you_mean(name, _children(parent))}")
+    for cls, body in _bodies(owner):
+        for node in _statements(body):
+            if isinstance(node, Definition) and node.name == name:
+                return Located(node, cls.module)
+    raise TargetError(f"{owner.module}.{owner.node.name} has no '{name}'.")
 
 
-def _exists(module: str) -> bool:
+def _in_module(module: str, name: str) -> Located:
+    """What `name` means in `module`: imports and other names for the same thing are followed."""
+    with suppress(TargetError):
+        _spec(f"{module}.{name}")
+        return Located(None, f"{module}.{name}")
+    known: set[str] = set()
+    for node in _statements(_parsed(module)):
+        for visible, bound in _bindings(node, module):
+            if visible == name:
+                return bound if isinstance(bound, Located) else _follow(bound)
+            known.add(visible)
+    if known & {"*", "__getattr__"}:
+        raise Unreadable
+    known.update(each.name for each in pkgutil.iter_modules(_folders(module)))
+    public = {word for word in known if not word.startswith("_")}
+    raise TargetError(f"{module} has no '{name}'.{did_you_mean(name, public)}")
+
+
+def _bindings(node: ast.stmt, module: str) -> Iterator[tuple[str, Located | str]]:
+    """The names that a statement binds, each to a definition or to a dotted path."""
+    if isinstance(node, Definition):
+        yield node.name, Located(node, module)
+    elif isinstance(node, ast.Import):
+        for each in node.names:
+            top = each.name.partition(".")[0]
+            yield (each.asname, each.name) if each.asname else (top, top)
+    elif isinstance(node, ast.ImportFrom):
+        relative = "." * node.level + (node.module or "")
+        source = resolve_name(relative, _spec(module).parent)
+        for each in node.names:
+            yield each.asname or each.name, f"{source}.{each.name}"
+    elif (name := _assigned_name(node)) is not None:
+        value = getattr(node, "value", None) or ast.Constant(None)  # declared without a value
+        if isinstance(value, ast.Name) and value.id != name:
+            yield name, f"{module}.{value.id}"
+        else:
+            yield name, Located(value, module)
+
+
+@contextmanager
+def _only_python_can_tell() -> Iterator[None]:
+    """A name found in a source leads nowhere: an optional package that is not installed, ..."""
     try:
-        _module_path(module)
-    except TargetError:
-        return False
-    return True
+        yield
+    except TargetError as error:
+        raise Unreadable from error
 
 
-def _children(module: str) -> Iterator[str]:
-    path = _module_path(module)
-    folder = path.parent if path.name == "__init__.py" else path
-    if folder.is_dir():
-        yield from (p.stem for p in folder.iterdir() if p.suffix == ".py" or _is_package(p))
+def _follow(path: str) -> Located:
+    first, *rest = path.split(".")
+    with _only_python_can_tell():
+        _spec(first)
+        return reduce(_member, rest, Located(None, first))
 
 
-def _is_package(path: Path) -> bool:
-    return (path / "__init__.py").exists()
+def _bodies(found: Located) -> Iterator[tuple[Located, list[ast.stmt]]]:
+    """A class and its bases, depth first, as far as their sources can be read."""
+    assert isinstance(found.node, ast.ClassDef)
+    yield found, found.node.body
+    for base in found.node.bases:
+        # Generic[T] is Generic; a call or another expression has no name to follow.
+        name = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
+        with _only_python_can_tell():
+            above = reduce(_member, name.split("."), Located(None, found.module))
+        if isinstance(above.node, ast.ClassDef):
+            yield from _bodies(above)
 
 
 @lru_cache
-def parsed(module: str) -> ast.Module:
-    path = _module_path(module)
-    return ast.parse("" if path.is_dir() else path.read_text(encoding="utf-8"))
+def _spec(module: str) -> ModuleSpec:
+    """Where a module lies. importlib.util.find_spec would import the packages above it."""
+    parent, _, name = module.rpartition(".")
+    folders = _folders(parent) if parent else None
+    if not parent or folders:
+        for finder in sys.meta_path:
+            spec = finder.find_spec(module, folders)
+            if spec is not None:
+                return spec
+    if not parent:
+        raise TargetError(f"no package '{name}' is installed.")
+    known = [each.name for each in pkgutil.iter_modules(folders or [])]
+    raise TargetError(f"{parent} has no '{name}'.{did_you_mean(name, known)}")
 
 
-def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+def _folders(module: str) -> list[str]:
+    """Folders of a package; empty for a module that is none."""
+    return list(_spec(module).submodule_search_locations or [])
+
+
+@lru_cache
+def _parsed(module: str) -> list[ast.stmt]:
+    origin = _spec(module).origin
+    if origin is None:  # a namespace package
+        return []
+    if not origin.endswith(".py"):  # built-in, frozen or compiled
+        raise Unreadable
+    return ast.parse(Path(origin).read_text(encoding="utf-8")).body
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     """Statements of a body, those below `if` and `try` included."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try):
-            yield from statements(node.body)
-            yield from statements(node.orelse)
-        if isinstance(node, ast.Try):
-            for handler in node.handlers:
-                yield from statements(handler.body)
+            handlers = node.handlers if isinstance(node, ast.Try) else []
+            for inner in (node.body, node.orelse, *(handler.body for handler in handlers)):
+                yield from _statements(inner)
 
 
-def _source_module(node: ast.ImportFrom, module: str) -> str:
-    """Absolute name of the module that `node`, standing in `module`, imports from."""
-    if not node.level:
-        return str(node.module)
-    is_package = _module_path(module).name == "__init__.py"
-    parents = module.split(".")
-    above = parents[: len(parents) - node.level + is_package]
-    return ".".join([*above, node.module] if node.module else above)
+def _assigned_name(node: ast.stmt) -> str | None:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else None
 
 
-def assigned_name(node: ast.stmt) -> str | None:
-    if isinstance(node, ast.Assign) and len(node.targets) == 1:
-        target = node.targets[0]
-    elif isinstance(node, ast.AnnAssign):
-        target = node.target
-    else:
-        return None
-    return target.id if isinstance(target, ast.Name) else None
-
-
-# A light type check of plain values against an annotation, without importing anything.
-#
-# Understood: int, float, bool, str, None, Literal, unions, Optional, lists, tuples and mappings.
-# Aliases are followed to their definition; everything else (classes, ...) is taken on trust.
-
-_WORDS = {
-    "int": "an integer",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a text",
-    "None": "null",
-}
-_LISTS = {"list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set", "Set"}
-_MAPPINGS = {"dict", "Dict", "Mapping", "MutableMapping"}
-_KNOWN = _WORDS.keys() | _LISTS | _MAPPINGS
-
-
-def mismatch(value: Any, annotation: str | None, module: str) -> str | None:
-    """`"expected an integer, found 'abc'"`, or None where `value` may pass as `annotation`.
-
-    `module` is where the annotation is written; its names are looked up there.
-    """
-    tree = _parse(annotation) if annotation is not None else None
-    if tree is None or _accepts(tree, value, trust=False):
-        return None
-    tree = _expanded(tree, module)
-    if _accepts(tree, value, trust=True):
-        return None
-    return f"expected {' or '.join(dict.fromkeys(_describe(tree)))}, found {shown(value)}"
-
-
-def shown(value: Any) -> str:
-    """`value` as YAML spells it, texts in quotes."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value)
-
-
-@lru_cache
-def _parse(annotation: str) -> ast.expr | None:
-    try:
-        return ast.parse(annotation, mode="eval").body
-    except SyntaxError:
-        return None
-
-
-def _expanded(tree: ast.expr, module: str) -> ast.expr:
-    """`tree` with the aliases in it replaced by what they stand for."""
-    if isinstance(tree, ast.Subscript):
-        arguments = [_expanded(argument, module) for argument in _arguments(tree)]
-        return ast.Subscript(tree.value, ast.Tuple(arguments, ast.Load()), ast.Load())
-    if isinstance(tree, ast.BinOp):
-        return ast.BinOp(_expanded(tree.left, module), tree.op, _expanded(tree.right, module))
-    if isinstance(tree, ast.Name) and tree.id not in _KNOWN:
-        found = alias(module, tree.id)
-        return _expanded(*found) if found else tree
-    return tree
-
-
-def _name(node: ast.expr) -> str:
-    """Last part of a name: `List` for `typing.List[int]`."""
-    if isinstance(node, ast.Subscript):
-        return _name(node.value)
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    if isinstance(node, ast.Constant) and node.value is None:
-        return "None"
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def _arguments(node: ast.expr) -> list[ast.expr]:
-    """`[int, str]` of `Union[int, str]`."""
-    if not isinstance(node, ast.Subscript):
-        return []
-    return node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-
-
-def _members(node: ast.expr) -> list[ast.expr]:
-    """The alternatives of a union, flat; a single type is its own only alternative."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # a quoted annotation
-        inner = _parse(node.value)
-        return _members(inner) if inner is not None else [node]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _members(node.left) + _members(node.right)
-    name = _name(node)
-    if name in ("Union", "Optional"):
-        members = [m for argument in _arguments(node) for m in _members(argument)]
-        return [*members, ast.Constant(None)] if name == "Optional" else members
-    return [node]
-
-
-def _accepts(tree: ast.expr, value: Any, trust: bool) -> bool:
-    """Whether an alternative takes `value`; one that is not understood answers `trust`."""
-    return any(_member_accepts(member, value, trust) for member in _members(tree))
-
-
-def _member_accepts(node: ast.expr, value: Any, trust: bool) -> bool:
-    match _name(node):
-        case "int":
-            return isinstance(value, int) and not isinstance(value, bool)
-        case "float":
-            return isinstance(value, int | float) and not isinstance(value, bool)
-        case "bool":
-            return isinstance(value, bool)
-        case "str":
-            return isinstance(value, str)
-        case "None":
-            return value is None
-        case "Literal":
-            return any(type(value) is type(choice) and value == choice for choice in _choices(node))
-        case name if name in _LISTS:
-            if isinstance(value, str) or not isinstance(value, Sequence):
-                return False
-            items = _arguments(node)[:1]  # the rest is a tuple's ellipsis, or taken on trust
-            return all(_accepts(item, element, trust) for item in items for element in value)
-        case name if name in _MAPPINGS:
-            return isinstance(value, Mapping)
-        case _:
-            return trust
-
-
-def _describe(tree: ast.expr) -> list[str]:
-    words: list[str] = []
-    for node in _members(tree):
-        name = _name(node)
-        if name == "Literal":
-            words += [shown(choice) for choice in _choices(node)]
-        elif name in _LISTS:
-            words.append("a list")
-        elif name in _MAPPINGS:
-            words.append("a mapping")
-        else:
-            words.append(_WORDS.get(name, name))
-    return words
-
-
-def _choices(literal: ast.expr) -> list[Any]:
-    return [a.value for a in _arguments(literal) if isinstance(a, ast.Constant)]
-
-
-# What a `_target_` accepts, read from its source by dynmoe.config.targets.
+# Parameters of a target, and constants of its class.
 
 
 @dataclass(frozen=True)
 class Parameter:
     annotation: str | None
-    module: str  # where the names of the annotation are defined
+    module: str
+    """Where the names of the annotation are defined."""
     has_default: bool
 
 
@@ -405,9 +214,11 @@ def signature(target: str) -> Signature | None:
         found = locate(target)
         if isinstance(found.node, ast.ClassDef):
             return _class_signature(found)
-        return _function_signature(found.node, found.module)
+        if isinstance(found.node, Function):
+            return _function_signature(found.node, found.module)
     except Unreadable:
-        return None
+        pass
+    return None
 
 
 @lru_cache
@@ -416,50 +227,38 @@ def class_attribute(target: str, name: str) -> object:
 
     None where it is not set or cannot be read. Raises TargetError.
     """
-    try:
-        for body in _bodies(locate(target)):
+    with suppress(Unreadable):
+        found = locate(target)
+        is_class = isinstance(found.node, ast.ClassDef)
+        for _, body in _bodies(found) if is_class else [(found, _parsed(found.module))]:
             for statement in body:
-                if assigned_name(statement) == name:
-                    value = getattr(statement, "value", None)
-                    return value.value if isinstance(value, ast.Constant) else None
-    except Unreadable:
-        pass
+                if _assigned_name(statement) == name:
+                    return getattr(getattr(statement, "value", None), "value", None)
     return None
 
 
-def _bodies(found: Located) -> Iterator[list[ast.stmt]]:
-    if isinstance(found.node, ast.ClassDef):
-        yield from (cls.node.body for cls in lineage(found))
-    else:
-        yield parsed(found.module).body
-
-
 def _class_signature(cls: Located) -> Signature:
-    """Parameters of __init__ or fields of a dataclass; inherited if the class has neither."""
+    """Parameters of __init__, or fields of a dataclass; inherited where the class has neither."""
     fields: dict[str, Parameter] = {}
-    for owner in lineage(cls):
-        assert isinstance(owner.node, ast.ClassDef)
-        for node in statements(owner.node.body):
+    for owner, body in _bodies(cls):
+        for node in _statements(body):
             if isinstance(node, Function) and node.name == "__init__":
                 if fields:  # the __init__ that a dataclass below this base got hides it
                     return Signature(fields)
                 return _function_signature(node, owner.module, bound=True)
-        if _is_dataclass(owner.node):
+        assert isinstance(owner.node, ast.ClassDef)
+        if _is_decorated(owner.node, "dataclass"):
             # Depth first meets a subclass before its bases, whose fields come first.
-            fields = {**_fields(owner.node, owner.module), **fields}
-        elif any(isinstance(n, Function) and n.name == "__new__" for n in owner.node.body):
+            fields = {**_fields(body, owner.module), **fields}
+        elif any(isinstance(node, Function) and node.name == "__new__" for node in body):
             raise Unreadable
     return Signature(fields)
 
 
-def _is_dataclass(node: ast.ClassDef) -> bool:
-    return any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
-
-
-def _fields(node: ast.ClassDef, module: str) -> dict[str, Parameter]:
+def _fields(body: list[ast.stmt], module: str) -> dict[str, Parameter]:
     return {
         item.target.id: Parameter(ast.unparse(item.annotation), module, item.value is not None)
-        for item in node.body
+        for item in body
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
         if "ClassVar" not in ast.unparse(item.annotation)
     }
@@ -468,22 +267,148 @@ def _fields(node: ast.ClassDef, module: str) -> dict[str, Parameter]:
 def _function_signature(node: Function, module: str, bound: bool = False) -> Signature:
     names = node.args
     positional = [*names.posonlyargs, *names.args]
-    without_default = len(positional) - len(names.defaults)
+    required: list[ast.expr | None] = [None] * (len(positional) - len(names.defaults))
+    given = zip(
+        [*positional, *names.kwonlyargs],
+        [*required, *names.defaults, *names.kw_defaults],
+        strict=True,
+    )
     parameters = {
-        arg.arg: _parameter(arg, module, index >= without_default)
-        for index, arg in enumerate(positional)
+        arg.arg: Parameter(
+            ast.unparse(arg.annotation) if arg.annotation else None, module, default is not None
+        )
+        for arg, default in given
     }
-    if positional and (bound or _is_classmethod(node)):
+    if positional and (bound or _is_decorated(node, "classmethod")):
         del parameters[positional[0].arg]
-    for arg, default in zip(names.kwonlyargs, names.kw_defaults, strict=True):
-        parameters[arg.arg] = _parameter(arg, module, default is not None)
     return Signature(parameters, open=names.kwarg is not None)
 
 
-def _parameter(arg: ast.arg, module: str, has_default: bool) -> Parameter:
-    annotation = ast.unparse(arg.annotation) if arg.annotation is not None else None
-    return Parameter(annotation, module, has_default)
+def _is_decorated(node: Definition, word: str) -> bool:
+    return any(word in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
-def _is_classmethod(node: Function) -> bool:
-    return any(ast.unparse(decorator) == "classmethod" for decorator in node.decorator_list)
+# A light type check of plain values. Understood: int, float, bool, str, None, Literal, unions,
+# Optional, lists, tuples and mappings; everything else (classes, ...) is taken on trust.
+
+_WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a string",
+    "None": "null",
+    **dict.fromkeys(("dict", "Dict", "Mapping", "MutableMapping"), "a mapping"),
+    **dict.fromkeys(("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set"), "a list"),
+}
+
+
+def mismatch(value: Any, annotation: str | None, module: str) -> str | None:
+    """`"expected an integer, found 'abc'"`, or None where `value` may pass as `annotation`.
+
+    `module` is where the annotation is written; its names are looked up there.
+    """
+    tree = _parse(annotation) if annotation is not None else None
+    if tree is None or _accepts(tree, value, module):
+        return None
+    words = [word for member, _ in _members(tree, module) for word in _describe(member)]
+    return f"expected {' or '.join(dict.fromkeys(words))}, found {shown(value)}"
+
+
+def shown(value: Any) -> str:
+    """`value` as YAML spells it, strings in quotes."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+@lru_cache
+def _parse(annotation: str) -> ast.expr | None:
+    with suppress(SyntaxError):
+        return ast.parse(annotation, mode="eval").body
+    return None
+
+
+def _members(node: ast.expr, module: str) -> Iterator[tuple[ast.expr, str]]:
+    """The alternatives of a union, flat, aliases followed; each with the module of its names."""
+    name = _name(node)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # a quoted annotation
+        inner = _parse(node.value)
+        yield from _members(inner, module) if inner is not None else [(node, module)]
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        yield from _members(node.left, module)
+        yield from _members(node.right, module)
+    elif name in ("Union", "Optional"):
+        for argument in _arguments(node):
+            yield from _members(argument, module)
+        if name == "Optional":
+            yield ast.Constant(None), module
+    elif isinstance(node, ast.Name) and name not in _WORDS and (found := _alias(module, name)):
+        yield from _members(*found)
+    else:
+        yield node, module
+
+
+def _alias(module: str, name: str) -> tuple[ast.expr, str] | None:
+    """Expression that a type alias is assigned; None for anything else."""
+    with suppress(TargetError, Unreadable):
+        found = _in_module(module, name)
+        if isinstance(found.node, ast.Subscript | ast.BinOp):
+            return found.node, found.module
+    return None
+
+
+def _accepts(tree: ast.expr, value: Any, module: str) -> bool:
+    return any(_member_accepts(member, value, there) for member, there in _members(tree, module))
+
+
+def _member_accepts(node: ast.expr, value: Any, module: str) -> bool:
+    name = _name(node)
+    match _WORDS.get(name, name):
+        case "an integer":
+            return isinstance(value, int) and not isinstance(value, bool)
+        case "a number":
+            return isinstance(value, int | float) and not isinstance(value, bool)
+        case "true or false":
+            return isinstance(value, bool)
+        case "a string":
+            return isinstance(value, str)
+        case "null":
+            return value is None
+        case "a mapping":
+            return isinstance(value, Mapping)
+        case "a list":
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                return False
+            items = _arguments(node)[:1]  # the rest is a tuple's ellipsis, or taken on trust
+            return all(_accepts(item, element, module) for item in items for element in value)
+        case "Literal":
+            return any(type(value) is type(choice) and value == choice for choice in _choices(node))
+        case _:
+            return True
+
+
+def _describe(node: ast.expr) -> list[str]:
+    name = _name(node)
+    if name == "Literal":
+        return [shown(choice) for choice in _choices(node)]
+    return [_WORDS.get(name, name)]
+
+
+def _name(node: ast.expr) -> str:
+    """Last part of a name: `List` for `typing.List[int]`."""
+    if isinstance(node, ast.Subscript):
+        return _name(node.value)
+    if isinstance(node, ast.Constant) and node.value is None:
+        return "None"
+    return str(getattr(node, "attr", None) or getattr(node, "id", ""))
+
+
+def _arguments(node: ast.expr) -> list[ast.expr]:
+    """`[int, str]` of `Union[int, str]`."""
+    if not isinstance(node, ast.Subscript):
+        return []
+    return node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+
+
+def _choices(literal: ast.expr) -> list[Any]:
+    return [each.value for each in _arguments(literal) if isinstance(each, ast.Constant)]

@@ -1,4 +1,4 @@
-"""`sweep.json`: what a sweep's folder is for, so that no other sweep is ever mixed into it.
+"""The jobs of a sweep, and `sweep.json`, which keeps a second sweep out of its folder.
 
 A run's folder is named by its configuration, so nothing would be overwritten; but a report over the
 folder would show two sweeps as one.
@@ -34,8 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
 def check(folder: Path, sweep: str, base: Config, jobs: Sequence[Job]) -> None:
     """Compare a sweep with the one that the folder was made for.
 
-    `base` is the configuration of its command without what it sweeps. Further seeds, test
-    environments and settings are welcome.
+    `base` is the configuration of its command without the swept keys. Further seeds, test
+    environments and settings may join.
 
     Raises:
         ConfigError: another sweep, other values of what all jobs share, or of a setting; it names
@@ -60,7 +60,7 @@ def check(folder: Path, sweep: str, base: Config, jobs: Sequence[Job]) -> None:
         )
 
 
-def write(folder: Path, sweep: str, command: str, base: Config, jobs: Sequence[Job]) -> None:
+def record(folder: Path, sweep: str, command: str, base: Config, jobs: Sequence[Job]) -> None:
     """Add the command and its jobs to those that are known."""
     known = _read(folder) or {"commands": [], "jobs": {}}
     entries = {
@@ -103,24 +103,21 @@ def _differences(old: Config, new: Config) -> Iterator[str]:
             yield f"{key}: {old.get(key, 'absent')} there, {plain.get(key, 'absent')} now"
 
 
-# The jobs of one sweep: each a configuration, and the folder its run lives in.
-
-
 @dataclass(frozen=True)
 class Job:
     overrides: tuple[str, ...]
-    """As Hydra launches it."""
+    """As Hydra launches the job."""
     label: str
-    """The overrides that tell it from the other jobs."""
+    """The overrides that not all jobs share."""
     setting: str
-    """Those of its setting alone, without seeds and test environments."""
+    """The overrides of its setting, without seeds and test environments."""
     folder: RunFolder
     config: Mapping[str, Any]
-    """What can change its result (dynmoe/config/identity.py, `flat`)."""
+    """All that can change its result (dynmoe/config/identity.py, `flat`)."""
     steps: int
-    """-1: those of some epochs, which the run counts once it has read its data."""
+    """Optimizer steps; -1: counted in epochs, once the run has read its data."""
     eval_every: int | None
-    """None: an epoch."""
+    """Optimizer steps; None: an epoch."""
 
     @property
     def name(self) -> str:
@@ -132,6 +129,6 @@ class Job:
 
 
 def labels(jobs: Sequence[tuple[str, ...]]) -> list[str]:
-    """Of each job the overrides that not all jobs share."""
+    """The overrides of each job that not all jobs share."""
     shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
     return [" ".join(text.lstrip("+") for text in job if text not in shared) for job in jobs]

@@ -17,7 +17,7 @@ from dynmoe.records import Record, State, stretches
 from dynmoe.selection import on_sets, rule_of
 from dynmoe.sweep.manifest import Job
 
-# What tells how many steps a run takes that counts them in epochs.
+# Keys that determine the number of steps of a run that counts them in epochs.
 LENGTH = (
     "data.name",
     "data.batch_size",
@@ -58,12 +58,12 @@ class Standing:
 
     @property
     def length(self) -> tuple[Any, ...]:
-        """Jobs with the same are equally long."""
+        """Jobs with equal values are equally long."""
         return tuple(self.job.config.get(key) for key in LENGTH)
 
     @property
     def evaluations(self) -> int:
-        """All that are planned; runs on environments have one after the first step already."""
+        """Planned evaluations; image runs have one after the first step already."""
         assert self.planned is not None and self.eval_every is not None
         if on_sets(rule_of(self.job.config)):
             return math.ceil(self.planned / self.eval_every)
@@ -98,7 +98,7 @@ def _completed(standings: Sequence[Standing]) -> list[Standing]:
 
 
 def seconds_left(standings: Sequence[Standing]) -> list[float]:
-    """Of each job, at the pace of the jobs of its setting, else of all; NaN without any record."""
+    """Seconds left of each job at the pace of its setting, else of all; NaN without any record."""
     paces: dict[str, list[Mapping[str, float]]] = {}
     for each in standings:
         if each.results:

@@ -40,7 +40,7 @@ def test_values_that_fit(value: object, annotation: str | None) -> None:
         (1.5, "int", "expected an integer, found 1.5"),
         ("1e-3", "float", "expected a number, found '1e-3'"),
         (1, "bool", "expected true or false, found 1"),
-        (None, "str", "expected a text, found null"),
+        (None, "str", "expected a string, found null"),
         (3, "Literal['a', 'b']", "expected 'a' or 'b', found 3"),
         (1, "Literal[True]", "expected true, found 1"),
         ("x", "int | None", "expected an integer or null, found 'x'"),

@@ -46,16 +46,16 @@ CASES: dict[tuple[str, ...], str] = {
     ),
     (TASK, "task.module.trains=projector"): "task.module.trains: expected a list, found",
     (TASK, "protocol=glue"): (
-        "protocol: task.module works on vision-language, glue does not. Choose protocol=llava."
+        "protocol: task.module works on vision-language, protocol=glue does not. Choose protocol=llava."
     ),
     (TASK, "protocol=domainbed"): (
-        "protocol: task.module works on vision-language, domainbed does not. Choose"
+        "protocol: task.module works on vision-language, protocol=domainbed does not. Choose"
     ),
     ("task=glue", "protocol=llava"): (
-        "protocol: task.module works on text, llava does not. Choose protocol=glue or glue_heldout."
+        "protocol: task.module works on text, protocol=llava does not. Choose protocol=glue or glue_heldout."
     ),
     ("task=vit_domainbed", "protocol=llava"): (
-        "protocol: task.module works on image, llava does not. Choose protocol=domainbed, gmoe or"
+        "protocol: task.module works on image, protocol=llava does not. Choose protocol=domainbed,"
     ),
     (TASK, "task.selection=best_dev"): (
         "task.selection: best_dev is not for a task on vision-language. Choose protocol=llava."
@@ -66,7 +66,7 @@ CASES: dict[tuple[str, ...], str] = {
     ("task=vit_domainbed", "task.selection=last_step"): (
         "task.selection: last_step is not for a task on image. Choose protocol=domainbed."
     ),
-    (TASK, "+task.patience=2"): "task.patience: only runs on texts stop early. Leave it out",
+    (TASK, "+task.patience=2"): "task.patience: only text runs stop early. Leave it out",
     (TASK, "backbone=vit_small"): "backbone: task.module works on vision-language, this backbone",
     (TASK, "data=glosses"): "data: task.module works on vision-language, this data on text. Choose",
     ("task=glue", *SCENES): "data: task.module works on text, this data on vision-language.",

@@ -33,14 +33,16 @@ CASES = {
     ("data.ood=[dev]", "data.ood_root=."): "data.ood: dev is a set of the task itself.",
     ("data.ood=[mismatched]", "data.ood_root=."): "data.ood: mismatched is a set of the task",
     ("data.ood=[a.b]", "data.ood_root=."): "data.ood: expected a name of letters, digits, _ and -",
-    ("data=stsb", "data.linear_baseline=true"): "data.linear_baseline: tells classes apart",
+    ("data=stsb", "data.linear_baseline=true"): "data.linear_baseline: needs classes",
     ("data=ax",): "data: no option 'ax'. AX is a test set of MNLI's models: train with data=mnli",
     ("moe.layers=[1,4]",): "moe.layers: expected block indices below 4 (backbone.options.num_hidd",
     ("backbone=minilm", "backbone.path=nowhere"): "backbone.path: expected a folder with a config",
     ("hparams_seed=1",): "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer",
-    ("protocol=domainbed",): "protocol: task.module works on text, domainbed does not. Choose",
+    (
+        "protocol=domainbed",
+    ): "protocol: task.module works on text, protocol=domainbed does not. Choose",
     ("task.selection=oracle",): "task.selection: oracle is not for a task on text. Choose protocol",
-    ("task.selection=heldout",): "protocol.holdout_fraction: 0 leaves nothing to select by.",
+    ("task.selection=heldout",): "protocol.holdout_fraction: 0 leaves no examples to select by.",
     ("task.epochs=0",): "task.epochs: expected 1 or more, found 0",
     ("task.steps=0",): "task.steps: expected 1 or more, found 0",
     ("moe=dense", "schedule=glue_code"): "schedule: moe=dense does not adapt its experts.",
@@ -57,19 +59,19 @@ def test_wrong_commands(overrides: tuple[str, ...]) -> None:
 
 def test_a_protocol_of_texts_is_not_for_images() -> None:
     found = preflight(["task=vit_domainbed", "protocol=glue"]).problems
-    expected = "protocol: task.module works on image, glue does not. Choose"
+    expected = "protocol: task.module works on image, protocol=glue does not. Choose"
     assert any(text.startswith(expected) for text in found)
     assert not any("Interpolation" in text for text in found)
 
 
 def test_steps_without_epochs_are_not_endless() -> None:
     (text,) = preflight(["task=vit_domainbed", "task.steps=-1"]).problems
-    assert text.startswith("task.steps: -1 takes its length from task.epochs")
+    assert text.startswith("task.steps: -1 takes the length from task.epochs")
 
 
 def test_patience_is_for_texts() -> None:
     (text,) = preflight(["task=vit_domainbed", "+task.patience=2"]).problems
-    assert text == "task.patience: only runs on texts stop early. Leave it out"
+    assert text == "task.patience: only text runs stop early. Leave it out"
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """A sweep as a user meets it: nothing twice, nothing mixed, nothing hidden.
 
-Training is a stand-in.
+Training is a stand-in. Commands run in this process unless they run side by side or are killed.
 """
 
 from __future__ import annotations
@@ -10,41 +10,21 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from command_line import command
+from omegaconf import DictConfig
 
-from dynmoe.config.compose import preflight
-from dynmoe.records import RunFolder
-
-SCRIPT = """
-import os, time
-from pathlib import Path
-from dynmoe.errors import DataError
 from dynmoe import cli, job
+from dynmoe.config.compose import preflight
+from dynmoe.errors import ConfigError, DataError
+from dynmoe.records import RunFolder
+from dynmoe.sweep import manifest
+from dynmoe.sweep.manifest import Job
 
-def fit(cfg, folder):
-    with open(os.environ["LOG"], "a") as log:
-        log.write(f"{cfg.moe.name} {cfg.moe.num_experts} {cfg.seed}\\n")
-    time.sleep(float(os.environ["NAP"]))
-    folder.write_run({})
-    folder.append("results", {"step": 60, "step_time": 1.0, "eval_time": 30.0})
-    if cfg.seed == 13 and not Path("mended").exists():
-        raise DataError("PACS lacks the folder 'sketch'")
-    if cfg.seed == 14:
-        raise ZeroDivisionError("a bug")
-    folder.append("results", {"step": 500, "step_time": 1.0, "eval_time": 30.0})
-    return True
-
-def show(folder):
-    folder.mark_done()
-    return 0.5
-
-job.train, job.show = fit, show
-
-if __name__ == "__main__":
-    cli.run(job.job, prog="dynmoe-run")
-"""
 OWN = """# @package _global_
 name: own
 hydra:
@@ -58,10 +38,29 @@ hydra:
 SWEEP = ("--config-dir", "conf", "task=vit_domainbed", "sweep=own")
 
 
+def fit(cfg: DictConfig, folder: RunFolder) -> bool:
+    """Instead of training: a line in the file `log`, and the records of a run."""
+    with open("log", "a") as log:
+        log.write(f"{cfg.moe.name} {cfg.moe.num_experts} {cfg.seed}\n")
+    time.sleep(float(os.environ.get("NAP", 0)))
+    folder.write_run({})
+    folder.append("results", {"step": 60, "step_time": 1.0, "eval_time": 30.0})
+    if cfg.seed == 13 and not Path("mended").exists():
+        raise DataError("PACS lacks the folder 'sketch'")
+    if cfg.seed == 14:
+        raise ZeroDivisionError("a bug")
+    folder.append("results", {"step": 500, "step_time": 1.0, "eval_time": 30.0})
+    return True
+
+
+def show(folder: RunFolder) -> float:
+    folder.mark_done()
+    return 0.5
+
+
 class Sweep:
     def __init__(self, root: Path) -> None:
         self.root = root
-        (root / "job_script.py").write_text(SCRIPT)
         (root / "conf" / "sweep").mkdir(parents=True)
         (root / "conf" / "sweep" / "own.yaml").write_text(OWN)
         self.folder = root / "outputs" / "own"
@@ -73,22 +72,28 @@ class Sweep:
         assert before in text
         file.write_text(text.replace(before, after))
 
-    def start(self, *arguments: str, nap: float = 0.0) -> subprocess.Popen[str]:
-        paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-        env = {"PYTHONPATH": paths, "LOG": str(self.root / "log"), "NAP": str(nap)}
+    def start(self, *arguments: str, nap: float) -> subprocess.Popen[str]:
+        """The command in a process of its own; every job takes `nap` seconds."""
+        tests = Path(__file__).parents[1]
+        paths = os.pathsep.join(map(str, (tests.parent, tests)))
         return subprocess.Popen(
-            [sys.executable, "job_script.py", *SWEEP, *arguments],
+            [sys.executable, __file__, *SWEEP, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=self.root,
-            env={**os.environ, **env, "COLUMNS": "200"},
+            env={**os.environ, "PYTHONPATH": paths, "NAP": str(nap)},
         )
 
     def call(self, *arguments: str) -> tuple[int, str, str]:
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(job, "train", fit)
+            patch.setattr(job, "show", show)
+            done = command(job.job, self.root, *SWEEP, *arguments)
+        return done.returncode, done.stdout, done.stderr
+
+    def problems(self, *arguments: str) -> list[str]:
+        return preflight([*SWEEP[2:], *arguments], config_dir=str(self.root / "conf")).problems
 
     @property
     def log(self) -> list[str]:
@@ -117,19 +122,27 @@ def test_settings_times_parameters_once_and_never_again(sweep: Sweep) -> None:
     one = ["dense 1", "topk 2", "topk 4"]
     assert sweep.log == [f"{setting} {seed}" for seed in (0, 1) for setting in one]
     assert sweep.states == ["done"] * 6
-    status, out, _ = sweep.call("seed=0,1,2")
+    status, out, _ = sweep.call("seed=0,2")
     assert status == 0 and sweep.log == [f"{setting} 2" for setting in one]
-    assert "9 jobs in outputs/own: 6 done or running, 3 to do" in out
+    assert "6 jobs in outputs/own: 3 done or running, 3 to do" in out
     content = json.loads((sweep.folder / "sweep.json").read_text())
     assert content["commands"] == [
         "dynmoe-run --config-dir conf task=vit_domainbed sweep=own",
-        "dynmoe-run --config-dir conf task=vit_domainbed sweep=own seed=0,1,2",
+        "dynmoe-run --config-dir conf task=vit_domainbed sweep=own seed=0,2",
     ]
     jobs = content["jobs"]
     assert len(jobs) == 9 and set(jobs) == {path.name for path in sweep.folder.glob("rot*")}
+    # Another configuration is refused, with every key that differs.
+    status, _, err = sweep.call("seed=0", "task.steps=101", "task.optimizer.lr=0.1")
+    assert status == 2 and sweep.log == [] and "Traceback" not in err
+    assert "task.optimizer.lr: 0.001 there, 0.1 now" in err
+    assert "task.steps: 501 there, 101 now" in err and "name=FOLDER" in err
 
 
-def test_a_failed_job_is_named_and_tried_again(sweep: Sweep) -> None:
+def test_failed_jobs_are_named_and_planned_and_tried_again(sweep: Sweep) -> None:
+    status, out, _ = sweep.call("seed=0", "mode=plan")
+    assert status == 0 and not sweep.folder.exists()
+    assert "3 jobs: 3 missing" in out and "unknown until a first evaluation" in out
     status, out, err = sweep.call("seed=13,14,1")
     assert status == 1 and len(sweep.log) == 9
     assert sweep.states == ["done"] * 3 + ["failed"] * 6
@@ -137,6 +150,18 @@ def test_a_failed_job_is_named_and_tried_again(sweep: Sweep) -> None:
     assert "failed: moe=dense seed=13: PACS lacks the folder 'sketch'\n" in err
     assert "failed: moe=dense seed=14: ZeroDivisionError: a bug\n" in err
     assert "Traceback" in (next(sweep.folder.glob("*dense*seed14*")) / "failed.txt").read_text()
+
+    _, out, _ = sweep.call("seed=1,13,2", "mode=plan")
+    assert sweep.log == []
+    assert "9 jobs: 3 done, 3 failed, 3 missing" in out
+    lines = {" ".join(line.split()) for line in out.splitlines()}
+    assert "moe=dense seed=1 done 501/501" in lines
+    # 501 steps of 1 s and 11 evaluations of 30 s; of seed 13, 61 steps and 1 evaluation are done.
+    assert "moe=dense seed=2 missing 0/501 14 min" in lines
+    (failed,) = (line for line in lines if line.startswith("moe=dense seed=13 failed: PACS lacks"))
+    assert failed.endswith("61/501 13 min")
+    assert "Time left: about 79 min of work." in lines  # 3 x 831 s + 3 x 740 s = 78.6 min
+
     (sweep.root / "mended").touch()
     status, _, err = sweep.call("seed=13,1")
     assert (status, err) == (0, "")
@@ -144,102 +169,74 @@ def test_a_failed_job_is_named_and_tried_again(sweep: Sweep) -> None:
     assert sweep.states == ["done"] * 6 + ["failed"] * 3
 
 
-def test_the_plan_says_where_every_job_stands_and_starts_none(sweep: Sweep) -> None:
-    status, out, _ = sweep.call("mode=plan")
-    assert status == 0 and not sweep.folder.exists()
-    assert "6 jobs: 6 missing" in out and "unknown until a first evaluation" in out
-    sweep.call("seed=0,13")
-    assert len(sweep.log) == 6
-    _, out, _ = sweep.call("seed=0,13,2", "mode=plan")
-    assert sweep.log == []
-    assert "9 jobs: 3 done, 3 failed, 3 missing" in out
-    lines = {" ".join(line.split()) for line in out.splitlines()}
-    assert "moe=dense seed=0 done 501/501" in lines
-    # 501 steps of 1 s and 11 evaluations of 30 s; of seed 13, 61 steps and 1 evaluation are done.
-    assert "moe=dense seed=2 missing 0/501 14 min" in lines
-    (failed,) = (line for line in lines if line.startswith("moe=dense seed=13 failed: PACS lacks"))
-    assert failed.endswith("61/501 13 min")
-    assert "Time left: about 79 min of work." in lines  # 3 x 831 s + 3 x 740 s = 78.6 min
-
-
-def test_another_configuration_is_refused_with_the_differing_keys(sweep: Sweep) -> None:
-    sweep.call()
-    assert len(sweep.log) == 6
-    status, _, err = sweep.call("task.steps=101", "task.optimizer.lr=0.1")
-    assert status == 2 and sweep.log == []
-    assert "task.optimizer.lr: 0.001 there, 0.1 now" in err and "Traceback" not in err
-    assert "task.steps: 501 there, 101 now" in err and "name=FOLDER" in err
-    assert sweep.call("name=elsewhere", "task.steps=101")[0] == 0 and len(sweep.log) == 6
-
-
-@pytest.mark.parametrize("seeds", ["seed=2", "seed=0,1,2"])
-def test_a_changed_file_is_refused_whatever_the_seeds(sweep: Sweep, seeds: str) -> None:
-    sweep.rewrite("{seed: '0,1'}", "{seed: '0', task.steps: 61}")
-    assert sweep.call()[0] == 0 and len(sweep.log) == 3
-    sweep.rewrite("task.steps: 61", "task.steps: 31")
-    status, _, err = sweep.call(seeds)
-    assert status == 2 and sweep.log == [] and "task.steps: 61 there, 31 now" in err
-
-
 def test_a_changed_option_of_a_setting_is_refused(sweep: Sweep, tmp_path: Path) -> None:
-    """What the plain command, which has moe=dynmoe, does not show."""
+    """The plain command, which has moe=dynmoe, does not show the change."""
     options = tmp_path / "conf" / "moe"
     options.mkdir()
     (options / "mine.yaml").write_text("defaults: [topk, _self_]\naux_weight: 0.1\n")
     sweep.rewrite("moe: dense", "moe: mine")
-    assert sweep.call("seed=0")[0] == 0 and len(sweep.log) == 3
+    sweep.rewrite("'2,4'", "'2'")
+    assert sweep.call("seed=0")[0] == 0 and len(sweep.log) == 2
     (options / "mine.yaml").write_text("defaults: [topk, _self_]\naux_weight: 0.2\n")
     status, _, err = sweep.call("seed=1")
     assert status == 2 and sweep.log == [] and "moe.aux_weight: 0.1 there, 0.2 now" in err
 
 
-def test_seeds_environments_and_settings_may_join(sweep: Sweep) -> None:
-    assert sweep.call("seed=0")[0] == 0 and len(sweep.log) == 3
-    assert sweep.call("seed=5", "data.test_envs=[1]")[0] == 0 and len(sweep.log) == 3
-    sweep.rewrite("'2,4'", "'8'")
-    assert sweep.call("seed=0")[0] == 0 and sweep.log == ["topk 8 0"]
+def made(folder: Path, setting: str, **config: Any) -> Job:
+    return Job((), setting, setting, RunFolder(folder / str(config)), config, 1, 1)
 
 
-def test_a_damaged_manifest_is_named(sweep: Sweep) -> None:
-    sweep.folder.mkdir(parents=True)
-    for text in ("", "{", "[]", '{"sweep": "own"}'):
-        (sweep.folder / "sweep.json").write_text(text)
-        status, _, err = sweep.call("seed=0", "mode=plan")
-        assert status == 2 and "sweep.json: expected what an earlier start" in err
+def test_seeds_environments_and_settings_may_join(tmp_path: Path) -> None:
+    first = [made(tmp_path, "moe=dense", seed=0, lr=0.1)]
+    manifest.check(tmp_path, "own", {"seed": 0, "steps": 61}, first)
+    manifest.record(tmp_path, "own", "command", {"seed": 0, "steps": 61}, first)
+    joining = [
+        made(tmp_path, "moe=dense", seed=1, lr=0.1, **{"data.test_envs": [1]}),
+        made(tmp_path, "moe=topk", seed=0, lr=0.2),
+    ]
+    manifest.check(tmp_path, "own", {"seed": 1, "steps": 61}, joining)
+    for name, steps, lr, message in (
+        ("own", 31, 0.1, "steps: 61 there, 31 now"),
+        ("own", 61, 0.2, "lr: 0.1 there, 0.2 now"),
+        ("other", 61, 0.1, "sweep: own there, other now"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            changed = made(tmp_path, "moe=dense", seed=2, lr=lr)
+            manifest.check(tmp_path, name, {"seed": 2, "steps": steps}, [changed])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"sweep": "own"}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"sweep\.json: expected .*found damage"):
+        manifest.check(tmp_path, "own", {}, [])
 
 
 def test_two_launchers_share_the_jobs(sweep: Sweep) -> None:
-    processes = [sweep.start(nap=1.5) for _ in range(2)]
-    ends = [process.communicate(timeout=120) for process in processes]
-    assert len(log := sweep.log) == len(set(log)) == 6, ends
-    assert sweep.states == ["done"] * 6
+    processes = [sweep.start("seed=0", nap=1.0) for _ in range(2)]
+    ends = [process.communicate(timeout=240) for process in processes]
+    assert len(log := sweep.log) == len(set(log)) == 3, ends
+    assert sweep.states == ["done"] * 3
     assert [process.returncode for process in processes] == [0, 0]
 
 
 def test_a_killed_launcher_loses_one_job_at_most(sweep: Sweep) -> None:
-    process = sweep.start(nap=2.0)
-    deadline = time.monotonic() + 60
+    process = sweep.start("seed=0", nap=2.0)
+    deadline = time.monotonic() + 120
     while "done" not in sweep.states and time.monotonic() < deadline:
         time.sleep(0.1)
     process.kill()
     process.wait()
     before = sweep.log
-    assert "done" in sweep.states and len(before) < 6
-    assert sweep.call()[0] == 0 and sweep.states == ["done"] * 6
+    assert "done" in sweep.states and len(before) < 3
+    assert sweep.call("seed=0")[0] == 0 and sweep.states == ["done"] * 3
     # At most the job that was running is started twice.
-    assert len(before) + len(sweep.log) <= 7
+    assert len(before) + len(sweep.log) <= 4
 
 
 def test_a_key_that_the_sweep_sets_is_refused(sweep: Sweep) -> None:
-    status, _, err = sweep.call("moe.top_k=2", "moe=gmoe")
-    assert status == 2
-    assert "moe.top_k: sweep=own sets it" in err and "moe: sweep=own sets it" in err
-
-
-def test_every_setting_is_checked_before_any_work(sweep: Sweep) -> None:
-    sweep.rewrite("moe.num_experts: '2,4', moe.top_k: 1", "moe.top_k: 9")
-    status, _, err = sweep.call()
-    assert status == 2 and "top_k (9) > num_experts (8)" in err and not sweep.folder.exists()
+    found = "\n".join(sweep.problems("moe.top_k=2", "moe=gmoe"))
+    assert "moe.top_k: sweep=own sets it" in found and "moe: sweep=own sets it" in found
 
 
 def test_every_combination_is_checked_before_any_work(sweep: Sweep) -> None:
@@ -263,22 +260,22 @@ def test_every_combination_is_checked_before_any_work(sweep: Sweep) -> None:
         ("moe: dense", "moe: 'den=se['", "cannot be read as key=value"),
         ("{moe: dense}", "{moe: dense", "own.yaml"),
         ("moe: dense", "task.steps: '${foo.bar}'", "foo"),
+        ("moe.num_experts: '2,4', moe.top_k: 1", "moe.top_k: 9", "top_k (9) > num_experts (8)"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path: Path, before: str, after: str, message: str) -> None:
-    sweep = Sweep(tmp_path)
+def test_a_wrong_file_is_refused(sweep: Sweep, before: str, after: str, message: str) -> None:
     sweep.rewrite(before, after)
-    found = preflight(list(SWEEP[2:]), config_dir=str(tmp_path / "conf")).problems
+    found = sweep.problems()
     assert any(message in text for text in found), found
 
 
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["seed=interval(0,1)"], "seed=interval(0,1): an interval is drawn from by a search"),
+        (["seed=interval(0,1)"], "seed=interval(0,1): only a search draws from an interval"),
         (["sweep=smoke,topk_grid"], "sweep: one at a time, start them one after the other"),
         (["mode=plan,train"], "mode: one at a time, start them one after the other"),
-        (["sweep=optuna", "mode=plan"], "mode: a search draws its jobs as it goes, there is no"),
+        (["sweep=optuna", "mode=plan"], "mode: a search draws its jobs one after another"),
     ],
 )
 def test_commands_that_mean_nothing_are_refused(texts: list[str], message: str) -> None:
@@ -287,16 +284,19 @@ def test_commands_that_mean_nothing_are_refused(texts: list[str], message: str) 
 
 
 def test_launchers_do_not_write_over_one_another(tmp_path: Path) -> None:
-    """Each adds its jobs to sweep.json, as two processes do."""
-    code = (
-        "import sys; from pathlib import Path; from dynmoe.sweep import manifest;"
-        "from dynmoe.sweep.manifest import Job; from dynmoe.records import RunFolder\n"
-        "folder, who = Path(sys.argv[1]), sys.argv[2]\n"
-        "for n in range(30):\n"
-        "    job = Job((), f'{who}{n}', f'{who}{n}', RunFolder(folder / f'{who}{n}'), {}, 1, 1)\n"
-        "    with manifest.locked(folder): manifest.write(folder, 'own', 'c', {}, [job])\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    for process in [subprocess.Popen([*command, who]) for who in "ab"]:
-        assert process.wait(timeout=60) == 0
+    """Each adds its jobs to sweep.json while another one does."""
+
+    def launch(who: str) -> None:
+        for number in range(30):
+            added = made(tmp_path, f"{who}{number}", who=who, number=number)
+            with manifest.locked(tmp_path):
+                manifest.record(tmp_path, "own", "c", {}, [added])
+
+    with ThreadPoolExecutor(2) as launchers:
+        list(launchers.map(launch, "ab"))
     assert len(json.loads((tmp_path / "sweep.json").read_text())["jobs"]) == 60
+
+
+if __name__ == "__main__":  # as Sweep.start runs it
+    job.train, job.show = fit, show
+    cli.run(job.job, prog="dynmoe-run")

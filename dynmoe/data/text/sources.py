@@ -136,7 +136,7 @@ def read_table(
                 rows = list(_json_objects(path))
                 names = list(rows[0]) if rows else []
             else:
-                lines = (line.split("\t") for line in _lines(path))
+                lines: Iterator[Sequence[str]] = (line.split("\t") for line in _lines(path))
                 names = next(lines, [])
                 if header is not None and not set(required) <= set(names):
                     names, lines = header, chain([names], lines)

@@ -32,7 +32,7 @@ LEFT_ALONE = ("done", "running")
 
 
 class DynMoESweeper(Sweeper):
-    """Settings x parameters, on whatever launcher was chosen.
+    """Settings x parameters, on any launcher.
 
     A job that is done, or that another process is running, is not started. A failed or stopped one
     is started again and goes on from its last evaluation. `mode=plan` starts none.
@@ -57,10 +57,10 @@ class DynMoESweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Launch what is to do, and end with a line for each job that has no result.
+        """Launch the unfinished jobs, and end with a line for each job that has no result.
 
         Raises:
-            SystemExit: with 2 for what the user can mend, 1 if some jobs failed, 130 on Ctrl-C.
+            SystemExit: with 2 for an error of the user, 1 if some jobs failed, 130 on Ctrl-C.
         """
         try:
             return self._sweep(arguments)
@@ -90,17 +90,17 @@ class DynMoESweeper(Sweeper):
         with manifest.locked(folder):
             if sweep:
                 manifest.check(folder, sweep, base, jobs)
-                manifest.write(folder, sweep, self._command(), base, jobs)
+                manifest.record(folder, sweep, self._command(), base, jobs)
         again = self.config.get("overwrite")
         todo = [job for job in jobs if again or job.state not in LEFT_ALONE]
         counts = f"{len(jobs) - len(todo)} done or running, {len(todo)} to do"
         print(f"{len(jobs)} job{'s' * (len(jobs) != 1)} in {folder}: {counts}")
         returns = self._launch(todo)
-        _tell(folder, jobs)
+        _print_outcome(folder, jobs)
         return returns
 
     def _jobs(self, arguments: list[str], folder: Path) -> tuple[dict[str, Any], list[Job]]:
-        """The configuration without what is swept, and all jobs.
+        """The configuration without the swept keys, and all jobs.
 
         Raises:
             ConfigError: with the problems of every job.
@@ -149,7 +149,7 @@ class DynMoESweeper(Sweeper):
         return returns
 
     def _command(self) -> str:
-        """As the user gave it: dynmoe-run hands values to Hydra as `++key=value`."""
+        """The user's command; dynmoe-run hands values to Hydra as `++key=value`."""
         return shlex.join(["dynmoe-run", *(text.removeprefix("++") for text in sys.argv[1:])])
 
     def _parallel(self) -> int:
@@ -160,8 +160,8 @@ class DynMoESweeper(Sweeper):
         return jobs_at_once if jobs_at_once > 0 else os.cpu_count() or 1
 
 
-def _tell(folder: Path, jobs: Sequence[Job]) -> None:
-    """Say what came of the jobs.
+def _print_outcome(folder: Path, jobs: Sequence[Job]) -> None:
+    """Print the outcome of the jobs.
 
     Raises:
         SystemExit: with 1, if some have no result and nobody is working on it.
@@ -173,5 +173,5 @@ def _tell(folder: Path, jobs: Sequence[Job]) -> None:
         print(f"{states[job.name]}: {job.label}{why}\n  {job.folder.path}", file=sys.stderr)
     print(f"{len(jobs) - len(rest)} of {len(jobs)} jobs are done. Next: dynmoe-report {folder}")
     if any(states[job.name] != "running" for job in rest):
-        print("The same command runs again what is not done.", file=sys.stderr)
+        print("The same command runs the unfinished jobs again.", file=sys.stderr)
         raise SystemExit(1)
