@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dynmoe.errors import ConfigError
 from dynmoe.layers.experts import Init, linears
 from dynmoe.layers.moe import MoELayer
+from dynmoe.layers.routers import Router
 
 Placement = (
     Literal["none", "all", "every_two", "last_two", "sparse", "first_half", "second_half", "dense"]
@@ -52,7 +53,7 @@ def placed_blocks(layers: Placement, depth: int) -> list[int]:
 def add_moe_layers(
     backbone: nn.Module,
     *,
-    router: Callable[[int, int], nn.Module] | None,
+    router: Callable[[int, int], Router] | None,
     num_experts: int,
     max_experts: int,
     layers: Placement,

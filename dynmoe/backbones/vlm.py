@@ -138,7 +138,7 @@ class VisionLanguageModel(nn.Module):
             ends = torch.tensor(_as_list(self.config.eos_token_id), device=ids.device)
             mask = self._token_mask = mask[:, -1:] & ~torch.isin(ids, ends)
         for layer in moe_layers(model).values():
-            layer._token_mask = mask
+            layer.token_mask = mask
 
     def _forward_and_recompute(
         self,

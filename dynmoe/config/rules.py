@@ -75,13 +75,12 @@ def parts_add_up(cfg: DictConfig) -> Iterator[str]:
     if init is None or router is None:
         return
     parts = init in ("cluster", "random")
-    average = str(router.get("_target_")).endswith("AverageKeyRouter")
-    if parts and not average and router.get("weights_sum") != "k":
+    if parts and router.get("weights_sum") != "k":
         yield (
             f"moe.init: {init} makes experts whose outputs add up, but this router's weights sum "
             "to 1. Choose moe=emoe or moe=emoe_learn, or set moe.init=copy."
         )
-    if not parts and (average or router.get("weights_sum") == "k"):
+    if not parts and router.get("weights_sum") == "k":
         yield (
             f"moe.init: {init} makes whole experts, but moe.router adds up outputs. "
             "Set moe.init=cluster or random."

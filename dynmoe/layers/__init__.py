@@ -5,6 +5,7 @@ from dynmoe.layers.moe import MoELayer, mask_padding, moe_layers, record_routing
 from dynmoe.layers.routers import (
     AverageKeyRouter,
     CosineTopKRouter,
+    Router,
     Routing,
     TopAnyRouter,
     TopKRouter,
@@ -15,6 +16,7 @@ __all__ = [
     "CosineTopKRouter",
     "Experts",
     "MoELayer",
+    "Router",
     "Routing",
     "TopAnyRouter",
     "TopKRouter",

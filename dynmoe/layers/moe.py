@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.layers.experts import Experts, Init, redraw
-from dynmoe.layers.routers import AverageKeyRouter, Routing, TopAnyRouter
+from dynmoe.layers.routers import Router, Routing
 
 NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
 
 
 class RoutingStats(NamedTuple):
-    """What one forward pass routed: sums over its real tokens, detached."""
+    """Sums over the real tokens of one forward pass, detached."""
 
     load_E: Tensor
     """Tokens of each living expert."""
@@ -46,7 +46,8 @@ class MoELayer(nn.Module):
 
     The pool has ``max_experts`` slots, the first ``num_experts`` of which are alive at the start.
     Adding or removing an expert flips ``active_E`` and rewrites a slot; Parameters neither appear
-    nor vanish during training, so optimizers and checkpoints keep working.
+    nor vanish during training, so optimizers and checkpoints keep working. The layer knows its
+    router by the methods of ``Router`` alone.
 
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
@@ -54,16 +55,21 @@ class MoELayer(nn.Module):
 
     Raises:
         ValueError: ``num_experts`` is not 1 to ``max_experts``.
-        ConfigError: ``init`` splits an FFN that cannot be split so (``split.split_ffn``).
+        ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``).
     """
 
     active_E: Tensor
+    """Bool: the slots that hold an expert. In checkpoints."""
+    tape: list[Routed] | None
+    """Gets one entry a call within ``record_routing``; None elsewhere."""
+    token_mask: Tensor | None
+    """Padding of the next call's input within ``mask_padding``, for blocks that pass x alone."""
 
     def __init__(
         self,
         mlp: nn.Module,
         dim: int,
-        router: Callable[[int, int], nn.Module],
+        router: Callable[[int, int], Router],
         num_experts: int,
         max_experts: int | None = None,
         init: Init = "copy",
@@ -80,30 +86,30 @@ class MoELayer(nn.Module):
         self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None
         self.register_buffer("active_E", torch.arange(max_experts) < num_experts)
         self._live = tuple(range(num_experts))
-        self._tape: list[Routed] | None = None
-        self._token_mask: Tensor | None = None
+        self.tape: list[Routed] | None = None
+        self.token_mask: Tensor | None = None
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """``token_mask`` (bool, x's shape without D) is False on padding, which routes nowhere.
+        """Route x to its experts and sum their outputs. ``[..., D] -> [..., D]``.
 
-        Without one, that of ``mask_padding`` holds: blocks of other libraries pass x alone.
+        ``token_mask`` (bool, x's shape without D) is False on padding, which routes nowhere; None:
+        the one of ``mask_padding`` holds.
 
         Raises:
             ValueError: the last dimension of x is not the layer's.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"expected x of shape [..., {self.dim}], found {list(x.shape)}")
-        token_mask = self._token_mask if token_mask is None else token_mask
-        if isinstance(self.router, AverageKeyRouter):
-            self.router.keys_ED = self.experts.mean_keys(self.live)
+        token_mask = self.token_mask if token_mask is None else token_mask
+        self.router.prepare(self.experts, self.live)
         x_TD = x.reshape(-1, self.dim)
         token_mask_T = None if token_mask is None else token_mask.reshape(-1)
         routing = self.router(x_TD, self.live, token_mask_T)
         y_TD = self.experts(x_TD, routing, self.live)
-        if self._tape is not None:
+        if self.tape is not None:
             stats = routing_stats(x_TD, routing, token_mask_T)
             mask = routing.mask_TE.view(*x.shape[:-1], -1)
-            self._tape.append(Routed(routing.aux, stats, mask, token_mask))
+            self.tape.append(Routed(routing.aux, stats, mask, token_mask))
         return y_TD.view(x.shape)
 
     @property
@@ -112,8 +118,8 @@ class MoELayer(nn.Module):
 
     @property
     def adaptive(self) -> bool:
-        """Whether the router lets experts come and go."""
-        return bool(self.router.adaptive)
+        """Whether experts may be added and removed."""
+        return self.router.adaptive
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -130,8 +136,7 @@ class MoELayer(nn.Module):
         self._read_live()
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
-        """Parameters of one slot of an adaptive layer: direction, threshold and FFN."""
-        assert isinstance(self.router, TopAnyRouter)
+        """Return the parameters of one slot: the router's own for it, and the FFN's."""
         return [*self.router.slot_parameters(slot), *self.experts.slots[slot].parameters()]
 
     def remove_expert(self, slot: int) -> None:
@@ -142,6 +147,8 @@ class MoELayer(nn.Module):
         """
         if slot not in self.live or len(self.live) == 1:
             raise ValueError(f"cannot remove slot {slot}: the living experts are {self.live}")
+        # NOTE: the slot keeps its Parameters. Nothing reads them, so they have no gradient, and
+        # optimizers and checkpoints need not know.
         self.active_E[slot] = False
         self._read_live()
 
@@ -154,15 +161,18 @@ class MoELayer(nn.Module):
         load: dict[int, int] | None = None,
         seed: int = 0,
     ) -> None:
-        """Put an expert into an empty slot, with unit direction and threshold 0 (Algorithm 1).
+        """Put an expert into an empty slot, for tokens like ``direction_D`` (``Router.point``).
 
         ``init`` is where its FFN comes from: whatever the ``slot`` holds (the official code), a
         copy of the living expert with most tokens in ``load``, the ``mean`` of the living ones,
         the ``pretrained`` FFN that the experts were made from, or a ``fresh`` draw with ``seed``.
 
         Raises:
-            ValueError: the slot is taken, or ``pretrained`` without ``keep_origin``.
+            ValueError: the router is not adaptive, the slot is taken, or ``pretrained`` without
+                ``keep_origin``.
         """
+        if not self.adaptive:
+            raise ValueError(f"a {type(self.router).__name__} has a fixed pool of experts")
         if slot in self.live:
             raise ValueError(f"cannot add to slot {slot}: the living experts are {self.live}")
         target = self.experts.slots[slot]
@@ -183,17 +193,15 @@ class MoELayer(nn.Module):
         elif init == "fresh":
             device = next(target.parameters()).device
             redraw(target, torch.Generator(device).manual_seed(seed))
-        assert isinstance(self.router, TopAnyRouter)
         self.router.point(slot, direction_D)
         self.active_E[slot] = True
         self._read_live()
 
     def compact(self) -> MoELayer:
-        """A copy without the empty slots: equal outputs, fewer parameters. For export."""
+        """Return a copy without the empty slots: equal outputs, fewer parameters. For export."""
         layer = copy.deepcopy(self)
         layer.experts.keep(self.live)
-        if isinstance(layer.router, TopAnyRouter):
-            layer.router.keep(self.live)
+        layer.router.keep(self.live)
         layer.origin = None
         layer.active_E = self.active_E[list(self.live)].clone()
         layer._read_live()
@@ -201,9 +209,11 @@ class MoELayer(nn.Module):
 
 
 def routing_stats(x_TD: Tensor, routing: Routing, token_mask_T: Tensor | None) -> RoutingStats:
-    """Sums over real tokens; a few passes over [T, E] and one over [T, D], no host sync."""
-    with torch.autocast(x_TD.device.type, enabled=False):  # a window of bf16 sums would stagnate
+    """Sum over real tokens; a few passes over [T, E] and one over [T, D], no host sync."""
+    # NOTE: in fp32 under any autocast, because a window of bf16 sums would stagnate.
+    with torch.autocast(x_TD.device.type, enabled=False):
         unserved_D = routing.unserved_T.float() @ x_TD.detach().float()
+    # The mask may hold the evaluation fallback of a token that no expert served: its k is 0.
     k_T = routing.mask_TE.sum(1).masked_fill(routing.unserved_T, 0)
     if token_mask_T is not None:
         k_T = k_T.masked_fill(~token_mask_T, -1)
@@ -216,9 +226,9 @@ def routing_stats(x_TD: Tensor, routing: Routing, token_mask_T: Tensor | None) -
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
-    """All MoE layers of a model by their dotted names, in the model's order.
+    """Return all MoE layers of a model by their dotted names, in the model's order.
 
-    The names are the same under FSDP, which puts modules of its own around blocks.
+    The names are the same under FSDP, which wraps blocks in other modules.
     """
     return {
         name.replace("_fsdp_wrapped_module.", ""): module
@@ -229,7 +239,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
-    """Within the block every MoE layer call is put on a tape: ``{layer name: [Routed, ...]}``.
+    """Put every call of an MoE layer within the block on a tape: ``{layer name: [Routed, ...]}``.
 
     Close it before ``backward``: then a recomputation under activation checkpointing is not
     recorded, and each forward counts exactly once. Use the non-reentrant kind: in the reentrant one
@@ -238,22 +248,22 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
     layers = moe_layers(model)
     tape: dict[str, list[Routed]] = {name: [] for name in layers}
     for name, layer in layers.items():
-        layer._tape = tape[name]
+        layer.tape = tape[name]
     try:
         yield tape
     finally:
         for layer in layers.values():
-            layer._tape = None
+            layer.tape = None
 
 
 @contextmanager
 def mask_padding(model: nn.Module, token_mask: Tensor | None) -> Iterator[None]:
-    """Within the block MoE layers take ``token_mask`` (bool, [B, N]) for that of their input."""
+    """Give ``token_mask`` (bool, [B, N]) to the calls of all MoE layers within the block."""
     layers = moe_layers(model).values()
     for layer in layers:
-        layer._token_mask = token_mask
+        layer.token_mask = token_mask
     try:
         yield
     finally:
         for layer in layers:
-            layer._token_mask = None
+            layer.token_mask = None

@@ -1,17 +1,18 @@
-"""What every router returns. Routers know nothing of experts.
+"""Routers: which experts serve each token, and with which weights.
 
-Every router is called as ``router(x_TD, live, token_mask_T) -> Routing``. ``live`` lists the slots
-that hold an expert; column j of every result belongs to slot ``live[j]``. Scores, gates and losses
-are computed in fp32 under any autocast.
+``Router`` is the base class and says what a router may override. Below it stand top-any gating
+(DynMoE), top-k over a linear or a cosine score (the settings DynMoE is compared against), and the
+average of an expert's keys (EMoE). Scores, gates and losses are computed in fp32 under any autocast.
 
-Shape suffixes: T tokens, E living experts, D model width.
+Shape suffixes: T tokens, E living experts, S slots, D model width, K choices of a token, P width of
+a projected token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,17 @@ from torch.nn import functional as F
 
 from dynmoe.layers import losses
 
+if TYPE_CHECKING:
+    from dynmoe.layers.experts import Experts
+
 
 class Routing(NamedTuple):
-    """What a router decided for T tokens over E living experts."""
+    """The decision of a router for T tokens over E living experts.
+
+    Rows of ``mask_TE`` may have any number of experts, 0 included, so a router may as well choose
+    tokens for each expert. Experts that output 0 need no column. The output of experts without an
+    FFN (identity, constant) would be one more field [T, D], which ``MoELayer`` adds to the sum.
+    """
 
     weights_TE: Tensor
     """Combine weights, fp32; the output is ``sum_e weights_te * expert_e(x_t)``."""
@@ -36,6 +45,72 @@ class Routing(NamedTuple):
     """Auxiliary loss, a scalar; the task multiplies it by ``moe.aux_weight``."""
     dispatch_TE: Tensor
     """Bool: the pairs to compute. Equal to the mask unless a gradient needs more."""
+
+
+class Router(nn.Module):
+    """Base class of routers. ``router(dim, num_slots)`` makes one for a pool of ``num_slots``.
+
+    ``forward`` has to be written. The other methods have defaults that fit a router with a fixed
+    pool whose parameters are its whole state. A router that is ``adaptive`` lets experts come and
+    go, and overrides ``slot_parameters``, ``point`` and ``keep``.
+
+    State that moves from step to step (a bias per expert, a controlled threshold) belongs into
+    persistent fp32 buffers. ``forward`` must not change it: activation checkpointing runs it twice,
+    and gradient accumulation several times a step. Such a router will need one more method here,
+    called once after the optimizer step with sums over micro-batches and ranks, which
+    ``DynMoECallback`` takes of ``RoutingStats`` already.
+    """
+
+    adaptive: ClassVar[bool] = False
+    """Whether experts may be added and removed during training."""
+
+    def prepare(self, experts: Experts, live: Sequence[int]) -> None:
+        """Read what routing needs of the experts; called before every ``forward`` of a layer."""
+
+    def forward(
+        self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
+    ) -> Routing:
+        """Route every token.
+
+        ``live`` lists the slots that hold an expert, ascending; column j of every result belongs to
+        slot ``live[j]``. ``token_mask_T`` (bool) is False on padding, which must choose no expert,
+        be in no loss and not be reported as unserved.
+        """
+        raise NotImplementedError
+
+    def slot_parameters(self, slot: int) -> list[nn.Parameter]:
+        """Return the parameters that belong to one slot alone."""
+        return []
+
+    def point(self, slot: int, direction_D: Tensor) -> None:
+        """Let the new expert in ``slot`` serve tokens like ``direction_D``, of any length.
+
+        Called between optimizer steps; on every rank with the same direction.
+        """
+
+    def keep(self, slots: Sequence[int]) -> None:
+        """Drop all other slots for good; slot ``slots[i]`` becomes slot i. Called for export."""
+
+    def record(self, live: Sequence[int]) -> dict[str, Any]:
+        """Return what a line of ``routing.jsonl`` says about the state of this router.
+
+        Reports draw ``thresholds``, one number for each living expert; None is no threshold.
+        """
+        return {"thresholds": None}
+
+    def flops(self, dim: int) -> tuple[int, int] | None:
+        """Return the FLOPs of one token: for each living expert, and for all of them together.
+
+        None if they are not known: then costs of the whole model have no FLOPs.
+        """
+        return None
+
+
+def hide_padding(where: Tensor, token_mask_T: Tensor | None) -> Tensor:
+    """Return ``where`` (bool, [T] or [T, E]) with False on padding."""
+    if token_mask_T is None:
+        return where
+    return where & token_mask_T.view(-1, *(1 for _ in where.shape[1:]))
 
 
 def cosine(x_TD: Tensor, w_ED: Tensor) -> Tensor:
@@ -78,15 +153,11 @@ class _CosineWithUnits(torch.autograd.Function):
         return x_grad_TD, w_grad_ED
 
 
-# Top-any gating: every token decides by thresholds how many experts it activates.
-#
-# Shape suffixes: T tokens, E living experts, S slots, D model width.
+class TopAnyRouter(Router):
+    """Top-any gating: every token decides by thresholds how many experts it activates.
 
-
-class TopAnyRouter(nn.Module):
-    """Top-any gating: expert e serves token x iff sigmoid(cos(x, w_e)) > sigmoid(G_e).
-
-    DynMoE (arXiv 2405.14297), Eq. 2-6. The gate is hard with a straight-through gradient, the
+    Expert e serves token x iff sigmoid(cos(x, w_e)) > sigmoid(G_e) (DynMoE, arXiv 2405.14297, Eq.
+    2-6). The gate is hard with a straight-through gradient, the
     output the plain mean of the chosen experts. In training a token may choose none: it then gets
     exactly 0 and is reported in ``unserved_T``; at evaluation it falls back to its best expert.
 
@@ -146,23 +217,21 @@ class TopAnyRouter(nn.Module):
             thresholds_E = torch.stack([self.thresholds[slot] for slot in live]).float()
             scores_TE = cosine(x_TD, directions_ED)
             margin_TE = scores_TE.sigmoid() - thresholds_E.sigmoid()
-            mask_TE = margin_TE > 0
-            if token_mask_T is not None:
-                mask_TE = mask_TE & token_mask_T[:, None]
-            unserved_T = ~mask_TE.any(1)
-            if token_mask_T is not None:
-                unserved_T = unserved_T & token_mask_T
+            mask_TE = hide_padding(margin_TE > 0, token_mask_T)
+            unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
 
             # Straight-through: the value of the hard gate, the gradient of the margin.
             through_TE = margin_TE if self.gate_grad == "all" else margin_TE * mask_TE
             gate_TE = mask_TE + (through_TE - through_TE.detach())
             aux = self._aux(gate_TE, mask_TE, directions_ED, token_mask_T)
             weights_TE = self._weights(gate_TE, mask_TE)
+            # NOTE: losses and ``unserved_T`` are of the gate before the fallback.
             if not self.training:
                 mask_TE, weights_TE = self._fall_back(scores_TE, mask_TE, weights_TE, unserved_T)
             dispatch_TE = mask_TE
             if self.training and self.gate_grad == "all":
-                dispatch_TE = mask_TE.any(1, keepdim=True) | unserved_T[:, None]  # real tokens
+                # Real tokens: served or unserved. Padding is neither.
+                dispatch_TE = mask_TE.any(1, keepdim=True) | unserved_T[:, None]
                 dispatch_TE = dispatch_TE.expand_as(mask_TE)
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, dispatch_TE)
 
@@ -210,7 +279,7 @@ class TopAnyRouter(nn.Module):
         return aux
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
-        """The parameters that belong to one slot alone."""
+        """Return the slot's direction and threshold."""
         return [self.directions[slot], self.thresholds[slot]]
 
     @torch.no_grad()
@@ -221,17 +290,17 @@ class TopAnyRouter(nn.Module):
 
     @torch.no_grad()
     def keep(self, slots: Sequence[int]) -> None:
-        """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
         self.directions = nn.ParameterList(self.directions[slot] for slot in slots)
         self.thresholds = nn.ParameterList(self.thresholds[slot] for slot in slots)
 
+    def record(self, live: Sequence[int]) -> dict[str, Any]:
+        return {"thresholds": [self.thresholds[slot].item() for slot in live]}
 
-# Routers with a fixed number of experts per token: the settings DynMoE is compared against.
-#
-# Shape suffixes: T tokens, E experts, D model width, K choices of a token.
+    def flops(self, dim: int) -> tuple[int, int]:
+        return 2 * dim, 0
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Router):
     """Softmax over a linear score, the k largest experts per token (GShard, Switch, Mixtral).
 
     For k > 1 the chosen probabilities are renormalised to sum to 1; at k = 1 they are not, because
@@ -247,8 +316,6 @@ class TopKRouter(nn.Module):
     (Tutel's batch-prioritised routing), and the overflow gets nothing from it, in evaluation too.
     """
 
-    adaptive = False
-
     def __init__(
         self,
         dim: int,
@@ -260,8 +327,7 @@ class TopKRouter(nn.Module):
         weights_sum: Literal["one", "k"] = "one",
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_slots:
-            raise ValueError(f"top_k is {top_k}: expected 1 to the number of experts, {num_slots}")
+        _check_top_k(top_k, num_slots)
         if aux == "importance_load" and noise <= 0:
             raise ValueError("aux=importance_load needs noise > 0: its load term is smoothed by it")
         self.num_slots = num_slots
@@ -292,10 +358,7 @@ class TopKRouter(nn.Module):
             if self.training and self.noise > 0:
                 noisy_TE = clean_TE + torch.randn_like(clean_TE) * (self.noise / self.num_slots)
             probs_TE = noisy_TE.softmax(1)
-            choice_TK = probs_TE.topk(self.top_k, dim=1).indices
-            mask_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
-            if token_mask_T is not None:
-                mask_TE = mask_TE & token_mask_T[:, None]
+            choice_TK, mask_TE = _largest(probs_TE, self.top_k, token_mask_T)
             weights_TE = probs_TE * mask_TE
             if self.top_k > 1:
                 weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
@@ -305,10 +368,11 @@ class TopKRouter(nn.Module):
             if self.capacity_factor is not None:
                 mask_TE = self._within_capacity(mask_TE, probs_TE, choice_TK, token_mask_T)
                 weights_TE = weights_TE * mask_TE
-            unserved_T = ~mask_TE.any(1)
-            if token_mask_T is not None:
-                unserved_T = unserved_T & token_mask_T
+            unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         return Routing(weights_TE, mask_TE, probs_TE, unserved_T, aux, mask_TE)
+
+    def flops(self, dim: int) -> tuple[int, int]:
+        return 2 * dim, 0
 
     def _aux(
         self, clean_TE: Tensor, noisy_TE: Tensor, choice_TK: Tensor, token_mask_T: Tensor | None
@@ -339,8 +403,23 @@ class TopKRouter(nn.Module):
             wanted_TE = F.one_hot(choice_T[order_T], self.num_slots) * mask_TE[order_T]
             place_TE = taken_E + wanted_TE.cumsum(0)
             kept_TE[order_T] |= (wanted_TE > 0) & (place_TE <= places)
+            # Choices without a place count too, which changes nothing: that expert is full.
             taken_E = taken_E + wanted_TE.sum(0)
         return kept_TE
+
+
+def _check_top_k(top_k: int, num_slots: int) -> None:
+    if not 1 <= top_k <= num_slots:
+        raise ValueError(f"top_k is {top_k}: expected 1 to the number of experts, {num_slots}")
+
+
+def _largest(
+    scores_TE: Tensor, top_k: int, token_mask_T: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the experts with the ``top_k`` largest scores, best first, and their mask."""
+    choice_TK = scores_TE.topk(top_k, dim=1).indices
+    mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
+    return choice_TK, hide_padding(mask_TE, token_mask_T)
 
 
 class CosineTopKRouter(TopKRouter):
@@ -378,42 +457,50 @@ class CosineTopKRouter(TopKRouter):
         scale = self.log_scale.float().clamp(max=math.log(100)).exp()
         return cosine(projected_TP, self.embeddings.float()) * scale
 
-
-# EMoE's router: experts are chosen by the mean of their keys, and their outputs are summed.
-#
-# Shape suffixes: T tokens, E experts, D model width.
+    def flops(self, dim: int) -> tuple[int, int]:
+        return 2 * self.projection, 2 * dim * self.projection
 
 
-class AverageKeyRouter(nn.Module):
-    """The k experts with the largest ``x . mean key``, each with weight 1. Nothing is trained.
+class AverageKeyRouter(Router):
+    """The k experts with the largest ``x . mean key``, equally weighted. Nothing is trained.
 
-    Qiu et al. (arXiv 2310.10908), sec. 3. An expert's keys are the rows of its first matrix; the
-    layer puts their current means into ``keys_ED`` at every forward. Weight 1 is for experts that
-    are parts of one FFN (``moe.init=cluster`` or ``random``): all of them together are that FFN.
+    EMoE (Qiu et al., arXiv 2310.10908), sec. 3. An expert's keys are the rows of its first matrix.
+    ``weights_sum``: EMoE's is ``k``, weight 1 each, for experts that are parts of one FFN
+    (``moe.init=cluster`` or ``random``): all of them together are that FFN.
 
     Raises:
         ValueError: ``top_k`` is not 1 to ``num_slots``.
     """
 
-    adaptive = False
     keys_ED: Tensor
 
-    def __init__(self, dim: int, num_slots: int, top_k: int = 16) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_slots: int,
+        top_k: int = 16,
+        weights_sum: Literal["one", "k"] = "one",
+    ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_slots:
-            raise ValueError(f"top_k is {top_k}: expected 1 to the number of experts, {num_slots}")
+        _check_top_k(top_k, num_slots)
         self.top_k = top_k
+        self.weights_sum = weights_sum
         self.register_buffer("keys_ED", torch.zeros(num_slots, dim), persistent=False)
+
+    def prepare(self, experts: Experts, live: Sequence[int]) -> None:
+        # NOTE: at every forward, because the keys are trained with their experts.
+        self.keys_ED = experts.mean_keys(live)
 
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
     ) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.detach().float(), self.keys_ED)
-        choice_TK = scores_TE.topk(self.top_k, dim=1).indices
-        mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
-        if token_mask_T is not None:
-            mask_TE = mask_TE & token_mask_T[:, None]
+        _, mask_TE = _largest(scores_TE, self.top_k, token_mask_T)
+        weights_TE = mask_TE.float() if self.weights_sum == "k" else mask_TE / self.top_k
         unserved_T = torch.zeros(len(x_TD), dtype=torch.bool, device=x_TD.device)
         aux = scores_TE.new_zeros(())
-        return Routing(mask_TE.float(), mask_TE, scores_TE, unserved_T, aux, mask_TE)
+        return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, mask_TE)
+
+    def flops(self, dim: int) -> tuple[int, int]:
+        return 2 * dim, 0

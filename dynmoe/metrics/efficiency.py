@@ -77,7 +77,7 @@ def count(model: nn.Module, *sample: Any) -> Costs:
     - ``flops``: ``{"other": n, "layers": {name: {"tokens", "expert", "router", "router_fixed"}}}``:
       outside MoE layers per sample; of a layer its tokens per sample, and per token one expert's,
       the router's for each living expert, and its shared ones. None where a class is missing in
-      ``PRODUCTS`` or ``ROUTERS``: the sum is compared with what PyTorch's own counter sees.
+      ``PRODUCTS`` or a router does not know its FLOPs: the sum is compared with what PyTorch's own counter sees.
     - ``slots``: ``{name: max_experts}``.
 
     The model is neither run nor changed.
@@ -99,9 +99,7 @@ def count(model: nn.Module, *sample: Any) -> Costs:
 
 def _parameters(layer: MoELayer) -> dict[str, int]:
     router = sum(p.numel() for p in layer.router.parameters())
-    each = 0
-    if layer.adaptive:
-        each = sum(p.numel() for p in layer.router.slot_parameters(0))  # type: ignore[operator]
+    each = sum(p.numel() for p in layer.router.slot_parameters(0))
     return {
         "expert": sum(p.numel() for p in layer.experts.slots[0].parameters()),
         "router": each,
@@ -178,24 +176,6 @@ PRODUCTS: dict[str, Callable[[Any, Tensor, Tensor], int]] = {
 }
 
 
-# Per token: for each living expert, and whatever their number.
-def _scores(layer: MoELayer) -> tuple[int, int]:
-    return 2 * layer.dim, 0
-
-
-def _projected_scores(layer: MoELayer) -> tuple[int, int]:
-    width = int(layer.router.projection)  # type: ignore[arg-type]
-    return 2 * width, 2 * layer.dim * width
-
-
-ROUTERS: dict[str, Callable[[MoELayer], tuple[int, int]]] = {
-    "dynmoe.layers.routers.TopAnyRouter": _scores,
-    "dynmoe.layers.routers.TopKRouter": _scores,
-    "dynmoe.layers.routers.AverageKeyRouter": _scores,
-    "dynmoe.layers.routers.CosineTopKRouter": _projected_scores,
-}
-
-
 def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
     """One pass of shapes without data, in which every token has the first expert alone."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -206,8 +186,12 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
 
     shell = _shapes_of(model)
     layers = moe_layers(shell)
-    if any(_class(layer.router) not in ROUTERS for layer in layers.values()):
-        return None
+    routers: dict[str, tuple[int, int]] = {}
+    for name, layer in layers.items():
+        known = layer.router.flops(layer.dim)
+        if known is None:
+            return None
+        routers[name] = known
     found, tokens = Counter[str](), Counter[str]()
 
     def add(
@@ -238,7 +222,6 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
         return None
     if counter.get_total_flops() != found.total():
         return None
-    routers = {name: ROUTERS[_class(layer.router)](layer) for name, layer in layers.items()}
     return {
         "other": found[""],
         "layers": {
@@ -270,6 +253,6 @@ def _shapes_of(model: nn.Module) -> nn.Module:
         for p in model.parameters()
     }
     shapes |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    tapes = (layer._tape for layer in moe_layers(model).values())
+    tapes = (layer.tape for layer in moe_layers(model).values())
     shapes |= {id(tape): [] for tape in tapes if tape is not None}
     return copy.deepcopy(model, shapes).eval()

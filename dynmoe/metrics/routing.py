@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.layers.moe import MoELayer, Routed, moe_layers
-from dynmoe.layers.routers import TopAnyRouter
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -142,7 +141,6 @@ def _record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:
     while len(k_hist) > len(layer.live) + 1 and k_hist[-1] == 0:
         k_hist.pop()
     tokens = sum(k_hist)
-    router = layer.router
     return {
         "slots": list(layer.live),
         "tokens": tokens,
@@ -150,11 +148,7 @@ def _record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:
         "k_hist": k_hist,
         "unrouted": k_hist[0] / max(1, tokens),
         "load": [load_S[slot] for slot in layer.live],
-        "thresholds": (
-            [router.thresholds[slot].item() for slot in layer.live]
-            if isinstance(router, TopAnyRouter)
-            else None
-        ),
+        **layer.router.record(layer.live),
     }
 
 

@@ -101,7 +101,7 @@ def test_all_parts_together_are_the_dense_function(name: str, init: str) -> None
     dense = classifier(name)
     expected = dense(tokens())
     before = sum(p.numel() for p in dense.parameters())
-    add(dense, partial(AverageKeyRouter, top_k=8), 8, init=init)
+    add(dense, partial(AverageKeyRouter, top_k=8, weights_sum="k"), 8, init=init)
     assert sum(p.numel() for p in dense.parameters()) == before
     torch.testing.assert_close(dense(tokens()), expected, atol=1e-5, rtol=0)
 

@@ -90,7 +90,7 @@ def test_all_parts_together_are_the_dense_vit(init: str) -> None:
     for vit in (dense.eval(), sparse):
         for block in vit.blocks:
             nn.init.constant_(block.mlp.fc2.bias, 0.1)
-    router = partial(AverageKeyRouter, top_k=8)
+    router = partial(AverageKeyRouter, top_k=8, weights_sum="k")
     add(sparse, router=router, num_experts=8, max_experts=8, init=init, expert_dropout=0.1)
     x = torch.randn(3, 1, 28, 28)
     torch.testing.assert_close(sparse.eval()(x), dense(x))

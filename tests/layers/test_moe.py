@@ -187,7 +187,7 @@ def test_tape_of_a_layer_used_twice() -> None:
     layer = make_layer()
     with record_routing(nn.Sequential(layer)) as tape:
         layer(layer(torch.randn(5, DIM)))
-    assert len(tape["0"]) == 2 and layer._tape is None
+    assert len(tape["0"]) == 2 and layer.tape is None
 
 
 def test_statistics_by_hand() -> None:

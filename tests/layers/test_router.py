@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, TopAnyRouter, TopKRouter
 from dynmoe.layers.routers import cosine
@@ -83,6 +84,18 @@ def test_gate_is_fp32_under_autocast(name: str, x_TD: torch.Tensor) -> None:
         cast = router(x_TD, LIVE)
     assert torch.equal(plain.scores_TE, cast.scores_TE)
     assert torch.equal(plain.weights_TE, cast.weights_TE)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_flops_are_those_of_pytorchs_counter(name: str, x_TD: torch.Tensor) -> None:
+    """Two batches, because products whose size does not depend on the batch are left out."""
+    router, totals = ROUTERS[name](DIM, SLOTS), []
+    for tokens in (50, 20):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            router(x_TD[:tokens], LIVE)
+        totals.append(counter.get_total_flops())
+    each, fixed = router.flops(DIM)
+    assert totals[0] - totals[1] == 30 * (SLOTS * each + fixed)
 
 
 # Top-any gating (DynMoE, Eq. 2-6).

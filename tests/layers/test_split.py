@@ -110,7 +110,8 @@ def test_ffns_that_do_not_split_are_refused(mlp: nn.Module) -> None:
 
 def test_average_keys_follow_the_experts() -> None:
     """The router scores by the weights of now, and no gradient reaches them through it."""
-    layer = MoELayer(make_mlp(), DIM, partial(AverageKeyRouter, top_k=2), 6, init="cluster")
+    router = partial(AverageKeyRouter, top_k=2, weights_sum="k")
+    layer = MoELayer(make_mlp(), DIM, router, 6, init="cluster")
     x = torch.randn(50, DIM)
     layer(x).sum().backward()
     assert not list(layer.router.parameters()) and not any(
@@ -129,8 +130,11 @@ def test_average_keys_follow_the_experts() -> None:
     assert torch.equal(routing.weights_TE, routing.mask_TE.float())
 
 
-def test_weights_that_sum_to_k() -> None:
-    one, k = (CosineTopKRouter(DIM, 6, top_k=3, weights_sum=total).eval() for total in ("one", "k"))
+@pytest.mark.parametrize("router", [CosineTopKRouter, AverageKeyRouter])
+def test_weights_that_sum_to_k(router) -> None:  # type: ignore[no-untyped-def]
+    one, k = (router(DIM, 6, top_k=3, weights_sum=total).eval() for total in ("one", "k"))
     k.load_state_dict(one.state_dict())
     x = torch.randn(9, DIM)
-    torch.testing.assert_close(k(x, range(6)).weights_TE, 3 * one(x, range(6)).weights_TE)
+    weights_TE = one(x, range(6)).weights_TE
+    torch.testing.assert_close(weights_TE.sum(1), torch.ones(9))
+    torch.testing.assert_close(k(x, range(6)).weights_TE, 3 * weights_TE)

@@ -42,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
 TOKENS = 7
 MOES: dict[str, tuple[Any, str]] = {
     "top-2": (partial(TopKRouter, top_k=2), "copy"),
-    "emoe": (partial(AverageKeyRouter, top_k=2), "cluster"),
+    "emoe": (partial(AverageKeyRouter, top_k=2, weights_sum="k"), "cluster"),
     "emoe_learn": (partial(CosineTopKRouter, top_k=2, weights_sum="k"), "random"),
 }
 
