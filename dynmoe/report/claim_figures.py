@@ -47,7 +47,7 @@ BELOW: Style = {"color": RED, "marker": "v", "linestyle": "none"}
 LOOKS: dict[Verdict, Style] = {
     "beats": BEATS,
     "is below": BELOW,
-    "cannot be told from": OPEN,
+    "is not significantly different from": OPEN,
     "unknown": OPEN,
 }
 
@@ -102,7 +102,11 @@ def draw_claim(claim: Claim) -> Picture | None:
     axes.grid(axis="x", alpha=0.25)
     handles = [
         Line2D([], [], **look, label=label)
-        for look, label in ((BEATS, "better"), (OPEN, "cannot be told apart"), (BELOW, "worse"))
+        for look, label in (
+            (BEATS, "better"),
+            (OPEN, "not significantly different"),
+            (BELOW, "worse"),
+        )
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return Picture(
