@@ -223,7 +223,10 @@ def _compare(
         left_out,
         repetitions,
         own,
-        tuple(Difference(*rival, tuple(others), paired(own, others)) for *rival, others in rivals),
+        tuple(
+            Difference(rival, name, tuple(others), paired(own, others))
+            for rival, name, others in rivals
+        ),
         means,
         AtTheEnd(
             last[setting],

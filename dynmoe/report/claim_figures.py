@@ -274,7 +274,7 @@ def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | No
         f"{capital(runs[0].words.noun)} of every setting against its measured time, with the "
         "Pareto front",
         f"{_reading(runs)} Better is up, and left for ms, right for samples/s. Horizontal bars "
-        f"span the quartiles. Measured in turns: {timings.conditions}.",
+        f"span the quartiles. Measurements are interleaved: {timings.conditions}.",
     )
 
 
