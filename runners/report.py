@@ -1,4 +1,4 @@
-"""``dynmoe-report``: what runs say together, from their records alone. PyTorch is not loaded."""
+"""``dynmoe-report``: the report of many runs, from their records alone. PyTorch is not loaded."""
 
 from __future__ import annotations
 
@@ -30,14 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.domainbed is not None:
             if args.out is not None:
                 raise UserError(NO_OUT.format("--domainbed, whose tables go into its folder"))
-            _domainbed(args.domainbed)
-        elif len(args.folders) == 2 and all(map(_is_run, args.folders)):
+            from dynmoe.report import domainbed
+
+            print(domainbed.write(args.domainbed), end="")
+        elif len(args.folders) == 2 and all((each / "run.json").exists() for each in args.folders):
             if args.out is not None:
                 raise UserError(NO_OUT.format("two runs, which are compared on the console"))
             _compare(*args.folders)
         else:
             _report(args.folders, args.out or args.folders[0] / "report")
-    except (UserError, OSError) as error:  # of --out, say: the error names the folder
+    except (UserError, OSError) as error:  # an OSError of --out, say, names the folder
         print(f"dynmoe-report: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -58,11 +60,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report(folders: Sequence[Path], out: Path) -> None:
     collection = read_runs(folders)
-    console = Console(stderr=True)
-    for warning in collection.warnings:
-        console.print(Text(f"warning: {warning}", "yellow"))
+    _warn(collection.warnings, Console(stderr=True))
     if not collection.runs:
-        raise RecordError(_unusable(collection, "a finished run, found none"))
+        raise _nothing_finished(collection)
 
     from dynmoe.report import page
     from dynmoe.report.claim_tables import statements
@@ -73,9 +73,13 @@ def _report(folders: Sequence[Path], out: Path) -> None:
         console.print(Text(sentence))
     if collection.absent:
         console.print(Text("\n".join(["\nWithout a result:", *_absent(collection)])))
-    print(
-        f"\n{len(collection.runs)} runs reported:\n{out / 'report.html'}"
-    )  # one line, to be copied
+    page_file = out / "report.html"  # printed without wrapping, to be copied
+    print(f"\n{len(collection.runs)} runs reported:\n{page_file}")
+
+
+def _warn(warnings: Sequence[str], console: Console) -> None:
+    for warning in warnings:
+        console.print(Text(f"warning: {warning}", "yellow"))
 
 
 def _compare(a: Path, b: Path) -> None:
@@ -87,8 +91,7 @@ def _compare(a: Path, b: Path) -> None:
 
     result = compare(first, second)
     console = Console()
-    for warning in result.warnings:
-        console.print(Text(f"warning: {warning}", "yellow"))
+    _warn(result.warnings, console)
     for sentence in result.sentences:
         console.print(Text(sentence))
     for table in result.tables:
@@ -96,22 +99,12 @@ def _compare(a: Path, b: Path) -> None:
 
 
 def _run(folder: Path) -> Run:
-    """A finished run; read alone, so that a run and its repeat under other versions both count."""
+    """Read a finished run alone, so that a run and its repeat under other versions both count."""
     collection = read_runs([folder])
     runs = [*collection.runs, *collection.others]
     if not runs:
-        raise RecordError(_unusable(collection, "a finished run, found none"))
+        raise _nothing_finished(collection)
     return runs[0]
-
-
-def _domainbed(folder: Path) -> None:
-    from dynmoe.report import domainbed
-
-    print(domainbed.write(folder), end="")
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "run.json").exists()
 
 
 def _absent(collection: Collection) -> list[str]:
@@ -121,10 +114,10 @@ def _absent(collection: Collection) -> list[str]:
     ]
 
 
-def _unusable(collection: Collection, expected: str) -> str:
+def _nothing_finished(collection: Collection) -> RecordError:
     folders = ", ".join(map(str, collection.folders))
     reasons = [*_absent(collection), *(f"  {warning}" for warning in collection.warnings)]
-    return "\n".join([f"{folders}: expected {expected}", *reasons])
+    return RecordError("\n".join([f"{folders}: expected a finished run, found none", *reasons]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 """The paper's claim in numbers: an adaptive setting against the grid of fixed ones, and dense.
 
-DynMoE (arXiv 2405.14297) is to replace a search over (experts, top-k). So it is held against the
+DynMoE (arXiv 2405.14297) is to replace a search over (experts, top-k). So it is compared with the
 mean of the grid, its best and its worst setting, and the one that a practitioner would take, the
 best by validation accuracy. The best and the worst are chosen by the test accuracy itself, which
-nobody can do without testing: it flatters the best. Words follow from paired tests (`paired`).
+nobody can do without testing: this is optimistic for the best.
+
+Two settings are compared on repetitions that both have. A repetition fixes weights, batches and
+splits (seed, trial seed), so a paired difference is free of much of the chance in either number.
+Verdicts follow from a paired t test, which knows how little a few repetitions say: of three, a
+bootstrap interval is the range of the differences, and excludes 0 in 1 of 4 cases by chance.
 """
 
 from __future__ import annotations
@@ -11,11 +16,11 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap, t
+from scipy.stats import bootstrap, ttest_1samp
 
 from dynmoe.report.run import Problem, Repetition, Run, environments, settings
 from dynmoe.report.runs import Absent, Collection
@@ -23,6 +28,11 @@ from dynmoe.report.tables import format_points
 from dynmoe.report.words import Words
 
 Rival = Literal["mean", "best", "worst", "pick", "dense", "grid"]
+Verdict = Literal["beats", "is not significantly different from", "is below", "unknown"]
+
+MEAN = "mean of environments"
+RESAMPLES = 9999
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -66,21 +76,21 @@ class AtTheEnd(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SettingComparison:
     """An adaptive setting and its rivals in one test environment, or in their mean."""
 
     environment: str
-    """Its name, or `matching.MEAN`."""
-    repetitions: tuple[Repetition, ...]
-    """Those that all compared settings have."""
-    accuracies: tuple[float, ...]
-    """The adaptive setting's, by repetition."""
-    differences: tuple[Difference, ...]
-    means: Mapping[str, float]
-    """Mean accuracy of every compared setting, in order."""
+    """Its name, or `MEAN`."""
     left_out: tuple[str, ...]
-    """What lacks repetitions, and why: `top-2 of 8 (2 of 3: seed 1 failed)`."""
-    at_the_end: AtTheEnd | None
+    """Settings that lack repetitions, and why: `top-2 of 8 (2 of 3: seed 1 failed)`."""
+    repetitions: tuple[Repetition, ...] = ()
+    """Those that all compared settings have."""
+    accuracies: tuple[float, ...] = ()
+    """The adaptive setting's, by repetition."""
+    differences: tuple[Difference, ...] = ()
+    means: Mapping[str, float] = field(default_factory=dict)
+    """Mean accuracy of every compared setting, in order."""
+    at_the_end: AtTheEnd | None = None
     """None without results."""
 
     @property
@@ -100,55 +110,40 @@ class Claim:
 
     problem: Problem
     setting: str
-    grid: tuple[str, ...]
-    dense: tuple[str, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[SettingComparison, ...]
     """By environment; with several, their mean comes last."""
     draws: Mapping[str, int]
-    """Of each setting, how many draws of hyper-parameters its best was chosen from."""
+    """Number of draws of hyper-parameters that the best of each setting was chosen from."""
     samples: tuple[int, ...]
     """Sizes of the test splits; empty where they were not recorded."""
     words: Words
 
     @property
-    def overall(self) -> Comparison:
+    def overall(self) -> SettingComparison:
         return self.comparisons[-1]
 
 
 def examine(collection: Collection, problem: Problem) -> list[Claim]:
-    """The claim of every adaptive setting; none without one."""
+    """Return the claim of every adaptive setting; none without one."""
     runs = collection.of(problem)
     absent = [entry for entry in collection.absent if entry.problem == problem]
-    cells = score_cells(runs)
+    cells, repetitions = score_cells(runs), expected(runs, absent)
     kinds = {run.setting: run.kind for run in runs}
-    without_result = dict.fromkeys(e.setting for e in absent if e.setting not in ("", *kinds))
-    grid = tuple(name for name, kind in kinds.items() if kind == "fixed")
-    dense = tuple(name for name, kind in kinds.items() if kind == "dense")
-    repetitions = expected(runs, absent)
+    rivals = [name for kind in ("fixed", "dense") for name in kinds if kinds[name] == kind]
+    rivals += dict.fromkeys(e.setting for e in absent if e.setting not in ("", *kinds))
 
-    def compared(setting: str, environment: str) -> Comparison:
-        pool = {
-            name: cells[name, environment] for name in (setting, *grid, *dense, *without_result)
-        }
-        lacking = {
-            name: lacks(name, environment, cell, repetitions, absent) for name, cell in pool.items()
-        }
-        return _compare(
-            setting,
-            environment,
-            {name: cell for name, cell in pool.items() if cell},
-            kinds,
-            tuple(f"{name} ({what})" for name, what in lacking.items() if what),
-            problem.validates,
-        )
+    def compared(setting: str, place: str) -> SettingComparison:
+        pool = {name: cells[name, place] for name in (setting, *rivals)}
+        gaps = {n: lacks(n, place, cell, repetitions, absent) for n, cell in pool.items()}
+        left_out = tuple(f"{name} ({gap})" for name, gap in gaps.items() if gap)
+        done = {name: cell for name, cell in pool.items() if cell}
+        return _compare(setting, place, done, kinds, left_out, problem.validates)
 
     return [
         Claim(
             problem,
             setting,
-            grid,
-            dense,
-            tuple(compared(setting, environment) for environment in columns(runs)),
+            tuple(compared(setting, place) for place in columns(runs)),
             _draws(collection, problem),
             _samples(runs),
             runs[0].words,
@@ -186,65 +181,62 @@ def _rank(own: float, others: Iterable[float]) -> int:
 
 def _compare(
     setting: str,
-    environment: str,
-    cells: Mapping[str, Cell],
+    place: str,
+    cells: Mapping[str, ScoreByRepetition],
     kinds: Mapping[str, str],
     left_out: tuple[str, ...],
     validates: bool,
-) -> Comparison:
-    """On the repetitions that most settings have, with the settings that have all of them."""
-    others = [cell for name, cell in cells.items() if name != setting]
-    repetitions = matched(cells.get(setting, {}), others)
-    cells = {name: cell for name, cell in cells.items() if set(repetitions) <= cell.keys()}
+) -> SettingComparison:
+    """Compare on the repetitions that most settings have, with the settings that have them all."""
+    repetitions = matched(cells.get(setting, {}), [c for n, c in cells.items() if n != setting])
     if not repetitions:
-        return Comparison(environment, (), (), (), {}, left_out, None)
-    scores = {name: [cell[each] for each in repetitions] for name, cell in cells.items()}
-    accuracies = {name: tuple(score.accuracy for score in found) for name, found in scores.items()}
-    own = accuracies[setting]
+        return SettingComparison(place, left_out)
+    scores = {
+        name: [cell[each] for each in repetitions]
+        for name, cell in cells.items()
+        if set(repetitions) <= cell.keys()
+    }
+    accuracies = {name: tuple(each.accuracy for each in found) for name, found in scores.items()}
     means = {name: float(np.mean(values)) for name, values in accuracies.items()}
-
-    def difference(rival: Rival, name: str, others: Sequence[float]) -> Difference:
-        # Rounded: equal accuracies differ by 1e-17 in their means, and that is no finding.
-        values = tuple(round(a - b, 12) for a, b in zip(own, others, strict=True))
-        return Difference(rival, name, tuple(others), values)
-
-    differences = []
-    grid = [name for name in cells if kinds[name] == "fixed"]
-    if grid:
-        by_repetition = np.mean([accuracies[name] for name in grid], axis=0).tolist()
-        best, worst = (choose(grid, key=lambda name: means[name]) for choose in (max, min))
-        differences = [
-            difference("mean", "", by_repetition),
-            difference("best", best, accuracies[best]),
-            difference("worst", worst, accuracies[worst]),
-        ]
-        if validates:
-            picks = [
-                max(grid, key=lambda name: scores[name][index].validation)
-                for index in range(len(repetitions))
-            ]
-            picked = [accuracies[name][index] for index, name in enumerate(picks)]
-            differences.append(difference("pick", ", ".join(dict.fromkeys(picks)), picked))
-    dense = [name for name in cells if kinds[name] == "dense"]
-    differences += [difference("dense", name, accuracies[name]) for name in dense]
-    differences += [difference("grid", name, accuracies[name]) for name in grid]
     last = {name: float(np.mean([each.last for each in found])) for name, found in scores.items()}
-    at_the_end = AtTheEnd(
-        last[setting],
-        float(np.mean([last[name] for name in grid])) if grid else math.nan,
-        _rank(last[setting], last.values()),
-    )
-    return Comparison(
-        environment, repetitions, own, tuple(differences), means, left_out, at_the_end
+    grid, dense = ([n for n in scores if kinds[n] == kind] for kind in ("fixed", "dense"))
+    rivals: list[tuple[Rival, str, Sequence[float]]] = []
+    if grid:
+        best, worst = max(grid, key=means.__getitem__), min(grid, key=means.__getitem__)
+        rivals = [
+            ("mean", "", np.mean([accuracies[name] for name in grid], axis=0).tolist()),
+            ("best", best, accuracies[best]),
+            ("worst", worst, accuracies[worst]),
+        ]
+    if grid and validates:
+        picks = [
+            max(grid, key=lambda name: scores[name][index].validation)
+            for index in range(len(repetitions))
+        ]
+        picked = [accuracies[name][index] for index, name in enumerate(picks)]
+        rivals.append(("pick", ", ".join(dict.fromkeys(picks)), picked))
+    rivals += [("dense", name, accuracies[name]) for name in dense]
+    rivals += [("grid", name, accuracies[name]) for name in grid]
+    own = accuracies[setting]
+    return SettingComparison(
+        place,
+        left_out,
+        repetitions,
+        own,
+        tuple(
+            Difference(rival, name, tuple(others), paired(own, others))
+            for rival, name, others in rivals
+        ),
+        means,
+        AtTheEnd(
+            last[setting],
+            float(np.mean([last[name] for name in grid])) if grid else math.nan,
+            _rank(last[setting], last.values()),
+        ),
     )
 
 
 # Accuracies by setting, environment and repetition, and which of them may be compared.
-#
-# Two settings are compared on repetitions that both have. A repetition fixes weights, batches and
-# splits (seed, trial seed), so a paired difference is free of much of the chance in either number.
-
-MEAN = "mean of environments"
 
 
 class Score(NamedTuple):
@@ -254,11 +246,11 @@ class Score(NamedTuple):
     """Accuracy at the end of training."""
 
 
-Cell = Mapping[Repetition, Score]
+ScoreByRepetition = Mapping[Repetition, Score]
 
 
-def score_cells(runs: Sequence[Run]) -> dict[tuple[str, str], Cell]:
-    """The scores of one problem's runs, `[setting, environment][repetition]`.
+def score_cells(runs: Sequence[Run]) -> dict[tuple[str, str], ScoreByRepetition]:
+    """Return the scores of one problem's runs, `[setting, environment][repetition]`.
 
     With several environments there is also their mean, of repetitions that have all of them.
     """
@@ -277,8 +269,8 @@ def score_cells(runs: Sequence[Run]) -> dict[tuple[str, str], Cell]:
     return defaultdict(dict, cells)
 
 
-def matched(own: Cell, others: Iterable[Cell]) -> tuple[Repetition, ...]:
-    """Repetitions to compare on: those of `own` that most of the others have.
+def matched(own: ScoreByRepetition, others: Iterable[ScoreByRepetition]) -> tuple[Repetition, ...]:
+    """Return the repetitions to compare on: those of `own` that most of the others have.
 
     Not those that all have: one setting with a single run would take the rest from all the others.
     """
@@ -305,11 +297,11 @@ def expected(runs: Iterable[Run], absent: Iterable[Absent]) -> list[Repetition]:
 def lacks(
     setting: str,
     environment: str,
-    cell: Cell,
+    cell: ScoreByRepetition,
     repetitions: Sequence[Repetition],
     absent: Iterable[Absent],
 ) -> str:
-    """What a cell lacks: `2 of 3: seed 1 failed`; empty if it has all repetitions."""
+    """Return the repetitions that a cell lacks: `2 of 3: seed 1 failed`; empty if it has all."""
     gaps = [repetition for repetition in repetitions if repetition not in cell]
     if not gaps:
         return ""
@@ -327,15 +319,12 @@ def lacks(
     return f"{len(cell)} of {len(repetitions)}: {', '.join(words)}"
 
 
-# What paired differences allow to say, and how they are written.
-#
-# Words follow from a paired t test, which knows how little a few repetitions say: of three, a
-# bootstrap interval is the range of the differences, and excludes 0 in 1 of 4 cases by chance.
+# Statistics of paired differences, and their text.
 
-Verdict = Literal["beats", "cannot be told from", "is below", "unknown"]
 
-RESAMPLES = 9999
-LEVEL = 0.05
+def paired(own: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
+    """Return the differences, rounded: equal accuracies may differ by 1e-17 in their means."""
+    return tuple(round(a - b, 12) for a, b in zip(own, others, strict=True))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -350,10 +339,9 @@ def p_value(values: Sequence[float]) -> float | None:
     """Two-sided, of Student's t test that the mean is 0; None for fewer than two values."""
     if not _can_be_tested(values):
         return None
-    mean, error = np.mean(values), float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    if error == 0:
-        return 0.0 if mean else 1.0
-    return float(2 * t.sf(abs(mean) / error, df=len(values) - 1))
+    if len(set(values)) == 1:  # NOTE: without spread t is 0 / 0 or infinite
+        return float(values[0] == 0)
+    return float(ttest_1samp(values, 0).pvalue)
 
 
 def verdict(values: Sequence[float]) -> Verdict:
@@ -361,7 +349,7 @@ def verdict(values: Sequence[float]) -> Verdict:
     if p is None:
         return "unknown"
     if p >= LEVEL:
-        return "cannot be told from"
+        return "is not significantly different from"
     return "beats" if np.mean(values) > 0 else "is below"
 
 

@@ -1,7 +1,7 @@
-"""Pictures that compare the settings of one problem: the claim, cost and accuracy, curves.
+"""Figures that compare the settings of one problem: the claim, curves, accuracy against cost.
 
 Dense is black, adaptive settings are coloured, the grid of fixed mixtures is grey; markers and
-dashes say the same in black and white. A picture without anything to show is None.
+dashes say the same in black and white. A figure without anything to show is None.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
@@ -33,22 +34,24 @@ from dynmoe.report.drawing import (
     scatter,
     set_apart,
 )
-from dynmoe.report.run import Run, environments
+from dynmoe.report.run import Run, by_setting, environments
 from dynmoe.report.words import capital
 from dynmoe.selection import judged
 
 Style = Mapping[str, Any]
 """For `Axes.plot`."""
 
-BEATS: Style = {"color": BLUE, "marker": "^", "linestyle": "none"}
-OPEN: Style = {"color": GREY, "marker": "o", "linestyle": "none", "markerfacecolor": "white"}
-BELOW: Style = {"color": RED, "marker": "v", "linestyle": "none"}
-
+UNDECIDED: Style = {"color": GREY, "marker": "o", "linestyle": "none", "markerfacecolor": "white"}
 LOOKS: dict[Verdict, Style] = {
-    "beats": BEATS,
-    "is below": BELOW,
-    "cannot be told from": OPEN,
-    "unknown": OPEN,
+    "beats": {"color": BLUE, "marker": "^", "linestyle": "none"},
+    "is not significantly different from": UNDECIDED,
+    "is below": {"color": RED, "marker": "v", "linestyle": "none"},
+    "unknown": UNDECIDED,
+}
+LABELS: dict[Verdict, str] = {
+    "beats": "better",
+    "is not significantly different from": "not significantly different",
+    "is below": "worse",
 }
 
 MARKS: dict[Rival, str] = {"best": ", best", "worst": ", worst"}
@@ -88,10 +91,7 @@ def draw_claim(claim: Claim) -> Picture | None:
         low, high = each.interval or (math.nan, math.nan)
         axes.plot([100 * low, 100 * high], [row, row], color=look["color"], linewidth=1.4)
         axes.plot(100 * each.mean, row, markersize=7, **look)
-    names = [
-        f"{each.setting}{marks[each.setting]}" if each.setting else "mean of the grid"
-        for each in shown
-    ]
+    names = [each.setting + marks[each.setting] or "mean of the grid" for each in shown]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.axvline(0, color="black", linewidth=0.8)
@@ -100,10 +100,7 @@ def draw_claim(claim: Claim) -> Picture | None:
     axes.set_xlabel(f"difference in {claim.words.noun}, {points} (n = {count})")
     axes.set_title(f"{claim.setting} minus …")
     axes.grid(axis="x", alpha=0.25)
-    handles = [
-        Line2D([], [], **look, label=label)
-        for look, label in ((BEATS, "better"), (OPEN, "cannot be told apart"), (BELOW, "worse"))
-    ]
+    handles = [Line2D([], [], **LOOKS[each], label=label) for each, label in LABELS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return Picture(
         "claim",
@@ -117,7 +114,7 @@ def draw_claim(claim: Claim) -> Picture | None:
 
 
 def draw_curves(runs: Sequence[Run]) -> Picture | None:
-    """What is reported on each test environment over training, every setting."""
+    """Results of every setting on each test environment over training."""
     places = environments(runs)
     if not places or all(len(run.results) == 1 for run in runs):  # of one step there is no curve
         return None
@@ -127,47 +124,25 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
         len(places), 6 if wide else 2.9, 3.6 if wide else 2.3, beside=0, share=True
     )
     for place, axes in zip(places, panels, strict=True):
-        for setting, look in style.items():
-            members = [run for run in runs if (run.setting, run.environment) == (setting, place)]
-            if not members:
-                continue
-            curves = [_curve(run) for run in members]
-            steps = sorted(set().union(*curves))
-            values = np.array([_carried_on(curve, steps) for curve in curves])
-            mean = np.nanmean(values, axis=0)
-            in_grid = members[0].kind == "fixed"
-            axes.plot(
-                steps,
-                mean,
-                color=look["color"],
-                linestyle=look["linestyle"],
-                linewidth=0.8 if in_grid else 2,
-                alpha=0.6 if in_grid else 1,
-                zorder=2 if in_grid else 3,
-            )
-            if not in_grid:
-                band = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-                axes.fill_between(steps, *band, color=look["color"], alpha=0.15, linewidth=0)
-                selected = float(np.mean([run.outcome.step for run in members]))
-                height = np.interp(selected, steps, mean)
-                axes.plot(selected, height, color=look["color"], marker=look["marker"], zorder=4)
+        for setting, members in by_setting(
+            [run for run in runs if run.environment == place]
+        ).items():
+            _draw_curve(axes, members, style[setting])
         axes.set_title(f"{words.place} {place}")
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=words.unit.strip()))
         over_steps(axes)
     scale = "" if words.unit else f", {words.scale}"  # a unit stands at the ticks
     name_axes(figure, STEP, f"{words.measure} on the {words.place}{scale}")
-    figure.legend(handles=_legend(runs, style), loc="outside upper center", ncols=4, frameon=False)
+    # One line for dense and for each adaptive setting, one for all of the grid.
+    kinds = {run.setting: run.kind == "fixed" for run in runs}
+    lines = {"the grid" if grid else name: _line(style[name], grid) for name, grid in kinds.items()}
+    handles = [Line2D([], [], label=label, **line) for label, line in lines.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    chosen = "mean of the steps that selection chose" if runs[0].problem.validates else "last step"
     caption = (
         "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
-        "setting of the grid. "
+        f"setting of the grid. A marker stands at the {chosen}, whose {words.nouns} are reported."
     )
-    if not runs[0].problem.validates:
-        caption += f"A marker stands at the last step, whose {words.nouns} are reported."
-    else:
-        caption += (
-            "A marker stands at the mean of the steps that selection chose, "
-            f"whose {words.nouns} are reported."
-        )
     if runs[0].problem.on_sets and runs[0].problem.validates:
         caption += (
             " It is on the mean curve: reported is each run at its own step. Where patience ended "
@@ -181,41 +156,35 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
     )
 
 
-def _curve(run: Run) -> dict[int, float]:
-    """What would be reported of each step."""
-    return {record["step"]: judged(record, run.facts).test for record in run.results}
+def _draw_curve(axes: Axes, runs: Sequence[Run], look: Style) -> None:
+    """Draw the mean over the runs of a setting; outside the grid also their range and selection."""
+    curves = [{r["step"]: judged(r, run.facts).test for r in run.results} for run in runs]
+    steps = sorted(set().union(*curves))
+    # NOTE: after its end a curve keeps its last value, else the mean would be of other runs.
+    values = np.array(
+        [[curve.get(min(step, max(curve)), math.nan) for step in steps] for curve in curves]
+    )
+    mean = np.nanmean(values, axis=0)
+    in_grid = runs[0].kind == "fixed"
+    axes.plot(
+        *(steps, mean), **_line(look, in_grid), alpha=0.6 if in_grid else 1, zorder=3 - in_grid
+    )
+    if not in_grid:
+        band = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+        axes.fill_between(steps, *band, color=look["color"], alpha=0.15, linewidth=0)
+        selected = float(np.mean([run.outcome.step for run in runs]))
+        height = np.interp(selected, steps, mean)
+        axes.plot(selected, height, color=look["color"], marker=look["marker"], zorder=4)
 
 
-def _carried_on(curve: Mapping[int, float], steps: Sequence[int]) -> list[float]:
-    """Its values at the steps; after its end the last one, or the mean would be of other runs."""
-    last = max(curve)
-    return [curve.get(min(step, last), math.nan) for step in steps]
+def _line(look: Style, in_grid: bool) -> dict[str, Any]:
+    width = 0.8 if in_grid else 2
+    return {"color": look["color"], "linestyle": look["linestyle"], "linewidth": width}
 
 
-def _legend(runs: Sequence[Run], style: Mapping[str, Style]) -> list[Line2D]:
-    """One line for dense and for each adaptive setting, one for all of the grid."""
-    kinds = {run.setting: run.kind for run in runs}
-    names = {
-        "the grid" if kind == "fixed" else setting: (setting, kind)
-        for setting, kind in kinds.items()
-    }
-    return [
-        Line2D(
-            [],
-            [],
-            color=style[setting]["color"],
-            linestyle=style[setting]["linestyle"],
-            linewidth=0.8 if kind == "fixed" else 2,
-            label=name,
-        )
-        for name, (setting, kind) in names.items()
-    ]
+# Accuracy against activated parameters, and against measured time.
 
-
-# Pictures of accuracy against what it costs: activated parameters, and measured time.
-#
-# A picture without anything to show is None.
-
+MODES: dict[Mode, str] = {"train": "training step, ms", "inference": "inference, samples/s"}
 READING = (
     "Higher is {}, the standard error over repetitions as a bar; no setting beats those "
     "on the dashed line in both measures."
@@ -244,25 +213,22 @@ def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
         figure,
         f"{capital(runs[0].words.noun)} of every setting against its activated parameters, with "
         "the Pareto front",
-        f"{_reading(runs)} Better is up and left. Settings of almost as many parameters are set "
-        "apart a little.",
+        f"{_reading(runs)} Better is up and left. Settings of almost as many parameters are "
+        "shifted a little.",
     )
 
 
 def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | None:
     """Accuracy of every measured setting against the time of training and of inference."""
-    training = _timed(runs, timings, "train")
-    inference = _timed(runs, timings, "inference")
-    shown = [part for part in (training, inference) if part]
+    measured = {label: _timed(runs, timings, mode) for mode, label in MODES.items()}
+    shown = {label: points for label, points in measured.items() if points}
     if not shown:
         return None
     figure, panels = lay_out(len(shown), width=7.6, height=4, columns=1, beside=0)
-    for points, axes in zip(shown, panels, strict=True):
-        in_training = points is training
-        scatter(axes, points, more_is_better=not in_training)
-        measure = "training step, ms" if in_training else "inference, samples/s"
-        axes.set(xlabel=measure, ylabel=_place(runs))
-    for points, axes in zip(shown, panels, strict=True):
+    for (label, points), axes in zip(shown.items(), panels, strict=True):
+        scatter(axes, points, more_is_better=label == MODES["inference"])
+        axes.set(xlabel=label, ylabel=_place(runs))
+    for points, axes in zip(shown.values(), panels, strict=True):
         name_points(axes, points)
     return Picture(
         "accuracy_by_time",
@@ -270,12 +236,12 @@ def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | No
         f"{capital(runs[0].words.noun)} of every setting against its measured time, with the "
         "Pareto front",
         f"{_reading(runs)} Better is up, and left for ms, right for samples/s. Horizontal bars "
-        f"span the quartiles. Measured in turns: {timings.conditions}.",
+        f"span the quartiles. Measurements are interleaved: {timings.conditions}.",
     )
 
 
 def _points(runs: Sequence[Run]) -> list[Point]:
-    """Every setting's result times 100, on the repetitions it has; x is still to be filled."""
+    """Return every setting's result times 100, on the repetitions it has; x is NaN."""
     cells, place = score_cells(runs), columns(runs)[-1]
     points = []
     for setting, style in styles(runs).items():

@@ -1,4 +1,4 @@
-"""The claim as a table and in plain words. The words follow from the numbers by rule alone."""
+"""The claim as tables and sentences. The words follow from the numbers by rule alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dynmoe.report.claim import (
     MEAN,
     RESAMPLES,
     Claim,
-    Comparison,
     Difference,
     Rival,
     columns,
@@ -26,9 +25,9 @@ from dynmoe.report.cost_tables import taken
 from dynmoe.report.run import Problem, conditions, counted, environments, seeds, settings
 from dynmoe.report.runs import Collection
 from dynmoe.report.tables import Strong, Table, format_mean, format_points
-from dynmoe.report.words import Words, capital
+from dynmoe.report.words import capital
 
-# Those that are spoken of, in order.
+# Rivals that sentences and tables name, in order.
 RIVALS: dict[Rival, str] = {
     "mean": "mean of the grid",
     "best": "best of the grid",
@@ -42,7 +41,7 @@ ERROR = (
 )
 GRID = (
     "The grid is all settings with fixed experts and k. Its best and worst are chosen by the {} "
-    "itself, which flatters the best{}."
+    "itself, which is optimistic for the best{}."
 )
 PICK = "; its best by validation is what one could have picked, in each repetition anew"
 PAIRED = (
@@ -54,54 +53,56 @@ PAIRED = (
 
 
 def headline(claim: Claim) -> str:
-    """One sentence: what the paired tests of the mean over environments allow to say."""
+    """Return the conclusion of the paired tests on the mean over environments, one sentence."""
     whole = claim.overall
-    where = f"{claim.setting} on {claim.problem.dataset}, {_place(claim, whole)}"
+    several = len(claim.comparisons) - 1
+    place = f"{claim.words.place} {whole.environment}"
+    place = f"mean of {several} test environments" if several else place
+    where = f"{claim.setting} on {claim.problem.dataset}, {place}"
     if not whole.repetitions:
         return f"{where}: no repetition has a result of most settings, nothing can be compared."
     if not whole.against("mean"):
         return f"{where}: there is no grid of fixed settings to compare with."
     (mean,), (best,) = whole.against("mean"), whole.against("best")
     count = len(whole.repetitions)
-    points = [f"{format_points(each.mean)} points" for each in (mean, best)]
+    to_mean, to_best = (f"{format_points(each.mean)} points" for each in (mean, best))
     if "unknown" in (mean.verdict, best.verdict):
         missing = f"{claim.words.nouns} are missing"
         why = "in one repetition, which proves nothing" if count == 1 else missing
-        return (
-            f"{where}: {points[0]} from the mean of the grid and {points[1]} from its best, {why}."
-        )
-    if _grid_size(whole) == 1:
+        return f"{where}: {to_mean} from the mean of the grid and {to_best} from its best, {why}."
+    if len(whole.against("grid")) == 1:
         only = f"{best.verdict} {best.setting}, the grid's only setting"
-        return f"{where}, {only} ({points[1]}; n = {count})."
+        return f"{where}, {only} ({to_best}; n = {count})."
     link = f"and {best.verdict}"
     if (mean.verdict, best.verdict) == ("beats", "is below"):
         link = "but not"
     elif mean.verdict == best.verdict:
-        link = "nor from" if mean.verdict == "cannot be told from" else "and"
+        link = "nor from" if mean.verdict == "is not significantly different from" else "and"
     return (
-        f"{where}, {mean.verdict} the mean of the grid ({points[0]}) {link} its best "
-        f"({points[1]}; n = {count})."
+        f"{where}, {mean.verdict} the mean of the grid ({to_mean}) {link} its best "
+        f"({to_best}; n = {count})."
     )
 
 
 def sentences(claim: Claim) -> list[str]:
     """The headline, the accuracy and rank, each difference, and what weakens them."""
-    whole = claim.overall
+    whole, words = claim.overall, claim.words
     found = [headline(claim)]
     if whole.rank is not None:
+        # `71.2 +/- 0.3 %`, or `65.2 +/- 0.3 (Matthews correlation, x 100)`
+        unit = words.unit if words.measure == "accuracy" else f" ({words.column})"
         found.append(
-            f"{claim.setting} reaches {_measured(claim.words, whole.accuracies)}: rank "
-            f"{whole.rank} of {counted(len(whole.means), 'setting')} by mean {claim.words.noun}."
+            f"{claim.setting} reaches {format_mean(whole.accuracies)}{unit}: rank "
+            f"{whole.rank} of {counted(len(whole.means), 'setting')} by mean {words.noun}."
         )
     # In a grid of one setting all its rivals are the same.
-    shown = RIVALS if _grid_size(whole) > 1 else ("best", "dense")
+    shown = RIVALS if len(whole.against("grid")) > 1 else ("best", "dense")
     found += [_sentence(claim, each) for each in whole.differences if each.rival in shown]
-    found += _caveats(claim)
-    return found
+    return [*found, *_caveats(claim)]
 
 
 def statements(collection: Collection) -> list[str]:
-    """All there is to say of a collection's claims, and what is missing to say more."""
+    """Return the sentences on all claims of a collection, and what is missing to say more."""
     found = []
     for problem in collection.problems:
         claims = examine(collection, problem)
@@ -111,7 +112,7 @@ def statements(collection: Collection) -> list[str]:
 
 
 def lacking(collection: Collection, problem: Problem) -> list[str]:
-    """Which side of the comparison has no finished run."""
+    """Name each side of the comparison that has no finished run."""
     kinds = {run.kind for run in collection.of(problem)}
     missing = {
         "adaptive": "no finished run that adapts its experts, so there is no claim to check",
@@ -125,28 +126,32 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
     """The adaptive setting and its rivals in every environment, with paired differences."""
     rows: list[tuple[str, ...]] = []
     for comparison in claim.comparisons:
-        place = comparison.environment
-        count = str(len(comparison.repetitions))
+        place, count = comparison.environment, str(len(comparison.repetitions))
         rows.append((claim.setting, place, format_mean(comparison.accuracies), "", "", count))
         for each in comparison.differences:
-            if each.rival not in RIVALS:
-                continue
-            cells = (points_text(each.values), p_text(each.values))
-            if each.verdict in ("beats", "is below"):
-                cells = (Strong(cells[0]), Strong(cells[1]))
-            rows.append((_rival(each), place, format_mean(each.accuracies), *cells, count))
+            if each.rival in RIVALS:
+                style = Strong if each.verdict in ("beats", "is below") else str
+                cells = (style(points_text(each.values)), style(p_text(each.values)))
+                rows.append((_rival(each), place, format_mean(each.accuracies), *cells, count))
+    what = f"reported {claim.words.noun}" if claim.problem.on_sets else "test accuracy"
+    notes = [
+        ERROR,
+        PAIRED.format(claim.words.part),
+        GRID.format(what, PICK if claim.problem.validates else ""),
+        *(
+            f"Incomplete in {each.environment}: {', '.join(each.left_out)}."
+            for each in claim.comparisons
+            if each.left_out
+        ),
+    ]
     return Table(
         f"{claim.setting} against the grid on {claim.problem.dataset}",
         (
-            "setting",
-            claim.words.place,
-            claim.words.column,
-            f"{claim.setting} minus it, points",
-            "p",
-            "n",
+            *("setting", claim.words.place, claim.words.column),
+            *(f"{claim.setting} minus it, points", "p", "n"),
         ),
         tuple(rows),
-        note=" ".join([ERROR, PAIRED.format(claim.words.part), _grid(claim), *_left_out(claim)]),
+        note=" ".join(notes),
         conditions=conditions(collection.of(claim.problem)),
     )
 
@@ -159,33 +164,25 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
     absent = [entry for entry in collection.absent if entry.problem == problem]
     cells, places = score_cells(runs), columns(runs)
     repetitions = expected(runs, absent)
-    names = dict.fromkeys([run.setting for run in runs])
-    names |= dict.fromkeys(entry.setting for entry in absent if entry.setting)
-    best = {
-        place: max(
-            (name for name in names if cells[name, place]),
-            key=lambda name: (
-                sum(s.accuracy for s in cells[name, place].values()) / len(cells[name, place])
-            ),
-            default="",
-        )
-        for place in places
-    }
+    settings_asked = [*settings(runs), *(entry.setting for entry in absent if entry.setting)]
+    names = list(dict.fromkeys(settings_asked))
+
+    def mean(name: str, place: str) -> float:
+        found = [score.accuracy for score in cells[name, place].values()]
+        return sum(found) / len(found) if found else -math.inf
+
+    best = {place: max(names, key=lambda name: mean(name, place)) for place in places}
 
     def cell(name: str, place: str) -> str:
         found = cells[name, place]
         text = format_mean([found[repetition].accuracy for repetition in sorted(found)])
         gaps = lacks(name, place, found, repetitions, absent)
         text = f"{text} ({gaps})" if gaps else text
-        return Strong(text) if name == best[place] else text
+        return Strong(text) if found and name == best[place] else text
 
     return Table(
         f"{capital(words.measure)} of every setting on {problem.dataset}, {words.scale}",
-        (
-            "setting",
-            *(place if place == MEAN else f"{words.place} {place}" for place in places),
-            *keys,
-        ),
+        ("setting", *(p if p == MEAN else f"{words.place} {p}" for p in places), *keys),
         tuple(
             (name, *(cell(name, place) for place in places), *[values.get(name, "X")] * len(keys))
             for name in names
@@ -198,7 +195,7 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
 def _sentence(claim: Claim, difference: Difference) -> str:
     rival = _rival(difference)
     if difference.rival == "mean":
-        rival = f"{rival} ({counted(_grid_size(claim.overall), 'setting')})"
+        rival = f"{rival} ({counted(len(claim.overall.against('grid')), 'setting')})"
     article = "" if difference.rival == "dense" else "the "
     rival = f"{article}{rival}, {format_mean(difference.accuracies)}{claim.words.unit}"
     points = f"{points_text(difference.values)} points"
@@ -219,8 +216,8 @@ def _caveats(claim: Claim) -> Iterator[str]:
         )
     if claim.problem.selection == "best_dev":
         yield (
-            "What validation chooses is chosen by the very score that is reported, as in published "
-            "tables: it flatters every setting."
+            "Validation chooses by the very score that is reported, as in published tables: "
+            "this is optimistic for every setting."
         )
     if claim.samples and claim.words.measure == "accuracy":
         sizes = "/".join(map(str, claim.samples))
@@ -244,34 +241,6 @@ def _caveats(claim: Claim) -> Iterator[str]:
         )
 
 
-def _left_out(claim: Claim) -> Iterator[str]:
-    for comparison in claim.comparisons:
-        if comparison.left_out:
-            yield f"Incomplete in {comparison.environment}: {', '.join(comparison.left_out)}."
-
-
-def _place(claim: Claim, comparison: Comparison) -> str:
-    environments = len(claim.comparisons) - 1
-    if environments:
-        return f"mean of {environments} test environments"
-    return f"{claim.words.place} {comparison.environment}"
-
-
-def _measured(words: Words, values: Sequence[float]) -> str:
-    """`71.2 +/- 0.3 %`, or `65.2 +/- 0.3 (Matthews correlation, x 100)`."""
-    of = "" if words.measure == "accuracy" else f" ({words.column})"
-    return f"{format_mean(values)}{'' if of else words.unit}{of}"
-
-
-def _grid(claim: Claim) -> str:
-    what = f"reported {claim.words.noun}" if claim.problem.on_sets else "test accuracy"
-    return GRID.format(what, PICK if claim.problem.validates else "")
-
-
-def _grid_size(comparison: Comparison) -> int:
-    return len(comparison.against("grid"))
-
-
 def _rival(difference: Difference) -> str:
     name = RIVALS[difference.rival]
     if difference.rival == "dense":
@@ -279,7 +248,7 @@ def _rival(difference: Difference) -> str:
     return f"{name} ({difference.setting})" if difference.setting else name
 
 
-# What stands above the sections of a report: its title, its extent, the claims on all data.
+# The head of a report: its title, its extent, the claims on all data.
 
 
 def title_of(collection: Collection) -> str:
@@ -291,7 +260,7 @@ def title_of(collection: Collection) -> str:
 
 
 def extent(collection: Collection) -> str:
-    """What the report is about, in numbers."""
+    """Return the numbers of runs, settings, places and repetitions."""
     found = []
     for problem in collection.problems:
         runs = collection.of(problem)
@@ -302,10 +271,8 @@ def extent(collection: Collection) -> str:
             f"{counted(len(environments(runs)), runs[0].words.place)}, "
             f"{counted(len(repetitions), 'repetition')}"
         )
-    absent = f" {counted(len(collection.absent), 'run')} without a result." * bool(
-        collection.absent
-    )
-    return f"{'; '.join(found)}.{absent}"
+    absent = f" {counted(len(collection.absent), 'run')} without a result."
+    return f"{'; '.join(found)}.{absent if collection.absent else ''}"
 
 
 def overview_table(claims: Mapping[Problem, Sequence[Claim]]) -> Table:
@@ -313,13 +280,9 @@ def overview_table(claims: Mapping[Problem, Sequence[Claim]]) -> Table:
     rows = []
     for problem, found in claims.items():
         for claim in found:
-            whole = claim.overall
-            rivals = [whole.against(rival) for rival in ("mean", "best")]
-            accuracies = [
-                whole.accuracies,
-                *(each[0].accuracies if each else () for each in rivals),
-            ]
-            verdicts = [each[0].verdict if each else "unknown" for each in rivals]
+            mean, best = ([*claim.overall.against(rival), None][0] for rival in ("mean", "best"))
+            accuracies = [each.accuracies if each else () for each in (claim.overall, mean, best)]
+            verdicts = [each.verdict if each else "unknown" for each in (mean, best)]
             cells = map(format_mean, accuracies)
             rows.append((problem.dataset, claim.setting, *cells, *verdicts))
     columns = ("accuracy, %", "mean of the grid, %", "best of the grid, %")

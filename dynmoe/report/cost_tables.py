@@ -6,13 +6,11 @@ import math
 from collections import defaultdict
 
 from dynmoe.report.costs import (
-    Bill,
-    Mode,
     Range,
     SearchCost,
-    Timing,
     Timings,
     generation_rows,
+    is_contaminated,
     model_costs,
 )
 from dynmoe.report.run import Problem, Run, conditions, counted, every, settings
@@ -20,6 +18,7 @@ from dynmoe.report.runs import Collection
 from dynmoe.report.tables import Strong, Table, format_mean
 
 MISSING = "X"
+BUSY = " *: other processes were busy during more than half of the {}."
 
 
 def cost_table(collection: Collection, problem: Problem) -> Table:
@@ -35,41 +34,28 @@ def cost_table(collection: Collection, problem: Problem) -> Table:
     )
     if unknown:
         note += f" X: records do not tell it ({', '.join(unknown)})."
+    rows = []
+    for run in {run.setting: run for run in runs}.values():
+        cost = costs[run.setting]
+        routed = (cost.experts, cost.mean_k)
+        sizes = (cost.total, cost.exported, cost.activated, cost.flops)
+        cells = ("-", "-") if run.kind == "dense" else map(number, routed)
+        millions = (number(size / 1e6) for size in sizes)
+        rows.append((run.setting, str(cost.runs), *cells, *millions))
     return Table(
         f"Size of every setting on {problem.dataset}",
         (
-            "setting",
-            "runs",
-            "experts per layer",
-            "mean k",
-            "total, M",
-            "exported, M",
-            "activated, M",
-            "FLOPs per sample, M",
+            *("setting", "runs", "experts per layer", "mean k"),
+            *("total, M", "exported, M", "activated, M", "FLOPs per sample, M"),
         ),
-        tuple(
-            (
-                name,
-                str(cost.runs),
-                *(
-                    ("-", "-")
-                    if name in dense(collection, problem)
-                    else (number(cost.experts), number(cost.mean_k))
-                ),
-                *(
-                    number(value / 1e6)
-                    for value in (cost.total, cost.exported, cost.activated, cost.flops)
-                ),
-            )
-            for name, cost in costs.items()
-        ),
+        tuple(rows),
         note=note,
         conditions=conditions(runs),
     )
 
 
 def unmeasured(collection: Collection, timings: Timings) -> str:
-    """Why there is no table of times; empty if there is one."""
+    """Return why there is no table of times; empty if there is one."""
     if timings.refused:
         return f"Times and memory are not compared: {timings.refused}."
     if not timings.by_setting:
@@ -83,24 +69,31 @@ def timing_table(collection: Collection, problem: Problem, timings: Timings) -> 
     runs = collection.of(problem)
     rows = []
     for name in settings(runs):
-        by_mode = [timings.by_setting.get((name, mode)) for mode in _modes()]
-        peak = by_mode[0].peak_bytes if by_mode[0] else None
-        memory = MISSING if peak is None else number(peak / 2**30)
-        rows.append((name, *(cell for timing in by_mode for cell in _times(timing)), memory))
+        cells, memory = [], MISSING
+        for mode in ("train", "inference"):
+            timing = timings.by_setting.get((name, mode))
+            if timing is None:
+                cells += [MISSING, MISSING]
+                continue
+            mark = "*" * timing.contaminated
+            cells += [
+                spread(timing.milliseconds, timing.quartiles) + mark,
+                spread(timing.samples_per_second, timing.samples_quartiles) + mark,
+            ]
+            if mode == "train" and timing.peak_bytes is not None:
+                memory = number(timing.peak_bytes / 2**30)
+        rows.append((name, *cells, memory))
     note = (
         "Median with quartiles, of a trained model on batches of its own data; "
         f"{timings.conditions}."
     )
     if any(timing.contaminated for timing in timings.by_setting.values()):
-        note += " *: other processes were busy during more than half of the samples."
+        note += BUSY.format("samples")
     return Table(
         f"Measured cost of every setting on {problem.dataset}",
         (
-            "setting",
-            "training step, ms",
-            "training, samples/s",
-            "inference step, ms",
-            "inference, samples/s",
+            *("setting", "training step, ms", "training, samples/s"),
+            *("inference step, ms", "inference, samples/s"),
             "peak memory of a training step beyond weights and optimizer, GiB",
         ),
         tuple(rows),
@@ -110,7 +103,7 @@ def timing_table(collection: Collection, problem: Problem, timings: Timings) -> 
 
 
 def search_table(collection: Collection, cost: SearchCost) -> Table:
-    """What the grid was trained for beside what an adaptive setting was trained for."""
+    """Cost of training the grid beside that of training an adaptive setting."""
     problem = cost.problem
     runs = collection.of(problem)
     of_what = f" of a {runs[0].words.sample}" if problem.on_sets else ""
@@ -133,13 +126,25 @@ def search_table(collection: Collection, cost: SearchCost) -> Table:
         note += f" Recorded hours are not compared, machines differ: {', '.join(cost.machines)}."
     if any(entry.problem in (None, problem) for entry in collection.absent):
         note += " Runs without a result are not counted, so the grid may have cost more."
-    rows = (
-        (f"the grid ({counted(cost.grid_settings, 'setting')})", *_bill(cost, cost.grid)),
-        (cost.setting, *_bill(cost, cost.own)),
-        ("ratio", _ratio(cost.grid.runs, cost.own.runs), *map(_times_as_much, ratios(cost))),
-    )
+    rows: list[tuple[str, ...]] = [
+        (
+            name,
+            str(bill.runs),
+            number(bill.flops / 1e12),
+            number(bill.recorded),
+            number(bill.measured),
+        )
+        for name, bill in (
+            (f"the grid ({counted(cost.grid_settings, 'setting')})", cost.grid),
+            (cost.setting, cost.own),
+        )
+    ]
+    if cost.machines:
+        rows = [(*row[:3], "refused", row[4]) for row in rows]
+    shares = (_divide(cost.grid.runs, cost.own.runs), *ratios(cost))
+    rows.append(("ratio", *map(_times_as_much, shares)))
     return Table(
-        f"What the search cost on {problem.dataset}",
+        f"Cost of the search on {problem.dataset}",
         tuple(columns),
         tuple(row[: len(columns)] for row in rows),
         note=note,
@@ -148,7 +153,7 @@ def search_table(collection: Collection, cost: SearchCost) -> Table:
 
 
 def search_sentence(cost: SearchCost) -> str:
-    """The bill in a sentence; recorded hours, which depend on what else ran, are in the table."""
+    """Return the ratios that do not depend on other processes; recorded hours are in the table."""
     if not cost.grid.runs:
         return f"{cost.setting}: there is no grid whose search it could save."
     flops, _, measured = ratios(cost)
@@ -164,14 +169,10 @@ def search_sentence(cost: SearchCost) -> str:
 
 
 def ratios(cost: SearchCost) -> tuple[float, float, float]:
-    """The grid's over the adaptive setting's: FLOPs, hours recorded (if comparable), measured."""
+    """Grid over adaptive setting: FLOPs, hours recorded (NaN if not comparable), measured."""
     recorded = math.nan if cost.machines else _divide(cost.grid.recorded, cost.own.recorded)
     measured = _divide(cost.grid.measured, cost.own.measured)
     return _divide(cost.grid.flops, cost.own.flops), recorded, measured
-
-
-def dense(collection: Collection, problem: Problem) -> set[str]:
-    return {run.setting for run in collection.of(problem) if run.kind == "dense"}
 
 
 def number(value: float) -> str:
@@ -186,29 +187,6 @@ def spread(middle: float, quartiles: Range) -> str:
     return f"{number(middle)} [{', '.join(map(number, quartiles))}]"
 
 
-def _modes() -> tuple[Mode, Mode]:
-    return "train", "inference"
-
-
-def _times(timing: Timing | None) -> tuple[str, str]:
-    if timing is None:
-        return MISSING, MISSING
-    mark = "*" if timing.contaminated else ""
-    return (
-        spread(timing.milliseconds, timing.quartiles) + mark,
-        spread(timing.samples_per_second, timing.samples_quartiles) + mark,
-    )
-
-
-def _bill(cost: SearchCost, bill: Bill) -> tuple[str, str, str, str]:
-    recorded = "refused" if cost.machines else number(bill.recorded)
-    return str(bill.runs), number(bill.flops / 1e12), recorded, number(bill.measured)
-
-
-def _ratio(one: float, other: float) -> str:
-    return _times_as_much(_divide(one, other))
-
-
 def _divide(one: float, other: float) -> float:
     return one / other if other else math.nan
 
@@ -217,11 +195,8 @@ def _times_as_much(ratio: float) -> str:
     return MISSING if math.isnan(ratio) else f"{number(ratio)} x"
 
 
-# How fast the settings answer, as a table.
-
-
 def generation_table(collection: Collection, problem: Problem) -> Table | None:
-    """Every measured setting of a problem; None if none was measured.
+    """Speed of answering of every measured setting; None if none was measured.
 
     Raises:
         RecordError: a damaged `generation.json`.
@@ -229,33 +204,33 @@ def generation_table(collection: Collection, problem: Problem) -> Table | None:
     runs = collection.of(problem)
     names = {run.folder.path.name: run.setting for run in runs}
     measured = [generation_rows(folder) for folder in collection.folders]
-    own = [each for each in measured if any(row.run in names for row in each.rows)]
-    rows = [row for each in own for row in each.rows if row.run in names]
+    own = [each for each in measured if any(row["run"] in names for row in each.rows)]
+    rows = [row for each in own for row in each.rows if row["run"] in names]
     if not rows:
         return None
     note = (
-        "Medians with quartiles, measured in turns. First token: the time to read a batch of "
-        "questions and their images. Ratio: over the speed of the reference in the same rounds. "
+        "Medians with quartiles of interleaved measurements. First token: the time to read a batch "
+        "of questions and their images. Ratio: over the speed of the reference in the same rounds. "
         f"Measured on: {every(each.conditions for each in own)}."
     )
-    if any(2 * row.contaminated > row.rounds for row in rows):
-        note += " *: other processes were busy during more than half of the rounds."
+    if any(map(is_contaminated, rows)):
+        note += BUSY.format("rounds")
     return Table(
         f"How fast every setting answers on {problem.dataset}",
         (
             *("setting", "first token, ms", "each further token, ms", "tokens/s"),
-            f"over {every(row.reference for row in rows)}",
+            f"over {every(row['reference'] for row in rows)}",
             "peak memory beyond weights, GiB",
         ),
         tuple(
             (
-                names[row.run],
-                spread(row.prompt_ms, row.prompt_quartiles_ms),
-                number(row.token_ms),
-                spread(row.tokens_per_s, row.tokens_per_s_quartiles)
-                + "*" * (2 * row.contaminated > row.rounds),
-                f"{spread(row.ratio, row.ratio_quartiles)} x",
-                number(row.peak_bytes / 2**30),
+                names[row["run"]],
+                spread(row["prompt_ms"], row["prompt_quartiles_ms"]),
+                number(row["token_ms"]),
+                spread(row["tokens_per_s"], row["tokens_per_s_quartiles"])
+                + "*" * is_contaminated(row),
+                f"{spread(row['ratio'], row['ratio_quartiles'])} x",
+                number(row["peak_bytes"] / 2**30),
             )
             for row in rows
         ),
@@ -264,20 +239,20 @@ def generation_table(collection: Collection, problem: Problem) -> Table | None:
     )
 
 
-# The values that a protocol searches over, as GLUE's learning rates: what each of them gave.
-#
-# `read_runs` takes one value for all repetitions of a setting, by mean validation.
+# Results of the values that a protocol searches over, as GLUE's learning rates. `read_runs` takes
+# one value for all repetitions of a setting, by mean validation.
 
 
 def taken(collection: Collection, problem: Problem) -> dict[str, str]:
-    """By setting, `3e-05 (of 3)`: the value that its runs have, of how many that were tried.
+    """Return by setting `3e-05 (of 3)`: the value of its runs, and the number of values tried.
 
     Empty where nothing was searched.
     """
+    chosen = {run.setting: _value(run) for run in collection.of(problem)}
     return {
-        setting: f"{_value(chosen[0])} (of {len(by_value)})"
+        setting: f"{chosen[setting]} (of {len(by_value)})"
         for setting, by_value in _tried(collection, problem).items()
-        if (chosen := [run for run in collection.of(problem) if run.setting == setting])
+        if setting in chosen
     }
 
 
@@ -286,35 +261,31 @@ def values_table(collection: Collection, problem: Problem) -> Table | None:
     tried = _tried(collection, problem)
     if not tried:
         return None
-    standing = {run.folder.path: run for run in collection.of(problem)}
-    first = next(iter(standing.values()))
+    reported = collection.of(problem)
+    chosen, first = {run.folder.path for run in reported}, reported[0]
     rows: list[tuple[str, ...]] = []
     for setting, by_value in tried.items():
         for value, runs in by_value.items():
-            outcomes = [run.outcome for run in runs]
-            validation = format_mean([outcome.validation for outcome in outcomes])
-            result = format_mean([outcome.accuracy for outcome in outcomes])
-            if runs[0].folder.path in standing:
+            validation = format_mean([run.outcome.validation for run in runs])
+            result = format_mean([run.outcome.accuracy for run in runs])
+            if runs[0].folder.path in chosen:
                 validation = Strong(validation)
             rows.append((setting, value, validation, result, str(len(runs))))
     return Table(
         f"The search on {problem.dataset}",
         (
-            "setting",
-            ", ".join(first.searched),
-            f"validation, {first.words.scale}",
-            first.words.column,
-            "n",
+            *("setting", ", ".join(first.searched)),
+            *(f"validation, {first.words.scale}", first.words.column, "n"),
         ),
         tuple(rows),
         note="Bold: the value of the best mean validation, among those with the most repetitions; "
         "its runs are all that is reported above.",
-        conditions=conditions(collection.of(problem)),
+        conditions=conditions(reported),
     )
 
 
 def _tried(collection: Collection, problem: Problem) -> dict[str, dict[str, list[Run]]]:
-    """Runs by setting and value, in order; none if no setting has several values."""
+    """Return runs by setting and value, in order; none if no setting has several values."""
     found: defaultdict[str, dict[str, list[Run]]] = defaultdict(dict)
     runs = [run for run in (*collection.runs, *collection.others) if run.problem == problem]
     for run in sorted(runs, key=lambda run: str(run.searched)):

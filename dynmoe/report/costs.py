@@ -1,4 +1,4 @@
-"""What settings cost, by formula from their records: parameters, FLOPs, and the whole search.
+"""Costs of settings: parameters, FLOPs and the whole search by formula, and measured speed.
 
 The paper's promise is to save a search, so the bill is the search's: everything the grid was
 trained for, against the runs that adapted by themselves.
@@ -10,7 +10,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +18,16 @@ import numpy as np
 
 from dynmoe.metrics.efficiency import activated, exported, flops, total
 from dynmoe.records import Record, RecordError, stretches
-from dynmoe.report.run import Problem, Run, in_words
+from dynmoe.report.run import Problem, Run, by_setting, in_words
 from dynmoe.report.runs import Collection
 
-# What measured hours depend on besides the configuration.
+# Facts that measured hours depend on besides the configuration.
 MACHINE = ("machine", "device", "threads")
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Of the models that are reported, mean over a setting's runs. NaN: not recorded."""
+    """Size of the models that are reported, mean over a setting's runs. NaN: not recorded."""
 
     runs: int
     total: float
@@ -37,23 +37,23 @@ class ModelCost:
     activated: float
     """Parameters per token of what is reported on."""
     flops: float
-    """Of the forward pass of one sample of it."""
+    """FLOPs of the forward pass of one sample of it."""
     experts: float
-    """Living, mean over MoE layers; NaN for dense."""
+    """Living experts, mean over MoE layers; NaN for dense."""
     mean_k: float
     """Experts per token of it, mean over MoE layers; NaN for dense."""
 
 
 @dataclass(frozen=True)
 class Bill:
-    """What it took to train some runs. NaN: not recorded."""
+    """Costs of training some runs. NaN: not recorded."""
 
     runs: int
     flops: float
     recorded: float
     """Hours of training and evaluation. Runs side by side on one machine slow one another."""
     measured: float
-    """Hours of training alone, at the setting's step time that was measured in turns."""
+    """Hours of training alone, at the setting's measured step time."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,18 @@ class SearchCost:
     compared."""
 
 
-def model_costs(runs: Iterable[Run]) -> dict[str, ModelCost]:
-    """Of every setting of one problem, in order."""
-    by_setting: defaultdict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        by_setting[run.setting].append(run)
-    return {setting: _mean_cost(members) for setting, members in by_setting.items()}
+def model_costs(runs: Sequence[Run]) -> dict[str, ModelCost]:
+    """Return the costs of every setting of one problem, in order."""
+    return {
+        setting: ModelCost(len(members), *np.mean(list(map(_model_cost, members)), axis=0).tolist())
+        for setting, members in by_setting(runs).items()
+    }
 
 
 def search_cost(
     collection: Collection, problem: Problem, setting: str, step_ms: Mapping[str, float]
 ) -> SearchCost:
-    """Every run of the grid, lost draws included, against every run of an adaptive setting.
+    """Compare every run of the grid, lost draws included, with every run of an adaptive setting.
 
     Counted are environments and repetitions that the adaptive setting has. `step_ms`: milliseconds
     of a training step of each setting that was measured.
@@ -103,14 +103,9 @@ def search_cost(
 
 
 def different_facts(facts: Sequence[Record], keys: Iterable[str]) -> tuple[str, ...]:
-    """`key (value, value)` of each fact that is not the same everywhere."""
+    """Return `key (value; value)` of each fact that is not the same everywhere."""
     found = {key: dict.fromkeys(in_words(fact.get(key)) for fact in facts) for key in keys}
     return tuple(f"{key} ({'; '.join(values)})" for key, values in found.items() if len(values) > 1)
-
-
-def _mean_cost(runs: Sequence[Run]) -> ModelCost:
-    columns = np.array([_model_cost(run) for run in runs], dtype=float).T
-    return ModelCost(len(runs), *(float(np.mean(column)) for column in columns))
 
 
 def _model_cost(run: Run) -> tuple[float, ...]:
@@ -155,7 +150,8 @@ def _bill(runs: Sequence[Run], step_ms: Mapping[str, float]) -> Bill:
         len(runs),
         sum(_training_flops(run) for run in runs),
         sum(_hours(run) for run in runs),
-        sum(_steps(run) * step_ms.get(run.setting, math.nan) for run in runs) / 3.6e6,
+        # Steps that were taken: patience may end a run before its planned steps.
+        sum((r.results[-1]["step"] + 1) * step_ms.get(r.setting, math.nan) for r in runs) / 3.6e6,
     )
 
 
@@ -180,18 +176,10 @@ def _training_flops(run: Run) -> float:
         if not mean_k.keys() >= costs["slots"].keys():
             return math.nan
         forward += steps * (flops(costs, experts, mean_k) or math.nan)
-    return 3 * forward * _samples_per_step(run.facts)
-
-
-def _samples_per_step(facts: Record) -> int:
-    """Where it is not recorded, DomainBed's rule: a batch for each training environment."""
-    training = len(facts["env_names"]) - len(facts["test_envs"])
-    return int(facts.get("samples_per_step", facts["batch_size"] * training))
-
-
-def _steps(run: Run) -> int:
-    """Those taken: patience may end a run before its planned steps."""
-    return int(run.results[-1]["step"]) + 1
+    # Where it is not recorded, DomainBed's rule: a batch for each training environment.
+    facts = run.facts
+    batches = len(facts["env_names"]) - len(facts["test_envs"])
+    return 3 * forward * int(facts.get("samples_per_step", facts["batch_size"] * batches))
 
 
 def _hours(run: Run) -> float:
@@ -203,18 +191,24 @@ def _hours(run: Run) -> float:
     return seconds / 3600
 
 
-# Measured times of settings: the `timing.json` files that `dynmoe-bench step --runs` writes.
-#
-# Times of different machines, settings or workloads are refused, not compared.
+# Measurements of `dynmoe-bench`: `timing.json` of `step --runs`, `generation.json` of `generate
+# --runs`. Each holds rows, and the circumstances of their measurement. Times of different
+# machines, settings or workloads are refused, not compared.
 
 Mode = Literal["train", "inference"]
 Range = tuple[float, float]
+Measurement = Mapping[str, Any]
+"""The content of a file, or one of its rows."""
 
-# What a file of `dynmoe-bench` holds, and each row of `timing.json`.
-PARTS = {"command": str, "machine": dict, "settings": dict, "workload": dict, "rows": list}
-ROW = {
+CONTENT = {"command": str, "machine": dict, "settings": dict, "workload": dict, "rows": list}
+TIMING_KEYS = {
     *("run", "mode", "median_ms", "quartiles_ms", "samples_per_s", "samples_per_s_quartiles"),
     *("peak_bytes", "contaminated", "rounds"),
+}
+GENERATION_KEYS = {
+    *("run", "prompt_ms", "prompt_quartiles_ms", "token_ms", "tokens_per_s"),
+    *("tokens_per_s_quartiles", "reference", "ratio", "ratio_quartiles", "peak_bytes"),
+    *("contaminated", "rounds"),
 }
 
 
@@ -223,7 +217,7 @@ class Timing:
     """One setting in one mode. Of several measured runs: mean of medians, widest quartiles."""
 
     milliseconds: float
-    """Of one training step, or one forward pass of a batch."""
+    """One training step, or one forward pass of a batch."""
     quartiles: Range
     samples_per_second: float
     samples_quartiles: Range
@@ -240,7 +234,7 @@ class Timings:
     refused: str
     """Why the times are not compared; empty if they are."""
     commands: tuple[str, ...] = ()
-    """Those that measured."""
+    """The commands that produced the timings."""
 
     @property
     def step_ms(self) -> dict[str, float]:
@@ -252,21 +246,86 @@ class Timings:
         }
 
 
+@dataclass(frozen=True)
+class Generations:
+    """Speed of answering; all rows answered the same questions with equally many new tokens."""
+
+    rows: tuple[Measurement, ...] = ()
+    """In the order of the settings, the reference of each problem first; keys as
+    `dynmoe.benchmark.results.GenerationRow`."""
+    conditions: str = ""
+    """Machine, settings and workload."""
+    command: str = ""
+    """The command that produced them."""
+
+
 def read_timings(collection: Collection) -> dict[Problem, Timings]:
-    """The times of every problem's settings.
+    """Return the times of every problem's settings.
 
     Raises:
         RecordError: a damaged `timing.json`.
     """
-    files = dict.fromkeys(_files(collection))
-    contents = {file: read_measured(file, ROW, "step") for file in files}
+    files = dict.fromkeys(
+        file.resolve() for folder in collection.folders if (file := _beside(folder, "timing.json"))
+    )
+    contents = {file: _read_measured(file, TIMING_KEYS, "step") for file in files}
     return {problem: _timings(collection.of(problem), contents) for problem in collection.problems}
 
 
-def _timings(runs: Iterable[Run], contents: Mapping[Path, dict[str, Any]]) -> Timings:
+def generation_rows(folder: Path) -> Generations:
+    """Return what was measured of the runs in `folder`, a sweep or one of its runs; else no rows.
+
+    Raises:
+        RecordError: a damaged `generation.json`.
+    """
+    file = _beside(folder, "generation.json")
+    if file is None:
+        return Generations()
+    content = _read_measured(file, GENERATION_KEYS, "generate")
+    names = (folder.name,) if file.parent != folder else None
+    rows = tuple(row for row in content["rows"] if names is None or row["run"] in names)
+    return Generations(rows, _in_words(_circumstances(content)), content["command"])
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    """Return the file of a sweep's folder, or beside the folder of a run."""
+    return next((at / name for at in (folder, folder.parent) if (at / name).exists()), None)
+
+
+def _read_measured(file: Path, keys: Set[str], command: str) -> Measurement:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if (
+        isinstance(content, dict)
+        and all(isinstance(content.get(part), kind) for part, kind in CONTENT.items())
+        and all(isinstance(row, dict) and row.keys() >= keys for row in content["rows"])
+    ):
+        return content
+    raise RecordError(
+        f"{file}: expected what `dynmoe-bench {command} --runs {file.parent}` writes, found "
+        "something else; measure again, or delete the file"
+    )
+
+
+def _circumstances(content: Measurement) -> dict[str, Any]:
+    """Return the facts that a measurement depends on, `machine.cpu` and so on."""
+    return {
+        f"{part}.{key}": value
+        for part in ("machine", "settings", "workload")
+        for key, value in content[part].items()
+    }
+
+
+def _in_words(circumstances: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.split('.', 1)[1]} {value}" for key, value in circumstances.items())
+
+
+def _timings(runs: Iterable[Run], contents: Mapping[Path, Measurement]) -> Timings:
     settings = {run.folder.path.resolve(): run.setting for run in runs}
-    rows: defaultdict[tuple[str, Mode], list[Mapping[str, Any]]] = defaultdict(list)
-    circumstances, commands = [], []
+    rows: defaultdict[tuple[str, Mode], list[Measurement]] = defaultdict(list)
+    used = []
     for file, content in contents.items():
         own = [
             (settings[path], row)
@@ -276,157 +335,33 @@ def _timings(runs: Iterable[Run], contents: Mapping[Path, dict[str, Any]]) -> Ti
         ]
         for setting, row in own:
             rows[setting, row["mode"]].append(row)
-        if own:
-            commands.append(content["command"])
-            circumstances.append(
-                {
-                    f"{part}.{key}": value
-                    for part in ("machine", "settings", "workload")
-                    for key, value in content[part].items()
-                }
-            )
-    keys = dict.fromkeys(key for facts in circumstances for key in facts)
-    different = different_facts(circumstances, keys)
+        used += [content] if own else []
+    commands = tuple(content["command"] for content in used)
+    circumstances = list(map(_circumstances, used))
+    different = different_facts(circumstances, dict.fromkeys(k for c in circumstances for k in c))
     if different:
         refused = f"measured under different conditions: {', '.join(different)}"
-        return Timings({}, "", refused, tuple(commands))
-    conditions = ", ".join(
-        f"{key.split('.', 1)[1]} {value}"
-        for facts in circumstances[:1]
-        for key, value in facts.items()
-    )
+        return Timings({}, "", refused, commands)
     by_setting = {key: _timing(found) for key, found in rows.items()}
-    return Timings(by_setting, conditions, "", tuple(commands))
+    return Timings(by_setting, "".join(map(_in_words, circumstances[:1])), "", commands)
 
 
-def _files(collection: Collection) -> Iterable[Path]:
-    """Beside the sweeps' run folders, in the order the folders were given."""
-    for folder in collection.folders:
-        for place in (folder, folder.parent):
-            if (place / "timing.json").exists():
-                yield (place / "timing.json").resolve()
-                break
+def _timing(rows: Sequence[Measurement]) -> Timing:
+    def widest(key: str) -> Range:
+        low, high = zip(*(row[key] for row in rows), strict=True)
+        return min(low), max(high)
 
-
-def read_measured(file: Path, row: Set[str], command: str) -> dict[str, Any]:
-    """A file that `dynmoe-bench <command> --runs` wrote; each of its rows has the keys `row`.
-
-    Raises:
-        RecordError: it is something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if _is_whole(content, row):
-        return content
-    raise RecordError(
-        f"{file}: expected what `dynmoe-bench {command} --runs {file.parent}` writes, found "
-        "something else; measure again, or delete the file"
-    )
-
-
-def _is_whole(content: Any, row: Set[str]) -> bool:
-    return (
-        isinstance(content, dict)
-        and all(isinstance(content.get(part), kind) for part, kind in PARTS.items())
-        and all(isinstance(each, dict) and each.keys() >= row for each in content["rows"])
-    )
-
-
-def _timing(rows: list[Mapping[str, Any]]) -> Timing:
     peaks = [row["peak_bytes"] for row in rows if row["peak_bytes"] is not None]
     return Timing(
         float(np.mean([row["median_ms"] for row in rows])),
-        _widest(row["quartiles_ms"] for row in rows),
+        widest("quartiles_ms"),
         float(np.mean([row["samples_per_s"] for row in rows])),
-        _widest(row["samples_per_s_quartiles"] for row in rows),
+        widest("samples_per_s_quartiles"),
         float(max(peaks)) if peaks else None,
-        any(2 * row["contaminated"] > row["rounds"] for row in rows),
+        any(map(is_contaminated, rows)),
     )
 
 
-def _widest(ranges: Iterable[Range]) -> Range:
-    low, high = zip(*ranges, strict=True)
-    return min(low), max(high)
-
-
-# How fast trained models answer: the `generation.json` of `dynmoe-bench generate --runs`.
-
-FILE = "generation.json"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One setting. All of a table answered the same questions with equally many new tokens."""
-
-    run: str
-    """The name of the run's folder."""
-    problem: str
-    """`dataset, protocol, selection`"""
-    setting: str
-    """Its name when it was measured; that of a report's settings is found by `run`."""
-    batch: int
-    """Questions answered at once."""
-    new_tokens: int
-    """Of each answer."""
-    prompt_ms: float
-    """Of a batch of questions up to the first new token."""
-    prompt_quartiles_ms: Range
-    token_ms: float
-    """Of each further token of a batch's answers."""
-    tokens_per_s: float
-    """New tokens of all answers, of the whole time."""
-    tokens_per_s_quartiles: Range
-    reference: str
-    """The setting that `ratio` is over: the dense one if there is one."""
-    ratio: float
-    """Speed over the reference's in the same rounds, the median."""
-    ratio_quartiles: Range
-    mean_k: Mapping[str, float]
-    """Experts per token of prompt, image and answer, the mean over MoE layers; empty if dense."""
-    peak_bytes: int
-    """Beyond the weights."""
-    rounds: int
-    contaminated: int
-    """Rounds during which other processes were busy."""
-
-
-@dataclass(frozen=True)
-class Generations:
-    rows: tuple[Generation, ...] = ()
-    conditions: str = ""
-    """Machine, settings and workload."""
-    command: str = ""
-    """The one that measured."""
-
-
-def generation_rows(folder: Path) -> Generations:
-    """What was measured of the runs in `folder`, a sweep or one of its runs; else no rows.
-
-    Rows are in the order of the settings, the reference of each problem first.
-
-    Raises:
-        RecordError: a damaged `generation.json`.
-    """
-    names = [field.name for field in fields(Generation)]
-    for place in (folder, folder.parent):
-        if (place / FILE).exists():
-            content = read_measured(place / FILE, set(names), "generate")
-            is_run = place != folder
-            rows = tuple(
-                Generation(**{name: _value(row[name]) for name in names})
-                for row in content["rows"]
-                if not is_run or row["run"] == folder.name
-            )
-            return Generations(rows, _conditions(content), content["command"])
-    return Generations()
-
-
-def _conditions(content: Mapping[str, Any]) -> str:
-    parts = (content[part] for part in ("machine", "settings", "workload"))
-    return ", ".join(f"{key} {value}" for facts in parts for key, value in facts.items())
-
-
-def _value(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def is_contaminated(row: Measurement) -> bool:
+    """Whether other processes were busy during more than half of the rounds."""
+    return bool(2 * row["contaminated"] > row["rounds"])

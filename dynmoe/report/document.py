@@ -1,7 +1,7 @@
-"""A report as a document: what it says, apart from how it is shown.
+"""A report as a document, independent of its forms.
 
 `write` shows one document as a page of HTML that needs no other file, as Markdown that links its
-figures, and leaves every table and figure as files of their own.
+figures, and writes every table and figure into separate files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from dynmoe.report.drawing import save
 from dynmoe.report.tables import Strong, Table, to_csv, to_latex, to_markdown
 
-# What Markdown reads as markup within a line.
+# Signs that Markdown reads as markup within a line.
 MARKUP = re.compile(r"([\\`*|<\[\]])")
 
 # Table cells with more letters are prose, and break anywhere; others only before a bracket.
@@ -29,10 +29,10 @@ BRACKET = re.compile(r" (?=[(\[])")
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure; `alt` says what it shows, `caption` how to read it."""
+    """A figure; `alt` describes it, `caption` explains how to read it."""
 
     name: str
-    """Of its files, unique in the document."""
+    """Name of its files, unique in the document."""
     figure: Figure
     alt: str
     caption: str
@@ -67,7 +67,7 @@ Block = str | Items | Code | Sheet | Picture
 @dataclass(frozen=True)
 class Section:
     name: str
-    """For links to it, unique in the document."""
+    """Target of links, unique in the document."""
     title: str
     blocks: Sequence[Block] = ()
     sections: Sequence[Section] = ()
@@ -102,7 +102,7 @@ def write(document: Document, out: Path) -> list[Path]:
 
 
 def to_html(document: Document, vectors: dict[str, bytes]) -> str:
-    """One page that holds all it shows; `vectors` are the pictures as SVG, by name."""
+    """Return one page that needs no other file; `vectors` are the pictures as SVG, by name."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -118,7 +118,7 @@ def to_html(document: Document, vectors: dict[str, bytes]) -> str:
 
 
 def to_text(document: Document) -> str:
-    """Markdown; figures are linked relative to it."""
+    """Return Markdown; figures are linked relative to it."""
     contents = "\n".join(_contents(document.sections))
     parts = [f"# {_plain(document.title)}", *map(_block, document.blocks), contents]
     for section in document.sections:
@@ -153,32 +153,24 @@ def _block(block: Block) -> str:
         case Sheet(name, table):
             files = f"[CSV](tables/{name}.csv), [LaTeX](tables/{name}.tex)"
             note = f"{_plain(table.foot)} " if table.foot else ""
-            return f"**{_plain(table.title)}**\n\n{to_markdown(_escaped(table))}\n\n{note}{files}"
+            columns, *rows = (tuple(map(_plain, row)) for row in (table.columns, *table.rows))
+            cells = to_markdown(replace(table, columns=columns, rows=tuple(rows)))
+            return f"**{_plain(table.title)}**\n\n{cells}\n\n{note}{files}"
         case Picture(name, _, alt, caption):
             files = f"[PNG](figures/{name}.png), [SVG](figures/{name}.svg)"
             return f"![{_plain(alt)}](figures/{name}.png)\n\n{_plain(caption)} {files}"
 
 
-def _escaped(table: Table) -> Table:
-    columns, *rows = (tuple(map(_plain, row)) for row in (table.columns, *table.rows))
-    return replace(table, columns=columns, rows=tuple(rows))
-
-
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is; a `Strong` one stays strong."""
+    """Escape text for Markdown; a `Strong` one stays strong."""
     return type(text)(MARKUP.sub(r"\\\1", text))
 
 
-def _walk(document: Document) -> Iterator[Block]:
-    """All blocks, in reading order."""
-
-    def inside(sections: Sequence[Section]) -> Iterator[Block]:
-        for section in sections:
-            yield from section.blocks
-            yield from inside(section.sections)
-
-    yield from document.blocks
-    yield from inside(document.sections)
+def _walk(part: Document | Section) -> Iterator[Block]:
+    """Yield all blocks, in reading order."""
+    yield from part.blocks
+    for section in part.sections:
+        yield from _walk(section)
 
 
 def _text(path: Path, text: str) -> Path:

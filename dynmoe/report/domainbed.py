@@ -1,10 +1,14 @@
 """DomainBed's result tables, to the digit, from a folder of runs: ours, or DomainBed's own.
 
 Source: domainbed/scripts/collect_results.py and domainbed/lib/reporting.py; Gulrajani & Lopez-Paz
-2021, "In Search of Lost Domain Generalization". All it needs is `results.jsonl` in each run folder.
+2021, "In Search of Lost Domain Generalization". It needs `results.jsonl` of each run folder alone.
 Every trial does its own search over hyper-parameters: the search is part of the algorithm, so the
 error over trials contains it. Where DomainBed takes folders in the order in which the disk lists
 them, the order here is that of seeds and names.
+
+DomainBed's reader takes every record it finds: its sweeps name a folder by its arguments, so each
+run is there once. A folder of ours may hold runs that its tables cannot distinguish: other
+(experts, top-k) under the name TopK, other seeds in one trial. Such runs are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe.records import Record, RecordError, RunFolder
-from dynmoe.report.tables import LATEX, Table, format_mean
+from dynmoe.report.tables import Strong, Table, format_mean, latex
 from dynmoe.selection import best_of_sweep
 
 # The three selection rules, in DomainBed's order and in the words that it prints.
@@ -66,21 +70,19 @@ Accuracies = dict[tuple[str, str], dict[int, dict[int, float]]]
 
 @dataclass(frozen=True)
 class Results:
-    """What the tables are made of."""
-
     total: int
     """Number of records."""
     algorithms: list[str]
     environments: dict[str, list[str]]
-    """Of each data set; both in the order of the tables."""
+    """Names by data set, in the order of the tables."""
     accuracies: dict[str, Accuracies]
-    """By selection rule."""
+    """Reported accuracies by selection rule."""
 
 
 def write(folder: Path) -> str:
     """Save the tables as `results.txt` and `results.tex` in `folder`, as DomainBed does.
 
-    Returns the text, and after it what the averages lack, which DomainBed does not say.
+    Return the text, and after it what the averages lack, which DomainBed does not say.
     """
     results = collect(read(folder))
     text = to_text(results)
@@ -91,7 +93,7 @@ def write(folder: Path) -> str:
 
 
 def collect(records: Sequence[Record]) -> Results:
-    """What each rule reports for every trial, in the records that `read` returns."""
+    """Return what each rule reports for every trial, in the records that `read` returns."""
     sizes = {record["args"]["dataset"]: count_environments(record) for record in records}
     environments = {}
     for dataset in _ordered(sizes, ENVIRONMENTS):
@@ -107,7 +109,7 @@ def collect(records: Sequence[Record]) -> Results:
 
 
 def tables(results: Results, rule: str) -> list[Table]:
-    """By one selection rule, a table per data set, and last that of their averages."""
+    """Return one selection rule's table for each data set, and last that of their averages."""
     accuracies = results.accuracies[rule]
     method = f"model selection method: {HEADINGS[rule]}"
     found = []
@@ -122,14 +124,17 @@ def tables(results: Results, rule: str) -> list[Table]:
     rows = []
     for algorithm in results.algorithms:
         sweeps = [accuracies.get((dataset, algorithm), {}) for dataset in results.environments]
-        cells = [[_mean(trial) for trial in trials.values() if trial] for trials in sweeps]
+        cells = [
+            [float(np.mean(list(trial.values()))) for trial in trials.values() if trial]
+            for trials in sweeps
+        ]
         rows.append(_row(algorithm, cells))
     columns = ("Algorithm", *results.environments, "Avg")
     return [*found, Table(f"Averages, {method}", columns, tuple(rows))]
 
 
 def gaps(results: Results) -> Iterator[str]:
-    """What the averages lack: DomainBed averages the environments that a trial happens to have."""
+    """Name what the averages lack: DomainBed averages the environments that a trial has."""
     for rule, name in HEADINGS.items():
         for (dataset, algorithm), trials in results.accuracies[rule].items():
             if not any(trials.values()):  # an X says so
@@ -145,7 +150,7 @@ def gaps(results: Results) -> Iterator[str]:
 
 
 def to_text(results: Results) -> str:
-    """The tables in the layout of `collect_results`: columns of 20 and 25 characters."""
+    """Return the tables in the layout of `collect_results`: columns of 20 and 25 characters."""
     lines = [f"Total records: {results.total}"]
     for rule in HEADINGS:
         found = tables(results, rule)
@@ -158,7 +163,7 @@ def to_text(results: Results) -> str:
 
 
 def to_latex(results: Results) -> str:
-    """The same tables as a document. DomainBed cuts its cells, closing braces too; not here."""
+    """Return the same tables as a document, without cutting cells and their braces as DomainBed."""
     lines = [
         r"\documentclass{article}",
         r"\usepackage{booktabs}",
@@ -171,30 +176,23 @@ def to_latex(results: Results) -> str:
         lines += ["", rf"\subsection{{Model selection: {name}}}"]
         headings = [*results.environments, "Averages"]
         for heading, table in zip(headings, tables(results, rule), strict=True):
-            lines += ["", rf"\subsubsection{{{_latex(heading)}}}", *_tabular(table)]
+            lines += ["", rf"\subsubsection{{{latex(heading)}}}", *_tabular(table)]
     return "\n".join([*lines, r"\end{document}", ""])
 
 
 def _tabular(table: Table) -> Iterator[str]:
-    yield r"\begin{center}"
-    yield r"\adjustbox{max width=\textwidth}{%"
+    yield from (r"\begin{center}", r"\adjustbox{max width=\textwidth}{%")
     yield rf"\begin{{tabular}}{{l{'c' * (len(table.columns) - 1)}}}"
     yield r"\toprule"
-    yield " & ".join(rf"\textbf{{{_latex(column)}}}" for column in table.columns) + r" \\"
+    yield " & ".join(latex(Strong(column)) for column in table.columns) + r" \\"
     yield r"\midrule"
     for row in table.rows:
-        yield " & ".join(map(_latex, row)) + r" \\"
-    yield r"\bottomrule"
-    yield r"\end{tabular}}"
-    yield r"\end{center}"
-
-
-def _latex(cell: str) -> str:
-    return "".join(LATEX.get(sign, sign) for sign in cell.replace("+/-", "±"))
+        yield " & ".join(latex(cell.replace("+/-", "±")) for cell in row) + r" \\"
+    yield from (r"\bottomrule", r"\end{tabular}}", r"\end{center}")
 
 
 def _row(algorithm: str, cells: list[list[float]]) -> tuple[str, ...]:
-    """Means over trials, and their plain mean without an error, if none is missing."""
+    """Return means over trials, and their plain mean without an error, if none is missing."""
     average = "X"
     if all(cells):
         # Python's sum over numpy numbers adds from left to right, as DomainBed's does.
@@ -218,29 +216,19 @@ def _accuracies(records: Sequence[Record], rule: str) -> Accuracies:
 
 
 def _ordered(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The known ones in their order, then the others by name."""
+    """Return the known names in their order, then the others by name."""
     rank = {name: index for index, name in enumerate(known)}
     return sorted(names, key=lambda name: (rank.get(name, len(rank)), name))
 
 
-def _mean(trial: dict[int, float]) -> float:
-    return float(np.mean(list(trial.values())))
-
-
-# The records of a folder of DomainBed runs, checked: each row of its tables must mean one setting.
-#
-# DomainBed's own reader (domainbed/lib/reporting.py) takes what it finds. Its sweeps name a folder
-# by what was asked for, so each is there once; a folder of ours may hold runs that its tables
-# cannot tell apart: other (experts, top-k) under the name TopK, other seeds in one trial.
-
-# What a table needs of `args`.
+# Keys of a record's `args` that the tables need.
 ARGS = ("dataset", "algorithm", "test_envs", "trial_seed", "hparams_seed")
 
 ACCURACY = re.compile(r"env(\d+)_(?:in|out)_acc")
 
 
 def read(folder: Path, keep: Callable[[Record], bool] = lambda record: True) -> list[Record]:
-    """The records of every direct sub-folder with a `results.jsonl` that `keep` lets through.
+    """Return the records of every direct sub-folder with a `results.jsonl` that `keep` accepts.
 
     Raises:
         RecordError: no records, a record that lacks a key, or runs that cannot share a table.
@@ -265,7 +253,7 @@ def read(folder: Path, keep: Callable[[Record], bool] = lambda record: True) -> 
 
 
 def count_environments(record: Record) -> int:
-    """How many environments a record is about."""
+    """Return the number of environments of a record."""
     return 1 + max((int(found[1]) for found in map(ACCURACY.fullmatch, record) if found), default=0)
 
 
@@ -284,7 +272,7 @@ def _check(record: Record, place: str) -> None:
 
 
 def _refuse_mixtures(runs: dict[Path, Record]) -> None:
-    """Runs that the tables could not tell apart."""
+    """Raise for runs that the tables cannot distinguish."""
     same_run: dict[Any, Path] = {}
     same_draw: dict[Any, Path] = {}
     same_data: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""What all figures share: colours, panels, heat maps, axes of whole numbers, and saving.
+"""Tools of all figures: colours, panels, heat maps, scatter plots with names, and saving.
 
 Only `Figure` objects are used, so drawing leaves no global state in matplotlib.
 """
@@ -21,7 +21,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 # Okabe & Ito 2008, "Color Universal Design". Black is kept for what a figure compares with; grey
-# stands in for the yellow, which is too pale on paper.
+# takes the place of the yellow, which is too pale on paper.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
 DASHES = ("-", "--", ":", "-.")
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#666666"
@@ -61,7 +61,7 @@ def lay_out(
 
 
 def name_axes(figure: Figure, across: str, up: str = "") -> None:
-    """What all panels have on their axes, once."""
+    """Write the labels that all panels share once per figure."""
     figure.supxlabel(across, fontsize="medium")
     figure.supylabel(up, fontsize="medium")
 
@@ -129,17 +129,8 @@ def save(figure: Figure, path: Path) -> Path:
 
 # Points of two measures with error bars, their Pareto front, and a name beside every point.
 
-# Places of a name about its point, the nearest first; distances in points of 1/72 inch.
-DISTANCES = (4, 8, 14, 24, 36, 50)
-AROUND = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
-DIRECTIONS = np.array(AROUND * len(DISTANCES))
-OFFSETS = DIRECTIONS * np.repeat(DISTANCES, len(AROUND))[:, None]
-ALIGN = {-1: "right", 0: "center", 1: "left"}
-ALIGN_UP = {-1: "top", 0: "center", 1: "bottom"}
-
-
 # The least distance of two error bars, as a share of the span of all points.
-APART = 0.012
+CLEARANCE = 0.012
 
 
 class Point(NamedTuple):
@@ -160,38 +151,37 @@ def scatter(axes: Axes, points: Sequence[Point], more_is_better: bool = False) -
         axes.plot([point.x] * 2, [point.y - point.y_error, point.y + point.y_error], **bars)
         axes.plot([low, high], [point.y] * 2, **bars)
         axes.plot(point.x, point.y, **{**point.style, "linestyle": "none"})
-    corners = _corners(front(points, more_is_better), more_is_better)
+    best = front(points, more_is_better)
+    # Stairs: at a given x the best y is that of the last point that costs no more, or of the next
+    # one that is as fast.
+    x, y = (np.repeat([getattr(point, axis) for point in best], 2) for axis in "xy")
+    corners = (x[:-1], y[1:]) if more_is_better else (x[1:], y[:-1])
     axes.plot(*corners, color=GREY, linestyle="--", linewidth=1, zorder=1)
     axes.margins(0.12)
     axes.grid(alpha=0.25)
 
 
 def set_apart(points: Sequence[Point]) -> list[Point]:
-    """Points of almost the same x moved a little sideways, so that no error bar hides another.
+    """Move points of almost the same x a little sideways, so that no error bar hides another.
 
     They keep their order, the better one of equal x first, so the front stays as it is.
     """
     ordered = sorted(points, key=lambda point: (point.x, -point.y))
-    least = APART * (ordered[-1].x - ordered[0].x)
+    least = CLEARANCE * (ordered[-1].x - ordered[0].x)
     groups = [ordered[:1]]
     for before, point in itertools.pairwise(ordered):
         if point.x - before.x >= least:
             groups.append([])
         groups[-1].append(point)
-    return [
-        point._replace(x=place)
-        for group in groups
-        for middle in [(group[0].x + group[-1].x) / 2]
-        for point, place in zip(group, middle + least * _centred(len(group)), strict=True)
-    ]
-
-
-def _centred(count: int) -> np.ndarray:
-    return np.arange(count) - (count - 1) / 2
+    moved = []
+    for group in groups:
+        first = (group[0].x + group[-1].x - least * (len(group) - 1)) / 2
+        moved += [point._replace(x=first + least * i) for i, point in enumerate(group)]
+    return moved
 
 
 def front(points: Sequence[Point], more_is_better: bool = False) -> list[Point]:
-    """The points that no other one beats in both measures, by rising x."""
+    """Return the points that no other one beats in both measures, by rising x."""
     sign = -1 if more_is_better else 1
     best: list[Point] = []
     for point in sorted(points, key=lambda point: (sign * point.x, -point.y)):
@@ -200,18 +190,20 @@ def front(points: Sequence[Point], more_is_better: bool = False) -> list[Point]:
     return best[::sign]
 
 
-def _corners(best: Sequence[Point], more_is_better: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The front as stairs: what can be had for a given x is the y of the last point that costs
-    no more, or of the next one that is as fast."""
-    x = np.repeat([point.x for point in best], 2)
-    y = np.repeat([point.y for point in best], 2)
-    return (x[:-1], y[1:]) if more_is_better else (x[1:], y[:-1])
+# Places of a name about its point, the nearest first; distances in points of 1/72 inch.
+DISTANCES = (4, 8, 14, 24, 36, 50)
+AROUND = ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
+DIRECTIONS = np.array(AROUND * len(DISTANCES))
+OFFSETS = DIRECTIONS * np.repeat(DISTANCES, len(AROUND))[:, None]
+ACROSS = {-1: "right", 0: "center", 1: "left"}
+UP = {-1: "top", 0: "center", 1: "bottom"}
 
 
 def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
     """Write every name where it hides least: no point, no other name, nothing beyond the panel.
 
-    Call it when the figure is otherwise complete: names do not move what is drawn.
+    Call it when the figure is otherwise complete: names do not move what is drawn. adjustText
+    would do this too, but it imports pyplot.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -220,14 +212,13 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
     unit = figure.dpi / 72
     places = axes.transData.transform([(point.x, point.y) for point in points])
     taken = [np.array([place - 4 * unit, place + 4 * unit]) for place in places]
-    lines = [line.get_transform().transform(line.get_xydata()) for line in axes.lines]
-    taken += [
-        np.array([np.minimum(*ends) - unit, np.maximum(*ends) + unit])
-        for line in lines
-        for ends in itertools.pairwise(line)
-    ]
+    for line in axes.lines:
+        for ends in itertools.pairwise(line.get_transform().transform(line.get_xydata())):
+            taken.append(np.array([np.minimum(*ends) - unit, np.maximum(*ends) + unit]))
     panel = axes.bbox.get_points()
-    # Names of the outermost points come first: there the paper has least room.
+    box = {"boxstyle": "square,pad=0.05", "facecolor": "white", "alpha": 0.7, "linewidth": 0}
+    arrow = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3}
+    # Names of the outermost points come first: they have the least room.
     for index in np.argsort(-abs(places[:, 0] - panel[:, 0].mean()), kind="stable"):
         point = points[index]
         name = axes.annotate(
@@ -238,30 +229,25 @@ def name_points(axes: Axes, points: Sequence[Point], font: float = 8) -> None:
             fontsize=font,
             parse_math=False,
             color=point.style["color"],
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3},
-            bbox={
-                "boxstyle": "square,pad=0.05",
-                "facecolor": "white",
-                "alpha": 0.7,
-                "linewidth": 0,
-            },
+            arrowprops=arrow,
+            bbox=box,
         )
         name.set_in_layout(False)
-        # The annotation's own extent would hold its line too.
+        # NOTE: the annotation's own extent would hold its line too.
         size = np.array(Text.get_window_extent(name, renderer).size)
         corners = places[index] + unit * OFFSETS + size * (DIRECTIONS - 1) / 2
         boxes = np.stack([corners, corners + size], axis=1)
-        beyond = size.prod() - _common(boxes, [panel])
+        beyond = size.prod() - _common_area(boxes, [panel])
         # A long way is worth it to keep clear of a name, not of the end of a thin line.
-        best = int(np.argmin(beyond + _common(boxes, taken) + abs(OFFSETS).max(axis=1)))
+        best = int(np.argmin(beyond + _common_area(boxes, taken) + abs(OFFSETS).max(axis=1)))
         right, up = DIRECTIONS[best]
-        name.set(position=OFFSETS[best], ha=ALIGN[right], va=ALIGN_UP[up])
+        name.set(position=OFFSETS[best], ha=ACROSS[right], va=UP[up])
         taken.append(boxes[best])
         if name.arrow_patch is not None:  # a line to the point, unless they are neighbours
             name.arrow_patch.set_visible(bool(abs(OFFSETS[best]).max() > DISTANCES[1]))
 
 
-def _common(boxes: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
+def _common_area(boxes: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:
     """The area that each box, ((left, bottom), (right, top)), shares with the others, summed."""
     low, high = np.stack(others, axis=1)
     sides = np.minimum(boxes[:, None, 1], high) - np.maximum(boxes[:, None, 0], low)

@@ -1,4 +1,4 @@
-"""Answered questions about images, with the experts that every patch and every word used.
+"""A figure of answered questions, with the experts that every patch and every word used.
 
 Everything is drawn from `examples.jsonl`. Lengths are in points of 1/72 inch: text of one width per
 letter and boxes around it are laid out together.
@@ -11,7 +11,7 @@ import io
 import math
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,19 +26,20 @@ from dynmoe.report.drawing import BLUE, COLOURS, GREY, RED, PlainFigure
 from dynmoe.report.words import layer_name
 
 Experts = tuple[int, ...]
-"""The slots of those that served a token."""
+"""Slots of the experts that served a token."""
 
 MOST_EXAMPLES = 4
 MOST_LINES = 4
-"""Of words; of a longer prompt the end is shown."""
+"""Lines of words; a longer prompt is cut at its beginning."""
 LONGEST_WORD = 14
 MOST_NUMBERED = 8
-"""Patches beside one another whose experts are written on them."""
+"""Patches per row up to which their experts are written on them."""
 
 MARGIN, GAP, PICTURE, TEXT = 10, 8, 108, 352
 TITLE = 10
 LETTER, PADDING, WORD, STRIP, LINE = 4.6, 5, 11, 10, 9
-"""Of a letter its width; of a word and of a layer's strip below it their heights; between lines."""
+"""Width of a letter and room around words; heights of a word, of the strip of a layer below it, and
+of the room between lines."""
 HEAD, LEGEND = 30, 34
 MONOSPACE: dict[str, Any] = {"family": "monospace", "fontsize": 7.5, "va": "center"}
 
@@ -46,15 +47,15 @@ OTHERS, NONE = "#D9D9D9", "#FFFFFF"
 OPACITY, PALE = 0.65, 0.75
 
 
-class Cell(NamedTuple):
-    word: str
+class Word(NamedTuple):
+    text: str
     used: tuple[Experts, ...]
-    """In each shown layer; empty for the place of an image."""
+    """Experts in each shown layer; empty for the place of an image."""
     is_answer: bool
 
     @property
     def width(self) -> float:
-        return PADDING + LETTER * max(len(text) for text in (self.word, *map(_text, self.used)))
+        return PADDING + LETTER * max(len(text) for text in (self.text, *map(_text, self.used)))
 
 
 def draw_examples(
@@ -62,7 +63,7 @@ def draw_examples(
 ) -> Figure | None:
     """The first questions, in the first and the last MoE layer; None without MoE layers.
 
-    `slots`: of each layer the living experts, for which a token's 0s and 1s stand; `fit`: how the
+    `slots`: the living experts of each layer, in the order of a token's 0s and 1s; `fit`: how the
     model sees an image that is no square (pad, crop, stretch).
     """
     shown = [example for example in examples if example["experts"]][:MOST_EXAMPLES]
@@ -102,8 +103,10 @@ def draw_examples(
                 _show_patches(axes, picture, _of_patches(example, found[name]), colours)
                 axes.set_title(layer_name(name), fontsize="x-small", pad=2)
         top += high
+    labels = {_text(each): colour for each, colour in colours.items() if colour in COLOURS}
+    labels |= {"others": OTHERS} if OTHERS in colours.values() else {}
     figure.legend(
-        handles=[Patch(facecolor=c, edgecolor=GREY, label=t) for t, c in _legend(colours)],
+        handles=[Patch(facecolor=c, edgecolor=GREY, label=text) for text, c in labels.items()],
         title="experts of a layer (slots) that a token used; bold: the answer",
         loc="lower center",
         ncols=8,
@@ -124,7 +127,7 @@ def is_right(example: Record) -> bool | None:
 
 
 def _used(example: Record, layer: str, slots: Mapping[str, Sequence[int]]) -> list[Experts]:
-    """Of each token."""
+    """Return the experts of each token."""
     bits = example["experts"][layer]
     living = slots.get(layer, range(len(bits[0])))
     return [
@@ -135,7 +138,7 @@ def _used(example: Record, layer: str, slots: Mapping[str, Sequence[int]]) -> li
 def _colours(
     examples: Sequence[Record], used: Sequence[Mapping[str, Sequence[Experts]]]
 ) -> dict[Experts, str]:
-    """Of the most frequent sets of experts, in their order; all others share one colour.
+    """Return colours of the most frequent sets of experts; all others share one colour.
 
     In each example and layer all patches count as much as all words.
     """
@@ -152,41 +155,31 @@ def _colours(
     return {**colours, **{each: OTHERS for each in counts if each not in colours}, (): NONE}
 
 
-def _legend(colours: Mapping[Experts, str]) -> Iterator[tuple[str, str]]:
-    """Labels and colours."""
-    yield from ((_text(each), colour) for each, colour in colours.items() if colour in COLOURS)
-    if OTHERS in colours.values():
-        yield "others", OTHERS
-
-
 def _text(experts: Experts) -> str:
     return ",".join(map(str, experts)) or "–"
 
 
-def _lines(example: Record, used: Mapping[str, Sequence[Experts]]) -> list[list[Cell]]:
-    """The words of prompt and answer, broken into lines; the patches of an image are one cell."""
-    lines: list[list[Cell]] = [[]]
+def _lines(example: Record, used: Mapping[str, Sequence[Experts]]) -> list[list[Word]]:
+    """Break the words of prompt and answer into lines; the patches of an image are one word."""
+    lines: list[list[Word]] = [[]]
     room = TEXT - _margin(list(used))
-    for cell in _cells(example, used):
-        if sum(each.width for each in lines[-1]) + cell.width > room:
-            lines.append([])
-        lines[-1].append(cell)
+    before: str | None = ""
+    for place, token in enumerate(example["tokens"]):
+        if token is not None:
+            experts = tuple(of_layer[place] for of_layer in used.values())
+            word = Word(_plain(token), experts, place >= example["answer_from"])
+        else:
+            word = Word("(image)", (), False)
+        if token is not None or before is not None:  # the first patch speaks for its image
+            if sum(each.width for each in lines[-1]) + word.width > room:
+                lines.append([])
+            lines[-1].append(word)
+        before = token
     return lines[-MOST_LINES:]
 
 
-def _cells(example: Record, used: Mapping[str, Sequence[Experts]]) -> Iterator[Cell]:
-    before: str | None = ""
-    for place, word in enumerate(example["tokens"]):
-        if word is not None:
-            experts = tuple(of_layer[place] for of_layer in used.values())
-            yield Cell(_plain(word), experts, place >= example["answer_from"])
-        elif before is not None:
-            yield Cell("(image)", (), False)
-        before = word
-
-
 def _plain(word: str) -> str:
-    """What can be seen of a token; a dot for one that only marks a beginning or an end."""
+    """Return the visible text of a token; a dot for one that only marks a beginning or an end."""
     text = word.replace("\n", "↵").strip() or "·"
     return text if len(text) <= LONGEST_WORD else f"{text[: LONGEST_WORD - 1]}…"
 
@@ -197,7 +190,7 @@ def _margin(layers: Sequence[str]) -> float:
 
 
 def _show_question(axes: Axes, example: Record) -> None:
-    """The question, the answer, and the right one if it is another."""
+    """Write the question, the answer, and the right answer if it is different."""
     letters = TEXT // 5
     question = textwrap.shorten(example["question"], letters, placeholder=" …")
     axes.text(0, 5, question, fontsize="medium", va="center")
@@ -210,11 +203,11 @@ def _show_question(axes: Axes, example: Record) -> None:
 
 def _show_words(
     axes: Axes,
-    lines: Sequence[Sequence[Cell]],
+    lines: Sequence[Sequence[Word]],
     layers: Sequence[str],
     colours: Mapping[Experts, str],
 ) -> None:
-    """Words with a strip for each layer below them: the experts that the word used."""
+    """Write words, each with the experts that it used on a strip for each layer below."""
     top: float = HEAD
     for cells in lines:
         for place, name in enumerate(layers):
@@ -224,7 +217,7 @@ def _show_words(
         for cell in cells:
             middle = x + cell.width / 2
             weight = "bold" if cell.is_answer else "normal"
-            axes.text(middle, top + WORD / 2, cell.word, ha="center", weight=weight, **MONOSPACE)
+            axes.text(middle, top + WORD / 2, cell.text, ha="center", weight=weight, **MONOSPACE)
             for place, experts in enumerate(cell.used):
                 y, colour = top + WORD + place * STRIP, colours[experts]
                 axes.add_patch(
@@ -254,7 +247,7 @@ def _square(image: str, fit: str) -> Image.Image:
 
 
 def _of_patches(example: Record, used: Sequence[Experts]) -> list[list[Experts]]:
-    """Of the first image, by rows."""
+    """Return the experts of the patches of the first image, by rows."""
     places = [place for place, word in enumerate(example["tokens"]) if word is None]
     patches = [used[place] for place in places[: example["image_tokens"]]]
     side = math.isqrt(len(patches))
@@ -267,7 +260,7 @@ def _show_patches(
     patches: Sequence[Sequence[Experts]],
     colours: Mapping[Experts, str],
 ) -> None:
-    """The image in pale grey below the colours of its patches' experts."""
+    """Draw the image in pale grey below the colours of its patches' experts."""
     side = len(patches)
     extent = (-0.5, side - 0.5, side - 0.5, -0.5)
     grey = ImageOps.autocontrast(picture.convert("L"))

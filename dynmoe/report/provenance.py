@@ -1,4 +1,4 @@
-"""What a report rests on: how its runs were made, with which commands, and which are missing."""
+"""Provenance of a report: conditions and commands of its runs, and which runs are missing."""
 
 from __future__ import annotations
 
@@ -19,28 +19,34 @@ from dynmoe.report.tables import Table, format_number
 from dynmoe.report.words import capital
 from dynmoe.selection import RULES
 
-Words = Callable[[Sequence[Run]], str]
-
-
-# What a problem's runs do not have; a row of it alone is left out.
 ABSENT = "-"
+"""Cell of a condition that does not apply to a problem; a row of such cells is left out."""
+
+CellText = Callable[[Sequence[Run]], str]
 
 
-class Row(NamedTuple):
+class Condition(NamedTuple):
     name: str
-    words: Words
+    text: CellText
     on_sets: bool | None = None
-    """Of which problems alone: those scored on whole sets, or on environments; None: of all."""
-
-    def cell(self, problem: Problem, runs: Sequence[Run]) -> str:
-        return self.words(runs) if self.on_sets in (None, problem.on_sets) else ABSENT
+    """Applies to problems that are scored on whole sets, on environments, or (None) to all."""
 
 
 def how_it_was_made(collection: Collection, timings: Iterable[Timings]) -> Section:
-    """The conditions of every problem's runs in a table, and the commands."""
+    """Return the conditions of every problem's runs in a table, and the commands."""
     problems = collection.problems
-    columns = {problem: collection.of(problem) for problem in problems}
-    rows = [(row.name, *(row.cell(*column) for column in columns.items())) for row in _conditions()]
+    rows = [
+        (
+            row.name,
+            *(
+                row.text(collection.of(problem))
+                if row.on_sets in (None, problem.on_sets)
+                else ABSENT
+                for problem in problems
+            ),
+        )
+        for row in CONDITIONS
+    ]
     table = Table(
         "Conditions of the runs",
         ("condition", *(problem.dataset for problem in problems)),
@@ -53,7 +59,7 @@ def how_it_was_made(collection: Collection, timings: Iterable[Timings]) -> Secti
 
 
 def what_is_missing(collection: Collection) -> Section:
-    """Runs without a result, and what was noticed while reading; without blocks if neither."""
+    """Name runs without a result, and warnings of the reader; without blocks if there are none."""
     blocks: list[Block] = []
     if collection.absent:
         table = Table(
@@ -73,96 +79,47 @@ def what_is_missing(collection: Collection) -> Section:
 
 
 def every_run(collection: Collection, problem: Problem) -> Table:
-    """What is reported of each run of a problem, so that all the means can be worked out again."""
+    """Return the results of each run of a problem, so that all means can be computed again."""
     runs = collection.of(problem)
     words = runs[0].words
     reported = "" if problem.on_sets else " on the test environment's in split"
-    step, note = "last step", ""
-    more: tuple[str, ...] = ()
+    step, note, more = "last step", "", []
     if problem.validates:
         step, note = "selected step", "; validation is what selected the step"
-        more = (f"validation, {words.scale}", f"{words.noun} at the last step, {words.scale}")
+        more = [f"validation, {words.scale}", f"{words.noun} at the last step, {words.scale}"]
+    rows = []
+    for run in runs:
+        found = run.outcome
+        numbers = (found.accuracy, found.validation, found.last)[: 1 + len(more)]
+        percent = ("X" if math.isnan(share) else f"{100 * share:.2f}" for share in numbers)
+        rows.append(
+            (run.setting, run.environment, *map(str, (*run.repetition, found.step)), *percent)
+        )
     return Table(
         f"Every run on {problem.dataset}",
         ("setting", words.place, "seed", "trial seed", step, words.column, *more),
-        tuple(
-            (
-                *(run.setting, run.environment, *map(str, run.repetition), str(run.outcome.step)),
-                *map(_percent, _numbers(run)),
-            )
-            for run in runs
-        ),
+        tuple(rows),
         note=f"{capital(words.measure)}{reported}{note}.",
         conditions=conditions(runs),
     )
 
 
-def _numbers(run: Run) -> tuple[float, ...]:
-    found = run.outcome
-    more = (found.validation, found.last) if run.problem.validates else ()
-    return (found.accuracy, *more)
+def _each(value: Callable[[Run], object]) -> CellText:
+    """All values that differ between runs."""
+    return lambda runs: every(map(value, runs))
 
 
-def _percent(share: float) -> str:
-    return "X" if math.isnan(share) else f"{100 * share:.2f}"
+def _fact(key: str, missing: str | None = None) -> CellText:
+    return _each(lambda run: missing if run.facts.get(key) is None else run.facts[key])
 
 
-def _fact(key: str) -> Words:
-    return lambda runs: every(run.facts.get(key) for run in runs)
-
-
-def _fact_if_any(key: str) -> Words:
-    return lambda runs: every(
-        ABSENT if run.facts.get(key) is None else run.facts[key] for run in runs
-    )
-
-
-def _config(key: str) -> Words:
-    return lambda runs: every(run.config.get(key) for run in runs)
-
-
-def _conditions() -> Iterator[Row]:
-    """What stands in the rows, in order."""
-    yield Row("test environments", lambda runs: ", ".join(environments(runs)), False)
-    yield Row("images of a test environment", lambda runs: every(map(_sizes, runs)), False)
-    yield Row("measure", lambda runs: every(run.words.measure for run in runs), True)
-    yield Row("evaluated on", lambda runs: ", ".join(environments(runs)), True)
-    yield Row("examples", lambda runs: every(map(_sizes, runs)), True)
-    yield Row("tokens of an example, mean", lambda runs: every(map(_mean_tokens, runs)), True)
-    yield Row("patience, in evaluations", _fact_if_any("patience"), True)
-    yield Row("stage", _fact_if_any("stage"), True)
-    yield Row("started from", lambda runs: every(map(_start, runs)), True)
-    yield Row("protocol", _fact("protocol"))
-    yield Row("selection rule", lambda runs: every(RULES[run.facts["selection"]] for run in runs))
-    yield Row("repetitions", lambda runs: seeds({run.repetition for run in runs}))
-    yield Row("steps", _fact("steps"))
-    yield Row("batch size, per training environment", _fact("batch_size"), False)
-    yield Row("batch size", _fact("batch_size"), True)
-    yield Row("learning rate", _config("task.optimizer.lr"))
-    yield Row("weight decay", _config("task.optimizer.weight_decay"))
-    yield Row("backbone", _fact("backbone"))
-    yield Row("weights", _fact("weights"))
-    yield Row(
-        "data hash",
-        lambda runs: every(sorted({str(run.facts.get("data_hash")) for run in runs})),
-    )
-    yield Row("versions", _fact("versions"))
-    yield Row("machine", _fact("machine"))
-    yield Row("device, threads", lambda runs: every(map(_device, runs)))
-    yield Row("runtime", _fact("runtime"))
+def _config(key: str) -> CellText:
+    return _each(lambda run: run.config.get(key))
 
 
 def _start(run: Run) -> str:
     start = start_name(run.config)
     return f"{start}, of the same seed" if start else ABSENT
-
-
-def _mean_tokens(run: Run) -> str:
-    return format_number(run.facts.get("mean_tokens", math.nan), ".1f")
-
-
-def _device(run: Run) -> str:
-    return f"{run.facts.get('device', 'unknown')}, {run.facts.get('threads', 'unknown')}"
 
 
 def _sizes(run: Run) -> str | None:
@@ -178,8 +135,47 @@ def _sizes(run: Run) -> str | None:
     return f"{run.environment}: {' + '.join(known)}" if known else None
 
 
+CONDITIONS = (
+    Condition("test environments", lambda runs: ", ".join(environments(runs)), False),
+    Condition("images of a test environment", _each(_sizes), False),
+    Condition("measure", _each(lambda run: run.words.measure), True),
+    Condition("evaluated on", lambda runs: ", ".join(environments(runs)), True),
+    Condition("examples", _each(_sizes), True),
+    Condition(
+        "tokens of an example, mean",
+        _each(lambda run: format_number(run.facts.get("mean_tokens", math.nan), ".1f")),
+        True,
+    ),
+    Condition("patience, in evaluations", _fact("patience", ABSENT), True),
+    Condition("stage", _fact("stage", ABSENT), True),
+    Condition("started from", _each(_start), True),
+    Condition("protocol", _fact("protocol")),
+    Condition("selection rule", _each(lambda run: RULES[run.facts["selection"]])),
+    Condition("repetitions", lambda runs: seeds({run.repetition for run in runs})),
+    Condition("steps", _fact("steps")),
+    Condition("batch size, per training environment", _fact("batch_size"), False),
+    Condition("batch size", _fact("batch_size"), True),
+    Condition("learning rate", _config("task.optimizer.lr")),
+    Condition("weight decay", _config("task.optimizer.weight_decay")),
+    Condition("backbone", _fact("backbone")),
+    Condition("weights", _fact("weights")),
+    Condition(
+        "data hash", lambda runs: every(sorted({str(run.facts.get("data_hash")) for run in runs}))
+    ),
+    Condition("versions", _fact("versions")),
+    Condition("machine", _fact("machine")),
+    Condition(
+        "device, threads",
+        _each(
+            lambda run: ", ".join(str(run.facts.get(k, "unknown")) for k in ("device", "threads"))
+        ),
+    ),
+    Condition("runtime", _fact("runtime")),
+)
+
+
 def _commands(collection: Collection, timings: Iterable[Timings]) -> Iterator[str]:
-    """Of the runs, their timing and this report; as far as the folders tell them."""
+    """Yield the commands of the runs, of their timing and of this report, as far as recorded."""
     found: dict[str, None] = {}
     by_folder: dict[Path, list[Run]] = {}
     for run in collection.runs:
@@ -194,7 +190,7 @@ def _commands(collection: Collection, timings: Iterable[Timings]) -> Iterator[st
 
 
 def _training(runs: Sequence[Run]) -> Iterator[str]:
-    """The sweep's command, or that of the first run of each setting."""
+    """Yield the sweep's command, or that of the first run of each setting."""
     jobs = {run.folder.path: _overrides(run) for run in runs}
     shared = [
         text for text in next(iter(jobs.values())) if all(text in job for job in jobs.values())
@@ -211,8 +207,7 @@ def _training(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _overrides(run: Run) -> list[str]:
-    """As the user wrote them: dynmoe-run hands values to Hydra as `++key=value`. None if Hydra
-    recorded none."""
+    """Return them as the user wrote them: dynmoe-run hands values to Hydra as `++key=value`."""
     file = run.folder.path / ".hydra" / "overrides.yaml"
     texts = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else []
     return [text.removeprefix("++") for text in texts]

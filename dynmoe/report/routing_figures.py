@@ -1,12 +1,12 @@
-"""Pictures of what the routers of many runs do: experts, k, load, and the overlap of domains.
+"""Figures of the routing of many runs: experts, k, load, and the overlap of environments.
 
 All but the first describe each run's model at the step that its selection rule chose, from the
-evaluation's records. A picture without anything to show is None.
+records of that evaluation. A figure without anything to show is None.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,25 +25,31 @@ from dynmoe.report.drawing import (
     percent_of_rows,
     whole_numbers,
 )
-from dynmoe.report.run import Run
+from dynmoe.report.run import Run, by_setting
 from dynmoe.report.words import SHUFFLED, layer_name
 
-# More classes than this are more than a heat map can name.
+# A heat map cannot name more classes than this.
 MOST_CLASSES = 20
 
 
 def draw_experts(runs: Sequence[Run]) -> Picture | None:
     """Living experts over training, in every layer of every adaptive setting."""
-    settings = _settings(run for run in runs if run.events)
+    settings = by_setting([run for run in runs if run.events])
     places = list(_places(settings))
     if not places:
         return None
     figure, panels = lay_out(len(places), width=3.6, height=2.5, beside=0, share=True)
     for (setting, layer), axes in zip(places, panels, strict=True):
-        curves = [_with_room(*experts_over_steps(run, layer)) for run in settings[setting]]
-        # Set apart a little: runs that have as many experts would hide one another.
-        for (steps, counts), apart in zip(curves, np.linspace(-0.2, 0.2, len(curves)), strict=True):
-            line = np.asarray(counts) + (apart if len(curves) > 1 else 0)
+        curves = []
+        for run in settings[setting]:
+            steps, counts = experts_over_steps(run, layer)
+            # Without room after the last step an update just before it is a spike at the edge.
+            room = steps[-1] + max(1, steps[-1] // 25)
+            curves.append(([*steps, room], [*counts, counts[-1]]))
+        # NOTE: shifted a little, else runs with equally many experts hide one another.
+        shifts = np.linspace(-0.2, 0.2, len(curves)) if len(curves) > 1 else [0.0]
+        for (steps, counts), shift in zip(curves, shifts, strict=True):
+            line = np.asarray(counts) + shift
             axes.step(steps, line, where="post", color=GREY, linewidth=0.7, alpha=0.6)
         changes = np.unique(np.concatenate([steps for steps, _ in curves]))
         mean = np.mean([experts_at(changes, *curve) for curve in curves], axis=0)
@@ -57,19 +63,14 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
         figure,
         "Living experts in each MoE layer over training",
         f"Each thin line is one run (one seed and {runs[0].words.place}), the thick line their "
-        "mean; a step up is an expert added, a step down experts removed. Thin lines are set apart "
+        "mean; a step up is an expert added, a step down experts removed. Thin lines are shifted "
         "a little; all go on a little after the last step.",
     )
 
 
-def _with_room(steps: Sequence[int], counts: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Room after the last step: an update just before it would be a spike at the edge."""
-    return [*steps, steps[-1] + max(1, steps[-1] // 25)], [*counts, counts[-1]]
-
-
 def draw_k(runs: Sequence[Run]) -> Picture | None:
     """Mean k beside the number of living experts, by layer, for every adaptive setting."""
-    settings = _settings(run for run in runs if run.kind == "adaptive" and on_tests(run))
+    settings = by_setting([run for run in runs if run.kind == "adaptive" and on_tests(run)])
     if not settings:
         return None
     figure, panels = lay_out(len(settings), width=4.6, height=2.8, columns=2, beside=0, share=True)
@@ -95,31 +96,26 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
     words = runs[0].words
+    tested = (
+        f"{words.place} {runs[0].environment}" if runs[0].problem.on_sets else f"{words.place}s"
+    )
     name_axes(figure, "MoE layer, from the first up", f"experts per {words.token}")
     return Picture(
         "k_by_layer",
         figure,
         f"Experts that a {words.token} activates, by MoE layer",
-        f"Blue: experts that a token of the {_tests(runs)} activates on average; thin "
+        f"Blue: experts that a token of the {tested} activates on average; thin "
         "lines: single runs. Black: the experts there are. Blue near black means that nearly all "
         "are used.",
     )
 
 
-def _tests(runs: Sequence[Run]) -> str:
-    """What k is shown of: `test environments`, `evaluation set dev`."""
-    place = runs[0].words.place
-    return f"{place} {runs[0].environment}" if runs[0].problem.on_sets else f"{place}s"
-
-
 def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
     """Mean k by layer and position of the token, for every adaptive setting."""
-    with_positions = (
-        run
-        for run in runs
-        if run.kind == "adaptive" and any("k_by_position" in line for line in on_tests(run))
+    adaptive = [run for run in runs if run.kind == "adaptive"]
+    settings = by_setting(
+        [run for run in adaptive if any("k_by_position" in line for line in on_tests(run))]
     )
-    settings = _settings(with_positions)
     if not settings:
         return None
     layers = max((layers_of(members[0]) for members in settings.values()), key=len)
@@ -165,7 +161,7 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
     figure = load_panels([run for run in runs if evaluation(run)], part, rows, draw)
     if figure is None:
         return None
-    equal = f"; equal rows mean that experts do not tell the {part}s apart" if rows > 1 else ""
+    equal = f"; equal rows mean that experts do not distinguish the {part}s" if rows > 1 else ""
     return Picture(
         "load_by_environment",
         figure,
@@ -209,7 +205,7 @@ def draw_load_by_class(runs: Sequence[Run]) -> Picture | None:
 def draw_overlap(runs: Sequence[Run]) -> Picture | None:
     """How far two environments use the same experts, per layer, as the mean of each setting."""
     most = max(map(evaluated, runs), key=len, default=[])
-    settings = _settings(run for run in runs if len(most) > 1 and evaluated(run) == most)
+    settings = by_setting([run for run in runs if len(most) > 1 and evaluated(run) == most])
     places = list(_places(settings))
     if not places:
         return None
@@ -241,30 +237,19 @@ def draw_overlap(runs: Sequence[Run]) -> Picture | None:
     )
 
 
-Settings = dict[str, list[Run]]
-
-
-def _settings(runs: Iterable[Run]) -> Settings:
-    """Runs by setting, in the order they come."""
-    settings: Settings = {}
-    for run in runs:
-        settings.setdefault(run.setting, []).append(run)
-    return settings
-
-
-def _places(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Every layer of every setting: what has a panel of its own."""
+def _places(settings: Mapping[str, Sequence[Run]]) -> Iterator[tuple[str, str]]:
+    """Yield every layer of every setting; each has its own panel."""
     for setting, members in settings.items():
         for layer in layers_of(members[0]):
             yield setting, layer
 
 
 def _columns(places: Sequence[tuple[str, str]]) -> int:
-    """Two panels in a row, which a page has room for; one, where that puts layers side by side."""
+    """Return 2, for which a page has room; 1 if that puts layers side by side."""
     return 2 if sum(setting == places[0][0] for setting, _ in places) > 1 else 1
 
 
-def _title(setting: str, layer: str, settings: Settings) -> str:
+def _title(setting: str, layer: str, settings: Mapping[str, Sequence[Run]]) -> str:
     name = layer_name(layer)
     return name if len(settings) == 1 else f"{setting}\n{name}"
 
@@ -272,7 +257,7 @@ def _title(setting: str, layer: str, settings: Settings) -> str:
 def load_panels(
     runs: Sequence[Run], what: str, rows: int, draw: Callable[[Axes, Run, Sequence[Record]], None]
 ) -> Figure | None:
-    """One panel for each layer of each run."""
+    """Draw one panel for each layer of each run."""
     places = [(run, layer) for run in runs for layer in layers_of(run)]
     if not places:
         return None
@@ -287,13 +272,13 @@ def load_panels(
     return figure
 
 
-# Numbers from a run's routing records: the reported model's routing, experts over training.
+# Numbers from a run's routing records.
 
 
 def evaluation(run: Run) -> list[Record]:
-    """Routing on every environment at the step that is reported, in the environments' order.
+    """Return the routing on every environment at the reported step, in the environments' order.
 
-    Without the set of exchanged images, which has the questions of another one.
+    The set of exchanged images is left out: it has the questions of another set.
     """
     names = run.facts["env_names"]
     left_out = ("train", *(f"env{names.index(each)}" for each in (SHUFFLED,) if each in names))
@@ -301,18 +286,17 @@ def evaluation(run: Run) -> list[Record]:
 
 
 def on_tests(run: Run) -> list[Record]:
-    """The same on the test environments alone."""
+    """Return the routing on the test environments at the reported step."""
     sources = {f"env{index}" for index in run.facts["test_envs"]}
     return [line for line in evaluation(run) if line["source"] in sources]
 
 
 def training(run: Run) -> list[Record]:
-    """Routing in training, over the window that ends at that step."""
+    """Return the routing in training, over the window that ends at the reported step."""
     return [line for line in run.routing_at_outcome if line["source"] == "train"]
 
 
 def of_layer(lines: Iterable[Record], layer: str) -> list[Record]:
-    """The lines of one layer."""
     return [line for line in lines if line["layer"] == layer]
 
 
@@ -322,7 +306,7 @@ def layers_of(run: Run) -> list[str]:
 
 
 def evaluated(run: Run) -> list[str]:
-    """Names of those that were evaluated."""
+    """Names of the environments or sets that were evaluated."""
     sources = dict.fromkeys(line["source"] for line in evaluation(run))
     return [run.facts["env_names"][int(source.removeprefix("env"))] for source in sources]
 
@@ -336,7 +320,7 @@ def mean_k(run: Run, layer: str) -> float:
 
 
 def k_by_position(run: Run, layer: str) -> np.ndarray:
-    """The same by position of the token."""
+    """Experts per token of the test environments, by position of the token."""
     return np.mean([line["k_by_position"] for line in of_layer(on_tests(run), layer)], axis=0)
 
 
@@ -349,7 +333,7 @@ def experts_over_steps(run: Run, layer: str) -> tuple[list[int], list[int]]:
 
 
 def experts_at(steps: np.ndarray, changes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-    """The number of living experts at any steps, from what `experts_over_steps` returns."""
+    """Number of living experts at `steps`; the others are what `experts_over_steps` returns."""
     return np.asarray(counts)[np.searchsorted(changes, steps, side="right") - 1]
 
 

@@ -364,7 +364,9 @@ def image_use_sentences(runs: Sequence[Run]) -> list[str]:
         points = f"{points_text(lost)} points, {p_words(lost)}, n = {len(lost)}"
         said = {
             "beats": "is better with the right images than with others: it uses them",
-            "cannot be told from": "cannot be told to use the images",
+            "is not significantly different from": (
+                "is not significantly better with the right images than with others"
+            ),
             "is below": "is worse with the right images than with others",
             "unknown": "was tried once, which proves nothing of its use of images",
         }[verdict(lost)]

@@ -1,11 +1,11 @@
-"""Which configurations are one setting, and what it is called.
+"""Settings: which configurations are one setting, and its name.
 
-A configuration is the flat `config` of a `run.json`. Those of one setting differ in chance alone:
-in seeds, in the environment they are tested on, in where data and weights lie and how they are
-read, in what is evaluated besides, and in which repetition of the stage before they start from.
-Draws of hyper-parameters (`hparams_seed`) belong to one setting too: the search is part of the
-method, as in DomainBed. So do the values of the keys that a protocol searches over
-(`protocol.searched`), as the learning rate on GLUE.
+A configuration is the flat `config` of a `run.json`. Configurations of one setting differ in chance
+alone: in seeds, in the test environment, in where data and weights lie and how they are read, in
+additional evaluations, and in the repetition of the previous stage that they start from. Draws of
+hyper-parameters (`hparams_seed`) belong to one setting too: the search is part of the method, as in
+DomainBed. So do the values of the keys that a protocol searches over (`protocol.searched`), as the
+learning rate on GLUE.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 
 Config = Mapping[str, Any]
 
-# What distinguishes repetitions of one setting.
+# Keys that distinguish repetitions of one setting.
 REPETITION = ("seed", "trial_seed", "data.test_envs")
 
-# Where data lie, how they are read, and what is evaluated or fitted besides.
+# Keys of where data lie, how they are read, and what is evaluated or fitted besides.
 READING = (
     "data.root",
     "data.source",
@@ -38,12 +38,12 @@ READING = (
 # The end of a run folder's name: one of the repetitions of a configuration.
 OF_SEED = re.compile(r"_seed\d+_[0-9a-f]{8}$")
 
-# What hparams_seed > 0 draws at random (dynmoe/config/stages.py).
+# Keys that hparams_seed > 0 draws at random.
 DRAWN = ("task.optimizer.lr", "task.optimizer.weight_decay", "data.batch_size")
 
 
 def name_settings(short_names: Sequence[str], configs: Sequence[Config]) -> list[str]:
-    """The name of each configuration's setting, unique among these configurations.
+    """Return the name of each configuration's setting, unique among these configurations.
 
     It is the short name; where several settings would share it, the keys in which they differ are
     added: `DynMoE, task.optimizer.lr=0.001`.
@@ -62,13 +62,13 @@ def name_settings(short_names: Sequence[str], configs: Sequence[Config]) -> list
 
 
 def start_name(config: Config) -> str | None:
-    """What a run starts from, whichever repetition: `vl_instruct/scenes_dense`; None: nothing."""
+    """Return the run of the stage before without its seed: `vl_instruct/scenes_dense`; or None."""
     start = config.get("stage.start")
     return OF_SEED.sub("", start) if start else None
 
 
 def _identities(configs: Sequence[Config]) -> list[Config]:
-    """Each configuration without what does not distinguish settings."""
+    """Return each configuration without the keys that do not distinguish settings."""
     chance = (*REPETITION, "hparams_seed", *READING)
     plain = [
         {
@@ -81,8 +81,8 @@ def _identities(configs: Sequence[Config]) -> list[Config]:
     without_draw = [{**config, **dict.fromkeys(DRAWN, "drawn")} for config in plain]
     is_draw = [config.get("hparams_seed", 0) > 0 for config in configs]
     searches = {_text(found) for found, drawn in zip(without_draw, is_draw, strict=True) if drawn}
-    # hparams_seed 0, the protocol's own values, is the first of the draws. But where somebody has
-    # varied these values by hand, none of them can be told to be that.
+    # NOTE: hparams_seed 0, the protocol's own values, is the first of the draws. But where these
+    # values were varied by hand, none of the variants is known to be it.
     by_hand: defaultdict[str, set[str]] = defaultdict(set)
     for config, found, drawn in zip(plain, without_draw, is_draw, strict=True):
         if not drawn:
@@ -94,8 +94,8 @@ def _identities(configs: Sequence[Config]) -> list[Config]:
 
 
 def _by_name(config: Config) -> Config:
-    """With the last part of a path for the path: weights are known by the folder's name, or by the
-    hub's, wherever they lie. The run of the stage before goes without its seed."""
+    """Replace paths by their last part: weights are known by the name of their folder or on the
+    hub. The run of the stage before is named without its seed."""
     found = dict(config)
     if "stage.start" in found:
         found["stage.start"] = start_name(config)

@@ -1,4 +1,4 @@
-"""A table and its forms: console, Markdown, CSV, LaTeX. And a cell by DomainBed's rules."""
+"""A table, its cells, and its forms: console, Markdown, CSV, LaTeX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
-# What LaTeX reads as a command, and the signs that its fonts lack.
+# Signs that LaTeX reads as commands, or that its fonts lack.
 LATEX = {
     "\\": r"\textbackslash{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
@@ -40,15 +40,15 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
-    """How to read it."""
+    """Explanation of the numbers."""
     conditions: str = ""
-    """What its numbers hold under: protocol, selection rule, seeds, weights, data, versions."""
+    """Conditions of its numbers: protocol, selection rule, seeds, weights, data, versions."""
     in_words: bool = False
-    """Its cells are words, and stand on the left."""
+    """Whether its cells are words, which are aligned left."""
 
     @property
     def foot(self) -> str:
-        """What stands below the rows."""
+        """Text below the rows."""
         return " ".join(text for text in (self.note, self.conditions) if text)
 
 
@@ -70,7 +70,7 @@ def format_mean(accuracies: Sequence[float]) -> str:
 def format_points(difference: float) -> str:
     """A difference of accuracies in percentage points, with its sign: `−2.3`; `0.0` has none.
 
-    What would round to 0 without being 0 has two decimals.
+    A difference that would round to 0 without being 0 has two decimals.
     """
     points = 100 * difference
     digits = 2 if points and not round(points, 1) else 1
@@ -78,12 +78,12 @@ def format_points(difference: float) -> str:
 
 
 def format_number(value: float, form: str, unit: str = "") -> str:
-    """By a format of `str.format`, with its unit; a dash for NaN."""
+    """Format a number as `str.format` does, with its unit; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:{form}}{unit}"
 
 
 def to_rich(table: Table) -> RichTable:
-    """For the console."""
+    """Return the table for the console."""
     rich_table = RichTable(
         title=table.title,
         caption=Text(table.foot) if table.foot else None,
@@ -103,7 +103,7 @@ def to_rich(table: Table) -> RichTable:
 
 
 def to_markdown(table: Table) -> str:
-    """Header and rows, without title and note."""
+    """Return header and rows, without title and note."""
     rows = [
         table.columns,
         ("---", *("---" if table.in_words else "---:" for _ in table.columns[1:])),
@@ -116,19 +116,19 @@ def to_markdown(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Header and rows, for a spreadsheet."""
+    """Return header and rows, for a spreadsheet."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
     return text.getvalue()
 
 
 def to_latex(table: Table) -> str:
-    """A booktabs table; the title is its caption, the note stands below the rows."""
-    lines = [" & ".join(map(_latex, row)) + r" \\" for row in (table.columns, *table.rows)]
+    """Return a booktabs table; the title is its caption, the note stands below the rows."""
+    lines = [" & ".join(map(latex, row)) + r" \\" for row in (table.columns, *table.rows)]
     return "\n".join(
         [
             r"\begin{table}",
-            rf"\caption{{{_latex(table.title)}}}",
+            rf"\caption{{{latex(table.title)}}}",
             rf"\begin{{tabular}}{{l{('l' if table.in_words else 'r') * (len(table.columns) - 1)}}}",
             r"\toprule",
             lines[0],
@@ -136,13 +136,14 @@ def to_latex(table: Table) -> str:
             *lines[1:],
             r"\bottomrule",
             r"\end{tabular}",
-            *([rf"\par\footnotesize {_latex(table.foot)}"] if table.foot else []),
+            *([rf"\par\footnotesize {latex(table.foot)}"] if table.foot else []),
             r"\end{table}",
             "",
         ]
     )
 
 
-def _latex(cell: str) -> str:
+def latex(cell: str) -> str:
+    """Escape a cell; a `Strong` one is bold."""
     text = "".join(LATEX.get(sign, sign) for sign in cell)
     return rf"\textbf{{{text}}}" if isinstance(cell, Strong) else text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sweeps import write_run, write_sweep
 
-from dynmoe.report.claim import MEAN, Claim, Comparison, Difference, examine
+from dynmoe.report.claim import MEAN, Claim, Difference, SettingComparison, examine
 from dynmoe.report.claim_tables import (
     accuracy_table,
     claim_table,
@@ -38,7 +38,7 @@ def read(folder: Path) -> tuple[Collection, list[Claim]]:
     ]
 
 
-def differences(comparison: Comparison) -> dict[str, tuple[str, list[float]]]:
+def differences(comparison: SettingComparison) -> dict[str, tuple[str, list[float]]]:
     return {
         each.rival: (each.setting, [round(100 * value, 6) for value in each.values])
         for each in comparison.differences
@@ -76,11 +76,11 @@ def test_verdicts_follow_from_a_paired_t_test(tmp_path: Path) -> None:
     ts.append(14 / (math.sqrt((10**2 + 2**2 + 12**2) / 2) / 3**0.5))
     assert [each.p for each in shown] == pytest.approx([1 - t / math.sqrt(t**2 + 2) for t in ts])
     assert [each.verdict for each in shown] == [
-        "cannot be told from",  # p = 0.07
+        "is not significantly different from",  # p = 0.07
         "is below",  # 0.035
         "beats",  # 0.007
         "is below",
-        "cannot be told from",  # 0.16
+        "is not significantly different from",  # 0.16
     ]
     # Of three values the 2.5 % and 97.5 % quantiles of resampled means are the outermost values:
     # each has the chance 1/27 = 3.7 %.
@@ -89,8 +89,12 @@ def test_verdicts_follow_from_a_paired_t_test(tmp_path: Path) -> None:
         for span in ((0.02, 0.06), (-0.08, -0.04), (0.12, 0.16), (-0.08, -0.04), (0.04, 0.26))
     ]
     (equal,) = second.against("mean")
-    assert (equal.interval, equal.p, equal.verdict) == ((0, 0), 1, "cannot be told from")
-    assert mean.against("dense")[0].verdict == "cannot be told from"
+    assert (equal.interval, equal.p, equal.verdict) == (
+        (0, 0),
+        1,
+        "is not significantly different from",
+    )
+    assert mean.against("dense")[0].verdict == "is not significantly different from"
 
 
 @pytest.mark.parametrize("values", [(0.5,), (0.1, math.nan)])
@@ -178,7 +182,7 @@ def test_seeds_without_a_common_one_are_not_compared(tmp_path: Path) -> None:
         (
             [0.3, 0.9],
             [0.7, 0.7],
-            "cannot be told from the mean of the grid (+5.0 points) nor from ",
+            "is not significantly different from the mean of the grid (+5.0 points) nor from ",
         ),
         (
             [0.3, 0.3],
@@ -241,10 +245,10 @@ def test_words_of_each_rival(tmp_path: Path) -> None:
     write_sweep(tmp_path, {name: {"0": SWEEP[name]["0"]} for name in SWEEP})
     _, (claim,) = read(tmp_path)
     assert sentences(claim)[:7] == [
-        "DynMoE on RotatedDigits, test environment 0, cannot be told from the mean of the grid "
-        "(+4.0 points) and is below its best (−6.0 points; n = 3).",
+        "DynMoE on RotatedDigits, test environment 0, is not significantly different from the mean "
+        "of the grid (+4.0 points) and is below its best (−6.0 points; n = 3).",
         "DynMoE reaches 64.0 +/- 5.2 %: rank 2 of 4 settings by mean accuracy.",
-        "It cannot be told from the mean of the grid (2 settings), 60.0 +/- 4.7 %: "
+        "It is not significantly different from the mean of the grid (2 settings), 60.0 +/- 4.7 %: "
         "+4.0 [+2.0, +6.0] points, p = 0.074.",
         "It is below the best of the grid (top-2 of 4), 70.0 +/- 4.7 %: −6.0 [−8.0, −4.0] points, "
         "p = 0.035.",
@@ -252,7 +256,8 @@ def test_words_of_each_rival(tmp_path: Path) -> None:
         "p = 0.0067.",
         "It is below the grid's best by validation (top-2 of 4), 70.0 +/- 4.7 %: −6.0 [−8.0, −4.0] "
         "points, p = 0.035.",
-        "It cannot be told from dense, 50.0 +/- 0.0 %: +14.0 [+4.0, +26.0] points, p = 0.16.",
+        "It is not significantly different from dense, 50.0 +/- 0.0 %: +14.0 [+4.0, +26.0] "
+        "points, p = 0.16.",
     ]
     assert sentences(claim)[-1] == "3 repetitions can show large differences only."
 

@@ -217,7 +217,7 @@ def test_accuracy_against_time_shows_what_was_measured(tmp_path: Path) -> None:
     (axes,) = figure_of(picture).axes
     assert axes.get_xlabel() == "training step, ms"
     assert [text.get_text() for text in axes.texts] == ["dense", "DynMoE"]
-    assert picture is not None and "Measured in turns: cpu X." in picture.caption
+    assert picture is not None and "interleaved: cpu X." in picture.caption
     refused = Timings({}, "", "measured under different conditions: cpu (X, Y)")
     assert draw_accuracy_by_time(runs, refused) is None
 

@@ -32,7 +32,9 @@ def test_a_report_of_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str]) ->
     failed = write_run(sweep, "top-2 of 4", seed=2, state="failed")
     main([str(sweep)])
     out = capsys.readouterr().out
-    assert out.startswith("DynMoE on RotatedDigits, mean of 2 test environments, cannot be told ")
+    assert out.startswith(
+        "DynMoE on RotatedDigits, mean of 2 test environments, is not significantly "
+    )
     assert f"Without a result:\n  {failed.path.name}: failed, DataError: no such folder" in out
     report = sweep / "report"
     assert out.endswith(f"\n16 runs reported:\n{report / 'report.html'}\n")
