@@ -33,24 +33,24 @@ demo-vl: install  ## Train a small LLaVA with DynMoE on rendered scenes, all thr
 test: install  ## Run the tests (under 5 minutes on 2 CPU cores)
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto
 
-test-all: install lint  ## What CI runs: checks, and all tests
+test-all: install lint  ## Run lint and all tests, as CI does
 	$(BIN)/python -m pytest
 
-lint: install  ## Format, lint and type checks
+lint: install  ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## How fast the MoE layer and a training step are on this machine: about 5 minutes on 2 CPU cores
+bench: install  ## Time the MoE layer and a training step on this machine: about 5 minutes on 2 CPU cores
 	$(BIN)/dynmoe-bench layer --shape a b --k 1.5 --rounds 7
 	$(BIN)/dynmoe-bench step --k 1.5 --rounds 7
 
-smoke: install  ## A sweep on digits and its report, to see that all of it runs: 1 to 2 minutes on 2 CPU cores
+smoke: install  ## Run a small sweep on digits, its timing and its report: 1 to 2 minutes on 2 CPU cores
 	$(RUN) sweep=smoke task=vit_domainbed hydra/launcher=joblib
 	$(BIN)/dynmoe-bench step --runs outputs/vit_domainbed_smoke --rounds 3
 	$(BIN)/dynmoe-report outputs/vit_domainbed_smoke
 
-# The paper's vision table (DynMoE, arXiv 2405.14297, Table 1): every environment left out in turn. DATA holds
+# The paper's vision table (DynMoE, arXiv 2405.14297, Table 1): every environment is held out once. DATA holds
 # PACS/, VLCS/, office_home/, domain_net/. One run of 5001 steps (DomainNet: 15001) of DeiT-S/16 at 224 px
 # takes hours on one GPU and weeks on a CPU; 3 methods x 3 seeds x (4 + 4 + 4 + 6 environments) = 162 runs.
 VISION := sweep=paper_vision task=vit_domainbed protocol=gmoe backbone=vit_small trainer=gpu data.root=$(DATA)
@@ -79,12 +79,12 @@ reproduce-language-small: install  ## The report in docs/reports/glue_small: DAT
 	$(BIN)/dynmoe-report outputs/glue_small_rte outputs/glue_small_cola --out outputs/glue_small
 
 # DynMoE-LLaVA and MoE-LLaVA (StableLM-2-1.6B, Qwen-1.8B, Phi-2): stages I and II once for each language model, then
-# stage III dense, with top-2 of 4 and with DynMoE. DATA holds MoE-LLaVA's ft_json/, pt_json/ and images; BENCHMARKS
-# gqa/, scienceqa/, textvqa/, pope/, mme/. Stages run one by one: on several devices a run waits for no other.
-BENCHMARKS ?= $(DATA)/eval
-SETS := 'data.benchmarks={gqa: $(BENCHMARKS)/gqa, scienceqa: $(BENCHMARKS)/scienceqa, textvqa: $(BENCHMARKS)/textvqa, pope: $(BENCHMARKS)/pope, mme: $(BENCHMARKS)/mme}'
+# stage III dense, with top-2 of 4 and with DynMoE. DATA holds MoE-LLaVA's ft_json/, pt_json/ and images; QUESTIONS
+# gqa/, scienceqa/, textvqa/, pope/, mme/. Stages run one at a time: on several devices no run waits for another.
+QUESTIONS ?= $(DATA)/eval
+SETS := 'data.question_sets={gqa: $(QUESTIONS)/gqa, scienceqa: $(QUESTIONS)/scienceqa, textvqa: $(QUESTIONS)/textvqa, pope: $(QUESTIONS)/pope, mme: $(QUESTIONS)/mme}'
 VL = task=vl data=llava data.root=$(DATA) backbone=vl_$(1) trainer=ddp trainer.precision=bf16-mixed trainer.devices=8 $(SETS)
-reproduce-vl: install  ## The paper's three vision-language models, all stages, and their report: DATA=, BENCHMARKS=, weeks on 8 GPUs
+reproduce-vl: install  ## The paper's three vision-language models, all stages, and their report: DATA=, QUESTIONS=, weeks on 8 GPUs
 	for lm in stablelm qwen phi2; do for stage in align instruct; do \
 	  $(RUN) $(call VL,$$lm) stage=$$stage || exit 1; done; \
 	  for moe in dense moe_llava dynmoe_vl; do $(RUN) $(call VL,$$lm) moe=$$moe name=vl_$$lm || exit 1; done; done
@@ -95,5 +95,5 @@ reproduce-vl-small: install  ## The reports in docs/reports/vl_scenes and vl_eas
 	  $(BIN)/dynmoe-bench generate --runs outputs/vl_$$set || exit 1; \
 	  $(BIN)/dynmoe-report outputs/vl_$$set || exit 1; done
 
-clean:  ## Remove .venv and caches (not outputs)
+clean:  ## Remove .venv and caches, not outputs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
