@@ -80,7 +80,7 @@ reproduce-language-small: install  ## The report in docs/reports/glue_small: DAT
 
 # DynMoE-LLaVA and MoE-LLaVA (StableLM-2-1.6B, Qwen-1.8B, Phi-2): stages I and II once for each language model, then
 # stage III dense, with top-2 of 4 and with DynMoE. DATA holds MoE-LLaVA's ft_json/, pt_json/ and images; QUESTIONS
-# gqa/, scienceqa/, textvqa/, pope/, mme/. Stages run one at a time: on several devices no run waits for another.
+# gqa/, scienceqa/, textvqa/, pope/, mme/. Stages run one by one: on several devices a run waits for no other.
 QUESTIONS ?= $(DATA)/eval
 SETS := 'data.question_sets={gqa: $(QUESTIONS)/gqa, scienceqa: $(QUESTIONS)/scienceqa, textvqa: $(QUESTIONS)/textvqa, pope: $(QUESTIONS)/pope, mme: $(QUESTIONS)/mme}'
 VL = task=vl data=llava data.root=$(DATA) backbone=vl_$(1) trainer=ddp trainer.precision=bf16-mixed trainer.devices=8 $(SETS)
