@@ -33,24 +33,24 @@ demo-vl: install  ## Train a small LLaVA with DynMoE on rendered scenes, all thr
 test: install  ## Run the tests (under 5 minutes on 2 CPU cores)
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto
 
-test-all: install lint  ## What CI runs: checks, and all tests
+test-all: install lint  ## Run lint and all tests, as CI does
 	$(BIN)/python -m pytest
 
-lint: install  ## Format, lint and type checks
+lint: install  ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## How fast the MoE layer and a training step are on this machine: about 5 minutes on 2 CPU cores
+bench: install  ## Time the MoE layer and a training step on this machine: about 5 minutes on 2 CPU cores
 	$(BIN)/dynmoe-bench layer --shape a b --k 1.5 --rounds 7
 	$(BIN)/dynmoe-bench step --k 1.5 --rounds 7
 
-smoke: install  ## A sweep on digits and its report, to see that all of it runs: 1 to 2 minutes on 2 CPU cores
+smoke: install  ## Run a small sweep on digits, its timing and its report: 1 to 2 minutes on 2 CPU cores
 	$(RUN) sweep=smoke task=vit_domainbed hydra/launcher=joblib
 	$(BIN)/dynmoe-bench step --runs outputs/vit_domainbed_smoke --rounds 3
 	$(BIN)/dynmoe-report outputs/vit_domainbed_smoke
 
-# The paper's vision table (DynMoE, arXiv 2405.14297, Table 1): every environment left out in turn. DATA holds
+# The paper's vision table (DynMoE, arXiv 2405.14297, Table 1): every environment is held out once. DATA holds
 # PACS/, VLCS/, office_home/, domain_net/. One run of 5001 steps (DomainNet: 15001) of DeiT-S/16 at 224 px
 # takes hours on one GPU and weeks on a CPU; 3 methods x 3 seeds x (4 + 4 + 4 + 6 environments) = 162 runs.
 VISION := sweep=paper_vision task=vit_domainbed protocol=gmoe backbone=vit_small trainer=gpu data.root=$(DATA)
@@ -95,5 +95,5 @@ reproduce-vl-small: install  ## The reports in docs/reports/vl_scenes and vl_eas
 	  $(BIN)/dynmoe-bench generate --runs outputs/vl_$$set || exit 1; \
 	  $(BIN)/dynmoe-report outputs/vl_$$set || exit 1; done
 
-clean:  ## Remove .venv and caches (not outputs)
+clean:  ## Remove .venv and caches, not outputs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -234,7 +234,7 @@ def row_multiple(x: Tensor) -> int:
 
     On a CPU, oneDNN compiles a kernel for every new shape, 1 to 3 ms each, and keeps the last 1024.
     Loads are new in every step, and a small product takes ten times as long the first time
-    (docs/PERFORMANCE.md). Multiples of 8 make few shapes, and at most 7 rows of an expert are
+    (docs/performance.md). Multiples of 8 make few shapes, and at most 7 rows of an expert are
     computed in vain. fp32 products at precision "highest" and fp64 go to a BLAS that compiles
     nothing.
     """
