@@ -14,7 +14,7 @@ from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.routers import Router
 
 Placement = (
-    Literal["none", "all", "every_two", "last_two", "sparse", "first_half", "second_half", "dense"]
+    Literal["none", "all", "every_two", "last_two", "sparse", "first_half", "second_half"]
     | Sequence[int]
 )
 
@@ -25,8 +25,8 @@ def placed_blocks(layers: Placement, depth: int) -> list[int]:
     ``every_two``: two MoE layers with a dense block after each, at depth 12 blocks 8 and 10. This
     is GMoE's placement (which its paper calls "last two": the last two even layers) and DynMoE's
     vision runs' (which their code calls "every two"). ``last_two``: the last two blocks. As in
-    MoE-LLaVA: ``sparse``, every second block from the first; ``first_half``, ``second_half``;
-    ``dense``, which is ``all``.
+    MoE-LLaVA: ``sparse``, every second block from the first; ``first_half`` and
+    ``second_half``.
 
     Raises:
         ConfigError: an index outside the model, or a depth too small for the placement.
@@ -34,7 +34,6 @@ def placed_blocks(layers: Placement, depth: int) -> list[int]:
     named = {
         "none": [],
         "all": list(range(depth)),
-        "dense": list(range(depth)),
         "sparse": list(range(0, depth, 2)),
         "first_half": list(range(depth // 2)),
         "second_half": list(range(depth // 2, depth)),
