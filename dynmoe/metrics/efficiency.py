@@ -1,7 +1,7 @@
-"""What a model costs: parameters and FLOPs, by formula from its shapes and from what it routes.
+"""The costs of a model: parameters and FLOPs, from its shapes and from its routing.
 
-``count`` reads the shapes, before training. The other functions are arithmetic on what it returns:
-they need no PyTorch, so a report can use them on records. ``experts`` holds the living experts of
+``count`` reads the shapes, before training. The other functions are arithmetic on its result: they
+need no PyTorch, so a report can use them on records. ``experts`` holds the living experts of
 each MoE layer by name, ``mean_k`` how many of them a token activates on average.
 """
 
@@ -23,12 +23,12 @@ Numbers = Mapping[str, float]
 
 
 def total(costs: Costs) -> int:
-    """Parameters of the model in training, empty slots included."""
+    """Return the parameters of the model in training, empty slots included."""
     return exported(costs, costs["slots"])
 
 
 def exported(costs: Costs, experts: Mapping[str, int]) -> int:
-    """Parameters after compaction: empty slots are gone."""
+    """Return the parameters after compaction: empty slots are gone."""
     layers: dict[str, Costs] = costs["parameters"]["layers"]
     inside = sum(
         experts[name] * (size["expert"] + size["router"]) + size["router_fixed"]
@@ -38,7 +38,7 @@ def exported(costs: Costs, experts: Mapping[str, int]) -> int:
 
 
 def activated(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float:
-    """Parameters a token uses: every living expert is scored, k of them are computed."""
+    """Return the parameters a token uses: every living expert is scored, k of them are computed."""
     layers: dict[str, Costs] = costs["parameters"]["layers"]
     inside = sum(
         mean_k[name] * size["expert"] + experts[name] * size["router"] + size["router_fixed"]
@@ -48,11 +48,11 @@ def activated(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> floa
 
 
 def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | None:
-    """FLOPs of the forward pass of one sample; None where ``count`` has no formula.
+    """Return the FLOPs of the forward pass of one sample; None where ``count`` found none.
 
     A training step takes three times as many: the backward pass has two products for each one of
-    the forward pass, save that the first layer's input needs no gradient. Not counted are products
-    whose size does not depend on the batch (the directions' Gram matrix in DynMoE's auxiliary
+    the forward pass, except that the first layer's input needs no gradient. Not counted are
+    products whose size does not depend on the batch (the directions' Gram matrix in DynMoE's auxiliary
     loss), what ``recompute`` and gradient checkpointing do again, and experts that
     ``gate_grad=all`` computes for their gradient alone.
     """
@@ -68,8 +68,9 @@ def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | 
 
 
 def count(model: nn.Module, *sample: Any) -> Costs:
-    """The sizes everything above is computed from. ``sample``: inputs of a batch of one, tensors or
-    containers of them.
+    """Count the sizes from which the functions above compute.
+
+    ``sample``: inputs of a batch of one, tensors or containers of them.
 
     - ``parameters``: ``{"other": n, "layers": {name: {"expert", "router", "router_fixed"}}}``, all
       outside MoE layers; of a layer those of one expert, the router's for each expert, and its
@@ -110,7 +111,7 @@ def _parameters(layer: MoELayer) -> dict[str, int]:
 def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
     """Count two passes of shapes without data, in which every token has the first expert alone.
 
-    The second pass has the sample twice. What it has more is a sample's own: products that are made
+    One of them has the sample twice. The difference is the cost of a sample: products that are made
     once for a batch of any size, as DeBERTa's of relative positions, are in both.
     """
     import torch
@@ -152,7 +153,7 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
     except RuntimeError:  # what it does depends on data
         return None
     found = passes[0] - passes[1]
-    # The counter's names begin with the class of the outermost module.
+    # The counter's names begin with the class of the outermost module. "Global" is the sum.
     inside = {name: found[f"{type(shell).__name__}.{name}"] for name in layers}
     return {
         "other": found["Global"] - sum(inside.values()),
@@ -169,7 +170,7 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
 
 
 def _shapes_of(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode on the meta device: nothing is computed, no number is drawn."""
+    """Copy a model, in evaluation mode, to the meta device: no computation, no random number."""
     import torch
     from torch import nn
 
