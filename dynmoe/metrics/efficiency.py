@@ -52,8 +52,8 @@ def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | 
 
     A training step takes three times as many: the backward pass has two products for each one of
     the forward pass, except that the first layer's input needs no gradient. Not counted are
-    products whose size does not depend on the batch (the directions' Gram matrix in DynMoE's auxiliary
-    loss), what ``recompute`` and gradient checkpointing do again, and experts that
+    products whose size does not depend on the batch (the directions' Gram matrix in DynMoE's
+    auxiliary loss), the recomputation of ``recompute`` and gradient checkpointing, and experts that
     ``gate_grad=all`` computes for their gradient alone.
     """
     if costs["flops"] is None:

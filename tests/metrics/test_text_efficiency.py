@@ -75,7 +75,7 @@ def check(model: nn.Module) -> None:
     experts = {name: len(layer.live) for name, layer in layers.items()}
     totals = []
     for batch in batches:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             model(batch)
         totals.append(counter.get_total_flops())
     # DeBERTa has products of positions alone, once a batch.
