@@ -1,4 +1,4 @@
-"""How experts come and go: the pure decision, and the callback that applies it between steps."""
+"""How experts come and go: a schedule, a pure decision, and the callback that applies it."""
 
 from dynmoe.adaptation.callback import Decision, DynMoECallback, Schedule, decide
 from dynmoe.adaptation.fsdp import MoEFSDPStrategy

@@ -1,4 +1,4 @@
-"""The Lightning callback that records routing in windows and changes the experts between steps."""
+"""How experts come and go: when, which ones, and the Lightning callback that changes them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,83 @@ from dynmoe.layers.moe import MoELayer, NewExpert, RoutingStats, moe_layers
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """When routing is recorded and experts are updated, in optimizer steps.
+
+    Windows of ``length`` steps begin at ``start`` and then every ``period``; the update follows a
+    window's last step. ``unit="epoch"`` gives all three as fractions of an epoch: the
+    paper's language runs record from 1/3 to 2/3 of every epoch (start 1/3, length 1/3, period 1).
+
+    Raises:
+        ValueError: a window that is empty, or longer than the period.
+    """
+
+    start: float
+    length: float
+    period: float
+    unit: Literal["step", "epoch"] = "step"
+
+    def __post_init__(self) -> None:
+        if not (self.start >= 0 and 0 < self.length <= self.period):
+            raise ValueError(
+                f"expected start >= 0 and 0 < length <= period, found start={self.start}, "
+                f"length={self.length}, period={self.period}"
+            )
+
+    def in_steps(self, steps_per_epoch: int) -> Schedule:
+        """Return the same schedule in whole optimizer steps, at least one step long.
+
+        The period of an epoch schedule is rounded to whole steps once, so that all windows are
+        equally far apart.
+        """
+        if self.unit == "step":
+            return self
+        length = max(1, round(self.length * steps_per_epoch))
+        return Schedule(
+            start=round(self.start * steps_per_epoch),
+            length=length,
+            period=max(length, round(self.period * steps_per_epoch)),
+        )
+
+    def records(self, step: int) -> bool:
+        """Tell whether 0-based optimizer step ``step`` lies in a window."""
+        return step >= self.start and (step - self.start) % self.period < self.length
+
+    def updates_after(self, step: int) -> bool:
+        """Tell whether ``step`` is the last one of a window."""
+        return step >= self.start and (step - self.start) % self.period == self.length - 1
+
+
+class Decision(NamedTuple):
+    """Slots to empty, and the slot that gets a new expert."""
+
+    remove: tuple[int, ...]
+    add: int | None
+
+
+def decide(
+    load: Mapping[int, int], unserved: int, num_slots: int, min_experts: int = 1
+) -> Decision:
+    """Make one update of DynMoE's Algorithm 1 (arXiv 2405.14297) for one layer.
+
+    A pure function of one window's counts.
+
+    ``load`` maps every living slot to the tokens that chose it in the window; ``unserved`` is the
+    number of tokens that chose none. Experts without a token go, except that ``min_experts`` stay
+    (lowest slots first). One expert is added if any token was unserved and a slot is free, in the
+    lowest free slot, those just emptied included. A window without any token decides nothing.
+    """
+    if sum(load.values()) + unserved == 0:
+        return Decision((), None)
+    idle = [slot for slot in sorted(load) if load[slot] == 0]
+    must_stay = max(0, min_experts - (len(load) - len(idle)))
+    remove = tuple(idle[must_stay:])
+    free = [slot for slot in range(num_slots) if slot not in load or slot in remove]
+    add = free[0] if unserved > 0 and free else None
+    return Decision(remove, add)
+
+
 class DynMoECallback(L.Callback):
     """DynMoE's adaptive process (arXiv 2405.14297, Algorithm 1) on every adaptive MoE layer.
 
@@ -27,7 +104,7 @@ class DynMoECallback(L.Callback):
     gradient accumulation does not move it. Windows are summed over all data-parallel ranks before
     the decision: every rank makes the same change. Its state is in the checkpoint.
 
-    ``reset_moments`` starts a new expert's direction, threshold and FFN without optimizer state;
+    ``reset_moments`` starts all parameters of a new expert's slot without optimizer state;
     the official code keeps the old. ``on_event`` gets one dict per layer and update, on rank 0.
     """
 
@@ -58,13 +135,15 @@ class DynMoECallback(L.Callback):
             self.schedule = self.schedule.in_steps(_steps_per_epoch(trainer))
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._step = trainer.global_step  # the optimizer step this batch contributes to
+        # The optimizer step this batch contributes to: at the batch's end it may have been taken.
+        self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         if self.schedule.records(self._step):
             for name, calls in outputs["routing"].items():
                 for stats in calls:
                     self._add_to_window(name, stats)
+        # NOTE: the update waits for the last micro-batch of the window's last step.
         stepped = trainer.global_step > self._step
         if stepped and self.schedule.updates_after(self._step):
             for index, (name, layer) in enumerate(moe_layers(pl_module.backbone).items()):
@@ -84,7 +163,7 @@ class DynMoECallback(L.Callback):
         load = dict(zip(layer.live, total["load_E"].tolist(), strict=True))
         k_hist = total["k_hist"].tolist()
         before = len(layer.live)
-        # Tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0.
+        # NOTE: tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0.
         unserved = k_hist[0] if total["unserved_D"].any() else 0
         change = decide(load, unserved, layer.max_experts, self.min_experts)
         for slot in change.remove:
@@ -113,7 +192,8 @@ class DynMoECallback(L.Callback):
         if self.on_event is not None:
             self.on_event(event)
 
-    # Every rank sums its own window; a checkpoint holds their total, and gives it back to rank 0.
+    # NOTE: every rank sums its own window. A checkpoint holds their total, which rank 0 alone takes
+    # back: the next sum over ranks would count it once for each of them.
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -129,7 +209,7 @@ class DynMoECallback(L.Callback):
 
 
 def _sum_over_ranks(trainer: L.Trainer, window: dict[str, Tensor]) -> dict[str, Tensor]:
-    # reduce() may write into its argument.
+    # A copy, because reduce() may write into its argument.
     return {
         key: trainer.strategy.reduce(value.clone(), reduce_op="sum")
         for key, value in window.items()
@@ -143,7 +223,7 @@ def _forget_moments(trainer: L.Trainer, layer: MoELayer, slot: int) -> None:
 
 
 def _steps_per_epoch(trainer: L.Trainer) -> int:
-    """Of the data module where it knows better (endless loaders), else of the loader."""
+    """Return optimizer steps: the data module's number if it has one, else the loader's."""
     own = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
     if own is not None:
         return max(1, int(own))
@@ -153,82 +233,3 @@ def _steps_per_epoch(trainer: L.Trainer) -> int:
             "(unit=step), or the data module an attribute steps_per_epoch"
         )
     return max(1, int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-
-
-# When routing is recorded and experts are updated, in optimizer steps.
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Windows of ``length`` steps that begin at ``start`` and then every ``period``; the update
-    follows a window's last step. ``unit="epoch"`` gives all three as fractions of an epoch: the
-    paper's language runs record from 1/3 to 2/3 of every epoch (start 1/3, length 1/3, period 1).
-
-    Raises:
-        ValueError: a window that is empty, or longer than the period.
-    """
-
-    start: float
-    length: float
-    period: float
-    unit: Literal["step", "epoch"] = "step"
-
-    def __post_init__(self) -> None:
-        if not (self.start >= 0 and 0 < self.length <= self.period):
-            raise ValueError(
-                f"expected start >= 0 and 0 < length <= period, found start={self.start}, "
-                f"length={self.length}, period={self.period}"
-            )
-
-    def in_steps(self, steps_per_epoch: int) -> Schedule:
-        """The same schedule in whole optimizer steps, at least one step long.
-
-        The period of an epoch schedule is rounded to whole steps once, so windows never drift
-        apart from each other.
-        """
-        if self.unit == "step":
-            return self
-        length = max(1, round(self.length * steps_per_epoch))
-        return Schedule(
-            start=round(self.start * steps_per_epoch),
-            length=length,
-            period=max(length, round(self.period * steps_per_epoch)),
-        )
-
-    def records(self, step: int) -> bool:
-        """Whether 0-based optimizer step ``step`` lies in a window."""
-        return step >= self.start and (step - self.start) % self.period < self.length
-
-    def updates_after(self, step: int) -> bool:
-        """Whether ``step`` is the last one of a window."""
-        return step >= self.start and (step - self.start) % self.period == self.length - 1
-
-
-# Which experts to remove and where to add one: a pure function of one window's counts.
-
-
-class Decision(NamedTuple):
-    """Slots to empty, and the slot that gets a new expert."""
-
-    remove: tuple[int, ...]
-    add: int | None
-
-
-def decide(
-    load: Mapping[int, int], unserved: int, num_slots: int, min_experts: int = 1
-) -> Decision:
-    """One update of DynMoE's Algorithm 1 (arXiv 2405.14297) for one layer.
-
-    ``load`` maps every living slot to the tokens that chose it in the window; ``unserved`` is the
-    number of tokens that chose none. Experts without a token go, except that ``min_experts`` stay
-    (lowest slots first). One expert is added if any token was unserved and a slot is free, in the
-    lowest free slot, those just emptied included. A window without any token decides nothing.
-    """
-    if sum(load.values()) + unserved == 0:
-        return Decision((), None)
-    idle = [slot for slot in sorted(load) if load[slot] == 0]
-    must_stay = max(0, min_experts - (len(load) - len(idle)))
-    remove = tuple(idle[must_stay:])
-    free = [slot for slot in range(num_slots) if slot not in load or slot in remove]
-    add = free[0] if unserved > 0 and free else None
-    return Decision(remove, add)

@@ -44,7 +44,7 @@ class MoEFSDPStrategy(FSDPStrategy):
             model,
             auto_wrap_policy=ModuleWrapPolicy(blocks(model)),
             ignored_states=self._whole,
-            device_id=self.root_device,  # Lightning's own gives a number, which CPUs have not
+            device_id=self.root_device,  # Lightning gives a number, which means a GPU
             sharding_strategy=self.sharding_strategy,
             cpu_offload=self.cpu_offload,
             mixed_precision=self.mixed_precision_config,
@@ -63,7 +63,7 @@ class MoEFSDPStrategy(FSDPStrategy):
 
 
 def blocks(model: nn.Module) -> set[type[nn.Module]]:
-    """Classes of the blocks in all models of transformers within it."""
+    """Return the classes of the blocks in all models of transformers within ``model``."""
     names = {name for m in model.modules() for name in getattr(m, "_no_split_modules", None) or ()}
     return {type(module) for module in model.modules() if type(module).__name__ in names}
 
@@ -73,7 +73,7 @@ def _metrics(model: nn.Module) -> list[Metric]:
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Over all ranks, in one call. A parameter with a gradient has one on every rank."""
+    """Average over all ranks in one call. A parameter with a gradient has one on every rank."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return
@@ -84,7 +84,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 @contextmanager
 def full_state(optimizer: Optimizer) -> Iterator[None]:
-    """Within it parameters that Adam has not moved have the state it would begin them with: 0."""
+    """Within the block give parameters that Adam has not moved the state it begins with: 0."""
     known: dict[str, Tensor] = next((state for state in optimizer.state.values() if state), {})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     missing = [p for p in parameters if not optimizer.state.get(p)]
@@ -99,8 +99,10 @@ def full_state(optimizer: Optimizer) -> Iterator[None]:
 
 @contextmanager
 def whole(layer: nn.Module, model: Any) -> Iterator[None]:
-    """Within it the parameters of ``layer``, a part of ``model``, are whole on every rank, and what
-    is written to them goes into their shares. Without FSDP nothing happens."""
+    """Make the parameters of ``layer``, a part of ``model``, whole on every rank within the block.
+
+    What is written to them goes into their shares. Without FSDP nothing happens.
+    """
     units = FullyShardedDataParallel.fsdp_modules(model)
     around = [unit for unit in units if any(module is layer for module in unit.modules())]
     if not around:

@@ -1,4 +1,7 @@
-"""Models of the transformers library by their three names: on its hub, in a folder, or a type."""
+"""Models of the transformers library: on the Hugging Face Hub, in a folder, or by type.
+
+Also low-rank adapters for their attention (LoRA, arXiv 2106.09685), by the peft library.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from transformers.utils import logging
 
 from dynmoe.errors import ConfigError
 
-# It announces new heads, and paints a bar over the weights it reads.
+# transformers would announce new heads, and draw a bar for the weights that it reads.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
@@ -27,11 +30,11 @@ def configuration(
     options: Mapping[str, Any],
     node: str = "backbone",
 ) -> Any:
-    """What transformers calls the configuration: ``options`` over what the name says.
+    """Return the transformers configuration of a model, changed by ``options``.
 
-    ``model``: on Hugging Face's hub; ``path``: a folder with config.json; ``architecture``: a
-    ``model_type`` of transformers. Exactly one is given, but that ``path`` goes before ``model``.
-    ``node`` is where our own configuration names them.
+    ``model``: on the Hugging Face Hub; ``path``: a folder with config.json; ``architecture``: a
+    ``model_type`` of transformers. Exactly one is given, except that ``path`` overrides ``model``.
+    ``node`` is the place of these keys in our configuration, for messages.
 
     Raises:
         ConfigError: no such model or folder, or options it does not have.
@@ -59,7 +62,7 @@ def configuration(
 
 
 def positions(model: nn.Module) -> int | None:
-    """For how many tokens a model has a position; None: relative and rotary ones have no end."""
+    """Return the number of positions of a model; None: relative and rotary ones have no end."""
     for name, module in model.named_modules():
         if name.endswith((".position_embeddings", ".wpe")) and isinstance(module, nn.Embedding):
             # The first ones are for padding where it has a position, as in RoBERTa.
@@ -69,13 +72,13 @@ def positions(model: nn.Module) -> int | None:
 
 
 def where(model: str | None, path: str | None) -> dict[str, Any]:
-    """The arguments of ``from_pretrained`` that say where the model is."""
+    """Return the arguments of ``from_pretrained`` that say where the model is."""
     source = model if path is None else str(Path(path).expanduser())
     return {"pretrained_model_name_or_path": source, "local_files_only": path is not None}
 
 
 def changed(config: Any, options: Mapping[str, Any], node: str) -> Any:
-    """A configuration that is a part of another one, with ``options`` over it.
+    """Return a configuration that is a part of another one, changed by ``options``.
 
     Raises:
         ConfigError: options it does not have.
@@ -90,7 +93,7 @@ def changed(config: Any, options: Mapping[str, Any], node: str) -> Any:
 def with_weights(
     kind: Any, model: str | None, path: str | None, config: Any, node: str = "backbone"
 ) -> Any:
-    """A model of the class ``kind`` in fp32, all of it pretrained.
+    """Load a model of the class ``kind`` in fp32, all of it pretrained.
 
     Raises:
         ConfigError: no weights, or weights of another model.
@@ -110,7 +113,7 @@ def with_weights(
 
 
 def absent_keys(loaded: Mapping[str, Any]) -> list[str]:
-    """Parameters that stay as they were drawn, by what ``from_pretrained`` says of its loading."""
+    """Return the parameters that stay randomly drawn, by the report of ``from_pretrained``."""
     return sorted([*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])])
 
 
@@ -132,7 +135,7 @@ def not_found(
     error: Exception,
     node: str = "backbone",
 ) -> ConfigError:
-    """What to say when transformers does not find or cannot read a model."""
+    """Explain that transformers does not find or cannot read a model."""
     reason = str(error).splitlines()[0]
     if architecture is not None:
         return ConfigError(
@@ -141,8 +144,9 @@ def not_found(
     if path is not None:
         return ConfigError(f"{node}.path={path}: transformers cannot load it: {reason}")
     return ConfigError(
-        f"{node}.model={model}: could not be had from Hugging Face's hub ({reason}). Without "
-        f"network give its folder: {node}.path=FOLDER with config.json, weights and tokenizer."
+        f"{node}.model={model}: could not be downloaded from the Hugging Face Hub ({reason}). "
+        f"Without network give its folder: {node}.path=FOLDER with config.json, weights and "
+        "tokenizer."
     )
 
 
@@ -155,8 +159,6 @@ def _check_options(config: PreTrainedConfig, options: Mapping[str, Any], node: s
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"{node}.options: {type(config).__name__} has no '{key}'.{hint}")
 
-
-# Low-rank adapters on attention (LoRA, arXiv 2106.09685), by the peft library.
 
 # Queries and values by their names in the families of dynmoe/backbones/surgery.py; where one matrix
 # makes all three, that one.

@@ -1,4 +1,10 @@
-"""Replace the FFNs of chosen Transformer blocks by MoE layers."""
+"""Replace the FFNs of chosen Transformer blocks by MoE layers.
+
+The surgery asks for blocks by placement, and leaves to a ``Form`` where a kind of block keeps its
+FFN and how an MoE layer takes its place.
+
+Shape suffixes: N rows, D model width, I and O inputs and outputs of a matrix.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +20,19 @@ from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.routers import Router
 
 Placement = (
-    Literal["none", "all", "every_two", "last_two", "sparse", "first_half", "second_half", "dense"]
+    Literal["none", "all", "every_two", "last_two", "sparse", "first_half", "second_half"]
     | Sequence[int]
 )
 
 
 def placed_blocks(layers: Placement, depth: int) -> list[int]:
-    """Indices (from 0) of the blocks whose FFN becomes an MoE layer.
+    """Return the indices (from 0) of the blocks whose FFN becomes an MoE layer.
 
     ``every_two``: two MoE layers with a dense block after each, at depth 12 blocks 8 and 10. This
     is GMoE's placement (which its paper calls "last two": the last two even layers) and DynMoE's
-    vision runs' (which their code calls "every two"). ``last_two``: the last two blocks. As in
-    MoE-LLaVA: ``sparse``, every second block from the first; ``first_half``, ``second_half``;
-    ``dense``, which is ``all``.
+    vision runs' (which their code calls "every two"). ``last_two``: the last two blocks.
+    MoE-LLaVA's are ``sparse``, every second block from the first, ``first_half`` and
+    ``second_half``.
 
     Raises:
         ConfigError: an index outside the model, or a depth too small for the placement.
@@ -34,7 +40,6 @@ def placed_blocks(layers: Placement, depth: int) -> list[int]:
     named = {
         "none": [],
         "all": list(range(depth)),
-        "dense": list(range(depth)),
         "sparse": list(range(0, depth, 2)),
         "first_half": list(range(depth // 2)),
         "second_half": list(range(depth // 2, depth)),
@@ -96,8 +101,6 @@ def add_moe_layers(
         form.put(blocks[index], layer)
 
 
-# Where the blocks of known Transformers keep their FFN, and how an MoE layer takes its place.
-
 # Activations of transformers by class name, as PyTorch's own, which the fast path knows.
 ACTIVATIONS = {
     "GELUActivation": lambda: nn.GELU(),
@@ -109,10 +112,12 @@ ACTIVATIONS = {
 
 
 class Form(Protocol):
-    """One way to build an FFN into a block. ``dropout``: see ``surgery.add_moe_layers``."""
+    """One way to build an FFN into a block."""
 
     def expert(self, block: nn.Module, dropout: float | None) -> nn.Module:
-        """The FFN as a module of its own, made of the block's weights: ``[N, D] -> [N, D]``.
+        """Make a module ``[N, D] -> [N, D]`` of the block's FFN, with the block's weights.
+
+        ``dropout``: the ``expert_dropout`` of ``add_moe_layers``.
 
         Raises:
             AttributeError: the block has no such FFN.
@@ -122,7 +127,7 @@ class Form(Protocol):
         """Put an MoE layer of such experts into the block."""
 
     def modules(self, block: Any) -> list[nn.Module]:
-        """Those that hold the FFN's parameters, or the MoE layer's in its place."""
+        """Return the modules that hold the FFN's parameters, or the MoE layer's in its place."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,8 @@ class Chain:
         if self.whole is not None:
             block.set_submodule(self.whole, layer)
             return
+        # NOTE: weights of experts that sum to less than 1 must not scale the output bias down, nor
+        # sums of parts count it once for each of them: it stays outside.
         bias_D = getattr(block.get_submodule(self.second), "bias", None)
         block.set_submodule(self.second, nn.Identity() if bias_D is None else Bias(bias_D))
         block.set_submodule(self.activation, nn.Identity())
@@ -191,9 +198,9 @@ class TimmMlp:
 
     def expert(self, block: Any, dropout: float | None) -> nn.Module:
         mlp = block.mlp
-        _ = mlp.fc1, mlp.fc2
+        _ = mlp.fc1, mlp.fc2  # AttributeError where there are none
         if dropout is not None:
-            mlp.drop1 = nn.Dropout(dropout)
+            mlp.drop1 = nn.Dropout(dropout)  # drop2, after the second layer, stays as it is
         return mlp
 
     def put(self, block: Any, layer: nn.Module) -> None:
@@ -236,9 +243,9 @@ FORMS: dict[str, Form] = {
 
 
 def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module], Form]:
-    """The blocks of a timm ViT or a transformers model, and how their FFNs are built in.
+    """Return the blocks of a timm ViT or a transformers model, and the form of their FFNs.
 
-    ``parts``: experts will be parts of the FFN whose outputs add up, so that it must be taken apart
+    ``parts``: experts will be parts of the FFN whose outputs add up, so that it must be separated
     from its output bias everywhere.
 
     Raises:
@@ -263,6 +270,7 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
             f"backbone.options.chunk_size_feed_forward: expected 0 with MoE layers, found {chunk}: "
             "they route whole texts, whose padding they are told of. Set it to 0, or moe=dense."
         )
+    # The list of blocks has another name in every family; its length is always the depth.
     depth = config.num_hidden_layers
     lists: Any = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
     return next(lists), form
@@ -294,7 +302,7 @@ class GatedFFN(nn.Module):
 
 
 def linear(layer: Any, bias: bool) -> nn.Linear:
-    """An ``nn.Linear`` with the weights of one, or of GPT-2's ``Conv1D``, which is transposed."""
+    """Make an ``nn.Linear`` of the weights of one, or of GPT-2's transposed ``Conv1D``."""
     weight_OI = layer.weight.detach()
     if not isinstance(layer, nn.Linear):
         weight_OI = weight_OI.t().contiguous()
@@ -306,6 +314,6 @@ def linear(layer: Any, bias: bool) -> nn.Linear:
 
 
 def torch_activation(module: nn.Module) -> nn.Module:
-    """PyTorch's own activation where it computes the same, else the module itself."""
+    """Return PyTorch's own activation where it computes the same, else the module itself."""
     maker = ACTIVATIONS.get(type(module).__name__)
     return module if maker is None else maker()

@@ -31,7 +31,7 @@ class TextClassifier(nn.Module):
         self.model = model.train()  # from_pretrained leaves it in evaluation mode
         self._token_mask: Tensor | None = None
         if grad_checkpointing:
-            # The second is the name in early versions of transformers 5.
+            # NOTE: the second is the name in early versions of transformers 5.
             enable = getattr(
                 model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
             )
@@ -39,11 +39,11 @@ class TextClassifier(nn.Module):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Of transformers."""
+        """The configuration of transformers."""
         return self.model.config
 
     def check_length(self, tokens: int) -> None:
-        """Whether texts of so many tokens have a position for each.
+        """Check that texts of so many tokens have a position for each.
 
         Raises:
             ConfigError: there are fewer positions. Relative and rotary ones have no end.
@@ -82,11 +82,11 @@ def build_text_classifier(
     """A text classifier with a new head; ``num_classes=1`` is regression.
 
     One of three names the architecture: ``model`` on Hugging Face's hub; ``path``, a folder with
-    config.json, weights and tokenizer, which goes before ``model`` and needs no network; or
+    config.json, weights and tokenizer, which overrides ``model`` and needs no network; or
     ``architecture``, a ``model_type`` of transformers, whose ``vocab_size`` is then the data's.
     ``pretrained``: load the weights too. ``pad_token_id`` is the data's, if there is one: decoders
     look for the last token that is not padding.
-    ``lora`` (``{r, alpha, dropout}``): see ``lora.add_adapters``. ``options`` change the
+    ``lora`` (``{r, alpha, dropout}``): see ``hub.add_adapters``. ``options`` change the
     configuration of transformers (num_hidden_layers, hidden_dropout_prob, ...).
 
     Raises:

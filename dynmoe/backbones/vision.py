@@ -1,4 +1,7 @@
-"""Vision Transformers by timm name, pretrained from timm's hub, from a file, or from scratch."""
+"""Vision Transformers: classifiers by timm name, and the towers of vision-language models.
+
+Shape suffixes: I images, P patches, V width of the vision tower.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def build_vit(
     memory, a third more time. ``options`` go to ``timm.create_model`` (embed_dim, depth, ...).
 
     Raises:
-        ConfigError: an unknown model, or weights that cannot be had or do not fit.
+        ConfigError: an unknown model, or weights that cannot be loaded or do not fit.
     """
     if not timm.is_model(model):
         near = timm.list_models(f"*{model.split('_')[0]}*")[:8]
@@ -70,9 +73,7 @@ def build_vit(
     return vit
 
 
-# What a language model sees of an image: the patch tokens of a Vision Transformer's inner layer.
-#
-# Shape suffixes: I images, P patches, V width of the vision tower.
+# A language model sees the patch tokens of a Vision Transformer's inner layer.
 
 # Vision towers of transformers by ``model_type``, of whole CLIPs as of their vision half.
 TRANSFORMERS: dict[str, Any] = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
@@ -83,7 +84,7 @@ NODE = "backbone.vision"
 class TimmTower(nn.Module):
     """A ViT of timm up to its block ``layer``, counted from the end: -1 is the last one.
 
-    ``[I, 3, H, W] -> [I, P, V]``. Blocks behind it, norm, pooling and head are dropped. As in
+    ``[I, 3, H, W] -> [I, P, V]``. Blocks after it, norm, pooling and head are dropped. As in
     LLaVA, whose features are CLIP's ``hidden_states[layer]``, no final norm is applied and the
     class token is left out.
     """
@@ -143,7 +144,7 @@ def build_vision_tower(
 
     ``library="timm"``: ``model`` is timm's name of any ViT, ``pretrained`` as in ``build_vit``;
     ``transformers``: ``model`` is a CLIP or SigLIP on the hub, or ``path`` its folder.
-    ``mean`` and ``std`` are what the tower's images are normalised with: the data's business.
+    ``mean`` and ``std`` are what the data normalises images with.
     ``options`` change the architecture.
 
     Raises:

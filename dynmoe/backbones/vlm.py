@@ -55,11 +55,11 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Of the language model, as transformers calls it."""
+        """The language model's configuration of transformers."""
         return self.language_model.config
 
     def check_length(self, tokens: int, new_tokens: int) -> None:
-        """Whether conversations, and questions with their answers, have a position for each token.
+        """Check that conversations, and questions with answers, have a position for each token.
 
         Raises:
             ConfigError: there are fewer positions. Relative and rotary ones have no end.
@@ -79,7 +79,7 @@ class VisionLanguageModel(nn.Module):
         return self
 
     def forward(self, tokens: Mapping[str, Tensor], scored_M: Tensor | None = None) -> Tensor:
-        """Logits of the next token: [M, C] behind the positions ``scored_M`` of the flattened
+        """Logits of the next token: [M, C] after the positions ``scored_M`` of the flattened
         batch, which spares a large vocabulary's product elsewhere; without them [B, N, C]."""
         mask = tokens.get("attention_mask")
         self._token_mask = None if mask is None else mask.bool()
@@ -93,7 +93,7 @@ class VisionLanguageModel(nn.Module):
         return logits
 
     def embed(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """What the language model reads, [B, N, D]: embedded text, and projected patches."""
+        """Return the language model's input, [B, N, D]: embedded text, and projected patches."""
         text_BND: Tensor = self.language_model.get_input_embeddings()(tokens["input_ids"])
         images = tokens["images"]
         if len(images):
@@ -107,9 +107,9 @@ class VisionLanguageModel(nn.Module):
     def generate(
         self, tokens: Mapping[str, Tensor], max_new_tokens: int, exactly: bool = False
     ) -> Tensor:
-        """The most likely answers, token by token, with a KV cache: [B, at most max_new_tokens].
+        """Return the most likely answers, with a KV cache: [B, at most max_new_tokens].
 
-        Prompts are padded on the left. Behind its end token an answer is filled with padding;
+        Prompts are padded on the left. After its end token an answer is filled with padding;
         with ``exactly`` none ends before it has ``max_new_tokens``, for measuring.
         MoE layers are called once for the prompts and once for each further token, in which
         answers that have ended are padding.
@@ -130,10 +130,10 @@ class VisionLanguageModel(nn.Module):
         return out
 
     def _mask_call(self, model: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
-        """Tells the MoE layers what is padding in a call of ``generate``."""
+        """Tell the MoE layers what is padding in a call of ``generate``."""
         ids = inputs.get("input_ids")
         mask = self._token_mask
-        if ids is not None:  # behind the prompts: answers that have not ended
+        if ids is not None:  # after the prompts: answers that have not ended
             assert mask is not None
             ends = torch.tensor(_as_list(self.config.eos_token_id), device=ids.device)
             mask = self._token_mask = mask[:, -1:] & ~torch.isin(ids, ends)
@@ -164,8 +164,8 @@ def build_vision_language_model(
 
     ``model``, ``path``, ``architecture``, ``pretrained`` and ``options`` say which language model,
     as in ``text.build_text_classifier``; its vocabulary is the data's where ``architecture`` is
-    given. ``template`` names how its conversations are written (dynmoe/data/vl/chat.py): the data's
-    business. ``projector``: two linear layers around a GELU (LLaVA-1.5), or one.
+    given. ``template`` names how its conversations are written (dynmoe/data/vl/chat.py), for
+    the data alone. ``projector``: two linear layers around a GELU (LLaVA-1.5), or one.
 
     Raises:
         ConfigError: a language model that is not there or cannot be built, or that has fewer
@@ -201,7 +201,7 @@ def build_vision_language_model(
 
 
 def build_projector(kind: str, inputs: int, outputs: int) -> nn.Sequential:
-    """LLaVA's ``mm_projector_type``."""
+    """Build the projector that LLaVA calls ``mm_projector_type``."""
     layers: list[nn.Module] = [nn.Linear(inputs, outputs)]
     if kind == "mlp2x_gelu":
         layers += [nn.GELU(), nn.Linear(outputs, outputs)]

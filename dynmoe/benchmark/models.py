@@ -20,7 +20,7 @@ from dynmoe.benchmark.layer import fit_thresholds
 from dynmoe.benchmark.results import Facts
 from dynmoe.benchmark.workload import LabelledBatch, Workload, calls_of_sample, model_name
 from dynmoe.errors import ConfigError
-from dynmoe.layers import Experts, Routing, TopAnyRouter, TopKRouter, moe_layers
+from dynmoe.layers import Experts, Router, Routing, TopAnyRouter, TopKRouter, moe_layers
 from dynmoe.runtime import set_fused_attention
 from dynmoe.training.build import add_layers
 
@@ -100,7 +100,7 @@ def build_models(
             " cases of their own"
         )
 
-    def with_router(router: Callable[[int, int], nn.Module], slots: int) -> nn.Module:
+    def with_router(router: Callable[[int, int], Router], slots: int) -> nn.Module:
         torch.manual_seed(0)  # equal experts and directions in all cases of equal routers
         model = copy.deepcopy(dense)
         init = "fresh" if fresh else "copy"

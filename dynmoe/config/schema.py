@@ -19,9 +19,7 @@ Selection = Literal[
     "heldout",
     "last_step",
 ]
-Placement = Literal[
-    "last_two", "every_two", "sparse", "first_half", "second_half", "dense", "all", "none"
-]
+Placement = Literal["last_two", "every_two", "sparse", "first_half", "second_half", "all", "none"]
 
 
 @dataclass

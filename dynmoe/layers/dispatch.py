@@ -1,11 +1,15 @@
-"""Gather the rows of routed (token, expert) pairs, and sum weighted rows back to their tokens.
+"""Compute the experts of all routed (token, expert) pairs at the cost of one FFN on as many rows.
+
+First the pairs: list them, gather the rows of every expert, and sum weighted rows back to their
+tokens. Then the FFNs that the fast path knows. Last their products, grouped over experts.
 
 Dropless and linear in the number of pairs: no capacity, no one-hot tensor, no loop over tokens.
-Everything is a gather or a segmented sum, in the backward pass too, hence deterministic; on a CPU
+Moving rows is a gather or a segmented sum, in the backward pass too, hence deterministic; on a CPU
 this replaces the slow backward of indexing (``index_add_``).
 
-Shape suffixes: T tokens, E living experts, P pairs sorted by token, R rows sorted by expert,
-D model width. R is P, or a little more where the rows of an expert are rounded up.
+Shape suffixes: T tokens, E living experts, P pairs sorted by token, R rows sorted by expert, N rows
+of one expert or chunk, D model width, H hidden width, I and O inputs and outputs of one matrix.
+R is P, or a little more where the rows of an expert are rounded up.
 """
 
 from __future__ import annotations
@@ -41,22 +45,26 @@ class Pairs(NamedTuple):
 
 
 def pairs(mask_TE: Tensor, multiple: int = 1) -> Pairs:
-    """List the pairs of a boolean mask, the rows of each expert rounded up to a ``multiple``."""
+    """List the pairs of a boolean mask, the rows of each expert rounded up to a ``multiple``.
+
+    The rows of an expert are in the order of tokens.
+    """
     pairs_E = mask_TE.sum(0)
-    host_counts = pairs_E.tolist()
+    host_counts = pairs_E.tolist()  # NOTE: the device must have finished the routing here.
     # nonzero_static, because nonzero would ask the device for its size, which is known by now.
     token_P, expert_P = mask_TE.nonzero_static(size=sum(host_counts)).t().contiguous()
     end_E = ((pairs_E + multiple - 1) // multiple * multiple).cumsum(0)
     gap_E = end_E - pairs_E.cumsum(0)  # rows without a pair, up to the expert's own last
-    by_expert_P = expert_P.argsort(stable=True)
+    by_expert_P = expert_P.argsort(stable=True)  # stable: tokens stay in order within an expert
     rows = torch.arange(len(token_P), device=mask_TE.device)
-    if multiple > 1:
+    if multiple > 1:  # shift every expert's rows by the gaps of those before it
         rows += (gap_E - gap_E.diff(prepend=gap_E.new_zeros(1)))[expert_P[by_expert_P]]
     row_P = torch.empty_like(token_P)
     row_P[by_expert_P] = rows
     counts = [-(-n // multiple) * multiple for n in host_counts]
     token_R = token_P[by_expert_P]
     if multiple > 1 and len(token_P):
+        # Rows without a pair repeat a real token, whose activations are finite: 0 times them is 0.
         last_E = token_R[(pairs_E.cumsum(0) - 1).clamp(min=0)]
         token_R = last_E.repeat_interleave(torch.tensor(counts, device=last_E.device))
         token_R[row_P] = token_P
@@ -65,7 +73,7 @@ def pairs(mask_TE: Tensor, multiple: int = 1) -> Pairs:
 
 
 def gather(x_TD: Tensor, p: Pairs) -> Tensor:
-    """The token of every row, [R, D]."""
+    """Return the token of every row, [R, D]."""
     return _Gather.apply(x_TD, p.token_R, p.row_P, p.start_T)
 
 
@@ -77,7 +85,7 @@ def combine(out_RD: Tensor, weights_TE: Tensor, p: Pairs) -> Tensor:
 def sum_by_token(
     rows_RD: Tensor, row_P: Tensor, start_T: Tensor, weight_P: Tensor | None = None
 ) -> Tensor:
-    """Sum of the rows of every token's pairs, each times its weight, [T, D]; 0 without pairs."""
+    """Sum the rows of every token's pairs, each times its weight, [T, D]; 0 without pairs."""
     return F.embedding_bag(row_P, rows_RD, start_T, mode="sum", per_sample_weights=weight_P)
 
 
@@ -113,6 +121,8 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # NOTE: here single pairs get their gradient. ``grad_RD`` times the weights is that by the
+        # output of every pair: a loss made of such gradients would begin here.
         out_RD, weight_P, token_R, token_P, expert_P, row_P = ctx.saved_tensors
         grad_RD = grads[0].index_select(0, token_R)
         weights_grad_TE = None
@@ -125,9 +135,7 @@ class _Combine(torch.autograd.Function):
         return grad_RD.mul_(weight_R[:, None]), weights_grad_TE, None, None, None, None, None
 
 
-# Recognise the FFNs whose products can be grouped over experts: Linear, activation, Linear.
-#
-# Shape suffixes: D model width, H hidden width.
+# FFNs whose products can be grouped over experts: linear, activation, linear.
 
 aten = torch.ops.aten
 
@@ -173,11 +181,14 @@ class FFN(NamedTuple):
 
 
 def read_ffn(mlp: nn.Module) -> FFN | None:
-    """The parts of an FFN of two plain linear layers, None if ``mlp`` is anything else.
+    """Return the parts of an FFN of two plain linear layers, None if ``mlp`` is anything else.
 
     Known are timm's ``Mlp``, and ``nn.Sequential`` of Linear, activation, [Dropout], Linear,
     [Dropout], with GELU, ReLU or SiLU. Hooks, adapters and parametrizations make it something else.
     """
+    # NOTE: read anew in every forward. Nothing says when a hook, an adapter or a parametrization
+    # was put on a module, FSDP exchanges the weights around each forward, and a dropout follows
+    # train() and eval(): a check that an earlier answer still holds would visit the same modules.
     if (type(mlp).__module__, type(mlp).__qualname__) not in CHAINS or _has_hooks(mlp):
         return None
     layers: list[Any] = []
@@ -185,7 +196,7 @@ def read_ffn(mlp: nn.Module) -> FFN | None:
     for module in mlp.children():
         if _has_hooks(module):
             return None
-        place = len(layers) - 2
+        place = len(layers) - 2  # 0 after the activation, 1 after the second linear layer
         if type(module) is nn.Dropout and place in (0, 1) and dropouts[place] is None:
             dropouts[place] = module.p if module.training else 0.0
         elif type(module) is not nn.Identity:
@@ -207,14 +218,11 @@ def _has_hooks(module: nn.Module) -> bool:
     return "forward" in state or any(state[name] for name in HOOKS)
 
 
-# Many FFNs on one list of rows sorted by expert, at the cost of one dense FFN on as many rows.
+# Products of many FFNs on one list of rows sorted by expert.
 #
 # Kept for the backward pass are the tokens [T, D], the pre-activations [R, H] and, unless
-# ``recompute``, the hidden activations [R, H]: what a dense FFN keeps. No padding to a capacity;
-# nothing is computed, kept or differentiated for an expert without rows.
-#
-# Shape suffixes: T tokens, E experts, R rows sorted by expert, N rows of one expert, D model width,
-# H hidden width.
+# ``recompute``, the hidden activations [R, H]: as a dense FFN keeps. Nothing is computed, kept or
+# differentiated for an expert without rows.
 
 CHUNK = 8 * 2**20
 """Bytes of hidden activations that products of several experts are computed for together: few
@@ -222,7 +230,7 @@ operations where loads are small, and not more than the last cache of a CPU hold
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The autocast dtype where there is one, else the dtype of ``x``; fp64 stays, as in PyTorch."""
+    """Return autocast's dtype if it is on, else that of ``x``; fp64 stays, as in PyTorch."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
@@ -230,7 +238,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def row_multiple(x: Tensor) -> int:
-    """What the rows of each expert are best rounded up to.
+    """Return the number that the rows of each expert are best rounded up to a multiple of.
 
     On a CPU, oneDNN compiles a kernel for every new shape, 1 to 3 ms each, and keeps the last 1024.
     Loads are new in every step, and a small product takes ten times as long the first time
@@ -246,7 +254,7 @@ def row_multiple(x: Tensor) -> int:
 
 
 def uses_grouped_mm(x: Tensor, hidden: int) -> bool:
-    """Whether ``grouped_mm`` does the products, rather than one product per expert.
+    """Tell whether ``grouped_mm`` does the products, rather than one product per expert.
 
     PyTorch has one kernel for bf16 on SM 9 and 10, and a loop of products elsewhere.
     """
@@ -283,6 +291,8 @@ def _chunks(counts: Sequence[int], longest: int) -> list[_Chunk]:
 
 
 class _Setting(NamedTuple):
+    """How the products are done, the same for all experts of a call."""
+
     counts: list[int]
     chunks: list[_Chunk]
     hidden: int
@@ -308,7 +318,7 @@ class _Setting(NamedTuple):
 
 
 def grouped_ffn(x_TD: Tensor, p: Pairs, ffns: Sequence[FFN], recompute: bool) -> Tensor:
-    """The output of every row's expert on its token, [R, D], in ``compute_dtype``.
+    """Return the output of every row's expert on its token, [R, D], in ``compute_dtype``.
 
     ``ffns`` are the experts of ``p.counts``, equal but for their weights.
     """
@@ -376,6 +386,7 @@ class _PerExpert(torch.autograd.Function):
             pre_NH, act_NH, mask_NH = next(kept), next(kept), next(kept)
             if act_NH is None:
                 act_NH = s.activate_again(pre_NH, mask_NH)
+            # Rows without a pair have gradient 0 (``_Combine.backward``) and add nothing.
             grad_ND, grad_NH = grad_RD[rows], torch.empty_like(pre_NH)
             for e, run in runs:
                 if needs[4 * e + 2]:
@@ -384,6 +395,7 @@ class _PerExpert(torch.autograd.Function):
                     w_grads[4 * e + 3] = grad_ND[run].sum(0)
                 torch.mm(grad_ND[run], weights[4 * e + 2], out=grad_NH[run])
             s.backward(grad_NH, pre_NH, mask_NH)
+            # The tokens are gathered again rather than kept: [R, D] would be k times [T, D].
             x_ND, rows_grad_ND = x_TD.index_select(0, token_R[rows]), rows_grad_RD[rows]
             for e, run in runs:
                 if needs[4 * e]:
@@ -431,7 +443,7 @@ class _GroupedMM(torch.autograd.Function):
         if any(needs_w[2::4]):
             if act_RH is None:
                 act_RH = s.activate_again(pre_RH, mask_RH)
-            w_grads[2::4] = F.grouped_mm(grad_RD.t(), act_RH, offs=end_E)
+            w_grads[2::4] = F.grouped_mm(grad_RD.t(), act_RH, offs=end_E)  # one matrix per expert
         grad_RH = F.grouped_mm(grad_RD, torch.stack(weights[2::4]), offs=end_E)
         s.backward(grad_RH, pre_RH, mask_RH)
         if any(needs_w[0::4]):

@@ -1,9 +1,7 @@
-"""The pool of expert FFNs, one module per slot, and the naive loop that specifies what it computes.
+"""The pool of expert FFNs, the naive loop that specifies it, and the split of one FFN into many.
 
-One module (hence one set of Parameters) per slot and not one stacked tensor: a slot without an
-expert then has ``grad is None``, so it costs no compute, no optimizer pass and no weight decay.
-
-Shape suffixes: T tokens, E living experts, R rows of routed pairs, N rows of one expert, D width.
+Shape suffixes: T tokens, E living experts, R rows of routed pairs, N rows or neurons of one expert,
+D model width, H hidden neurons.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ class Experts(nn.Module):
     """``num_slots`` FFNs made from one.
 
     ``init``: ``copy`` for full copies of it, ``cluster`` or ``random`` for shares of its hidden
-    neurons (``split.py``), ``fresh`` for newly drawn ones of its size.
+    neurons (``split_ffn``), ``fresh`` for newly drawn ones of its size.
 
     ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs of two
-    plain linear layers (``ffn.read_ffn``) take the fast path of ``grouped.py``, where ``recompute``
-    holds; others are called one after the other.
+    plain linear layers (``dispatch.read_ffn``) take the fast path, where ``recompute`` holds; the
+    others are called one after the other.
 
     Raises:
         ConfigError: ``cluster`` or ``random`` of an FFN that cannot be split so (``split_ffn``).
@@ -42,6 +40,8 @@ class Experts(nn.Module):
         self, mlp: nn.Module, num_slots: int, init: Init = "copy", recompute: bool = False
     ) -> None:
         super().__init__()
+        # NOTE: one module, hence one set of Parameters, per slot and not one stacked tensor: a slot
+        # without an expert then has ``grad is None``, so no optimizer pass and no weight decay.
         if init == "cluster" or init == "random":
             self.slots = nn.ModuleList(split_ffn(mlp, num_slots, init))
         else:
@@ -52,7 +52,7 @@ class Experts(nn.Module):
                 redraw(slot)
 
     def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
-        """Weighted sum of expert outputs for every token, [T, D]. Cost: one FFN row per pair."""
+        """Sum the weighted expert outputs of every token, [T, D]. Cost: one FFN row per pair."""
         experts = [self.slots[slot] for slot in live]
         if torch.compiler.is_exporting():
             return _traceable_forward(experts, x_TD, routing)
@@ -60,7 +60,7 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def mean_keys(self, live: Sequence[int]) -> Tensor:
-        """The mean row of each expert's first matrix, fp32, [E, D]."""
+        """Return the mean row of each expert's first matrix, fp32, [E, D]."""
         return torch.stack([linears(self.slots[slot])[0].weight.float().mean(0) for slot in live])
 
     def keep(self, slots: Sequence[int]) -> None:
@@ -76,12 +76,13 @@ def _sparse_forward(
     ffns = [ffn for expert in experts if (ffn := read_ffn(expert)) is not None]
     grouped = len(ffns) == len(experts) and len({ffn.kind for ffn in ffns}) == 1
     p = dispatch.pairs(routing.dispatch_TE, row_multiple(x_TD) if grouped else 1)
-    if not any(p.counts):  # zeros that backward() can start from
+    if not any(p.counts):  # zeros that backward() can start from, without any expert's Parameters
         return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
     if grouped:
         out_RD = grouped_ffn(x_TD, p, ffns, recompute)
     else:
         runs = dispatch.gather(x_TD, p).split(p.counts)
+        # NOTE: an expert without rows is not called: its Parameters stay out of the graph.
         out_RD = torch.cat(
             [expert(run) for expert, run in zip(experts, runs, strict=True) if len(run)]
         )
@@ -89,7 +90,7 @@ def _sparse_forward(
 
 
 def _traceable_forward(experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing) -> Tensor:
-    """The same in operations that ``torch.export`` and ONNX know, for any number of rows."""
+    """Compute the same in operations that ``torch.export`` and ONNX know, for any batch size."""
     y_TD = torch.zeros_like(x_TD, dtype=compute_dtype(x_TD))
     for e, expert in enumerate(experts):
         token_N = routing.dispatch_TE[:, e].nonzero().squeeze(1)
@@ -100,7 +101,7 @@ def _traceable_forward(experts: Sequence[nn.Module], x_TD: Tensor, routing: Rout
 
 
 def naive_forward(experts: Experts, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
-    """What ``Experts.forward`` must compute, token by token. For tests: slow and obvious."""
+    """Specify ``Experts.forward`` token by token. For tests: slow and obvious."""
     y_TD = []
     for t, x_D in enumerate(x_TD):
         y_D = torch.zeros_like(x_D) + x_D[:0].sum()  # backward() can start from it
@@ -125,19 +126,15 @@ def redraw(mlp: nn.Module, generator: torch.Generator | None = None) -> None:
 
 
 # Split one trained FFN into experts: each takes an equal share of its hidden neurons.
-#
-# EMoE (Qiu et al., arXiv 2310.10908). A neuron's row of the first matrix is its key: neurons with
-# near keys answer the same tokens. The parts add up to the FFN, whatever the shares.
-#
-# Shape suffixes: D model width, H hidden neurons, E experts, N neurons of an expert.
 
 ROUNDS = 100
 """At most so many rounds of k-means; trained FFNs need 10 to 40."""
 
 
 def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> list[nn.Module]:
-    """``parts`` FFNs whose outputs sum to that of ``mlp``.
+    """Return ``parts`` FFNs whose outputs sum to that of ``mlp`` (EMoE, arXiv 2310.10908).
 
+    A neuron's row of the first matrix is its key: neurons with near keys answer the same tokens.
     ``cluster``: neurons grouped by balanced k-means on their keys; ``random``: contiguous slices.
     ``mlp`` has linear layers from D to H (one, or a gate and more), then one from H to D without a
     bias, and nothing else that has parameters.
@@ -169,15 +166,15 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
 
 
 def linears(mlp: nn.Module) -> list[nn.Linear]:
-    """The linear layers of an FFN, in their order: the keys first, the output last."""
+    """Return the linear layers of an FFN in their order: the keys first, the output last."""
     return [module for module in mlp.modules() if isinstance(module, nn.Linear)]
 
 
 def balanced_clusters(keys_HD: Tensor, clusters: int) -> Tensor:
-    """Groups of equal size of the rows, by direction: their indices, ascending, [E, N].
+    """Group the rows by direction into groups of equal size: their indices, ascending, [E, N].
 
     K-means whose assignment is the best one with equal sizes, until it stays the same: seconds, at
-    4096 rows up to a minute. Centres start at rows drawn with seed 0, from a generator of its own.
+    4096 rows up to a minute. Centres start at rows drawn from a separate generator with seed 0.
     """
     from scipy.optimize import linear_sum_assignment  # here: the layers need torch alone
 
@@ -203,7 +200,7 @@ def balanced_clusters(keys_HD: Tensor, clusters: int) -> Tensor:
 def _part(mlp: nn.Module, neurons_N: Tensor) -> nn.Module:
     """A copy of ``mlp`` with some of its neurons; the others are never copied."""
     *inner, outer = linears(mlp)
-    own: dict[int, object] = {}
+    own: dict[int, object] = {}  # deepcopy's memo: takes these for the copies it would make
     for linear in inner:
         for p in linear.parameters():
             own[id(p)] = nn.Parameter(p[neurons_N])

@@ -2,7 +2,7 @@
 
 ``Router`` is the base class and says what a router may override. Below it stand top-any gating
 (DynMoE), top-k over a linear or a cosine score (the settings DynMoE is compared against), and the
-average of an expert's keys (EMoE). Scores, gates and losses are computed in fp32 under any autocast.
+average of an expert's keys (EMoE). Scores, gates and losses are fp32 under any autocast.
 
 Shape suffixes: T tokens, E living experts, S slots, D model width, K choices of a token, P width of
 a projected token.
@@ -413,9 +413,7 @@ def _check_top_k(top_k: int, num_slots: int) -> None:
         raise ValueError(f"top_k is {top_k}: expected 1 to the number of experts, {num_slots}")
 
 
-def _largest(
-    scores_TE: Tensor, top_k: int, token_mask_T: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _largest(scores_TE: Tensor, top_k: int, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the experts with the ``top_k`` largest scores, best first, and their mask."""
     choice_TK = scores_TE.topk(top_k, dim=1).indices
     mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, choice_TK, True)

@@ -1,7 +1,7 @@
-"""What a model costs: parameters and FLOPs, by formula from its shapes and from what it routes.
+"""The costs of a model: parameters and FLOPs, from its shapes and from its routing.
 
-``count`` reads the shapes, before training. The other functions are arithmetic on what it returns:
-they need no PyTorch, so a report can use them on records. ``experts`` holds the living experts of
+``count`` reads the shapes, before training. The other functions are arithmetic on its result: they
+need no PyTorch, so a report can use them on records. ``experts`` holds the living experts of
 each MoE layer by name, ``mean_k`` how many of them a token activates on average.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,12 @@ Numbers = Mapping[str, float]
 
 
 def total(costs: Costs) -> int:
-    """Parameters of the model in training, empty slots included."""
+    """Return the parameters of the model in training, empty slots included."""
     return exported(costs, costs["slots"])
 
 
 def exported(costs: Costs, experts: Mapping[str, int]) -> int:
-    """Parameters after compaction: empty slots are gone."""
+    """Return the parameters after compaction: empty slots are gone."""
     layers: dict[str, Costs] = costs["parameters"]["layers"]
     inside = sum(
         experts[name] * (size["expert"] + size["router"]) + size["router_fixed"]
@@ -38,7 +38,7 @@ def exported(costs: Costs, experts: Mapping[str, int]) -> int:
 
 
 def activated(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float:
-    """Parameters a token uses: every living expert is scored, k of them are computed."""
+    """Return the parameters a token uses: every living expert is scored, k of them are computed."""
     layers: dict[str, Costs] = costs["parameters"]["layers"]
     inside = sum(
         mean_k[name] * size["expert"] + experts[name] * size["router"] + size["router_fixed"]
@@ -48,12 +48,12 @@ def activated(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> floa
 
 
 def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | None:
-    """FLOPs of the forward pass of one sample; None where ``count`` has no formula.
+    """Return the FLOPs of the forward pass of one sample; None where ``count`` found none.
 
     A training step takes three times as many: the backward pass has two products for each one of
-    the forward pass, save that the first layer's input needs no gradient. Not counted are products
-    whose size does not depend on the batch (the directions' Gram matrix in DynMoE's auxiliary
-    loss), what ``recompute`` and gradient checkpointing do again, and experts that
+    the forward pass, except that the first layer's input needs no gradient. Not counted are
+    products whose size does not depend on the batch (the directions' Gram matrix in DynMoE's
+    auxiliary loss), the recomputation of ``recompute`` and gradient checkpointing, and experts that
     ``gate_grad=all`` computes for their gradient alone.
     """
     if costs["flops"] is None:
@@ -68,16 +68,17 @@ def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | 
 
 
 def count(model: nn.Module, *sample: Any) -> Costs:
-    """The sizes everything above is computed from. ``sample``: inputs of a batch of one, tensors or
-    containers of them.
+    """Count the sizes from which the functions above compute.
+
+    ``sample``: inputs of a batch of one, tensors or containers of them.
 
     - ``parameters``: ``{"other": n, "layers": {name: {"expert", "router", "router_fixed"}}}``, all
       outside MoE layers; of a layer those of one expert, the router's for each expert, and its
       shared ones. The copy of the FFN that ``keep_origin`` holds is not part of the model.
     - ``flops``: ``{"other": n, "layers": {name: {"tokens", "expert", "router", "router_fixed"}}}``:
       outside MoE layers per sample; of a layer its tokens per sample, and per token one expert's,
-      the router's for each living expert, and its shared ones. None where a class is missing in
-      ``PRODUCTS`` or a router does not know its FLOPs: the sum is compared with what PyTorch's own counter sees.
+      the router's for each living expert, and its shared ones. None where a router does not
+      know its FLOPs, or where the computation depends on the values of its data.
     - ``slots``: ``{name: max_experts}``.
 
     The model is neither run nor changed.
@@ -107,77 +108,13 @@ def _parameters(layer: MoELayer) -> dict[str, int]:
     }
 
 
-# FLOPs of a call of a module by itself, without its children. By name: timm, transformers may be
-# missing.
-def _linear(module: Any, x: Tensor, y: Tensor) -> int:
-    return 2 * int(module.in_features) * y.numel()
-
-
-def _convolution(module: Any, x: Tensor, y: Tensor) -> int:
-    return 2 * int(module.weight[0].numel()) * y.numel()  # weight [out, in / groups, *kernel]
-
-
-def _attention(module: Any, x: Tensor, y: Tensor) -> int:
-    """Scores and values, two products [N, N] x head_dim in every head."""
-    batch, tokens, _ = x.shape
-    return 4 * batch * tokens**2 * int(module.num_heads * module.head_dim)
-
-
-def _conv1d(module: Any, x: Tensor, y: Tensor) -> int:
-    return 2 * int(module.nx) * y.numel()
-
-
-def _configured_attention(module: Any, x: Tensor, y: Tensor) -> int:
-    """The same in transformers, where the configuration knows the heads."""
-    batch, tokens, _ = x.shape
-    heads, config = int(module.config.num_attention_heads), module.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 4 * batch * tokens**2 * int(heads * head_dim)
-
-
-def _sized_attention(module: Any, x: Tensor, y: Any) -> int:
-    """The same where the module itself does."""
-    batch, tokens, _ = x.shape
-    return 4 * batch * tokens**2 * int(module.all_head_size)
-
-
-# DeBERTa is not here: its products with relative positions are made once for a batch of any size.
-PRODUCTS: dict[str, Callable[[Any, Tensor, Tensor], int]] = {
-    "torch.nn.modules.linear.Linear": _linear,
-    "torch.nn.modules.conv.Conv2d": _convolution,
-    "timm.layers.attention.Attention": _attention,
-    "timm.models.eva.EvaAttention": _attention,
-    "transformers.pytorch_utils.Conv1D": _conv1d,
-    "transformers.models.mpnet.modeling_mpnet.MPNetSelfAttention": _sized_attention,
-    **{
-        f"transformers.models.{model}.modeling_{model}.{name}": _configured_attention
-        for model, name in {
-            "bert": "BertSelfAttention",
-            "camembert": "CamembertSelfAttention",
-            "clip": "CLIPAttention",
-            "distilbert": "DistilBertSelfAttention",
-            "electra": "ElectraSelfAttention",
-            "gemma": "GemmaAttention",
-            "gpt2": "GPT2Attention",
-            "gpt_neo": "GPTNeoSelfAttention",
-            "gpt_neox": "GPTNeoXAttention",
-            "llama": "LlamaAttention",
-            "mistral": "MistralAttention",
-            "phi": "PhiAttention",
-            "qwen2": "Qwen2Attention",
-            "qwen3": "Qwen3Attention",
-            "roberta": "RobertaSelfAttention",
-            "siglip": "SiglipAttention",
-            "smollm3": "SmolLM3Attention",
-            "stablelm": "StableLmAttention",
-            "xlm_roberta": "XLMRobertaSelfAttention",
-        }.items()
-    },
-}
-
-
 def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
-    """One pass of shapes without data, in which every token has the first expert alone."""
+    """Count two passes of shapes without data, in which every token has the first expert alone.
+
+    One of them has the sample twice. The difference is the cost of a sample: products that are made
+    once for a batch of any size, as DeBERTa's of relative positions, are in both.
+    """
+    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._pytree import tree_map
     from torch.utils.flop_counter import FlopCounterMode
@@ -192,13 +129,7 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
         if known is None:
             return None
         routers[name] = known
-    found, tokens = Counter[str](), Counter[str]()
-
-    def add(
-        owner: str, module: nn.Module, inputs: tuple[Tensor, ...], named: Any, output: Tensor
-    ) -> None:
-        x = inputs[0] if inputs else named["hidden_states"]
-        found[owner] += PRODUCTS[_class(module)](module, x, output)
+    tokens = Counter[str]()
 
     def first_expert(name: str, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         x_TD = x.reshape(-1, layers[name].dim)
@@ -206,28 +137,30 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
         y_TD: Tensor = layers[name].experts.slots[0](x_TD)
         return y_TD.view(x.shape)
 
-    for name, module in shell.named_modules():
-        if _class(module) in PRODUCTS:
-            owner = next((layer for layer in layers if name.startswith(f"{layer}.")), "")
-            module.register_forward_hook(partial(add, owner), with_kwargs=True)
     for name, layer in layers.items():
         layer.forward = partial(first_expert, name)  # type: ignore[method-assign]
+    passes: list[Counter[str]] = []
     try:
         # Fake tensors, because transformers asks any others whether there is padding in them.
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            shapes = tree_map(lambda x: fake.from_tensor(x.to("meta")), sample)
-            with FlopCounterMode(display=False) as counter:
-                shell(*shapes)
+            once = tree_map(lambda x: fake.from_tensor(x.to("meta")), sample)
+            for batch in (tree_map(lambda x: torch.cat([x, x]), once), once):
+                tokens.clear()
+                with FlopCounterMode(display=False) as counter:
+                    shell(*batch)
+                counts = counter.get_flop_counts()
+                passes.append(Counter({name: sum(each.values()) for name, each in counts.items()}))
     except RuntimeError:  # what it does depends on data
         return None
-    if counter.get_total_flops() != found.total():
-        return None
+    found = passes[0] - passes[1]
+    # The counter's names begin with the class of the outermost module. "Global" is the sum.
+    inside = {name: found[f"{type(shell).__name__}.{name}"] for name in layers}
     return {
-        "other": found[""],
+        "other": found["Global"] - sum(inside.values()),
         "layers": {
             name: {
                 "tokens": tokens[name],
-                "expert": found[name] // max(1, tokens[name]),
+                "expert": inside[name] // max(1, tokens[name]),
                 "router": routers[name][0],
                 "router_fixed": routers[name][1],
             }
@@ -236,12 +169,8 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
     }
 
 
-def _class(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def _shapes_of(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode on the meta device: nothing is computed, no number is drawn."""
+    """Copy a model, in evaluation mode, to the meta device: no computation, no random number."""
     import torch
     from torch import nn
 

@@ -20,17 +20,17 @@ TRAIN = "train"
 """The source of training; every other one is an evaluation."""
 
 POSITIONS = 1024
-"""Token positions that are told apart; later ones are left out of ``k_by_position``."""
+"""Token positions with a count each; later ones are left out of ``k_by_position``."""
 
 
 class _Sums(NamedTuple):
-    """Of one source and layer. By slot, since experts may come and go within a stretch."""
+    """Sums of one source and layer, by slot: experts may come and go within a stretch."""
 
     load_S: Tensor
     k_hist_S: Tensor
     """Tokens by k, 0 to S."""
     position_2N: Tensor
-    """Real tokens at each position, and the sum of their k. Evaluations only, as ``class_CS``."""
+    """Real tokens at each position, and the sum of their k. Evaluations only, like ``class_CS``."""
     class_CS: Tensor
     """Routed tokens of each class."""
     part_PS: Tensor
@@ -40,8 +40,8 @@ class _Sums(NamedTuple):
 class RoutingMeter:
     """Adds up routing by source ("train", "env0", ...) and layer.
 
-    ``classes`` is the number of labels that ``update`` may be given, ``parts`` are the names of
-    what a sequence consists of (image, prompt, answer), if that is to be told apart.
+    ``classes`` is the number of labels that ``update`` may be given; ``parts`` names the parts of a
+    sequence (image, prompt, answer) that are recorded separately.
     """
 
     def __init__(self, model: nn.Module, classes: int = 0, parts: Sequence[str] = ()) -> None:
@@ -57,8 +57,11 @@ class RoutingMeter:
         label_B: Tensor | None = None,
         part_BN: Sequence[Tensor] | None = None,
     ) -> None:
-        """``label_B``: the classes of the samples, of which the layers saw [B, N, D]; ``part_BN``:
-        for each call of a layer the indices in ``parts`` of its tokens. Padding counts nowhere."""
+        """Add the calls of all layers on a tape of ``record_routing``. Padding counts nowhere.
+
+        ``label_B``: the classes of the samples, of which the layers saw [B, N, D]; ``part_BN``: for
+        each call of a layer the indices in ``parts`` of its tokens.
+        """
         for name, calls in tape.items():
             live = list(self._layers[name].live)
             for number, call in enumerate(calls):
@@ -80,13 +83,14 @@ class RoutingMeter:
                 sums.class_CS[:, live] += load_CE.index_add_(0, label_B, call.mask.sum(1))
 
     def records(self, sources: Sequence[str], reduce: Reduce) -> list[dict[str, Any]]:
-        """One record for each source and layer, summed over ranks by ``reduce``; then starts anew.
+        """Return a record for each source and layer, summed over ranks by ``reduce``; start anew.
 
         Every rank must ask for the same sources, whichever of them it has seen.
         """
         records = []
         for source in sources:
             for name, layer in self._layers.items():
+                # NOTE: zeros where a rank has seen nothing, because reduce() needs all ranks.
                 own = self._sums.pop((source, name), None) or self._zeros(source, name)
                 sums = _Sums(*(reduce(part) if part.numel() else part for part in own))
                 record = {"source": source, "layer": name, **_record(layer, sums)}
@@ -138,6 +142,7 @@ def _add_parts(part_PS: Tensor, call: Routed, live: list[int], part_BN: Tensor) 
 
 def _record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:
     load_S, k_hist = sums.load_S.tolist(), sums.k_hist_S.tolist()
+    # Tokens may have chosen more experts earlier in the stretch than are alive at its end.
     while len(k_hist) > len(layer.live) + 1 and k_hist[-1] == 0:
         k_hist.pop()
     tokens = sum(k_hist)

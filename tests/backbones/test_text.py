@@ -274,7 +274,7 @@ def test_decoders_get_a_token_for_padding(tmp_path: Path) -> None:
         ),
         (
             {"model": "some/model"},
-            "could not be had from Hugging Face's hub .*backbone.path=FOLDER",
+            "could not be downloaded .*backbone.path=FOLDER",
         ),
     ],
 )

@@ -157,7 +157,7 @@ def test_copies_start_at_the_dense_function() -> None:
         ("sparse", [0, 2, 4]),
         ("first_half", [0, 1]),
         ("second_half", [2, 3, 4]),
-        ("dense", [0, 1, 2, 3, 4]),
+        ("all", [0, 1, 2, 3, 4]),
         ([3, 1], [1, 3]),
         ("none", []),
     ],

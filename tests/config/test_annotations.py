@@ -57,5 +57,5 @@ def test_an_alias_is_followed_to_the_module_that_defines_it() -> None:
     found = mismatch("copy", "Placement | list[int]", "dynmoe.config.schema")
     assert found == (
         "expected 'last_two' or 'every_two' or 'sparse' or 'first_half' or 'second_half' or "
-        "'dense' or 'all' or 'none' or a list, found 'copy'"
+        "'all' or 'none' or a list, found 'copy'"
     )

@@ -23,7 +23,7 @@ DIM, TOKENS = 8, 40
 class DotRouter(Router):
     """Experts whose row has a product above ``cut`` with a token, weighed by its sigmoid.
 
-    Rows of experts whose first matrix is all zeros never fire: to read something of the experts.
+    Experts whose first matrix is all zeros never fire: an example of reading the experts.
     """
 
     adaptive = True
@@ -32,6 +32,7 @@ class DotRouter(Router):
         super().__init__()
         self.cut = cut
         self.rows = nn.ParameterList(nn.Parameter(torch.randn(dim)) for _ in range(num_slots))
+        self.register_buffer("works_E", torch.ones(num_slots, dtype=torch.bool), persistent=False)
 
     def prepare(self, experts: Experts, live: Sequence[int]) -> None:
         self.works_E = experts.mean_keys(live).any(1)

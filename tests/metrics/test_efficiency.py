@@ -81,7 +81,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(autouse=True)
 def no_padding() -> Iterator[None]:
-    """At "highest" no row is computed in vain (`grouped.row_multiple`)."""
+    """At "highest" no row is computed in vain (`dispatch.row_multiple`)."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -227,6 +227,14 @@ def test_counting_changes_nothing(images: Tensor) -> None:
     assert not any(m._forward_hooks or "forward" in vars(m) for m in model.modules())
 
 
+def test_flops_of_pytorchs_own_attention() -> None:
+    """It takes a fast path in evaluation, which PyTorch's counter does not see."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(DIM, 2, 32, batch_first=True)).eval()
+    square, products, ffn = 4 * 2 * 3 * DIM * DIM, 4 * 3**2 * DIM, 2 * 2 * 3 * DIM * 32
+    expected = {"other": square + products + ffn, "layers": {}}
+    assert count(model, torch.empty(1, 3, DIM))["flops"] == expected
+
+
 class OwnRouter(TopKRouter):
     def flops(self, dim: int) -> None:
         """Not known."""
@@ -240,7 +248,6 @@ class Branching(nn.Linear):
 @pytest.mark.parametrize(
     "model",
     [
-        nn.TransformerEncoderLayer(DIM, 2, 32, batch_first=True),
         MoELayer(Mlp(DIM, 32), DIM, OwnRouter, 2),
         Branching(DIM, DIM),
     ],

@@ -19,6 +19,12 @@ from dynmoe.runtime import set_fused_attention
 WIDE = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 16}
 SIZES = {**WIDE, "intermediate_size": 32}
 GROUPED = {**SIZES, "num_key_value_heads": 1}
+DISENTANGLED = {
+    **SIZES,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "max_relative_positions": 8,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "bert": SIZES,
     "roberta": SIZES,
@@ -26,6 +32,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "camembert": SIZES,
     "mpnet": SIZES,
     "electra": {**SIZES, "embedding_size": 16},
+    "deberta": DISENTANGLED,
+    "deberta-v2": DISENTANGLED,
     "distilbert": {**WIDE, "hidden_dim": 32},
     "gpt2": {**WIDE, "n_inner": 32},
     "gpt_neo": {**WIDE, "intermediate_size": 32, "attention_layers": ["global", "local", "global"]},
@@ -56,22 +64,29 @@ def text_classifier(name: str, **kwargs: Any) -> nn.Module:
 
 
 def check(model: nn.Module) -> None:
-    ids = torch.full((1, TOKENS), 5)
-    sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    costs = count(model, sample)
+    batches = []
+    for size in (1, 3):
+        ids = torch.full((size, TOKENS), 5)
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    costs = count(model, batches[0])
     assert total(costs) == sum(p.numel() for p in model.parameters())
     layers = moe_layers(model)
     k = dict.fromkeys(layers, 2.0)
     experts = {name: len(layer.live) for name, layer in layers.items()}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(sample)
-    assert flops(costs, experts, k) == counter.get_total_flops()
+    totals = []
+    for batch in batches:
+        with FlopCounterMode(display=False) as counter:
+            model(batch)
+        totals.append(counter.get_total_flops())
+    # DeBERTa has products of positions alone, once a batch.
+    assert 2 * flops(costs, experts, k) == totals[1] - totals[0]
+    assert (flops(costs, experts, k) == totals[0]) == ("deberta" not in model.config.model_type)
     assert activated(costs, experts, k) <= total(costs)
 
 
 @pytest.fixture(autouse=True)
 def no_padding():  # type: ignore[no-untyped-def]
-    """At "highest" no row is computed in vain (`grouped.row_multiple`)."""
+    """At "highest" no row is computed in vain (`dispatch.row_multiple`)."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
