@@ -71,8 +71,8 @@ def config_hash(cfg: DictConfig) -> str:
 def flat(cfg: DictConfig) -> dict[str, Any]:
     """Everything that can change the result of a run, as dotted keys and resolved values.
 
-    A key that copies another one, `data.seed: ${seed}`, is left out: two runs that differ in one
-    setting differ in one key here.
+    A key that copies another one, `data.trial_seed: ${trial_seed}`, is left out: two runs that
+    differ in one setting differ in one key here.
     """
     return dict(_flat(_relevant(cfg, prefix=""), OmegaConf.to_container(cfg), ""))
 

@@ -1,4 +1,4 @@
-"""From a composed configuration to the objects of a run. Shared by training and evaluation."""
+"""Build the objects of a run from its configuration, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ warnings.filterwarnings("ignore", message=r".*in eval mode at the start.*")  # f
 
 TOWER = "vision."
 
-REASON = 300  # characters of a reason: PyTorch names every weight that does not fit
+REASON = 300  # characters of a reason that are shown: PyTorch names every weight that differs
 
-# What a language model computes with its weights that their shapes do not tell.
+# Settings of a language model that change its output but not the shapes of its weights.
 UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rms_norm_eps", "rope_parameters")
 
 
@@ -76,20 +76,20 @@ def step_plan(cfg: DictConfig) -> StepPlan:
 
 
 def settle_runtime(cfg: DictConfig) -> dict[str, Any]:
-    """Put ``runtime`` in force for the device of ``trainer``. Returns what holds now."""
+    """Apply ``runtime`` for the device of ``trainer``. Returns the settings in effect."""
     on_gpu = {"gpu": True, "cuda": True, "auto": torch.cuda.is_available()}
     device_type = "cuda" if on_gpu.get(cfg.trainer.accelerator) else str(cfg.trainer.accelerator)
     return runtime.settle(cfg.runtime, "cpu" if device_type == "auto" else device_type)
 
 
 def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETask:
-    """Backbone, MoE layers and task, on the CPU. Seeds the weights by ``seed``.
+    """Build backbone, MoE layers and task, on the CPU. Seeds the weights by ``seed``.
 
-    Weights of an earlier stage are loaded before MoE layers are made of them.
+    Weights of an earlier stage are loaded before MoE layers are made from them.
 
     Raises:
-        ConfigError: a backbone that cannot be built, that is too short for the data's texts, or
-            blocks it does not have; an earlier stage whose weights do not fit.
+        ConfigError: a backbone that cannot be built, has too few positions for the data's texts, or
+            lacks blocks that are named; an earlier stage whose weights do not fit.
     """
     L.seed_everything(cfg.seed, verbose=False)
     backbone = instantiate(cfg.backbone, **data.backbone_arguments)
@@ -155,7 +155,7 @@ def build_trainer(
     """The Lightning trainer.
 
     Raises:
-        ConfigError: what Lightning says of options that do not go together, or a missing device.
+        ConfigError: options that Lightning refuses together, or a missing device.
     """
     loggers = [instantiate(node) for node in (cfg.logger or {}).values()]
     try:
@@ -256,7 +256,7 @@ def facts(
 
 
 def _backbone_name(backbone: DictConfig) -> str:
-    """Its name and what was changed in it, e.g. ``vit_tiny_patch16_224 (depth 6)``."""
+    """Return its name and its changes, e.g. ``vit_tiny_patch16_224 (depth 6)``."""
     name = Path(backbone.model or backbone.get("path") or backbone.architecture).name
     changes = [f"folder {Path(backbone.path).name}"] if backbone.get("path") else []
     changes += [f"{key} {value}" for key, value in backbone.options.items()]
@@ -269,7 +269,7 @@ def _backbone_name(backbone: DictConfig) -> str:
 
 
 def _weights(backbone: DictConfig) -> str:
-    """``from scratch``, or where they come from."""
+    """Return ``from scratch``, or the origin of pretrained weights."""
     pretrained = backbone.pretrained
     place = pretrained if isinstance(pretrained, str) else backbone.get("path")
     hub = "hub" if backbone.get("library", "path" in backbone) not in ("timm", False) else "timm"
@@ -286,12 +286,12 @@ def _device_name(trainer: L.Trainer) -> str:
 
 
 def load_backbone(backbone: nn.Module, start: Path) -> None:
-    """Give a backbone the weights that a finished run ends with; a converted checkpoint's without a
-    vision tower leave it its own.
+    """Load the last weights of a finished run into a backbone. The backbone keeps its own vision
+    tower if a converted checkpoint has none.
 
     Raises:
-        ConfigError: no such run, weights of another model, or a converted checkpoint whose weights
-            would be used in another way.
+        ConfigError: no such run, weights of another model, or a converted checkpoint of a language
+            model with other settings.
     """
     folder = RunFolder(start)
     file = checkpoint_of(folder, "last")
@@ -315,7 +315,7 @@ def load_backbone(backbone: nn.Module, start: Path) -> None:
 
 
 def _check_language_model(backbone: nn.Module, start: Path) -> None:
-    """A converted checkpoint says in config.json how its weights are to be used."""
+    """Compare the settings that a converted checkpoint has in config.json."""
     folder = start / "language_model"
     if not (folder / "config.json").is_file():
         return
@@ -330,10 +330,10 @@ def _check_language_model(backbone: nn.Module, start: Path) -> None:
 def load(
     cfg: DictConfig, data: TaskData, fused_attention: bool, checkpoint: Path
 ) -> tuple[MoETask, int]:
-    """The task as the checkpoint left it, on the CPU, and the step it is of.
+    """Return the task with the checkpoint's weights, on the CPU, and the checkpoint's step.
 
     Raises:
-        ConfigError: its weights are of another size, as where the data's vocabulary has changed.
+        ConfigError: its weights are of another size, e.g. since the data's vocabulary has changed.
     """
     saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
     state, tower = saved["state_dict"], f"backbone.{TOWER}"
@@ -353,5 +353,5 @@ def load(
 
 
 def _has_tower(weights: Mapping[str, Tensor], prefix: str) -> bool:
-    """False of a converted checkpoint whose vision tower is published elsewhere."""
+    """Whether the vision tower is included: a converted checkpoint may leave it out."""
     return any(name.startswith(prefix) for name in weights)

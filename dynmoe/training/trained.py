@@ -1,4 +1,4 @@
-"""A trained run again: its own configuration, and the weights of a checkpoint."""
+"""The configuration and the checkpoints of a trained run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
 
-# What runs of early versions did not save.
-EARLIER = {
-    "runtime": {"matmul_precision": "highest", "malloc": "auto", "fused_attention": True},
-    "moe": {"recompute": False},
-}
-
 
 def configuration(folder: RunFolder) -> DictConfig:
-    """What the run was trained with, for one device, without loggers, and without kept tokens.
+    """Return the run's configuration, for one device, without loggers and token cache.
 
     Raises:
         ConfigError: the folder is no run.
@@ -25,11 +19,9 @@ def configuration(folder: RunFolder) -> DictConfig:
     saved = folder.path / "config.yaml"
     if not saved.exists():
         raise ConfigError(f"{folder.path}: expected a folder with a config.yaml, found none")
-    cfg = OmegaConf.merge(EARLIER, OmegaConf.load(saved))
+    cfg = OmegaConf.load(saved)
     assert isinstance(cfg, DictConfig)
-    if cfg.moe.init == "upcycle":  # its name in early versions
-        cfg.moe.init = "copy"
-    elif cfg.moe.init == "cluster":  # equal shapes, without the k-means
+    if cfg.moe.init == "cluster":  # equal shapes, without the k-means
         cfg.moe.init = "random"
     cfg.trainer.update(devices=1, strategy="auto")
     cfg.logger = None
@@ -39,12 +31,12 @@ def configuration(folder: RunFolder) -> DictConfig:
     if cfg.get("stage") is not None:
         cfg.stage.start = None
     if "cache" in cfg.get("data", {}):
-        cfg.data.cache = None  # the folder may be of another machine
+        cfg.data.cache = None  # the folder may be on another machine
     return cfg
 
 
 def checkpoint_of(folder: RunFolder, name: str) -> Path:
-    """``selected``, ``last``, or a file."""
+    """Return the file of a checkpoint named ``selected`` or ``last``, or given as a file."""
     if name in ("selected", "last"):
         return folder.path / "checkpoints" / f"{name}.ckpt"
     return Path(name)

@@ -108,7 +108,7 @@ def test_facts_hold_the_configuration_and_the_machine(trained: Trained) -> None:
     facts = trained().read_run()
     config = facts["config"]
     assert (config["task.steps"], config["moe.adaptation.length"], config["seed"]) == (9, 3, 0)
-    assert "data.seed" not in config and "paths.outputs" not in config
+    assert "data.trial_seed" not in config and "paths.outputs" not in config
     assert facts["class_names"] == [str(digit) for digit in range(10)]
     assert facts["machine"].keys() == {"cpu", "cores"}
 

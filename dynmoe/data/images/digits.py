@@ -40,7 +40,7 @@ def colored(images: Tensor, labels: Tensor, seed: int) -> list[Environment]:
     """Three environments where colour predicts the label better than shape does, then misleads.
 
     label = (digit < 5), flipped with p 0.25; colour = label, flipped with the environment's p. The
-    digit is drawn in the channel that colour names, of two; images uint8 [N, 28, 28].
+    digit is drawn in the one of two channels that colour names; images uint8 [N, 28, 28].
     """
     generator = torch.Generator().manual_seed(seed)
     environments: list[Environment] = []
@@ -63,12 +63,12 @@ def colored(images: Tensor, labels: Tensor, seed: int) -> list[Environment]:
 
 
 def rotated_mnist(root: str, seed: int) -> list[Environment]:
-    """RotatedMNIST from torchvision's MNIST files below `root`; `seed` deals the digits out."""
+    """RotatedMNIST from torchvision's MNIST files below `root`; `seed` assigns the digits."""
     return rotated(*_mnist(root), seed)
 
 
 def colored_mnist(root: str, seed: int) -> list[Environment]:
-    """ColoredMNIST from torchvision's MNIST files below `root`; `seed` deals and flips."""
+    """ColoredMNIST from torchvision's MNIST files below `root`; `seed` assigns and flips."""
     return colored(*_mnist(root), seed)
 
 

@@ -43,11 +43,11 @@ class Environment(ABC):
 
     @abstractmethod
     def load(self, index: int) -> Image.Image | Tensor:
-        """One image, not yet transformed: an RGB photograph, or drawn uint8 [C, H, W]."""
+        """Load one image, not yet transformed: an RGB photograph, or drawn uint8 [C, H, W]."""
 
     @abstractmethod
     def content_hash(self) -> str:
-        """Tells two versions of the images apart; two copies on different machines are equal."""
+        """Hash that differs between versions of the images, but not between copies of one."""
 
 
 @dataclass(eq=False)
@@ -82,7 +82,7 @@ def data_hash(
 
 # Image folders: environment/class/image, the layout of DomainBed's photograph sets.
 
-UNREADABLE = (OSError, SyntaxError, ValueError)  # what Pillow raises on a damaged file
+UNREADABLE = (OSError, SyntaxError, ValueError)  # Pillow raises these on a damaged file
 
 _truncated_lock = threading.Lock()
 
@@ -111,7 +111,7 @@ def image_folders(
     environments: Sequence[str] | None = None,
     drop_list: str | None = None,
 ) -> list[Environment]:
-    """The environments of an image tree, in sorted order of their folders' names.
+    """Read the environments of an image tree, in sorted order of their folders' names.
 
     `root` is the tree or the directory that holds it as `folder`. `environments` are the folders
     expected there, None takes what is found. `drop_list` is a text file with one path below the
@@ -154,7 +154,7 @@ def image_folders(
 
 
 def read_image(path: Path) -> Image.Image:
-    """The file as RGB. A truncated file gives what is there, as in DomainBed.
+    """Read a file as RGB. A truncated file gives the part that is there, as in DomainBed.
 
     Raises:
         OSError, SyntaxError, ValueError: not an image.
@@ -196,7 +196,7 @@ def _environment(tree: Path, name: str, dropped: Collection[str]) -> FolderEnvir
 
 
 def _subfolders(folder: Path) -> list[str]:
-    """Names in order, without what tools leave behind: .git, __MACOSX, __pycache__."""
+    """Names in order, without folders that tools create: .git, __MACOSX, __pycache__."""
     return sorted(
         entry.name
         for entry in folder.iterdir()
@@ -225,7 +225,7 @@ T = TypeVar("T")
 def survey(
     environments: Sequence[FolderEnvironment], *, decode: bool
 ) -> tuple[list[IntArray], list[str]]:
-    """Sizes [N, 2] in pixels (width, height) per environment, and what cannot be read.
+    """Return sizes [N, 2] in pixels (width, height) per environment, and unreadable files.
 
     Reads the header of every file; with `decode` all of it, which finds truncated files too (they
     can be trained on, as in DomainBed). An unreadable file has size 0, 0.
@@ -296,7 +296,7 @@ class CachedEnvironment(Environment):
 
 
 def cached(environment: Environment, sizes: IntArray) -> CachedEnvironment:
-    """The environment with all its images decoded into memory."""
+    """Return the environment with all its images decoded into memory."""
     cache = CachedEnvironment(
         name=environment.name,
         labels=environment.labels,

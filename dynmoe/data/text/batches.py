@@ -1,4 +1,4 @@
-"""Which texts make the batch of a step: about equally long ones, by pure functions of (seed, step).
+"""Which texts make the batch of a step: similarly long ones, by pure functions of (seed, step).
 
 Nothing here has a state to save: a run that was killed continues with the very batches it would
 have had.
@@ -112,7 +112,7 @@ class EpochDraw:
         return [batches[place] for place in rng.permutation(len(batches))]
 
     def _apart(self, rows: IntArray) -> list[IntArray]:
-        """Whole batches of each group, then what is left of all: as many batches as ungrouped."""
+        """Whole batches of each group, then the rest of all: as many batches as without groups."""
         if self.groups is None:
             return [rows]
         group = self.groups[rows]

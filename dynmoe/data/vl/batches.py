@@ -1,4 +1,4 @@
-"""From the names of examples to a padded batch of token ids and images."""
+"""From the keys of examples to a padded batch of token ids and images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ConversationBatch(NamedTuple):
     row: Tensor
     """[B] int64, rows of the store."""
     weight: float = 1.0
-    """See `text_batches.Key`."""
+    """See `Key`."""
 
     @property
     def scored(self) -> tuple[Tensor, Tensor]:
@@ -56,12 +56,12 @@ class ConversationBatch(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tokens, Tensor]:
-        """What the backbone is called with in training."""
+        """The backbone's positional arguments in training."""
         return self.tokens, self.scored[0]
 
 
 class QuestionBatch(NamedTuple):
-    """Questions to answer, padded at the left: an answer goes on behind the last position."""
+    """Questions to answer, padded at the left: the answer continues the last position."""
 
     tokens: Tokens
     label: Tensor
@@ -72,7 +72,7 @@ class QuestionBatch(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tokens]:
-        """What the backbone is called with."""
+        """The backbone's positional arguments."""
         return (self.tokens,)
 
 
@@ -83,13 +83,13 @@ class Fetched(NamedTuple):
     rows: list[int]
     ids: list[IdArray]
     labels: list[IdArray]
-    """Of conversations those of each token; of questions one array, that of their kinds."""
+    """For conversations the label of each token; for questions one array, their kinds."""
     images: Tensor
     weight: float
 
 
 class Conversations(Dataset[Fetched]):
-    """All sets of conversations behind one index; a batch is of the set of its first example."""
+    """All sets of conversations in one dataset; a batch is of the set of its first example."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class Conversations(Dataset[Fetched]):
 
 
 class Questions(Dataset[Fetched]):
-    """All sets of questions behind one index; `prompts` are their token ids, as `sets` orders them.
+    """All sets of questions in one dataset; `prompts` are their token ids, in the order of `sets`.
 
     A batch is of the set of its first example.
     """
@@ -137,12 +137,12 @@ class Questions(Dataset[Fetched]):
 
 
 def collate_conversations(pad_id: int) -> Callable[[Fetched], ConversationBatch]:
-    """Pads the conversations of a batch to the longest of them."""
+    """Return a function that pads the conversations of a batch to the longest of them."""
     return partial(_conversation_batch, pad_id)
 
 
 def collate_questions(pad_id: int) -> Callable[[Fetched], QuestionBatch]:
-    """Pads the prompts of a batch to the longest of them."""
+    """Return a function that pads the prompts of a batch to the longest of them."""
     return partial(_question_batch, pad_id)
 
 
@@ -192,10 +192,10 @@ def _kinds(questions: QuestionSet) -> IdArray:
     return np.unique(kinds, return_inverse=True)[1].astype(np.int32)
 
 
-# Sets of questions as a language model is asked them, and what is made of its answers.
+# Sets of questions as prompts of a language model, and the scores of its answers.
 
 Answers = Mapping[int, str]
-"""By the row of their question."""
+"""Answers by the row of their question."""
 
 
 class Prompts(Sequence[IdArray]):
@@ -240,7 +240,7 @@ class AskedQuestions:
 
     @property
     def lengths(self) -> dict[str, IntArray]:
-        """Of each set the tokens of its prompts."""
+        """Tokens of the prompts of each set."""
         return {name: prompts.lengths for name, prompts in self.prompts.items()}
 
     @property
@@ -248,7 +248,7 @@ class AskedQuestions:
         return float(np.concatenate([*self.lengths.values()]).mean())
 
     def score(self, name: str, answers: Answers) -> dict[str, float]:
-        """Of a set, from the answer to each of its rows; none of a set that is not scored here."""
+        """Scores of a set, from the answer to each row; empty for a set that is not scored here."""
         questions = self.sets[name]
         return questions.score(_in_order(answers)) if questions.is_scored else {}
 
@@ -257,7 +257,7 @@ class AskedQuestions:
         return self.sets[name].write(folder, _in_order(answers))
 
     def describe(self, name: str, row: int) -> dict[str, Any]:
-        """A question, its answer if there is one alone, its first image as a PNG file in base64."""
+        """A question, its answer if there is only one, its first image as a PNG file in base64."""
         question, right = self.sets[name].questions[row], self.sets[name].records[row]
         image = None
         if question.images:
@@ -272,7 +272,7 @@ class AskedQuestions:
         }
 
     def refuse_unscored(self, folders: Mapping[str, str]) -> None:
-        """`folders` of the published ones among the sets.
+        """Refuse sets without a local score; `folders` are those of published sets.
 
         Raises:
             ConfigError: a set that is not scored here.
@@ -286,7 +286,7 @@ class AskedQuestions:
                 )
 
     def refuse_fewer_than(self, devices: int) -> None:
-        """A device without a question would run no batch while the others wait for it.
+        """Refuse sets that leave a device without a question: the others would wait for it.
 
         Raises:
             DataError: a set with fewer questions than `devices`.
@@ -301,7 +301,7 @@ class AskedQuestions:
 
 
 def _in_order(answers: Answers) -> list[str]:
-    """By row, from the first to the last."""
+    """Answers from the first row to the last."""
     return [answers[row] for row in range(len(answers))]
 
 
