@@ -1,4 +1,4 @@
-"""Conversations as token ids, with labels on what the model has to say."""
+"""Conversations as token ids, with labels on the tokens that the model has to generate."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _encoded(
         for place, piece in enumerate(each):
             parts += [image] * (place > 0) + [_labelled(piece, *next(rows))]
         ids, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        labels[:1] = IGNORE  # nothing comes before it that it could be generated from
+        labels[:1] = IGNORE  # no token precedes it that it could be generated from
         result.append(EncodedConversation(ids, labels))
     return result
 
