@@ -1,4 +1,13 @@
-"""Question sets made in memory: an answer is right or wrong."""
+"""Question sets whose answers are right or wrong: sets made in memory, and GQA.
+
+GQA (Hudson & Manning, CVPR 2019), its balanced test-dev questions. An entry, made up:
+
+    "20100": {"question": "Is it cloudy?", "imageId": "n161313", "answer": "yes",
+              "types": {"structural": "verify", ...}, ...}
+
+The prompt is "Is it cloudy?\\nAnswer the question using a single word or phrase.". The rules are
+those of GQA's eval.py; LLaVA's scripts/convert_gqa_for_eval.py makes the prediction file.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +64,6 @@ def _plain(answer: str) -> str:
     return answer.strip().lower().removesuffix(".").rstrip()
 
 
-# GQA (Hudson & Manning, CVPR 2019): the balanced test-dev questions and their eval.py.
-
 SOURCE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
 QUESTIONS = "testdev_balanced_questions.json"
 PREDICTIONS = "testdev_balanced_predictions.json"
@@ -72,7 +79,7 @@ class Gqa(FolderSet):
         return accuracies(self.questions, right)
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
-        """What `eval.py --tier testdev_balanced` reads."""
+        """The predictions that `eval.py --tier testdev_balanced` reads."""
         rows = [
             {"questionId": question.id, "prediction": _plain_gqa(answer)}
             for question, _, answer in self.pairs(answers)
@@ -81,7 +88,7 @@ class Gqa(FolderSet):
 
 
 def _plain_gqa(answer: str) -> str:
-    """LLaVA's scripts/convert_gqa_for_eval.py."""
+    """The answer as LLaVA's convert_gqa_for_eval.py writes it."""
     return answer.rstrip(".").lower()
 
 

@@ -1,4 +1,14 @@
-"""Sets that are only exported: VizWiz to its server, LLaVA-Bench and MM-Vet to a judge."""
+"""Sets that are only exported: VizWiz to its server, LLaVA-Bench and MM-Vet to a judge.
+
+Entries of the three, made up:
+
+    test.json        [{"image": "VizWiz_test_00000000.jpg", "question": "What is this?"}, ...]
+    questions.jsonl  {"question_id": 0, "image": "001.jpg", "text": "Name it.", "category": "conv"}
+    mm-vet.json      {"v1_0": {"imagename": "v1_0.png", "question": "What is x?", ...}, ...}
+
+Prediction files are those of LLaVA's scripts: convert_vizwiz_for_submission.py, model_vqa.py and
+convert_mmvet_for_eval.py.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +37,7 @@ class VizWiz(Unscored, FolderSet):
     )
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
-        """What LLaVA's convert_vizwiz_for_submission.py makes: image, answer."""
+        """The file that LLaVA's convert_vizwiz_for_submission.py makes: image, answer."""
         rows = [
             {"image": image, "answer": normalise_m4c(answer)}
             for _, image, answer in self.pairs(answers)
@@ -87,7 +97,7 @@ class MmVet(Unscored, FolderSet):
     note = "GPT-4 judges the answers, by the notebook of github.com/yuweihao/MM-Vet."
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
-        """What LLaVA's convert_mmvet_for_eval.py makes: answers by ids v1_0, v1_1, ..."""
+        """The file that LLaVA's convert_mmvet_for_eval.py makes: answers by ids v1_0, v1_1, ..."""
         content = {question.id: answer for question, _, answer in self.pairs(answers)}
         return [write_json(folder / "mm_vet_results.json", content, indent=2)]
 

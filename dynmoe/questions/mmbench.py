@@ -1,6 +1,13 @@
 """MMBench (Liu et al., ECCV 2024): questions with options, images as base64 in a table.
 
-mmbench_dev_20230712.tsv: index, question, hint, A, B, C, D, answer, category, image, ...
+A row of mmbench_dev_20230712.tsv, made up:
+
+    index  question        hint  A    B     C  D  answer  category  image    ...
+    241    Which is warm?        ice  fire        B       ...       /9j/4...
+
+The prompt is "Which is warm?\\nA. ice\\nB. fire\\nAnswer with the option's letter from the given
+choices directly.", as in LLaVA's model_vqa_mmbench.py with --single-pred-prompt;
+convert_mmbench_for_submission.py makes the table that MMBench's server scores.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ from typing import TYPE_CHECKING
 from dynmoe.errors import DataError
 from dynmoe.questions.base import Question, Unscored, write_table
 from dynmoe.questions.files import locate, read_text
+from dynmoe.questions.scienceqa import INSTRUCTION
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -27,12 +35,18 @@ TABLES = (
     "mmbench_test_20230712.tsv",
     "mmbench_test_en_20231003.tsv",
 )
-INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = "ABCD"
 FIELDS = ("index", "question", *LETTERS, "image")
 NOT_UPLOADED = {"hint", "category", "source", "image", "comment", "l2-category"}
-PLACE_OF_PREDICTION = 6  # behind index, question, A, B, C, D
-NOTHING = {"", "nan", "none", "null", "na", "n/a"}  # what pandas, in LLaVA's scripts, reads as such
+PLACE_OF_PREDICTION = 6  # after index, question, A, B, C, D
+NOTHING = {
+    "",
+    "nan",
+    "none",
+    "null",
+    "na",
+    "n/a",
+}  # cells that pandas, in LLaVA's scripts, reads as missing
 LONGEST_CELL = 1 << 26  # characters; the csv module's own limit is less than an image
 
 
@@ -77,8 +91,6 @@ class MmBench(Unscored):
 
 def read_mmbench(root: str, images: str | None = None) -> MmBench:
     """The first of `TABLES` below `root`, or the table `root` itself; it holds its images.
-
-    Prompts are those of LLaVA's model_vqa_mmbench.py with --single-pred-prompt.
 
     Raises:
         DataError: no table, or one without the columns.

@@ -3,8 +3,13 @@
     <task>/0020.png and <task>/0020.txt, or
     <task>/images/0020.png and <task>/questions_answers_YN/0020.txt
 
-Each text has two lines: question, tab, Yes or No. Points are those of the benchmark's
-calculation.py (eval_tool).
+Each text has two lines: question, tab, Yes or No. Made up:
+
+    Is there a dog in this image? Please answer yes or no.\\tYes
+    Is there a cat in this image? Please answer yes or no.\\tNo
+
+The first prompt is "Is there a dog in this image?\\nAnswer the question using a single word or
+phrase.". Points are those of MME's calculation.py (eval_tool).
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ POINTS_OF_A_TASK = 200  # 100 for accuracy, 100 for accuracy+
 
 
 class Truth(NamedTuple):
-    """Record of a question: what its line in the task's results file begins with."""
+    """Record of a question: the first columns of its line in the task's results file."""
 
     image: str
     question: str
@@ -90,7 +95,7 @@ def _one_line(answer: str) -> str:
 def read_mme(root: str, images: str | None = None) -> Mme:
     """The 14 tasks' folders below `root`; `images` holds the same folders if images are elsewhere.
 
-    Asked is the question without "Please answer yes or no.", and with LLaVA's instruction.
+    A prompt is the question without "Please answer yes or no.", and with LLaVA's instruction.
 
     Raises:
         DataError: tasks or images are missing, or a text is not two questions.

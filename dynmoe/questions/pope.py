@@ -1,8 +1,14 @@
-"""POPE (Li et al., EMNLP 2023): is there a such-and-such in the image?
+"""POPE (Li et al., EMNLP 2023): is there a certain object in the image?
 
     coco_pope_{adversarial,popular,random}.json      val2014/COCO_val2014_000000310196.jpg
 
-The rules are those of evaluate.py of AoiDragon/POPE, which LLaVA's eval_pope.py repeats.
+A line, made up:
+
+    {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
+     "text": "Is there a snowboard in the image?", "label": "yes"}
+
+The prompt is "Is there a snowboard in the image?\\nAnswer the question using a single word or
+phrase.". The rules are those of evaluate.py of AoiDragon/POPE, which LLaVA's eval_pope.py repeats.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ class Pope(FolderSet):
     def score(self, answers: Sequence[str]) -> dict[str, float]:
         """Accuracy, precision, recall, f1 and yes_ratio of each split; "score" is the mean f1.
 
-        A precision or recall of nothing counts 0, where the official file stops with an error.
+        A precision or recall without any case is 0, where the official file stops with an error.
         """
         by_split: dict[str, list[tuple[bool, bool]]] = {}
         for question, label, answer in self.pairs(answers):
@@ -57,7 +63,7 @@ def says_yes(answer: str) -> bool:
 
 
 def _scores(results: Sequence[tuple[bool, bool]]) -> dict[str, float]:
-    """Of (label, prediction) [N]."""
+    """The five scores of (label, prediction) [N]."""
     hits = sum(label and predicted for label, predicted in results)
     predicted_yes = sum(predicted for _, predicted in results)
     precision = _ratio(hits, predicted_yes)

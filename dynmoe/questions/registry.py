@@ -30,7 +30,7 @@ SETS: dict[str, Reader] = {
 }
 
 
-def read(name: str, root: str, images: str | None = None) -> QuestionSet:
+def read_question_set(name: str, root: str, images: str | None = None) -> QuestionSet:
     """A published set, read from the folder `root`; `images` is its image folder if elsewhere.
 
     Raises:

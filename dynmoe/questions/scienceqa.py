@@ -1,7 +1,16 @@
 """ScienceQA (Lu et al., NeurIPS 2022), its test set as LLaVA and MoE-LLaVA evaluate it.
 
-problems.json      pid_splits.json      images/test/<pid>/image.png
-llava_test_CQM-A.json      LLaVA's questions, where its evaluation bundle is there
+    problems.json      pid_splits.json      images/test/<pid>/image.png
+    llava_test_CQM-A.json      LLaVA's questions, if its evaluation bundle is there
+
+An entry of problems.json, made up:
+
+    "4": {"question": "Which is warm?", "choices": ["ice", "fire"], "answer": 1, "hint": "",
+          "image": "image.png", "grade": "grade3", "subject": "natural science", ...}
+
+The prompt is "Context: N/A\\nQuestion: Which is warm?\\nOptions: (A) ice (B) fire\\nAnswer with the
+option's letter from the given choices directly.". Answers are read by LLaVA's eval_science_qa.py,
+accuracies are those of ScienceQA's tools/evaluate_acc.py.
 """
 
 from __future__ import annotations
@@ -44,7 +53,7 @@ class ScienceProblem(NamedTuple):
     grade: int
 
 
-# The columns of the benchmark's table, as tools/evaluate_acc.py of ScienceQA forms them.
+# The columns of the published table, as tools/evaluate_acc.py of ScienceQA forms them.
 COLUMNS: dict[str, Callable[[ScienceProblem], bool]] = {
     "img": lambda problem: problem.has_image,
     "txt": lambda problem: problem.has_hint,
@@ -73,7 +82,7 @@ class ScienceQa(FolderSet):
         return scores
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
-        """The answers that LLaVA's eval_science_qa.py reads, and the result it writes of them.
+        """The answers that LLaVA's eval_science_qa.py reads, and the result that it writes.
 
         The result is what ScienceQA's tools/evaluate_acc.py reads: -1 is an answer without choice.
         """
@@ -116,7 +125,7 @@ def parse_choice(answer: str, choices: int) -> int:
 def read_scienceqa(root: str, images: str | None = None) -> ScienceQa:
     """The test set below `root`; `images` is the folder of <pid>/image.png, else `images/test`.
 
-    Where LLaVA's file of questions is there too, its texts are asked. Else they are built as
+    If LLaVA's file of questions is there too, its texts are asked. Otherwise they are built as
     scripts/convert_sqa_to_llava.py builds them in the format CQM-A.
 
     Raises:
@@ -185,7 +194,7 @@ def _record(row: dict[str, Any]) -> ScienceProblem:
 
 
 def prompt_text(row: dict[str, Any]) -> str:
-    """Context, question and options, in LLaVA's convert_sqa_to_llava_base_prompt.py."""
+    """Context, question and options, as in LLaVA's convert_sqa_to_llava_base_prompt.py."""
     context = row["hint"].strip() or "N/A"
     options = " ".join(
         f"({letter}) {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)

@@ -1,11 +1,28 @@
-"""VQA accuracy: an answer counts fully if at least three of the other humans gave it.
+"""VQAv2 and TextVQA: an answer counts fully if at least three of the other humans gave it.
 
-Two evaluators share the formula and differ in what they take for the same answer:
+VQAv2 (Goyal et al., CVPR 2017), read as visualqa.org publishes it. Entries, made up:
 
-- `vqa_accuracy`, of VQAv2's server: PythonEvaluationTools/vqaEvaluation/vqaEval.py of
+    v2_OpenEnded_mscoco_val2014_questions.json  {"questions": [{"question_id": 262148000,
+        "image_id": 262148, "question": "What color is it?"}, ...]}
+    v2_mscoco_val2014_annotations.json  {"annotations": [{"question_id": 262148000,
+        "answer_type": "other", "answers": [{"answer": "red"}, ... of ten people]}, ...]}
+    val2014/COCO_val2014_000000262148.jpg       (test2015/ for test-dev2015 and test2015)
+
+The prompt is "What color is it?\\nAnswer the question using a single word or phrase.".
+
+TextVQA (Singh et al., CVPR 2019), its validation set as LLaVA-1.5 evaluates it. Made up:
+
+    TextVQA_0.5.1_val.json  {"data": [{"question_id": 1, "image_id": "003a8ae2ef43b901",
+        "question": "what is the brand?", "answers": ["a brand", ... of ten people]}, ...]}
+    train_images/003a8ae2ef43b901.jpg
+    llava_textvqa_val_v051_ocr.jsonl    LLaVA's questions with the words an OCR system read
+
+Two evaluators share the formula and normalise answers differently:
+
+- `vqa_accuracy` is that of VQAv2's server: PythonEvaluationTools/vqaEvaluation/vqaEval.py of
   GT-Vision-Lab/VQA. Answers are normalised only where the humans disagree.
-- `textvqa_accuracy`, of TextVQA as LLaVA scores it: llava/eval/m4c_evaluator.py, from MMF. Answers
-  are always normalised, and before that commas and question marks go, and 's becomes a word.
+- `textvqa_accuracy` is LLaVA's for TextVQA: llava/eval/m4c_evaluator.py, from MMF. Answers are
+  always normalised; before that commas and question marks are removed, and 's becomes a word.
 """
 
 from __future__ import annotations
@@ -38,7 +55,7 @@ from dynmoe.questions.files import (
 )
 
 INSTRUCTION = "\nAnswer the question using a single word or phrase."
-"""What LLaVA-1.5 puts behind questions with short answers (docs/Evaluation.md)."""
+"""The instruction of LLaVA-1.5 after questions with short answers (docs/Evaluation.md)."""
 
 HUMANS = 10
 
@@ -119,11 +136,6 @@ def _agreement(same: Sequence[bool]) -> float:
     total = sum(same)
     return sum(min(1.0, (total - own) / 3) for own in same) / len(same)
 
-
-# VQAv2 (Goyal et al., CVPR 2017), read as visualqa.org publishes it.
-#
-# v2_OpenEnded_mscoco_{val2014,test-dev2015,test2015}_questions.json
-# v2_mscoco_val2014_annotations.json      val2014/ or test2015/: COCO_val2014_000000262148.jpg
 
 SOURCE = "https://visualqa.org/download.html"
 SPLITS = ("val2014", "test-dev2015", "test2015")
@@ -246,11 +258,6 @@ def _all_test_ids(folder: Path) -> set[int]:
     return {row["question_id"] for row in read_list(path, ("question_id",), "questions")}
 
 
-# TextVQA (Singh et al., CVPR 2019), its validation set as LLaVA-1.5 evaluates it.
-#
-# TextVQA_0.5.1_val.json      train_images/003a8ae2ef43b901.jpg
-# llava_textvqa_val_v051_ocr.jsonl      LLaVA's questions with the words an OCR system read
-
 TEXTVQA_SOURCE = "https://textvqa.org/dataset"
 TEXTVQA_ANNOTATIONS = "TextVQA_0.5.1_val.json"
 WITH_OCR = "llava_textvqa_val_v051_ocr.jsonl"
@@ -268,7 +275,7 @@ class TextVqa(FolderSet):
         }
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
-        """What LLaVA's eval_textvqa.py reads; it finds a question by image and prompt."""
+        """The file of LLaVA's eval_textvqa.py, which finds a question by image and prompt."""
         rows = (
             answer_row(image, question.text, answer)
             for question, (image, _), answer in self.pairs(answers)
@@ -279,8 +286,8 @@ class TextVqa(FolderSet):
 def read_textvqa(root: str, images: str | None = None) -> TextVqa:
     """The validation set below `root`; `images` is the folder of the images, else `train_images`.
 
-    Where LLaVA's file of questions is there too, its texts are asked, with their OCR words. Else
-    the bare questions are, with a capital letter at the beginning as LLaVA's have.
+    If LLaVA's file of questions is there too, its texts are asked, with their OCR words. Otherwise
+    the bare questions are asked, with a capital letter at the beginning as in LLaVA's.
 
     Raises:
         DataError: files are missing or damaged, or LLaVA's questions are others.

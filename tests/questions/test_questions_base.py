@@ -13,7 +13,7 @@ from question_files import picture, put, read_lines
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import FolderSet, Question, Unscored
 from dynmoe.questions.exact import ExactMatch
-from dynmoe.questions.registry import SETS, read
+from dynmoe.questions.registry import SETS, read_question_set
 
 QUESTIONS = [
     Question("1", "is it red?", ("a",), "color"),
@@ -99,7 +99,7 @@ def test_images_of_a_folder_are_rgb_or_refused(tmp_path: Path) -> None:
 def test_every_set_says_what_is_missing_and_where_to_get_it(tmp_path: Path) -> None:
     for name in SETS:
         with pytest.raises(DataError) as error:
-            read(name, str(tmp_path / "none"))
+            read_question_set(name, str(tmp_path / "none"))
         assert str(error.value).splitlines()[0].endswith(f"is not complete below {tmp_path}/none:")
         assert "Fetch it from https://" in str(error.value)
 
@@ -109,17 +109,17 @@ def test_an_image_folder_of_ones_own_takes_the_place_of_the_default(tmp_path: Pa
     picture(tmp_path / "images" / "x.png", "red")
     picture(tmp_path / "other" / "x.png", "blue")
     red, blue = (
-        read("mm_vet", str(tmp_path), images).load_image("x.png").getpixel((0, 0))
+        read_question_set("mm_vet", str(tmp_path), images).load_image("x.png").getpixel((0, 0))
         for images in (None, str(tmp_path / "other"))
     )
     assert (red, blue) == ((255, 0, 0), (0, 0, 255))
     with pytest.raises(DataError, match=f"images: no {tmp_path}/nowhere"):
-        read("mm_vet", str(tmp_path), str(tmp_path / "nowhere"))
+        read_question_set("mm_vet", str(tmp_path), str(tmp_path / "nowhere"))
 
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"no question set vqa\. Choose one of vqav2, gqa, "):
-        read("vqa", "/")
+        read_question_set("vqa", "/")
 
 
 def test_reading_needs_no_torch() -> None:

@@ -1,7 +1,7 @@
-"""Further sets to evaluate a trained task on: texts of other sources, labels mapped to the task's.
+"""Out-of-distribution sets: texts of other sources, with labels mapped to those of a task.
 
-The choice is that of GLUE-X (Yang et al., ACL 2023). Each set is read from its published files
-below `data.ood_root`, or below a folder of its name there.
+The sets are those of GLUE-X (Yang et al., ACL 2023). Each is read from its published files below
+`data.ood_root`, or below a folder of its name there.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from dynmoe.data.text.sets import RawTexts, TextSet, text_set
+from dynmoe.data.text.sets import TextSet, text_set
 from dynmoe.data.text.sources import first_file, read_table
 from dynmoe.data.text.tasks import GlueTask
 from dynmoe.errors import DataError
 
-# Classes of the tasks that a class of a set stands for: the first that the task has.
+# The classes of tasks that a class of a set means: the first of them that the task has.
 ENTAILED = ("entailment",)
 NEUTRAL = ("neutral", "not_entailment")
 CONTRADICTED = ("contradiction", "not_entailment")
@@ -34,7 +34,7 @@ class OodSet:
     """The published form of a set.
 
     `columns` are the two texts and the label; `header` names a TSV file's columns where its first
-    line does not; `only` keeps the rows with a value in a column, where there is such a column.
+    line does not; `only` is a column, and the value that rows must have there if it exists.
     """
 
     tasks: tuple[str, ...]
@@ -111,9 +111,7 @@ def read_ood(name: str, root: str | None, task: GlueTask) -> TextSet:
     own = [Path(root) / f"{name}{suffix}" for suffix in (".tsv", ".jsonl")]
     if file := first_file(own):
         table = read_table(file, (*task.columns, "label"))
-        texts = [table.columns[column] for column in task.columns]
-        raw = RawTexts(str(file), texts, table.columns["label"], table.row)
-        return text_set(raw, task, labelled=True)
+        return text_set(table.texts(file, task.columns, "label"), task, labelled=True)
     if name not in OOD:
         raise DataError(
             f"data.ood: {name} is neither one of {', '.join(OOD)} nor a file: no {own[0]} or "
@@ -171,10 +169,5 @@ def _published(published: OodSet, file: Path, task: GlueTask) -> TextSet:
         if word not in undecided
         and (only is None or only[0] not in table.columns or table.columns[only[0]][row] == only[1])
     ]
-    raw = RawTexts(
-        where=str(file),
-        texts=[[table.columns[column][row] for row in keep] for column in text_columns],
-        labels=[table.columns[label][row] for row in keep],
-        index=[table.row[row] for row in keep],
-    )
+    raw = table.chosen(keep).texts(file, text_columns, label)
     return text_set(raw, task, labelled=True, known=numbers)

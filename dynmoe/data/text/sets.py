@@ -1,4 +1,4 @@
-"""The labelled texts of one set, and how they are made from what a file holds."""
+"""The labelled texts of one set, made from the columns of a file."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import as_file, files
 from itertools import chain
@@ -105,6 +105,16 @@ class TextTable:
     row: list[int]
     dropped: int
 
+    def chosen(self, places: Sequence[int]) -> TextTable:
+        """The lines at `places`, in that order."""
+        columns = {key: [column[i] for i in places] for key, column in self.columns.items()}
+        return TextTable(columns, [self.row[i] for i in places], self.dropped)
+
+    def texts(self, where: Path | str, names: Sequence[str], label: str) -> RawTexts:
+        """The columns `names` as texts, and the column `label` if there is one."""
+        texts = [self.columns[name] for name in names]
+        return RawTexts(str(where), texts, self.columns.get(label), self.row, self.dropped)
+
 
 def first_file(candidates: Sequence[Path]) -> Path | None:
     """The first candidate that exists, itself or with .gz after its name."""
@@ -136,10 +146,10 @@ def read_table(
                 rows = list(_json_objects(path))
                 names = list(rows[0]) if rows else []
             else:
-                lines: Iterator[Sequence[str]] = (line.split("\t") for line in _lines(path))
+                lines: Iterator[list[str]] = (line.split("\t") for line in _lines(path))
                 names = next(lines, [])
                 if header is not None and not set(required) <= set(names):
-                    names, lines = header, chain([names], lines)
+                    names, lines = header, chain([list(names)], lines)
                 rows = (dict(zip(names, fields, strict=False)) for fields in lines)
             if missing := [name for name in required if name not in names]:
                 raise DataError(
@@ -255,17 +265,8 @@ def task_folder(task: GlueTask, root: Path) -> Path:
 
 def _read_tsv(task: GlueTask, file: Path) -> RawTexts:
     layout = LAYOUTS[task.name]
-    return _raw_tsv(layout, file, read_table(file, layout.texts, (layout.label,), layout.header))
-
-
-def _raw_tsv(layout: Layout, file: Path, table: TextTable) -> RawTexts:
-    return RawTexts(
-        where=str(file),
-        texts=[table.columns[name] for name in layout.texts],
-        labels=table.columns.get(layout.label),
-        index=table.row,
-        dropped=table.dropped,
-    )
+    table = read_table(file, layout.texts, (layout.label,), layout.header)
+    return table.texts(file, layout.texts, layout.label)
 
 
 def _missing(task: GlueTask, folder: Path, name: str) -> RawTexts:
@@ -287,13 +288,10 @@ def _read_msr(task: GlueTask, folder: Path, name: str) -> RawTexts:
         pairs = read_table(ids, ("first", "second"), header=("first", "second")).columns
         dev = set(zip(pairs["first"], pairs["second"], strict=True))
         id_pairs = zip(table.columns["#1 ID"], table.columns["#2 ID"], strict=True)
-        chosen = [i for i, pair in enumerate(id_pairs) if (pair in dev) == (name == "dev")]
-        table = TextTable(
-            {key: [column[i] for i in chosen] for key, column in table.columns.items()},
-            [table.row[i] for i in chosen],
-            table.dropped,
+        table = table.chosen(
+            [i for i, pair in enumerate(id_pairs) if (pair in dev) == (name == "dev")]
         )
-    return _raw_tsv(layout, file, table)
+    return table.texts(file, layout.texts, layout.label)
 
 
 # GLUE as the hub holds it: Parquet tables, local files or downloaded by `datasets`.
@@ -402,11 +400,7 @@ def _read_glosses(split: str) -> RawTexts:
     topic are dev and the next 400 train. Licence: glosses.LICENSE.
     """
     with as_file(files("dynmoe.data.text") / "glosses.tsv.gz") as path:
-        columns = read_table(path, ("split", "label", "text")).columns
-    chosen = [row for row, name in enumerate(columns["split"]) if name == split]
-    return RawTexts(
-        where=f"glosses {split}",
-        texts=[[columns["text"][row] for row in chosen]],
-        labels=[columns["label"][row] for row in chosen],
-        index=range(len(chosen)),
-    )
+        table = read_table(path, ("split", "label", "text"))
+    table = table.chosen([i for i, name in enumerate(table.columns["split"]) if name == split])
+    texts = table.texts(f"glosses {split}", ("text",), "label")
+    return replace(texts, index=range(len(table.row)))

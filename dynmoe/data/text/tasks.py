@@ -46,7 +46,7 @@ class GlueTask:
 
     @property
     def measure(self) -> str:
-        """The score in words: the mean of the metrics."""
+        """Name of the score, which is the mean of the metrics."""
         return MEASURES[self.metrics]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,10 +18,14 @@ from dynmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from tokenizers.normalizers import Normalizer
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BATCH = 1000  # texts handed to the tokenizer at once
 LONG_PASS = 20_000  # texts from which a progress bar is shown
+
+ROLES = ("pad", "unk", "bos", "eos", "cls", "sep")
 
 TokenRow = dict[str, list[int]]
 T = TypeVar("T")
@@ -131,29 +135,51 @@ def word_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
     `size` counts the special tokens [PAD] (0), [UNK], [CLS] and [SEP] too.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import normalizers, pre_tokenizers
+
+    return word_level_tokenizer(
+        texts,
+        size,
+        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+        ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+
+
+def word_level_tokenizer(
+    texts: Iterable[str],
+    size: int,
+    special: Mapping[str, str],
+    normalizer: Normalizer,
+    pre_tokenizer: PreTokenizer,
+    templates: tuple[str, str | None],
+    **settings: Any,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of the most frequent words of `texts`, `size` with the special tokens.
+
+    `special` maps roles (pad, unk, ...) to tokens, in the order of their ids; other names than the
+    roles of transformers are additional special tokens. `templates` frame one text and a pair.
+    """
+    from tokenizers import Tokenizer, models, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    words.normalizer = normalizers.BertNormalizer()
-    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=size, special_tokens=special, show_progress=False
-    )
+    words = Tokenizer(models.WordLevel(unk_token=special["unk"]))
+    words.normalizer, words.pre_tokenizer = normalizer, pre_tokenizer
+    tokens = list(special.values())
+    trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=tokens, show_progress=False)
     words.train_from_iterator(texts, trainer)
+    single, pair = templates
     words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(name, words.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+        single=single,
+        pair=pair,
+        special_tokens=[(name, words.token_to_id(name)) for name in tokens],
     )
+    roles = {f"{role}_token": token for role, token in special.items() if role in ROLES}
+    others = [token for role, token in special.items() if role not in ROLES]
     return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        tokenizer_object=words, additional_special_tokens=others, **roles, **settings
     )
 
 

@@ -1,4 +1,4 @@
-"""Conversations as token ids, with labels on what the model has to say."""
+"""Conversations as token ids, with labels on the tokens that the model has to generate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dynmoe.data.text.tokens import load_tokenizer
+from dynmoe.data.text.tokens import load_tokenizer, word_level_tokenizer
 from dynmoe.data.vl.conversations import IMAGE_PLACEHOLDER, Conversation, Message
 from dynmoe.errors import ConfigError, DataError
 
@@ -166,7 +166,7 @@ def _encoded(
         for place, piece in enumerate(each):
             parts += [image] * (place > 0) + [_labelled(piece, *next(rows))]
         ids, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        labels[:1] = IGNORE  # nothing comes before it that it could be generated from
+        labels[:1] = IGNORE  # no token precedes it that it could be generated from
         result.append(EncodedConversation(ids, labels))
     return result
 
@@ -210,10 +210,10 @@ def _cut(encoded: EncodedConversation, max_length: int) -> EncodedConversation |
     return EncodedConversation(ids, labels) if whole_images and (labels != IGNORE).any() else None
 
 
-# How a conversation is written down for a language model, and which of it is the model's to say.
+# Templates: the text of a conversation, and the parts of it that the model has to generate.
 #
 # Sources: MoE-LLaVA's moellava/conversation.py (v1, phi, qwen, stablelm, plain) and train/train.py
-# (what of it is learnt); LLaVA's train/train.py (plain).
+# (which tokens are learnt); LLaVA's train/train.py (plain).
 
 _OTHERS = "Take another: data.template=simple, v1, phi, qwen or stablelm."
 
@@ -228,11 +228,11 @@ class Span(NamedTuple):
 
     text: str
     is_answer: bool
-    """Whether the model has to say it: an answer with what ends it."""
+    """Whether the model has to generate it: an answer with the token that ends it."""
 
 
 class Template(Protocol):
-    """Writes conversations down; `repr` tells two of them apart."""
+    """Turns conversations into text; two templates differ in their `repr`."""
 
     def render(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
         """The whole text. If the last message is the user's it stops where the assistant begins."""
@@ -256,7 +256,7 @@ class Turns:
     assistant: str
     system: str = ""
     stop: str | None = None
-    """The token behind an answer, None: the tokenizer's eos."""
+    """The token after an answer; None: the tokenizer's eos."""
     adds_bos = True
 
     def render(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Span]:
@@ -295,7 +295,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Own:
-    """The tokenizer's chat template; the special token it puts behind an answer ends it."""
+    """The tokenizer's chat template; the special token it puts after an answer ends it."""
 
     adds_bos = False  # templates write it themselves
 
@@ -312,7 +312,7 @@ class Own:
             answered = _rendered(messages[: turn + 1], tokenizer)
             ended = _ended(tokenizer).match(answered, len(prompt))
             if not ended:
-                raise _refused(tokenizer, "puts no special token behind an answer")
+                raise _refused(tokenizer, "puts no special token after an answer")
             start, stop = ended.span(1)
             if not (answered.startswith(prompt) and whole.startswith(answered[:stop])):
                 raise _refused(tokenizer, "writes a turn in another way when others follow it")
@@ -338,7 +338,7 @@ TEMPLATES: dict[str, Template] = {
 
 
 def _rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    """By the tokenizer's template, up to where the assistant begins if the user spoke last."""
+    """The text by the tokenizer's template, up to the assistant's turn if the user spoke last."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
@@ -354,7 +354,7 @@ def _rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -
 
 @lru_cache(maxsize=8)
 def _ended(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches an answer, its first group up to its last special token, and white space behind."""
+    """Match an answer, whose last special token ends the first group, and white space after it."""
     added = tokenizer.added_tokens_decoder.values()
     tokens = sorted((token.content for token in added if token.special), key=len, reverse=True)
     special = "|".join(map(re.escape, tokens)) or "(?!)"  # which never matches
@@ -368,13 +368,10 @@ def _refused(tokenizer: PreTrainedTokenizerBase, what: str) -> ConfigError:
     )
 
 
-# The tokenizer of conversations: a language model's, or one of whole words of their own.
-
-
 def tokenizer_of(
     data: str, path: str | None, name: str | None, words: Callable[[], Iterable[str]] | None
 ) -> PreTrainedTokenizerBase:
-    """The one of a local folder or of the hub; where none is named, one of the texts `words()`.
+    """The tokenizer of a local folder or of the hub; if neither is given, one of `words()`.
 
     Raises:
         ConfigError: no such tokenizer, or none is named and `data` has no vocabulary.
@@ -383,41 +380,30 @@ def tokenizer_of(
         return load_tokenizer(path, name)
     if words is None:
         raise ConfigError(
-            f"backbone: {data} has no vocabulary of its own. Give a language model with a "
-            "tokenizer: backbone.model=NAME or backbone.path=FOLDER"
+            f"backbone: {data} has no vocabulary. Give a language model with a tokenizer: "
+            "backbone.model=NAME or backbone.path=FOLDER"
         )
     return conversation_tokenizer(words(), size=8192)
 
 
 def conversation_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """For small models from scratch: lower-case words between white space, the most frequent
-    first, equals by the alphabet.
+    """A tokenizer for small models from scratch, of lower-case words between white space.
 
-    `size` counts the special tokens [PAD] (0), [UNK], [BOS], [EOS] and [ANSWER] too. They make the
-    template `simple`: `[BOS] question [ANSWER] answer [EOS] question [ANSWER] answer [EOS]`.
-    Ids are decoded to words with a space between them. An image's placeholder is no word.
+    Frequent words come first, ties by the alphabet. `size` counts the special tokens [PAD] (0),
+    [UNK], [BOS], [EOS] and [ANSWER] too. They make the template `simple`:
+    `[BOS] question [ANSWER] answer [EOS] question [ANSWER] answer [EOS]`.
+    Ids are decoded to words with a space between them. An image's placeholder is not a word.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import normalizers, pre_tokenizers
 
-    special = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", "[ANSWER]"]
-    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.WordLevelTrainer(
-        vocab_size=size, special_tokens=special, show_progress=False
-    )
-    words.train_from_iterator((text.replace(IMAGE_PLACEHOLDER, " ") for text in texts), trainer)
-    words.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A", special_tokens=[("[BOS]", words.token_to_id("[BOS]"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        additional_special_tokens=["[ANSWER]"],
+    roles = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[BOS]", "eos": "[EOS]", "answer": "[ANSWER]"}
+    return word_level_tokenizer(
+        (text.replace(IMAGE_PLACEHOLDER, " ") for text in texts),
+        size,
+        roles,
+        normalizers.Lowercase(),
+        pre_tokenizers.WhitespaceSplit(),
+        ("[BOS] $A", None),
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )

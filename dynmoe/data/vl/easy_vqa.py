@@ -1,7 +1,7 @@
 """easy-VQA (Zhou 2019): 5,000 images of one shape, 48,248 questions; PyPI's package `easy-vqa`.
 
 The package's data folder holds answers.txt and, for train and test, images/<number>.png (64 px) and
-questions.json, a list of [question, answer, image number]. The package is found, never imported.
+questions.json, a list of [question, answer, image number]. The package is located, not imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether answers come from the image: what the text alone gives, and a set with other images."""
+"""Measures of image use: scores from the text alone, and question sets with other images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def baselines(questions: ExactMatch, training: Iterable[Conversation]) -> dict[s
     """Scores in [0, 1] of two answerers that see no image.
 
     majority: always the most frequent answer of the training conversations. question only: the
-    most frequent one to the very same question, or the majority's where training never asks it.
+    most frequent answer to the same question, or the majority's if training never asks it.
     """
     answers: Counter[str] = Counter()
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
@@ -38,7 +38,7 @@ def baselines(questions: ExactMatch, training: Iterable[Conversation]) -> dict[s
 def with_other_images(questions: ExactMatch) -> ExactMatch:
     """The same questions and answers; each image is replaced by the next other one of the set.
 
-    That one may happen to have the same answer: such a question tells nothing.
+    The other image may have the same answer: such a question shows nothing.
 
     Raises:
         DataError: the set has a single image, or none.

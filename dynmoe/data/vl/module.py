@@ -36,7 +36,7 @@ from dynmoe.data.vl.conversations import ConversationSource
 from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import DataError
 from dynmoe.questions.base import QuestionSet
-from dynmoe.questions.registry import read
+from dynmoe.questions.registry import read_question_set
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,8 @@ class VisionLanguageData(TaskData):
         self.tokenizer = tokenizer_of(self.name, *named, self._content.words)
         own = {} if folders else dict(self._content.sets)
         published = {
-            name: read(name, root) for name, root in (folders or self.question_sets).items()
+            name: read_question_set(name, root)
+            for name, root in (folders or self.question_sets).items()
         }
         sets = {**own, **published}
         if not sets:

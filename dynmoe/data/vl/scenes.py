@@ -85,7 +85,7 @@ def scene_source(kind: SourceKind, seed: int, size: int, px: int = 48) -> SceneS
 def scene_questions(seed: int, size: int, px: int = 48, shuffled: bool = False) -> ExactMatch:
     """Questions about test scenes, kinds alternating; `shuffled` shows another question's image.
 
-    A model that looks at the image does no better on the shuffled set than by the text alone.
+    A model that uses the image scores no better on the shuffled set than from the text alone.
     """
     _check(size, px)
     kinds = sorted(KINDS)

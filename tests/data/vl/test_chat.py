@@ -239,9 +239,9 @@ def test_what_is_cut_off() -> None:
         (
             chatml("{% for m in messages %}{{ m.content }}\n{% endfor %}"),
             "tokenizer",
-            "puts no special token behind an answer",
+            "puts no special token after an answer",
         ),
-        (without_specials(), "tokenizer", "puts no special token behind an answer"),
+        (without_specials(), "tokenizer", "puts no special token after an answer"),
         (
             chatml("{{ messages | length }}" + CHATML),
             "tokenizer",

@@ -204,7 +204,7 @@ def _contents(cache: str) -> list[object]:
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_folder(tmp_path: Path) -> None:
+def test_two_processes_share_a_file(tmp_path: Path) -> None:
     with get_context("spawn").Pool(2) as pool:
         one, other = pool.map(_contents, [str(tmp_path)] * 2)
     assert one == other == _contents(str(tmp_path))
