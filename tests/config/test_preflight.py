@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
 
-from dynmoe.config import compose
 from dynmoe.config.compose import preflight
 
 TASK = "task=vit_domainbed"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def equal_groups_are_read_once() -> Iterator[None]:
-    """Reading the files is most of the time of a pre-flight, and equal for most tests here."""
-    read, known = compose.compose, {}
-
-    def cached(name: str, overrides: list[str], return_hydra_config: bool) -> DictConfig:
-        key = tuple(overrides)
-        if key not in known:
-            known[key] = read(name, overrides, return_hydra_config=return_hydra_config)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compose, "compose", cached)
-        yield
 
 
 def problems(*overrides: str, **options: object) -> list[str]:
