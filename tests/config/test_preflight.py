@@ -88,8 +88,8 @@ CASES = {
     "moe.init=cluster": (
         "moe.init: cluster makes experts whose outputs add up, but this router's weights sum to 1."
     ),
-    "moe.layers=[1,1]": "moe.layers: expected distinct block indices, found [1, 1]",
-    "moe.layers=[-1]": "moe.layers: expected block indices from 0, found [-1]",
+    "moe.layers=[1,1]": "moe.layers: expected distinct indices, found [1, 1]",
+    "moe.layers=[-1]": "moe.layers: expected indices from 0, found [-1]",
     "moe.layers=[6]": (
         "moe.layers: expected block indices below 6 (backbone.options.depth), found [6]"
     ),
@@ -102,7 +102,7 @@ CASES = {
     ),
     "moe.router=null": "moe: layers is every_two, but router is null: MoE layers need a router.",
     "data.test_envs=[]": "data.test_envs: empty: name at least one environment to test on",
-    "data.test_envs=[1,1]": "data.test_envs: expected distinct environments, found [1, 1]",
+    "data.test_envs=[1,1]": "data.test_envs: expected distinct indices, found [1, 1]",
     "data.test_envs=[-1]": "data.test_envs: expected indices from 0, found [-1]",
     "trainer.accumulate_grad_batches=5": (
         "data.batch_size: 32 does not divide into 1 devices x 5 accumulated parts. "
