@@ -30,7 +30,7 @@ from dynmoe.records import Held, RunFolder
 
 Job = Callable[[DictConfig], float | None]
 
-# What Hydra puts into the folder of a run before the job starts (conf/hydra/job_logging).
+# Files that Hydra puts into the folder of a run before the job starts (conf/hydra/job_logging).
 HYDRAS_FILES = {".hydra", "run.log"}
 
 # At import, not in run(): a parallel launcher's processes import this module with the job, and have
@@ -62,7 +62,7 @@ def run(job: Job, *, prog: str) -> None:
 
 
 def help_text() -> str:
-    """What --help prints: the template in conf/hydra/help with our groups and their options."""
+    """Text of --help: the template in conf/hydra/help with our groups and their options."""
     with search_path():
         cfg = options.loader().load_configuration(options.CONFIG_NAME, [], RunMode.MULTIRUN)
         lines = [f"  {name:<11} {', '.join(group)}" for name, group in options.groups().items()]
@@ -70,7 +70,7 @@ def help_text() -> str:
 
 
 def _guarded(job: Job, prog: str) -> Job:
-    """`job` behind the check of its own configuration: a sweep's combinations, another tree."""
+    """Check the configuration of the job itself first: a combination of a sweep, another tree."""
 
     @functools.wraps(job)  # Hydra names the job after the module of the wrapped function.
     def guarded(cfg: DictConfig) -> float | None:
@@ -107,16 +107,16 @@ def _guarded(job: Job, prog: str) -> Job:
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-    """`error`, or the cause that Hydra's instantiate wrapped, if it is one the user can mend."""
+    """`error`, or the cause that Hydra's instantiate wrapped, if it is a UserError."""
     while isinstance(error, InstantiationException):
         error = error.__cause__
     return error if isinstance(error, UserError) else None
 
 
 def _job_failed(prog: str, hydra_cfg: HydraConf, cfg: DictConfig, error: Exception) -> RuntimeError:
-    """Say it now, because Hydra's launchers say nothing, and note it in the folder of the run.
+    """Print the error now, because Hydra's launchers do not, and note it in the run's folder.
 
-    What is raised ends the job alone, where SystemExit would end the sweep, and, unlike some
+    The returned error ends only the job, where SystemExit would end the sweep, and, unlike some
     errors, can be sent from one process to another.
     """
     is_users = isinstance(error, UserError)
@@ -138,7 +138,7 @@ def _is_ctrl_c(error: BaseException) -> bool:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove the folder of a run that wrote nothing: all it holds is Hydra's."""
+    """Remove the folder of a run that wrote nothing: it holds only Hydra's files."""
     # A folder that cannot be removed is no reason to hide the refusal.
     with suppress(OSError, Held), RunFolder(folder).hold(wait=0):
         if {entry.name for entry in folder.iterdir()} <= HYDRAS_FILES:

@@ -1,4 +1,4 @@
-"""One job: a run from its configuration to its summary, or a look at its data or its plan."""
+"""One job: a run from its configuration to its summary, or a check of its data or its progress."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def job(cfg: DictConfig) -> float | None:
 
 
 def complete_stage_before(cfg: DictConfig) -> None:
-    """Train what a run starts from, unless that is done. Runs that need the same wait for one."""
+    """Train the run that this one starts from, unless it is done. Runs that share it wait."""
     earlier = stages.previous(cfg)
     if earlier is None or _is_child():
         return
@@ -58,8 +58,8 @@ def complete_stage_before(cfg: DictConfig) -> None:
         if stages.is_distributed(cfg):
             raise ConfigError(
                 f"stage.start: stage {earlier.stage.name} is not done. On several devices stages "
-                f"run one by one: the same command with stage={earlier.stage.name}, without what "
-                "it says of moe or name, comes first."
+                f"run one by one: run the same command with stage={earlier.stage.name} and "
+                "without moe and name first."
             )
         complete_stage_before(earlier)
         print(f"stage {earlier.stage.name}: {folder.path}")
@@ -80,15 +80,14 @@ def check_data(cfg: DictConfig) -> None:
 
 
 def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
-    """Where this run stands; of a sweep, its sweeper shows all jobs."""
+    """Print the progress of this run; the sweeper prints all jobs of a sweep."""
     from rich.console import Console
 
-    from dynmoe.config.identity import flat
+    from dynmoe.config.sweeps import SweepJob
     from dynmoe.sweep import standing
     from dynmoe.sweep.manifest import Job
 
-    steps, eval_every = cfg.task.steps, cfg.task.eval_every
-    job = Job((), folder.path.name, "", folder, flat(cfg), steps, eval_every)
+    job = Job.of(cfg, folder.path, SweepJob((), folder.path.name, ""))
     Console().print(standing.render([job], parallel=1))
     if cfg.get("plan") is not None:
         from dynmoe.estimate.sizes import show_estimate
@@ -156,7 +155,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _is_child() -> bool:
-    """Whether this process is a further data-parallel rank, started by the one that has the run."""
+    """Whether this process is a data-parallel rank other than 0."""
     return int(os.environ.get("LOCAL_RANK", 0)) > 0
 
 

@@ -264,7 +264,8 @@ class Composer:
         names = self.options(override)
         if not names or override.is_delete():
             return []
-        group, chosen = override.key_or_group, []
+        group = override.key_or_group
+        chosen: list[str] = []
         for single in single_values(override):
             value = single.value()
             if value is None:

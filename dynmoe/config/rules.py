@@ -45,8 +45,6 @@ def expert_bounds(cfg: DictConfig) -> Iterator[str]:
     experts, slots = read(cfg, "moe.num_experts", int), read(cfg, "moe.max_experts", int)
     if experts is None or slots is None:
         return
-    if experts < 1:
-        yield f"moe.num_experts: expected 1 or more, found {experts}"
     if read(cfg, "moe.adaptation", dict) is None:
         if slots != experts:
             yield (
@@ -60,8 +58,6 @@ def expert_bounds(cfg: DictConfig) -> Iterator[str]:
             "expert. Lower moe.num_experts or raise moe.max_experts."
         )
     fewest = read(cfg, "moe.adaptation.min_experts", int)
-    if fewest is not None and fewest < 1:
-        yield f"moe.adaptation.min_experts: expected 1 or more, found {fewest}"
     if fewest is not None and fewest > experts:
         yield (
             f"moe: adaptation.min_experts ({fewest}) > num_experts ({experts}): training would "
@@ -90,10 +86,7 @@ def parts_add_up(cfg: DictConfig) -> Iterator[str]:
 def expert_layers(cfg: DictConfig) -> Iterator[str]:
     layers = read(cfg, "moe.layers", list)
     if layers is not None and all(isinstance(index, int) for index in layers):
-        if len(set(layers)) < len(layers):
-            yield f"moe.layers: expected distinct block indices, found {layers}"
-        if any(index < 0 for index in layers):
-            yield f"moe.layers: expected block indices from 0, found {layers}"
+        yield from _indices("moe.layers", layers)
         for key in DEPTHS:
             depth = read(cfg, f"backbone.options.{key}", int)
             if depth is not None and any(index >= depth for index in layers):
@@ -112,6 +105,13 @@ def expert_layers(cfg: DictConfig) -> Iterator[str]:
             f"moe: layers is {wanted}, but router is null: MoE layers need a router. "
             "Set moe.layers=none or choose another moe=..."
         )
+
+
+def _indices(key: str, found: list[int]) -> Iterator[str]:
+    if len(set(found)) < len(found):
+        yield f"{key}: expected distinct indices, found {found}"
+    if any(index < 0 for index in found):
+        yield f"{key}: expected indices from 0, found {found}"
 
 
 def adaptation_there(cfg: DictConfig) -> Iterator[str]:
@@ -136,14 +136,11 @@ PROTOCOLS = {
 }
 
 
-def patience_fits(cfg: DictConfig) -> Iterator[str]:
-    patience = read(cfg, "task.patience", object)
-    if patience is not None and modality(cfg, "task.module") != "text":
+def only_of_one_modality(cfg: DictConfig) -> Iterator[str]:
+    kind = modality(cfg, "task.module")
+    if read(cfg, "task.patience", object) is not None and kind != "text":
         yield "task.patience: only text runs stop early. Leave it out"
-
-
-def draws_fit(cfg: DictConfig) -> Iterator[str]:
-    if read(cfg, "hparams_seed", int) and modality(cfg, "task.module") != "image":
+    if read(cfg, "hparams_seed", int) and kind != "image":
         yield "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer.lr instead"
 
 
@@ -310,10 +307,7 @@ def test_environments(cfg: DictConfig) -> Iterator[str]:
         return
     if not envs:
         yield "data.test_envs: empty: name at least one environment to test on, e.g. [0]"
-    if len(set(envs)) < len(envs):
-        yield f"data.test_envs: expected distinct environments, found {envs}"
-    if any(env < 0 for env in envs):
-        yield f"data.test_envs: expected indices from 0, found {envs}"
+    yield from _indices("data.test_envs", envs)
 
 
 def batch_divides(cfg: DictConfig) -> Iterator[str]:
@@ -329,6 +323,8 @@ def batch_divides(cfg: DictConfig) -> Iterator[str]:
 
 def ranges(cfg: DictConfig) -> Iterator[str]:
     for key in (
+        "moe.num_experts",
+        "moe.adaptation.min_experts",
         "task.steps",
         "task.epochs",
         "task.eval_every",
@@ -446,8 +442,7 @@ RULES: tuple[Rule, ...] = (
     there_is_training_data,
     folders,
     libraries,
-    patience_fits,
-    draws_fit,
+    only_of_one_modality,
     protocol_fits,
     selection_fits,
     run_folder,

@@ -30,7 +30,7 @@ class Paths:
 
 @dataclass
 class Recipe:
-    """Settings of a protocol; an entry of `datasets` names only those that differ from `defaults`."""
+    """Settings of a protocol; an entry of `datasets` names only what differs from `defaults`."""
 
     steps: int = 0
     eval_every: int | None = 0

@@ -8,7 +8,7 @@ for some mixtures only. So `hydra.sweeper.settings` lists what belongs together,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ Axes = dict[str, list[str]]
 @dataclass(frozen=True)
 class SweepJob:
     overrides: tuple[str, ...]
+    label: str
+    """The overrides that not all jobs share."""
     setting: str
     """The overrides that name its setting, without those of all jobs and without repetitions."""
 
@@ -59,15 +61,23 @@ class Sweep:
         All settings of the first seed come first, so that an unfinished sweep can be compared.
         """
         several = [key for key, each in self.shared.items() if len(each) > 1]
-        found: dict[tuple[str, ...], tuple[list[int], SweepJob]] = {}
+        found: dict[tuple[str, ...], tuple[list[int], str]] = {}
         for own, axes in zip(self.settings, self.axes, strict=True):
             telling = {*own, *several} - set(REPETITION)
             for values in itertools.product(*axes.values()):
                 job = dict(zip(axes, values, strict=True))
-                setting = " ".join(text.lstrip("+") for key, text in job.items() if key in telling)
+                setting = _text(text for key, text in job.items() if key in telling)
                 turn = [self.shared[key].index(job[key]) for key in several if key not in own]
-                found.setdefault(values, (turn, SweepJob(values, setting)))
-        return [job for _, job in sorted(found.values(), key=lambda each: each[0])]
+                found.setdefault(values, (turn, setting))
+        shared = set.intersection(*map(set, found)) if len(found) > 1 else set()
+        return [
+            SweepJob(job, _text(each for each in job if each not in shared), setting)
+            for job, (_, setting) in sorted(found.items(), key=lambda item: item[1][0])
+        ]
+
+
+def _text(overrides: Iterable[str]) -> str:
+    return " ".join(override.lstrip("+") for override in overrides)
 
 
 def read_sweep(parser: OverridesParser, sweeper: DictConfig, given: Sequence[Override]) -> Sweep:

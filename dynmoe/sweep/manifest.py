@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from omegaconf import DictConfig
 
-from dynmoe.config.sweeps import REPETITION
+from dynmoe.config.identity import flat
+from dynmoe.config.sweeps import REPETITION, SweepJob
 from dynmoe.errors import ConfigError
 from dynmoe.records import LOCKS, RunFolder, State, replace_file
 
@@ -119,6 +121,12 @@ class Job:
     eval_every: int | None
     """Optimizer steps; None: an epoch."""
 
+    @classmethod
+    def of(cls, cfg: DictConfig, folder: Path, asked: SweepJob) -> Job:
+        """The job with the configuration `cfg` and the run folder `folder`."""
+        texts = (asked.overrides, asked.label, asked.setting)
+        return cls(*texts, RunFolder(folder), flat(cfg), cfg.task.steps, cfg.task.eval_every)
+
     @property
     def name(self) -> str:
         return self.folder.path.name
@@ -126,9 +134,3 @@ class Job:
     @property
     def state(self) -> State:
         return self.folder.state
-
-
-def labels(jobs: Sequence[tuple[str, ...]]) -> list[str]:
-    """The overrides of each job that not all jobs share."""
-    shared = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
-    return [" ".join(text.lstrip("+") for text in job if text not in shared) for job in jobs]

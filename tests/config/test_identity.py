@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 from hydra import compose
@@ -19,6 +20,7 @@ def hydra_finds_our_files() -> Iterator[None]:
         yield
 
 
+@cache
 def config(*overrides: str) -> DictConfig:
     return compose("config", ["task=vit_domainbed", *overrides])
 

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
 
-from dynmoe.config import compose
 from dynmoe.config.compose import preflight
 
 TASK = "task=vit_domainbed"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def equal_groups_are_read_once() -> Iterator[None]:
-    """Reading the files is most of the time of a pre-flight, and equal for most tests here."""
-    read, known = compose.compose, {}
-
-    def cached(name: str, overrides: list[str], return_hydra_config: bool) -> DictConfig:
-        key = tuple(overrides)
-        if key not in known:
-            known[key] = read(name, overrides, return_hydra_config=return_hydra_config)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compose, "compose", cached)
-        yield
 
 
 def problems(*overrides: str, **options: object) -> list[str]:
@@ -107,8 +88,8 @@ CASES = {
     "moe.init=cluster": (
         "moe.init: cluster makes experts whose outputs add up, but this router's weights sum to 1."
     ),
-    "moe.layers=[1,1]": "moe.layers: expected distinct block indices, found [1, 1]",
-    "moe.layers=[-1]": "moe.layers: expected block indices from 0, found [-1]",
+    "moe.layers=[1,1]": "moe.layers: expected distinct indices, found [1, 1]",
+    "moe.layers=[-1]": "moe.layers: expected indices from 0, found [-1]",
     "moe.layers=[6]": (
         "moe.layers: expected block indices below 6 (backbone.options.depth), found [6]"
     ),
@@ -121,7 +102,7 @@ CASES = {
     ),
     "moe.router=null": "moe: layers is every_two, but router is null: MoE layers need a router.",
     "data.test_envs=[]": "data.test_envs: empty: name at least one environment to test on",
-    "data.test_envs=[1,1]": "data.test_envs: expected distinct environments, found [1, 1]",
+    "data.test_envs=[1,1]": "data.test_envs: expected distinct indices, found [1, 1]",
     "data.test_envs=[-1]": "data.test_envs: expected indices from 0, found [-1]",
     "trainer.accumulate_grad_batches=5": (
         "data.batch_size: 32 does not divide into 1 devices x 5 accumulated parts. "

@@ -46,13 +46,13 @@ CASES: dict[tuple[str, ...], str] = {
     ),
     (TASK, "task.module.trains=projector"): "task.module.trains: expected a list, found",
     (TASK, "protocol=glue"): (
-        "protocol: task.module works on vision-language, protocol=glue does not. Choose protocol=llava."
+        "protocol: task.module works on vision-language, protocol=glue does not. Choose"
     ),
     (TASK, "protocol=domainbed"): (
         "protocol: task.module works on vision-language, protocol=domainbed does not. Choose"
     ),
     ("task=glue", "protocol=llava"): (
-        "protocol: task.module works on text, protocol=llava does not. Choose protocol=glue or glue_heldout."
+        "protocol: task.module works on text, protocol=llava does not. Choose protocol=glue"
     ),
     ("task=vit_domainbed", "protocol=llava"): (
         "protocol: task.module works on image, protocol=llava does not. Choose protocol=domainbed,"

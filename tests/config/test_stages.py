@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def hydra_finds_our_files() -> Iterator[None]:
         yield
 
 
+@cache
 def config(*overrides: str) -> DictConfig:
     return compose("config", [TASK, *overrides])
 

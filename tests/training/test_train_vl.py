@@ -231,8 +231,8 @@ def test_on_several_devices_the_stage_before_has_to_be_done(
     tmp_path: Path, trained: list[str]
 ) -> None:
     message = (
-        r"^stage.start: stage instruct is not done. On several devices stages run one by one: the "
-        r"same command with stage=instruct, without what it says of moe or name, comes first.$"
+        r"^stage.start: stage instruct is not done. On several devices stages run one by one: run "
+        r"the same command with stage=instruct and without moe and name first.$"
     )
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, "trainer.devices=2")

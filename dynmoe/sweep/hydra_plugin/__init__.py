@@ -23,9 +23,8 @@ from dynmoe.config.check import problems, report
 from dynmoe.config.identity import flat, run_name
 from dynmoe.config.sweeps import read_sweep
 from dynmoe.errors import STOPPED, ConfigError, UserError
-from dynmoe.records import RunFolder
 from dynmoe.sweep import manifest, standing
-from dynmoe.sweep.manifest import Job, labels
+from dynmoe.sweep.manifest import Job
 
 # States in which a job is left alone.
 LEFT_ALONE = ("done", "running")
@@ -111,24 +110,13 @@ class DynMoESweeper(Sweeper):
         sweep = read_sweep(parser, self.node, parser.parse_overrides(arguments))
         found: list[str] = []
         jobs: dict[str, Job] = {}
-        asked = sweep.jobs
-        for job, label in zip(asked, labels([each.overrides for each in asked]), strict=True):
-            cfg = loader.load_sweep_config(config, list(job.overrides))
+        for asked in sweep.jobs:
+            cfg = loader.load_sweep_config(config, list(asked.overrides))
             wrong = problems(cfg, multirun=True)
-            if wrong:
-                found += [f"{label}: {text}" for text in wrong]
-                continue
-            run = RunFolder(folder / run_name(cfg))
-            made = Job(
-                job.overrides,
-                label,
-                job.setting,
-                run,
-                flat(cfg),
-                steps=cfg.task.steps,
-                eval_every=cfg.task.eval_every,
-            )
-            jobs.setdefault(made.name, made)
+            found += [f"{asked.label}: {text}" for text in wrong]
+            if not wrong:
+                job = Job.of(cfg, folder / run_name(cfg), asked)
+                jobs.setdefault(job.name, job)
         if found:
             raise ConfigError(report(found))
         return flat(loader.load_sweep_config(config, sweep.base)), list(jobs.values())
