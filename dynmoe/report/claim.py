@@ -84,7 +84,7 @@ class SettingComparison:
     left_out: tuple[str, ...]
     """Settings that lack repetitions, and why: `top-2 of 8 (2 of 3: seed 1 failed)`."""
     repetitions: tuple[Repetition, ...] = ()
-    """Those that all compared settings have."""
+    """Repetitions that all compared settings have."""
     accuracies: tuple[float, ...] = ()
     """The adaptive setting's, by repetition."""
     differences: tuple[Difference, ...] = ()
@@ -111,7 +111,7 @@ class Claim:
     problem: Problem
     setting: str
     comparisons: tuple[SettingComparison, ...]
-    """By environment; with several, their mean comes last."""
+    """One for each environment; with several, their mean comes last."""
     draws: Mapping[str, int]
     """Number of draws of hyper-parameters that the best of each setting was chosen from."""
     samples: tuple[int, ...]

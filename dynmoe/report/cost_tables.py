@@ -33,7 +33,7 @@ def cost_table(collection: Collection, problem: Problem) -> Table:
         "multiply-add."
     )
     if unknown:
-        note += f" X: records do not tell it ({', '.join(unknown)})."
+        note += f" X: not known from the records ({', '.join(unknown)})."
     rows = []
     for run in {run.setting: run for run in runs}.values():
         cost = costs[run.setting]

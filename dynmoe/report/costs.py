@@ -110,9 +110,7 @@ def different_facts(facts: Sequence[Record], keys: Iterable[str]) -> tuple[str, 
 
 def _model_cost(run: Run) -> tuple[float, ...]:
     """`ModelCost` of one run, without `runs`."""
-    costs = run.facts.get("costs")
-    if costs is None:
-        return (math.nan,) * 6
+    costs = run.facts["costs"]
     sources = {f"env{index}" for index in run.facts["test_envs"]}
     experts, mean_k = _routed(line for line in run.routing_at_outcome if line["source"] in sources)
     names = list(costs["slots"])
@@ -160,8 +158,8 @@ def _training_flops(run: Run) -> float:
 
     Not known of LoRA runs, whose backward pass leaves out the products of frozen weights.
     """
-    costs = run.facts.get("costs")
-    if run.has_lora or costs is None or costs["flops"] is None:
+    costs = run.facts["costs"]
+    if run.has_lora or costs["flops"] is None:
         return math.nan
     # A fixed mixture routes the same at every step; reading one step saves most of the time.
     lines = run.routing if run.kind == "adaptive" else run.routing_at_outcome

@@ -247,7 +247,7 @@ def read(folder: Path, keep: Callable[[Record], bool] = lambda record: True) -> 
             "give the folder that holds the run folders"
         )
     _refuse_mixtures(runs)
-    # Of equally good draws DomainBed takes the one with the highest hparams_seed: its groups are
+    # DomainBed takes the highest hparams_seed among equally good draws: its groups are
     # sorted by it (domainbed/lib/query.py), and `best_of_sweep` takes the last.
     return sorted(records, key=lambda record: record["args"]["hparams_seed"])
 

@@ -49,7 +49,7 @@ def lay_out(
     columns: int = 3,
     beside: float = 1.4,
 ) -> tuple[Figure, list[Axes]]:
-    """Panels of `width` x `height` inches, `columns` in a row, and room `beside` for a legend."""
+    """Return panels of `width` x `height` inches, `columns` in a row, and `beside` for a legend."""
     columns = min(count, columns)
     rows = math.ceil(count / columns)
     size = (columns * width + beside, rows * height + 0.6)
@@ -115,7 +115,7 @@ def heat_map(
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """As PNG or SVG, by the suffix; the same figure gives the same bytes.
+    """Save as PNG or SVG, by the suffix; the same figure gives the same bytes.
 
     Letters in an SVG are outlines, since a reader's machine may lack the font.
     """

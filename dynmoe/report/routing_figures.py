@@ -81,7 +81,7 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
         experts = [
             [len(of_layer(on_tests(run), layer)[0]["slots"]) for layer in layers] for run in members
         ]
-        # Of one layer there is no line to see.
+        # A line of one layer would be a point.
         mark = "_" if len(layers) == 1 else None
         for values in k:
             axes.plot(places, values, color=GREY, linewidth=0.8, alpha=0.6, marker=mark)
@@ -142,8 +142,9 @@ def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
 
 
 def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
-    """Which experts serve which environment, in the given runs; None where parts of the only set
-    tell more."""
+    """Share of each environment's tokens that each expert serves, in the given runs.
+
+    None for a single set whose parts (image, prompt, answer) are recorded: they have a figure."""
 
     def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
         tests = {f"env{index}" for index in run.facts["test_envs"]}
@@ -173,7 +174,7 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
 
 
 def draw_load_by_class(runs: Sequence[Run]) -> Picture | None:
-    """Which experts serve which class, over all environments, in the given runs."""
+    """Share of each class's tokens that each expert serves, over all environments."""
 
     def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
         shares = percent_of_rows(
@@ -266,7 +267,7 @@ def load_panels(
     for (run, layer), axes in zip(places, panels, strict=True):
         draw(axes, run, of_layer(evaluation(run), layer))
         axes.set_title(f"{run.setting}\n{layer_name(layer)}")
-    # Of few rows a panel is too low for the long name; the caption says it too.
+    # A panel of few rows is too low for the long name; the caption says it too.
     share = "" if runs[0].problem.on_sets else "; numbers: % of its routed tokens"
     name_axes(figure, "living expert (slot)", what + share)
     return figure

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from dynmoe.report.document import Code, Document, Items, Picture, Section, Sheet, write
-from dynmoe.report.tables import Strong, Table
+from dynmoe.report.tables import Strong, Table, format_mean, format_points
 
 TABLE = Table("A & B <i>", ("setting", "acc"), (("a|b_c", Strong("1 < 2")), ("*d*", "3")), "note >")
 
@@ -165,3 +165,23 @@ def test_a_table_of_words_stands_on_the_left(tmp_path: Path) -> None:
 def test_a_figure_stays_legible_on_a_phone(document: Document, tmp_path: Path) -> None:
     write(document, tmp_path)
     assert 'style="width: 192px; min-width: 153px"' in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "cell"),
+    [
+        ([0.1, 0.2, 0.3], "20.0 +/- 4.7"),
+        ([0.5], "50.0 +/- 0.0"),
+        ([], "X"),
+        # 48.25 and 23.75: the order of DomainBed's operations decides the digit.
+        ([0.405, 0.735, 0.3075], "48.3 +/- 10.6"),
+        ([0.235, 0.24, 0.2375], "23.7 +/- 0.1"),
+    ],
+)
+def test_format_mean(accuracies: list[float], cell: str) -> None:
+    assert format_mean(accuracies) == cell
+
+
+def test_format_points() -> None:
+    cells = [format_points(difference) for difference in (0.0234, -0.0234, 0.0, -0.0001)]
+    assert cells == ["+2.3", "−2.3", "0.0", "−0.01"]

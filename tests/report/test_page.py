@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from html import unescape
 from pathlib import Path
 
@@ -260,15 +258,3 @@ def test_all_forms_hold_all_tables_and_the_same_bytes(tmp_path: Path) -> None:
     assert html.count("<img ") == html.count(' alt="') == pictures
     for number in ("62.5 +/- 5.3", "70.0 +/- 7.1", "+10.0"):
         assert number in html and number in markdown
-
-
-def test_the_report_needs_neither_torch_nor_pyplot(tmp_path: Path) -> None:
-    sweep = write_sweep(tmp_path / "sweep", SWEEP)
-    code = (
-        "import sys; from pathlib import Path;"
-        "from dynmoe.report import page; from dynmoe.report.runs import read_runs;"
-        f"page.write(read_runs([Path({str(sweep)!r})]), Path({str(tmp_path / 'out')!r}));"
-        "print({'torch', 'lightning', 'hydra', 'matplotlib.pyplot'} & set(sys.modules))"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (output.stdout, output.stderr) == ("set()\n", "")
