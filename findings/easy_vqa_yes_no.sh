@@ -3,8 +3,9 @@
 #
 # Half of the answers to its yes/no questions are "yes" (51 % on test), so one expects 50 % from a model that does not
 # see the image. It reaches 83 %: questions of the form "is there ..." are mostly answered "no", those with a negation
-# ("is there not ...") mostly "yes", and over all questions the two even out. A model that answers each question by its most frequent training answer is right on 67 % of all test questions, where the most frequent
-# answer of all gives 37 %. An accuracy of 80 % on the yes/no questions is therefore no evidence that images are used.
+# ("is there not ...") mostly "yes", and over all questions the two even out. A model that answers each question by
+# its most frequent training answer is right on 67 % of all test questions, where the most frequent answer of all
+# gives 37 %. An accuracy of 80 % on the yes/no questions is therefore no evidence that images are used.
 #
 # Seen with easy-vqa 1.0 (PyPI) and Python 3.11, 2026-11-29. Exits with 1 if the numbers are no longer so.
 set -euo pipefail

@@ -32,12 +32,26 @@ def commands(page: Path) -> list[str]:
     return [line for line in lines if line.startswith("dynmoe-run ") and "--help" not in line]
 
 
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_links_lead_to_files(page: Path) -> None:
+def test_links_lead_to_files_and_headings(page: Path) -> None:
     text = page.read_text()
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
-    links += re.findall(r"^\[[^]]+\]: ([^:\s]+)$", text, re.MULTILINE)
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    links += re.findall(r"^\[[^]]+\]: (\S+)$", text, re.MULTILINE)
+    lost = []
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if "://" in link:
+            continue
+        if not target.exists() or (anchor and anchor not in headings(target)):
+            lost.append(link)
+    assert lost == []
 
 
 @pytest.mark.slow
