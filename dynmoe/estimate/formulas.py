@@ -1,6 +1,6 @@
 """What training a vision-language model takes, from sizes alone: memory of a device, FLOPs, time.
 
-The arithmetic is explained in docs/estimate.md. It errs on the side of too much; what it
+The arithmetic is explained in docs/VISION_LANGUAGE.md. It errs on the side of too much; what it
 says of a block is compared with what PyTorch keeps in tests/metrics/test_estimate.py.
 
 Letters: D width, H hidden width of an FFN, k FFNs that a token is computed by.

@@ -209,7 +209,7 @@ def _data_at_hand(cfg: DictConfig) -> VisionLanguageData | None:
 
 # What a vision-language run will take, from the sizes of its model: for ``mode=plan``.
 #
-# docs/estimate.md explains the arithmetic and what is assumed.
+# docs/VISION_LANGUAGE.md explains the arithmetic and what is assumed.
 
 GIB, HOUR = 2**30, 3600
 
