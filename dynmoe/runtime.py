@@ -1,6 +1,6 @@
 """Settings of the process that surround a model: worth more on a CPU than the dispatch itself.
 
-docs/performance.md has the measurements for every ``auto``.
+docs/performance.md has the measurements behind every ``auto``.
 """
 
 from __future__ import annotations
