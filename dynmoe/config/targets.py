@@ -55,11 +55,16 @@ def locate(target: str) -> Located:
     first, *rest = target.split(".")
     if not rest or not all(part.isidentifier() for part in (first, *rest)):
         raise TargetError(f"'{target}' is not a dotted path such as torch.optim.Adam")
-    _spec(first)
-    found = reduce(_member, rest, Located(None, first))
+    found = reduce(_member, rest, _package(first))
     if found.node is None:
         raise TargetError(f"'{target}' is a module, not a class or function")
     return found
+
+
+def _package(name: str) -> Located:
+    if _spec(name) is None:
+        raise TargetError(f"no package '{name}' is installed.")
+    return Located(None, name)
 
 
 def _member(owner: Located, name: str) -> Located:
@@ -76,8 +81,7 @@ def _member(owner: Located, name: str) -> Located:
 
 def _in_module(module: str, name: str) -> Located:
     """What `name` means in `module`: imports and other names for the same thing are followed."""
-    with suppress(TargetError):
-        _spec(f"{module}.{name}")
+    if _spec(f"{module}.{name}") is not None:
         return Located(None, f"{module}.{name}")
     known: set[str] = set()
     for node in _statements(_parsed(module)):
@@ -101,8 +105,8 @@ def _bindings(node: ast.stmt, module: str) -> Iterator[tuple[str, Located | str]
             top = each.name.partition(".")[0]
             yield (each.asname, each.name) if each.asname else (top, top)
     elif isinstance(node, ast.ImportFrom):
-        relative = "." * node.level + (node.module or "")
-        source = resolve_name(relative, _spec(module).parent)
+        package = module if _folders(module) else module.rpartition(".")[0]
+        source = resolve_name("." * node.level + (node.module or ""), package)
         for each in node.names:
             yield each.asname or each.name, f"{source}.{each.name}"
     elif (name := _assigned_name(node)) is not None:
@@ -125,8 +129,7 @@ def _only_python_can_tell() -> Iterator[None]:
 def _follow(path: str) -> Located:
     first, *rest = path.split(".")
     with _only_python_can_tell():
-        _spec(first)
-        return reduce(_member, rest, Located(None, first))
+        return reduce(_member, rest, _package(first))
 
 
 def _bodies(found: Located) -> Iterator[tuple[Located, list[ast.stmt]]]:
@@ -143,29 +146,26 @@ def _bodies(found: Located) -> Iterator[tuple[Located, list[ast.stmt]]]:
 
 
 @lru_cache
-def _spec(module: str) -> ModuleSpec:
+def _spec(module: str) -> ModuleSpec | None:
     """Where a module lies. importlib.util.find_spec would import the packages above it."""
-    parent, _, name = module.rpartition(".")
+    parent = module.rpartition(".")[0]
     folders = _folders(parent) if parent else None
-    if not parent or folders:
-        for finder in sys.meta_path:
-            spec = finder.find_spec(module, folders)
-            if spec is not None:
-                return spec
-    if not parent:
-        raise TargetError(f"no package '{name}' is installed.")
-    known = [each.name for each in pkgutil.iter_modules(folders or [])]
-    raise TargetError(f"{parent} has no '{name}'.{did_you_mean(name, known)}")
+    if parent and not folders:
+        return None
+    found = (finder.find_spec(module, folders) for finder in sys.meta_path)
+    return next((spec for spec in found if spec is not None), None)
 
 
 def _folders(module: str) -> list[str]:
     """Folders of a package; empty for a module that is none."""
-    return list(_spec(module).submodule_search_locations or [])
+    spec = _spec(module)
+    return list(spec.submodule_search_locations or []) if spec is not None else []
 
 
 @lru_cache
 def _parsed(module: str) -> list[ast.stmt]:
-    origin = _spec(module).origin
+    spec = _spec(module)
+    origin = spec.origin if spec is not None else None
     if origin is None:  # a namespace package
         return []
     if not origin.endswith(".py"):  # built-in, frozen or compiled
