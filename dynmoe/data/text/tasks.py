@@ -57,16 +57,8 @@ def _sizes(train: int, dev: int, test: int) -> dict[str, int]:
 SENTENCES = ("sentence1", "sentence2")
 TWO_WAY = ("entailment", "not_entailment")
 TOPICS = (
-    "act",
-    "animal",
-    "artifact",
-    "body",
-    "communication",
-    "food",
-    "location",
-    "person",
-    "plant",
-    "substance",
+    *("act", "animal", "artifact", "body", "communication"),
+    *("food", "location", "person", "plant", "substance"),
 )
 
 TASKS = {

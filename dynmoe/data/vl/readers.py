@@ -85,11 +85,9 @@ def file_digest(*paths: Path) -> str:
 
 # LLaVA's conversation files: the public 558k and 665k, MoE-LLaVA's, and others of their format.
 
-ROLES: dict[str, Role] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
+SPEAKERS: dict[str, Role] = {
+    **{"human": "user", "user": "user"},
+    **{"gpt": "assistant", "assistant": "assistant"},
 }
 SILENT = "system"  # a template has its own system text
 LITERAL = "<image >"
@@ -165,12 +163,12 @@ def _messages(entry: dict[str, Any], where: str) -> Iterator[Message]:
         speaker = turn.get("from") if isinstance(turn, dict) else None
         if speaker == SILENT:
             continue
-        if speaker not in ROLES or not isinstance(turn.get("value"), str):
+        if speaker not in SPEAKERS or not isinstance(turn.get("value"), str):
             raise DataError(
-                f'{where}, turn {place}: expected "from" ({", ".join([*ROLES, SILENT])}) and a '
+                f'{where}, turn {place}: expected "from" ({", ".join([*SPEAKERS, SILENT])}) and a '
                 f'text "value", found {turn!r}.'
             )
-        yield Message(ROLES[speaker], turn["value"])
+        yield Message(SPEAKERS[speaker], turn["value"])
 
 
 def _placed(messages: list[Message], images: int, where: str) -> list[Message]:
