@@ -168,7 +168,7 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
             "A marker stands at the mean of the steps that selection chose, "
             f"whose {words.nouns} are reported."
         )
-    if runs[0].problem.on_sets and runs[0].problem.validates:
+    if any(run.facts.get("patience") is not None for run in runs):
         caption += (
             " It is on the mean curve: reported is each run at its own step. Where patience ended "
             "a run before others, its last value goes on."

@@ -264,7 +264,7 @@ def _measured(words: Words, values: Sequence[float]) -> str:
 
 
 def _grid(claim: Claim) -> str:
-    what = f"reported {claim.words.noun}" if claim.problem.on_sets else "test accuracy"
+    what = f"reported {claim.words.noun}"
     return GRID.format(what, PICK if claim.problem.validates else "")
 
 

@@ -118,8 +118,8 @@ def _model_cost(run: Run) -> tuple[float, ...]:
     costs = run.facts.get("costs")
     if costs is None:
         return (math.nan,) * 6
-    sources = {f"env{index}" for index in run.facts["test_envs"]}
-    experts, mean_k = _routed(line for line in run.routing_at_outcome if line["source"] in sources)
+    lines = (line for line in run.routing_at_outcome if line["source"] in run.tested)
+    experts, mean_k = _routed(lines)
     names = list(costs["slots"])
     if not experts.keys() >= set(names):
         return (total(costs), *(math.nan,) * 5)

@@ -41,7 +41,7 @@ from dynmoe.report.cost_tables import (
 )
 from dynmoe.report.costs import Timings, read_timings, search_cost
 from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
-from dynmoe.report.part_figures import compare_k_by_part, compare_load_by_part
+from dynmoe.report.part_figures import draw_k_by_part, draw_load_by_part
 from dynmoe.report.provenance import every_run, how_it_was_made, what_is_missing
 from dynmoe.report.routing_figures import (
     draw_experts,
@@ -155,7 +155,7 @@ def _sections(
             "Experts and k",
             [
                 draw_experts(runs),
-                compare_k_by_part(runs) or draw_k(runs),
+                draw_k_by_part(runs) or draw_k(runs),
                 _sheet("parts", parts_table(runs)),
                 draw_k_by_position(runs),
             ],
@@ -164,7 +164,7 @@ def _sections(
             "load",
             "Which experts serve what",
             [
-                compare_load_by_part(examples),
+                draw_load_by_part(examples),
                 draw_load_by_environment(examples),
                 draw_load_by_class(examples),
                 draw_overlap([run for name in shown for run in runs if run.setting == name]),

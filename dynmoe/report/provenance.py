@@ -12,7 +12,7 @@ import yaml
 
 from dynmoe.report.costs import Timings, generation_rows
 from dynmoe.report.document import Block, Code, Items, Section, Sheet
-from dynmoe.report.run import Problem, Run, conditions, environments, every, seeds
+from dynmoe.report.run import Problem, Run, conditions, every, seeds
 from dynmoe.report.runs import Collection
 from dynmoe.report.settings import start_name
 from dynmoe.report.tables import Table, format_number
@@ -29,18 +29,13 @@ ABSENT = "-"
 class Row(NamedTuple):
     name: str
     words: Words
-    on_sets: bool | None = None
-    """Of which problems alone: those scored on whole sets, or on environments; None: of all."""
-
-    def cell(self, problem: Problem, runs: Sequence[Run]) -> str:
-        return self.words(runs) if self.on_sets in (None, problem.on_sets) else ABSENT
 
 
 def how_it_was_made(collection: Collection, timings: Iterable[Timings]) -> Section:
     """The conditions of every problem's runs in a table, and the commands."""
     problems = collection.problems
-    columns = {problem: collection.of(problem) for problem in problems}
-    rows = [(row.name, *(row.cell(*column) for column in columns.items())) for row in _conditions()]
+    columns = [collection.of(problem) for problem in problems]
+    rows = [(row.name, *map(row.words, columns)) for row in _conditions()]
     table = Table(
         "Conditions of the runs",
         ("condition", *(problem.dataset for problem in problems)),
@@ -76,7 +71,6 @@ def every_run(collection: Collection, problem: Problem) -> Table:
     """What is reported of each run of a problem, so that all the means can be worked out again."""
     runs = collection.of(problem)
     words = runs[0].words
-    reported = "" if problem.on_sets else " on the test environment's in split"
     step, note = "last step", ""
     more: tuple[str, ...] = ()
     if problem.validates:
@@ -92,7 +86,7 @@ def every_run(collection: Collection, problem: Problem) -> Table:
             )
             for run in runs
         ),
-        note=f"{capital(words.measure)}{reported}{note}.",
+        note=f"{capital(words.measure)}{words.split}{note}.",
         conditions=conditions(runs),
     )
 
@@ -123,21 +117,18 @@ def _config(key: str) -> Words:
 
 def _conditions() -> Iterator[Row]:
     """What stands in the rows, in order."""
-    yield Row("test environments", lambda runs: ", ".join(environments(runs)), False)
-    yield Row("images of a test environment", lambda runs: every(map(_sizes, runs)), False)
-    yield Row("measure", lambda runs: every(run.words.measure for run in runs), True)
-    yield Row("evaluated on", lambda runs: ", ".join(environments(runs)), True)
-    yield Row("examples", lambda runs: every(map(_sizes, runs)), True)
-    yield Row("tokens of an example, mean", lambda runs: every(map(_mean_tokens, runs)), True)
-    yield Row("patience, in evaluations", _fact_if_any("patience"), True)
-    yield Row("stage", _fact_if_any("stage"), True)
-    yield Row("started from", lambda runs: every(map(_start, runs)), True)
+    yield Row("measure", lambda runs: every(run.words.measure for run in runs))
+    yield Row("reported on", lambda runs: every(map(_reported, runs)))
+    yield Row("examples", lambda runs: every(map(_sizes, runs)))
+    yield Row("tokens of an example, mean", lambda runs: every(map(_mean_tokens, runs)))
+    yield Row("patience, in evaluations", _fact_if_any("patience"))
+    yield Row("stage", _fact_if_any("stage"))
+    yield Row("started from", lambda runs: every(map(_start, runs)))
     yield Row("protocol", _fact("protocol"))
     yield Row("selection rule", lambda runs: every(RULES[run.facts["selection"]] for run in runs))
     yield Row("repetitions", lambda runs: seeds({run.repetition for run in runs}))
     yield Row("steps", _fact("steps"))
-    yield Row("batch size, per training environment", _fact("batch_size"), False)
-    yield Row("batch size", _fact("batch_size"), True)
+    yield Row("batch size", lambda runs: every(map(_batch, runs)))
     yield Row("learning rate", _config("task.optimizer.lr"))
     yield Row("weight decay", _config("task.optimizer.weight_decay"))
     yield Row("backbone", _fact("backbone"))
@@ -158,24 +149,31 @@ def _start(run: Run) -> str:
 
 
 def _mean_tokens(run: Run) -> str:
-    return format_number(run.facts.get("mean_tokens", math.nan), ".1f")
+    tokens = run.facts.get("mean_tokens")
+    return ABSENT if tokens is None else format_number(tokens, ".1f")
+
+
+def _reported(run: Run) -> str:
+    return ", ".join(run.facts["reported"]["sets"])
+
+
+def _batch(run: Run) -> str:
+    """In DomainBed each training environment has a batch in every step."""
+    size, samples = run.facts["batch_size"], run.facts.get("samples_per_step")
+    return str(size) if samples in (None, size) else f"{size} x {samples // size}"
 
 
 def _device(run: Run) -> str:
     return f"{run.facts.get('device', 'unknown')}, {run.facts.get('threads', 'unknown')}"
 
 
-def _sizes(run: Run) -> str | None:
-    """`0: 240 in, 60 out`, by split; of whole sets `2490 train, 277 dev`."""
+def _sizes(run: Run) -> str:
+    """`2490 train, 277 dev`: training examples, and those that select or are reported."""
     sizes = run.facts.get("sizes") or {}
-    if run.problem.on_sets:
-        counts = {name: sizes.get(name) for name in ("train", "heldout")}
-        for index, name in enumerate(run.facts["env_names"]):
-            counts[name] = sizes.get(f"env{index}", {}).get("in")
-        return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or None
-    found = [sizes.get(f"env{index}") for index in run.facts["test_envs"]]
-    known = [f"{size['in']} in, {size['out']} out" for size in found if size]
-    return f"{run.environment}: {' + '.join(known)}" if known else None
+    facts = run.facts
+    names = ["train", *facts["selects"]["sets"], *facts["reported"]["sets"]]
+    found = {name: sizes[name] for name in names if sizes.get(name)}
+    return ", ".join(f"{count} {name}" for name, count in found.items()) or "unknown"
 
 
 def _commands(collection: Collection, timings: Iterable[Timings]) -> Iterator[str]:

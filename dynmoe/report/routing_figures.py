@@ -25,7 +25,7 @@ from dynmoe.report.drawing import (
     percent_of_rows,
     whole_numbers,
 )
-from dynmoe.report.run import Run
+from dynmoe.report.run import Run, environments
 from dynmoe.report.words import SHUFFLED, layer_name
 
 # More classes than this are more than a heat map can name.
@@ -108,8 +108,8 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
 
 def _tests(runs: Sequence[Run]) -> str:
     """What k is shown of: `test environments`, `evaluation set dev`."""
-    place = runs[0].words.place
-    return f"{place} {runs[0].environment}" if runs[0].problem.on_sets else f"{place}s"
+    place, names = runs[0].words.place, environments(runs)
+    return f"{place} {names[0]}" if len(names) == 1 else f"{place}s"
 
 
 def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
@@ -132,10 +132,7 @@ def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
             axes, k, list(map(layer_name, layers)), range(k.shape[1]), form=".1f", lightest=k.min()
         )
         axes.set_title(setting)
-    order = "class token; then patches, row by row"
-    if runs[0].problem.on_sets:
-        order = "the first; a position counts the texts that reach it"
-    name_axes(figure, f"token position (0: {order})")
+    name_axes(figure, f"token position (0: {runs[0].words.positions})")
     return Picture(
         "k_by_position",
         figure,
@@ -150,10 +147,8 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
     tell more."""
 
     def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
-        tests = {f"env{index}" for index in run.facts["test_envs"]}
-        mark = " (reported)" if run.problem.on_sets else " (test)"
-        marks = [mark if line["source"] in tests else "" for line in lines]
-        rows = [name + mark for name, mark in zip(evaluated(run), marks, strict=True)]
+        mark = f" ({run.words.mark})"
+        rows = [name + mark * (name in run.tested) for name in evaluated(run)]
         slots = lines[0]["slots"]
         shares = percent_of_rows([line["load"] for line in lines], len(slots))
         heat_map(axes, shares, rows, slots)
@@ -282,7 +277,7 @@ def load_panels(
         draw(axes, run, of_layer(evaluation(run), layer))
         axes.set_title(f"{run.setting}\n{layer_name(layer)}")
     # Of few rows a panel is too low for the long name; the caption says it too.
-    share = "" if runs[0].problem.on_sets else "; numbers: % of its routed tokens"
+    share = "; numbers: % of its routed tokens" if rows > 3 else ""
     name_axes(figure, "living expert (slot)", what + share)
     return figure
 
@@ -295,15 +290,13 @@ def evaluation(run: Run) -> list[Record]:
 
     Without the set of exchanged images, which has the questions of another one.
     """
-    names = run.facts["env_names"]
-    left_out = ("train", *(f"env{names.index(each)}" for each in (SHUFFLED,) if each in names))
+    left_out = ("train", SHUFFLED)
     return [line for line in run.routing_at_outcome if line["source"] not in left_out]
 
 
 def on_tests(run: Run) -> list[Record]:
     """The same on the test environments alone."""
-    sources = {f"env{index}" for index in run.facts["test_envs"]}
-    return [line for line in evaluation(run) if line["source"] in sources]
+    return [line for line in evaluation(run) if line["source"] in run.tested]
 
 
 def training(run: Run) -> list[Record]:
@@ -318,13 +311,12 @@ def of_layer(lines: Iterable[Record], layer: str) -> list[Record]:
 
 def layers_of(run: Run) -> list[str]:
     """Names of its MoE layers, from the first up."""
-    return list(run.facts["parameters"]["layers"])
+    return list(run.facts["start_experts"])
 
 
 def evaluated(run: Run) -> list[str]:
     """Names of those that were evaluated."""
-    sources = dict.fromkeys(line["source"] for line in evaluation(run))
-    return [run.facts["env_names"][int(source.removeprefix("env"))] for source in sources]
+    return list(dict.fromkeys(line["source"] for line in evaluation(run)))
 
 
 def mean_k(run: Run, layer: str) -> float:

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
+from dynmoe.report.summary import summarize
 from language_runs import write_language_run
 
 from dynmoe.records import RunFolder
 from dynmoe.report.figures import draw_all, draw_scores
 from dynmoe.report.render import to_markdown
-from dynmoe.report.summary import summarize
 
 
 def shown(folder: RunFolder) -> str:

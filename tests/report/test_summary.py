@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dynmoe.report.summary import Summary, summarize
 from rich.console import Console
 
 from dynmoe.errors import UserError
 from dynmoe.records import RunFolder
 from dynmoe.report.render import to_console, to_markdown
-from dynmoe.report.summary import Summary, summarize
 
 LAYER = "blocks.4.mlp"
 SIZES = {"expert": 100, "router": 10, "router_fixed": 1}

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dynmoe.report.summary import summarize
 from vl_runs import write_vl_run
 
 from dynmoe.records import RunFolder
 from dynmoe.report.figures import draw_all
 from dynmoe.report.part_figures import draw_k_by_part, draw_load_by_part
 from dynmoe.report.render import to_markdown
-from dynmoe.report.summary import summarize
 from dynmoe.report.words import by_part, kinds_of
 
 LAYERS = ["blocks.2.mlp", "blocks.4.mlp"]

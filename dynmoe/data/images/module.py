@@ -409,7 +409,9 @@ def linear_baseline(data: DomainData) -> dict[str, Any]:
         np.concatenate([labels(env, IN) for env in data.train_envs]),
     )
     scores = {
-        f"{name}/{split}": {"accuracy": float(classifier.score(pixels(env, part), labels(env, part)))}
+        f"{name}/{split}": {
+            "accuracy": float(classifier.score(pixels(env, part), labels(env, part)))
+        }
         for env, name in enumerate(data.env_names)
         for part, split in ((IN, "in"), (OUT, "out"))
     }

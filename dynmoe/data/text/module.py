@@ -329,9 +329,7 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
 }
 
 
-def linear_text_baseline(
-    train: TextSet, dev: TextSet, metrics: Sequence[str]
-) -> dict[str, Any]:
+def linear_text_baseline(train: TextSet, dev: TextSet, metrics: Sequence[str]) -> dict[str, Any]:
     """The mean of `metrics` on dev: {"name": ..., "scores": {"dev": {"score": ...}}}. It is for
     classes, not for regression.
 
