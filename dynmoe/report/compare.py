@@ -60,7 +60,7 @@ def _sentences(a: Run, b: Run) -> Iterator[str]:
     )
     seeds = [f"seed {seed}, trial seed {trial}" for seed, trial in (a.repetition, b.repetition)]
     if a.repetition == b.repetition:
-        yield f"They are matched: both ran with {seeds[0]}. Only more seeds separate this from chance."
+        yield f"They are matched: both ran with {seeds[0]}. Only more seeds rule out chance."
     else:
         yield f"They are not matched: A ran with {seeds[0]}, B with {seeds[1]}."
 

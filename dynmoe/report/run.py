@@ -282,7 +282,7 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def conditions(runs: Sequence[Run]) -> str:
-    """The foot of a table: protocol, selection, repetitions, weights, data and versions of its runs.
+    """The foot of a table: protocol, selection, repetitions, weights, data, versions of its runs.
 
     Where runs differ in one of them, all values are named.
     """

@@ -1,4 +1,4 @@
-"""Names that reports use: of measures, of the places they are measured on, of kinds of questions."""
+"""Names that reports use: of measures, of places they are measured on, of kinds of questions."""
 
 from __future__ import annotations
 

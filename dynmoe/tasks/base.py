@@ -236,8 +236,8 @@ def _is_real(call: Routed, row: int) -> bool:
 
 
 def cosine_with_warmup(optimizer: Optimizer, num_training_steps: int, warmup: float) -> LRScheduler:
-    """LLaVA's learning rate: it rises linearly over the first ``warmup`` share of the steps (rounded
-    up, as transformers' ratio is), then falls to 0 along half a cosine."""
+    """LLaVA's schedule: the learning rate rises linearly over the first ``warmup`` share of the
+    steps (rounded up, as transformers' ratio is), then falls to 0 along half a cosine."""
     return get_cosine_schedule_with_warmup(
         optimizer, math.ceil(warmup * num_training_steps), num_training_steps
     )
