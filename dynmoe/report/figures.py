@@ -71,7 +71,7 @@ def _titled(figure: Figure | Picture) -> Figure:
     """A picture has its title beside it in a report; alone it needs one of its own."""
     if isinstance(figure, Picture):
         width = round(13 * figure.figure.get_figwidth())  # letters
-        figure.figure.suptitle(textwrap.fill(figure.title, width), fontsize="medium")
+        figure.figure.suptitle(textwrap.fill(figure.alt, width), fontsize="medium")
         return figure.figure
     return figure
 
