@@ -85,7 +85,7 @@ def draw_scores(run: Run) -> Figure:
     measure = run.facts["reported"]["measure"]
     steps = [record["step"] for record in run.results]
     places: dict[str, list[str]] = {}
-    for name in run.results[-1]["scores"]:
+    for name in run.scores:
         place, _, split = name.rpartition("/")
         places.setdefault(place or split, []).append(name)
     legend, splits = [], {}

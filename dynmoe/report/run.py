@@ -157,8 +157,14 @@ class Run:
 
     @property
     def scores(self) -> Mapping[str, Mapping[str, float]]:
-        """Its measures, by set."""
-        return self.reported["scores"]
+        """Its measures by set, in the order of `env_names`; files have them by name."""
+        found, order = self.reported["scores"], self.facts["env_names"]
+
+        def place(name: str) -> int:
+            own = name if name in order else name.rpartition("/")[0]
+            return order.index(own) if own in order else len(order)
+
+        return {name: found[name] for name in sorted(found, key=place)}
 
     @cached_property
     def routing(self) -> list[Record]:

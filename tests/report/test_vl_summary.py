@@ -24,7 +24,8 @@ def shown(folder: RunFolder) -> str:
 def test_scores_with_what_shuffled_means_and_what_comes_without_images(tmp_path: Path) -> None:
     text = shown(write_vl_run(tmp_path))
     assert text.startswith(
-        "# DynMoE on Scenes, evaluation set test\n\nStage moe, started from vl_instruct/scenes_dense_seed0_0123abc0. "
+        "# DynMoE on Scenes, evaluation set test\n\n"
+        "Stage moe, started from vl_instruct/scenes_dense_seed0_0123abc0. "
         "Protocol llava, selection the last step; "
     )
     assert (
@@ -106,10 +107,10 @@ def pictured(picture: Picture | None) -> Figure:
 
 def test_the_figure_of_k_has_every_part_and_the_experts_there_are(tmp_path: Path) -> None:
     (tested,) = pictured(draw_k_by_part([read_run(write_vl_run(tmp_path))])).axes
-    lines = [line for line in tested.get_lines() if line.get_marker() in (*"so^", "_")]
-    # The experts: of 2 at the start, one more at each of three updates.
-    expected = [[1.0, 1.5], [1.5, 2.0], [2.0, 2.5], [5, 5]]
-    assert [list(line.get_ydata()) for line in lines if len(line.get_ydata()) == 2][-4:] == expected
+    means = [line for line in tested.get_lines() if line.get_marker() in "so^"]
+    assert [list(line.get_ydata()) for line in means] == [[1.0, 1.5], [1.5, 2.0], [2.0, 2.5]]
+    # Of 2 experts at the start, one more at each of three updates.
+    assert list(tested.get_lines()[-1].get_ydata()) == [5, 5]
 
 
 def test_the_figure_of_load_has_shares_of_each_part(tmp_path: Path) -> None:
