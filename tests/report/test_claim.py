@@ -281,8 +281,9 @@ def test_the_end_of_training_stands_beside_the_selected_step(tmp_path: Path) -> 
         for seed in (0, 1):
             run = write_run(tmp_path, name, selected, seed=seed)
             record = run.read("results")[-1]
-            worse = {key: 0.0 for key in record if key.endswith("out_acc")}
-            run.append("results", {**record, **worse, "step": 999, "env0_in_acc": last})
+            scores = {key: {"accuracy": 0.0} for key in record["scores"]}
+            scores["0/in"] = {"accuracy": last}
+            run.append("results", {**record, "scores": scores, "step": 999})
     _, (claim,) = read(tmp_path)
     assert claim.overall.rank == 2
     assert (
