@@ -68,7 +68,7 @@ def draw_all(run: Run) -> list[Path]:
 
 
 def _titled(figure: Figure | Picture) -> Figure:
-    """A picture has its title beside it in a report; alone it needs one of its own."""
+    """A picture has its title beside it in a report; alone it needs a heading."""
     if isinstance(figure, Picture):
         width = round(13 * figure.figure.get_figwidth())  # letters
         figure.figure.suptitle(textwrap.fill(figure.alt, width), fontsize="medium")

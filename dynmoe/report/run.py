@@ -48,7 +48,7 @@ class Outcome:
     validation: float
     """The number that the rule selects by, in the same unit."""
     last: float
-    """As `accuracy`, of the model at the end of training."""
+    """The reported number of the model at the end of training."""
     is_selected: bool
     """False where the rule cannot decide within one run; then `step` is the last one."""
 
@@ -80,7 +80,7 @@ class Run:
     """`run.json`."""
     results: list[Record]
     setting: str = ""
-    """Its setting's name, unique within the problem; `read_runs` gives it."""
+    """The name of its setting, unique within the problem; `read_runs` gives it."""
     chosen: Record | None = None
     """The record that the selection rule chose where it had to look at several runs."""
 
@@ -157,7 +157,7 @@ class Run:
 
     @property
     def scores(self) -> Mapping[str, Mapping[str, float]]:
-        """Its measures by set, in the order of `env_names`; files have them by name."""
+        """Measures of the reported model by set, in the order of `env_names`; files have them by name."""
         found, order = self.reported["scores"], self.facts["env_names"]
 
         def place(name: str) -> int:
@@ -187,7 +187,7 @@ class Run:
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """Its MoE layers, from the first up; k is of what is reported, or else of all sets."""
+        """The MoE layers, from the first up; k on the reported places, or else on all."""
         tested = self.tested or self.facts["env_names"]
 
         def layer(name: str, start: int) -> Layer:

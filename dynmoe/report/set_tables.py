@@ -45,7 +45,7 @@ Cell = Mapping[Repetition, float]
 
 
 def task_tables(collection: Collection) -> dict[str, Table]:
-    """By name, a table for each protocol whose tasks report a score."""
+    """A table, by its name, for each protocol whose tasks report a score."""
     groups: dict[tuple[str, str], list[Problem]] = {}
     for problem in collection.problems:
         if _has_scores(collection.of(problem)):
@@ -116,7 +116,7 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
 
 
 def _rows(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, list[Cell]]:
-    """By setting, dense first: a cell for every task, and one for their mean if there are several.
+    """Rows by setting, dense first: a cell for every task, and one for their mean if there are several.
 
     The mean is of the repetitions that all tasks have.
     """
@@ -186,7 +186,7 @@ def _conditions(runs: Sequence[Run]) -> str:
 
 
 def kind_tables(runs: Sequence[Run]) -> dict[str, Table]:
-    """By set, every setting's scores by kind of question; none of sets without kinds."""
+    """Scores of every setting by kind of question, a table for each set that has kinds."""
     tables = {}
     for name in _sets(runs):
         members = [run for run in runs if name in run.scores]
@@ -298,7 +298,7 @@ def has_parts(run: Run) -> bool:
 
 
 def with_parts(runs: Sequence[Run]) -> list[Run]:
-    """Those in which the k of parts is recorded, and varies."""
+    """The runs in which the k of parts is recorded, and varies."""
     return [run for run in runs if not has_fixed_k(run.facts) and has_parts(run)]
 
 
@@ -370,10 +370,9 @@ def image_use_sentences(runs: Sequence[Run]) -> list[str]:
         points = f"{points_text(lost)} points, {p_words(lost)}, n = {len(lost)}"
         said = {
             "beats": "is better with the right images than with others: it uses them",
-            "cannot be told from": "cannot be told to use the images",
             "is below": "is worse with the right images than with others",
             "unknown": "was tried once, which proves nothing about its use of images",
-        }[verdict(lost)]
+        }.get(verdict(lost), "is not significantly better with the right images")
         if verdict(lost) == "unknown":
             points = f"{points_text(lost)} points"
         found.append(f"{setting} {said} ({points}).")
@@ -448,5 +447,5 @@ QUESTION_NOTE = (
 
 
 def published_answers(model: str) -> dict[str, float]:
-    """By set; in per cent, on MME in points."""
+    """Scores by set; in per cent, on MME in points."""
     return dict(zip(QUESTIONS, QUESTION_ROWS[model], strict=True))

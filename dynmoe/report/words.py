@@ -34,21 +34,21 @@ class Words(NamedTuple):
     measure: str
     """The reported measure."""
     place: str = "evaluation set"
-    """What the measure is reported on."""
+    """Place that the measure is reported on."""
     part: str = "evaluation set"
     """Any part of the data that is evaluated, reported or not."""
     token: str = "token"
     """A token of the reported place."""
     sample: str = "text of the training set's mean length"
-    """What FLOPs are counted for."""
+    """Unit that FLOPs are counted for."""
     example: str = "example"
-    """What the mean length is of."""
+    """Unit of the mean length."""
     mark: str = "reported"
-    """Of a place that is reported, beside others."""
+    """Mark of a reported place beside others."""
     split: str = ""
     """The part of a place that is reported, within sentences."""
     positions: str = "the first; a position counts the texts that reach it"
-    """Of the tokens, from 0."""
+    """Order of the token positions, from 0."""
 
     @property
     def noun(self) -> str:
@@ -66,7 +66,7 @@ class Words(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """What follows a number within a sentence."""
+        """Text that follows a number within a sentence."""
         return " %" if self.scale == "%" else ""
 
     @property
@@ -171,7 +171,7 @@ def set_notes(names: Sequence[str]) -> list[str]:
 
 
 PARTS = ("image", "prompt", "answer")
-"""What a token may be: a patch of an image, text of the prompt, of the answer; in the order in
+"""Kinds of tokens: a patch of an image, text of the prompt, of the answer; in the order in
 which tables show them."""
 
 

@@ -24,7 +24,7 @@ from dynmoe.metrics.routing import TRAIN, RoutingMeter
 from dynmoe.seeding import seed_hash
 
 Scores = dict[str, dict[str, float]]
-"""By set, by measure."""
+"""Values by set and measure."""
 
 
 class MoETask(L.LightningModule):

@@ -258,7 +258,7 @@ def test_words_of_each_rival(tmp_path: Path) -> None:
 
 
 def test_what_weakens_the_words(tmp_path: Path) -> None:
-    sizes = {f"env{index}": {"in": 240, "out": 60} for index in range(3)}
+    sizes = {f"{name}/in": 240 for name in ("0", "15", "30")}
     for seed in (0, 1):
         write_run(tmp_path, "top-1 of 2", 0.5, seed=seed, facts={"sizes": sizes})
         write_run(tmp_path, "DynMoE", 0.6, seed=seed, facts={"sizes": sizes})
