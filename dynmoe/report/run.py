@@ -157,7 +157,7 @@ class Run:
 
     @property
     def scores(self) -> Mapping[str, Mapping[str, float]]:
-        """Measures of the reported model by set, in the order of `env_names`; files have them by name."""
+        """Measures of the reported model by set, in the order of `env_names`."""
         found, order = self.reported["scores"], self.facts["env_names"]
 
         def place(name: str) -> int:

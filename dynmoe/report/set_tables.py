@@ -116,7 +116,7 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
 
 
 def _rows(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, list[Cell]]:
-    """Rows by setting, dense first: a cell for every task, and one for their mean if there are several.
+    """Rows by setting, dense first: a cell for every task, and their mean if there are several.
 
     The mean is of the repetitions that all tasks have.
     """
