@@ -107,7 +107,7 @@ def test_k_is_read_on_the_test_environment_at_the_reported_step(tmp_path: Path) 
     folder = write_run(tmp_path, "DynMoE", environment="15")
 
     def change(line: Record) -> Record:
-        at_outcome = (line["step"], line["source"]) == (SELECTED, "env1")
+        at_outcome = (line["step"], line["source"]) == (SELECTED, "15")
         found = {"mean_k": 3.0, "k_by_position": [1.0, 5.0]} if at_outcome else {}
         return line | found
 
