@@ -31,7 +31,7 @@ class TaskData(LightningDataModule):
     @property
     @abstractmethod
     def env_names(self) -> list[str]:
-        """The sets that are evaluated; records call them env0, env1, ..."""
+        """The environments or sets that are evaluated, as records name them."""
 
     @property
     @abstractmethod
@@ -74,7 +74,7 @@ class TaskData(LightningDataModule):
     @property
     @abstractmethod
     def sizes(self) -> dict[str, Any]:
-        """Examples: {"env0": {"in": n, ...}, ...}, and what else there is."""
+        """Numbers of examples by evaluated set, and what else there is (train)."""
 
     @property
     @abstractmethod

@@ -18,7 +18,7 @@ from dynmoe.layers.routers import TopAnyRouter
 Reduce = Callable[[Tensor], Tensor]
 
 TRAIN = "train"
-"""The source of training; every other one is an evaluation."""
+"""The source of training; every other one is the name of what is evaluated."""
 
 POSITIONS = 1024
 """Token positions that are told apart; later ones are left out of ``k_by_position``."""
@@ -39,7 +39,7 @@ class _Sums(NamedTuple):
 
 
 class RoutingMeter:
-    """Adds up routing by source ("train", "env0", ...) and layer.
+    """Adds up routing by source ("train", "dev", ...) and layer.
 
     ``classes`` is the number of labels that ``update`` may be given, ``parts`` are the names of
     what a sequence consists of (image, prompt, answer), if that is to be told apart.
