@@ -119,20 +119,18 @@ def show(folder: RunFolder, quiet: bool = False) -> float:
     """Draw the figures and write the summary if that is still to do; print the summary."""
     from rich.console import Console
 
-    from dynmoe.report import figures, render, summary
+    from dynmoe.report import figures, render
+    from dynmoe.report.run import read_run
 
-    if folder.is_done:
-        result = summary.summarize(folder)
-    else:
-        figures.draw_all(folder)
-        result = summary.summarize(folder)
-        (folder.path / "summary.md").write_text(render.to_markdown(result), encoding="utf-8")
+    run = read_run(folder)
+    if not folder.is_done:
+        figures.draw_all(run)
+        (folder.path / "summary.md").write_text(render.to_markdown(run), encoding="utf-8")
         folder.mark_done()
-    if quiet:
-        return result.validation
-    Console().print(render.to_console(result))
-    print(f"Run folder, with figures/ and summary.md:\n{folder.path}")  # one line, to be copied
-    return result.validation
+    if not quiet:
+        Console().print(render.to_console(run))
+        print(f"Run folder, with figures/ and summary.md:\n{folder.path}")  # one line, to be copied
+    return run.outcome.validation
 
 
 def _step_of(checkpoint: Path) -> int:

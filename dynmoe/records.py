@@ -1,9 +1,28 @@
-"""The files of one run folder: what a run writes while it goes, and what every report reads.
+"""The files of one run folder: a run writes them, and every report reads them.
 
-`results.jsonl` has DomainBed's format (domainbed/scripts/train.py: keys sorted, one line per
-evaluation), so DomainBed's own scripts read it. Their reader cuts off the last character of each
-line (domainbed/lib/reporting.py); therefore every line ends with a newline. A measure that is not
-a number is written as NaN, as DomainBed writes it, and read back as NaN.
+`results.jsonl` has a line for each evaluation:
+
+- `step` (0-based, of the last optimizer step), `epoch`, `step_time` and `eval_time` in seconds,
+  `mem_gb`; `loss` and `aux_loss`, means over the training steps since the line before.
+- `scores`: `{set: {measure: value}}`. Sets are the splits `<environment>/in` and
+  `<environment>/out`, or evaluation sets (`dev`, `heldout`, `test`, `pope`). Measures are shares of
+  1 (`accuracy`, `f1`, `score`, `kind_colour`), points (`perception_points`), or the mean `loss`:
+  cross-entropy, of regression the squared error, of questions the negative log-likelihood of the
+  tokens of their reference answers.
+- `stopped_early`: true on the last line of a run that patience ended before its planned steps.
+- `args` and `hparams`, and of images `env0_in_acc`, `env0_out_acc`, ...: DomainBed's names, so that
+  DomainBed's own scripts read the file. Keys are sorted as in domainbed/scripts/train.py. Their
+  reader cuts off the last character of each line (domainbed/lib/reporting.py); therefore every line
+  ends with a newline. A measure that is not a number is written as NaN, as DomainBed writes it,
+  and read back as NaN.
+
+`run.json` says once what the numbers mean: `selection` is the rule, `selects` and `reported` are
+each `{"sets": [...], "measure": ...}`: the rule judges a line by the mean of that measure over
+these sets, and reports the other mean (`dynmoe.selection`).
+
+`routing.jsonl` has a line for each evaluation, MoE layer and `source`: `train`, or the name of an
+environment or evaluation set (`dynmoe.metrics.routing`). `events.jsonl` has the changes of experts,
+`examples.jsonl` single answered questions.
 """
 
 from __future__ import annotations
@@ -32,7 +51,7 @@ class RecordError(UserError):
 
 
 class Held(UserError):
-    """A run folder in which another process is at work."""
+    """Another process is working in this run folder."""
 
 
 class RunFolder:
@@ -44,8 +63,8 @@ class RunFolder:
     def append(self, kind: Kind, *records: Mapping[str, Any]) -> None:
         """Add one line per record, in one write that is on disk when the call returns.
 
-        Every record has a `step`. A run that was killed and goes on calls `truncate_after` first,
-        which also takes away a line that was cut short.
+        Every record has a `step`. A resumed run calls `truncate_after` first, which also removes a
+        line that was cut short.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with self._file(kind).open("a", encoding="utf-8", newline="\n") as file:
@@ -79,7 +98,7 @@ class RunFolder:
                 replace_file(self._file(kind), "".join(map(_line, kept)))
 
     def write_run(self, facts: Mapping[str, Any]) -> None:
-        """Write `run.json`, what is known before the first step."""
+        """Write `run.json`: the facts that are known before the first step."""
         replace_file(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
 
     def read_run(self) -> Record:
@@ -104,11 +123,11 @@ class RunFolder:
         return facts
 
     def mark_done(self) -> None:
-        """Say that the run is complete. Call it after everything else is written."""
+        """Mark the run as complete. Call it after everything else is written."""
         replace_file(self.path / "done", "done\n")
 
     def mark_failed(self, error: str, traceback: str = "") -> None:
-        """Say why a job of a sweep ended early; what it wrote before stays."""
+        """Record why a job of a sweep ended early; its files stay."""
         replace_file(self.path / "failed.txt", f"{error.strip()}\n\n{traceback}".rstrip() + "\n")
 
     def forget_failure(self) -> None:
@@ -120,13 +139,13 @@ class RunFolder:
 
     @property
     def failure(self) -> str:
-        """What the run failed with, in a line; empty if it did not."""
+        """The first line of the run's error; empty if it did not fail."""
         file = self.path / "failed.txt"
         return file.read_text(encoding="utf-8").split("\n", 1)[0] if file.exists() else ""
 
     @property
     def state(self) -> State:
-        """Where the run stands. `stopped` was killed or interrupted; the same command goes on."""
+        """State of the run. `stopped`: killed or interrupted; the same command resumes it."""
         if self.is_done:
             return "done"
         if self._is_held():
@@ -139,9 +158,9 @@ class RunFolder:
     def hold(self, wait: float = 1.0) -> Iterator[None]:
         """Keep every other process out; the lock goes with the process, however it ends.
 
-        The lock file stands beside the run folders and stays: whoever removed one could let two
-        processes in, one on the old file and one on a new one. `wait` are seconds, so that a look
-        at `state` does not pass for a process at work.
+        The lock file lies beside the run folders and is never removed: otherwise two processes
+        could get in, one by the old file and one by a new one. It waits `wait` seconds, so that a
+        process that only reads `state` is not taken for one that works here.
 
         Raises:
             Held: another process holds the folder.
@@ -165,7 +184,7 @@ class RunFolder:
                 return False
         except Held:
             return True
-        except OSError:  # somebody else's files, which we can only read
+        except OSError:  # another user's files, which we can only read
             return False
 
     def _file(self, kind: Kind) -> Path:
@@ -173,7 +192,7 @@ class RunFolder:
 
 
 def stretches(results: Iterable[Record]) -> Iterator[tuple[int, Record]]:
-    """Each result behind the number of optimizer steps since the one before it."""
+    """Each result with the number of optimizer steps since the one before it."""
     before = -1
     for record in results:
         yield record["step"] - before, record
@@ -185,7 +204,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _is_torn(file: Path) -> bool:
-    """Whether the file does not end with a newline; reads its last byte alone."""
+    """Whether the file does not end with a newline; reads only its last byte."""
     try:
         with file.open("rb") as stream:
             stream.seek(-1, os.SEEK_END)

@@ -1,19 +1,21 @@
 """Which step of which run a result is reported for: DomainBed's three selection rules, GLUE's two,
 and LLaVA's.
 
-A record is one line of `results.jsonl`. A rule looks at the records of one draw of
-hyper-parameters; `best_of_sweep` compares the draws. `judged` tells the numbers of any one record.
+`measured_by` says once, when a run is written, which sets and which measure its rule selects by
+and which are reported; `judged` and `selected` read only that and the scores of a record (a line
+of `results.jsonl`). The functions at the end work on records of DomainBed's own format, also on
+those that DomainBed wrote.
 
 DomainBed: Gulrajani & Lopez-Paz 2021, "In Search of Lost Domain Generalization", section 3, and
 domainbed/model_selection.py. Reported is always the accuracy on the test environment's in split,
 its larger part.
 
 GLUE: the test sets have no public labels, so the score on dev is reported. Published tables choose
-the epoch, and the learning rate, by that same score (`best_dev`), which flatters all of them;
-`heldout` chooses by examples set aside from the training set. LLaVA takes the last step.
+the epoch, and the learning rate, by that same score (`best_dev`), which is optimistic for every
+method; `heldout` chooses by examples set aside from the training set. LLaVA takes the last step.
 
-One deviation from DomainBed: a NaN validation accuracy never beats a number. DomainBed holds to
-that between draws, but within a run its plain `max` keeps a NaN that comes first.
+One deviation from DomainBed: a NaN validation accuracy never beats a number. DomainBed does the
+same between draws, but within a run its plain `max` keeps a NaN that comes first.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import numpy as np
 
 Record = Mapping[str, Any]
 
-# What tables and summaries call the rules.
+# The rules' names in tables and summaries.
 RULES = {
     "training_domain_validation": "training-domain validation",
     "oracle": "oracle (test-domain validation)",
@@ -38,25 +40,38 @@ RULES = {
     "last_step": "the last step",
 }
 
-# Of the rules whose runs are scored on whole sets: which set selects; None: none does.
-SELECTING_SET = {"best_dev": "dev", "heldout": "heldout", "last_step": None}
+# Rules that take the last step: the oracle looks at the test environment once per run.
+LAST = ("oracle", "last_step")
 
-
-def on_sets(rule: str) -> bool:
-    """Whether the rule's runs are scored on whole sets, not on the splits of environments."""
-    return rule in SELECTING_SET
-
-
-def judging_set(facts: Mapping[str, Any]) -> str:
-    """Of a run that is scored on whole sets the one that tells how well it does in training: that
-    which selects, else the first that is reported."""
-    judge = SELECTING_SET[facts["selection"]]
-    return facts["env_names"][0] if judge is None else judge
+# The set that GLUE's rules select by.
+SELECTING_SET = {"best_dev": "dev", "heldout": "heldout"}
 
 
 def rule_of(config: Mapping[str, Any]) -> str:
-    """The rule of a flat configuration; of texts it is the protocol's, which the task copies."""
+    """The rule of a flat configuration; the task of texts copies the protocol's."""
     return config.get("task.selection") or config.get("protocol.selection", "")
+
+
+def measured_by(rule: str, env_names: Sequence[str], test_envs: Sequence[int]) -> dict[str, Any]:
+    """The entries `selects` and `reported` of `run.json`: `{"sets": [...], "measure": ...}` each.
+
+    The mean over the sets counts. Rules of DomainBed select and report accuracies on the splits
+    `<environment>/in` and `<environment>/out`, the others the score of whole sets. `last_step`
+    selects by no score; its first reported set says how well the run does.
+    """
+    tests = [env_names[index] for index in test_envs]
+    measure = "score"
+    selects, reported = tests[:1], tests
+    if rule in SELECTING_SET:
+        selects = [SELECTING_SET[rule]]
+    elif rule in DOMAINBED:
+        measure = "accuracy"
+        judges = [name for name in env_names if (name in tests) == (rule == "oracle")]
+        selects, reported = [f"{name}/out" for name in judges], [f"{name}/in" for name in tests]
+    return {
+        "selects": {"sets": selects, "measure": measure},
+        "reported": {"sets": reported, "measure": measure},
+    }
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,42 @@ class Choice:
     validation: float
     test: float
 
+
+def judged(record: Record, facts: Mapping[str, Any]) -> Choice:
+    """The number that a run's rule judges one of its records by, and the one it reports.
+
+    `facts` are those of `run.json`. Both are means over sets. Where leave_one_domain_out cannot
+    decide within one run, validation is as for training_domain_validation. NaN: not recorded, or
+    no set to judge by.
+    """
+    validation, test = (
+        mean(measured(record, name, facts[role]["measure"]) for name in facts[role]["sets"])
+        for role in ("selects", "reported")
+    )
+    return Choice(record, validation, test)
+
+
+def measured(record: Record, name: str, measure: str) -> float:
+    """A measure of one set; NaN where it was not recorded."""
+    return float(record["scores"].get(name, {}).get(measure, math.nan))
+
+
+def selected(records: Sequence[Record], facts: Mapping[str, Any]) -> Record | None:
+    """The record of one run that its rule selects: the last, or the first of the best.
+
+    None where one run does not decide: it holds out several environments or none, it has no
+    records, or the rule is leave_one_domain_out, which needs a sweep.
+    """
+    rule = facts["selection"]
+    if not records or len(facts["test_envs"]) != 1 or rule == "leave_one_domain_out":
+        return None
+    if rule in LAST:
+        return max(records, key=lambda record: record["step"])
+    best = _best(judged(record, facts) for record in records)
+    return None if best is None else best.record
+
+
+# The records of DomainBed's format: `env{i}_in_acc`, `env{i}_out_acc`, `args`.
 
 Rule = Callable[[Sequence[Record], int], Choice | None]
 
@@ -80,7 +131,7 @@ def training_domain_validation(records: Sequence[Record], test_env: int) -> Choi
     return _best(
         Choice(
             record,
-            validation=_mean(
+            validation=mean(
                 record[f"env{env}_out_acc"] for env in _environments(record) if env != test_env
             ),
             test=record[f"env{test_env}_in_acc"],
@@ -112,7 +163,7 @@ def leave_one_domain_out(records: Sequence[Record], test_env: int) -> Choice | N
     return _best(
         Choice(
             record,
-            validation=_mean(pair[f"env{env}_in_acc"] for env, pair in pairs.items()),
+            validation=mean(pair[f"env{env}_in_acc"] for env, pair in pairs.items()),
             test=record[f"env{test_env}_in_acc"],
         )
         for record in _holding_out({test_env}, records)
@@ -120,79 +171,15 @@ def leave_one_domain_out(records: Sequence[Record], test_env: int) -> Choice | N
     )
 
 
-def best_dev(records: Sequence[Record], test_env: int) -> Choice | None:
-    """The evaluation with the best score on dev, the first evaluation set; of equals the first."""
-    return _best_on("best_dev", records, test_env)
-
-
-def heldout(records: Sequence[Record], test_env: int) -> Choice | None:
-    """The evaluation with the best score on held-out training examples; dev is only reported."""
-    return _best_on("heldout", records, test_env)
-
-
-def last_step(records: Sequence[Record], test_env: int) -> Choice | None:
-    """The last evaluation, chosen by its step alone (LLaVA, MoE-LLaVA). Its scores are named after
-    the sets of the run, which a record does not tell: see `judged`."""
-    return max(
-        (Choice(each, each["step"], math.nan) for each in _holding_out({test_env}, records)),
-        key=lambda choice: choice.validation,
-        default=None,
-    )
-
-
-SELECTION: dict[str, Rule] = {
+DOMAINBED: dict[str, Rule] = {
     "training_domain_validation": training_domain_validation,
     "oracle": oracle,
     "leave_one_domain_out": leave_one_domain_out,
-    "best_dev": best_dev,
-    "heldout": heldout,
-    "last_step": last_step,
 }
 
 
-def selected(records: Sequence[Record], rule: str, test_envs: Sequence[int]) -> Record | None:
-    """The record of one run that `rule` selects.
-
-    None where one run does not answer: it holds out several environments or none, it has no
-    records, or the rule is leave_one_domain_out, which needs a sweep.
-    """
-    if len(test_envs) != 1:
-        return None
-    choice = SELECTION[rule](records, test_envs[0])
-    return None if choice is None else choice.record
-
-
-def judged(record: Record, facts: Mapping[str, Any]) -> Choice:
-    """What a run's rule judges one of its records by, and what is reported for it.
-
-    `facts` are those of `run.json`. Of several test environments it is the mean. Where
-    leave_one_domain_out cannot decide within one run, validation is as for
-    training_domain_validation. NaN: not recorded, or no environment to judge by.
-    """
-    rule, tests = facts["selection"], facts["test_envs"]
-    if on_sets(rule):
-        judges = [f"{judging_set(facts)}_score"]
-    else:
-        environments = range(len(facts["env_names"]))
-        judges = [
-            f"env{env}_out_acc" for env in environments if (env in tests) == (rule == "oracle")
-        ]
-    reported = [reported_key(facts, env) for env in tests]
-    validation, test = (
-        _mean(record.get(key, math.nan) for key in keys) for keys in (judges, reported)
-    )
-    return Choice(record, validation, test)
-
-
-def reported_key(facts: Mapping[str, Any], index: int) -> str:
-    """The key of a record under which an environment's, or evaluation set's, result stands."""
-    if on_sets(facts["selection"]):
-        return f"{facts['env_names'][index]}_score"
-    return f"env{index}_in_acc"
-
-
 def best_of_sweep(records: Iterable[Record], rule: str, test_env: int) -> Choice | None:
-    """The best draw of hyper-parameters, and the step in it, by validation accuracy.
+    """The best draw of hyper-parameters, and the step in it, by DomainBed's validation accuracy.
 
     `records` are those of one algorithm, data set and trial. Of equal draws the later one in
     `records` wins, as in DomainBed, which sorts them and takes the last.
@@ -200,16 +187,8 @@ def best_of_sweep(records: Iterable[Record], rule: str, test_env: int) -> Choice
     draws: dict[int, list[Record]] = {}
     for record in records:
         draws.setdefault(record["args"]["hparams_seed"], []).append(record)
-    choices = [SELECTION[rule](draw, test_env) for draw in draws.values()]
+    choices = [DOMAINBED[rule](draw, test_env) for draw in draws.values()]
     return _best(choice for choice in reversed(choices) if choice is not None)
-
-
-def _best_on(rule: str, records: Sequence[Record], test_env: int) -> Choice | None:
-    key = f"{SELECTING_SET[rule]}_score"
-    return _best(
-        Choice(record, record[key], record["dev_score"])
-        for record in _holding_out({test_env}, records)
-    )
 
 
 def _best(choices: Iterable[Choice]) -> Choice | None:
@@ -242,7 +221,8 @@ def _environments(record: Record) -> list[int]:
     return list(takewhile(lambda env: f"env{env}_out_acc" in record, count()))
 
 
-def _mean(accuracies: Iterable[float]) -> float:
+def mean(accuracies: Iterable[float]) -> float:
+    """NaN of nothing."""
     # numpy's sum, as in DomainBed: since Python 3.12 the built-in one rounds otherwise, which
     # can decide a tie.
     values = list(accuracies)

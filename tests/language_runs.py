@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeps import ARGS, EVAL_TIME, STEP_TIME, STEPS, write_run
+from sweeps import ARGS, ENVIRONMENTS, EVAL_TIME, STEP_TIME, STEPS, write_run
 
 from dynmoe.records import RunFolder
 
@@ -42,17 +42,18 @@ def write_language_run(
     config: dict[str, Any] | None = None,
     facts: dict[str, Any] | None = None,
     state: str = "done",
+    stopped_early: bool = False,
 ) -> RunFolder:
     """One run: `dev` are its scores by evaluation, `heldout` those that select instead, if given.
 
-    Fewer scores than evaluations are planned: training stopped early. `others` are evaluation
-    sets beside dev, on which it does 0.1 worse.
+    `stopped_early` says that patience ended it after these. `others` are evaluation sets beside
+    dev, on which it does 0.1 worse.
     """
     measure, metrics = MEASURES[dataset]
     selection = "best_dev" if heldout is None else "heldout"
     protocol = "glue" if heldout is None else "glue_heldout"
     env_names = ["dev", *others]
-    sizes = {f"env{index}": {"in": 200} for index in range(len(env_names))}
+    sizes = dict.fromkeys(env_names, 200)
     folder = write_run(
         sweep / dataset,
         setting,
@@ -71,6 +72,7 @@ def write_language_run(
             "dataset": dataset,
             "env_names": env_names,
             "test_envs": [0],
+            "modality": "text",
             "measure": measure,
             "samples_per_step": SAMPLES,
             "batch_size": SAMPLES,
@@ -98,17 +100,19 @@ def write_language_run(
             "mem_gb": 1.25,
             "args": {key: run[key] for key in ARGS},
             "hparams": {},
+            "scores": {},
         }
         for name, value in scores.items():
             # The last metric is 0.02 above the score, the first as much below.
             spread = (0.0,) if len(metrics) == 1 else (-0.02, 0.02)
-            each = {f"{name}_{m}": value + d for m, d in zip(metrics, spread, strict=True)}
-            record |= {f"{name}_score": value, **each}
+            each = {m: value + d for m, d in zip(metrics, spread, strict=True)}
+            record["scores"][name] = {**each, "score": value, "loss": 1.5}
         results.append(record)
+    results[-1] |= {"stopped_early": True} if stopped_early else {}
     last = results[-1]["step"]
-    sources = {"train", *sizes}
+    sources = {"train": "train", **dict(zip(ENVIRONMENTS, env_names, strict=False))}
     routing = [
-        line
+        line | {"source": sources[line["source"]]}
         for line in folder.read("routing")
         if line["source"] in sources and line["step"] <= last
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe.records import RunFolder
+from dynmoe.selection import measured_by
 
 Facts = dict[str, Any]
 
@@ -75,6 +76,8 @@ def write_run(
         "name": sweep.name,
         "protocol": "domainbed",
         "selection": "training_domain_validation",
+        "modality": "image",
+        "measure": "accuracy",
         "algorithm": moe["moe.algorithm"],
         "moe": moe["moe.name"],
         "backbone": "vit_digits",
@@ -96,7 +99,6 @@ def write_run(
         "machine": {"cpu": "Example CPU", "cores": 2},
         "runtime": {"precision": "32-true"},
         "costs": costs(moe),
-        "parameters": costs(moe)["parameters"],
         "start_experts": dict.fromkeys(_layers(moe), moe["moe.num_experts"]),
         "baseline": None,
         "config": {
@@ -116,6 +118,8 @@ def write_run(
         },
         **(facts or {}),
     }
+    rule, names, tests = (content[key] for key in ("selection", "env_names", "test_envs"))
+    content = {**measured_by(rule, names, tests), **content}
     (folder.path / "run.json").write_text(json.dumps(content))
     results = [_result(step, accuracy, validation, content) for step in STEPS]
     _write(folder.path / "results.jsonl", results)
@@ -179,14 +183,16 @@ def _result(step: int, accuracy: float, validation: float, facts: Facts) -> Fact
         "args": {key: facts[key] for key in ARGS},
         "hparams": {},
     }
-    for index in range(len(ENVIRONMENTS)):
+    scores = {}
+    for index, name in enumerate(ENVIRONMENTS):
         is_test = index in facts["test_envs"]
         level = accuracy if is_test else validation
         # The last record is better on the test environment: who reports it selects wrongly.
         other = level + 0.01 if is_test else level - 0.1
-        record[f"env{index}_in_acc"] = level if chosen else other
-        record[f"env{index}_out_acc"] = level if chosen else other
-    return record
+        for split in ("in", "out"):
+            record[f"env{index}_{split}_acc"] = level if chosen else other
+            scores[f"{name}/{split}"] = {"accuracy": level if chosen else other, "loss": 0.5}
+    return {**record, "scores": scores}
 
 
 def _routing(moe: Facts, mean_k: float | None) -> list[Facts]:
@@ -197,7 +203,7 @@ def _routing(moe: Facts, mean_k: float | None) -> list[Facts]:
     for index, step in enumerate(STEPS):
         experts = moe["moe.num_experts"] + (index if adaptive else 0)
         for depth, layer in enumerate(_layers(moe)):
-            for source in ("train", *(f"env{env}" for env in range(len(ENVIRONMENTS)))):
+            for source in ("train", *ENVIRONMENTS):
                 here = k + (0.5 * depth if adaptive else 0)
                 line = {
                     "step": step,

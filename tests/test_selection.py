@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from dynmoe.selection import (
-    SELECTION,
+    DOMAINBED,
     Choice,
-    best_dev,
     best_of_sweep,
-    heldout,
     judged,
-    judging_set,
-    last_step,
     leave_one_domain_out,
+    measured_by,
     oracle,
     selected,
     training_domain_validation,
@@ -83,7 +81,7 @@ def test_leave_one_domain_out_compares_only_steps_that_all_runs_reached() -> Non
     assert outcome(leave_one_domain_out(records, 0)) == (1, 0.25, 0.1)
 
 
-@pytest.mark.parametrize("rule", SELECTION.values())
+@pytest.mark.parametrize("rule", DOMAINBED.values())
 def test_runs_that_do_not_hold_out_the_environment_give_nothing(rule: Any) -> None:
     assert rule([], 0) is None
     assert rule([record(0, [0.1, 0.2], [0.3, 0.4], test_envs=(1,))], 0) is None
@@ -121,68 +119,93 @@ def test_in_a_sweep_the_later_of_equal_draws_wins_and_nan_loses() -> None:
     assert best is not None and best.record["args"]["hparams_seed"] == 2
 
 
-def test_one_run_has_a_selected_record_only_with_one_test_environment() -> None:
-    assert selected(TWO_STEPS, "training_domain_validation", [0]) is TWO_STEPS[1]
-    assert selected(TWO_STEPS, "oracle", [0]) is TWO_STEPS[1]
-    assert selected(TWO_STEPS, "leave_one_domain_out", [0]) is None
-    assert selected(TWO_STEPS, "oracle", [0, 1]) is None
-    assert selected([], "oracle", [0]) is None
+def one_run(
+    rule: str, tests: Sequence[int] = (0,), names: Sequence[str] = ("a", "b", "c")
+) -> dict[str, Any]:
+    """The entries of `run.json` that say how it is judged."""
+    return {"selection": rule, "test_envs": list(tests), **measured_by(rule, names, tests)}
 
 
-def scored(step: int, dev: float, held_out: float) -> Record:
-    args = {"test_envs": [0], "hparams_seed": 0}
-    scores = {"dev_score": dev, "mismatched_score": 1.0, "heldout_score": held_out}
-    return {"step": step, "args": args, **scores}
+def splits(step: int, in_acc: Sequence[float], out_acc: Sequence[float]) -> Record:
+    sides = {"in": in_acc, "out": out_acc}
+    scores = {
+        f"{name}/{side}": {"accuracy": value, "loss": 1.0}
+        for side, values in sides.items()
+        for name, value in zip("abc", values, strict=True)
+    }
+    return {"step": step, "scores": scores}
 
 
-EPOCHS = [scored(0, -0.1, math.nan), scored(1, 0.3, 0.2), scored(2, 0.3, 0.1), scored(3, 0.1, 0.4)]
+def scored(step: int, **scores: float) -> Record:
+    return {"step": step, "scores": {name: {"score": value} for name, value in scores.items()}}
 
 
-def test_on_glue_the_first_best_epoch_on_the_selecting_set_is_chosen() -> None:
-    assert outcome(best_dev(EPOCHS, 0)) == (1, 0.3, 0.3)
-    assert outcome(heldout(EPOCHS, 0)) == (3, 0.4, 0.1)
-    assert outcome(best_dev(EPOCHS[:1], 0)) == (0, -0.1, -0.1)
-    assert selected(EPOCHS, "heldout", [0]) is EPOCHS[3]
+SPLITS = [
+    splits(0, [0.1, 0.0, 0.0], [0.2, 0.5, 0.6]),
+    splits(1, [0.3, 0.0, 0.0], [0.4, 0.7, 0.8]),
+]
+NAN = math.nan
+EPOCHS = [
+    scored(0, dev=-0.1, mismatched=1.0, heldout=NAN),
+    scored(1, dev=0.3, mismatched=1.0, heldout=0.2),
+    scored(2, dev=0.3, mismatched=1.0, heldout=0.1),
+    scored(3, dev=0.1, mismatched=1.0, heldout=0.4),
+]
+QUIZ = [scored(1, quiz=0.9, other=0.5), scored(3, quiz=0.1, other=0.5)]
 
 
-def test_any_record_is_judged_as_its_rule_judges() -> None:
-    def numbers(record: Record, rule: str, tests: list[int], names: list[str]) -> tuple[float, ...]:
-        facts = {"selection": rule, "test_envs": tests, "env_names": names}
-        choice = judged(record, facts)
-        return choice.validation, choice.test
-
-    sets = ["dev", "mismatched"]
-    assert numbers(EPOCHS[1], "best_dev", [0], sets) == (0.3, 0.3)
-    assert numbers(EPOCHS[1], "heldout", [0], sets) == (0.2, 0.3)
-    record, names = TWO_STEPS[1], ["a", "b", "c"]
-    assert numbers(record, "training_domain_validation", [0], names) == (0.75, 0.3)
-    assert numbers(record, "oracle", [0], names) == (0.4, 0.3)
-    assert numbers(record, "training_domain_validation", [0, 1], names) == (0.8, 0.15)
-    assert all(map(math.isnan, numbers(record, "oracle", [], names)))
-
-
-def answered(step: int, quiz: float, hparams_seed: int = 0) -> Record:
-    args = {"test_envs": [0], "hparams_seed": hparams_seed}
-    return {"step": step, "args": args, "quiz_score": quiz, "other_score": 0.5}
-
-
-def test_the_last_step_is_taken_whatever_its_scores() -> None:
-    """It knows no set by its name; what is reported is for `judged` to say."""
-    records = [answered(1, 0.9), answered(3, 0.1), answered(2, math.nan)]
-    choice = last_step(records, 0)
-    assert choice is not None and choice.record is records[1] and math.isnan(choice.test)
-    assert selected(records, "last_step", [0]) is records[1]
-    assert selected(records[:1], "last_step", [0]) is records[0]
-    assert selected([], "last_step", [0]) is None
+@pytest.mark.parametrize(
+    ("records", "facts", "place"),
+    [
+        (SPLITS, one_run("training_domain_validation"), 1),
+        (SPLITS, one_run("oracle"), 1),
+        (SPLITS[::-1], one_run("oracle"), 0),
+        (SPLITS, one_run("leave_one_domain_out"), None),  # it needs a sweep
+        (SPLITS, one_run("oracle", (0, 1)), None),
+        (SPLITS, one_run("oracle", ()), None),
+        ([], one_run("oracle"), None),
+        (EPOCHS, one_run("best_dev", names=("dev", "mismatched")), 1),  # the first of equals
+        (EPOCHS, one_run("heldout", names=("dev", "mismatched")), 3),
+        (EPOCHS[:1], one_run("heldout", names=("dev",)), 0),  # NaN, and no other
+        (QUIZ, one_run("last_step", names=("quiz", "other")), 1),
+        (QUIZ[::-1], one_run("last_step", names=("quiz", "other")), 0),
+    ],
+)
+def test_the_record_that_one_run_selects(
+    records: list[Record], facts: dict[str, Any], place: int | None
+) -> None:
+    assert selected(records, facts) is (None if place is None else records[place])
 
 
-def test_sets_that_select_nothing_are_judged_by_the_first() -> None:
-    facts = {"selection": "last_step", "test_envs": [0], "env_names": ["quiz", "other"]}
-    assert judging_set(facts) == "quiz"
-    choice = judged(answered(3, 0.1), facts)
-    assert (choice.validation, choice.test) == (0.1, 0.1)
-    both = judged(answered(3, 0.1), {**facts, "test_envs": [0, 1]})
-    assert (both.validation, both.test) == (0.1, 0.3)
-    texts = {"test_envs": [0], "env_names": ["dev", "mismatched"]}
-    assert judging_set({**texts, "selection": "best_dev"}) == "dev"
-    assert judging_set({**texts, "selection": "heldout"}) == "heldout"
+@pytest.mark.parametrize(
+    ("record", "facts", "validation", "test"),
+    [
+        (SPLITS[1], one_run("training_domain_validation"), 0.75, 0.3),
+        (SPLITS[1], one_run("leave_one_domain_out"), 0.75, 0.3),
+        (SPLITS[1], one_run("oracle"), 0.4, 0.3),
+        (SPLITS[1], one_run("training_domain_validation", (0, 1)), 0.8, 0.15),
+        (SPLITS[1], one_run("oracle", ()), NAN, NAN),
+        (EPOCHS[1], one_run("best_dev", names=("dev", "mismatched")), 0.3, 0.3),
+        (EPOCHS[1], one_run("heldout", names=("dev", "mismatched")), 0.2, 0.3),
+        (EPOCHS[0], one_run("heldout", names=("dev", "mismatched")), NAN, -0.1),
+        (QUIZ[1], one_run("last_step", names=("quiz", "other")), 0.1, 0.1),
+        (QUIZ[1], one_run("last_step", (0, 1), ("quiz", "other")), 0.1, 0.3),
+        ({"step": 0, "scores": {}}, one_run("best_dev", names=("dev",)), NAN, NAN),
+    ],
+)
+def test_any_record_is_judged_as_its_rule_judges(
+    record: Record, facts: dict[str, Any], validation: float, test: float
+) -> None:
+    choice = judged(record, facts)
+    assert (choice.validation, choice.test) == pytest.approx((validation, test), nan_ok=True)
+
+
+def test_sets_that_select_and_sets_that_are_reported_are_written_down() -> None:
+    assert measured_by("oracle", ["a", "b"], [1]) == {
+        "selects": {"sets": ["b/out"], "measure": "accuracy"},
+        "reported": {"sets": ["b/in"], "measure": "accuracy"},
+    }
+    assert measured_by("heldout", ["dev", "mismatched"], [0]) == {
+        "selects": {"sets": ["heldout"], "measure": "score"},
+        "reported": {"sets": ["dev"], "measure": "score"},
+    }

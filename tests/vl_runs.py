@@ -11,7 +11,7 @@ from typing import Any
 
 from language_runs import RUNTIME
 from PIL import Image
-from sweeps import ARGS, EVAL_TIME, LAYERS, STEP_TIME, STEPS, write_run
+from sweeps import ARGS, ENVIRONMENTS, EVAL_TIME, LAYERS, STEP_TIME, STEPS, write_run
 
 from dynmoe.records import RunFolder
 
@@ -30,16 +30,16 @@ def write_vl_run(
     scores: Mapping[str, float] | None = None,
     seed: int = 0,
     *,
-    results: Mapping[str, float] | None = None,
+    kinds: Mapping[str, Mapping[str, float]] | None = None,
     steps: Sequence[int] = STEPS[-1:],
     config: dict[str, Any] | None = None,
     facts: dict[str, Any] | None = None,
 ) -> RunFolder:
-    """`scores` by set, the first is reported. `results` are further keys of a result; without them
-    each set has `KINDS`. Of `steps`, which are evaluated, all have the same scores."""
+    """`scores` by set, the first is reported. `kinds` are further measures by set; without them
+    each set has `KINDS`. All of `steps`, which are evaluated, have the same scores."""
     scores = scores or {"test": 0.6, "shuffled": 0.4}
     names = list(scores)
-    sizes = {f"env{index}": {"in": 50} for index in range(len(names))}
+    sizes = dict.fromkeys(names, 50)
     folder = write_run(
         sweep,
         setting,
@@ -57,6 +57,7 @@ def write_vl_run(
             "protocol": "llava",
             "selection": "last_step",
             "stage": "moe",
+            "modality": "vision-language",
             "dataset": "Scenes",
             "env_names": names,
             "test_envs": [0],
@@ -67,14 +68,18 @@ def write_vl_run(
             "runtime": RUNTIME,
             "mean_tokens": 12.5,
             "sizes": {"train": 300, **sizes},
-            "baseline": {"name": "question only", f"{names[0]}_score": 0.35, "majority": 0.2},
+            "baseline": {
+                "name": "most frequent answer to the same question",
+                "scores": {names[0]: {"score": 0.35}},
+                "majority": 0.2,
+            },
             **(facts or {}),
         },
     )
     run = folder.read_run()
-    own = {f"{name}_score": score for name, score in scores.items()}
-    if results is None:
-        results = {f"{name}_{kind}": scores[name] + KINDS[kind] for name in names for kind in KINDS}
+    if kinds is None:
+        kinds = {name: {kind: scores[name] + KINDS[kind] for kind in KINDS} for name in names}
+    found = {name: {"score": scores[name], **kinds.get(name, {}), "loss": 2.0} for name in names}
     records = [
         {
             "step": step,
@@ -85,15 +90,19 @@ def write_vl_run(
             "mem_gb": 1.25,
             "args": {key: run[key] for key in ARGS},
             "hparams": {},
-            **own,
-            **results,
+            "scores": found,
         }
         for step in steps
     ]
+    sources = {"train": "train", **dict(zip(ENVIRONMENTS, names, strict=False))}
     routing = [
-        {**_without_details(line), "parts": _parts(line, setting, seed)}
+        {
+            **_without_details(line),
+            "parts": _parts(line, setting, seed),
+            "source": sources[line["source"]],
+        }
         for line in folder.read("routing")
-        if line["source"] in {"train", *sizes} and line["step"] in steps
+        if line["source"] in sources and line["step"] in steps
     ]
     _write(folder, "results", records)
     _write(folder, "routing", routing)

@@ -112,7 +112,7 @@ class TaskData(LightningDataModule):
     @property
     @abstractmethod
     def env_names(self) -> list[str]:
-        """The sets that are evaluated; records call them env0, env1, ..."""
+        """The environments or sets that are evaluated, as records name them."""
 
     @property
     @abstractmethod
@@ -175,7 +175,7 @@ class TaskData(LightningDataModule):
     @property
     @abstractmethod
     def sizes(self) -> dict[str, Any]:
-        """Numbers of examples: {"env0": {"in": n, ...}, ...}, of further sets by their names."""
+        """Numbers of examples by evaluated set, and what else there is (train)."""
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from dynmoe.layers.moe import MoELayer, Routed, moe_layers
 Reduce = Callable[[Tensor], Tensor]
 
 TRAIN = "train"
-"""The source of training; every other one is an evaluation."""
+"""The source of training; every other one is the name of what is evaluated."""
 
 POSITIONS = 1024
 """Token positions with a count each; later ones are left out of ``k_by_position``."""
@@ -38,7 +38,7 @@ class _Sums(NamedTuple):
 
 
 class RoutingMeter:
-    """Adds up routing by source ("train", "env0", ...) and layer.
+    """Adds up routing by source ("train", "dev", ...) and layer.
 
     ``classes`` is the number of labels that ``update`` may be given; ``parts`` names the parts of a
     sequence (image, prompt, answer) that are recorded separately.

@@ -167,10 +167,10 @@ def _draws(collection: Collection, problem: Problem) -> dict[str, int]:
 
 def _samples(runs: Sequence[Run]) -> tuple[int, ...]:
     found = {
-        (run.environment, int(run.facts["sizes"][f"env{index}"]["in"]))
+        (name, int(run.facts["sizes"][name]))
         for run in runs
         if "sizes" in run.facts
-        for index in run.facts["test_envs"]
+        for name in run.facts["reported"]["sets"]
     }
     return tuple(size for _, size in sorted(found))
 

@@ -143,7 +143,7 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
         "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
         f"setting of the grid. A marker stands at the {chosen}, whose {words.nouns} are reported."
     )
-    if runs[0].problem.on_sets and runs[0].problem.validates:
+    if any(run.facts.get("patience") is not None for run in runs):
         caption += (
             " It is on the mean curve: reported is each run at its own step. Where patience ended "
             "a run before others, its last value goes on."

@@ -133,11 +133,10 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
                 style = Strong if each.verdict in ("beats", "is below") else str
                 cells = (style(points_text(each.values)), style(p_text(each.values)))
                 rows.append((_rival(each), place, format_mean(each.accuracies), *cells, count))
-    what = f"reported {claim.words.noun}" if claim.problem.on_sets else "test accuracy"
     notes = [
         ERROR,
         PAIRED.format(claim.words.part),
-        GRID.format(what, PICK if claim.problem.validates else ""),
+        GRID.format(f"reported {claim.words.noun}", PICK if claim.problem.validates else ""),
         *(
             f"Incomplete in {each.environment}: {', '.join(each.left_out)}."
             for each in claim.comparisons

@@ -106,11 +106,10 @@ def search_table(collection: Collection, cost: SearchCost) -> Table:
     """Cost of training the grid beside that of training an adaptive setting."""
     problem = cost.problem
     runs = collection.of(problem)
-    of_what = f" of a {runs[0].words.sample}" if problem.on_sets else ""
-    lost = "searched values" if problem.on_sets else "draws of hyper-parameters"
     note = (
-        f"All runs of the same {runs[0].words.part}s and repetitions, {lost} that lost "
-        f"included. FLOPs: 3 x the forward pass{of_what} x samples, with the experts and k "
+        f"All runs of the same {runs[0].words.part}s and repetitions, draws and searched values "
+        "that lost included. FLOPs: 3 x the forward pass of a "
+        f"{runs[0].words.sample} x samples, with the experts and k "
         "recorded in training. Recorded hours: training and evaluation; runs side by side on one "
         "machine slow one another."
     )

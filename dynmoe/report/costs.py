@@ -111,8 +111,8 @@ def different_facts(facts: Sequence[Record], keys: Iterable[str]) -> tuple[str, 
 def _model_cost(run: Run) -> tuple[float, ...]:
     """`ModelCost` of one run, without `runs`."""
     costs = run.facts["costs"]
-    sources = {f"env{index}" for index in run.facts["test_envs"]}
-    experts, mean_k = _routed(line for line in run.routing_at_outcome if line["source"] in sources)
+    lines = (line for line in run.routing_at_outcome if line["source"] in run.tested)
+    experts, mean_k = _routed(lines)
     names = list(costs["slots"])
     if not experts.keys() >= set(names):
         return (total(costs), *(math.nan,) * 5)

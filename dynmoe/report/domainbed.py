@@ -285,11 +285,19 @@ def _refuse_mixtures(runs: dict[Path, Record]) -> None:
             raise _mixture(f"two runs of {run}, {seeds}", other, folder)
         # DomainBed's hyper-parameters are a function of these (hparams_registry.py).
         other = same_draw.setdefault((dataset, algorithm, draw, trial if draw else None), folder)
-        if runs[other].get("hparams") != record.get("hparams"):
+        if _hparams(other, runs[other]) != _hparams(folder, record):
             raise _mixture(f"different hparams of {algorithm} on {dataset}, {seeds}", other, folder)
         other = same_data.setdefault(dataset, folder)
         if count_environments(runs[other]) != count_environments(record):
             raise _mixture(f"different numbers of environments of {dataset}", other, folder)
+
+
+def _hparams(folder: Path, record: Record) -> tuple[Any, dict[str, Any]]:
+    """Hyper-parameters of a run; those of our mixtures are in `run.json`, which DomainBed lacks."""
+    has_facts = (folder / "run.json").exists()
+    config = RunFolder(folder).read_run().get("config", {}) if has_facts else {}
+    moe = {key: value for key, value in config.items() if key.startswith("moe.")}
+    return record.get("hparams"), moe
 
 
 def _mixture(what: str, first: Path, second: Path) -> RecordError:

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 # Okabe & Ito 2008, "Color Universal Design". Black is kept for what a figure compares with; grey
 # takes the place of the yellow, which is too pale on paper.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
-DASHES = ("-", "--", ":", "-.")
+DASHES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 BLUE, RED, GREY = "#0072B2", "#D55E00", "#666666"
 STEP = "optimizer step"
 

@@ -6,13 +6,12 @@ import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
 from dynmoe.report.costs import Timings, generation_rows
 from dynmoe.report.document import Block, Code, Items, Section, Sheet
-from dynmoe.report.run import Problem, Run, conditions, environments, every, seeds
+from dynmoe.report.run import Problem, Run, conditions, every, seeds
 from dynmoe.report.runs import Collection
 from dynmoe.report.settings import start_name
 from dynmoe.report.tables import Table, format_number
@@ -25,28 +24,11 @@ ABSENT = "-"
 CellText = Callable[[Sequence[Run]], str]
 
 
-class Condition(NamedTuple):
-    name: str
-    text: CellText
-    on_sets: bool | None = None
-    """Applies to problems that are scored on whole sets, on environments, or (None) to all."""
-
-
 def how_it_was_made(collection: Collection, timings: Iterable[Timings]) -> Section:
     """Return the conditions of every problem's runs in a table, and the commands."""
     problems = collection.problems
-    rows = [
-        (
-            row.name,
-            *(
-                row.text(collection.of(problem))
-                if row.on_sets in (None, problem.on_sets)
-                else ABSENT
-                for problem in problems
-            ),
-        )
-        for row in CONDITIONS
-    ]
+    columns = [collection.of(problem) for problem in problems]
+    rows = [(name, *map(text, columns)) for name, text in CONDITIONS.items()]
     table = Table(
         "Conditions of the runs",
         ("condition", *(problem.dataset for problem in problems)),
@@ -82,7 +64,6 @@ def every_run(collection: Collection, problem: Problem) -> Table:
     """Return the results of each run of a problem, so that all means can be computed again."""
     runs = collection.of(problem)
     words = runs[0].words
-    reported = "" if problem.on_sets else " on the test environment's in split"
     step, note, more = "last step", "", []
     if problem.validates:
         step, note = "selected step", "; validation is what selected the step"
@@ -99,7 +80,7 @@ def every_run(collection: Collection, problem: Problem) -> Table:
         f"Every run on {problem.dataset}",
         ("setting", words.place, "seed", "trial seed", step, words.column, *more),
         tuple(rows),
-        note=f"{capital(words.measure)}{reported}{note}.",
+        note=f"{capital(words.measure)}{words.split}{note}.",
         conditions=conditions(runs),
     )
 
@@ -122,56 +103,54 @@ def _start(run: Run) -> str:
     return f"{start}, of the same seed" if start else ABSENT
 
 
-def _sizes(run: Run) -> str | None:
-    """`0: 240 in, 60 out`, by split; of whole sets `2490 train, 277 dev`."""
-    sizes = run.facts.get("sizes") or {}
-    if run.problem.on_sets:
-        counts = {name: sizes.get(name) for name in ("train", "heldout")}
-        for index, name in enumerate(run.facts["env_names"]):
-            counts[name] = sizes.get(f"env{index}", {}).get("in")
-        return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or None
-    found = [sizes.get(f"env{index}") for index in run.facts["test_envs"]]
-    known = [f"{size['in']} in, {size['out']} out" for size in found if size]
-    return f"{run.environment}: {' + '.join(known)}" if known else None
+def _sizes(run: Run) -> str:
+    """`2490 train, 277 dev`: training examples, and those that select or are reported."""
+    facts, sizes = run.facts, run.facts.get("sizes") or {}
+    names = ["train", *facts["selects"]["sets"], *facts["reported"]["sets"]]
+    found = {name: sizes[name] for name in names if sizes.get(name)}
+    return ", ".join(f"{count} {name}" for name, count in found.items()) or "unknown"
 
 
-CONDITIONS = (
-    Condition("test environments", lambda runs: ", ".join(environments(runs)), False),
-    Condition("images of a test environment", _each(_sizes), False),
-    Condition("measure", _each(lambda run: run.words.measure), True),
-    Condition("evaluated on", lambda runs: ", ".join(environments(runs)), True),
-    Condition("examples", _each(_sizes), True),
-    Condition(
-        "tokens of an example, mean",
-        _each(lambda run: format_number(run.facts.get("mean_tokens", math.nan), ".1f")),
-        True,
+def _mean_tokens(run: Run) -> str:
+    tokens = run.facts.get("mean_tokens")
+    return ABSENT if tokens is None else format_number(tokens, ".1f")
+
+
+def _batch(run: Run) -> str:
+    """In DomainBed each training environment has a batch in every step."""
+    size, samples = run.facts["batch_size"], run.facts.get("samples_per_step")
+    return str(size) if samples in (None, size) else f"{size} x {samples // size}"
+
+
+def _data(runs: Sequence[Run]) -> str:
+    return every(sorted({str(run.facts.get("data_hash")) for run in runs}))
+
+
+CONDITIONS: dict[str, CellText] = {
+    "measure": _each(lambda run: run.words.measure),
+    "reported on": _each(lambda run: ", ".join(run.facts["reported"]["sets"])),
+    "examples": _each(_sizes),
+    "tokens of an example, mean": _each(_mean_tokens),
+    "patience, in evaluations": _fact("patience", ABSENT),
+    "stage": _fact("stage", ABSENT),
+    "started from": _each(_start),
+    "protocol": _fact("protocol"),
+    "selection rule": _each(lambda run: RULES[run.facts["selection"]]),
+    "repetitions": lambda runs: seeds({run.repetition for run in runs}),
+    "steps": _fact("steps"),
+    "batch size": _each(_batch),
+    "learning rate": _config("task.optimizer.lr"),
+    "weight decay": _config("task.optimizer.weight_decay"),
+    "backbone": _fact("backbone"),
+    "weights": _fact("weights"),
+    "data hash": _data,
+    "versions": _fact("versions"),
+    "machine": _fact("machine"),
+    "device, threads": _each(
+        lambda run: ", ".join(str(run.facts.get(key, "unknown")) for key in ("device", "threads"))
     ),
-    Condition("patience, in evaluations", _fact("patience", ABSENT), True),
-    Condition("stage", _fact("stage", ABSENT), True),
-    Condition("started from", _each(_start), True),
-    Condition("protocol", _fact("protocol")),
-    Condition("selection rule", _each(lambda run: RULES[run.facts["selection"]])),
-    Condition("repetitions", lambda runs: seeds({run.repetition for run in runs})),
-    Condition("steps", _fact("steps")),
-    Condition("batch size, per training environment", _fact("batch_size"), False),
-    Condition("batch size", _fact("batch_size"), True),
-    Condition("learning rate", _config("task.optimizer.lr")),
-    Condition("weight decay", _config("task.optimizer.weight_decay")),
-    Condition("backbone", _fact("backbone")),
-    Condition("weights", _fact("weights")),
-    Condition(
-        "data hash", lambda runs: every(sorted({str(run.facts.get("data_hash")) for run in runs}))
-    ),
-    Condition("versions", _fact("versions")),
-    Condition("machine", _fact("machine")),
-    Condition(
-        "device, threads",
-        _each(
-            lambda run: ", ".join(str(run.facts.get(k, "unknown")) for k in ("device", "threads"))
-        ),
-    ),
-    Condition("runtime", _fact("runtime")),
-)
+    "runtime": _fact("runtime"),
+}
 
 
 def _commands(collection: Collection, timings: Iterable[Timings]) -> Iterator[str]:

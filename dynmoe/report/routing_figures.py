@@ -25,7 +25,7 @@ from dynmoe.report.drawing import (
     percent_of_rows,
     whole_numbers,
 )
-from dynmoe.report.run import Run, by_setting
+from dynmoe.report.run import Run, by_setting, environments
 from dynmoe.report.words import SHUFFLED, layer_name
 
 # A heat map cannot name more classes than this.
@@ -95,10 +95,8 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
         axes.grid(alpha=0.25)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    words = runs[0].words
-    tested = (
-        f"{words.place} {runs[0].environment}" if runs[0].problem.on_sets else f"{words.place}s"
-    )
+    words, names = runs[0].words, environments(runs)
+    tested = f"{words.place} {names[0]}" if len(names) == 1 else f"{words.place}s"
     name_axes(figure, "MoE layer, from the first up", f"experts per {words.token}")
     return Picture(
         "k_by_layer",
@@ -128,10 +126,7 @@ def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
             axes, k, list(map(layer_name, layers)), range(k.shape[1]), form=".1f", lightest=k.min()
         )
         axes.set_title(setting)
-    order = "class token; then patches, row by row"
-    if runs[0].problem.on_sets:
-        order = "the first; a position counts the texts that reach it"
-    name_axes(figure, f"token position (0: {order})")
+    name_axes(figure, f"token position (0: {runs[0].words.positions})")
     return Picture(
         "k_by_position",
         figure,
@@ -147,10 +142,8 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
     None for a single set whose parts (image, prompt, answer) are recorded: they have a figure."""
 
     def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
-        tests = {f"env{index}" for index in run.facts["test_envs"]}
-        mark = " (reported)" if run.problem.on_sets else " (test)"
-        marks = [mark if line["source"] in tests else "" for line in lines]
-        rows = [name + mark for name, mark in zip(evaluated(run), marks, strict=True)]
+        mark = f" ({run.words.mark})"
+        rows = [name + mark * (name in run.tested) for name in evaluated(run)]
         slots = lines[0]["slots"]
         shares = percent_of_rows([line["load"] for line in lines], len(slots))
         heat_map(axes, shares, rows, slots)
@@ -268,7 +261,7 @@ def load_panels(
         draw(axes, run, of_layer(evaluation(run), layer))
         axes.set_title(f"{run.setting}\n{layer_name(layer)}")
     # A panel of few rows is too low for the long name; the caption says it too.
-    share = "" if runs[0].problem.on_sets else "; numbers: % of its routed tokens"
+    share = "; numbers: % of its routed tokens" if rows > 3 else ""
     name_axes(figure, "living expert (slot)", what + share)
     return figure
 
@@ -281,15 +274,13 @@ def evaluation(run: Run) -> list[Record]:
 
     The set of exchanged images is left out: it has the questions of another set.
     """
-    names = run.facts["env_names"]
-    left_out = ("train", *(f"env{names.index(each)}" for each in (SHUFFLED,) if each in names))
+    left_out = ("train", SHUFFLED)
     return [line for line in run.routing_at_outcome if line["source"] not in left_out]
 
 
 def on_tests(run: Run) -> list[Record]:
     """Return the routing on the test environments at the reported step."""
-    sources = {f"env{index}" for index in run.facts["test_envs"]}
-    return [line for line in evaluation(run) if line["source"] in sources]
+    return [line for line in evaluation(run) if line["source"] in run.tested]
 
 
 def training(run: Run) -> list[Record]:
@@ -303,13 +294,12 @@ def of_layer(lines: Iterable[Record], layer: str) -> list[Record]:
 
 def layers_of(run: Run) -> list[str]:
     """Names of its MoE layers, from the first up."""
-    return list(run.facts["parameters"]["layers"])
+    return list(run.facts["start_experts"])
 
 
 def evaluated(run: Run) -> list[str]:
     """Names of the environments or sets that were evaluated."""
-    sources = dict.fromkeys(line["source"] for line in evaluation(run))
-    return [run.facts["env_names"][int(source.removeprefix("env"))] for source in sources]
+    return list(dict.fromkeys(line["source"] for line in evaluation(run)))
 
 
 def mean_k(run: Run, layer: str) -> float:

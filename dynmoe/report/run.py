@@ -1,4 +1,4 @@
-"""One finished run as reports see it: what it is about, what it is called, what came out of it.
+"""One run as reports see it: its problem, its setting's name, its results and routing.
 
 Runs of one problem (data set, protocol, selection rule) are comparable. Within it, a *setting* is
 the configuration without seeds and test environments: the runs of one setting differ in chance
@@ -8,14 +8,15 @@ alone, and only they are averaged.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from dynmoe.records import Record, RunFolder
+from dynmoe.records import Record, RecordError, RunFolder, stretches
 from dynmoe.report.words import Words, words_of
-from dynmoe.selection import RULES, SELECTING_SET, judged, on_sets, selected
+from dynmoe.selection import RULES, judged, selected
 
 Kind = Literal["dense", "fixed", "adaptive"]
 KINDS: tuple[Kind, ...] = ("dense", "fixed", "adaptive")
@@ -25,48 +26,61 @@ Repetition = tuple[int, int]
 
 
 class Problem(NamedTuple):
-    """What a table is about; all its cells share it."""
+    """Subject of a table; all its cells share it."""
 
     dataset: str
     protocol: str
     selection: str
 
     @property
-    def on_sets(self) -> bool:
-        """Whether its runs are scored on whole sets, not on the splits of environments."""
-        return on_sets(self.selection)
-
-    @property
     def validates(self) -> bool:
-        """Whether its rule chooses by scores at all; the last step is taken without."""
-        return SELECTING_SET.get(self.selection, "") is not None
+        """Whether its rule chooses by scores; the last step is taken without."""
+        return self.selection != "last_step"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is reported of a run: the model at the step that the selection rule chose."""
+    """The reported result of a run: that of the model at the step that the rule chose."""
 
     step: int
     accuracy: float
-    """What is reported, as a share of 1: `metrics.selection.judged` tells it of each rule."""
+    """The reported number, as a share of 1 (`dynmoe.selection.judged`)."""
     validation: float
-    """What the rule selects by, in the same unit."""
+    """The number that the rule selects by, in the same unit."""
     last: float
-    """As `accuracy`, of the model at the end of training."""
+    """The reported number of the model at the end of training."""
     is_selected: bool
     """False where the rule cannot decide within one run; then `step` is the last one."""
 
 
 @dataclass(frozen=True)
+class Layer:
+    """One MoE layer: its experts over the run, and its routing in the reported model.
+
+    A number that was not recorded is NaN."""
+
+    name: str
+    start: int
+    added: int
+    removed: int
+    end: int
+    experts: int
+    k_train: float
+    k_test: float
+    unrouted: float
+    """Share of training tokens that chose no expert."""
+
+
+@dataclass(frozen=True)
 class Run:
-    """One finished run."""
+    """One run that has at least one evaluation, or has not begun (`results` is empty)."""
 
     folder: RunFolder
     facts: Record
     """`run.json`."""
     results: list[Record]
     setting: str = ""
-    """Its setting's name, unique within the problem; `read_runs` gives it."""
+    """The name of its setting, unique within the problem; `read_runs` gives it."""
     chosen: Record | None = None
     """The record that the selection rule chose where it had to look at several runs."""
 
@@ -80,9 +94,14 @@ class Run:
         return Problem(*(self.facts[key] for key in Problem._fields))
 
     @property
+    def tested(self) -> list[str]:
+        """Names of the environments or sets that are reported, which are sources of routing."""
+        return [self.facts["env_names"][index] for index in self.facts["test_envs"]]
+
+    @property
     def environment(self) -> str:
         """The test environment's name; several are joined by `+`."""
-        return "+".join(self.facts["env_names"][index] for index in self.facts["test_envs"])
+        return "+".join(self.tested)
 
     @property
     def repetition(self) -> Repetition:
@@ -112,7 +131,7 @@ class Run:
 
     @property
     def kind(self) -> Kind:
-        """`adaptive`: training adds and removes experts; `fixed`: a mixture that stays as it is."""
+        """`adaptive`: training adds and removes experts; `fixed`: the experts stay as they are."""
         if self.facts["config"].get("moe.router", "") is None:
             return "dense"
         fixed = self.facts["config"].get("moe.adaptation", "") is None
@@ -120,10 +139,9 @@ class Run:
 
     @cached_property
     def outcome(self) -> Outcome:
-        facts = self.facts
-        chosen = self.chosen or selected(self.results, facts["selection"], facts["test_envs"])
-        last = judged(self.results[-1], facts)
-        reported = last if chosen is None else judged(chosen, facts)
+        chosen = self.chosen or selected(self.results, self.facts)
+        last = judged(self.results[-1], self.facts)
+        reported = last if chosen is None else judged(chosen, self.facts)
         return Outcome(
             reported.record["step"],
             accuracy=reported.test,
@@ -136,6 +154,17 @@ class Run:
     def reported(self) -> Record:
         """The result of the model that is reported."""
         return next(each for each in self.results if each["step"] == self.outcome.step)
+
+    @property
+    def scores(self) -> Mapping[str, Mapping[str, float]]:
+        """Measures of the reported model by set, in the order of `env_names`."""
+        found, order = self.reported["scores"], self.facts["env_names"]
+
+        def place(name: str) -> int:
+            own = name if name in order else name.rpartition("/")[0]
+            return order.index(own) if own in order else len(order)
+
+        return {name: found[name] for name in sorted(found, key=place)}
 
     @cached_property
     def routing(self) -> list[Record]:
@@ -156,9 +185,65 @@ class Run:
     def events(self) -> list[Record]:
         return self.folder.read("events")
 
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The MoE layers, from the first up; k on the reported places, or else on all."""
+        tested = self.tested or self.facts["env_names"]
+
+        def layer(name: str, start: int) -> Layer:
+            lines = [line for line in self.routing_at_outcome if line["layer"] == name]
+            train = [line for line in lines if line["source"] == "train"]
+            test = [line for line in lines if line["source"] in tested]
+            updates = [event for event in self.events if event["layer"] == name]
+            return Layer(
+                name=name,
+                start=start,
+                added=sum(event["added"] is not None for event in updates),
+                removed=sum(len(event["removed"]) for event in updates),
+                end=updates[-1]["after"] if updates else start,
+                experts=len(lines[-1]["slots"]) if lines else start,
+                k_train=_token_mean(train, "mean_k"),
+                k_test=_token_mean(test, "mean_k"),
+                unrouted=_token_mean(train, "unrouted"),
+            )
+
+        return tuple(layer(*each) for each in self.facts["start_experts"].items())
+
+    @property
+    def steps_taken(self) -> int:
+        return int(self.results[-1]["step"]) + 1
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean over all training steps; `step_time` is the mean since the record before."""
+        found = [(n, n * each.get("step_time", math.nan)) for n, each in stretches(self.results)]
+        return sum(seconds for _, seconds in found) / sum(n for n, _ in found)
+
+    @property
+    def peak_memory(self) -> float:
+        """GiB, as DomainBed's `mem_gb`."""
+        return float(max(record.get("mem_gb", math.nan) for record in self.results))
+
+
+def read_run(folder: RunFolder) -> Run:
+    """A run that has at least one evaluation, finished or not; else raise RecordError."""
+    run = Run(folder, folder.read_run(), folder.read("results"))
+    run = replace(run, setting=short_name(run))
+    if not run.results:
+        raise RecordError(
+            f"{folder.path}: expected at least one line in results.jsonl, found none; "
+            "the run stopped before its first evaluation, start it again"
+        )
+    return run
+
+
+def _token_mean(lines: Sequence[Record], key: str) -> float:
+    tokens = sum(line["tokens"] for line in lines)
+    return sum(line[key] * line["tokens"] for line in lines) / tokens if tokens else math.nan
+
 
 def short_name(run: Run) -> str:
-    """What the mixture is called: `dense`, `top-2 of 8`, `GMoE top-1 of 6`, `DynMoE`."""
+    """Name of the mixture: `dense`, `top-2 of 8`, `GMoE top-1 of 6`, `DynMoE`."""
     config = run.config
     if run.kind == "dense":
         return "dense"
@@ -202,11 +287,8 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return {name: [run for run in runs if run.setting == name] for name in settings(runs)}
 
 
-# What stands below every table: the conditions that its numbers hold under.
-
-
 def conditions(runs: Sequence[Run]) -> str:
-    """Protocol, selection, repetitions, weights, data and versions of a table's runs.
+    """The foot of a table: protocol, selection, repetitions, weights, data, versions of its runs.
 
     Where runs differ in one of them, all values are named.
     """

@@ -19,10 +19,10 @@ import numpy as np
 from dynmoe.records import Record, RecordError, RunFolder
 from dynmoe.report.run import Problem, Repetition, Run, order, short_name
 from dynmoe.report.settings import name_settings
-from dynmoe.selection import RULES, best_of_sweep, judging_set, on_sets, rule_of
+from dynmoe.selection import RULES, best_of_sweep, rule_of
 
 Job = Mapping[str, Any]
-"""Of `sweep.json`: the overrides, and the configuration that they make."""
+"""A job of `sweep.json`: its overrides, and the configuration that they make."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Absent:
     """A run that a sweep asks for and that has no result yet."""
 
     name: str
-    """Of its folder."""
+    """The name of its folder."""
     overrides: str
     state: str
     """missing, stopped, running or failed"""
     why: str
-    """The first line of what it failed with; empty otherwise."""
+    """The first line of its error; empty if it did not fail."""
     problem: Problem | None = None
-    """This and what follows: as far as its `run.json` or the sweep's `sweep.json` tell it."""
+    """This and the following fields: as far as `run.json` or `sweep.json` tell them."""
     setting: str = ""
     environment: str = ""
     repetition: Repetition | None = None
@@ -57,7 +57,7 @@ class Collection:
     hyper-parameters that lost, and runs with two test environments for leave-one-domain-out
     selection."""
     commands: Mapping[Path, Sequence[str]] = field(default_factory=dict)
-    """Of sweep folders: those that made their runs, where `sweep.json` remembers them."""
+    """The commands that made the runs of each sweep folder, where `sweep.json` has them."""
 
     @property
     def problems(self) -> list[Problem]:
@@ -160,16 +160,15 @@ def _read(folder: RunFolder, finished: bool) -> Run | None:
 
 
 def _asked(folder: RunFolder, job: Job) -> Run | None:
-    """A run that has not begun, as far as the configuration of its job tells it."""
+    """A run that has not begun, with the facts that the configuration of its job tells."""
     config = job.get("config")
     if not config:
         return None
-    selection = rule_of(config)
     facts = {
         "dataset": config.get("data.name", ""),
         "protocol": config.get("protocol.name", ""),
-        "selection": selection,
-        "test_envs": [0] if on_sets(selection) else config.get("data.test_envs", []),
+        "selection": rule_of(config),
+        "test_envs": config.get("data.test_envs", [0]),
         **{key: config.get(key, 0) for key in ("seed", "trial_seed", "hparams_seed")},
         "config": config,
     }
@@ -244,17 +243,18 @@ def _different_data(runs: Iterable[Run]) -> list[str]:
     ]
 
 
-# What reports need of a run's records, checked as they are read: a damaged one is named there.
+# The entries of records that reports need, checked as they are read: a damaged one is named there.
 
 Keys = Mapping[str, type | tuple[type, ...]]
 
 NUMBER = (int, float)
 KNOWN_OR_NOT = (dict, type(None))
 FACTS: Keys = {
-    **dict.fromkeys(("dataset", "protocol", "selection", "backbone", "weights"), str),
+    **dict.fromkeys(("dataset", "protocol", "selection", "modality", "measure"), str),
+    **dict.fromkeys(("backbone", "weights"), str),
     **dict.fromkeys(("seed", "trial_seed", "hparams_seed", "steps", "batch_size"), int),
     **dict.fromkeys(("env_names", "test_envs", "class_names"), list),
-    **dict.fromkeys(("config", "parameters", "start_experts"), dict),
+    **dict.fromkeys(("config", "selects", "reported", "costs", "start_experts"), dict),
 }
 CONFIG: Keys = {"moe.algorithm": str, "moe.num_experts": int, "hparams_seed": int}
 COSTS: Keys = {"parameters": dict, "slots": dict, "flops": KNOWN_OR_NOT}
@@ -277,18 +277,13 @@ KINDS: Mapping[object, str] = {
 def check_facts(folder: RunFolder, facts: Record) -> None:
     """Raises RecordError where `run.json` lacks what a report needs."""
     file = folder.path / "run.json"
-    if "config" not in facts:
-        raise RecordError(
-            f"{folder.path}: expected `config` in run.json, found a run of an earlier version; "
-            "run it again with overwrite=true"
-        )
     _expect(str(file), facts, FACTS)
     check_config(f"{file}, config", facts["config"])
-    if facts.get("costs") is not None:  # which early versions did not record
-        _expect(f"{file}, costs", facts["costs"], COSTS)
-    _expect(f"{file}, parameters", facts["parameters"], {"layers": dict})
-    layers = facts["parameters"]["layers"]
+    _expect(f"{file}, costs", facts["costs"], COSTS)
+    layers = facts["costs"]["slots"]
     _expect(f"{file}, start_experts", facts["start_experts"], dict.fromkeys(layers, int))
+    for role in ("selects", "reported"):
+        _expect(f"{file}, {role}", facts[role], {"sets": list, "measure": str})
     if facts["selection"] not in RULES:
         raise _error(str(file), f"`selection` as one of {', '.join(RULES)}", facts["selection"])
     if not all(index in range(len(facts["env_names"])) for index in facts["test_envs"]):
@@ -296,22 +291,20 @@ def check_facts(folder: RunFolder, facts: Record) -> None:
 
 
 def check_config(place: str, config: Any) -> None:
-    """Raises RecordError where a configuration does not tell what its mixture is called."""
+    """Raises RecordError where a configuration lacks what the name of its mixture is made of."""
     _expect(place, config, CONFIG)
 
 
 def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -> None:
-    """Raises RecordError where a result lacks an accuracy or a score."""
-    rule, names = facts["selection"], facts["env_names"]
-    if on_sets(rule):
-        keys = [f"{name}_score" for name in (*names, judging_set(facts))]
-    else:
-        keys = [f"env{env}_{split}_acc" for env in range(len(names)) for split in ("in", "out")]
-    measures: Keys = dict.fromkeys(keys, NUMBER)
+    """Raises RecordError where a result lacks a score that selects or is reported."""
     for number, record in enumerate(results, start=1):
         place = f"{folder.path / 'results.jsonl'}, line {number}"
         times: Keys = {key: NUMBER for key in ("step_time", "eval_time") if key in record}
-        _expect(place, record, {"args": dict, **measures, **times})
+        _expect(place, record, {"args": dict, "scores": dict, **times})
+        for role in ("selects", "reported"):
+            for name in facts[role]["sets"]:
+                measure = {facts[role]["measure"]: NUMBER}
+                _expect(f"{place}, scores of {name}", record["scores"].get(name), measure)
         for key in ("test_envs", "hparams_seed"):  # by which selection finds a run's records
             if record["args"].get(key) != facts[key]:
                 expected = f"`{key}` {facts[key]} in `args`, as in run.json"
@@ -319,7 +312,7 @@ def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -
 
 
 def check_routing(run: Run) -> None:
-    """Read what reports read of a run's routing and events; it is kept, and not read again.
+    """Read the routing and events that reports need; they are kept, and not read again.
 
     Raises:
         RecordError: a damaged line, or a layer or an environment without its line.
@@ -333,11 +326,9 @@ def check_routing(run: Run) -> None:
         _expect(f"{file}, step {line['step']}", line, ROUTING)
     for event in run.events:
         _expect(f"{file.with_name('events.jsonl')}, step {event['step']}", event, EVENT)
-    layers = run.facts["parameters"]["layers"]
-    sources = [f"env{index}" for index in range(len(run.facts["env_names"]))]
     lines = [line for line in run.routing_at_outcome if line["source"] != "train"]
     found = {(line["layer"], line["source"]) for line in lines}
-    if found and found != set(product(layers, sources)):
+    if found and found != set(product(run.facts["start_experts"], run.facts["env_names"])):
         raise _error(
             str(file),
             f"a line for every layer and environment at step {run.outcome.step}",
@@ -359,16 +350,16 @@ def _error(place: str, expected: str, found: object) -> RecordError:
     )
 
 
-# Which runs stand for their repetitions, and are reported.
+# The runs that represent their repetitions, and are reported.
 #
-# A search belongs to its method, whatever was searched over: of its runs those stand that
-# validation is best for.
+# A search belongs to its method, whatever was searched over: of its runs those with the best
+# validation are reported.
 
 
 def choose(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
-    """The runs that stand for their repetitions, and the others.
+    """The runs that represent their repetitions, and the others.
 
-    Of several draws of hyper-parameters the best by validation stands, as in DomainBed; of values
+    Of several draws of hyper-parameters the best by validation is taken, as in DomainBed; of values
     that a protocol searches over, one for all repetitions of a setting.
     """
     runs = list(runs)
@@ -381,7 +372,7 @@ def choose(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
 
 
 def _with_best_values(runs: Iterable[Run]) -> Iterable[Run]:
-    """Of each setting the runs with the searched values of the best mean validation.
+    """The runs of each setting with the searched values of the best mean validation.
 
     Values that lack repetitions which others have are not taken: their mean is of other runs.
     """
@@ -402,20 +393,24 @@ def _mean_validation(runs: Iterable[Run]) -> float:
 
 
 def _standing(trial: Sequence[Run]) -> Iterable[Run]:
-    """For each test environment of one setting's repetition, the run that stands for it."""
-    rule = trial[0].problem.selection
+    """For each test environment of one setting's repetition, the run that represents it.
+
+    Of equally good draws the last is taken, as in DomainBed.
+    """
+    finds_pairs = trial[0].problem.selection == "leave_one_domain_out"
     draws: defaultdict[tuple[int, ...], list[Run]] = defaultdict(list)
     for run in trial:
         draws[tuple(run.facts["test_envs"])].append(run)
     for tests, candidates in draws.items():
-        if len(tests) == 1:
+        if not finds_pairs:
+            yield max(reversed(candidates), key=lambda run: _mean_validation([run]))
+        elif len(tests) == 1:
             holding_out = (run.results for run in trial if tests[0] in run.facts["test_envs"])
-            choice = best_of_sweep(chain.from_iterable(holding_out), rule, tests[0])
-            if choice is None:  # leave-one-domain-out without its pairs: the last step is shown
+            records = chain.from_iterable(holding_out)
+            choice = best_of_sweep(records, "leave_one_domain_out", tests[0])
+            if choice is None:  # without its pairs: the last step is shown
                 yield candidates[0]
                 continue
             draw = choice.record["args"]["hparams_seed"]
             (best,) = (run for run in candidates if run.facts["hparams_seed"] == draw)
             yield replace(best, chosen=dict(choice.record))
-        elif rule != "leave_one_domain_out":
-            yield max(candidates, key=lambda run: run.outcome.validation)

@@ -1,4 +1,5 @@
-"""Settings by task, as in the tables of GLUE: what each reaches on every task, and their mean."""
+"""Tables of scores on sets: settings by task as in GLUE's tables, by kind of question, beside
+published results, and with the images of other questions; mean k by part of a conversation."""
 
 from __future__ import annotations
 
@@ -27,25 +28,27 @@ from dynmoe.report.words import (
     PARTS,
     SHUFFLED,
     capital,
+    has_fixed_k,
     is_points,
     k_by_part,
     kind_name,
     kinds_of,
     layer_name,
+    measure_number,
     set_notes,
     unit_of,
 )
 from dynmoe.selection import RULES
 
 Cell = Mapping[Repetition, float]
-"""What a setting reaches on a task, by repetition."""
+"""Result of a setting on a task, by repetition."""
 
 
 def task_tables(collection: Collection) -> dict[str, Table]:
-    """By name, a table for each protocol whose tasks are scored on whole sets."""
+    """A table, by its name, for each protocol whose tasks report a score."""
     groups: dict[tuple[str, str], list[Problem]] = {}
     for problem in collection.problems:
-        if problem.on_sets:
+        if _has_scores(collection.of(problem)):
             groups.setdefault((problem.protocol, problem.selection), []).append(problem)
     return {
         "_".join(["tasks", *key]) if len(groups) > 1 else "tasks": _table(collection, problems)
@@ -56,15 +59,15 @@ def task_tables(collection: Collection) -> dict[str, Table]:
 def sets_table(collection: Collection, problem: Problem) -> Table | None:
     """Every setting on every evaluation set of a task, at the same step; None with one set."""
     runs = collection.of(problem)
-    names = list(dict.fromkeys(name for run in runs for name in run.facts["env_names"]))
-    if not problem.on_sets or len(set(names) - {SHUFFLED}) == 1:  # it has a table of its own
+    names = _sets(runs)
+    if not _has_scores(runs) or len(names) == 1:
         return None
+    names += [SHUFFLED] if any(SHUFFLED in run.scores for run in runs) else []
     words = runs[0].words
     rows = []
     for setting in settings(runs):
-        records = [run.reported for run in runs if run.setting == setting]
-        keys = [f"{name}_score" for name in names]
-        cells = [[record[key] for record in records if key in record] for key in keys]
+        found = [run.scores for run in runs if run.setting == setting]
+        cells = [[each[name]["score"] for each in found if name in each] for name in names]
         rows.append((setting, *map(format_mean, cells)))
     return Table(
         f"{capital(words.measure)} on every evaluation set of {problem.dataset}, {words.scale}",
@@ -73,6 +76,11 @@ def sets_table(collection: Collection, problem: Problem) -> Table | None:
         note=" ".join([*_sets_notes(problem), *set_notes(names)]),
         conditions=conditions(runs),
     )
+
+
+def _has_scores(runs: Sequence[Run]) -> bool:
+    """Whether they report the score of a task on whole sets, not the accuracy on a split."""
+    return runs[0].facts["reported"]["measure"] == "score"
 
 
 def _sets_notes(problem: Problem) -> Iterator[str]:
@@ -93,7 +101,7 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
     searched = any(taken(collection, problem) for problem in problems)
     notes = _notes(runs, tasks, searched, NOTE if published_rows else "")
     return Table(
-        f"What every setting reaches on {', '.join(tasks)}, x 100",
+        f"Results of every setting on {', '.join(tasks)}, x 100",
         ("setting", *columns),
         (
             *(
@@ -108,7 +116,7 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
 
 
 def _rows(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, list[Cell]]:
-    """By setting, dense first: a cell for every task, and one for their mean if there are several.
+    """Rows by setting, dense first: a cell for every task, and their mean if there are several.
 
     The mean is of the repetitions that all tasks have.
     """
@@ -177,15 +185,12 @@ def _conditions(runs: Sequence[Run]) -> str:
     )
 
 
-# Tables of runs about images: by kind of question, beside published results, k by part.
-
-
 def kind_tables(runs: Sequence[Run]) -> dict[str, Table]:
-    """By set, every setting's scores by kind of question; none of sets without kinds."""
+    """Scores of every setting by kind of question, a table for each set that has kinds."""
     tables = {}
     for name in _sets(runs):
-        members = [run for run in runs if name in run.facts["env_names"]]
-        kinds = list(dict.fromkeys(kind for run in members for kind in _kinds(run, name)))
+        members = [run for run in runs if name in run.scores]
+        kinds = list(dict.fromkeys(kind for run in members for kind in kinds_of(run.scores[name])))
         if kinds:
             tables[name] = _kind_table(name, kinds, members)
     return tables
@@ -194,7 +199,7 @@ def kind_tables(runs: Sequence[Run]) -> dict[str, Table]:
 def _kind_table(name: str, kinds: Sequence[str], runs: Sequence[Run]) -> Table:
     values = {
         setting: [
-            [found[kind] for run in own if kind in (found := _kinds(run, name))] for kind in kinds
+            [run.scores[name][kind] for run in own if kind in run.scores[name]] for kind in kinds
         ]
         for setting, own in by_setting(runs).items()
     }
@@ -230,9 +235,9 @@ def published_table(runs: Sequence[Run]) -> Table | None:
                 _cell(
                     QUESTIONS[name],
                     [
-                        run.reported[key]
+                        run.scores[name][QUESTIONS[name]]
                         for run in members
-                        if (key := f"{name}_{QUESTIONS[name]}") in run.reported
+                        if QUESTIONS[name] in run.scores.get(name, {})
                     ],
                 )
                 for name in sets
@@ -255,9 +260,9 @@ def published_table(runs: Sequence[Run]) -> Table | None:
 
 
 def parts_table(runs: Sequence[Run]) -> Table | None:
-    """Mean k of image, prompt and answer tokens in every layer of every adaptive setting; None
-    where they are not told apart."""
-    adaptive = [run for run in runs if run.kind == "adaptive" and has_parts(run)]
+    """Mean k of image, prompt and answer tokens in every layer of every setting where k varies;
+    None where parts were not recorded."""
+    adaptive = with_parts(runs)
     if not adaptive:
         return None
     tested = adaptive[0].environment
@@ -292,6 +297,11 @@ def has_parts(run: Run) -> bool:
     return any("parts" in line for line in on_tests(run))
 
 
+def with_parts(runs: Sequence[Run]) -> list[Run]:
+    """The runs in which the k of parts is recorded, and varies."""
+    return [run for run in runs if not has_fixed_k(run.facts) and has_parts(run)]
+
+
 def _k_of(run: Run, layer: str) -> list[float]:
     """Living experts, then k of each part on what is reported and in training."""
     tested, trained = (of_layer(lines, layer) for lines in (on_tests(run), training(run)))
@@ -300,28 +310,23 @@ def _k_of(run: Run, layer: str) -> list[float]:
 
 
 def _sets(runs: Sequence[Run]) -> list[str]:
-    """All but that of exchanged images."""
-    names = dict.fromkeys(name for run in runs for name in run.facts["env_names"])
+    """All that were scored but that of exchanged images."""
+    names = dict.fromkeys(name for run in runs for name in run.scores)
     return [name for name in names if name != SHUFFLED]
 
 
-def _kinds(run: Run, name: str) -> dict[str, float]:
-    return kinds_of(run.reported, name, run.facts["env_names"])
-
-
 def _cell(kind: str, values: Sequence[float], best: float | None = None) -> str:
-    """In per cent or points."""
+    """In per cent or points, with the standard error of several repetitions."""
+    if len(values) == 1:
+        return measure_number(kind, values[0])
     shown = [value / 100 for value in values] if is_points(kind) else list(values)
     text = format_mean(shown)
     return Strong(text) if values and best == float(np.mean(values)) else text
 
 
-# Whether models answer from the images: the same questions about the images of others.
-
-
 def image_use_table(runs: Sequence[Run]) -> Table | None:
-    """Every setting with the right images, with others, and how far one comes without; None
-    without a set of exchanged images."""
+    """Every setting with the right images and with those of other questions, and baselines without
+    images: do models answer from the images? None without a set of exchanged images."""
     if not _has_exchanged(runs):
         return None
     name, words = runs[0].environment, runs[0].words
@@ -334,28 +339,29 @@ def image_use_table(runs: Sequence[Run]) -> Table | None:
             cells = (Strong(cells[0]), Strong(cells[1]))
         rows.append((setting, format_mean(own), format_mean(exchanged), *cells, str(len(members))))
     baseline = runs[0].facts["baseline"] or {}
+    own_scores = baseline.get("scores", {})
     answers = {
-        "most frequent answer to the same question": f"{name}_score",
-        "most frequent answer of all": "majority",
+        "most frequent answer to the same question": own_scores.get(name, {}).get("score"),
+        "most frequent answer of all": baseline.get("majority"),
     }
     rows += [
-        (f"no image: {what}", format_number(100 * baseline[key], ".1f"), "", "", "", "")
-        for what, key in answers.items()
-        if key in baseline
+        (f"no image: {what}", format_number(100 * share, ".1f"), "", "", "", "")
+        for what, share in answers.items()
+        if share is not None
     ]
     return Table(
         f"{capital(words.measure)} with the right images and with others, {words.scale}",
         ("setting", name, SHUFFLED, f"{name} minus {SHUFFLED}, points", "p", "n"),
         tuple(rows),
         note=f"{SHUFFLED}: the questions and right answers of {name}, each about the image of "
-        "another question; what a model loses there it had from the images. Differences are "
+        "another question; what a model loses there, it owes to the images. Differences are "
         f"paired by repetition; p is of a t test, two-sided; bold: p < {LEVEL}.",
         conditions=conditions(runs),
     )
 
 
 def image_use_sentences(runs: Sequence[Run]) -> list[str]:
-    """What the table allows to say of each setting, by rule."""
+    """A sentence on each setting, derived from the numbers of the table by rule."""
     if not _has_exchanged(runs):
         return []
     found = []
@@ -364,12 +370,9 @@ def image_use_sentences(runs: Sequence[Run]) -> list[str]:
         points = f"{points_text(lost)} points, {p_words(lost)}, n = {len(lost)}"
         said = {
             "beats": "is better with the right images than with others: it uses them",
-            "is not significantly different from": (
-                "is not significantly better with the right images than with others"
-            ),
             "is below": "is worse with the right images than with others",
-            "unknown": "was tried once, which proves nothing of its use of images",
-        }[verdict(lost)]
+            "unknown": "was tried once, which proves nothing about its use of images",
+        }.get(verdict(lost), "is not significantly better with the right images")
         if verdict(lost) == "unknown":
             points = f"{points_text(lost)} points"
         found.append(f"{setting} {said} ({points}).")
@@ -377,11 +380,11 @@ def image_use_sentences(runs: Sequence[Run]) -> list[str]:
 
 
 def _has_exchanged(runs: Sequence[Run]) -> bool:
-    return all(SHUFFLED in run.facts["env_names"] for run in runs)
+    return all(SHUFFLED in run.scores for run in runs)
 
 
 def _scores(runs: Sequence[Run], name: str) -> list[float]:
-    return [run.reported[f"{name}_score"] for run in runs]
+    return [run.scores[name]["score"] for run in runs]
 
 
 def _differences(own: Sequence[float], others: Sequence[float]) -> list[float]:
@@ -389,11 +392,11 @@ def _differences(own: Sequence[float], others: Sequence[float]) -> list[float]:
     return [round(a - b, 12) for a, b in zip(own, others, strict=True)]
 
 
-# Published results on GLUE's dev sets and on sets of questions, for the foot of tables of ours.
+# Published results on GLUE's dev sets and on sets of questions, shown below our own.
 #
-# Source of GLUE's: the table of the UniF-MoE paper (arXiv 2608.10392), for BERT-large (cased)
-# fine-tuned in full with one MoE layer. It stands in for the papers of the other methods, which
-# were not read. Of the questions: MoE-LLaVA (arXiv 2401.15947), images of 336 pixels.
+# Source for GLUE: the table of the UniF-MoE paper (arXiv 2608.10392), for BERT-large (cased)
+# fine-tuned in full with one MoE layer, also for the other methods, whose papers were not read.
+# For the questions: MoE-LLaVA (arXiv 2401.15947), images of 336 pixels.
 
 MARK = "published"
 NOTE = (
@@ -421,8 +424,8 @@ def published(method: str, dataset: str) -> float | None:
     return dict(zip(TASKS, ROWS[method], strict=True)).get(dataset.lower())
 
 
-# Sets of questions whose published scores can be computed from files, and the key of a result that
-# has the same measure: of ScienceQA the questions with images, of MME the points of perception.
+# Sets of questions whose published scores can be computed from files, and the measure of ours that
+# is the same: on ScienceQA the questions with images, on MME the points of perception.
 QUESTIONS = {
     "gqa": "score",
     "scienceqa": "img",
@@ -444,5 +447,5 @@ QUESTION_NOTE = (
 
 
 def published_answers(model: str) -> dict[str, float]:
-    """By set; per cent, of MME points."""
+    """Scores by set; in per cent, on MME in points."""
     return dict(zip(QUESTIONS, QUESTION_ROWS[model], strict=True))

@@ -1,5 +1,4 @@
-"""What reports call things: a run is measured by accuracy on environments, or by a task's own
-measure on evaluation sets."""
+"""Names that reports use: of measures, of places they are measured on, of kinds of questions."""
 
 from __future__ import annotations
 
@@ -11,9 +10,8 @@ import numpy as np
 
 from dynmoe.records import Record
 from dynmoe.report.tables import format_number
-from dynmoe.selection import on_sets
 
-# The single measures of a task, in the words of tables; results have them as `<set>_<measure>`.
+# The single measures of a task, in tables.
 METRICS = {
     "accuracy": "accuracy",
     "f1": "F1",
@@ -34,15 +32,23 @@ HEADLINES = {
 
 class Words(NamedTuple):
     measure: str
-    """What is reported."""
-    place: str
-    """What it is reported on."""
-    part: str
+    """The reported measure."""
+    place: str = "evaluation set"
+    """Place that the measure is reported on."""
+    part: str = "evaluation set"
     """Any part of the data that is evaluated, reported or not."""
-    token: str
-    """Of what is reported on."""
-    sample: str
-    """What FLOPs are counted of."""
+    token: str = "token"
+    """A token of the reported place."""
+    sample: str = "text of the training set's mean length"
+    """Unit that FLOPs are counted for."""
+    example: str = "example"
+    """Unit of the mean length."""
+    mark: str = "reported"
+    """Mark of a reported place beside others."""
+    split: str = ""
+    """The part of a place that is reported, within sentences."""
+    positions: str = "the first; a position counts the texts that reach it"
+    """Order of the token positions, from 0."""
 
     @property
     def noun(self) -> str:
@@ -55,12 +61,12 @@ class Words(NamedTuple):
 
     @property
     def scale(self) -> str:
-        """What all numbers are shown in: correlations, which may be below 0, are no shares."""
+        """Scale of all numbers: correlations, which may be below 0, are no shares."""
         return "%" if "accuracy" in self.measure else "x 100"
 
     @property
     def unit(self) -> str:
-        """What follows a number within a sentence."""
+        """Text that follows a number within a sentence."""
         return " %" if self.scale == "%" else ""
 
     @property
@@ -69,20 +75,32 @@ class Words(NamedTuple):
         return f"{self.measure}, {self.scale}"
 
 
+# By what the data hold; `run.json` says it.
+WORDS = {
+    "image": Words(
+        "accuracy",
+        place="test environment",
+        part="environment",
+        token="test token",
+        sample="sample",
+        mark="test",
+        split=" on the test environment's in split",
+        positions="class token; then patches, row by row",
+    ),
+    "text": Words("accuracy"),
+    "vision-language": Words(
+        "accuracy",
+        sample="conversation about one image of the training set's mean length",
+        example="conversation, its image included",
+    ),
+}
+
+
 def words_of(facts: Mapping[str, Any]) -> Words:
-    """Of a run; `facts` are those of its `run.json`."""
-    if on_sets(facts["selection"]):
-        reported = [facts["env_names"][index] for index in facts["test_envs"]]
-        measure = HEADLINES.get(reported[0], facts.get("measure", "accuracy"))
-        what = "conversation about one image" if is_vision_language(facts) else "text"
-        text = f"{what} of the training set's mean length"
-        return Words(measure, "evaluation set", "evaluation set", "token", text)
-    return Words("accuracy", "test environment", "environment", "test token", "sample")
-
-
-def is_vision_language(facts: Mapping[str, Any]) -> bool:
-    """Whether a run is about questions on images; it is one of several stages then."""
-    return facts.get("stage") is not None
+    """Names for a run; `facts` are those of its `run.json`."""
+    reported = facts["reported"]["sets"][:1]
+    measure = HEADLINES.get("".join(reported), facts["measure"])
+    return WORDS[facts["modality"]]._replace(measure=measure)
 
 
 def has_fixed_k(facts: Mapping[str, Any]) -> bool:
@@ -90,15 +108,15 @@ def has_fixed_k(facts: Mapping[str, Any]) -> bool:
     return "moe.top_k" in facts["config"]
 
 
-def metrics_of(record: Mapping[str, Any], name: str) -> list[str]:
-    """The keys of the metrics whose mean is the score on an evaluation set; none if it is one."""
-    found = [key for key in METRICS if f"{name}_{key}" in record]
+def metrics_of(scores: Mapping[str, float]) -> list[str]:
+    """The metrics whose mean is the score on a set; none if the score is a single one."""
+    found = [key for key in METRICS if key in scores]
     return found if len(found) > 1 else []
 
 
 def layer_name(module: str) -> str:
-    """What figures and tables call an MoE layer: the last parts of its module's name,
-    `layer.10.intermediate` of `model.bert.encoder.layer.10.intermediate`."""
+    """Short name of an MoE layer: the last parts of its module's name, `layer.10.intermediate` of
+    `model.bert.encoder.layer.10.intermediate`."""
     return ".".join(module.split(".")[-3:])
 
 
@@ -107,29 +125,20 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-# Results on sets of questions, by kind of question. A result's keys are `<set>_<what>`.
-
 SHUFFLED = "shuffled"
-"""The name of the set of the reported set's questions about images of others."""
+"""The name of the set with the reported set's questions about the images of others."""
 
 POINTS = "_points"
 
 
-def kinds_of(record: Mapping[str, Any], name: str, names: Sequence[str]) -> dict[str, float]:
-    """What a result tells of a set beside its score: accuracies of kinds of questions in [0, 1],
-    MME's points. `names` are all sets."""
-    longer = tuple(f"{other}_" for other in names if other.startswith(f"{name}_"))
-    return {
-        key.removeprefix(f"{name}_"): value
-        for key, value in record.items()
-        if key.startswith(f"{name}_")
-        and not (longer and key.startswith(longer))
-        and key.removeprefix(f"{name}_") not in ("score", *METRICS)
-    }
+def kinds_of(scores: Mapping[str, float]) -> dict[str, float]:
+    """Further measures of a set of questions: accuracies of kinds of questions in [0, 1], MME's
+    points."""
+    return {key: value for key, value in scores.items() if key not in ("score", "loss", *METRICS)}
 
 
 def is_points(kind: str) -> bool:
-    """Whether it counts points, as MME does, and is no share of 1."""
+    """Whether a measure counts points, as MME does, and is no share of 1."""
     return kind.endswith(POINTS)
 
 
@@ -138,13 +147,15 @@ def kind_name(kind: str) -> str:
     return kind.removeprefix("kind_").removesuffix(POINTS).replace("_", " ")
 
 
-def kind_number(kind: str, value: float) -> str:
-    """In per cent or in points."""
-    return format_number(value if is_points(kind) else 100 * value, ".1f")
+def measure_number(measure: str, value: float, digits: int = 1) -> str:
+    """Text of a measure: in per cent; points and losses as they are."""
+    if measure == "loss":
+        return format_number(value, ".4f")
+    return format_number(value if is_points(measure) else 100 * value, f".{digits}f")
 
 
 def unit_of(kinds: Sequence[str]) -> str:
-    """What the numbers of a set's kinds are in."""
+    """The unit of a set's kinds."""
     return "points" if kinds and all(map(is_points, kinds)) else "%"
 
 
@@ -153,15 +164,15 @@ def set_notes(names: Sequence[str]) -> list[str]:
     notes = [f"{name}: {HEADLINES[name]}." for name in names if name in HEADLINES]
     if SHUFFLED in names:
         notes.append(
-            f"{SHUFFLED}: the same questions about other images; who looks at images loses there."
+            f"{SHUFFLED}: the same questions about other images; a model that uses the image "
+            "scores lower here."
         )
     return notes
 
 
-# Routing told apart by what a token is: a patch of an image, text of the prompt, of the answer.
-
 PARTS = ("image", "prompt", "answer")
-"""In the order they are shown."""
+"""Kinds of tokens: a patch of an image, text of the prompt, of the answer; in the order in
+which tables show them."""
 
 
 class PartRouting(NamedTuple):
@@ -173,7 +184,7 @@ class PartRouting(NamedTuple):
 
 
 def by_part(lines: Iterable[Record]) -> dict[str, PartRouting]:
-    """Of routing records of one layer at one step, summed; empty where parts were not recorded."""
+    """Sums over routing records of one layer at one step; empty where parts were not recorded."""
     found = [line["parts"] for line in lines if "parts" in line]
     return {part: _summed([parts[part] for parts in found]) for part in PARTS} if found else {}
 

@@ -1,8 +1,12 @@
-"""The LightningModule under every task: forward with a routing tape, loss, per-step randomness."""
+"""The LightningModule under every task: routed forward, loss, scores, randomness of each step.
+
+Shape suffixes: B samples or questions, N tokens.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,19 +18,27 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 from transformers import get_cosine_schedule_with_warmup
 
+from dynmoe.errors import DataError
 from dynmoe.layers.moe import Routed, record_routing
 from dynmoe.metrics.routing import TRAIN, RoutingMeter
 from dynmoe.seeding import seed_hash
+
+Scores = dict[str, dict[str, float]]
+"""Values by set and measure."""
 
 
 class MoETask(L.LightningModule):
     """A backbone with any number of MoE layers, trained on a task loss plus their auxiliary losses.
 
-    ``scheduler`` is called as ``scheduler(optimizer=..., num_training_steps=...)``.
+    ``scheduler`` is called as ``scheduler(optimizer=..., num_training_steps=...)``. ``env_names``
+    are the environments or evaluation sets whose routing is recorded.
+
+    An evaluation scores the sets ``sets`` (the ``env_names``, unless a task says otherwise): a
+    task implements ``measures``, and calls ``count_losses`` in ``validation_step``.
 
     All randomness of a step (dropout, stochastic depth, routing noise) is seeded by (``seed``,
-    step, micro-batch, rank). Nothing of it has to be saved: a resumed run goes on as if never
-    stopped.
+    step, micro-batch, rank). No generator state has to be saved: a resumed run continues as if it
+    had never stopped.
     """
 
     def __init__(
@@ -35,19 +47,30 @@ class MoETask(L.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         aux_weight: float,
         seed: int,
+        env_names: Sequence[str],
         num_classes: int = 0,
         scheduler: Callable[..., LRScheduler] | None = None,
         parts: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if TRAIN in env_names:
+            raise DataError(
+                f"an evaluation set is called {TRAIN}, which is what records call the training "
+                "data; give it another name"
+            )
         self.backbone = backbone
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.aux_weight = aux_weight
         self.seed = seed
+        self.env_names = list(env_names)
+        self.sets = list(env_names)
         self.routing = RoutingMeter(backbone, num_classes, parts)
         self.mean_loss = MeanMetric()
         self.mean_aux = MeanMetric()
+        self._scores: Scores = {}
+        # Not a buffer: DDP would overwrite it with rank 0's at every forward.
+        self._losses = torch.zeros(0, 2)
 
     def routed_forward(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, list[Routed]]]:
         """The backbone's output and the routing of every MoE layer on the way."""
@@ -81,13 +104,64 @@ class MoETask(L.LightningModule):
         micro = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(seed_hash(self.seed, "step", self.global_step, micro, self.global_rank))
 
-    def scores(self) -> dict[str, float]:
-        """Measures of the last evaluation, by their names in ``results.jsonl``."""
+    def on_validation_epoch_start(self) -> None:
+        # NOTE: float64, so that the order in which batches are added does not show in the mean.
+        self._losses = torch.zeros(len(self.sets), 2, dtype=torch.float64, device=self.device)
+
+    def count_losses(self, name: str, losses: Tensor) -> None:
+        """Add the losses [M] of single samples or tokens of a set, float32."""
+        total = losses.double().sum()
+        count = torch.full_like(total, losses.numel())
+        self._losses[self.sets.index(name)] += torch.stack([total, count])
+
+    def on_validation_epoch_end(self) -> None:
+        means = {
+            name: total / count
+            for name, (total, count) in zip(
+                self.sets, self.sum_over_ranks(self._losses).tolist(), strict=True
+            )
+            if count
+        }
+        found = self.measures()
+        self._scores = {}
+        for name in self.sets:
+            scores = dict(found.get(name, {}))
+            if name in means:
+                scores["loss"] = means[name]
+            if scores:
+                self._scores[name] = scores
+        # Already summed over ranks, so every rank has the same numbers. Loggers refuse some
+        # characters that names of sets have (MLflow: "+90%").
+        self.log_dict(
+            {
+                re.sub(r"[^\w./ -]", "_", f"val/{name}/{measure}"): value
+                for name, scores in self._scores.items()
+                for measure, value in scores.items()
+            },
+            rank_zero_only=True,
+        )
+
+    def measures(self) -> Scores:
+        """Measures of the evaluation that just ended but its loss, over all ranks."""
         raise NotImplementedError
 
+    def scores(self) -> Scores:
+        """Measures of the last evaluation by set: those of the task, and the mean ``loss``.
+
+        A set without a loss (questions without a reference answer) lacks it.
+        """
+        return {name: dict(scores) for name, scores in self._scores.items()}
+
+    def result(self) -> dict[str, Any]:
+        """Entries of the last evaluation in a line of ``results.jsonl``."""
+        return {"scores": self.scores()}
+
     def routing_records(self) -> list[dict[str, Any]]:
-        """Routing of the training since the last evaluation, and in that evaluation by source."""
-        raise NotImplementedError
+        """Routing of the training since the last evaluation, and in that evaluation by set."""
+        return self.routing.records([TRAIN, *self.env_names], self.sum_over_ranks)
+
+    def sum_over_ranks(self, counts: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(counts, reduce_op="sum")
 
     def example_records(self) -> list[dict[str, Any]]:
         """Single samples of the last evaluation, to be looked at."""
@@ -119,8 +193,6 @@ class MoETask(L.LightningModule):
         }
 
 
-# One answered question, token by token, with the experts that each token used: for pictures.
-
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -131,11 +203,13 @@ def example_record(
     row: int,
     decode: Decode,
 ) -> dict[str, Any]:
-    """What is recorded of the question in row ``row`` of a batch and of its answer ``ids_BN``.
+    """The experts of every token of one answered question: row ``row`` of a batch, answers
+    ``ids_BN``.
 
-    ``tokens``: what every token that was read says, None for a patch of an image; ``answer_from``:
-    where the answer begins in them; ``experts``: by layer and token a string of 0 and 1, the
-    living experts that served it. The answer's last token is said but never read.
+    ``tokens``: the text of every token that was read, None for a patch of an image;
+    ``answer_from``: the index in ``tokens`` where the answer begins; ``experts``: by layer and
+    token a string of 0 and 1, the living experts that served it. The answer's last token is
+    generated but never read.
     """
     real_N = tokens["attention_mask"][row].bool()
     ids = tokens["input_ids"][row][real_N].tolist()
@@ -161,12 +235,9 @@ def _is_real(call: Routed, row: int) -> bool:
     return call.token_mask is None or bool(call.token_mask[row].all())
 
 
-# The schedule of LLaVA's learning rate.
-
-
 def cosine_with_warmup(optimizer: Optimizer, num_training_steps: int, warmup: float) -> LRScheduler:
-    """Up over the first ``warmup`` share of the steps (rounded up, as transformers' ratio is), then
-    down to 0 along half a cosine."""
+    """LLaVA's schedule: the learning rate rises linearly over the first ``warmup`` share of the
+    steps (rounded up, as transformers' ratio is), then falls to 0 along half a cosine."""
     return get_cosine_schedule_with_warmup(
         optimizer, math.ceil(warmup * num_training_steps), num_training_steps
     )

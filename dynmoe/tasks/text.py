@@ -11,15 +11,14 @@ from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorr
 from torchmetrics.classification import BinaryF1Score, BinaryMatthewsCorrCoef, MulticlassAccuracy
 
 from dynmoe.data.text.batches import TextBatch
-from dynmoe.metrics.routing import TRAIN
-from dynmoe.tasks.base import MoETask
+from dynmoe.tasks.base import MoETask, Scores
 
 
 class TextClassification(MoETask):
     """Cross-entropy over classes; with ``num_classes=0`` the squared error of one output.
 
     Every set of ``env_names``, and ``heldout`` where there is one, is measured by ``metrics``,
-    whose mean is its score (GLUE, arXiv 1804.07461, sec. 4).
+    whose mean is its ``score`` (GLUE, arXiv 1804.07461, sec. 4), and by the mean loss.
     """
 
     modality: ClassVar[str] = "text"
@@ -27,45 +26,43 @@ class TextClassification(MoETask):
     def __init__(
         self,
         metrics: Sequence[str],
-        env_names: Sequence[str],
         num_classes: int,
         heldout: bool = False,
         **task: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, **task)
-        self.env_names = list(env_names)
         self.num_classes = num_classes
-        sets = [*env_names, "heldout"] if heldout else list(env_names)
-        self.measures: Any = nn.ModuleDict(
+        self.sets += ["heldout"] if heldout else []
+        self.metrics: Any = nn.ModuleDict(
             {
                 _key(each): MetricCollection(
                     {name: _metric(name, num_classes) for name in metrics}, compute_groups=False
                 )
-                for each in sets
+                for each in self.sets
             }
         )
-        self._scores: dict[str, float] = {}
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         logits, tape = self.routed_forward(batch.tokens)
         return self.total_loss(batch.weight * self.loss(logits, batch.label), tape)
 
-    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, label: Tensor, reduction: str = "mean") -> Tensor:
         if self.num_classes == 0:
-            return F.mse_loss(logits.squeeze(1), label)
-        return F.cross_entropy(logits, label)
+            return F.mse_loss(logits.squeeze(1), label, reduction=reduction)
+        return F.cross_entropy(logits, label, reduction=reduction)
 
     def on_validation_epoch_start(self) -> None:
-        for metrics in self.measures.values():
-            metrics.reset()
+        super().on_validation_epoch_start()
+        for each in self.metrics.values():
+            each.reset()
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """A batch comes from one set."""
         logits, tape = self.routed_forward(batch.tokens)
-        self.measures[_key(batch.source)].update(self.predicted(logits), batch.label)
+        self.metrics[_key(batch.source)].update(self.predicted(logits), batch.label)
+        self.count_losses(batch.source, self.loss(logits.float(), batch.label, reduction="none"))
         if batch.source in self.env_names:
-            source = f"env{self.env_names.index(batch.source)}"
-            self.routing.update(source, tape, batch.label if self.num_classes else None)
+            self.routing.update(batch.source, tape, batch.label if self.num_classes else None)
 
     def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """The rows of a test set and what is predicted for them."""
@@ -75,29 +72,18 @@ class TextClassification(MoETask):
         """Classes [B], or the predicted numbers."""
         return logits.argmax(1) if self.num_classes else logits.squeeze(1).float()
 
-    def on_validation_epoch_end(self) -> None:
-        self._scores = {}
-        for key, metrics in self.measures.items():
-            each = key.removeprefix(_key(""))
-            values = {name: value.item() for name, value in metrics.compute().items()}
-            self._scores |= {f"{each}_{name}": value for name, value in values.items()}
-            self._scores[f"{each}_score"] = sum(values.values()) / len(values)
-        # Metrics sum over ranks themselves, so every rank has the same numbers.
-        self.log_dict({f"val/{k}": v for k, v in self._scores.items()})
-
-    def scores(self) -> dict[str, float]:
-        """``<set>_<metric>`` and ``<set>_score``, of the last evaluation."""
-        return dict(self._scores)
-
-    def routing_records(self) -> list[dict[str, Any]]:
-        sources = [TRAIN, *(f"env{i}" for i in range(len(self.env_names)))]
-        return self.routing.records(
-            sources, lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum")
-        )
+    def measures(self) -> Scores:
+        """Metrics sum over ranks themselves."""
+        found = {}
+        for name in self.sets:
+            computed = self.metrics[_key(name)].compute()
+            values = {measure: value.item() for measure, value in computed.items()}
+            found[name] = {**values, "score": sum(values.values()) / len(values)}
+        return found
 
 
 def _key(name: str) -> str:
-    """A set's name as that of a module: `type` or `update` alone are taken."""
+    """The module name of a set's metrics: `type` or `update` alone are taken."""
     return f"set {name}"
 
 

@@ -11,29 +11,33 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from dynmoe.backbones.vlm import Part, VisionLanguageModel, train_only
-from dynmoe.data.vl.batches import ConversationBatch, QuestionBatch
+from dynmoe.data.vl.batches import ConversationBatch, QuestionBatch, scored
 from dynmoe.data.vl.chat import IGNORE
 from dynmoe.layers.moe import Routed, record_routing
-from dynmoe.metrics.routing import TRAIN
-from dynmoe.tasks.base import Decode, MoETask, example_record
+from dynmoe.tasks.base import Decode, MoETask, Scores, example_record
 
 PARTS = ("prompt", "image", "answer")
-"""Of a sequence of tokens. A token's part is an index here."""
+"""Parts of a sequence of tokens. A token's part is an index here."""
 
 Answers = dict[int, str]
-"""By the row of their question."""
+"""Texts by the row of their question."""
 
 
 class VisionLanguage(MoETask):
-    """Cross-entropy over the tokens the assistant says, of the ``trains`` parts of the backbone.
+    """Cross-entropy over the assistant's tokens; trains the ``trains`` parts of the backbone.
 
-    An evaluation has the model answer every question of the sets ``env_names``, greedily, with at
-    most ``max_new_tokens`` tokens. ``decode`` makes token ids text; ``score(set, answers)`` gives a
-    set's scores, its headline under "score" in [0, 1]; ``describe(set, row)`` tells what a question
-    and its image are, for the ``examples`` that are recorded. Routing is told apart by ``PARTS``:
-    in generation ``answer`` are the tokens the model said and read again.
+    An evaluation lets the model answer every question of the sets ``env_names``, greedily, with at
+    most ``max_new_tokens`` tokens. ``decode`` turns token ids into text; ``score(set, answers)``
+    gives a set's scores, its headline under "score" in [0, 1]; ``describe(set, row)`` describes a
+    question and its image, for the ``examples`` that are recorded. Routing is recorded for each of
+    ``PARTS``: in generation ``answer`` are the tokens that the model generated and read again.
+
+    The ``loss`` of a set is the mean negative log-likelihood of all tokens of its reference
+    answers, their end token included, given image and question: ``references(set, rows)`` gives
+    the token ids of each answer, none for a question that has no single reference.
     """
 
     modality: ClassVar[str] = "vision-language"
@@ -41,25 +45,24 @@ class VisionLanguage(MoETask):
     def __init__(
         self,
         trains: Sequence[Part],
-        env_names: Sequence[str],
         decode: Decode,
         score: Callable[[str, Answers], dict[str, float]],
         describe: Callable[[str, int], dict[str, Any]],
+        references: Callable[[str, Sequence[int]], list[list[int]]],
         max_new_tokens: int,
         examples: int,
         **task: Any,
     ) -> None:
         super().__init__(parts=PARTS, **task)
         self.backbone: VisionLanguageModel
-        self.env_names = list(env_names)
         self.decode = decode
         self.score = score
         self.describe = describe
+        self.references = references
         self.max_new_tokens = max_new_tokens
         self.num_examples = examples
         self.answers: dict[str, Answers] = {}
         self.examples: list[dict[str, Any]] = []
-        self._scores: dict[str, float] = {}
         train_only(self.backbone, trains)
 
     def training_step(self, batch: ConversationBatch, batch_idx: int) -> dict[str, Any]:
@@ -71,14 +74,17 @@ class VisionLanguage(MoETask):
         return self.total_loss(loss, tape, [part_BN])
 
     def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
         self.answers = {name: {} for name in self.env_names}
         self.examples = []
 
     def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """A batch comes from one set."""
         ids_BN, tape = self.generate(batch.tokens)
-        source = f"env{self.env_names.index(batch.source)}"
-        self.routing.update(source, tape, part_BN=_parts_of_calls(batch.tokens, ids_BN))
+        self.routing.update(batch.source, tape, part_BN=_parts_of_calls(batch.tokens, ids_BN))
+        references = self.references(batch.source, batch.row.tolist())
+        if any(references):
+            self.count_losses(batch.source, self.reference_losses(batch.tokens, references))
         answers = {
             row: self.decode(ids)
             for row, ids in zip(batch.row.tolist(), ids_BN.tolist(), strict=True)
@@ -96,27 +102,26 @@ class VisionLanguage(MoETask):
         with record_routing(self.backbone) as tape:
             return self.backbone.generate(tokens, self.max_new_tokens), tape
 
-    def on_validation_epoch_end(self) -> None:
-        self._scores = {}
-        for name in self.env_names:
-            for key, value in self.score(name, self._from_all_ranks(self.answers[name])).items():
-                self._scores[f"{name}_{key}"] = value
-        self.log_dict({f"val/{key}": value for key, value in self._scores.items()})
+    def reference_losses(
+        self, tokens: Mapping[str, Tensor], references: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Negative log-likelihoods [M], float32, of the tokens of given answers to a batch of
+        questions. Their routing is not recorded."""
+        with_answers, label_BN = _answered(tokens, references)
+        scored_M, target_M = scored(label_BN)
+        logits = self.backbone(with_answers, scored_M)
+        return F.cross_entropy(logits.float(), target_M, reduction="none")
 
-    def scores(self) -> dict[str, float]:
-        """``<set>_score``, the headline, and what else a set is measured by."""
-        return dict(self._scores)
+    def measures(self) -> Scores:
+        return {
+            name: self.score(name, self._from_all_ranks(self.answers[name]))
+            for name in self.env_names
+        }
 
     def example_records(self) -> list[dict[str, Any]]:
         """The first questions of the first set as the model answered them in the last evaluation,
-        those of this rank; see ``example.example_record``."""
+        those of this rank; see ``base.example_record``."""
         return sorted(self.examples, key=lambda example: example["row"])
-
-    def routing_records(self) -> list[dict[str, Any]]:
-        sources = [TRAIN, *(f"env{i}" for i in range(len(self.env_names)))]
-        return self.routing.records(
-            sources, lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum")
-        )
 
     def _from_all_ranks(self, answers: Answers) -> Answers:
         if self.trainer.world_size == 1:
@@ -126,7 +131,34 @@ class VisionLanguage(MoETask):
         return {row: answer for each in found for row, answer in each.items()}
 
 
+def _answered(
+    tokens: Mapping[str, Tensor], answers: Sequence[Sequence[int]]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Questions followed by answers, padded at the right as in training, and labels [B, N].
+
+    NOTE: the prompts were padded at the left. Moved, every token has the position it has in
+    training, also in language models with absolute positions.
+    """
+    ids, image_masks, labels = [], [], []
+    for row, answer in enumerate(answers):
+        real_N = tokens["attention_mask"][row].bool()
+        prompt = tokens["input_ids"][row][real_N]
+        answer_A = torch.tensor(answer, dtype=torch.long, device=prompt.device)
+        ids.append(torch.cat([prompt, answer_A]))
+        image_masks.append(F.pad(tokens["image_mask"][row][real_N], (0, len(answer))))
+        labels.append(torch.cat([torch.full_like(prompt, IGNORE), answer_A]))
+    real = [torch.ones_like(each) for each in ids]
+    found = {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence(real, batch_first=True),
+        "image_mask": pad_sequence(image_masks, batch_first=True),
+        "images": tokens["images"],
+    }
+    return found, pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+
+
 def _parts_of_calls(tokens: Mapping[str, Tensor], ids_BN: Tensor) -> list[Tensor]:
-    """Of a layer's calls in generation: the prompts, then token after token of the answers."""
+    """Parts of the tokens in each of a layer's calls in generation: the prompts, then token after
+    token of the answers."""
     answer_B1 = torch.full_like(ids_BN[:, :1], PARTS.index("answer"))
     return [tokens["image_mask"].long(), *[answer_B1] * (ids_BN.shape[1] - 1)]

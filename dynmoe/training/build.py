@@ -17,7 +17,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import dynmoe
@@ -32,7 +32,7 @@ from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.records import RunFolder
 from dynmoe.tasks.base import MoETask
-from dynmoe.training.callbacks import Patience, RunProgress, RunRecorder
+from dynmoe.training.callbacks import RunProgress, RunRecorder
 from dynmoe.training.trained import checkpoint_of
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
@@ -131,19 +131,20 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
 
 
 def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:
-    """The adaptation of experts, if any; records and checkpoints; early stop; progress bar."""
+    """The adaptation of experts, if any; records, checkpoints and early stop; progress bar."""
     callbacks: list[L.Callback] = []
     if cfg.moe.adaptation is not None:
         callbacks.append(instantiate(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
-    select = partial(selection.selected, rule=cfg.task.selection, test_envs=data.test_envs)
     callbacks.append(
         RunRecorder(
-            folder, select, constants(cfg, data, folder), data.epoch_at, cfg.task.get("save_every")
+            folder,
+            judging(cfg, data),
+            constants(cfg, data),
+            data.epoch_at,
+            cfg.task.get("save_every"),
+            cfg.task.get("patience"),
         )
     )
-    if cfg.task.get("patience") is not None:
-        score = f"val/{selection.SELECTING_SET[cfg.task.selection]}_score"
-        callbacks.append(Patience(score, cfg.task.patience))
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RunProgress())
     return callbacks
@@ -172,14 +173,19 @@ def build_trainer(
         raise
 
 
-def constants(cfg: DictConfig, data: TaskData, folder: RunFolder) -> dict[str, Any]:
-    """``args`` and ``hparams`` of a result line, as domainbed/scripts/train.py writes them."""
-    recipe = {
-        "lr": cfg.task.optimizer.lr,
-        "batch_size": cfg.data.batch_size,
-        "weight_decay": cfg.task.optimizer.weight_decay,
+def judging(cfg: DictConfig, data: TaskData) -> dict[str, Any]:
+    """The entries of ``run.json`` that say how the run is judged; see ``dynmoe.records``."""
+    rule = cfg.task.selection
+    return {
+        "selection": rule,
+        "test_envs": data.test_envs,
+        **selection.measured_by(rule, data.env_names, data.test_envs),
     }
-    hparams = {**recipe, "moe": OmegaConf.to_container(cfg.moe, resolve=True)}
+
+
+def constants(cfg: DictConfig, data: TaskData) -> dict[str, Any]:
+    """``args`` and ``hparams`` of a result line: those that DomainBed's readers group and select
+    by (domainbed/lib/reporting.py, domainbed/model_selection.py, scripts/collect_results.py)."""
     args = {
         "algorithm": cfg.moe.algorithm,
         "dataset": cfg.data.name,
@@ -187,16 +193,11 @@ def constants(cfg: DictConfig, data: TaskData, folder: RunFolder) -> dict[str, A
         "trial_seed": cfg.trial_seed,
         "hparams_seed": cfg.hparams_seed,
         "seed": cfg.seed,
-        "holdout_fraction": cfg.protocol.holdout_fraction,
-        "uda_holdout_fraction": 0,
-        "task": "domain_generalization" if data.modality == "image" else cfg.task.name,
-        "steps": data.steps,
-        "checkpoint_freq": data.eval_every,
-        "data_dir": cfg.data.get("root"),
-        "output_dir": str(folder.path),
-        "hparams": None,
-        "skip_model_save": False,
-        "save_model_every_checkpoint": False,
+    }
+    hparams = {
+        "lr": cfg.task.optimizer.lr,
+        "batch_size": cfg.data.batch_size,
+        "weight_decay": cfg.task.optimizer.weight_decay,
     }
     return {"args": args, "hparams": hparams}
 
@@ -208,12 +209,14 @@ def facts(
     trainer: L.Trainer,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """What ``run.json`` says: everything a table or figure needs beside the records."""
+    """The content of ``run.json``: everything a table or figure needs beside the records."""
     costs = efficiency.count(task.backbone, *data.sample)
     return {
         "name": cfg.name,
         "protocol": cfg.protocol.name,
-        "selection": cfg.task.selection,
+        "modality": data.modality,
+        **judging(cfg, data),
+        "measure": "accuracy",
         "algorithm": cfg.moe.algorithm,
         "moe": cfg.moe.name,
         "stage": cfg.stage.name if cfg.get("stage") else None,
@@ -221,7 +224,6 @@ def facts(
         "weights": _weights(cfg.backbone),
         "dataset": cfg.data.name,
         "env_names": data.env_names,
-        "test_envs": data.test_envs,
         "class_names": data.class_names,
         "seed": cfg.seed,
         "trial_seed": cfg.trial_seed,
@@ -235,7 +237,6 @@ def facts(
         **data.facts,
         "config": flat(cfg),
         "costs": costs,
-        "parameters": costs["parameters"],  # as in runs that have no costs
         "start_experts": {n: len(m.live) for n, m in moe_layers(task.backbone).items()},
         "versions": {
             "dynmoe": dynmoe.__version__,

@@ -1,7 +1,8 @@
-"""The callback that writes a run's records and checkpoints at every evaluation."""
+"""Callbacks: a run's records, checkpoints and early stop at every evaluation; its progress bar."""
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import time
@@ -10,25 +11,28 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.records import RunFolder
-
-Select = Callable[[list[dict[str, Any]]], Mapping[str, Any] | None]
+from dynmoe.selection import judged, selected
 
 
 class RunRecorder(Checkpoint):
     """After each evaluation: one line in ``results.jsonl``, the routing, then the checkpoints.
 
-    ``last.ckpt`` is what a killed run resumes from; ``selected.ckpt`` is the one of the record that
-    ``select`` chooses among all so far. Records are written before the checkpoint; on resuming,
+    A killed run resumes from ``last.ckpt``; ``selected.ckpt`` belongs to the best record so far,
+    by the rule of ``facts`` (``selection``, ``test_envs``, ``selects``, ``reported`` of
+    ``run.json``). Records are written before the checkpoint; on resuming,
     ``RunFolder.truncate_after`` drops those the checkpoint has not seen.
 
+    With ``patience`` training stops after so many evaluations without a better one; the line of
+    the last evaluation then says ``stopped_early``. Both counts are part of the checkpoint.
+
     ``constants`` (DomainBed's ``args`` and ``hparams``) are part of every result line;
-    ``epoch_at`` tells the epoch of a step. With ``save_every`` ``last.ckpt`` is also written every
-    so many optimizer steps between evaluations: a run that goes on from there has the same weights,
+    ``epoch_at`` gives the epoch of a step. With ``save_every``, ``last.ckpt`` is also written every
+    so many optimizer steps between evaluations: a run that resumes from there has the same weights,
     but its next record's mean loss and training routing are of the steps since then.
 
     ``mem_gb`` is the peak memory in GiB, on a GPU since the start of this stage; on the CPU it is
@@ -38,20 +42,30 @@ class RunRecorder(Checkpoint):
     def __init__(
         self,
         folder: RunFolder,
-        select: Select,
+        facts: Mapping[str, Any],
         constants: Mapping[str, Any],
         epoch_at: Callable[[int], float],
         save_every: int | None = None,
+        patience: int | None = None,
     ) -> None:
         self.folder = folder
+        self.facts = facts
         self.save_every = save_every
-        self.select = select
+        self.patience = patience
         self.constants = constants
         self.epoch_at = epoch_at
         self._clock = 0.0
         self._training = 0.0
         self._first_step = 0
         self._last_save = 0
+        self._best: dict[str, Any] | None = None  # step and scores of the selected record
+        self._without_gain = 0  # evaluations since then
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "without_gain": self._without_gain}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best, self._without_gain = state_dict["best"], state_dict["without_gain"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.strategy.root_device.type == "cuda":
@@ -59,14 +73,16 @@ class RunRecorder(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_save = trainer.global_step
+        # A run that was killed after its last evaluation must not resume training.
+        trainer.should_stop = trainer.should_stop or self._is_over()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
         self._first_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        # An evaluation follows the last batch, and saves after its record: a run that is killed in
-        # the evaluation must not go on behind it.
+        # NOTE: an evaluation follows the last batch, and saves after its record: a run that is
+        # killed in the evaluation must repeat it, not resume after it.
         if self.save_every is None or trainer.is_last_batch:
             return
         step = trainer.global_step
@@ -88,10 +104,17 @@ class RunRecorder(Checkpoint):
             "step_time": self._training / max(1, steps),
             "eval_time": time.perf_counter() - self._clock,
             **pl_module.losses_since_last(),
-            **pl_module.scores(),
+            **pl_module.result(),
             "mem_gb": _memory_gb(),
             **self.constants,
         }
+        # Scores are the same on all ranks, and so is the decision.
+        self._compare(result)
+        _log(trainer, "validation", judged(result, self.facts).validation, step)
+        if self._is_over():
+            trainer.should_stop = True
+            if trainer.global_step < trainer.max_steps:
+                result["stopped_early"] = True
         routing = [{"step": step, **record} for record in pl_module.routing_records()]
         for record in routing:
             if record["source"] == TRAIN:
@@ -104,6 +127,18 @@ class RunRecorder(Checkpoint):
             if examples := pl_module.example_records():
                 self.folder.append("examples", *({"step": step, **each} for each in examples))
 
+    def _compare(self, result: Mapping[str, Any]) -> None:
+        """Keep the better of a record and the best one so far."""
+        record = {"step": result["step"], "scores": result["scores"]}
+        chosen = selected([each for each in (self._best, record) if each is not None], self.facts)
+        # NaN (a constant prediction has no correlation) is no gain, even at first.
+        gains = chosen is record and not math.isnan(judged(record, self.facts).validation)
+        self._without_gain = 0 if gains else self._without_gain + 1
+        self._best = None if chosen is None else dict(chosen)
+
+    def _is_over(self) -> bool:
+        return self.patience is not None and self._without_gain >= self.patience
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer)
 
@@ -113,8 +148,7 @@ class RunRecorder(Checkpoint):
         unfinished = checkpoints / "unfinished.ckpt"
         trainer.save_checkpoint(unfinished)
         if trainer.is_global_zero:
-            chosen = self.select(self.folder.read("results"))
-            if chosen is not None and chosen["step"] == trainer.global_step - 1:
+            if self._best is not None and self._best["step"] == trainer.global_step - 1:
                 shutil.copyfile(unfinished, checkpoints / "copy.ckpt")
                 (checkpoints / "copy.ckpt").replace(checkpoints / "selected.ckpt")
             unfinished.replace(checkpoints / "last.ckpt")
@@ -127,7 +161,7 @@ def _log(trainer: L.Trainer, name: str, value: float, step: int) -> None:
 
 
 def _memory_gb() -> float:
-    """Peak memory: of the GPU where there is one (as DomainBed), else of the process.
+    """Peak memory in GiB: of the GPU where there is one (as DomainBed), else of the process.
 
     The process's peak cannot be reset: it includes the stages trained before in this process.
     """
@@ -136,37 +170,12 @@ def _memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-# The end of a run that no longer gains.
-
-
-class Patience(EarlyStopping):
-    """Lightning's, after ``patience`` evaluations without a higher score, and after a resume too.
-
-    Lightning stops where the score was computed; a run that was killed between that and its end
-    would go on training.
-    """
-
-    def __init__(self, score: str, patience: int) -> None:
-        super().__init__(
-            score,
-            mode="max",
-            patience=patience,
-            check_finite=False,  # a constant prediction has no correlation
-            check_on_train_epoch_end=False,  # there a resumed run has no score yet
-        )
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if self.wait_count >= self.patience:
-            trainer.should_stop = True
-
-
-# One progress bar for the whole run: steps done, time left, loss, and the evaluation under way.
-
-
 class RunProgress(ProgressBar):
-    """Lightning's own bars start anew at each epoch; here an epoch is the stretch up to the next
-    evaluation, so they never show how far the run is."""
+    """One progress bar for the whole run: steps done, time left, loss, the evaluation under way.
+
+    Lightning's own bars start again at each epoch; here an epoch is the stretch up to the next
+    evaluation, so they never show how far the run is.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from dynmoe.config.rules import folders, text_run
 from dynmoe.errors import ConfigError
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.tables import format_number
-from dynmoe.report.words import PARTS, is_points, k_by_part, layer_name
+from dynmoe.report.words import PARTS, k_by_part, layer_name, measure_number
 from dynmoe.training import trained
 
 OVERRIDES = (
@@ -78,22 +78,21 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     return mode, folder, checkpoint, cfg
 
 
-def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, float]:
-    """Scores by their names in ``results.jsonl``; prints them beside the recorded ones."""
+Scores = dict[str, dict[str, float]]
+
+
+def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> Scores:
+    """Scores by set and measure, as in ``results.jsonl``; prints them beside the recorded ones."""
     data, task, step, trainer = _load(folder, checkpoint, cfg)
     data.repeat_evaluation_of(step)
     trainer.validate(task, datamodule=data, verbose=False)
-    scores = task.scores()
-    if data.modality == "image":
-        places = {f"env{index}": name for index, name in enumerate(data.env_names)}
-    else:
-        places = {name: name for name in (*data.env_names, "heldout")}
-    print_scores(folder, checkpoint, step, scores, places)
+    scores: Scores = task.scores()
+    print_scores(folder, checkpoint, step, scores)
     return scores
 
 
 def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
-    """Write what the model predicts for the test sets, as the GLUE server takes it.
+    """Write the model's predictions for the test sets in the format of the GLUE server.
 
     Raises:
         ConfigError: the run is not on a task of GLUE.
@@ -118,7 +117,7 @@ def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
         files.append(
             write_submission(folder.path / "submission", data.glue_task, name, index, predicted)
         )
-    print(f"{checkpoint.name}, step {step}. To be zipped and sent to gluebenchmark.com:")
+    print(f"{checkpoint.name}, step {step}. Zip these files and upload them to gluebenchmark.com:")
     for file in files:
         print(file)
     return files
@@ -135,16 +134,14 @@ def _load(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, An
     return data, task, step, build.build_trainer(cfg, [], folder, max_steps=1)
 
 
-# ``dynmoe-eval mode=answer``: a trained run's answers, in the files that evaluators read.
+def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> Scores:
+    """Answer every question of ``cfg.question_sets``, or of the run's own sets if it is empty.
 
-
-def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, float]:
-    """Answer the questions of ``cfg.question_sets``, or of the run's own sets where it is empty.
-
-    Writes ``answers/<set>/`` in the run's folder; prints scores, k by part, and the files.
+    Writes ``answers/<set>/`` in the run's folder, the files that evaluators read; prints scores, k
+    by part, and the files.
 
     Returns:
-        Scores by their names in ``results.jsonl``, of the sets that are scored here.
+        Scores by set and measure, of the sets that are scored here.
 
     Raises:
         UserError: a run of another task, or questions that cannot be read.
@@ -153,7 +150,7 @@ def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, fl
 
     if modality(cfg, "data") != "vision-language":
         raise ConfigError(
-            f"mode=answer: {cfg.data.name} has no questions to answer in words; runs of task=vl do"
+            f"mode=answer: {cfg.data.name} has no questions to answer in text; runs of task=vl do"
         )
     settings = build.settle_runtime(cfg)
     data: Any = build.build_data(cfg)
@@ -163,11 +160,10 @@ def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, fl
     task, step = build.load(cfg, data, settings["fused_attention"], checkpoint)
     trainer = build.build_trainer(cfg, [], folder, max_steps=1)
     trainer.validate(task, datamodule=data, verbose=False)
-    scores: dict[str, float] = task.scores()
-    names = data.env_names
+    scores: Scores = task.scores()
     if scores:
-        print_scores(folder, checkpoint, step, scores, dict(zip(names, names, strict=True)))
-    _print_routing(names, task.routing_records())
+        print_scores(folder, checkpoint, step, scores)
+    _print_routing(data.env_names, task.routing_records())
     for name, answers in task.answers.items():
         if not data.sets[name].is_scored:
             print(f"{name} has no local score. {data.sets[name].note}")
@@ -177,51 +173,41 @@ def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> dict[str, fl
 
 
 def _print_routing(names: Sequence[str], records: Sequence[Record]) -> None:
-    """Mean k of each MoE layer on each set; nothing of a dense model."""
+    """Print mean k of each MoE layer on each set; nothing for a dense model."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="Experts per token (mean k)", title_justify="left")
     for column in ("answered", "MoE layer", *PARTS):
         table.add_column(column, justify="right" if column in PARTS else "left")
-    sources = {f"env{index}": name for index, name in enumerate(names)}
     for record in records:
-        if record["source"] in sources:
+        if record["source"] in names:
             k: Mapping[str, float] = k_by_part([record])
             numbers = (format_number(k[part], ".2f") for part in PARTS)
-            table.add_row(sources[record["source"]], layer_name(record["layer"]), *numbers)
+            table.add_row(record["source"], layer_name(record["layer"]), *numbers)
     if table.row_count:
         Console().print(table)
 
 
-# Scores of a run, measured again, beside those that its records have.
-
-
 def print_scores(
-    folder: RunFolder,
-    checkpoint: Path,
-    step: int,
-    scores: Mapping[str, float],
-    places: Mapping[str, str],
+    folder: RunFolder, checkpoint: Path, step: int, scores: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """`scores` have their names in ``results.jsonl``; `places` are what these begin with, and in
-    words."""
+    """Print scores by set and measure beside those that the run recorded at this step."""
     from rich.console import Console
     from rich.table import Table
 
-    recorded = {r["step"]: r for r in folder.read("results")}.get(step, {})
+    results = {record["step"]: record["scores"] for record in folder.read("results")}
+    recorded = results.get(step, {})
     console, table = Console(), Table()
     for column in ("evaluated on", "measure", "now", "recorded"):
         table.add_column(column, justify="right" if column in ("now", "recorded") else "left")
-    for key, score in scores.items():
-        place = max((place for place in places if key.startswith(f"{place}_")), key=len)
-        what = key.removeprefix(f"{place}_")
-        before = _shown(what, recorded[key]) if key in recorded else "-"
-        table.add_row(places[place], what.replace("_", " "), _shown(what, score), before)
-    points = ", points as they are" if any(map(is_points, scores)) else ""
-    console.print(f"{folder.path.name}, {checkpoint.name}, step {step}; in %{points}")
+    for name, measures in scores.items():
+        for measure, score in measures.items():
+            before = recorded.get(name, {}).get(measure)
+            shown = "-" if before is None else measure_number(measure, before, 2)
+            text = measure.replace("_", " ")
+            table.add_row(name, text, measure_number(measure, score, 2), shown)
+    console.print(
+        f"{folder.path.name}, {checkpoint.name}, step {step}; in %, but losses and points"
+    )
     console.print(table)
-
-
-def _shown(measure: str, score: float) -> str:
-    return f"{score if is_points(measure) else 100 * score:.2f}"

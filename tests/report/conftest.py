@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dynmoe.records import RunFolder
+from dynmoe.selection import measured_by
 
 STEPS, EVERY, UPDATE = 400, 20, 50
 ENVIRONMENTS = ["0", "15", "30", "45", "60", "75"]
@@ -26,6 +27,9 @@ def write_synthetic_run(path: Path, layers: int, max_experts: int) -> RunFolder:
             "name": "vit_digits",
             "protocol": "domainbed",
             "selection": "training_domain_validation",
+            **measured_by("training_domain_validation", ENVIRONMENTS, [0]),
+            "modality": "image",
+            "measure": "accuracy",
             "algorithm": "DynMoE",
             "moe": "dynmoe",
             "backbone": "vit_digits",
@@ -46,9 +50,13 @@ def write_synthetic_run(path: Path, layers: int, max_experts: int) -> RunFolder:
                 "precision": "32-true",
                 "fused_optimizer": True,
             },
-            "parameters": {"other": 21_000_000, "layers": dict.fromkeys(names, size)},
+            "costs": {"parameters": {"other": 21_000_000, "layers": dict.fromkeys(names, size)}},
+            "config": {"moe.algorithm": "DynMoE"},
             "start_experts": dict.fromkeys(names, 3),
-            "baseline": {"name": "linear classifier on pixels", "env0_in_acc": 0.412},
+            "baseline": {
+                "name": "linear classifier on pixels",
+                "scores": {"0/in": {"accuracy": 0.412}},
+            },
         }
     )
     slots = {name: [0, 1, 2] for name in names}
@@ -59,7 +67,7 @@ def write_synthetic_run(path: Path, layers: int, max_experts: int) -> RunFolder:
             lines = [
                 _routing(step, name, source, slots[name], thresholds[name], rng)
                 for name in names
-                for source in ("train", *(f"env{index}" for index in range(len(ENVIRONMENTS))))
+                for source in ("train", *ENVIRONMENTS)
             ]
             folder.append("routing", *lines)
         for name in names:
@@ -80,12 +88,13 @@ def _results(step: int, rng: random.Random) -> dict[str, Any]:
         "loss": 0.3 + 2 * math.exp(-step / 80),
         "mem_gb": 1.25,
         "args": {"test_envs": [0], "hparams_seed": 0, "trial_seed": 0},
+        "scores": {},
     }
-    for index in range(len(ENVIRONMENTS)):
+    for index, name in enumerate(ENVIRONMENTS):
         level = 0.62 if index == 0 else 0.9 + 0.015 * index
         accuracy = 0.1 + (level - 0.1) * (1 - math.exp(-(step + 5) / 70))
-        record[f"env{index}_in_acc"] = accuracy + rng.gauss(0, 0.008)
-        record[f"env{index}_out_acc"] = accuracy - 0.02 + rng.gauss(0, 0.012)
+        record["scores"][f"{name}/in"] = {"accuracy": accuracy + rng.gauss(0, 0.008)}
+        record["scores"][f"{name}/out"] = {"accuracy": accuracy - 0.02 + rng.gauss(0, 0.012)}
     return record
 
 

@@ -263,7 +263,7 @@ def test_words_of_each_rival(tmp_path: Path) -> None:
 
 
 def test_what_weakens_the_words(tmp_path: Path) -> None:
-    sizes = {f"env{index}": {"in": 240, "out": 60} for index in range(3)}
+    sizes = {f"{name}/in": 240 for name in ("0", "15", "30")}
     for seed in (0, 1):
         write_run(tmp_path, "top-1 of 2", 0.5, seed=seed, facts={"sizes": sizes})
         write_run(tmp_path, "DynMoE", 0.6, seed=seed, facts={"sizes": sizes})
@@ -286,8 +286,9 @@ def test_the_end_of_training_stands_beside_the_selected_step(tmp_path: Path) -> 
         for seed in (0, 1):
             run = write_run(tmp_path, name, selected, seed=seed)
             record = run.read("results")[-1]
-            worse = {key: 0.0 for key in record if key.endswith("out_acc")}
-            run.append("results", {**record, **worse, "step": 999, "env0_in_acc": last})
+            scores = {key: {"accuracy": 0.0} for key in record["scores"]}
+            scores["0/in"] = {"accuracy": last}
+            run.append("results", {**record, "scores": scores, "step": 999})
     _, (claim,) = read(tmp_path)
     assert claim.overall.rank == 2
     assert (

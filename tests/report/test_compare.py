@@ -40,7 +40,7 @@ def test_sentences(a: Run) -> None:
         f"A is top-2 of 8: {folder / 'digits_top-2-of-8_env0_seed0'}",
         f"B is DynMoE: {folder / 'b' / 'digits_dynmoe_env0_seed0'}",
         "On 0, B is 2.3 points above A: 61.3 % against 59.0 %.",
-        "They are matched: both ran with seed 0, trial seed 0. Only more seeds tell chance apart.",
+        "They are matched: both ran with seed 0, trial seed 0. Only more seeds rule out chance.",
     ]
     assert comparison.warnings == []
 
@@ -79,15 +79,15 @@ def test_equal_configurations(a: Run) -> None:
 
 def test_accuracy_at_the_selected_steps(a: Run) -> None:
     table = against(a, "DynMoE", 0.613, validation=0.8).tables[1]
-    assert table.title == "Accuracy in per cent, A at step 100, B at step 100"
+    assert table.title == "Scores times 100, A at step 100, B at step 100"
     assert table.rows == (
-        ("0 (test)", "in", "59.0", "61.3", "+2.3"),
-        ("0 (test)", "out", "59.0", "61.3", "+2.3"),
-        ("15", "in", "59.0", "80.0", "+21.0"),
-        ("15", "out", "59.0", "80.0", "+21.0"),
-        ("30", "in", "59.0", "80.0", "+21.0"),
-        ("30", "out", "59.0", "80.0", "+21.0"),
-        ("training mean", "out", "59.0", "80.0", "+21.0"),
+        ("0/in", "accuracy", "59.0", "61.3", "+2.3"),
+        ("0/out", "accuracy", "59.0", "61.3", "+2.3"),
+        ("15/in", "accuracy", "59.0", "80.0", "+21.0"),
+        ("15/out", "accuracy", "59.0", "80.0", "+21.0"),
+        ("30/in", "accuracy", "59.0", "80.0", "+21.0"),
+        ("30/out", "accuracy", "59.0", "80.0", "+21.0"),
+        ("mean of those that select", "accuracy", "59.0", "80.0", "+21.0"),
     )
     strong = [cell for row in table.rows for cell in row if isinstance(cell, Strong)]
     assert strong == ["59.0", "61.3", "+2.3"]
@@ -102,7 +102,7 @@ def test_costs(a: Run) -> None:
     # A: 8 experts, k 2. B: 2 experts + 1 for each record before step 100, k 1.5 and 2; 8 slots.
     assert cells(table) == {
         "experts per MoE layer": ("8.0", "4.0", "0.50"),
-        "experts per token (mean k on test)": ("2.00", "1.75", "0.88"),
+        "experts per token (mean k on 0)": ("2.00", "1.75", "0.88"),
         "parameters in training": ("2,762", "2,762", "1.00"),
         "parameters of living experts and the rest": ("2,762", "1,882", "0.68"),
         "parameters activated per token": ("1,562", "1,432", "0.92"),
@@ -126,7 +126,7 @@ def test_other_seeds_are_not_matched(a: Run) -> None:
     assert comparison.sentences[3] == (
         "They are not matched: A ran with seed 0, trial seed 0, B with seed 1, trial seed 0."
     )
-    assert comparison.warnings == ["Other images or other splits of them: data_hash (abc0; abc1)."]
+    assert comparison.warnings == ["Other data or other splits of them: data_hash (abc0; abc1)."]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_measured_on_other_machines(a: Run, facts: dict[str, Any], why: str) -> 
 
 def test_other_rules(a: Run) -> None:
     assert against(a, "DynMoE", 0.6, facts={"protocol": "swad"}).warnings == [
-        "Other rules, so the accuracies mean different things: protocol (domainbed; swad)."
+        "Rules differ, so the accuracies mean different things: protocol (domainbed; swad)."
     ]
 
 

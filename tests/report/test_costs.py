@@ -56,7 +56,7 @@ def test_k_is_that_of_the_test_environment(tmp_path: Path) -> None:
     run = write_run(tmp_path, "DynMoE", environment="15")
     lines = [json.loads(line) for line in (run.path / "routing.jsonl").open()]
     for line in lines:
-        line["mean_k"] = 3.0 if line["source"] == "env1" else 1.0
+        line["mean_k"] = 3.0 if line["source"] == "15" else 1.0
     (run.path / "routing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert model_costs(read_runs([tmp_path]).runs)["DynMoE"].mean_k == 3
 

@@ -324,8 +324,7 @@ def test_settings_that_share_a_name_are_refused(tmp_path: Path) -> None:
     # No cell has two runs, but the row would mix 4 experts with 8.
     for env, experts in enumerate((4, 8)):
         run = one_step(tmp_path / f"env{env}", env)
-        record = run.read("results")[0] | {"hparams": {"moe": {"num_experts": experts}}}
-        (run.path / "results.jsonl").write_text(json.dumps(record) + "\n")
+        run.write_run({"config": {"moe.num_experts": experts, "seed": env}})
     with pytest.raises(RecordError, match=r"found different hparams of TopK .* in env0 and env1"):
         read(tmp_path)
 

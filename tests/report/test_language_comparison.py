@@ -239,9 +239,9 @@ def test_an_absent_run_has_its_place(tmp_path: Path) -> None:
 
 def test_a_result_without_its_score_is_left_out(tmp_path: Path) -> None:
     folder = write_language_run(tmp_path)
-    folder.append("results", {"step": 500, "args": folder.read_run()})
+    folder.append("results", {"step": 500, "args": folder.read_run(), "scores": {"dev": {}}})
     (warning,) = read_runs([tmp_path / "RTE"]).warnings
-    assert "line 5: expected `dev_score` as a number, found none" in warning
+    assert "line 5, scores of dev: expected `score` as a number, found none" in warning
 
 
 def test_the_page_of_several_tasks(tmp_path: Path) -> None:
@@ -265,10 +265,10 @@ def test_language_beside_vision(tmp_path: Path) -> None:
     ]
     assert sheet.table.columns == ("setting", "RTE")
     text = to_text(document)
-    assert "| examples | 2000 train, 200 dev | - |" in text
-    assert "| images of a test environment | - | unknown |" in text
-    assert "| test environments | - | 0 |" in text
-    assert "| batch size, per training environment | - | 8 |" in text
+    assert "| examples | 2000 train, 200 dev | unknown |" in text
+    assert "| reported on | dev | 0/in |" in text
+    assert "| batch size | 32 | 8 |" in text
+    assert "| tokens of an example, mean | 40.5 | - |" in text
     assert "| protocol | glue | domainbed |" in text
     assert "test environment 0" in text and "evaluation set dev" in text
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -11,21 +10,23 @@ from language_runs import write_language_run
 from dynmoe.records import RunFolder
 from dynmoe.report.figures import draw_all, draw_scores
 from dynmoe.report.render import to_markdown
-from dynmoe.report.summary import summarize
+from dynmoe.report.run import read_run
 
 
 def shown(folder: RunFolder) -> str:
-    return to_markdown(summarize(folder))
+    return to_markdown(read_run(folder))
 
 
 def test_a_score_and_the_metrics_that_it_is_the_mean_of(tmp_path: Path) -> None:
     text = shown(write_language_run(tmp_path, dataset="MRPC"))
-    assert text.startswith("# DynMoE on MRPC\n\nProtocol glue, selection best score on dev, ")
+    assert text.startswith(
+        "# DynMoE on MRPC, evaluation set dev\n\nProtocol glue, selection best score on dev, "
+    )
     assert (
         "## Scores at the selected step, 100 of 151 (epoch 2.0)\n\n"
-        "| evaluation set | mean of accuracy and F1, % | accuracy | F1 |\n"
-        "| --- | ---: | ---: | ---: |\n"
-        "| dev (reported) | **70.0** | 68.0 | 72.0 |\n"
+        "| evaluation set | mean of accuracy and F1, % | accuracy | F1 | loss |\n"
+        "| --- | ---: | ---: | ---: | ---: |\n"
+        "| dev (reported) | **70.0** | 68.0 | 72.0 | 1.5000 |\n"
     ) in text
     assert "mean k, dev" in text and "(at the mean k on dev)" in text
     assert "- length: 40.5 tokens per example, on average" in text
@@ -40,41 +41,37 @@ def test_the_held_out_set_selects_and_dev_is_reported(tmp_path: Path) -> None:
         heldout=(0.1, 0.4, 0.2, 0.1),
         others=["ood"],
     )
-    summary = summarize(folder)
-    assert (summary.step, summary.validation, summary.epoch) == (50, 0.4, 1.02)
+    run = read_run(folder)
+    assert (run.outcome.step, run.outcome.validation) == (50, 0.4)
     assert (
-        "| evaluation set | Matthews correlation, x 100 |\n"
-        "| --- | ---: |\n"
-        "| dev (reported) | **-12.5** |\n"
-        "| ood | -22.5 |\n"
-        "| heldout (selects) | 40.0 |\n"
-    ) in to_markdown(summary)
+        "| evaluation set | Matthews correlation, x 100 | loss |\n"
+        "| --- | ---: | ---: |\n"
+        "| dev (reported) | **-12.5** | 1.5000 |\n"
+        "| ood | -22.5 | 1.5000 |\n"
+        "| heldout (selects) | 40.0 | 1.5000 |\n"
+    ) in to_markdown(run)
 
 
 def test_a_baseline_is_named_beside_the_score(tmp_path: Path) -> None:
-    baseline = {"name": "TF-IDF + logistic regression", "dev_score": 0.55}
+    scores = {"dev": {"score": 0.55}}
+    baseline = {"name": "TF-IDF + logistic regression", "scores": scores}
     folder = write_language_run(tmp_path, facts={"baseline": baseline})
-    assert "TF-IDF + logistic regression, same set: 55.0 % on dev\n" in shown(folder)
+    assert "TF-IDF + logistic regression: 55.0 % on dev\n" in shown(folder)
 
 
-def test_patience_ends_a_run_that_is_not_unfinished(tmp_path: Path) -> None:
+def test_a_run_that_patience_ended_is_not_unfinished(tmp_path: Path) -> None:
     facts = {"steps": 300, "patience": 2}
-    early = shown(write_language_run(tmp_path, dev=(0.6, 0.7, 0.7, 0.65), facts=facts))
+    early = shown(write_language_run(tmp_path, facts=facts, stopped_early=True))
     assert "- stopped early: after 151 of 300 steps (patience 2)\n" in early
-    running = shown(write_language_run(tmp_path, dev=(0.6, 0.6, 0.7, 0.65), facts=facts))
+    running = shown(write_language_run(tmp_path, facts=facts))
     assert "- unfinished: 151 of 300 steps are recorded\n" in running
-    nan = math.nan  # no correlation with a constant prediction; the first one is no gain either
-    constant = shown(write_language_run(tmp_path, dataset="CoLA", dev=(nan, nan), facts=facts))
-    assert "- stopped early: after 51 of 300 steps (patience 2)\n" in constant
-    without = shown(write_language_run(tmp_path, facts={"steps": 300, "patience": None}))
-    assert "- unfinished: 151 of 300 steps are recorded\n" in without
 
 
 def test_the_figure_of_scores_has_epochs_and_every_set(tmp_path: Path) -> None:
     folder = write_language_run(tmp_path, dataset="MNLI", others=["mismatched"])
-    names = [path.name for path in draw_all(folder)]
-    assert names[0] == "scores.png" and "accuracy.png" not in names
-    figure = draw_scores(folder.read_run(), folder.read("results"))
+    names = [path.name for path in draw_all(read_run(folder))]
+    assert names[0] == "scores.png"
+    figure = draw_scores(read_run(folder))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["dev (reported)", "mismatched", "selected step (100)"]
     assert figure.axes[0].get_ylabel() == "accuracy, %"
@@ -88,4 +85,4 @@ def test_the_figure_of_scores_has_epochs_and_every_set(tmp_path: Path) -> None:
 
 def test_one_evaluation_is_drawn(tmp_path: Path) -> None:
     folder = write_language_run(tmp_path, dev=(0.5,))
-    draw_scores(folder.read_run(), folder.read("results")).draw_without_rendering()
+    draw_scores(read_run(folder)).draw_without_rendering()

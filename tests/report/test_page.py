@@ -134,19 +134,20 @@ def test_a_picture_of_time_is_left_out_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_conditions_name_every_value(tmp_path: Path) -> None:
-    sizes = {"env0": {"in": 240, "out": 60}}
+    sizes = {"0/in": 240, "0/out": 60}
     write_run(tmp_path, "dense", seed=0, facts={"sizes": sizes})
     write_run(tmp_path, "top-1 of 2", seed=1, facts={"batch_size": 16})
     sheet = build(tmp_path).sections[-2].blocks[0]
     assert isinstance(sheet, Sheet) and sheet.table.in_words
     assert dict(sheet.table.rows) == {
-        "test environments": "0",
-        "images of a test environment": "0: 240 in, 60 out / unknown",
+        "measure": "accuracy",
+        "reported on": "0/in",
+        "examples": "240 0/in / unknown",
         "protocol": "domainbed",
         "selection rule": "training-domain validation",
         "repetitions": "seeds 0, 1",
         "steps": "151",
-        "batch size, per training environment": "8 / 16",
+        "batch size": "8 / 16",
         "learning rate": "0.001",
         "weight decay": "0.0",
         "backbone": "vit_digits",

@@ -90,7 +90,7 @@ def test_overlap_is_the_common_share_of_two_loads() -> None:
 
 
 def test_the_picture_of_overlap_is_the_mean_over_runs(tmp_path: Path) -> None:
-    loads = {"env0": [1, 1], "env1": [1, 0], "env2": [0, 1], "train": [1, 1]}
+    loads = {"0": [1, 1], "15": [1, 0], "30": [0, 1], "train": [1, 1]}
     same = {source: [1, 1] for source in loads}
     for seed, load in enumerate((loads, same)):
         folder = write_run(tmp_path, "top-1 of 2", seed=seed)
@@ -107,7 +107,7 @@ def test_k_is_read_on_the_test_environment_at_the_reported_step(tmp_path: Path) 
     folder = write_run(tmp_path, "DynMoE", environment="15")
 
     def change(line: Record) -> Record:
-        at_outcome = (line["step"], line["source"]) == (SELECTED, "env1")
+        at_outcome = (line["step"], line["source"]) == (SELECTED, "15")
         found = {"mean_k": 3.0, "k_by_position": [1.0, 5.0]} if at_outcome else {}
         return line | found
 
@@ -145,9 +145,9 @@ def test_load_is_a_share_of_the_rows_tokens(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "top-1 of 2", environment="15")
 
     def change(line: Record) -> Record:
-        classes = [[1, 0], [1, 1]] if line["source"] == "env0" else [[1, 0], [0, 1]]
+        classes = [[1, 0], [1, 1]] if line["source"] == "0" else [[1, 0], [0, 1]]
         by_class = {} if line["source"] == "train" else {"load_by_class": classes}
-        return line | {"load": [1, 3] if line["source"] == "env1" else [1, 1]} | by_class
+        return line | {"load": [1, 3] if line["source"] == "15" else [1, 1]} | by_class
 
     change_routing(folder, change)
     runs = runs_in(tmp_path)

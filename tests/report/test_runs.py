@@ -176,7 +176,7 @@ def test_a_run_that_cannot_be_used_is_named_and_left_out(tmp_path: Path) -> None
     cut, *left_out = collection.warnings
     assert cut == f"{good.path / 'routing.jsonl'}: its last line was cut short; ignored"
     for warning, run, what in zip(
-        left_out, (old, damaged, empty), ("earlier version", "line 1", "results"), strict=True
+        left_out, (old, damaged, empty), ("`config`", "line 1", "results"), strict=True
     ):
         assert str(run.path) in warning and what in warning
 
@@ -196,11 +196,13 @@ def test_a_run_that_cannot_be_used_is_named_and_left_out(tmp_path: Path) -> None
                 *(("env_names", "a list"), ("test_envs", "a list"), ("class_names", "a list")),
                 *(("seed", "a whole number"), ("steps", "a whole number")),
                 *(("batch_size", "a whole number"), ("selection", "text")),
-                *(("start_experts", "an object"), ("parameters", "an object")),
+                *(("start_experts", "an object"), ("costs", "an object")),
+                *(("selects", "an object"), ("reported", "an object"), ("modality", "text")),
             ]
         ),
         (lambda facts: facts | {"config": {}}, "config: expected `moe.algorithm` as text"),
         (lambda facts: facts | {"costs": {}}, "costs: expected `parameters` as an object"),
+        (lambda facts: facts | {"selects": {}}, "selects: expected `sets` as a list"),
         (lambda facts: facts | {"start_experts": {}}, "expected `blocks.2.mlp` as a whole number"),
         (lambda facts: facts | {"selection": "best"}, "expected `selection` as one of training_"),
         (lambda facts: facts | {"test_envs": [7]}, "expected `test_envs` as positions in `env_nam"),
@@ -248,7 +250,7 @@ def test_a_damaged_line_is_named_and_its_run_left_out(
 def test_a_layer_or_environment_without_its_line_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     lines = (run.path / "routing.jsonl").read_text().splitlines()
-    kept = [text for text in lines if not ('"step": 100' in text and '"env1"' in text)]
+    kept = [text for text in lines if not ('"step": 100' in text and '"15"' in text)]
     (run.path / "routing.jsonl").write_text("".join(f"{text}\n" for text in kept))
     (warning,) = read_runs([tmp_path]).warnings
     assert "expected a line for every layer and environment at step 100, found 4 lines" in warning

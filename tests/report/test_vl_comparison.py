@@ -18,7 +18,7 @@ from dynmoe.report.compare import compare
 from dynmoe.report.cost_tables import generation_table, search_table
 from dynmoe.report.costs import search_cost
 from dynmoe.report.document import Section, Sheet, to_text
-from dynmoe.report.part_figures import compare_k_by_part, compare_load_by_part
+from dynmoe.report.part_figures import draw_k_by_part, draw_load_by_part
 from dynmoe.report.routing_figures import draw_load_by_environment, draw_overlap
 from dynmoe.report.runs import Collection, read_runs
 from dynmoe.report.set_tables import (
@@ -121,8 +121,8 @@ def test_what_exchanged_images_cost_is_paired(tmp_path: Path) -> None:
 def test_what_is_said_of_the_use_of_images(tmp_path: Path) -> None:
     dense, _, own = image_use_sentences(read(write_sweep(tmp_path / "three")).runs)
     assert dense == (
-        "dense is not significantly better with the right images than with others "
-        "(+0.7 [0.0, +2.0] points, p = 0.42, n = 3)."
+        "dense is not significantly better with the right images (+0.7 [0.0, +2.0] points, "
+        "p = 0.42, n = 3)."
     )
     assert own == (
         "DynMoE is better with the right images than with others: it uses them "
@@ -130,7 +130,7 @@ def test_what_is_said_of_the_use_of_images(tmp_path: Path) -> None:
     )
     once = image_use_sentences(read(write_sweep(tmp_path / "one", seeds=1)).runs)
     assert once[-1] == (
-        "DynMoE was tried once, which proves nothing of its use of images (+20.0 points)."
+        "DynMoE was tried once, which proves nothing about its use of images (+20.0 points)."
     )
 
 
@@ -151,10 +151,9 @@ def test_kinds_of_questions_are_means_over_seeds(tmp_path: Path) -> None:
 
 def test_published_sets_stand_in_published_measures(tmp_path: Path) -> None:
     scores = {"gqa": 0.6, "scienceqa": 0.5, "mme": 0.63}
-    results = {"scienceqa_img": 0.55, "scienceqa_txt": 0.4, "mme_perception_points": 1260.0}
     for seed, more in enumerate((0.0, 2.0)):
-        each = results | {"mme_perception_points": 1260.0 + more}
-        write_vl_run(tmp_path, "DynMoE", scores, seed, results=each)
+        kinds = {"scienceqa": {"img": 0.55, "txt": 0.4}, "mme": {"perception_points": 1260 + more}}
+        write_vl_run(tmp_path, "DynMoE", scores, seed, kinds=kinds)
     runs = read(tmp_path).runs
     table = published_table(runs)
     assert table is not None
@@ -202,12 +201,12 @@ def test_k_by_layer_and_part_is_the_mean_over_seeds(tmp_path: Path) -> None:
 
 def test_the_picture_of_k_by_part(tmp_path: Path) -> None:
     runs = read(write_sweep(tmp_path, seeds=2)).runs
-    picture = compare_k_by_part(runs)
+    picture = draw_k_by_part(runs)
     assert picture is not None and "evaluation set test" in picture.caption
     (axes,) = picture.figure.axes
     means = [line.get_ydata() for line in axes.get_lines() if line.get_marker() in "so^"]
     assert np_lists(means) == [[1.05, 1.55], [1.55, 2.05], [2.05, 2.55]]
-    assert compare_k_by_part([run for run in runs if run.kind != "adaptive"]) is None
+    assert draw_k_by_part([run for run in runs if run.kind != "adaptive"]) is None
 
 
 def np_lists(arrays: list[Any]) -> list[Any]:
@@ -216,7 +215,7 @@ def np_lists(arrays: list[Any]) -> list[Any]:
 
 def test_load_is_told_apart_by_part_not_by_exchanged_images(tmp_path: Path) -> None:
     runs = [run for run in read(write_sweep(tmp_path, seeds=1)).runs if run.kind != "dense"]
-    picture = compare_load_by_part(runs)
+    picture = draw_load_by_part(runs)
     assert picture is not None and len(picture.figure.axes) == 4
     rows = picture.figure.axes[0].get_yticklabels()
     assert [label.get_text() for label in rows] == ["image", "prompt", "answer"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe.data.text.batches import TextBatch
+from dynmoe.errors import DataError
 from dynmoe.tasks.text import TextClassification
 
 
@@ -34,15 +35,18 @@ def task(metrics: tuple[str, ...], num_classes: int, **changes: Any) -> TextClas
         seed=0,
         **changes,
     )
-    made.log_dict = lambda scores: None  # type: ignore[method-assign, assignment]
+    made.log_dict = lambda scores, **_: None  # type: ignore[method-assign, assignment]
+    made.sum_over_ranks = lambda counts: counts  # type: ignore[method-assign, assignment]
     return made
 
 
-def evaluated(made: TextClassification, **sets: tuple[Tensor, Tensor]) -> dict[str, float]:
-    """The scores of (logits [N, C], label [N]), given in batches of 7."""
+def evaluated(
+    made: TextClassification, batch: int = 7, **sets: tuple[Tensor, Tensor]
+) -> dict[str, dict[str, float]]:
+    """The scores of (logits [N, C], label [N]), given in batches."""
     made.on_validation_epoch_start()
     for source, (logits, label) in sets.items():
-        for part, own in zip(logits.split(7), label.split(7), strict=True):
+        for part, own in zip(logits.split(batch), label.split(batch), strict=True):
             made.validation_step(TextBatch({"logits": part}, own, source, torch.arange(0)), 0)
     made.on_validation_epoch_end()
     return made.scores()
@@ -63,17 +67,17 @@ def test_two_classes_against_sklearn(metrics: tuple[str, ...]) -> None:
     logits, label = classified(2)
     scores = evaluated(task(metrics, 2), dev=(logits, label))
     expected = {name: SKLEARN[name](label, logits.argmax(1)) for name in metrics}
-    assert scores == pytest.approx(
-        {f"dev_{name}": value for name, value in expected.items()}
-        | {"dev_score": np.mean(list(expected.values()))},
-        abs=1e-6,
-    )
+    expected |= {
+        "score": np.mean(list(expected.values())),
+        "loss": F.cross_entropy(logits, label).item(),
+    }
+    assert scores["dev"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_three_classes_against_sklearn() -> None:
     logits, label = classified(3)
     scores = evaluated(task(("accuracy",), 3), dev=(logits, label))
-    assert scores["dev_score"] == pytest.approx(accuracy_score(label, logits.argmax(1)))
+    assert scores["dev"]["score"] == pytest.approx(accuracy_score(label, logits.argmax(1)))
 
 
 def test_regression_against_scipy() -> None:
@@ -83,26 +87,27 @@ def test_regression_against_scipy() -> None:
     scores = evaluated(task(("pearson", "spearman"), 0), dev=(logits, label))
     pearson = pearsonr(label, logits[:, 0])[0]
     spearman = spearmanr(label, logits[:, 0])[0]
-    assert scores["dev_pearson"] == pytest.approx(pearson, abs=1e-5)
-    assert scores["dev_spearman"] == pytest.approx(spearman, abs=1e-5)
-    assert scores["dev_score"] == pytest.approx((pearson + spearman) / 2, abs=1e-5)
+    assert scores["dev"]["pearson"] == pytest.approx(pearson, abs=1e-5)
+    assert scores["dev"]["spearman"] == pytest.approx(spearman, abs=1e-5)
+    assert scores["dev"]["score"] == pytest.approx((pearson + spearman) / 2, abs=1e-5)
 
 
 def test_one_class_predicted_is_0_and_no_error() -> None:
     label = torch.tensor([0, 1, 0, 1])
     logits = torch.tensor([[1.0, 0.0]] * 4)
     scores = evaluated(task(("matthews",), 2), dev=(logits, label))
-    assert scores["dev_matthews"] == 0 == matthews_corrcoef(label, logits.argmax(1))
-    assert evaluated(task(("accuracy", "f1"), 2), dev=(logits, label))["dev_f1"] == 0
+    assert scores["dev"]["matthews"] == 0 == matthews_corrcoef(label, logits.argmax(1))
+    assert evaluated(task(("accuracy", "f1"), 2), dev=(logits, label))["dev"]["f1"] == 0
 
 
 def test_sets_are_measured_apart_and_anew() -> None:
     made = task(("accuracy",), 2, env_names=["dev", "type"], heldout=True)
     sets = {name: classified(2, seed) for seed, name in enumerate(("dev", "type", "heldout"))}
     first = evaluated(made, **sets)
-    assert first.keys() == {f"{name}_{what}" for name in sets for what in ("accuracy", "score")}
+    assert list(first) == list(sets)
     for name, (logits, label) in sets.items():
-        assert first[f"{name}_score"] == pytest.approx(accuracy_score(label, logits.argmax(1)))
+        assert first[name].keys() == {"accuracy", "score", "loss"}
+        assert first[name]["score"] == pytest.approx(accuracy_score(label, logits.argmax(1)))
     assert evaluated(made, **sets) == first
 
 
@@ -111,3 +116,27 @@ def test_losses() -> None:
     assert torch.equal(task(("accuracy",), 3).loss(logits, label), F.cross_entropy(logits, label))
     numbers, wanted = torch.tensor([[1.0], [2.0]]), torch.tensor([2.0, 4.0])
     assert task(("pearson", "spearman"), 0).loss(numbers, wanted).item() == 2.5
+
+
+def test_the_evaluation_loss_is_the_mean_over_examples_however_they_are_cut() -> None:
+    logits, label = classified(3)
+    expected = -logits.double().log_softmax(1)[torch.arange(len(label)), label].mean().item()
+    for batch in (1, 7, 100):
+        found = evaluated(task(("accuracy",), 3), batch, dev=(logits, label))
+        assert found["dev"]["loss"] == pytest.approx(expected, rel=1e-6)
+    numbers, wanted = torch.tensor([[1.0], [2.0], [2.0]]), torch.tensor([2.0, 4.0, 2.0])
+    for batch in (1, 2):
+        made = task(("pearson", "spearman"), 0)
+        assert evaluated(made, batch, dev=(numbers, wanted))["dev"]["loss"] == 5 / 3
+
+
+def test_a_loss_that_is_not_a_number_stays_one() -> None:
+    logits, label = classified(2)
+    logits[3, 0] = torch.nan
+    loss = evaluated(task(("accuracy",), 2), dev=(logits, label))["dev"]["loss"]
+    assert np.isnan(loss)
+
+
+def test_a_set_may_not_be_called_as_the_training_data_is() -> None:
+    with pytest.raises(DataError, match="called train"):
+        task(("accuracy",), 2, env_names=["dev", "train"])

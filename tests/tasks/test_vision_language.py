@@ -270,25 +270,60 @@ def test_every_question_is_answered_and_scored(
         assert evaluated.answers[name] == dict(enumerate(answers))
         scores = questions.score(answers)
         assert "kind_colour" in scores
-        expected |= {f"{name}_{key}": value for key, value in scores.items()}
+        loss = reference_loss(evaluated, data, name)
+        expected[name] = {**scores, "loss": pytest.approx(loss, rel=1e-5)}
     assert evaluated.env_names == ["test", "shuffled"]
     assert evaluated.scores() == expected
     logged = {key: value.item() for key, value in evaluated.trainer.callback_metrics.items()}
-    assert logged == pytest.approx({f"val/{key}": value for key, value in expected.items()})
+    assert logged == pytest.approx(
+        {
+            f"val/{name}/{measure}": value
+            for name, scores in evaluated.scores().items()
+            for measure, value in scores.items()
+        }
+    )
+
+
+@torch.no_grad()
+def reference_loss(task: VisionLanguage, data: VisionLanguageData, name: str) -> float:
+    """Over all tokens of the right answers, each question alone and without padding."""
+    questions = Questions({name: data.sets[name]}, data.asked.prompts, data._transform)
+    collate = collate_questions(data.tokenizer.pad_token_id)
+    losses = []
+    for row, right in enumerate(data.sets[name].records):
+        tokens = dict(collate(questions.__getitems__([Key(name, row)])).tokens)
+        (answer,) = data.asked.references(name, [row])
+        assert data.decode(answer) == right and len(answer) > 1  # what ends it, too
+        asked = tokens["input_ids"].shape[1]
+        tokens["input_ids"] = torch.cat([tokens["input_ids"], torch.tensor([answer])], 1)
+        more = torch.ones(1, len(answer), dtype=torch.long)
+        tokens["attention_mask"] = torch.cat([tokens["attention_mask"], more], 1)
+        tokens["image_mask"] = torch.cat([tokens["image_mask"], more == 0], 1)
+        logprobs_NC = task.backbone(tokens)[0].log_softmax(1)
+        losses += [-logprobs_NC[asked - 1 + i, token].item() for i, token in enumerate(answer)]
+    return sum(losses) / len(losses)
+
+
+def test_questions_without_one_right_answer_have_no_loss(data: VisionLanguageData) -> None:
+    task = make_task(
+        data, moe=None, references=lambda name, rows: [[] for _ in rows], decode=lambda ids: "red"
+    )
+    trainer().validate(task, datamodule=data, verbose=False)
+    assert "score" in task.scores()["test"] and "loss" not in task.scores()["test"]
 
 
 def test_parts_of_an_evaluation(data: VisionLanguageData, evaluated: VisionLanguage) -> None:
     """An answer's last token is said, but not read."""
     records = evaluated.routing_records()
-    for source, name in (("env0", "test"), ("env1", "shuffled")):
+    for name in ("test", "shuffled"):
         alone = answered_alone(evaluated, data, name)
         images = sum(prompt.count(IMAGE) for prompt in alone.prompts)
         length = sum(map(len, alone.prompts))
         read = sum(len(ids) - 1 for ids in alone.ids)
         assert images == PATCHES * len(alone.prompts)
         expected = {"prompt": length - images, "image": images, "answer": read}
-        check_parts(records, source, expected)
-    assert {record["source"] for record in records} == {"train", "env0", "env1"}
+        check_parts(records, name, expected)
+    assert {record["source"] for record in records} == {"train", "test", "shuffled"}
 
 
 def test_examples_are_recorded_token_by_token(
@@ -343,11 +378,14 @@ def test_processes_answer_together(
     task = make_task(data, moe=None, score=score)
     both = SimpleNamespace(world_size=2)
     monkeypatch.setattr(VisionLanguage, "trainer", both)
-    task.log_dict = lambda scores: None  # type: ignore[method-assign, assignment]
+    task.log_dict = lambda scores, **_: None  # type: ignore[method-assign, assignment]
+    task.sum_over_ranks = lambda counts: 2 * counts  # type: ignore[method-assign]
+    task.on_validation_epoch_start()
+    task.count_losses("test", torch.tensor([1.0, 2.0]))
     task.answers = {name: {0: "one", 2: "two"} for name in data.env_names}
     task.on_validation_epoch_end()
     assert seen["test"] == seen["shuffled"] == {0: "one", 1: "blue", 2: "two", 3: "red"}
-    assert task.scores() == {"test_score": 0.25, "shuffled_score": 0.25}
+    assert task.scores() == {"test": {"score": 0.25, "loss": 1.5}, "shuffled": {"score": 0.25}}
 
 
 def test_what_does_not_train_is_frozen(data: VisionLanguageData) -> None:

@@ -91,11 +91,10 @@ def test_evaluate_repeats_the_recorded_scores(
 ) -> None:
     recorded = trained.read("results")[-1]
     scores = evaluate.evaluate(*evaluate.parse([f"run={trained.path}", "checkpoint=last"])[1:])
-    assert {"test_score", "shuffled_score"} <= scores.keys()
-    assert {key: recorded[key] for key in scores} == scores
+    assert scores == recorded["scores"] and {"test", "shuffled"} == scores.keys()
     shown = words(capsys.readouterr().out)
-    assert f"test score {100 * scores['test_score']:.2f}" in shown
-    assert f"shuffled kind colour {100 * scores['shuffled_kind_colour']:.2f}" in shown
+    assert f"test score {100 * scores['test']['score']:.2f}" in shown
+    assert f"shuffled kind colour {100 * scores['shuffled']['kind_colour']:.2f}" in shown
 
 
 def test_answers_the_runs_own_questions(
@@ -109,7 +108,7 @@ def test_answers_the_runs_own_questions(
         assert str(file) in shown
         found = rows(file)
         right = sum(row["text"] == row["answer"] for row in found)
-        assert len(found) == 10 and right / 10 == recorded[f"{name}_score"]
+        assert len(found) == 10 and right / 10 == recorded["scores"][name]["score"]
     assert "shuffled score" in words(shown)
     routing = words(shown).split("Experts per token")[1]
     assert "answered ┃ MoE layer ┃ image ┃ prompt ┃ answer" in routing
@@ -162,11 +161,12 @@ def test_answers_are_as_long_as_asked_for(
 
 def test_points_are_no_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = RunFolder(tmp_path / "run")
-    scores = {"mme_score": 0.5, "mme_perception_points": 1000.0}
-    folder.append("results", {"step": 7, **scores})
-    print_scores(folder, Path("last.ckpt"), 7, scores, {"mme": "mme"})
+    scores = {"mme": {"score": 0.5, "perception_points": 1000.0, "loss": 1.5}}
+    folder.append("results", {"step": 7, "scores": scores})
+    print_scores(folder, Path("last.ckpt"), 7, scores)
     shown = words(capsys.readouterr().out)
-    assert "run, last.ckpt, step 7; in %, points as they are" in shown
+    assert "run, last.ckpt, step 7; in %, but losses and points" in shown
+    assert "mme loss 1.5000 1.5000" in shown
     assert "mme score 50.00 50.00" in shown
     assert "mme perception points 1000.00 1000.00" in shown
 

@@ -72,7 +72,7 @@ def test_tensorboard_shows_what_csv_does(tmp_path: Path) -> None:
     expected = of_csv(tmp_path / "run")
     assert of_tensorboard(tmp_path / "run") == pytest.approx(expected, rel=1e-6)
     names = {name for name, _ in expected}
-    assert {"train/loss", "val/env0_in_acc", "moe/blocks.2.mlp/experts"} <= names
+    assert {"train/loss", "val/0/in/accuracy", "validation", "moe/blocks.2.mlp/experts"} <= names
 
 
 def test_mlflow_shows_what_csv_does(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_a_run_goes_on_between_evaluations(tmp_path: Path, accumulate: int) -> N
         f"trainer.accumulate_grad_batches={accumulate}",
     )
     folder = run(tmp_path, *settings)
-    straight, scores = last(folder)["state_dict"], [r["test_score"] for r in folder.read("results")]
+    straight, scores = last(folder)["state_dict"], [r["scores"] for r in folder.read("results")]
 
     for again in (("overwrite=true",), ()):
         with killed("training_step", made=5):
@@ -61,7 +61,7 @@ def test_a_run_goes_on_between_evaluations(tmp_path: Path, accumulate: int) -> N
     resumed = last(folder)["state_dict"]
     assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
     assert [record["step"] for record in folder.read("results")] == [7]
-    assert [record["test_score"] for record in folder.read("results")] == scores
+    assert [record["scores"] for record in folder.read("results")] == scores
     assert [event["step"] for event in folder.read("events")] == [2, 2, 5, 5]
 
 

@@ -52,15 +52,16 @@ def test_a_run_leaves_what_it_promises(
     assert "RTE train: expected 2,490 rows, found 22" in caplog.text
     results, facts = folder.read("results"), folder.read_run()
     assert [(r["step"], r["epoch"]) for r in results] == [(2, 1.0), (5, 2.0)]
-    assert {"dev_accuracy", "dev_score", "loss", "aux_loss"} <= results[0].keys()
+    assert {"loss", "aux_loss"} <= results[0].keys()
+    assert results[0]["scores"]["dev"].keys() == {"accuracy", "score", "loss"}
     assert facts["steps"] == 6 and facts["env_names"] == ["dev"]
-    assert facts["sizes"] == {"train": TRAIN, "env0": {"in": DEV}}
+    assert facts["sizes"] == {"train": TRAIN, "dev": DEV}
     assert (facts["measure"], facts["samples_per_step"]) == ("accuracy", 8)
     assert facts["costs"]["flops"] is not None
     assert facts["versions"].keys() >= {"transformers", "tokenizers", "datasets"}
     assert [e["step"] for e in folder.read("events")] == [2, 2, 5, 5]
     sources = {r["source"] for r in folder.read("routing")}
-    assert sources == {"train", "env0"}
+    assert sources == {"train", "dev"}
     for name in ("summary.md", "figures/scores.png", "checkpoints/selected.ckpt", "done"):
         assert (folder.path / name).exists()
     assert "dev (reported)" in capsys.readouterr().out
@@ -105,7 +106,7 @@ def test_training_stops_without_gain(
 ) -> None:
     never = ("task.epochs=9", "task.patience=1", "task.optimizer.lr=0.0")
     folder = run(rte, tmp_path / "run", *never, show=True)
-    assert [r["step"] for r in folder.read("results")] == [2, 5]
+    assert [r.get("stopped_early") for r in folder.read("results")] == [None, True]
     assert folder.is_done and folder.read_run()["steps"] == 27
     assert "unfinished" not in capsys.readouterr().out
     (folder.path / "done").unlink()  # as if killed before the summary
@@ -125,7 +126,9 @@ def test_heldout_chooses_and_dev_is_reported(rte: Path, tmp_path: Path) -> None:
     facts, results = folder.read_run(), folder.read("results")
     assert facts["sizes"]["train"] == 16 and facts["sizes"]["heldout"] == 6
     assert facts["selection"] == "heldout"
-    assert all({"heldout_score", "dev_score"} <= r.keys() for r in results)
+    assert all(r["scores"].keys() == {"heldout", "dev"} for r in results)
+    assert facts["selects"] == {"sets": ["heldout"], "measure": "score"}
+    assert facts["reported"] == {"sets": ["dev"], "measure": "score"}
 
 
 def test_other_sets_are_evaluated_too(
@@ -135,9 +138,9 @@ def test_other_sets_are_evaluated_too(
     lines = [line.split("\t", 1)[1] for line in pairs(5, ("entailment", "not_entailment"), 7)]
     write(rte / "ood" / "env_my_set.tsv", [header, *lines])
     folder = run(rte, tmp_path / "run", "data.ood=[env_my_set]", f"data.ood_root={rte / 'ood'}")
-    assert "env_my_set_accuracy" in folder.read("results")[0]
+    assert "accuracy" in folder.read("results")[0]["scores"]["env_my_set"]
     assert folder.read_run()["env_names"] == ["dev", "env_my_set"]
-    assert {r["source"] for r in folder.read("routing")} == {"train", "env0", "env1"}
+    assert {r["source"] for r in folder.read("routing")} == {"train", "dev", "env_my_set"}
     evaluate.evaluate(*evaluate.parse([f"run={folder.path}"])[1:])
     assert "│ env_my_set   │ accuracy │" in capsys.readouterr().out
 
@@ -148,10 +151,8 @@ def test_regression(tmp_path: Path) -> None:
     folder.path.mkdir()
     job.train(config(root, f"paths.outputs={root}", "data=stsb"), folder)
     job.show(folder)
-    record = folder.read("results")[-1]
-    assert record["dev_score"] == pytest.approx(
-        (record["dev_pearson"] + record["dev_spearman"]) / 2
-    )
+    dev = folder.read("results")[-1]["scores"]["dev"]
+    assert dev["score"] == pytest.approx((dev["pearson"] + dev["spearman"]) / 2)
     assert folder.read_run()["measure"] == "mean of Pearson and Spearman"
 
 
@@ -170,7 +171,7 @@ def test_evaluation_repeats_the_recorded_scores_and_submits(
     scores = evaluate.evaluate(*evaluate.parse([f"run={folder.path}", "checkpoint=last"])[1:])
     assert not (rte / ".cache").exists()
     recorded = folder.read("results")[-1]
-    assert scores == {key: recorded[key] for key in scores}
+    assert scores == recorded["scores"]
     mode, *parsed = evaluate.parse([f"run={folder.path}", "mode=submit"])
     assert mode == "submit"
     (file,) = evaluate.submit(*parsed)

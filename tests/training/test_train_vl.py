@@ -63,9 +63,12 @@ def test_three_stages_leave_what_they_promise(outputs: Path) -> None:
         results, facts = folder.read("results"), folder.read_run()
         assert [record["step"] for record in results] == [1, 3]
         assert all(math.isfinite(record["loss"]) for record in results)
-        assert {"test_score", "test_kind_colour", "shuffled_score"} <= results[0].keys()
+        scores = results[0]["scores"]
+        assert (
+            {"score", "kind_colour", "loss"} <= scores["test"].keys() == scores["shuffled"].keys()
+        )
         assert (facts["stage"], facts["env_names"]) == (stage, ["test", "shuffled"])
-        assert facts["sizes"]["train"] == 24 and facts["sizes"]["env0"] == {"in": 10}
+        assert facts["sizes"]["train"] == 24 and facts["sizes"]["test"] == 10
         assert (facts["selection"], facts["weights"]) == (
             "last_step",
             "from scratch; vision tower from scratch",
@@ -81,7 +84,7 @@ def test_three_stages_leave_what_they_promise(outputs: Path) -> None:
     layers = [f"language_model.model.layers.{block}.mlp" for block in (0, 2)]
     assert [record["layer"] for record in last.read("events")] == layers * 2
     routing = last.read("routing")
-    assert {record["source"] for record in routing} == {"train", "env0", "env1"}
+    assert {record["source"] for record in routing} == {"train", "test", "shuffled"}
     assert all(record["parts"].keys() == {"prompt", "image", "answer"} for record in routing)
     assert last.read_run()["start_experts"] == dict.fromkeys(layers, 2)
     for stage in ("align", "instruct"):
@@ -195,7 +198,7 @@ def test_evaluation_repeats_the_recorded_scores(
         arguments = [f"run={folder.path}", f"checkpoint={checkpoint}"]
         scores = evaluate.evaluate(*evaluate.parse(arguments)[1:])
         recorded = folder.read("results")[-1]
-        assert scores == {key: recorded[key] for key in scores} and "test_score" in scores
+        assert scores == recorded["scores"]
         assert "│ test         │ kind colour" in capsys.readouterr().out
 
 

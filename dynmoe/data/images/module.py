@@ -166,8 +166,7 @@ class DomainData(TaskData):
     def task_arguments(self) -> dict[str, Any]:
         return {
             "num_classes": self.num_classes,
-            "num_envs": len(self.envs),
-            "test_envs": self.test_envs,
+            "env_names": self.env_names,
         }
 
     @property
@@ -186,17 +185,18 @@ class DomainData(TaskData):
         return step / self.steps_per_epoch
 
     @property
-    def sizes(self) -> dict[str, dict[str, int]]:
-        """Images per split: {"env0": {"in": n, "out": n}, ...}."""
+    def sizes(self) -> dict[str, int]:
+        """Images per split: {"<environment>/in": n, "<environment>/out": n, ...}."""
         return {
-            f"env{env}": {"in": len(in_indices), "out": len(out_indices)}
-            for env, (in_indices, out_indices) in enumerate(self.splits)
+            f"{name}/{part}": len(indices)
+            for name, splits in zip(self.env_names, self.splits, strict=True)
+            for part, indices in zip(("in", "out"), splits, strict=True)
         }
 
     @property
     def steps_per_epoch(self) -> float:
         """DomainBed's epoch: batches in the smallest in split of all environments."""
-        return min(size["in"] for size in self.sizes.values()) / self.batch_size
+        return min(len(splits[IN]) for splits in self.splits) / self.batch_size
 
     @property
     def data_hash(self) -> str:
@@ -224,7 +224,7 @@ class DomainData(TaskData):
         roles = ["test" if env in self.test_envs else "train" for env in range(len(self.splits))]
         table.add_row("role", *roles)
         for part in ("in", "out"):
-            sizes = [str(size[part]) for size in self.sizes.values()]
+            sizes = [str(self.sizes[f"{name}/{part}"]) for name in self.env_names]
             table.add_row(part, *sizes, end_section=part == "out")
         for name in self.class_names:
             table.add_row(name, *[str(per_class[name]) for per_class in self.counts().values()])
@@ -348,11 +348,11 @@ def _join(items: Sequence[object]) -> str:
 SIDE = 28  # pixels; larger images are shrunk to it
 
 
-def linear_pixel_baseline(data: DomainData) -> dict[str, str | float]:
+def linear_pixel_baseline(data: DomainData) -> dict[str, Any]:
     """Accuracy in [0, 1] of a logistic regression on both splits of every environment.
 
     It is fitted on the in splits of the training environments, without augmentation:
-    {"name": ..., "env0_in_acc": ..., "env0_out_acc": ..., ...}. `data` has been set up.
+    {"name": ..., "scores": {"<environment>/in": {"accuracy": ...}, ...}}. `data` has been set up.
     """
     examples = ImageExamples(data.envs, SIDE)
 
@@ -368,9 +368,11 @@ def linear_pixel_baseline(data: DomainData) -> dict[str, str | float]:
         np.concatenate([pixels(env, IN) for env in data.train_envs]),
         np.concatenate([labels(env, IN) for env in data.train_envs]),
     )
-    result: dict[str, str | float] = {"name": "linear classifier on pixels"}
-    for env in range(len(data.envs)):
-        for part, split_name in ((IN, "in"), (OUT, "out")):
-            accuracy = classifier.score(pixels(env, part), labels(env, part))
-            result[f"env{env}_{split_name}_acc"] = float(accuracy)
-    return result
+    scores = {
+        f"{name}/{split}": {
+            "accuracy": float(classifier.score(pixels(env, part), labels(env, part)))
+        }
+        for env, name in enumerate(data.env_names)
+        for part, split in ((IN, "in"), (OUT, "out"))
+    }
+    return {"name": "linear classifier on pixels", "scores": scores}

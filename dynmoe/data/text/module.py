@@ -187,9 +187,7 @@ class GlueData(TaskData):
         sizes: dict[str, Any] = {
             name: len(self.sets[name]) for name in ("train", "heldout") if name in self.sets
         }
-        for index, name in enumerate(self.env_names):
-            sizes[f"env{index}"] = {"in": len(self.sets[name])}
-        return sizes
+        return sizes | {name: len(self.sets[name]) for name in self.env_names}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -306,10 +304,9 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
 }
 
 
-def linear_text_baseline(
-    train: TextSet, dev: TextSet, metrics: Sequence[str]
-) -> dict[str, str | float]:
-    """Return the mean of `metrics` on dev, {"name": ..., "dev_score": ...}, for classification.
+def linear_text_baseline(train: TextSet, dev: TextSet, metrics: Sequence[str]) -> dict[str, Any]:
+    """The mean of `metrics` on dev: {"name": ..., "scores": {"dev": {"score": ...}}}. It is for
+    classes, not for regression.
 
     A pair is read as one text.
     """
@@ -317,10 +314,8 @@ def linear_text_baseline(
     classifier = make_pipeline(TfidfVectorizer(), LogisticRegression(C=10, max_iter=1000))
     classifier.fit(_joined(train), train.label)
     found = classifier.predict(_joined(dev))
-    return {
-        "name": "TF-IDF + logistic regression",
-        "dev_score": sum(float(METRICS[name](dev.label, found)) for name in metrics) / len(metrics),
-    }
+    score = sum(float(METRICS[name](dev.label, found)) for name in metrics) / len(metrics)
+    return {"name": "TF-IDF + logistic regression", "scores": {"dev": {"score": score}}}
 
 
 def _joined(texts: TextSet) -> list[str]:

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional
 
 from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.batches import Key
-from dynmoe.data.vl.chat import IGNORE, IMAGE, IdArray, encode_prompts
+from dynmoe.data.vl.chat import IGNORE, IMAGE, IdArray, encode_answers, encode_prompts
 from dynmoe.data.vl.store import TokenStore
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import QuestionSet
@@ -49,15 +49,19 @@ class ConversationBatch(NamedTuple):
 
     @property
     def scored(self) -> tuple[Tensor, Tensor]:
-        """Positions [M] of the flattened batch whose next token has a loss, and these tokens."""
-        next_T = F.pad(self.label[:, 1:], (0, 1), value=IGNORE).flatten()
-        scored_M = (next_T != IGNORE).nonzero().squeeze(1)
-        return scored_M, next_T[scored_M]
+        return scored(self.label)
 
     @property
     def inputs(self) -> tuple[Tokens, Tensor]:
         """The backbone's positional arguments in training."""
         return self.tokens, self.scored[0]
+
+
+def scored(label_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [M] of the flattened batch whose next token has a loss, and these tokens."""
+    next_T = F.pad(label_BN[:, 1:], (0, 1), value=IGNORE).flatten()
+    scored_M = (next_T != IGNORE).nonzero().squeeze(1)
+    return scored_M, next_T[scored_M]
 
 
 class QuestionBatch(NamedTuple):
@@ -227,6 +231,7 @@ class AskedQuestions:
         self.image_tokens = image_tokens
         self.sets: dict[str, QuestionSet] = {}
         self.prompts: dict[str, Prompts] = {}
+        self._references: dict[str, dict[int, list[int]]] = {}
 
     def add(
         self, sets: Mapping[str, QuestionSet], tokenizer: PreTrainedTokenizerBase, template: str
@@ -237,6 +242,15 @@ class AskedQuestions:
             kept = encode_prompts(asked, tokenizer, template, image_tokens=1)
             self.prompts[name] = Prompts(kept, self.image_tokens)
             self.sets[name] = questions
+            rows = [row for row, right in enumerate(questions.records) if isinstance(right, str)]
+            answered = [(*asked[row], questions.records[row]) for row in rows]
+            ids = encode_answers(answered, tokenizer, template) if questions.is_scored else []
+            self._references[name] = dict(zip(rows, ids, strict=False))
+
+    def references(self, name: str, rows: Sequence[int]) -> list[list[int]]:
+        """Token ids of the right answers, where a question has exactly one, else none; with what
+        ends an answer, as in training."""
+        return [self._references[name].get(row, []) for row in rows]
 
     @property
     def lengths(self) -> dict[str, IntArray]:

@@ -82,6 +82,24 @@ def encode_prompts(
     return [each.ids for chunk in encoded for each in chunk]
 
 
+def encode_answers(
+    answered: Sequence[tuple[str, int, str]], tokenizer: PreTrainedTokenizerBase, template: str
+) -> list[list[int]]:
+    """Token ids of the right answers of questions (text, number of images, answer), each with what
+    ends it: the labels that a conversation of the question and this answer has."""
+    form = checked(tokenizer, template)
+    spans = [
+        form.render(
+            [Message("user", _with_placeholders(text, images)), Message("assistant", answer)],
+            tokenizer,
+        )
+        for text, images, answer in answered
+    ]
+    chunks = (spans[start : start + CHUNK] for start in range(0, len(spans), CHUNK))
+    encoded = [each for chunk in chunks for each in _encoded(chunk, tokenizer, form, 1)]
+    return [each.labels[each.labels != IGNORE].tolist() for each in encoded]
+
+
 def end_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
     """The token that ends an answer, where generation stops; None for `plain`, which has none.
 

@@ -64,7 +64,7 @@ def _without_images(name: str, test: ExactMatch, source: ConversationSource) -> 
     found = baselines(test, source)
     return {
         "name": "most frequent answer to the same question",
-        f"{name}_score": found["question only"],
+        "scores": {name: {"score": found["question only"]}},
         "majority": found["majority"],
     }
 

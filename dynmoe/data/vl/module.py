@@ -213,6 +213,7 @@ class VisionLanguageData(TaskData):
             "decode": self.decode,
             "score": self.asked.score,
             "describe": self.asked.describe,
+            "references": self.asked.references,
             "max_new_tokens": self.max_new_tokens,
             "examples": self.examples,
         }
@@ -238,9 +239,7 @@ class VisionLanguageData(TaskData):
     @property
     def sizes(self) -> dict[str, Any]:
         sizes: dict[str, Any] = {"train": len(self.store) if self._has_conversations else 0}
-        for index, questions in enumerate(self.sets.values()):
-            sizes[f"env{index}"] = {"in": len(questions.questions)}
-        return sizes
+        return sizes | {name: len(each.questions) for name, each in self.sets.items()}
 
     @property
     def facts(self) -> dict[str, Any]:

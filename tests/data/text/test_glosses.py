@@ -33,7 +33,7 @@ def test_words_alone_reach_three_quarters() -> None:
     sets = read_sets(TASKS["glosses"], "embedded", None).sets
     found = linear_text_baseline(sets["train"], sets["dev"], ("accuracy",))
     assert found["name"] == "TF-IDF + logistic regression"
-    assert 0.75 < float(found["dev_score"]) < 0.82
+    assert 0.75 < float(found["scores"]["dev"]["score"]) < 0.82
 
 
 def test_the_baseline_is_scored_as_the_task_is() -> None:
@@ -42,11 +42,11 @@ def test_the_baseline_is_scored_as_the_task_is() -> None:
     dev = TextSet(words, None, np.array([1] * 5 + [0] * 3), np.arange(8))  # one word misleads
     for metrics, score in ((("accuracy", "f1"), (7 / 8 + 10 / 11) / 2), (("matthews",), 0.745)):
         found = linear_text_baseline(train, dev, metrics)
-        assert found["dev_score"] == pytest.approx(score, abs=1e-3)
+        assert found["scores"]["dev"]["score"] == pytest.approx(score, abs=1e-3)
 
 
 def test_the_baseline_reads_both_texts_of_a_pair() -> None:
     words = ["yes", "no"] * 10
     label = np.array([1, 0] * 10)
     pairs = TextSet(["the same"] * 20, words, label, np.arange(20))
-    assert linear_text_baseline(pairs, pairs, ("accuracy",))["dev_score"] == 1
+    assert linear_text_baseline(pairs, pairs, ("accuracy",))["scores"]["dev"]["score"] == 1

@@ -60,7 +60,7 @@ def test_what_is_known_without_conversations(questions: VisionLanguageData) -> N
     # [BOS], the image, the words, [ANSWER]
     lengths = [1 + IMAGE_TOKENS + len(text.split()) + 1 for text in TEXTS]
     assert questions.mean_tokens == sum(lengths) / 2
-    assert questions.sizes == {"train": 0, "env0": {"in": 2}}
+    assert questions.sizes == {"train": 0, next(iter(SETS)): 2}
     tokens, answer = questions.sample
     assert tokens["input_ids"].shape == (1, round(sum(lengths) / 2))
     assert answer.shape == (3,)
