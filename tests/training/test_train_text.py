@@ -12,10 +12,11 @@ import torch
 from omegaconf import OmegaConf
 from tiny_texts import DEV, TRAIN, config, pairs, write, write_rte, write_stsb
 
+from dynmoe import job
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
 from dynmoe.tasks.text import TextClassification
-from dynmoe.training import evaluate, job
+from dynmoe.training import evaluate
 
 
 @pytest.fixture
