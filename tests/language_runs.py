@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sweeps import ARGS, ENVIRONMENTS, EVAL_TIME, STEP_TIME, STEPS, write_run
+from sweeps import ARGS, EVAL_TIME, STEP_TIME, STEPS, write_run
 
 from dynmoe.records import RunFolder
 
@@ -110,12 +110,7 @@ def write_language_run(
         results.append(record)
     results[-1] |= {"stopped_early": True} if stopped_early else {}
     last = results[-1]["step"]
-    sources = {"train": "train", **dict(zip(ENVIRONMENTS, env_names, strict=False))}
-    routing = [
-        line | {"source": sources[line["source"]]}
-        for line in folder.read("routing")
-        if line["source"] in sources and line["step"] <= last
-    ]
+    routing = [line for line in folder.read("routing") if line["step"] <= last]
     _write(folder, "results", results)
     _write(folder, "routing", routing)
     _write(folder, "events", [line for line in folder.read("events") if line["step"] <= last])

@@ -123,7 +123,7 @@ def write_run(
     (folder.path / "run.json").write_text(json.dumps(content))
     results = [_result(step, accuracy, validation, content) for step in STEPS]
     _write(folder.path / "results.jsonl", results)
-    _write(folder.path / "routing.jsonl", _routing(moe, mean_k))
+    _write(folder.path / "routing.jsonl", _routing(moe, mean_k, content["env_names"]))
     _write(folder.path / "events.jsonl", _events(moe))
     if state == "done":
         (folder.path / "done").write_text("done\n")
@@ -184,7 +184,7 @@ def _result(step: int, accuracy: float, validation: float, facts: Facts) -> Fact
         "hparams": {},
     }
     scores = {}
-    for index, name in enumerate(ENVIRONMENTS):
+    for index, name in enumerate(facts["env_names"]):
         is_test = index in facts["test_envs"]
         level = accuracy if is_test else validation
         # The last record is better on the test environment: who reports it selects wrongly.
@@ -195,7 +195,7 @@ def _result(step: int, accuracy: float, validation: float, facts: Facts) -> Fact
     return {**record, "scores": scores}
 
 
-def _routing(moe: Facts, mean_k: float | None) -> list[Facts]:
+def _routing(moe: Facts, mean_k: float | None, env_names: Sequence[str]) -> list[Facts]:
     """Experts grow by one at each record if they adapt; the second layer's k is half a k higher."""
     adaptive = moe["moe.name"] == "dynmoe"
     k = moe.get("moe.top_k", 1.5) if mean_k is None else mean_k
@@ -203,7 +203,7 @@ def _routing(moe: Facts, mean_k: float | None) -> list[Facts]:
     for index, step in enumerate(STEPS):
         experts = moe["moe.num_experts"] + (index if adaptive else 0)
         for depth, layer in enumerate(_layers(moe)):
-            for source in ("train", *ENVIRONMENTS):
+            for source in ("train", *env_names):
                 here = k + (0.5 * depth if adaptive else 0)
                 line = {
                     "step": step,

@@ -11,7 +11,7 @@ from typing import Any
 
 from language_runs import RUNTIME
 from PIL import Image
-from sweeps import ARGS, ENVIRONMENTS, EVAL_TIME, LAYERS, STEP_TIME, STEPS, write_run
+from sweeps import ARGS, EVAL_TIME, LAYERS, STEP_TIME, STEPS, write_run
 
 from dynmoe.records import RunFolder
 
@@ -94,15 +94,10 @@ def write_vl_run(
         }
         for step in steps
     ]
-    sources = {"train": "train", **dict(zip(ENVIRONMENTS, names, strict=False))}
     routing = [
-        {
-            **_without_details(line),
-            "parts": _parts(line, setting, seed),
-            "source": sources[line["source"]],
-        }
+        {**_without_details(line), "parts": _parts(line, setting, seed)}
         for line in folder.read("routing")
-        if line["source"] in sources and line["step"] in steps
+        if line["step"] in steps
     ]
     _write(folder, "results", records)
     _write(folder, "routing", routing)

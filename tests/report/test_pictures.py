@@ -296,7 +296,7 @@ def test_a_dense_run_has_no_picture_of_routing(tmp_path: Path) -> None:
     assert drawn == ["accuracy_by_parameters", "curves"]
 
 
-def test_what_runs_did_not_record_has_no_picture(tmp_path: Path) -> None:
+def test_details_that_were_not_recorded_have_no_picture(tmp_path: Path) -> None:
     new = ("k_by_position", "load_by_class")
     for setting in ("DynMoE", "top-1 of 2"):
         folder = write_run(tmp_path, setting)

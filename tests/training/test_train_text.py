@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from tiny_texts import DEV, TRAIN, config, pairs, write, write_rte, write_stsb
 from dynmoe import job
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
+from dynmoe.selection import measured_by
 from dynmoe.tasks.text import TextClassification
 from dynmoe.training import evaluate
+from dynmoe.training.callbacks import RunRecorder
 
 
 @pytest.fixture
@@ -112,6 +115,27 @@ def test_training_stops_without_gain(
     (folder.path / "done").unlink()  # as if killed before the summary
     run(rte, tmp_path / "run", *never)
     assert [r["step"] for r in folder.read("results")] == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("dev", "is_over"),
+    [
+        ((0.6, 0.7, 0.7, 0.65), True),
+        ((0.6, 0.6, 0.7, 0.65), False),
+        ((math.nan, math.nan), True),  # a constant prediction has no correlation
+    ],
+)
+def test_patience_counts_evaluations_without_gain(
+    tmp_path: Path, dev: tuple[float, ...], is_over: bool
+) -> None:
+    facts = {"selection": "best_dev", "test_envs": [0], **measured_by("best_dev", ["dev"], [0])}
+    recorder, resumed = (
+        RunRecorder(RunFolder(tmp_path), facts, {}, float, patience=2) for _ in range(2)
+    )
+    for step, score in enumerate(dev):
+        recorder._compare({"step": step, "scores": {"dev": {"score": score}}})
+    resumed.load_state_dict(recorder.state_dict())
+    assert recorder._is_over() == resumed._is_over() == is_over
 
 
 def test_the_learning_rate_falls_to_0(rte: Path, tmp_path: Path) -> None:
