@@ -62,7 +62,7 @@ def settle_runtime(cfg: DictConfig) -> dict[str, Any]:
     """Put ``runtime`` in force for the device of ``trainer``. Returns what holds now."""
     on_gpu = {"gpu": True, "cuda": True, "auto": torch.cuda.is_available()}
     device_type = "cuda" if on_gpu.get(cfg.trainer.accelerator) else str(cfg.trainer.accelerator)
-    return runtime.settle(cfg.runtime, "cpu" if device_type == "auto" else device_type)
+    return runtime.apply(cfg.runtime, "cpu" if device_type == "auto" else device_type)
 
 
 def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETask:
