@@ -213,9 +213,7 @@ def test_a_training_step_has_the_gradients_of_training(sweep: Path) -> None:
         assert frozen and not with_gradient & frozen
 
 
-def test_conversations_in_another_form_are_not_interleaved(
-    sweep: Path, tmp_path: Path
-) -> None:
+def test_conversations_in_another_form_are_not_interleaved(sweep: Path, tmp_path: Path) -> None:
     shutil.copytree(sweep, tmp_path / "other")
     file = tmp_path / "other" / "c" / "config.yaml"
     file.write_text(file.read_text().replace("\n  template: simple", "\n  template: v1"))

@@ -14,10 +14,10 @@ from dynmoe.records import RecordError
 from dynmoe.report.costs import Generations, generation_rows
 
 DENSE = {
-    "run": 'a',
-    "problem": 'Scenes, llava, last_step',
-    "setting": 'dense',
-    "environment": 'test',
+    "run": "a",
+    "problem": "Scenes, llava, last_step",
+    "setting": "dense",
+    "environment": "test",
     "batch": 128,
     "new_tokens": 32,
     "median_ms": 360.0,
@@ -27,7 +27,7 @@ DENSE = {
     "token_ms": 10.0,
     "tokens_per_s": 11378.0,
     "tokens_per_s_quartiles": (11070.0, 11703.0),
-    "reference": 'dense',
+    "reference": "dense",
     "ratio": 1.0,
     "ratio_quartiles": (1.0, 1.0),
     "mean_k": {},
