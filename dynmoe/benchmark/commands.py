@@ -41,9 +41,9 @@ def step(args: argparse.Namespace) -> None:
         output = Output(args.json, "step")
         is_image = modality(cfg) == "image"
         cfg.data.batch_size = args.batch or (32 if is_image else cfg.data.batch_size)
-    from dynmoe.benchmark.steps import step
+    from dynmoe.benchmark import steps
 
-    step(args, output, cfg, cases, found)
+    steps.run(args, output, cfg, cases, found)
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ def generate(args: argparse.Namespace) -> None:
         for run, cfg, _ in found:
             if modality(cfg) != "vision-language":
                 raise ConfigError(
-                    f"{run.folder.path}: {cfg.data.name} has no questions to answer in words;"
+                    f"{run.folder.path}: {cfg.data.name} has no questions to answer;"
                     " expected runs of task=vl"
                 )
         cfg, cases = found[0].cfg, []
@@ -70,13 +70,15 @@ def generate(args: argparse.Namespace) -> None:
         cfg = configuration(overrides, step_defaults(overrides))
         if modality(cfg) != "vision-language":
             raise ConfigError(
-                f"task={cfg.task.name}: expected a task that answers in words, task=vl"
+                f"task={cfg.task.name}: expected a task that answers questions, task=vl"
             )
         cases = options.step_cases(options.GENERATE_CASES, args.k, cfg.moe.num_experts)
         output = Output(args.json, "generate")
-    from dynmoe.benchmark.steps import generate
+    for each in (cfg, *(candidate.cfg for candidate in found)):
+        each.data.eval_batch_size = args.batch or each.data.eval_batch_size
+    from dynmoe.benchmark import steps
 
-    generate(args, output, cfg, cases, found)
+    steps.run(args, output, cfg, cases, found)
 
 
 def epoch(args: argparse.Namespace) -> None:

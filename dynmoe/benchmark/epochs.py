@@ -168,7 +168,7 @@ def measure_epochs(
 
     Speeds are compared by token: the first steps of an epoch are of other texts in each loop.
 
-    Fields of its own: ``case``; ``steps``, ``samples`` and real ``tokens`` of all texts;
+    Its own fields: ``case``; ``steps``, ``samples`` and real ``tokens`` of all texts;
     ``padded``, the share of padding in the positions that are computed; ``samples_per_s``.
     """
     reference = next(iter(loops))

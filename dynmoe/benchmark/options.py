@@ -167,7 +167,7 @@ trains. There data.* counts too: data=rte data.source=tsv data.root=FOLDER backb
 backbone.path=FOLDER.
 
 --runs measures trained models instead. Of each setting of a sweep it takes the finished run of the
-lowest seed, loads its selected checkpoint, and times it on training batches of its own data. It
+lowest seed, loads its selected checkpoint, and times it on training batches of its data. It
 writes FOLDER/timing.json, which dynmoe-report reads."""
 STEP_NOTE = f"""\
 ideal: FLOPs of the dense model over those of the case, whose FFNs count k times, routers included.

@@ -103,7 +103,7 @@ GENERATE_COLUMNS = (
 
 
 class Group(NamedTuple):
-    """Models that are timed interleaved."""
+    """Models that are timed interleaved, on the same batches."""
 
     name: str
     models: list[TimedModel]
@@ -111,101 +111,111 @@ class Group(NamedTuple):
     facts: Facts
 
 
-class Process(NamedTuple):
-    """Settings of the process that hold for all groups of a command."""
-
-    device: torch.device
-    machine: Facts
-    settings: Facts
-
-    @property
-    def amp(self) -> bool:
-        return bool(self.machine["dtype"] == "amp")
-
-    @property
-    def fused_attention(self) -> bool:
-        return bool(self.settings["fused_attention"])
-
-
-def prepare(args: argparse.Namespace, cfg: DictConfig) -> Process:
-    """Apply the device and the runtime settings of a command."""
-    device = device_of(args)
-    settings = runtime.apply(cfg.runtime, device.type)
-    dtype = DTYPES[cfg.trainer.precision] if args.runs else args.dtype
-    return Process(device, machine_facts(device, dtype), settings)
-
-
-def step(
+def run(
     args: argparse.Namespace,
     output: Output,
     cfg: DictConfig,
     cases: Sequence[str],
     found: Sequence[Candidate],
 ) -> None:
-    """Measure the ``cases`` of a configuration, or the trained runs ``found``; print the tables,
-    write the file.
+    """Carry out ``step`` or ``generate``: measure the ``cases`` of a configuration or the trained
+    runs ``found``, print the tables, write the file.
 
     Raises:
         UserError: a model, data or baseline that does not fit; nothing has run then.
     """
-    process, baseline = prepare(args, cfg), None
+    device = device_of(args)
+    settings = runtime.apply(cfg.runtime, device.type)
+    dtype = DTYPES[cfg.trainer.precision] if found else args.dtype
+    machine, amp = machine_facts(device, dtype), dtype == "amp"
+    is_step, baseline = args.command == "step", None
     if found:
-        together, notes = _trained_steps(groups(found), process), [RUNS_NOTE]
+        together = _trained_groups(args, found, settings["fused_attention"], device)
     else:
-        group = _fresh_steps(args, cfg, cases, process)
-        together, notes = iter([group]), [STEP_NOTE]
-        if modality(cfg) != "image":
-            notes.append(TEXT_NOTE)
-        if args.baseline:
+        group = _fresh_group(args, cfg, cases, settings["fused_attention"], device)
+        together = iter([group])
+        if is_step and args.baseline:
             baseline = Baseline(args.baseline, STEP_COMPARISON)
-            now = Conditions(process.machine, process.settings, group.facts)
-            baseline.require(now, "machine", "workload")
-    # Inference comes last: it makes the layers compact.
-    modes = ("train", "inference") if args.mode == "both" else (args.mode,)
+            baseline.require(Conditions(machine, settings, group.facts), "machine", "workload")
+    modes = [args.mode] if is_step else ["answers"]
+    if modes == ["both"]:
+        modes = ["train", "inference"]  # in this order: inference makes the layers compact
     facts = []
     with output.progress() as new_bar:
         for group in together:
             facts.append(group.facts)
-            conditions = Conditions(process.machine, process.settings, merged(facts))
+            conditions = Conditions(machine, settings, merged(facts))
             for mode in modes:
-                advance = new_bar(f"{group.name}, {mode}" if group.name else mode)
-                rows = measure_steps(
-                    mode, group.models, group.batches, process.amp, args.rounds, advance
-                )
+                how = amp, args.rounds, new_bar(f"{group.name}, {mode}")
+                if is_step:
+                    rows = measure_steps(mode, group.models, group.batches, *how)
+                else:
+                    rows = measure_generation(group.models, group.batches, args.new_tokens, *how)
                 output.add(rows, conditions)
-    title = "{problem}: {mode}, batch {batch}" if found else "{mode}"
-    parts = [*tables(output.rows, ("problem", "mode"), title, STEP_COLUMNS)]
-    parts += [note + "\n" for note in notes]
+    by = "problem", "mode", "reference"
+    if is_step:
+        title = "{problem}: {mode}, batch {batch}" if found else "{mode}"
+        parts: list[Any] = [*tables(output.rows, by, title, STEP_COLUMNS)]
+        parts.append((RUNS_NOTE if found else STEP_NOTE) + "\n")
+        if not found and modality(cfg) != "image":
+            parts.append(TEXT_NOTE + "\n")
+    else:
+        title = "{problem}: {batch} questions at once, {new_tokens} new tokens each"
+        parts = [*tables(output.rows, by, title, GENERATE_COLUMNS), GENERATE_NOTE + "\n"]
     if baseline:
-        differing = differences(baseline.conditions.settings, process.settings)
+        differing = differences(baseline.conditions.settings, settings)
         shown = ", ".join(differing) or "none"
         parts += [f"Settings that differ from the baseline's: {shown}", baseline.table(output.rows)]
     output.show(*parts)
 
 
-def _fresh_steps(
-    args: argparse.Namespace, cfg: DictConfig, cases: Sequence[str], process: Process
+def _fresh_group(
+    args: argparse.Namespace,
+    cfg: DictConfig,
+    cases: Sequence[str],
+    fused_attention: bool,
+    device: torch.device,
 ) -> Group:
+    given_layers, amp = "moe.layers" in keys(args.overrides), args.dtype == "amp"
     if modality(cfg) == "image":
-        work = noise(cfg, process.device)
+        work = noise(cfg, device)
+        batches, data = work.batches, None
     else:
-        work = of_data(cfg, data_of(cfg), process.device)
-    given_layers = "moe.layers" in keys(args.overrides)
-    models, facts = fresh(
-        cfg, work, cases, args.k, given_layers, process.fused_attention, process.amp
-    )
+        data = data_of(cfg)
+        work = of_data(cfg, data, device)
+        batches = work.batches
+    if args.command == "generate":  # thresholds are fitted on training batches all the same
+        assert data is not None
+        batches = question_batches(data, device)
+        facts = question_facts(batches, args.new_tokens)
+        work = work._replace(facts={"data": data.name, **facts})
+    models, facts = fresh(cfg, work, cases, args.k, given_layers, fused_attention, amp)
     for each in models:
-        each.costs = costs_of_sample(each.model, work.batches)
-    return Group("", models, work.batches, facts)
+        if data is not None and args.command == "generate":
+            setting = {"setting": each.name, "environment": ""}
+            each.identity = {"run": "", "problem": data.name, **setting}
+        else:
+            each.costs = costs_of_sample(each.model, batches)
+    return Group(facts["model"], models, batches, facts)
 
 
-def _trained_steps(together: Sequence[Any], process: Process) -> Iterator[Group]:
-    """One after the other, as each takes memory."""
+def _trained_groups(
+    args: argparse.Namespace,
+    found: Sequence[Candidate],
+    fused_attention: bool,
+    device: torch.device,
+) -> Iterator[Group]:
+    """Yield one after the other, as each takes memory."""
+    together = groups(found)
     for number, (problem, members) in enumerate(together, 1):
-        data = data_of(members[0].cfg)
-        batches = training_batches(data, process.device)
-        models = trained(members, data, process.fused_attention, process.device)
-        facts = {"batch": max(len(batch.label) for batch in batches), **token_facts(batches)}
+        data, batches = data_of(members[0].cfg), list[Any]()
+        if args.command == "generate":
+            batches = question_batches(data, device)
+            facts = question_facts(batches, args.new_tokens)
+        else:
+            batches = training_batches(data, device)
+            facts = {"batch": max(len(batch.label) for batch in batches), **token_facts(batches)}
+        models = trained(members, data, fused_attention, device)
         yield Group(f"{problem.dataset} ({number}/{len(together)})", models, batches, facts)
 
 
@@ -213,7 +223,10 @@ def merged(facts: Sequence[Facts]) -> Facts:
     """Return the facts of several groups in one: a value, or a list where they differ."""
     found = {}
     for key in dict.fromkeys(key for each in facts for key in each):
-        values = list(dict.fromkeys(each.get(key) for each in facts))
+        values: list[Any] = []
+        for value in (each.get(key) for each in facts):
+            if value not in values:
+                values.append(value)
         found[key] = values[0] if len(values) == 1 else values
     return found
 
@@ -296,7 +309,7 @@ def measure_steps(
 
     The ``mode`` "inference" changes the models for good, so measure "train" before it.
 
-    Fields of its own: ``mode``; ``batch``, samples of the largest batch; ``mean_k``, experts per
+    Its own fields: ``mode``; ``batch``, samples of the largest batch; ``mean_k``, experts per
     token, the mean over MoE layers and batches, None without them; ``peak_bytes`` of a training
     step beyond weights and optimizer state; ``tokens_per_s`` of texts, padding left out. With
     ``costs`` also ``ideal``, FLOPs of the reference over FLOPs of the model, None where they cannot
@@ -356,74 +369,6 @@ def mean_k(model: nn.Module, batches: Sequence[LabelledBatch], amp: bool) -> dic
 
 
 # Generation: answers of vision-language models, token by token.
-
-
-def generate(
-    args: argparse.Namespace,
-    output: Output,
-    cfg: DictConfig,
-    cases: Sequence[str],
-    found: Sequence[Candidate],
-) -> None:
-    """Measure the ``cases`` of a configuration, or the trained runs ``found``; print the tables,
-    write the file.
-
-    Raises:
-        UserError: a model or data that do not fit; nothing has run then.
-    """
-    process = prepare(args, cfg)
-    if found:
-        together = _trained_speakers(args, groups(found), process)
-    else:
-        together = iter([_fresh_speakers(args, cfg, cases, process)])
-    facts = []
-    with output.progress() as new_bar:
-        for group in together:
-            facts.append(group.facts)
-            rows = measure_generation(
-                group.models,
-                group.batches,
-                args.new_tokens,
-                process.amp,
-                args.rounds,
-                new_bar(group.name),
-            )
-            output.add(rows, Conditions(process.machine, process.settings, merged(facts)))
-    title = "{problem}: {batch} questions at once, {new_tokens} new tokens each"
-    by = "problem", "reference"
-    output.show(*tables(output.rows, by, title, GENERATE_COLUMNS), GENERATE_NOTE + "\n")
-
-
-def _fresh_speakers(
-    args: argparse.Namespace, cfg: DictConfig, cases: Sequence[str], process: Process
-) -> Group:
-    cfg.data.eval_batch_size = args.batch or cfg.data.eval_batch_size
-    data: Any = data_of(cfg)
-    work = of_data(cfg, data, process.device)  # thresholds are fitted on training batches
-    questions = question_batches(data, process.device)
-    work = work._replace(facts={"data": data.name, **question_facts(questions, args.new_tokens)})
-    given_layers = "moe.layers" in keys(args.overrides)
-    models, facts = fresh(
-        cfg, work, cases, args.k, given_layers, process.fused_attention, process.amp
-    )
-    for each in models:
-        unnamed = {"run": "", "problem": data.name, "setting": each.name, "environment": ""}
-        each.identity = unnamed
-    return Group(data.name, models, questions, facts)
-
-
-def _trained_speakers(
-    args: argparse.Namespace, together: Sequence[Any], process: Process
-) -> Iterator[Group]:
-    """One after the other, as each takes memory."""
-    for number, (problem, members) in enumerate(together, 1):
-        cfg = members[0].cfg
-        cfg.data.eval_batch_size = args.batch or cfg.data.eval_batch_size
-        data: Any = data_of(cfg)
-        questions = question_batches(data, process.device)
-        models = trained(members, data, process.fused_attention, process.device)
-        facts = question_facts(questions, args.new_tokens)
-        yield Group(f"{problem.dataset} ({number}/{len(together)})", models, questions, facts)
 
 
 class Answers:
@@ -505,7 +450,7 @@ def measure_generation(
     The time up to the first new token is measured by itself, in the same rounds. The models are
     ``deployed`` for good.
 
-    Fields of its own: ``batch``, questions answered at once; ``new_tokens`` of each answer;
+    Its own fields: ``batch``, questions answered at once; ``new_tokens`` of each answer;
     ``prompt_ms`` and ``prompt_quartiles_ms`` of a batch up to the first new token; ``token_ms`` of
     a batch for each further token, the difference of the two medians; ``mean_k`` by part; and
     ``peak_bytes`` beyond the weights.

@@ -21,7 +21,7 @@ class Blocks(NamedTuple):
     depth: int
     width: int
     hidden: int
-    """Of one FFN, or one expert."""
+    """Hidden width of one FFN, or one expert."""
 
 
 class ModelSizes(NamedTuple):
@@ -170,5 +170,5 @@ def training_flops(
 
 
 def seconds(flops: float, devices: int, tflops: float, utilisation: float) -> float:
-    """Return the time at a share (``utilisation``) of a device's peak, ``tflops`` 10^12 a second."""
+    """Return the time at a share, ``utilisation``, of a device's peak, ``tflops`` 10^12 per s."""
     return flops / (devices * tflops * 1e12 * utilisation)

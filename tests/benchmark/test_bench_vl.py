@@ -233,6 +233,6 @@ def test_images_are_not_answered(
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "generate", "--runs", str(tmp_path), *QUICK)
     assert stop.value.code == 2
-    message = "RotatedDigits has no questions to answer in words; expected runs of task=vl"
+    message = "RotatedDigits has no questions to answer; expected runs of task=vl"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "generation.json").exists()

@@ -130,7 +130,7 @@ def test_batches_are_of_the_reported_set_and_of_all_its_lengths() -> None:
     [
         (["--new-tokens", "1"], "1: expected a whole number of 2 or more"),
         (["--batch", "0"], "0: expected a whole number of 1 or more"),
-        (["task=glue"], "task=glue: expected a task that answers in words, task=vl"),
+        (["task=glue"], "task=glue: expected a task that answers questions, task=vl"),
         (["--k", "9"], "--k 9: expected a mean number of experts per token above 0 and up to 4"),
         (["moe=dense"], "moe=dense: expected the top-any router"),
         (["data.content.scenes=3"], "data.content.scenes: unknown key"),
