@@ -29,9 +29,9 @@ from dynmoe.benchmark.results import (
     ROUNDS,
     Advance,
     Baseline,
+    BaselineRules,
     Column,
     Compared,
-    Comparison,
     Conditions,
     Output,
     Row,
@@ -81,7 +81,7 @@ def _compared(row: Row) -> Compared:
     return Compared("ratio", "ratio_quartiles", "{:.3f} of limit")
 
 
-COMPARISON = Comparison(
+RULES = BaselineRules(
     ("tokens", "dim", "hidden", "experts", "k", "case"), ("shape", "k", "case"), _compared
 )
 
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
     settings = runtime.apply({**asked, "fused_attention": "auto"}, device.type)
     del settings["fused_attention"]  # a layer has no attention
     conditions = Conditions(machine_facts(device, args.dtype), settings, {})
-    baseline = Baseline(args.baseline, COMPARISON) if args.baseline else None
+    baseline = Baseline(args.baseline, RULES) if args.baseline else None
     if baseline:
         baseline.require(conditions, "machine", "settings")
     combinations = [(shape, k) for shape in args.shape for k in args.k]

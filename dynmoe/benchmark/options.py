@@ -151,7 +151,8 @@ law with exponent 0.8. Every call gets other tokens. The command prints a table 
 k, and a summary."""
 LAYER_NOTE = f"""\
 Each call takes the next of 16 batches of tokens, so the loads of the experts are new as in
-training; the limit always has their mean number of rows. {DISTURBED}"""
+training; the limit always has their mean number of rows.
+{DISTURBED}"""
 
 STEP = """\
 Time whole training steps (forward, loss, backward, AdamW) and inference of a backbone with MoE
@@ -172,7 +173,8 @@ writes FOLDER/timing.json, which dynmoe-report reads."""
 STEP_NOTE = f"""\
 ideal: FLOPs of the dense model over those of the case, whose FFNs count k times, routers included.
 used: parameters that a token activates. Layers are compact in inference; a token that no expert
-serves takes its best one there. {DISTURBED}"""
+serves takes its best one there.
+{DISTURBED}"""
 TEXT_NOTE = """\
 Batches have as many positions as their longest text: times are means over all 8 of them, the peak
 is that of the largest. tokens/s are real tokens, patches of images included. ideal counts real
@@ -182,7 +184,8 @@ RUNS_NOTE = f"""\
 All models see the same batches, those of the first run. A step is forward, losses and routing
 statistics, backward and the run's optimizer at learning rate 0, without gradient clipping and
 without the training loop around it. Where batches differ in shape, times are means over 8 of them,
-and the peak is that of the largest. Layers are compact in inference. {DISTURBED}"""
+and the peak is that of the largest. Layers are compact in inference.
+{DISTURBED}"""
 
 GENERATE = """\
 Time the answers of vision-language models to the questions of their evaluation set, token by token
@@ -200,7 +203,8 @@ All models answer the same questions. prompt: time from the questions of a batch
 to the first new token of each. token: time of each further token of all its answers. tokens/s are
 new tokens over the whole time. Times are means over up to 8 batches. k is that of compact layers,
 in which a token that no expert serves takes its best one. The peak is that of the largest batch,
-beyond the weights. {DISTURBED}"""
+beyond the weights.
+{DISTURBED}"""
 
 EPOCH = """\
 Time a training epoch of the dense encoder in dynmoe's runner (Lightning, batches of about equally

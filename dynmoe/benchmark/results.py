@@ -195,7 +195,7 @@ class Compared(NamedTuple):
     form: str
 
 
-class Comparison(NamedTuple):
+class BaselineRules(NamedTuple):
     """Rules of comparing the rows of a command with those of a baseline."""
 
     key: Sequence[str]
@@ -212,10 +212,10 @@ class Baseline:
         ConfigError: there is no file, or something else in it.
     """
 
-    def __init__(self, path: Path, comparison: Comparison) -> None:
+    def __init__(self, path: Path, rules: BaselineRules) -> None:
         if not path.is_file():
             raise ConfigError(f"--baseline {path}: there is no such file; --json writes one")
-        self._comparison = comparison
+        self._rules = rules
         try:
             content: dict[str, Any] = json.loads(path.read_text())
             facts = [dict(content[field.name]) for field in dataclasses.fields(Conditions)]
@@ -249,11 +249,11 @@ class Baseline:
         changes = []
         for row in rows:
             if (key := self._key(row)) in self._values:
-                form = self._comparison.compared(row).form.format
+                form = self._rules.compared(row).form.format
                 (old, (old_low, old_high)) = self._values[key]
                 (new, (low, high)) = self._value(row)
                 changes.append(
-                    {label: row[label] for label in self._comparison.labels}
+                    {label: row[label] for label in self._rules.labels}
                     | {"old": form(old), "new": form(new), "change": f"{new / old - 1:+.1%}"}
                     | {"note": "within noise" if old_low <= high and low <= old_high else ""}
                 )
@@ -264,10 +264,10 @@ class Baseline:
         return table
 
     def _key(self, row: Row) -> tuple[Any, ...]:
-        return tuple(row[field] for field in self._comparison.key)
+        return tuple(row[field] for field in self._rules.key)
 
     def _value(self, row: Row) -> tuple[float, tuple[float, float]]:
-        compared = self._comparison.compared(row)
+        compared = self._rules.compared(row)
         low, high = row[compared.quartiles]
         return row[compared.field], (low, high)
 

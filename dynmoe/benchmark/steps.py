@@ -42,9 +42,9 @@ from dynmoe.benchmark.results import (
     ROUNDS,
     Advance,
     Baseline,
+    BaselineRules,
     Column,
     Compared,
-    Comparison,
     Conditions,
     Facts,
     Output,
@@ -82,7 +82,7 @@ STEP_COLUMNS = (
     PEAK,
     *ROUNDS,
 )
-STEP_COMPARISON = Comparison(
+STEP_RULES = BaselineRules(
     ("mode", "case"),
     ("mode", "case"),
     lambda row: Compared("samples_per_s", "samples_per_s_quartiles", "{:.4g} samples/s"),
@@ -135,7 +135,7 @@ def run(
         group = _fresh_group(args, cfg, cases, settings["fused_attention"], device)
         together = iter([group])
         if is_step and args.baseline:
-            baseline = Baseline(args.baseline, STEP_COMPARISON)
+            baseline = Baseline(args.baseline, STEP_RULES)
             baseline.require(Conditions(machine, settings, group.facts), "machine", "workload")
     modes = [args.mode] if is_step else ["answers"]
     if modes == ["both"]:
