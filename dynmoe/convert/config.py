@@ -122,7 +122,7 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
     if problems := list(_official_problems(config)):
         raise DataError("\n".join(f"config.json: {problem}" for problem in problems))
     family = _family(config)
-    known = FAMILIES[family]
+    known, moe = FAMILIES[family], config["moe"] if _has_experts(config) else None
     options = {ours: config[official] for ours, official in known.options.items()}
     rope = {ours: config[official] for ours, official in known.rope.items()}
     options["rope_parameters"] = {"rope_type": "default", **rope}
@@ -137,10 +137,8 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
             "fit": FITS[config.get("image_aspect_ratio", "square")],
         },
         "projector": config.get("image_projector_type", "linear"),
-        "moe": _moe_of_official(config["moe"])
-        if _has_experts(config)
-        else {"name": "dense", "layers": []},
-        "notes": list(_notes(config["moe"])) if _has_experts(config) else [],
+        "moe": _moe_of_official(moe) if moe else {"name": "dense", "layers": []},
+        "notes": list(_notes(moe)) if moe else [],
     }
 
 
@@ -191,9 +189,8 @@ def _moe_of_official(moe: Mapping[str, Any]) -> dict[str, Any]:
     adaptive = top_k == -1
     return {
         "name": "dynmoe" if adaptive else "topk",
-        "num_experts": slots // 2
-        if adaptive
-        else slots,  # at the start; the weights say which are live
+        # At the start of training; the weights say which experts are live.
+        "num_experts": slots // 2 if adaptive else slots,
         "max_experts": slots,
         **({} if adaptive else {"top_k": top_k}),
         "layers": list(moe["moe_layers_idx"]),
@@ -225,20 +222,20 @@ def _has_experts(config: Mapping[str, Any]) -> bool:
 
 def _official_problems(config: Mapping[str, Any]) -> Iterator[str]:
     family = _family(config)
-    known = [f"{moe}llava_{name}" for moe in ("moe_", "") for name in FAMILIES]
-    if config.get("model_type") not in known:
-        yield f"model_type: expected one of {', '.join(known)}, found {config.get('model_type')}"
+    types = [f"{moe}llava_{name}" for moe in ("moe_", "") for name in FAMILIES]
+    if config.get("model_type") not in types:
+        yield f"model_type: expected one of {', '.join(types)}, found {config.get('model_type')}"
         return
-    known_family = FAMILIES[family]
+    known = FAMILIES[family]
     moe = config.get("moe", {}) if _has_experts(config) else {}
     pool = {f"moe.{key}": value for key, value in moe.items()}
     found = {**config, **pool}
-    needed = [*known_family.options.values(), *known_family.rope.values(), *VISION.values()]
+    needed = [*known.options.values(), *known.rope.values(), *VISION.values()]
     needed += [f"moe.{key}" for key in MOE if _has_experts(config)]
     if absent := [key for key in needed if found.get(key) in (None, [])]:
         yield f"expected the keys {', '.join(absent)}, found none"
     in_moe = {f"moe.{key}": value for key, value in OFFICIAL_MOE.items()}
-    for key, value in {**known_family.official, **OFFICIAL, **in_moe}.items():
+    for key, value in {**known.official, **OFFICIAL, **in_moe}.items():
         if found.get(key, value) != value:
             yield f"{key}: expected {value}, found {found[key]}, which is not supported"
     for key, choices in {"image_projector_type": PROJECTORS, "image_aspect_ratio": FITS}.items():
