@@ -167,7 +167,7 @@ small LLaVA on conversations about rendered scenes, with gradients of the parts 
 trains. There data.* counts too: data=rte data.source=tsv data.root=FOLDER backbone=minilm
 backbone.path=FOLDER.
 
---runs measures trained models instead. Of each setting of a sweep it takes the finished run of the
+--runs measures trained models instead. For each setting of a sweep it takes the finished run of the
 lowest seed, loads its selected checkpoint, and times it on training batches of its data. It
 writes FOLDER/timing.json, which dynmoe-report reads."""
 STEP_NOTE = f"""\
@@ -195,7 +195,7 @@ ones with MoE layers in every second block, with top-2 routing and with DynMoE's
 are fitted so that a token of a training batch activates k experts on average. The default is a
 small LLaVA on questions about rendered scenes.
 
---runs measures trained models instead. Of each setting of a sweep it takes the finished run of the
+--runs measures trained models instead. For each setting of a sweep it takes the finished run of the
 lowest seed and loads its selected checkpoint. It writes FOLDER/generation.json, which
 dynmoe-report reads."""
 GENERATE_NOTE = f"""\
@@ -241,32 +241,19 @@ def parser() -> argparse.ArgumentParser:
         LAYER,
         "cases, the limit always runs:\n" + _listed(LAYER_CASES),
     )
-    p.add_argument(
-        "--shape",
-        nargs="+",
-        type=parse_shape,
-        default=list(SHAPES.values()),
-        metavar="S",
-        help="a (ViT-S), b (ViT-Ti), c (BERT-base), or tokens,dim,hidden,experts (default: a b c)",
-    )
+    text = "a (ViT-S), b (ViT-Ti), c (BERT-base), or tokens,dim,hidden,experts (default: a b c)"
+    shapes = list(SHAPES.values())
+    p.add_argument("--shape", nargs="+", type=parse_shape, default=shapes, metavar="S", help=text)
     _add_k(p, "mean experts per token", [1.0, 1.5, 2.0, 4.0])
-    p.add_argument(
-        "--only", nargs="+", default=list(LAYER_CASES), metavar="CASE", help="default: all below"
-    )
+    _add_only(p, list(LAYER_CASES), "all below")
     _add_dtype(p, "fp32", "bf16", "amp")
     _add_timing(p)
-    p.add_argument(
-        "--matmul-precision",
-        choices=["auto", "highest", "high", "medium"],
-        default="auto",
-        help="of fp32 products; auto: the fastest at fp32 accuracy (default)",
-    )
-    p.add_argument(
-        "--malloc",
-        choices=["auto", "tuned", "system"],
-        default="auto",
-        help="tuned: glibc keeps freed memory; auto: tuned on a CPU (default)",
-    )
+    choices = ["auto", "highest", "high", "medium"]
+    text = "of fp32 products; auto: the fastest at fp32 accuracy (default)"
+    p.add_argument("--matmul-precision", choices=choices, default="auto", help=text)
+    choices = ["auto", "tuned", "system"]
+    text = "tuned: glibc keeps freed memory; auto: tuned on a CPU (default)"
+    p.add_argument("--malloc", choices=choices, default="auto", help=text)
     _add_files(p, "layer", baseline=True)
 
     p = new(
@@ -276,69 +263,38 @@ def parser() -> argparse.ArgumentParser:
         "cases, dense always runs:\n" + _listed(STEP_CASES),
     )
     _add_models(p)
-    p.add_argument(
-        "--only",
-        nargs="+",
-        default=DEFAULTS["only"],
-        metavar="CASE",
-        help="see below (default: dense top-1 top-2 dynmoe)",
-    )
-    p.add_argument(
-        "--mode", choices=["train", "inference", "both"], default="both", help="default: both"
-    )
-    p.add_argument(
-        "--batch",
-        type=at_least(1),
-        metavar="N",
-        help="samples of a batch (default: 32 images, else data.batch_size)",
-    )
+    _add_only(p, DEFAULTS["only"], "dense top-1 top-2 dynmoe")
+    choices = ["train", "inference", "both"]
+    p.add_argument("--mode", choices=choices, default="both", help="default: both")
+    text = "samples of a batch (default: 32 images, else data.batch_size)"
+    p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
     _add_dtype(p, "fp32", "amp")
     _add_timing(p)
     _add_files(p, "step", baseline=True)
 
     p = new("generate", "answers of vision-language models, token by token", GENERATE)
     _add_models(p)
-    p.add_argument(
-        "--batch",
-        type=at_least(1),
-        metavar="N",
-        help="questions answered at once (default: data.eval_batch_size)",
-    )
-    p.add_argument(
-        "--new-tokens",
-        type=at_least(2),
-        default=32,
-        metavar="N",
-        help="tokens of each answer (default: 32)",
-    )
+    text = "questions answered at once (default: data.eval_batch_size)"
+    p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
+    text = "tokens of each answer (default: 32)"
+    p.add_argument("--new-tokens", type=at_least(2), default=32, metavar="N", help=text)
     _add_dtype(p, "fp32", "amp")
     _add_timing(p, rounds=7)
     _add_files(p, "generate")
 
     p = new("epoch", "a training epoch on texts beside a plain loop", EPOCH)
     _add_overrides(p)
-    p.add_argument(
-        "--steps", type=at_least(1), metavar="N", help="the first N steps only (default: all)"
-    )
+    text = "the first N steps only (default: all)"
+    p.add_argument("--steps", type=at_least(1), metavar="N", help=text)
     _add_timing(p, rounds=3)
     _add_files(p, "epoch")
 
     p = new("data", "the training loader", DATA)
     _add_overrides(p)
-    p.add_argument(
-        "--workers",
-        nargs="+",
-        type=at_least(0),
-        metavar="N",
-        help="loader processes, one line for each number (default: data.workers)",
-    )
-    p.add_argument(
-        "--seconds",
-        type=seconds,
-        default=10.0,
-        metavar="S",
-        help="time for each number (default: 10)",
-    )
+    text = "loader processes, one line for each number (default: data.workers)"
+    p.add_argument("--workers", nargs="+", type=at_least(0), metavar="N", help=text)
+    text = "time for each number (default: 10)"
+    p.add_argument("--seconds", type=seconds, default=10.0, metavar="S", help=text)
     _add_files(p, "data")
     return top
 
@@ -383,6 +339,11 @@ def _add_models(p: argparse.ArgumentParser) -> None:
 def _add_k(p: argparse.ArgumentParser, text: str, default: list[float]) -> None:
     text += f" (default: {' '.join(f'{k:g}' for k in default)})"
     p.add_argument("--k", nargs="+", type=float, default=default, metavar="K", help=text)
+
+
+def _add_only(p: argparse.ArgumentParser, default: list[str], shown: str) -> None:
+    text = f"the cases to measure (default: {shown})"
+    p.add_argument("--only", nargs="+", default=default, metavar="CASE", help=text)
 
 
 def _add_dtype(p: argparse.ArgumentParser, *choices: str) -> None:

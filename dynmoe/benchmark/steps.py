@@ -6,6 +6,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from statistics import fmean
@@ -231,27 +232,24 @@ def merged(facts: Sequence[Facts]) -> Facts:
     return found
 
 
+@dataclass
 class Training:
     """Calls are optimizer steps: forward with its loss, backward, optimizer, zero_grad.
 
     The learning rate becomes 0: the same arithmetic, but the routing stays the same.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[[Any], Tensor],
-        optimizer: Optimizer,
-        batches: Sequence[LabelledBatch],
-        amp: bool,
-    ) -> None:
-        self.model = model.train()
-        self.loss = loss
-        self.optimizer = optimizer
-        for group in optimizer.param_groups:
+    model: nn.Module
+    loss: Callable[[Any], Tensor]
+    optimizer: Optimizer
+    batches: Sequence[LabelledBatch]
+    amp: bool
+
+    def __post_init__(self) -> None:
+        self.model.train()
+        for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        self.amp = amp
-        self._next = cycle(batches)
+        self._next = cycle(self.batches)
 
     def forward(self, batch: LabelledBatch) -> Outputs:
         with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=self.amp):
@@ -371,17 +369,17 @@ def mean_k(model: nn.Module, batches: Sequence[LabelledBatch], amp: bool) -> dic
 # Generation: answers of vision-language models, token by token.
 
 
+@dataclass
 class Answers:
     """Calls answer the next batch of questions, each with exactly ``new_tokens`` tokens."""
 
-    def __init__(
-        self, model: Any, batches: Sequence[QuestionBatch], new_tokens: int, amp: bool
-    ) -> None:
-        self.model = model
-        self.batches = batches
-        self.new_tokens = new_tokens
-        self.amp = amp
-        self._next = cycle(batches)
+    model: Any
+    batches: Sequence[QuestionBatch]
+    new_tokens: int
+    amp: bool
+
+    def __post_init__(self) -> None:
+        self._next = cycle(self.batches)
 
     def __call__(self) -> Tensor:
         return self.of(next(self._next))
