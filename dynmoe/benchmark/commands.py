@@ -29,10 +29,11 @@ def step(args: argparse.Namespace) -> None:
     from dynmoe.benchmark.candidates import candidates, configuration, modality, step_defaults
     from dynmoe.benchmark.results import Output
 
+    cases: list[str] = []
     if args.runs:
         options.refuse_beside_runs(args)
         found = candidates(args.runs)
-        cfg, cases = found[0].cfg, []
+        cfg = found[0].cfg
         output = Output(args.json or args.runs / "timing.json", "step")
     else:
         found = []
@@ -51,6 +52,7 @@ def generate(args: argparse.Namespace) -> None:
     from dynmoe.benchmark.candidates import candidates, configuration, keys, modality, step_defaults
     from dynmoe.benchmark.results import Output
 
+    cases: list[str] = []
     if args.runs:
         options.refuse_beside_runs(args)
         found = candidates(args.runs)
@@ -60,7 +62,7 @@ def generate(args: argparse.Namespace) -> None:
                     f"{run.folder.path}: {cfg.data.name} has no questions to answer;"
                     " expected runs of task=vl"
                 )
-        cfg, cases = found[0].cfg, []
+        cfg = found[0].cfg
         output = Output(args.json or args.runs / "generation.json", "generate")
     else:
         found = []

@@ -178,21 +178,20 @@ def _fresh_group(
     device: torch.device,
 ) -> Group:
     given_layers, amp = "moe.layers" in keys(args.overrides), args.dtype == "amp"
+    is_generate, data = args.command == "generate", None
     if modality(cfg) == "image":
         work = noise(cfg, device)
-        batches, data = work.batches, None
     else:
         data = data_of(cfg)
         work = of_data(cfg, data, device)
-        batches = work.batches
-    if args.command == "generate":  # thresholds are fitted on training batches all the same
-        assert data is not None
+    batches: Sequence[Any] = work.batches
+    if data is not None and is_generate:  # thresholds are still fitted on training batches
         batches = question_batches(data, device)
         facts = question_facts(batches, args.new_tokens)
         work = work._replace(facts={"data": data.name, **facts})
     models, facts = fresh(cfg, work, cases, args.k, given_layers, fused_attention, amp)
     for each in models:
-        if data is not None and args.command == "generate":
+        if data is not None and is_generate:
             setting = {"setting": each.name, "environment": ""}
             each.identity = {"run": "", "problem": data.name, **setting}
         else:
@@ -209,7 +208,8 @@ def _trained_groups(
     """Yield one after the other, as each takes memory."""
     together = groups(found)
     for number, (problem, members) in enumerate(together, 1):
-        data, batches = data_of(members[0].cfg), list[Any]()
+        data = data_of(members[0].cfg)
+        batches: list[Any] = []
         if args.command == "generate":
             batches = question_batches(data, device)
             facts = question_facts(batches, args.new_tokens)
