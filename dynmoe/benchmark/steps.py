@@ -178,7 +178,8 @@ def _fresh_group(
     device: torch.device,
 ) -> Group:
     given_layers, amp = "moe.layers" in keys(args.overrides), args.dtype == "amp"
-    is_generate, data = args.command == "generate", None
+    is_generate = args.command == "generate"
+    data: Any = None
     if modality(cfg) == "image":
         work = noise(cfg, device)
     else:
