@@ -1,6 +1,6 @@
-"""Settings of the process that surround a model: worth more on a CPU than the dispatch itself.
+"""Settings of the process around a model: worth more on a CPU than the dispatch of tokens.
 
-docs/performance.md has the measurements behind every ``auto``.
+docs/performance.md has the measurements that every ``auto`` rests on.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ KEPT = 2**31 - 1
 _tuned = False
 
 
-def settle(runtime: Mapping[str, Any], device_type: str) -> dict[str, Any]:
-    """Put the settings of the ``runtime`` node in force; best before the first large tensor.
+def apply(runtime: Mapping[str, Any], device_type: str) -> dict[str, Any]:
+    """Apply the settings of the ``runtime`` node; best before the first large tensor.
 
-    ``auto`` is what was fastest at fp32 accuracy: on a CPU oneDNN's products where they are exact
+    ``auto`` is the fastest choice at fp32 accuracy: on a CPU oneDNN's products where they are exact
     there, memory kept by malloc, and plain attention; on other devices PyTorch's own defaults.
 
     Returns:
-        What holds now: ``{"matmul_precision": word, "malloc": word, "fused_attention": bool}``.
+        The settings that hold now:
+        ``{"matmul_precision": str, "malloc": "tuned" or "system", "fused_attention": bool}``.
     """
     on_cpu = device_type == "cpu"
     malloc, precision, fused = (
@@ -48,7 +49,7 @@ def settle(runtime: Mapping[str, Any], device_type: str) -> dict[str, Any]:
 
 
 def medium_is_exact() -> bool:
-    """Whether fp32 products at precision "medium" are true fp32 on this CPU.
+    """Return whether fp32 products at precision "medium" are true fp32 on this CPU.
 
     "medium" sends them to oneDNN, which computes in bf16 only where the CPU has matrix units for it
     (AMX). bf16 would be off by about 1e-2 here, fp32 is by about 1e-6.
@@ -65,7 +66,7 @@ def medium_is_exact() -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """``{"cpu": its model name, "cores": n}``: times are comparable where these are equal."""
+    """Return ``{"cpu": its model name, "cores": n}``: times compare where these are equal."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -76,8 +77,8 @@ def machine() -> dict[str, Any]:
 
 
 def set_fused_attention(model: nn.Module, fused: bool) -> None:
-    """Choose between PyTorch's fused attention and plain products, in models of timm and of
-    transformers. Where transformers has no fused one for a model, it keeps the plain one."""
+    """Choose between PyTorch's fused attention and plain products in models of timm and
+    transformers. A model of transformers without fused attention keeps the plain one."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused  # type: ignore[assignment]
@@ -102,7 +103,7 @@ def tune_malloc() -> None:
 
 
 def release_memory() -> None:
-    """Give free memory back to the system, gaps included; nothing where there is no glibc."""
+    """Give free memory back to the system, gaps included; without glibc nothing happens."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

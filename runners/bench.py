@@ -1,4 +1,4 @@
-"""``dynmoe-bench``: how fast a layer is, steps, inference, generation, epochs, and the data."""
+"""``dynmoe-bench``: the speed of a layer, of steps, inference, generation, epochs and data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dynmoe.benchmark.commands import data, epoch, generate, layer, step
-from dynmoe.benchmark.options import Command, parser
+from dynmoe.benchmark import commands
+from dynmoe.benchmark.options import parser
 from dynmoe.errors import UserError
 
 
@@ -18,16 +18,8 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        commands: dict[str, Command] = {
-            "layer": layer,
-            "step": step,
-            "data": data,
-            "epoch": epoch,
-            "generate": generate,
-        }
-        args = parser(commands).parse_args(_overrides_first(sys.argv[1:]))
-        run: Command = args.run
-        run(args)
+        args = parser().parse_args(_overrides_first(sys.argv[1:]))
+        getattr(commands, args.command)(args)
     except UserError as error:
         print(f"dynmoe-bench: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -37,7 +29,7 @@ def main() -> None:
 
 
 def _overrides_first(arguments: Sequence[str]) -> list[str]:
-    """Move key=value behind the command: an option before it would take it as its own value."""
+    """Move key=value right after the command: an option before it would take it as its value."""
     overrides = [a for a in arguments if a[0:1] == "~" or ("=" in a and a[0:1] != "-")]
     others = [a for a in arguments if a not in overrides]
     return [*others[:1], *overrides, *others[1:]]

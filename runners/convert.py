@@ -1,28 +1,27 @@
-"""``dynmoe-convert``: checkpoints of MoE-LLaVA and DynMoE-LLaVA as ours, and ours as theirs."""
+"""``dynmoe-convert``: checkpoints of MoE-LLaVA and DynMoE-LLaVA into run folders, and back."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from dynmoe.convert.checkpoints import from_official, to_official
 from dynmoe.errors import ConfigError, UserError
 
-if TYPE_CHECKING:
-    pass
-
-HELP = """dynmoe-convert turns published MoE-LLaVA and DynMoE-LLaVA models into ours, and back.
+HELP = """dynmoe-convert turns MoE-LLaVA and DynMoE-LLaVA checkpoints into run folders, and back.
 
   dynmoe-convert from=FOLDER to=FOLDER [tokenizer=FOLDER] [vision=FOLDER] [overwrite=true]
   dynmoe-convert run=FOLDER to=FOLDER [checkpoint=last|selected|FILE] [overwrite=true]
 
-from=FOLDER holds config.json, weights (*.safetensors or pytorch_model*.bin) and maybe a tokenizer
-as on Hugging Face's hub. to=FOLDER becomes a finished run, for dynmoe-eval run=FOLDER mode=answer,
-and, of a dense model, for dynmoe-run task=vl stage.start=FOLDER. tokenizer=FOLDER has a tokenizer
-instead, vision=FOLDER the CLIP that config.json names, which else come from the hub.
-
-run=FOLDER is such a folder, or that of a run of task=vl on StableLM, Qwen2 or Phi; written are
-to/model.safetensors and to/config.json, which the official code reads.
+from=FOLDER       a published model as on the Hugging Face Hub: config.json, weights
+                  (*.safetensors or pytorch_model*.bin), and its tokenizer if it has a fast one.
+                  to=FOLDER becomes a finished run: dynmoe-eval run=FOLDER mode=answer evaluates
+                  it, and dynmoe-run task=vl stage.start=FOLDER trains on from a dense one.
+tokenizer=FOLDER  takes the tokenizer from there.
+vision=FOLDER     takes the CLIP that config.json names from there, instead of from the hub.
+run=FOLDER        a converted model, or a run of task=vl on StableLM, Qwen2 or Phi. It writes
+                  to/model.safetensors and to/config.json, which the official code reads.
+checkpoint=       the checkpoint to convert (default: last).
+overwrite=true    replaces files that exist.
 """
 
 KEYS = ("from", "run", "to", "checkpoint", "tokenizer", "vision", "overwrite")
@@ -44,10 +43,10 @@ def main() -> None:
 
 
 def parse(arguments: list[str]) -> dict[str, str]:
-    """The arguments by key.
+    """Return the arguments by key.
 
     Raises:
-        ConfigError: an unknown key or wrong value, or neither or both of from= and run=.
+        ConfigError: an unknown key or wrong value, or not exactly one of from= and run=.
     """
     given = {}
     for argument in arguments:

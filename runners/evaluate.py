@@ -12,17 +12,17 @@ HELP = """dynmoe-eval evaluates a trained run again, from its own configuration 
   dynmoe-eval run=FOLDER [mode=evaluate|answer|submit] [checkpoint=selected|last|FILE]
               [key=value ...]
 
-FOLDER is outputs/<name>/<run>. mode=evaluate prints every score beside the recorded one: on the
-same machine they are equal; nothing is written.
+run=FOLDER     the folder of a run, outputs/<name>/<run>.
+mode=evaluate  (default) prints every score beside the recorded one; on the same machine they are
+               equal. It writes nothing.
+mode=answer    task=vl: answers the questions of the run's sets, or of the published sets that
+               question_sets.<set>=FOLDER names (question_sets.gqa=/data/gqa, ...),
+               and writes FOLDER/answers/<set>/ in the format of their evaluators.
+mode=submit    GLUE tasks: predicts the test sets and writes FOLDER/submission/*.tsv in the format
+               of the GLUE server.
+checkpoint=    the checkpoint to load (default: selected).
 
-mode=answer, for task=vl, answers the questions of the run's own sets, or of the published ones that
-question_sets.<set>=FOLDER names (question_sets.gqa=/data/gqa question_sets.vizwiz=/data/vizwiz),
-whether they are scored here or elsewhere, and writes FOLDER/answers/<set>/ as their evaluators read
-it.
-mode=submit, for GLUE tasks, predicts the test sets and writes FOLDER/submission/*.tsv as the GLUE
-server takes them.
-
-Keys that may differ from the run's own: {keys}
+Keys of the configuration that may be given: {keys}
 """
 
 

@@ -26,20 +26,20 @@ def test_auto_on_a_cpu(exact: bool, precision: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         runtime, "tune_malloc", lambda: monkeypatch.setattr(runtime, "_tuned", True)
     )
-    settings = runtime.settle(AUTO, "cpu")
+    settings = runtime.apply(AUTO, "cpu")
     assert settings == {"matmul_precision": precision, "malloc": "tuned", "fused_attention": False}
     assert torch.get_float32_matmul_precision() == precision
 
 
 def test_auto_elsewhere_is_pytorchs_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_tuned", False)
-    settings = runtime.settle(AUTO, "cuda")
+    settings = runtime.apply(AUTO, "cuda")
     assert settings == {"matmul_precision": "highest", "malloc": "system", "fused_attention": True}
 
 
 def test_a_tuned_process_stays_tuned_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_tuned", True)
-    assert runtime.settle({**AUTO, "malloc": "system"}, "cpu")["malloc"] == "tuned"
+    assert runtime.apply({**AUTO, "malloc": "system"}, "cpu")["malloc"] == "tuned"
 
 
 def test_probe_tells_bf16_from_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

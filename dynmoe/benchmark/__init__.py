@@ -1,1 +1,1 @@
-"""What ``dynmoe-bench`` measures, with what, and how its results are kept and compared."""
+"""``dynmoe-bench``: measurements of speed and memory, their files and their comparison."""

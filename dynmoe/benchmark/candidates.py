@@ -1,9 +1,9 @@
-"""Which trained runs ``dynmoe-bench`` measures, and which of them beside each other."""
+"""Configurations of benchmarks, and the trained runs that ``--runs`` chooses."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,27 +11,33 @@ from typing import Any, NamedTuple
 from hydra import compose
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from dynmoe.benchmark.commands import PRECISIONS
+from dynmoe.config import options
 from dynmoe.config.check import report
 from dynmoe.config.compose import preflight, search_path
-from dynmoe.config.options import CONFIG_NAME
-from dynmoe.config.targets import class_attribute
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.report.run import Problem, Run
 from dynmoe.report.runs import read_runs
 from dynmoe.training import trained
 
-# What a run's batches depend on besides its problem.
-OF_BATCHES = (
+DTYPES = {"32-true": "fp32", "bf16-mixed": "amp"}
+"""Lightning's words for precisions and those of ``--dtype``."""
+
+# Keys of the data that a run's batches depend on besides its problem.
+BATCH_KEYS = (
     *("image_size", "patch_size", "tokenizer_path", "tokenizer_name", "max_length"),
     *("template", "question_template"),
+)
+# Keys of the process: they hold for all runs that are measured interleaved.
+SHARED_KEYS = (
+    *("trainer.precision", "runtime.matmul_precision", "runtime.malloc"),
+    "runtime.fused_attention",
 )
 
 
 class Candidate(NamedTuple):
-    """The run that stands for a setting."""
+    """The run that represents a setting."""
 
     run: Run
     cfg: DictConfig
@@ -39,40 +45,12 @@ class Candidate(NamedTuple):
 
 
 def candidates(folder: Path) -> list[Candidate]:
-    """A run of each problem and setting, whose conditions let all be measured in turns.
+    """Return a run of each problem and setting, the finished one of the lowest seed and first test
+    environment.
 
     Raises:
-        UserError: no run is finished, one has no checkpoint, or they cannot be measured in turns.
-    """
-    found = [_candidate(run) for run in representatives(folder)]
-    _check_equal_conditions(found)
-    return found
-
-
-def groups(found: Sequence[Candidate]) -> list[tuple[Problem, list[Candidate]]]:
-    """Those of one problem whose batches are of one kind. The first is the reference, the dense run
-    if there is one."""
-    members: defaultdict[tuple[Problem, tuple[Any, ...]], list[Candidate]] = defaultdict(list)
-    for each in found:
-        kind = tuple(each.cfg.data.get(key) for key in OF_BATCHES)
-        members[each.run.problem, kind].append(each)
-    return [(problem, group) for (problem, _), group in members.items()]
-
-
-def workload(of_groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Facts of several groups in one: a value, or a list where they differ."""
-    merged = {}
-    for key in dict.fromkeys(key for facts in of_groups for key in facts):
-        values = list(dict.fromkeys(facts.get(key) for facts in of_groups))
-        merged[key] = values[0] if len(values) == 1 else values
-    return merged
-
-
-def representatives(folder: Path) -> list[Run]:
-    """Of each problem and setting the finished run of the lowest seed and first test environment.
-
-    Raises:
-        UserError: no run is finished.
+        UserError: no run is finished, one has no checkpoint, or they cannot be measured
+            interleaved.
     """
     found = read_runs([folder])
     if not found.runs:
@@ -82,7 +60,19 @@ def representatives(folder: Path) -> list[Run]:
     for run in sorted(found.runs, key=lambda run: (run.repetition, run.facts["test_envs"])):
         first.setdefault((run.problem, run.setting), run)
     chosen = {run.folder.path for run in first.values()}
-    return [run for run in found.runs if run.folder.path in chosen]
+    members = [_candidate(run) for run in found.runs if run.folder.path in chosen]
+    _check_shared(members)
+    return members
+
+
+def groups(found: Sequence[Candidate]) -> list[tuple[Problem, list[Candidate]]]:
+    """Group candidates of one problem whose batches are of one kind. The first of a group is the
+    reference, the dense run if there is one."""
+    members: defaultdict[tuple[Problem, tuple[Any, ...]], list[Candidate]] = defaultdict(list)
+    for each in found:
+        kind = tuple(each.cfg.data.get(key) for key in BATCH_KEYS)
+        members[each.run.problem, kind].append(each)
+    return [(problem, group) for (problem, _), group in members.items()]
 
 
 def _candidate(run: Run) -> Candidate:
@@ -96,31 +86,25 @@ def _candidate(run: Run) -> Candidate:
     )
 
 
-def _check_equal_conditions(candidates: Sequence[Candidate]) -> None:
-    """Precision and the process's settings hold for all that are measured in turns."""
-    first = candidates[0]
-    if first.cfg.trainer.precision not in PRECISIONS:
+def _check_shared(members: Sequence[Candidate]) -> None:
+    first = members[0]
+    if first.cfg.trainer.precision not in DTYPES:
         raise ConfigError(
             f"{first.run.folder.path}: trainer.precision is {first.cfg.trainer.precision}, expected"
-            f" one of {', '.join(PRECISIONS)}"
+            f" one of {', '.join(DTYPES)}"
         )
-    for node, key in (
-        ("trainer", "precision"),
-        ("runtime", "matmul_precision"),
-        ("runtime", "malloc"),
-        ("runtime", "fused_attention"),
-    ):
-        for other in candidates[1:]:
-            values = [each.cfg[node][key] for each in (first, other)]
+    for key in SHARED_KEYS:
+        for other in members[1:]:
+            values = [OmegaConf.select(each.cfg, key) for each in (first, other)]
             if values[0] != values[1]:
                 raise ConfigError(
-                    f"{node}.{key} is {values[0]} in {first.run.folder.path} and {values[1]} in"
-                    f" {other.run.folder.path}: such runs cannot be measured in turns, give their"
-                    " folders one by one"
+                    f"{key} is {values[0]} in {first.run.folder.path} and {values[1]} in"
+                    f" {other.run.folder.path}: such runs cannot be measured interleaved, give"
+                    " their folders one by one"
                 )
 
 
-# A configuration of dynmoe-run for a benchmark: the same keys, checked in the same way.
+# Configurations: keys of dynmoe-run, checked in the same way.
 
 DATA_DEFAULTS = ["task=vit_domainbed"]
 EPOCH_DEFAULTS = ["task=glue", "moe=dense"]
@@ -143,14 +127,14 @@ STEP_DEFAULTS = {
 
 
 def step_defaults(given: Sequence[str]) -> list[str]:
-    """Those of the task that is given, else of the first."""
+    """Return the defaults of the given task, or of the first one."""
     chosen = [value for key, _, value in (text.partition("=") for text in given) if key == "task"]
     task = chosen[0] if chosen else next(iter(STEP_DEFAULTS))
     return [f"task={task}", *STEP_DEFAULTS.get(task, [])]
 
 
 def configuration(given: Sequence[str], defaults: Sequence[str]) -> DictConfig:
-    """The configuration of the overrides ``given``, and of the ``defaults`` for other keys.
+    """Compose the overrides ``given``, and the ``defaults`` of other keys.
 
     Raises:
         ConfigError: listing every problem of it.
@@ -161,28 +145,28 @@ def configuration(given: Sequence[str], defaults: Sequence[str]) -> DictConfig:
     if verdict.problems:
         raise ConfigError(report(verdict.problems))
     with search_path():
-        return compose(CONFIG_NAME, [verdict.instead.get(text, text) for text in texts])
+        return compose(options.CONFIG_NAME, [verdict.instead.get(text, text) for text in texts])
 
 
 def keys(overrides: Sequence[str]) -> set[str]:
-    """What the overrides set."""
+    """Return the keys that the overrides set."""
     return {text.partition("=")[0].lstrip("+~") for text in overrides}
 
 
-def modality(cfg: DictConfig) -> object:
-    """What the task works on: ``image``, ``text``."""
-    return class_attribute(cfg.task.module._target_, "modality")
+def modality(cfg: DictConfig) -> str | None:
+    """Return ``image``, ``text`` or ``vision-language``: what the task works on."""
+    return options.modality(cfg, "task.module")
 
 
 def built(node: DictConfig, **arguments: Any) -> Any:
-    """``instantiate``, its errors ``unwrapped``."""
+    """Return ``instantiate(node)``, its errors ``unwrapped``."""
     with unwrapped():
         return instantiate(node, **arguments)
 
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """What the user can mend comes without Hydra's wrapping."""
+    """Raise errors that the user can correct without Hydra's wrapping."""
     try:
         yield
     except InstantiationException as error:

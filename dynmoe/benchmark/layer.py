@@ -1,22 +1,117 @@
-"""One shape and one k: build the cases, time them in turns, count their memory."""
+"""``dynmoe-bench layer``: one routed layer, computed in every way on the same routing.
+
+Shape suffixes: T tokens, E experts, P pairs, C capacity of an expert, K most experts of a token,
+D model width, H hidden width.
+"""
 
 from __future__ import annotations
 
+import argparse
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, groupby
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynmoe.benchmark.options import CASES, Shape
-from dynmoe.benchmark.results import LayerRow
-from dynmoe.benchmark.timing import Outputs, Sample, Speed, interleave, paired, peak_and_kept
+from dynmoe import runtime
+from dynmoe.benchmark.options import LAYER_CASES, LAYER_NOTE, Shape
+from dynmoe.benchmark.results import (
+    MIB,
+    PEAK,
+    RATIO,
+    ROUNDS,
+    Advance,
+    Baseline,
+    BaselineRules,
+    Column,
+    Compared,
+    Conditions,
+    Output,
+    Row,
+    tables,
+)
+from dynmoe.benchmark.timing import (
+    Outputs,
+    device_of,
+    interleave,
+    machine_facts,
+    paired,
+    peak_and_kept,
+    speed,
+)
 from dynmoe.layers import Experts, MoELayer, Routing, TopAnyRouter, TopKRouter, record_routing
+
+TITLE = (
+    "{shape}: {tokens} tokens, dim {dim}, hidden {hidden}, {experts} experts; k {k:g}"
+    " (mean {mean_k:.4g})"
+)
+COLUMNS = (
+    Column("case", "case"),
+    Column("ms", "median_ms"),
+    Column("quartiles", "quartiles_ms"),
+    *RATIO,
+    Column("GFLOP/s", "gflops"),
+    Column("kept\nMiB", "kept_bytes", unit=MIB),
+    Column("kept,\nx limit", "kept_ratio", ".2f"),
+    PEAK,
+    *ROUNDS,
+)
+SUMMARY = (
+    Column("shape", "shape"),
+    Column("layer,\nof limit", "ratio", ".3f"),
+    Column("worst", "worst"),
+    Column("router\nshare", "router_share", ".1%"),
+    Column("time per row,\nx top_k's", "per_row", ".3f"),
+    Column("kept,\nx limit", "layer_kept", ".2f"),
+    Column("recompute\nkept, x limit", "recompute_kept", ".2f"),
+)
+
+
+def _compared(row: Row) -> Compared:
+    """Machines drift, so only the limit is compared in time, the others to their own limit."""
+    if row["case"] == "limit":
+        return Compared("median_ms", "quartiles_ms", "{:.4g} ms")
+    return Compared("ratio", "ratio_quartiles", "{:.3f} of limit")
+
+
+RULES = BaselineRules(
+    ("tokens", "dim", "hidden", "experts", "k", "case"), ("shape", "k", "case"), _compared
+)
+
+
+def run(args: argparse.Namespace, output: Output) -> None:
+    """Measure, print the tables, write the file.
+
+    Raises:
+        ConfigError: a device or baseline that does not fit; nothing has run then.
+    """
+    device = device_of(args)
+    asked = {"matmul_precision": args.matmul_precision, "malloc": args.malloc}
+    settings = runtime.apply({**asked, "fused_attention": "auto"}, device.type)
+    del settings["fused_attention"]  # a layer has no attention
+    conditions = Conditions(machine_facts(device, args.dtype), settings, {})
+    baseline = Baseline(args.baseline, RULES) if args.baseline else None
+    if baseline:
+        baseline.require(conditions, "machine", "settings")
+    combinations = [(shape, k) for shape in args.shape for k in args.k]
+    with output.progress() as new_bar:
+        for number, (shape, k) in enumerate(combinations, 1):
+            advance = new_bar(f"shape {shape.name}, k {k:g} ({number}/{len(combinations)})")
+            rows = measure(shape, k, args.only, args.rounds, args.dtype, device, advance)
+            output.add(rows, conditions)
+    output.show(
+        *tables(output.rows, ("shape", "k"), TITLE, COLUMNS),
+        LAYER_NOTE + "\n",
+        summary(output.rows),
+        *([baseline.table(output.rows)] if baseline else []),
+    )
 
 
 def measure(
@@ -24,75 +119,102 @@ def measure(
     k: float,
     names: Sequence[str],
     rounds: int,
-    precision: Precision,
+    dtype: str,
     device: torch.device,
-    advance: Callable[[int, int], None],
-) -> list[LayerRow]:
-    """A row for ``limit`` and for each named case that exists at this k.
+    advance: Advance,
+) -> list[Row]:
+    """Return a row for ``limit`` and for each named case that exists at this k.
 
-    ``advance`` is told the samples that are done, of how many.
+    Its own fields: those of ``Shape``, its name as ``shape``; ``k``, asked for; ``mean_k`` over the
+    batches of tokens; ``gflops``, useful GFLOP/s of two products forward and four backward over the
+    routed pairs; ``kept_bytes``, input rows and bytes kept for the backward pass, without the
+    output; ``kept_ratio``, those over the limit's; ``peak_bytes`` of forward and backward beyond
+    input, weights and incoming gradient; ``router_share`` of ``layer`` if ``experts`` ran too:
+    1 - experts / layer, the median over rounds.
     """
-    cases = build_cases(shape, k, names, precision, device)
+    cases = build_cases(shape, k, names, dtype, device)
     samples = interleave(cases, rounds, device, advance=advance)
     kept = {name: _kept_and_peak(case, device) for name, case in cases.items()}
-    rows = []
-    for name, case in cases.items():
-        flops = 12 * case.pairs * shape.dim * shape.hidden
-        speed = Speed.of(samples[name], samples["limit"], flops)
-        rows.append(
-            LayerRow(
-                *shape,
-                k=k,
-                real_k=case.pairs / shape.tokens,
-                case=name,
-                median_ms=speed.median_ms,
-                quartiles_ms=speed.quartiles_ms,
-                ratio=speed.ratio,
-                ratio_quartiles=speed.ratio_quartiles,
-                gflops=speed.per_s / 1e9,
-                kept_bytes=kept[name][0],
-                kept_ratio=kept[name][0] / kept["limit"][0],
-                peak_bytes=kept[name][1],
-                rounds=len(samples[name]),
-                slow=len(samples[name]) < rounds,
-                contaminated=speed.contaminated,
-                router_share=_router_share(samples) if name == "layer" else None,
-            )
+    share = None
+    if "layer" in samples and "experts" in samples:
+        share = 1 - paired(samples["experts"], samples["layer"]).median
+    return [
+        {
+            **{"shape" if field == "name" else field: v for field, v in shape._asdict().items()},
+            "k": k,
+            "mean_k": case.pairs / shape.tokens,
+            "case": name,
+            "reference": "limit",
+            **speed(
+                samples[name],
+                samples["limit"],
+                12 * case.pairs * shape.dim * shape.hidden / 1e9,
+                "gflops",
+            ),
+            "kept_bytes": kept[name][0],
+            "kept_ratio": kept[name][0] / kept["limit"][0],
+            "peak_bytes": kept[name][1],
+            "router_share": share if name == "layer" else None,
+        }
+        for name, case in cases.items()
+    ]
+
+
+def summary(rows: Sequence[Row]) -> Table:
+    """Return a table with a line for each shape: means over its k."""
+    lines = []
+    for shape, group in groupby(rows, key=lambda row: row["shape"]):
+        by_case: defaultdict[str, dict[float, Row]] = defaultdict(dict)
+        for row in group:
+            by_case[row["case"]][row["k"]] = row
+        layers, top_k = by_case["layer"], by_case["top_k"]
+        worst = min(layers.values(), key=lambda row: row["ratio"], default=None)
+        per_row = [_ms_per_pair(layers[k]) / _ms_per_pair(top_k[k]) for k in layers if k in top_k]
+        lines.append(
+            {
+                "shape": shape,
+                "ratio": _mean(layers, "ratio"),
+                "worst": worst and f"{worst['ratio']:.3f} (k {worst['k']:g})",
+                "router_share": _mean(layers, "router_share"),
+                "per_row": fmean(per_row) if per_row else None,
+                "layer_kept": _mean(layers, "kept_ratio"),
+                "recompute_kept": _mean(by_case["recompute"], "kept_ratio"),
+            }
         )
-    return rows
+    (table,) = tables(lines, (), "Summary, over all k", SUMMARY)
+    return table
 
 
-def _router_share(samples: Mapping[str, Sequence[Sample]]) -> float | None:
-    if "experts" not in samples:
-        return None
-    return 1 - paired(samples["experts"], samples["layer"]).median
+def _mean(rows: Mapping[float, Row], field: str) -> float | None:
+    values = [row[field] for row in rows.values() if row[field] is not None]
+    return fmean(values) if values else None
+
+
+def _ms_per_pair(row: Row) -> float:
+    return float(row["median_ms"] / (row["mean_k"] * row["tokens"]))
 
 
 def _kept_and_peak(case: Case, device: torch.device) -> tuple[int, int]:
-    """Bytes for the backward pass, input rows included and output rows not; and the peak.
+    """Return the bytes for the backward pass, input rows included and output rows not; the peak.
 
-    On the first draw, whose k is the one asked for. The input rows count because they differ:
-    [P, D] for the limit, [T, D] for a layer. The output does not: whoever comes next in a model
-    keeps it.
+    They are those of the first draw, whose k is the one asked for. The input rows count because
+    they differ: [P, D] for the limit, [T, D] for a layer. The output does not: the next module of a
+    model keeps it.
     """
     first = case.draws[0]
     memory = peak_and_kept(partial(case.forward, first), partial(case.backward, first), device)
     return memory.kept + first.x_TD.nbytes - memory.output, memory.peak
 
 
-# One routed layer, computed in every way: all cases do the same work on the same routing.
-#
-# Shape suffixes: T tokens, E experts, P pairs, D model width.
-
-Precision = Literal["fp32", "bf16", "amp"]
+# The cases.
 
 DRAWS = 16
 """Batches of tokens. In training the loads of experts are new in every step, and on a CPU oneDNN
-compiles a kernel for every new number of rows: one batch again and again would hide that."""
+compiles a kernel for every new number of rows, which a single repeated batch would hide."""
 
 
 class Draw(NamedTuple):
-    """One batch of tokens and what the fitted router makes of it; tokens and weights are leaves."""
+    """A batch of tokens and its routing by the fitted router; tokens and weights are leaves."""
 
     x_TD: Tensor
     routing: Routing
@@ -105,7 +227,7 @@ class Case:
     compute: Callable[[Draw], Outputs]
     """The output rows, then scalars such as the auxiliary loss."""
     parameters: list[Tensor]
-    """What is differentiated besides the draw's tokens and weights."""
+    """Tensors that get a gradient besides the draw's tokens and weights."""
     draws: Sequence[Draw]
     pairs: float
     """FFN rows of useful work, the mean over the draws."""
@@ -130,26 +252,26 @@ class Case:
 
 
 def build_cases(
-    shape: Shape, k: float, names: Sequence[str], precision: Precision, device: torch.device
+    shape: Shape, k: float, names: Sequence[str], dtype: str, device: torch.device
 ) -> dict[str, Case]:
-    """The named cases, and always ``limit``, in the order of ``plan.CASES``.
+    """Return the named cases, and always ``limit``, in the order of ``LAYER_CASES``.
 
     The top-any router of ``layer`` is fitted to the first of ``DRAWS`` batches of tokens
     (``fit_thresholds``); the loads of the others fluctuate by themselves. The other cases get its
     masks and weights as they are. ``limit`` has as many rows as there are pairs on average, always:
     a dense FFN's shape is fixed. ``top_k`` routes with its own, freshly drawn, nearly balanced
-    router, and exists for an integer k only. ``bf16`` holds everything in bf16, ``amp`` fp32
-    weights under autocast.
+    router, and exists for an integer k only. The ``dtype`` "bf16" holds everything in bf16, "amp"
+    fp32 weights under autocast, "fp32" everything in fp32.
     """
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    stored = torch.bfloat16 if dtype == "bf16" else torch.float32
     live = range(shape.experts)
 
     def on_device(module: nn.Module) -> nn.Module:
-        return module.to(device, dtype)
+        return module.to(device, stored)
 
     def tokens(rows: int) -> Tensor:
-        return torch.randn(rows, shape.dim, device=device, dtype=dtype, requires_grad=True)
+        return torch.randn(rows, shape.dim, device=device, dtype=stored, requires_grad=True)
 
     mlp = nn.Sequential(
         nn.Linear(shape.dim, shape.hidden), nn.GELU(), nn.Linear(shape.hidden, shape.dim)
@@ -168,7 +290,7 @@ def build_cases(
         draws: Sequence[Draw] = draws,
         pairs: float = pairs,
     ) -> Case:
-        return Case(compute, list(parameters), draws, pairs, amp=precision == "amp")
+        return Case(compute, list(parameters), draws, pairs, amp=dtype == "amp")
 
     def alone(experts: Experts) -> Case:
         return case(lambda d: (experts(d.x_TD, d.routing, live),), list(experts.parameters()))
@@ -204,11 +326,11 @@ def build_cases(
         **{name: partial(rival, name) for name in RIVALS},
     }
     wanted = {"limit", *names} if float(k).is_integer() else {"limit", *names} - {"top_k"}
-    return {name: makers[name]() for name in CASES if name in wanted}
+    return {name: makers[name]() for name in LAYER_CASES if name in wanted}
 
 
 def stack(experts: Experts) -> StackedFFN:
-    """A pool of Linear-GELU-Linear in stacked leaf tensors, as the rivals take it."""
+    """Return a pool of Linear-GELU-Linear in stacked leaf tensors, as the rivals take it."""
     layers = [list(slot.children()) for slot in experts.slots]
     each = [(fc1.weight, fc1.bias, fc2.weight, fc2.bias) for fc1, _, fc2 in layers]
     return StackedFFN(
@@ -229,13 +351,9 @@ def _with_aux(layer: MoELayer, draw: Draw) -> Outputs:
     return y_TD, *(call.aux for call in calls)
 
 
-# How others compute a sparse layer: the same function, each by its own data flow.
-#
-# Every rival maps ``(x_TD, weights_TE, mask_TE, ffn)`` to ``y_t = sum of weight_te * ffn_e(x_t)``
-# over the experts in the token's mask, differentiable in the tokens, the weights and the FFNs.
-#
-# Shape suffixes: T tokens, E experts, P pairs, C capacity of an expert, K most experts of a token,
-# D model width, H hidden width.
+# Rivals: how others compute a sparse layer. Each maps ``(x_TD, weights_TE, mask_TE, ffn)`` to
+# ``y_t = sum of weight_te * ffn_e(x_t)`` over the experts in the token's mask, differentiable in
+# the tokens, the weights and the FFNs.
 
 
 class StackedFFN(NamedTuple):
@@ -261,7 +379,7 @@ Rival = Callable[[Tensor, Tensor, Tensor, StackedFFN], Tensor]
 
 
 def naive_loop(x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor, ffn: StackedFFN) -> Tensor:
-    """What one writes first: select each expert's tokens by a boolean mask, add the results."""
+    """The usual first version: select each expert's tokens by a mask, add the results."""
     y_TD = torch.zeros_like(x_TD)
     for e in range(mask_TE.shape[1]):
         token_P = mask_TE[:, e].nonzero().squeeze(1)
@@ -335,17 +453,16 @@ RIVALS: dict[str, Rival] = {
 }
 
 
-# Routing of a chosen amount and skew, from a real router: its thresholds are fitted to the tokens.
-#
-# Shape suffixes: T tokens, E experts, D model width.
+# Routing of a chosen amount and skew by a real router, whose thresholds are fitted to the tokens.
 
 SKEW = 0.8  # Zipf exponent of the experts' popularity
 
 
 def zipf_loads(tokens: int, experts: int, k: float) -> Tensor:
-    """Tokens of each expert, int64 [E]: popularity rank^-0.8, in total ``round(k * tokens)``.
+    """Return the tokens of each expert, int64 [E]: popularity rank^-0.8, in total
+    ``round(k * tokens)``.
 
-    No expert gets more than all tokens: what is above goes to the others by popularity.
+    No expert gets more than all tokens: the excess goes to the others by popularity.
     """
     share_E = torch.arange(1, experts + 1, dtype=torch.float64) ** -SKEW
     load_E = torch.zeros(experts, dtype=torch.float64)
@@ -366,7 +483,7 @@ def fit_thresholds(router: TopAnyRouter, live: Sequence[int], x_TD: Tensor, k: f
     """Set the thresholds so that ``x_TD`` activates k experts per token on average, Zipf-skewed.
 
     Expert e's threshold is put between the scores of its last wanted token and the next one.
-    Where fp32 cannot tell the two apart after the sigmoid, the load is off by that token.
+    Where the two scores are equal in fp32 after the sigmoid, the load is off by that token.
     """
     scores_TE = router(x_TD, live).scores_TE.sort(dim=0, descending=True).values
     edges_TE = F.pad(F.pad(scores_TE, (0, 0, 1, 0), value=2.0), (0, 0, 0, 1), value=-2.0)

@@ -1,4 +1,4 @@
-"""One backbone, dense and with MoE layers of every kind.
+"""Models that are timed, fresh or trained, and the batches they work on.
 
 Shape suffixes: T tokens, E experts, P pairs, D model width.
 """
@@ -6,26 +6,275 @@ Shape suffixes: T tokens, E experts, P pairs, D model width.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dynmoe.backbones.surgery import blocks_of
-from dynmoe.benchmark.candidates import built
+from dynmoe.benchmark.candidates import Candidate, built, unwrapped
 from dynmoe.benchmark.layer import fit_thresholds
 from dynmoe.benchmark.results import Facts
-from dynmoe.benchmark.workload import LabelledBatch, Workload, calls_of_sample, model_name
+from dynmoe.data.base import TaskData
+from dynmoe.data.images.batches import ImageBatch
+from dynmoe.data.vl.batches import ConversationBatch
 from dynmoe.errors import ConfigError
-from dynmoe.layers import Experts, Router, Routing, TopAnyRouter, TopKRouter, moe_layers
+from dynmoe.layers import (
+    Experts,
+    Router,
+    Routing,
+    TopAnyRouter,
+    TopKRouter,
+    moe_layers,
+    record_routing,
+)
+from dynmoe.metrics.efficiency import Costs, count
 from dynmoe.runtime import set_fused_attention
-from dynmoe.training.build import add_layers
+from dynmoe.training import build as training
+
+BATCHES = 8
+"""They differ, and with them the loads of the experts, as in training."""
+CLASSES, CHANNELS = 10, 3
+ENDLESS = 10**9
+"""Steps of a run that is never evaluated: a loader stops at each evaluation."""
 
 
-def build(
+class LabelledBatch(Protocol):
+    """A ``ImageBatch`` of images, a ``TextBatch`` or a ``ConversationBatch``."""
+
+    @property
+    def inputs(self) -> tuple[Any, ...]: ...
+    @property
+    def label(self) -> Tensor: ...
+
+
+B = TypeVar("B", bound=LabelledBatch)
+
+
+class Workload(NamedTuple):
+    """Batches that all models of a command work on."""
+
+    batches: Sequence[LabelledBatch]
+    backbone_arguments: dict[str, Any]
+    """Arguments of a backbone that the data determine."""
+    facts: Facts
+
+
+def noise(cfg: DictConfig, device: torch.device) -> Workload:
+    """Random images: the time of a step depends on loads, not on what is learned."""
+    px, size = cfg.backbone.image_size, cfg.data.batch_size
+    batches = random_batches(size, CHANNELS, px, CLASSES, device)
+    arguments = {"num_classes": CLASSES, "in_chans": CHANNELS}
+    return Workload(batches, arguments, {"px": px, "batch": size})
+
+
+def of_data(cfg: DictConfig, data: TaskData, device: torch.device) -> Workload:
+    """Training batches of the configured texts or conversations.
+
+    Raises:
+        UserError: data that cannot be read.
+    """
+    batches = training_batches(data, device)
+    facts = {
+        "data": data.name,
+        "max_length": cfg.data.max_length,
+        "batch": cfg.data.batch_size,
+        **token_facts(batches),
+    }
+    return Workload(batches, data.backbone_arguments, facts)
+
+
+def random_batches(
+    size: int, channels: int, px: int, classes: int, device: torch.device
+) -> list[ImageBatch]:
+    torch.manual_seed(1)
+    none = torch.zeros(size, dtype=torch.long, device=device)
+    return [
+        ImageBatch(
+            torch.randn(size, channels, px, px).to(device),
+            torch.randint(classes, (size,)).to(device),
+            env=none,
+            split=none,
+        )
+        for _ in range(BATCHES)
+    ]
+
+
+def data_of(cfg: DictConfig) -> TaskData:
+    """Build the data module of ``cfg``, which reads in this process and is never evaluated on.
+
+    Raises:
+        UserError: data that cannot be built.
+    """
+    if "workers" in cfg.data:
+        cfg.data.workers = 0
+    return endless_data(cfg)
+
+
+def endless_data(cfg: DictConfig) -> TaskData:
+    """Build the data module of ``cfg``, whose training batches go on without an evaluation.
+
+    Raises:
+        UserError: data that cannot be built.
+    """
+    with unwrapped():
+        return training.build_data(cfg, steps=ENDLESS, eval_every=ENDLESS, accumulate=1)
+
+
+def training_batches(data: TaskData, device: torch.device) -> list[Any]:
+    """Return the first batches that are trained on.
+
+    Raises:
+        UserError: data that cannot be read.
+    """
+    data.setup()
+    data.repeat_evaluation_of(0)  # go on after step 0, which an evaluation follows
+    batches = islice(data.train_dataloader(), BATCHES)
+    return [move_data_to_device(batch, device) for batch in batches]
+
+
+def calls_of_sample(batches: Sequence[LabelledBatch]) -> int:
+    """Return how many calls a sample of a time needs, so that all cases do the same work.
+
+    It is one where all batches have one shape, else a pass over all of them.
+    """
+    shapes = {tuple(x.shape for x in tree_leaves(batch.inputs)) for batch in batches}
+    return 1 if len(shapes) == 1 else len(batches)
+
+
+def largest(batches: Sequence[B]) -> B:
+    """Return the first batch with the most positions: its step needs most memory."""
+    return max(batches, key=lambda batch: sum(x.numel() for x in tree_leaves(batch.inputs)))
+
+
+def token_facts(batches: Sequence[LabelledBatch]) -> Facts:
+    """Return means over the batches; ``tokens`` are real ones, patches included.
+
+    Conversations also have ``images`` and ``scored``, the tokens with a loss. Plain images have
+    none.
+    """
+    tokens = tokens_of(batches)
+    if tokens is None:
+        return {}
+    facts: Facts = {"tokens": round(tokens), "padded": round(padded_share(batches), 3)}
+    conversations = [batch for batch in batches if isinstance(batch, ConversationBatch)]
+    if conversations:
+        facts["images"] = round(fmean(len(each.tokens["images"]) for each in conversations), 1)
+        facts["scored"] = round(fmean(len(each.scored[0]) for each in conversations))
+    return facts
+
+
+def tokens_of(batches: Sequence[LabelledBatch]) -> float | None:
+    """Return the mean number of real tokens of a batch; None for images."""
+    if isinstance(batches[0], ImageBatch):
+        return None
+    return fmean(int(batch.inputs[0]["attention_mask"].sum()) for batch in batches)
+
+
+def padded_share(batches: Sequence[LabelledBatch]) -> float:
+    """Return the share of padding in the positions that are computed."""
+    masks = [batch.inputs[0]["attention_mask"] for batch in batches]
+    return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
+
+
+def costs_of_sample(model: nn.Module, batches: Sequence[LabelledBatch]) -> Costs:
+    """Return ``efficiency.count`` of a sample, the mean over the ``batches``.
+
+    MoE layers compute real tokens alone, all other modules the padding too.
+    """
+    tokens = tokens_of(batches)
+    if tokens is None:
+        return count(model, *tree_map(lambda x: x[:1], batches[0].inputs))
+    each = [count(model, *_without_mask(batch.inputs)) for batch in batches]
+    if any(costs["flops"] is None for costs in each):
+        return {**each[0], "flops": None}
+    size = fmean(len(batch.label) for batch in batches)
+    flops = each[0]["flops"]
+    return {
+        **each[0],
+        "flops": {
+            "other": fmean(costs["flops"]["other"] for costs in each) / size,
+            "layers": {
+                name: {**layer, "tokens": tokens / size} for name, layer in flops["layers"].items()
+            },
+        },
+    }
+
+
+def _without_mask(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Without an attention mask the costs of a model depend on shapes alone."""
+    tokens, *others = inputs
+    return {k: v for k, v in tokens.items() if k != "attention_mask"}, *others
+
+
+def model_name(backbone: DictConfig) -> str:
+    """Return a folder's name, a name of timm or of the hub, or an architecture."""
+    path = backbone.get("path")
+    return Path(path).name if path else backbone.model or backbone.architecture
+
+
+# Models.
+
+
+@dataclass
+class TimedModel:
+    """A model to time."""
+
+    name: str
+    """Its setting or case."""
+    model: Any
+    identity: Facts
+    """Fields of its rows that identify it."""
+    loss: Callable[[Any], Tensor]
+    """The training loss of a batch."""
+    new_optimizer: Callable[[], Optimizer]
+    costs: Costs | None = field(default=None, repr=False)
+    """``costs_of_sample`` of a fresh model, counted before its layers are compact."""
+
+
+def trained(
+    group: Sequence[Candidate], data: TaskData, fused_attention: bool, device: torch.device
+) -> list[TimedModel]:
+    """Load the models of runs of one problem from their checkpoints. ``data`` is the first one's.
+
+    Raises:
+        UserError: a checkpoint that does not fit its configuration.
+    """
+    # Tasks log their losses to a trainer, and here is none.
+    warnings.filterwarnings("ignore", message=r".*`self\.trainer` reference is not registered.*")
+    models = []
+    for run, cfg, checkpoint in group:
+        task, _ = training.load(cfg, data, fused_attention, checkpoint)
+        task.to(device)
+        identity = {
+            "run": run.folder.path.name,
+            "problem": ", ".join(run.problem),
+            "setting": run.setting,
+            "environment": run.environment,
+        }
+        loss = partial(_training_loss, task)
+        models.append(TimedModel(run.setting, task.backbone, identity, loss, task.new_optimizer))
+    return models
+
+
+def _training_loss(task: Any, batch: LabelledBatch) -> Tensor:
+    loss: Tensor = task.training_step(batch, 0)["loss"]
+    return loss
+
+
+def fresh(
     cfg: DictConfig,
     work: Workload,
     cases: Sequence[str],
@@ -33,8 +282,8 @@ def build(
     given_layers: bool,
     fused_attention: bool,
     amp: bool,
-) -> tuple[dict[str, nn.Module], Facts]:
-    """The ``cases`` of ``plan.step_cases``, and what they have in common.
+) -> tuple[list[TimedModel], Facts]:
+    """Build the ``cases`` of ``options.step_cases``; return them and facts they have in common.
 
     ``given_layers``: MoE layers are where the configuration says, else in every second block, 1,
     3, 5, ... ``amp``: routers are fitted in the precision they are used in.
@@ -47,34 +296,46 @@ def build(
     set_fused_attention(dense, fused_attention)
     device = work.batches[0].label.device
     dense.to(device)
-    layers = moe_blocks(cfg, dense, given_layers)
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        models = build_models(cfg, dense, layers, cases, ks, work.batches)
-    return models, facts(cfg, work, layers)
-
-
-def moe_blocks(cfg: DictConfig, dense: nn.Module, given: bool) -> list[int] | str:
-    """Where the MoE layers are: as ``given``, else in every second block, 1, 3, 5, ...
-
-    Raises:
-        ConfigError: nowhere.
-    """
     host = getattr(dense, "language_model", dense)
-    layers = cfg.moe.layers if given else list(range(1, len(blocks_of(host)[0]), 2))
+    layers = cfg.moe.layers if given_layers else list(range(1, len(blocks_of(host)[0]), 2))
     if layers == "none" or not len(layers):
         raise ConfigError(f"moe.layers={layers}: expected some blocks with MoE layers, e.g. [0]")
-    return layers if isinstance(layers, str) else list(layers)
-
-
-def facts(cfg: DictConfig, work: Workload, layers: list[int] | str) -> Facts:
-    """What all models of a run have in common."""
-    return {
+    layers = layers if isinstance(layers, str) else list(layers)
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        models = build_models(cfg, dense, layers, cases, ks, work.batches)
+    facts = {
         "model": model_name(cfg.backbone),
         "options": str(cfg.backbone.options),
         **work.facts,
         "moe_layers": layers,
         "experts": cfg.moe.num_experts,
     }
+    k_of = {f"dynmoe {k:g}": k for k in ks}
+    return [
+        TimedModel(
+            name,
+            model,
+            {"case": name, "k": k_of.get(name)},
+            partial(classification_loss, model, cfg.moe.aux_weight),
+            partial(torch.optim.AdamW, model.parameters(), fused=True),
+        )
+        for name, model in models.items()
+    ], facts
+
+
+def classification_loss(model: nn.Module, aux_weight: float, batch: LabelledBatch) -> Tensor:
+    """Cross-entropy, for numbers the squared error, and the auxiliary losses."""
+    with record_routing(model) as tape:
+        output = model(*batch.inputs)
+    if isinstance(batch, ConversationBatch):
+        value = F.cross_entropy(output.float(), batch.scored[1])
+    elif batch.label.is_floating_point():
+        value = F.mse_loss(output.squeeze(1), batch.label)
+    else:
+        value = F.cross_entropy(output, batch.label)
+    for calls in tape.values():
+        value = value + aux_weight * sum(call.aux for call in calls)
+    return value
 
 
 def build_models(
@@ -85,14 +346,14 @@ def build_models(
     ks: Sequence[float],
     batches: Sequence[LabelledBatch],
 ) -> dict[str, nn.Module]:
-    """The ``cases`` of ``plan.step_cases``, fitted to k on the first of the ``batches``, or on all
-    of them where they are of different shapes.
+    """Build the ``cases``, fitted to k on the first of the ``batches``, or on all of them where
+    they are of different shapes.
 
     Raises:
         ConfigError: MoE layers that do not fit, or a router without thresholds.
     """
     moe, device = cfg.moe, next(dense.parameters()).device
-    fresh = moe.init == "fresh" or (moe.init == "auto" and not cfg.backbone.pretrained)
+    is_fresh = moe.init == "fresh" or (moe.init == "auto" and not cfg.backbone.pretrained)
     top_any: Any = built(moe.router) if moe.router else None
     if getattr(top_any, "func", None) is not TopAnyRouter:
         raise ConfigError(
@@ -103,8 +364,8 @@ def build_models(
     def with_router(router: Callable[[int, int], Router], slots: int) -> nn.Module:
         torch.manual_seed(0)  # equal experts and directions in all cases of equal routers
         model = copy.deepcopy(dense)
-        init = "fresh" if fresh else "copy"
-        add_layers(moe, model, router=router, max_experts=slots, layers=layers, init=init)
+        init = "fresh" if is_fresh else "copy"
+        training.add_layers(moe, model, router=router, max_experts=slots, layers=layers, init=init)
         return model.to(device)
 
     def top_k(k: int) -> nn.Module:
@@ -138,7 +399,7 @@ def build_models(
 
 @torch.no_grad()
 def fit(model: nn.Module, k: float, batches: Sequence[LabelledBatch]) -> None:
-    """Fit the thresholds of one layer after the other: what it sees depends on those before it."""
+    """Fit the thresholds of one layer after the other: its input depends on those before it."""
     for layer in moe_layers(model).values():
         seen: list[Tensor] = []
         with layer.register_forward_pre_hook(partial(_see, seen)):
@@ -149,13 +410,13 @@ def fit(model: nn.Module, k: float, batches: Sequence[LabelledBatch]) -> None:
 
 
 def _see(seen: list[Tensor], layer: Any, inputs: tuple[Tensor, ...]) -> None:
-    """The layer's tokens, without padding."""
-    mask = layer.token_mask
+    """Keep the layer's tokens, without padding."""
+    mask = layer._token_mask
     seen.append((inputs[0] if mask is None else inputs[0][mask]).reshape(-1, layer.dim))
 
 
 class Loop(Experts):
-    """What one writes first: for each expert select its tokens by the mask, add its results."""
+    """The usual first version: select each expert's tokens by the mask, add its results."""
 
     def __init__(self, experts: Experts) -> None:
         nn.Module.__init__(self)

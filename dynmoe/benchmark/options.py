@@ -1,4 +1,4 @@
-"""The command line of ``dynmoe-bench``. Without PyTorch: a wrong command is refused at once."""
+"""The command line of ``dynmoe-bench``. It needs no PyTorch: a wrong command is refused at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynmoe.errors import ConfigError
-
-# What can be measured: shapes and cases. Without PyTorch: a wrong command is refused at once.
 
 
 class Shape(NamedTuple):
@@ -28,7 +26,7 @@ SHAPES = {
     "c": Shape("c", 4096, 768, 3072, 16),  # BERT-base
 }
 
-CASES = {
+LAYER_CASES = {
     "limit": "one dense FFN on as many rows as there are (token, expert) pairs",
     "layer": "the whole MoE layer: top-any router, auxiliary loss, experts",
     "experts": "its experts alone, on the given routing",
@@ -49,7 +47,18 @@ STEP_CASES = {
     "loop": "the first k, by a plain loop over the experts; with --only",
     "all then mask": "the first k, every expert on every token; with --only",
 }
-STEP_DEFAULT = ["dense", "top-1", "top-2", "dynmoe"]
+GENERATE_CASES = ["dense", "top-2", "dynmoe"]
+
+# Values of `step` and `generate` without --runs. Trained runs bring their own.
+DEFAULTS: dict[str, Any] = {
+    "overrides": [],
+    "k": [1.0, 1.5, 2.0],
+    "dtype": "fp32",
+    "only": ["dense", "top-1", "top-2", "dynmoe"],
+    "batch": None,
+    "baseline": None,
+}
+NOT_BESIDE_RUNS = {"step": tuple(DEFAULTS), "generate": ("overrides", "k", "dtype")}
 
 
 def parse_shape(text: str) -> Shape:
@@ -69,13 +78,13 @@ def parse_shape(text: str) -> Shape:
     return Shape(text, *sizes)
 
 
-def check(shapes: Sequence[Shape], ks: Sequence[float], names: Sequence[str]) -> None:
-    """Refuse what cannot be measured.
+def check_layer(shapes: Sequence[Shape], ks: Sequence[float], names: Sequence[str]) -> None:
+    """Refuse a measurement that is impossible.
 
     Raises:
         ConfigError: an unknown case, or a k that is no mean number of experts per token.
     """
-    _check_names(names, CASES)
+    _check_names(names, LAYER_CASES)
     for shape in shapes:
         for k in ks:
             if not (0 < k <= shape.experts and round(k * shape.tokens) > 0):
@@ -86,7 +95,7 @@ def check(shapes: Sequence[Shape], ks: Sequence[float], names: Sequence[str]) ->
 
 
 def step_cases(names: Sequence[str], ks: Sequence[float], experts: int) -> list[str]:
-    """The cases of ``dynmoe-bench step`` in their order; ``dense`` always.
+    """Return the cases of ``step`` and ``generate`` in their order, ``dense`` always first.
 
     Raises:
         ConfigError: an unknown case, or more experts per token than there are.
@@ -116,57 +125,190 @@ def _check_names(names: Sequence[str], known: Mapping[str, str]) -> None:
             )
 
 
-# Arguments that several commands of ``dynmoe-bench`` have, and kinds of numbers.
+def refuse_beside_runs(args: argparse.Namespace) -> None:
+    """Trained runs bring their own models, batches and precision.
 
-Subparsers = Any  # argparse's own type of add_subparsers() is private
-
-
-def listed(cases: dict[str, str]) -> str:
-    return "\n".join(f"  {name:17}{text}" for name, text in cases.items())
-
-
-def add_timing(p: argparse.ArgumentParser, rounds: int = 15) -> None:
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    p.add_argument("--threads", type=positive, metavar="N", help="default: PyTorch's")
-    text = f"samples of each case (default: {rounds})"
-    p.add_argument("--rounds", type=positive, default=rounds, metavar="N", help=text)
-
-
-def add_runs(p: argparse.ArgumentParser) -> None:
-    text = "trained runs instead: of a sweep, outputs/<name>, or a single one"
-    p.add_argument("--runs", type=Path, metavar="FOLDER", help=text)
+    Raises:
+        ConfigError: an option that would say otherwise.
+    """
+    for name in NOT_BESIDE_RUNS[args.command]:
+        given = getattr(args, name)
+        if given != DEFAULTS[name]:
+            shown = " ".join(given) if name == "overrides" else f"--{name}"
+            raise ConfigError(
+                f"{shown}: not together with --runs, whose runs bring their own models, batches and"
+                " precision; leave it out"
+            )
 
 
-def add_dtype(p: argparse.ArgumentParser, default: str) -> None:
-    text = f"amp: fp32 weights under bf16 autocast (default: {default})"
-    p.add_argument("--dtype", choices=["fp32", "amp"], default=default, help=text)
+DISTURBED = "disturbed counts samples during which other processes were busy."
+
+LAYER = """\
+Time the forward and backward pass of one MoE layer. Its rivals are timed interleaved with it: a
+dense FFN on as many rows (the limit), and other ways to dispatch tokens to experts. Thresholds are
+fitted so that a token activates k experts on average and the popularity of experts follows Zipf's
+law with exponent 0.8. Every call gets other tokens. The command prints a table for each shape and
+k, and a summary."""
+LAYER_NOTE = f"""\
+Each call takes the next of 16 batches of tokens, so the loads of the experts are new as in
+training; the limit always has their mean number of rows.
+{DISTURBED}"""
+
+STEP = """\
+Time whole training steps (forward, loss, backward, AdamW) and inference of a backbone with MoE
+layers in every second block, interleaved with the dense backbone. The thresholds of DynMoE are
+fitted so that a token activates k experts on average. The learning rate is 0, which costs the same
+arithmetic and keeps them fitted. The default is DeiT-Ti on noise at 64 px with 8 experts. Settings
+of dynmoe-run change the model: backbone.*, moe.*, runtime.*, such as backbone=vit_small
+moe.layers=[8,10].
+
+task=glue measures a small BERT on training batches of the embedded definitions; task=vl measures a
+small LLaVA on conversations about rendered scenes, with gradients of the parts that stage=moe
+trains. There data.* counts too: data=rte data.source=tsv data.root=FOLDER backbone=minilm
+backbone.path=FOLDER.
+
+--runs measures trained models instead. For each setting of a sweep it takes the finished run of the
+lowest seed, loads its selected checkpoint, and times it on training batches of its data. It
+writes FOLDER/timing.json, which dynmoe-report reads."""
+STEP_NOTE = f"""\
+ideal: FLOPs of the dense model over those of the case, whose FFNs count k times, routers included.
+used: parameters that a token activates. Layers are compact in inference; a token that no expert
+serves takes its best one there.
+{DISTURBED}"""
+TEXT_NOTE = """\
+Batches have as many positions as their longest text: times are means over all 8 of them, the peak
+is that of the largest. tokens/s are real tokens, patches of images included. ideal counts real
+tokens in MoE layers, which leave padding out, and all positions elsewhere, as in the dense
+model."""
+RUNS_NOTE = f"""\
+All models see the same batches, those of the first run. A step is forward, losses and routing
+statistics, backward and the run's optimizer at learning rate 0, without gradient clipping and
+without the training loop around it. Where batches differ in shape, times are means over 8 of them,
+and the peak is that of the largest. Layers are compact in inference.
+{DISTURBED}"""
+
+GENERATE = """\
+Time the answers of vision-language models to the questions of their evaluation set, token by token
+with the KV cache. Every answer gets the same number of new tokens, so that all models do the same
+work. Without --runs the models have fresh weights and are measured interleaved: a dense one, and
+ones with MoE layers in every second block, with top-2 routing and with DynMoE's, whose thresholds
+are fitted so that a token of a training batch activates k experts on average. The default is a
+small LLaVA on questions about rendered scenes.
+
+--runs measures trained models instead. For each setting of a sweep it takes the finished run of the
+lowest seed and loads its selected checkpoint. It writes FOLDER/generation.json, which
+dynmoe-report reads."""
+GENERATE_NOTE = f"""\
+All models answer the same questions. prompt: time from the questions of a batch, images included,
+to the first new token of each. token: time of each further token of all its answers. tokens/s are
+new tokens over the whole time. Times are means over up to 8 batches. k is that of compact layers,
+in which a token that no expert serves takes its best one. The peak is that of the largest batch,
+beyond the weights.
+{DISTURBED}"""
+
+EPOCH = """\
+Time a training epoch of the dense encoder in dynmoe's runner (Lightning, batches of about equally
+long texts, its task), interleaved with the loop that one writes with transformers and Lightning
+alone (shuffled batches). Both have the same model, tokens, batch size and precision, fused AdamW,
+linear decay and no evaluation. Settings are those of dynmoe-run, such as data=rte data.source=tsv
+data.root=FOLDER backbone=minilm backbone.path=FOLDER; the default is the embedded definitions."""
+EPOCH_NOTE = f"""\
+tokens/s are real tokens, and "of plain" compares them: with --steps the loops see other texts.
+padded is a share of all positions. runtime.matmul_precision and runtime.malloc apply to the plain
+loop too. Its attention is transformers' own; runtime.fused_attention=true gives dynmoe the same.
+{DISTURBED}"""
+
+DATA = """\
+Time the training loader alone, in images per second, without a model that waits for them. CPU time
+is that of this process and its workers. Settings are those of dynmoe-run, such as data=pacs
+data.root=FOLDER."""
 
 
-def add_k(p: argparse.ArgumentParser, default: list[float]) -> None:
-    text = f"mean experts per token in training (default: {' '.join(f'{k:g}' for k in default)})"
-    p.add_argument("--k", nargs="+", type=float, default=default, metavar="K", help=text)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands. The result names the chosen one as ``command``."""
+    top = argparse.ArgumentParser(prog="dynmoe-bench", description="Measure the speed of dynmoe.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    def new(name: str, summary: str, description: str, cases: str = "") -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(
+            name, help=summary, description=description, epilog=cases, formatter_class=raw
+        )
+
+    p = new(
+        "layer",
+        "one MoE layer beside a dense FFN and other dispatches",
+        LAYER,
+        "cases, the limit always runs:\n" + _listed(LAYER_CASES),
+    )
+    text = "a (ViT-S), b (ViT-Ti), c (BERT-base), or tokens,dim,hidden,experts (default: a b c)"
+    shapes = list(SHAPES.values())
+    p.add_argument("--shape", nargs="+", type=parse_shape, default=shapes, metavar="S", help=text)
+    _add_k(p, "mean experts per token", [1.0, 1.5, 2.0, 4.0])
+    _add_only(p, list(LAYER_CASES), "all below")
+    _add_dtype(p, "fp32", "bf16", "amp")
+    _add_timing(p)
+    choices = ["auto", "highest", "high", "medium"]
+    text = "of fp32 products; auto: the fastest at fp32 accuracy (default)"
+    p.add_argument("--matmul-precision", choices=choices, default="auto", help=text)
+    choices = ["auto", "tuned", "system"]
+    text = "tuned: glibc keeps freed memory; auto: tuned on a CPU (default)"
+    p.add_argument("--malloc", choices=choices, default="auto", help=text)
+    _add_files(p, "layer", baseline=True)
+
+    p = new(
+        "step",
+        "whole training steps and inference beside the dense model",
+        STEP,
+        "cases, dense always runs:\n" + _listed(STEP_CASES),
+    )
+    _add_models(p)
+    _add_only(p, DEFAULTS["only"], "dense top-1 top-2 dynmoe")
+    choices = ["train", "inference", "both"]
+    p.add_argument("--mode", choices=choices, default="both", help="default: both")
+    text = "samples of a batch (default: 32 images, else data.batch_size)"
+    p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
+    _add_dtype(p, "fp32", "amp")
+    _add_timing(p)
+    _add_files(p, "step", baseline=True)
+
+    p = new("generate", "answers of vision-language models, token by token", GENERATE)
+    _add_models(p)
+    text = "questions answered at once (default: data.eval_batch_size)"
+    p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
+    text = "tokens of each answer (default: 32)"
+    p.add_argument("--new-tokens", type=at_least(2), default=32, metavar="N", help=text)
+    _add_dtype(p, "fp32", "amp")
+    _add_timing(p, rounds=7)
+    _add_files(p, "generate")
+
+    p = new("epoch", "a training epoch on texts beside a plain loop", EPOCH)
+    _add_overrides(p)
+    text = "the first N steps only (default: all)"
+    p.add_argument("--steps", type=at_least(1), metavar="N", help=text)
+    _add_timing(p, rounds=3)
+    _add_files(p, "epoch")
+
+    p = new("data", "the training loader", DATA)
+    _add_overrides(p)
+    text = "loader processes, one line for each number (default: data.workers)"
+    p.add_argument("--workers", nargs="+", type=at_least(0), metavar="N", help=text)
+    text = "time for each number (default: 10)"
+    p.add_argument("--seconds", type=seconds, default=10.0, metavar="S", help=text)
+    _add_files(p, "data")
+    return top
 
 
-def add_json(p: argparse.ArgumentParser, command: str) -> None:
-    text = f"default: outputs/bench/{command}-<date-time>.json"
-    p.add_argument("--json", type=Path, metavar="FILE", help=text)
+def at_least(least: int) -> Callable[[str], int]:
+    """Return the argparse type of whole numbers from ``least`` on."""
 
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            expected = f"expected a whole number of {least} or more"
+            raise argparse.ArgumentTypeError(f"{text}: {expected}")
+        return int(text)
 
-def add_baseline(p: argparse.ArgumentParser) -> None:
-    text = "compare with the --json file of another run"
-    p.add_argument("--baseline", type=Path, metavar="FILE", help=text)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of 1 or more")
-    return int(text)
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of 0 or more")
-    return int(text)
+    return number
 
 
 def seconds(text: str) -> float:
@@ -178,264 +320,47 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text}: expected seconds, more than 0")
 
 
-# The command line of the commands that measure whole models: ``step`` and ``generate``.
-
-# What is measured without --runs, by default.
-GENERATE: dict[str, Any] = {"overrides": [], "k": [1.0, 1.5, 2.0], "dtype": "fp32"}
-STEP: dict[str, Any] = {**GENERATE, "only": STEP_DEFAULT, "batch": None, "baseline": None}
-
-
-def refuse_beside_runs(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
-    """Trained runs bring their own models, batches and precision.
-
-    Raises:
-        ConfigError: an option that would say otherwise.
-    """
-    for name, default in defaults.items():
-        given = getattr(args, name)
-        if given != default:
-            shown = " ".join(given) if name == "overrides" else f"--{name}"
-            raise ConfigError(
-                f"{shown}: not together with --runs, whose runs bring their own models, batches and"
-                " precision; leave it out"
-            )
-
-
-STEP_TEXT = """\
-Time whole training steps (forward, loss, backward, AdamW) and inference of a backbone with MoE
-layers in every second block, in turns with the dense backbone. DynMoE's thresholds are fitted so
-that a token activates k experts on average; the learning rate is 0, the same arithmetic, so that
-they stay there. Images are noise, the optimizer is fused AdamW. The default is DeiT-Ti at 64 px
-with 8 experts. Of dynmoe-run's settings backbone.*, moe.* and runtime.* count: backbone=vit_small,
-moe.layers=[8,10], ...
-
-With task=glue it is a small BERT on training batches of the embedded definitions, with task=vl a
-small LLaVA on conversations about rendered scenes, of which what stage=moe trains has gradients;
-data.* counts too: data=rte data.source=tsv data.root=FOLDER backbone=minilm backbone.path=FOLDER.
-
-With --runs it times trained models instead: of each setting of a sweep the finished run of the
-lowest seed, as its selected checkpoint left it, on training batches of its own data. The file is
-FOLDER/timing.json, which dynmoe-report reads."""
-STEP_NOTE = """\
-ideal: FLOPs of the dense model over those of the case, whose FFNs count k times, routers included.
-used: parameters that a token activates. Inference is of compact layers; a token that no expert
-serves takes its best one there. disturbed: samples during which other processes were busy."""
-TEXT_NOTE = """\
-Batches have as many positions as their longest text: times are means over all 8 of them, the peak
-is that of the largest. tokens/s are real tokens, patches of images included. ideal counts real
-tokens in MoE layers, which leave padding out, and all positions elsewhere, as in the dense
-model."""
-RUNS_NOTE = """\
-All on the same batches, the first run's; a step is forward, losses and routing statistics,
-backward and the run's optimizer at learning rate 0, without gradient clipping and without the
-training loop around it. Where batches differ in shape, times are means over 8 of them, the peak is
-that of the largest. Inference is of compact layers. disturbed: samples during which other
-processes were busy."""
-
-
-def add_step(commands: Subparsers) -> argparse.ArgumentParser:
-    p = commands.add_parser(
-        "step",
-        help="whole training steps and inference beside the dense model",
-        description=STEP_TEXT,
-        epilog="cases, dense always runs:\n" + listed(STEP_CASES),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_overrides(p)
-    add_runs(p)
-    add_k(p, STEP["k"])
-    add = p.add_argument
-    add("--only", nargs="+", default=STEP["only"], metavar="CASE", help="see below")
-    add("--mode", choices=["train", "inference", "both"], default="both", help="default: both")
-    batch = "samples of a batch (default: 32; of texts data.batch_size)"
-    add("--batch", type=positive, default=STEP["batch"], metavar="N", help=batch)
-    add_dtype(p, STEP["dtype"])
-    add_timing(p)
-    add_json(p, "step")
-    add_baseline(p)
-    return p
-
-
-GENERATE_TEXT = """\
-Time the answers of vision-language models to questions of their own evaluation set, token by token
-with the KV cache. Every answer gets the same number of new tokens, so that all models do the same
-work. The models are a dense one and ones with MoE layers in every second block, of fresh weights,
-in turns: top-2, and DynMoE whose thresholds are fitted so that a token of a training batch
-activates k experts on average. The default is a small LLaVA on questions about rendered scenes.
-
-With --runs it times trained models instead: of each setting of a sweep the finished run of the
-lowest seed, as its selected checkpoint left it. The file is FOLDER/generation.json, which
-dynmoe-report reads."""
-GENERATE_NOTE = """\
-All answer the same questions. prompt: the questions of a batch, images included, up to the first
-new token of each. token: each further token of all its answers. tokens/s are new tokens, of the
-whole time. Times are means over up to 8 batches, k is that of compact layers, in which a token that
-no expert serves takes its best one; the peak is that of the largest batch, beyond weights.
-disturbed: samples during which other processes were busy."""
-
-
-def add_generate(commands: Subparsers) -> argparse.ArgumentParser:
-    p = commands.add_parser(
-        "generate",
-        help="answers of vision-language models, token by token",
-        description=GENERATE_TEXT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_overrides(p)
-    add_runs(p)
-    add_k(p, GENERATE["k"])
-    add = p.add_argument
-    batch = "questions answered at once (default: data.eval_batch_size)"
-    add("--batch", type=positive, metavar="N", help=batch)
-    new_tokens = "of each answer (default: 32)"
-    add("--new-tokens", type=_several, default=32, metavar="N", help=new_tokens)
-    add_dtype(p, GENERATE["dtype"])
-    add_timing(p, rounds=7)
-    add_json(p, "generate")
-    return p
+def _listed(cases: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:17}{text}" for name, text in cases.items())
 
 
 def _add_overrides(p: argparse.ArgumentParser) -> None:
-    text = "of the configuration, as in dynmoe-run"
+    text = "settings of the configuration, as in dynmoe-run"
     p.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 
-def _several(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of 2 or more")
-    return int(text)
+def _add_models(p: argparse.ArgumentParser) -> None:
+    _add_overrides(p)
+    text = "measure trained runs: those of a sweep, outputs/<name>, or a single one"
+    p.add_argument("--runs", type=Path, metavar="FOLDER", help=text)
+    _add_k(p, "mean experts per token in training", DEFAULTS["k"])
 
 
-Command = Callable[[argparse.Namespace], None]
+def _add_k(p: argparse.ArgumentParser, text: str, default: list[float]) -> None:
+    text += f" (default: {' '.join(f'{k:g}' for k in default)})"
+    p.add_argument("--k", nargs="+", type=float, default=default, metavar="K", help=text)
 
 
-def parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
-    """The options of each subcommand, and the function that ``run`` has for it."""
-    top = argparse.ArgumentParser(prog="dynmoe-bench", description="Measure dynmoe's speed.")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    adders = {
-        "layer": _add_layer,
-        "step": add_step,
-        "generate": add_generate,
-        "epoch": _add_epoch,
-        "data": _add_data,
-    }
-    for name, add in adders.items():
-        add(commands).set_defaults(run=run[name])
-    return top
+def _add_only(p: argparse.ArgumentParser, default: list[str], shown: str) -> None:
+    text = f"the cases to measure (default: {shown})"
+    p.add_argument("--only", nargs="+", default=default, metavar="CASE", help=text)
 
 
-LAYER = """\
-Time one MoE layer, forward and backward, in turns with a dense FFN on as many rows (the limit) and
-with other ways to dispatch. Its thresholds are fitted so that a token activates k experts on
-average, with a Zipf-0.8 popularity; each call gets other tokens. Prints a table per shape and k;
-writes everything to a file."""
-LAYER_NOTE = """\
-Each call takes the next of 16 batches of tokens, so the loads of the experts are new as in
-training; the limit always has their mean number of rows. disturbed: samples during which other
-processes were busy."""
+def _add_dtype(p: argparse.ArgumentParser, *choices: str) -> None:
+    text = f"amp: fp32 weights under bf16 autocast (default: {DEFAULTS['dtype']})"
+    p.add_argument("--dtype", choices=choices, default=DEFAULTS["dtype"], help=text)
 
 
-def _add_layer(commands: Subparsers) -> argparse.ArgumentParser:
-    p = commands.add_parser(
-        "layer",
-        help="one MoE layer beside a dense FFN and other dispatches",
-        description=LAYER,
-        epilog="cases, the limit always runs:\n" + listed(CASES),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = p.add_argument
-    add(
-        "--shape",
-        nargs="+",
-        type=parse_shape,
-        default=list(SHAPES.values()),
-        metavar="S",
-        help="a (ViT-S), b (ViT-Ti), c (BERT-base), or tokens,dim,hidden,experts",
-    )
-    add(
-        "--k",
-        nargs="+",
-        type=float,
-        default=[1.0, 1.5, 2.0, 4.0],
-        metavar="K",
-        help="mean experts per token (default: 1 1.5 2 4)",
-    )
-    add("--only", nargs="+", default=list(CASES), metavar="CASE", help="default: all below")
-    add(
-        "--dtype",
-        choices=["fp32", "bf16", "amp"],
-        default="fp32",
-        help="amp: fp32 weights under bf16 autocast (default: fp32)",
-    )
-    add_timing(p)
-    add(
-        "--matmul-precision",
-        choices=["auto", "highest", "high", "medium"],
-        default="auto",
-        help="of fp32 products; auto: the fastest at fp32 accuracy (default)",
-    )
-    add(
-        "--malloc",
-        choices=["auto", "tuned", "system"],
-        default="auto",
-        help="tuned: glibc keeps freed memory; auto: on a CPU (default)",
-    )
-    add_json(p, "layer")
-    add_baseline(p)
-    return p
+def _add_timing(p: argparse.ArgumentParser, rounds: int = 15) -> None:
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    p.add_argument("--threads", type=at_least(1), metavar="N", help="default: PyTorch's")
+    text = f"samples of each case (default: {rounds})"
+    p.add_argument("--rounds", type=at_least(1), default=rounds, metavar="N", help=text)
 
 
-EPOCH = """\
-Time a training epoch of the dense encoder in dynmoe's runner (Lightning, batches of about equally
-long texts, its task) and in the loop one writes with transformers and Lightning alone (shuffled
-batches), in turns: the same model, tokens, batch size and precision, fused AdamW, linear decay, no
-evaluation. The settings are those of dynmoe-run, such as data=rte data.source=tsv
-data.root=FOLDER backbone=minilm backbone.path=FOLDER; the default is the embedded definitions."""
-EPOCH_NOTE = """\
-tokens/s are real tokens, and "of plain" is by them: with --steps the loops see other texts. padded
-is a share of all positions. Of the process's settings matmul_precision and malloc hold for plain
-too; its attention is transformers' own, runtime.fused_attention=true gives dynmoe the same.
-disturbed: samples during which other processes were busy."""
-
-
-def _add_epoch(commands: Subparsers) -> argparse.ArgumentParser:
-    p = commands.add_parser(
-        "epoch",
-        help="a training epoch on texts beside a plain loop",
-        description=EPOCH,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = p.add_argument
-    add("overrides", nargs="*", metavar="key=value", help="of the configuration, as in dynmoe-run")
-    add("--steps", type=positive, metavar="N", help="the first N steps only (default: all)")
-    add_timing(p, rounds=3)
-    add_json(p, "epoch")
-    return p
-
-
-DATA = """\
-Time the training loader alone: images per second, with nobody waiting for a model. CPU time is of
-this process and its workers. The settings are those of dynmoe-run, such as data=pacs
-data.root=FOLDER."""
-
-
-def _add_data(commands: Subparsers) -> argparse.ArgumentParser:
-    p = commands.add_parser(
-        "data",
-        help="the training loader",
-        description=DATA,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = p.add_argument
-    add("overrides", nargs="*", metavar="key=value", help="of the configuration, as in dynmoe-run")
-    add(
-        "--workers",
-        nargs="+",
-        type=whole,
-        metavar="N",
-        help="loader processes, one line for each number (default: the configuration's)",
-    )
-    add("--seconds", type=seconds, default=10.0, metavar="S", help="of each (default: 10)")
-    add_json(p, "data")
-    return p
+def _add_files(p: argparse.ArgumentParser, command: str, baseline: bool = False) -> None:
+    text = f"write the results there (default: outputs/bench/{command}-<date-time>.json)"
+    p.add_argument("--json", type=Path, metavar="FILE", help=text)
+    if baseline:
+        text = "compare with the --json file of an earlier measurement"
+        p.add_argument("--baseline", type=Path, metavar="FILE", help=text)

@@ -1,265 +1,46 @@
-"""The JSON file of a run: its rows and their conditions; and the comparison with an older file."""
+"""Rows of results: their tables, the --json file, and the comparison with an earlier file.
+
+A row is one measured case as a flat mapping, which is also how the file holds it. Its fields are
+what identifies the case (``case`` or ``setting``, ``mode``, ``shape``, ``k``, ...), those of
+``timing.speed``, and measures that the function which makes it documents. Pairs are quartiles.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
-import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
 
 from dynmoe.errors import ConfigError
-from dynmoe.runtime import machine
-
-# One line of results of each command. Pairs of numbers are quartiles.
-
-
-class Compared(NamedTuple):
-    """What a comparison with a baseline looks at."""
-
-    value: float
-    quartiles: tuple[float, float]
-    form: str
-
-
-class Row(Protocol):
-    """A dataclass that a file of results can hold and a baseline can be compared by."""
-
-    def __init__(self, **fields: Any) -> None: ...
-
-    @property
-    def key(self) -> tuple[str | float, ...]:
-        """Equal in two runs for the same measurement."""
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """What it is called in a table, by column."""
-
-    @property
-    def compared(self) -> Compared: ...
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One case at one shape and k."""
-
-    shape: str
-    tokens: int
-    dim: int
-    hidden: int
-    experts: int
-    k: float
-    real_k: float
-    """The mean over the batches of tokens."""
-    case: str
-    median_ms: float
-    quartiles_ms: tuple[float, float]
-    ratio: float
-    """Time of the limit over time of this case, the median over rounds."""
-    ratio_quartiles: tuple[float, float]
-    gflops: float
-    """Useful GFLOP/s: two products forward and four backward over the routed pairs."""
-    kept_bytes: int
-    """Input rows and what is kept for the backward pass, without the output."""
-    kept_ratio: float
-    """``kept_bytes`` over the limit's."""
-    peak_bytes: int
-    """Peak of forward and backward beyond input, weights and incoming gradient."""
-    rounds: int
-    slow: bool
-    """Fewer rounds than asked, see ``timing.SLOW``."""
-    contaminated: int
-    """Samples during which other processes were busy."""
-    router_share: float | None
-    """Of ``layer``, if ``experts`` ran too: 1 - experts / layer, the median over rounds."""
-
-    @property
-    def key(self) -> tuple[str | float, ...]:
-        return self.tokens, self.dim, self.hidden, self.experts, self.k, self.case
-
-    @property
-    def labels(self) -> dict[str, str]:
-        return {"shape": self.shape, "k": f"{self.k:g}", "case": self.case}
-
-    @property
-    def compared(self) -> Compared:
-        """Machines drift, so only the limit is compared in time, the others to their own limit."""
-        if self.case == "limit":
-            return Compared(self.median_ms, self.quartiles_ms, "{:.4g} ms")
-        return Compared(self.ratio, self.ratio_quartiles, "{:.3f} of limit")
-
-    @property
-    def ms_per_pair(self) -> float:
-        return self.median_ms / (self.real_k * self.tokens)
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """One model in training or in inference."""
-
-    case: str
-    mode: str
-    k: float | None
-    """Asked for; None where the model has no such choice."""
-    real_k: float | None
-    """Experts per token, the mean over MoE layers and batches; None without MoE layers."""
-    samples_per_s: float
-    samples_per_s_quartiles: tuple[float, float]
-    median_ms: float
-    """Of one step, or of one forward pass."""
-    ratio: float
-    """Speed over that of the dense model, the median over rounds."""
-    ratio_quartiles: tuple[float, float]
-    ideal: float | None
-    """FLOPs of the dense model over FLOPs of this one; None where they cannot be counted."""
-    of_ideal: float | None
-    """``ratio`` over ``ideal``."""
-    parameters: int
-    activated: float
-    """Parameters that a token uses."""
-    peak_bytes: int | None
-    """Of a training step, beyond weights and optimizer state."""
-    rounds: int
-    slow: bool
-    contaminated: int
-    tokens_per_s: float | None = None
-    """Of texts, padding left out."""
-
-    @property
-    def key(self) -> tuple[str | float, ...]:
-        return self.mode, self.case
-
-    @property
-    def labels(self) -> dict[str, str]:
-        return {"mode": self.mode, "case": self.case}
-
-    @property
-    def compared(self) -> Compared:
-        return Compared(self.samples_per_s, self.samples_per_s_quartiles, "{:.4g} samples/s")
-
-
-@dataclass(frozen=True)
-class TrainedRow:
-    """One trained model in training or in inference."""
-
-    run: str
-    """Its folder's name."""
-    problem: str
-    setting: str
-    environment: str
-    mode: str
-    batch: int
-    """Samples of a step."""
-    median_ms: float
-    """Of one step, or of one forward pass."""
-    quartiles_ms: tuple[float, float]
-    samples_per_s: float
-    samples_per_s_quartiles: tuple[float, float]
-    ratio: float
-    """Speed over that of the reference, the median over rounds."""
-    ratio_quartiles: tuple[float, float]
-    mean_k: float | None
-    """Experts per token, the mean over MoE layers and batches; None without MoE layers."""
-    peak_bytes: int | None
-    """Of a training step, beyond weights and optimizer state."""
-    rounds: int
-    contaminated: int
-
-
-@dataclass(frozen=True)
-class GenerationRow:
-    """One vision-language model that answers batches of questions, with equally many new tokens.
-
-    ``run`` and ``environment`` are empty unless the model was trained.
-    """
-
-    run: str
-    """Its folder's name."""
-    problem: str
-    setting: str
-    environment: str
-    batch: int
-    """Questions answered at once."""
-    new_tokens: int
-    """Of each answer."""
-    median_ms: float
-    """Of a batch, from the questions to the last token of the answers."""
-    quartiles_ms: tuple[float, float]
-    prompt_ms: float
-    """Of a batch up to the first new token."""
-    prompt_quartiles_ms: tuple[float, float]
-    token_ms: float
-    """Of a batch for each further token of its answers: the difference of the two medians."""
-    tokens_per_s: float
-    """New tokens of all answers, of the whole time."""
-    tokens_per_s_quartiles: tuple[float, float]
-    reference: str
-    """The setting that ``ratio`` is over."""
-    ratio: float
-    """Speed over that of the reference, the median over rounds."""
-    ratio_quartiles: tuple[float, float]
-    mean_k: dict[str, float]
-    """Experts per token of each part (prompt, image, answer), the mean over MoE layers; empty
-    without them."""
-    peak_bytes: int
-    """Beyond the weights."""
-    rounds: int
-    contaminated: int
-
-
-@dataclass(frozen=True)
-class EpochRow:
-    """One way to write the training loop, over one epoch of texts."""
-
-    case: str
-    steps: int
-    samples: int
-    tokens: int
-    """Real ones, of all texts."""
-    padded: float
-    """Share of the positions computed that are padding."""
-    seconds: float
-    seconds_quartiles: tuple[float, float]
-    samples_per_s: float
-    tokens_per_s: float
-    """Padding left out."""
-    ratio: float
-    """Tokens per second over those of the plain loop, the median over rounds."""
-    ratio_quartiles: tuple[float, float]
-    rounds: int
-    contaminated: int
-
-
-@dataclass(frozen=True)
-class DataRow:
-    """A training loader with one number of workers."""
-
-    workers: int
-    images: int
-    seconds: float
-    images_per_s: float
-    ms_per_image: float
-    cpu_ms_per_image: float | None
-    """CPU time of this process and the workers; None where the workers' cannot be read."""
-
 
 Facts = dict[str, Any]
-R = TypeVar("R", bound=Row)
+Row = dict[str, Any]
+Advance = Callable[[int, int], None]
+"""Called with the number of samples that are done, and of all."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a time depends on besides the code."""
+    """Facts that a time depends on besides the code."""
 
     machine: Facts
     settings: Facts
-    """What ``dynmoe.runtime.settle`` put in force."""
+    """The runtime settings that hold, as ``dynmoe.runtime.apply`` returns them."""
     workload: Facts
-    """What all rows have in common."""
+    """Facts that all rows have in common."""
 
     def __str__(self) -> str:
         return ", ".join(
@@ -267,89 +48,234 @@ class Conditions:
         )
 
 
-def machine_facts(device: torch.device, dtype: str) -> Facts:
-    """Processor and PyTorch, as they are now."""
-    on_cuda = device.type == "cuda"
-    return {
-        **machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
-        "dtype": dtype,
-    }
+class Output:
+    """Console and --json file of one command.
 
-
-def write(
-    path: Path, command: Sequence[str], date: str, conditions: Conditions, rows: Sequence[Any]
-) -> None:
-    """One object: ``command``, ``date``, ``machine``, ``settings``, ``workload``, ``rows``."""
-    content = {
-        "command": shlex.join(command),
-        "date": date,
-        **dataclasses.asdict(conditions),
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read(path: Path, kind: type[R]) -> tuple[Conditions, list[R]]:
-    """The conditions and the rows of a file that ``write`` wrote.
+    The file is written again after each part: an interrupted command leaves the finished ones.
 
     Raises:
-        ConfigError: it is not there, or something else.
+        ConfigError: the file is a folder.
     """
-    if not path.is_file():
-        raise ConfigError(f"--baseline {path}: there is no such file; --json writes one")
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        facts = [dict(content[field.name]) for field in dataclasses.fields(Conditions)]
-        return Conditions(*facts), [kind(**row) for row in content["rows"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--baseline {path}: expected a file that this version and command of dynmoe-bench"
-            f" wrote ({type(error).__name__}: {error}); measure the baseline again"
-        ) from None
+
+    def __init__(self, file: Path | None, command: str) -> None:
+        now = datetime.now()
+        self.file = file or Path(f"outputs/bench/{command}-{now:%Y%m%d-%H%M%S}.json")
+        if self.file.is_dir():
+            raise ConfigError(f"--json {self.file}: expected a file to write, this is a folder")
+        self.rows: list[Row] = []
+        self._date = f"{now:%Y-%m-%d %H:%M:%S}"
+        self._conditions = Conditions({}, {}, {})
+        self._console = Console(highlight=False)
+        if not self._console.is_terminal:
+            self._console.width = 120  # a file has no width; the tables are wider than rich's 80
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[str], Advance]]:
+        """Make the file's folder, then show a progress bar: call the result for each new part.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        is_new = not self.file.exists()
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.touch()
+        except OSError as error:
+            raise ConfigError(f"--json {self.file}: cannot be written ({error})") from None
+        if is_new:  # an empty file would pass for a damaged one
+            self.file.unlink()
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, console=self._console, transient=True) as progress:
+
+            def new_bar(text: str) -> Advance:
+                for task in progress.task_ids:
+                    progress.remove_task(task)
+                bar = progress.add_task(text, total=None)
+                return lambda done, total: progress.update(bar, completed=done, total=total)
+
+            yield new_bar
+
+    def add(self, rows: Sequence[Row], conditions: Conditions) -> None:
+        """Write one object: ``command``, ``date``, ``machine``, ``settings``, ``workload``,
+        ``rows``."""
+        self.rows += rows
+        self._conditions = conditions
+        content = {
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "date": self._date,
+            **dataclasses.asdict(conditions),
+            "rows": self.rows,
+        }
+        self.file.write_text(json.dumps(content, indent=1) + "\n")
+
+    def show(self, *parts: Table | str) -> None:
+        """Print the conditions, then the parts, then where the file is."""
+        for part in (str(self._conditions), *parts, f"Written to {self.file}"):
+            self._console.print(part)
 
 
-def check_equal(old: Facts, new: Facts) -> None:
-    """Refuse a baseline that was measured under other conditions.
+# Tables.
 
-    Raises:
-        ConfigError: naming every fact that differs.
+MIB = 2**20
+
+
+class Column(NamedTuple):
+    """A field of the rows. ``form`` is a format specification, three digits if empty."""
+
+    title: str
+    """May name fields of the first row in braces."""
+    field: str
+    """``mean_k.answer`` is the value of ``answer`` in the mapping ``mean_k``."""
+    form: str = ""
+    unit: float = 1
+
+    def of(self, row: Row) -> str:
+        value: Any = row
+        for name in self.field.split("."):
+            value = None if value is None else value.get(name)
+        pair = isinstance(value, (tuple, list))
+        return "–".join(map(self._shown, value)) if pair else self._shown(value)
+
+    def _shown(self, value: Any) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, str):
+            return value
+        value /= self.unit
+        digits = 0 if value >= 100 else 1 if value >= 10 else 2
+        return format(value, self.form or f".{digits}f")
+
+
+RATIO = Column("of {reference}", "ratio", ".2f"), Column("quartiles", "ratio_quartiles", ".2f")
+PEAK = Column("peak\nMiB", "peak_bytes", unit=MIB)
+ROUNDS = Column("rounds", "rounds", ".0f"), Column("disturbed", "contaminated", ".0f")
+LEFT = ("case", "setting", "shape", "mode", "note")
+
+
+def tables(
+    rows: Sequence[Row], by: Sequence[str], title: str, columns: Sequence[Column]
+) -> Iterator[Table]:
+    """Yield a table of each group of consecutive rows with equal fields ``by``.
+
+    ``title`` names fields of the first row in braces. Columns without a value are left out.
     """
-    found = differences(old, new)
-    if found:
-        raise ConfigError(
-            f"--baseline: measured under other conditions: {', '.join(found)}; expected equal"
-            " ones. Measure the baseline again here, or give the same options"
+    for _, members in groupby(rows, key=lambda row: [row.get(field) for field in by]):
+        group = list(members)
+        table = Table(
+            title=title.format(**group[0]),
+            title_justify="left",
+            box=box.SIMPLE,
+            padding=(0, 1, 0, 0),
         )
+        texts = []
+        for column in columns:
+            cells = [column.of(row) for row in group]
+            if set(cells) != {"-"}:
+                left = column.field in LEFT
+                table.add_column(
+                    column.title.format(**group[0]),
+                    justify="left" if left else "right",
+                    no_wrap=column.field in ("case", "setting"),
+                )
+                texts.append(cells)
+        for line in zip(*texts, strict=True):
+            table.add_row(*line)
+        yield table
 
 
-def differences(old: Facts, new: Facts) -> list[str]:
-    """``key (old value, now new value)`` of every fact that differs."""
+# The comparison with an earlier file.
+
+
+class Compared(NamedTuple):
+    """The field of a row that is compared."""
+
+    field: str
+    quartiles: str
+    """The field with its quartiles: a change is noise where they overlap."""
+    form: str
+
+
+class BaselineRules(NamedTuple):
+    """Rules of comparing the rows of a command with those of a baseline."""
+
+    key: Sequence[str]
+    """Fields that are equal in rows of the same measurement."""
+    labels: Sequence[str]
+    """Fields that are shown."""
+    compared: Callable[[Row], Compared]
+
+
+class Baseline:
+    """A --json file of an earlier measurement by the same command.
+
+    Raises:
+        ConfigError: there is no file, or something else in it.
+    """
+
+    def __init__(self, path: Path, rules: BaselineRules) -> None:
+        if not path.is_file():
+            raise ConfigError(f"--baseline {path}: there is no such file; --json writes one")
+        self._rules = rules
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+            facts = [dict(content[field.name]) for field in dataclasses.fields(Conditions)]
+            self._values = {self._key(row): self._value(row) for row in content["rows"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--baseline {path}: expected a file that this version and command of dynmoe-bench"
+                f" wrote ({type(error).__name__}: {error}); measure the baseline again"
+            ) from None
+        self.conditions = Conditions(*facts)
+
+    def require(self, conditions: Conditions, *parts: str) -> None:
+        """Refuse a baseline that was measured under other conditions.
+
+        Raises:
+            ConfigError: naming every fact of the ``parts`` that differs.
+        """
+        found = [
+            text
+            for part in parts
+            for text in differences(getattr(self.conditions, part), getattr(conditions, part))
+        ]
+        if found:
+            raise ConfigError(
+                f"--baseline: measured under other conditions: {', '.join(found)}; expected equal"
+                " ones. Measure the baseline again here, or give the same options"
+            )
+
+    def table(self, rows: Sequence[Row]) -> Table | str:
+        """Compare the rows that both files have."""
+        changes = []
+        for row in rows:
+            if (key := self._key(row)) in self._values:
+                form = self._rules.compared(row).form.format
+                (old, (old_low, old_high)) = self._values[key]
+                (new, (low, high)) = self._value(row)
+                changes.append(
+                    {label: row[label] for label in self._rules.labels}
+                    | {"old": form(old), "new": form(new), "change": f"{new / old - 1:+.1%}"}
+                    | {"note": "within noise" if old_low <= high and low <= old_high else ""}
+                )
+        if not changes:
+            return "The baseline has none of these measurements."
+        columns = [Column(field, field, "g" if field == "k" else "") for field in changes[0]]
+        (table,) = tables(changes, (), "Against the baseline", columns)
+        return table
+
+    def _key(self, row: Row) -> tuple[Any, ...]:
+        return tuple(row[field] for field in self._rules.key)
+
+    def _value(self, row: Row) -> tuple[float, tuple[float, float]]:
+        compared = self._rules.compared(row)
+        low, high = row[compared.quartiles]
+        return row[compared.field], (low, high)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return ``key (old value, now new value)`` of every fact that differs."""
     return [
         f"{key} ({old.get(key)}, now {new.get(key)})"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-
-
-class Change(NamedTuple):
-    """One row beside the baseline's."""
-
-    row: Row
-    old: float
-    new: float
-    within_noise: bool
-    """The quartile ranges overlap."""
-
-
-def compare(old: Sequence[Row], new: Sequence[Row]) -> list[Change]:
-    """The rows that both runs have."""
-    before = {row.key: row.compared for row in old}
-    changes = []
-    for row in new:
-        if row.key in before:
-            (a, (a_low, a_high), _), (b, (b_low, b_high), _) = before[row.key], row.compared
-            changes.append(Change(row, a, b, a_low <= b_high and b_low <= a_high))
-    return changes

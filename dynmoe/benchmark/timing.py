@@ -1,7 +1,8 @@
-"""Interleaved timing on a machine that is not quiet: what is compared is measured in turns."""
+"""Interleaved timing on a machine that is not quiet, and bytes of forward and backward passes."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import random
@@ -18,15 +19,43 @@ from torch import Tensor
 from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile
 
-from dynmoe.runtime import release_memory
+from dynmoe.benchmark.results import Advance, Facts, Row
+from dynmoe.errors import ConfigError
+from dynmoe.runtime import machine, release_memory
 
 MIN_SAMPLE = 0.1
-"""Seconds. /proc/stat counts in steps of 10 ms: a shorter sample says nothing about others."""
+"""Seconds. /proc/stat counts in steps of 10 ms: too coarse for the others' share of less."""
 OTHERS_SHARE = 0.1
-"""A sample is contaminated when other processes had more than this of its wall time x threads."""
+"""A sample is contaminated when other processes used more than this share of its wall time x
+threads."""
 SLOW = 5.0
 """A case slower than this many times the reference is sampled ``SLOW_ROUNDS`` times only."""
 SLOW_ROUNDS = 3
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Return the device to measure; set the number of threads.
+
+    Raises:
+        ConfigError: a GPU is asked for, and there is none.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def machine_facts(device: torch.device, dtype: str) -> Facts:
+    """Return processor and PyTorch as they are now."""
+    on_cuda = device.type == "cuda"
+    return {
+        **machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "dtype": dtype,
+    }
 
 
 class Sample(NamedTuple):
@@ -52,18 +81,17 @@ def interleave(
     rounds: int,
     device: torch.device,
     reference: str = "limit",
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    advance: Advance = lambda done, total: None,
     whole: int = 1,
     warm_ups: int = 2,
 ) -> dict[str, list[Sample]]:
     """Time the cases round-robin, in a new (seeded) order each round.
 
-    What a case returns, its gradients, is freed outside the timing. ``advance`` is told the samples
-    that are done, of how many. A sample is of a multiple of ``whole`` calls: what a case works on
-    may come around in so many.
+    The result of a case, its gradients, is freed outside the timing. A sample consists of a
+    multiple of ``whole`` calls, after which the case has seen all of its batches.
 
     Returns:
-        Of each case one sample per round; those of a slow case are from the first rounds.
+        One sample per round of each case; of a slow case, only those of the first rounds.
     """
     warm = {}
     for name, case in cases.items():
@@ -71,16 +99,16 @@ def interleave(
             warm[name] = _seconds(case, whole, device) / whole
     samples: dict[str, list[Sample]] = {name: [] for name in cases}
     slow = {name for name in cases if warm[name] > SLOW * warm[reference]}
-    turns = [
-        [name for name in cases if turn < SLOW_ROUNDS or name not in slow] for turn in range(rounds)
+    schedule = [
+        [name for name in cases if i < SLOW_ROUNDS or name not in slow] for i in range(rounds)
     ]
     order = random.Random(0)
-    done, total = 0, sum(map(len, turns))
-    for turn in turns:
-        for name in order.sample(turn, len(turn)):
+    done, total = 0, sum(map(len, schedule))
+    for names in schedule:
+        for name in order.sample(names, len(names)):
             calls = whole * max(1, math.ceil(MIN_SAMPLE / (whole * warm[name])))
             samples[name].append(_sample(cases[name], calls, device))
-            if name in slow:  # and large: with what it frees, the tuned heap grew to 24 GiB
+            if name in slow:  # and large: the tuned heap once grew to 24 GiB by what it frees
                 release_memory()
             done += 1
             advance(done, total)
@@ -88,13 +116,13 @@ def interleave(
 
 
 def clean(samples: Sequence[Sample]) -> list[float]:
-    """Seconds of the clean samples; of all of them where fewer than half are clean."""
+    """Return the seconds of the clean samples, or of all where fewer than half are clean."""
     kept = [s.seconds for s in samples if not s.contaminated]
     return kept if 2 * len(kept) >= len(samples) else [s.seconds for s in samples]
 
 
 def paired(over: Sequence[Sample], under: Sequence[Sample]) -> Quartiles:
-    """Quartiles of ``over / under`` within rounds: the machine's drift is in both, and cancels."""
+    """Return quartiles of ``over / under`` within rounds: the machine's drift cancels."""
     return Quartiles.of(
         clean(
             [
@@ -105,31 +133,35 @@ def paired(over: Sequence[Sample], under: Sequence[Sample]) -> Quartiles:
     )
 
 
-class Speed(NamedTuple):
-    """One case beside the reference. Pairs are quartiles."""
+def speed(
+    samples: Sequence[Sample],
+    reference: Sequence[Sample],
+    size: float,
+    rate: str,
+    reference_size: float | None = None,
+) -> Row:
+    """Return the fields that every timed row has.
 
-    median_ms: float
-    quartiles_ms: tuple[float, float]
-    per_s: float
-    """Of what a call does ``size`` of."""
-    per_s_quartiles: tuple[float, float]
-    ratio: float
-    """The reference's time over this one's, the median over rounds."""
-    ratio_quartiles: tuple[float, float]
-    contaminated: int
+    ``size`` is the work of a call, in the unit of ``rate``; that of the reference is equal unless
+    given.
 
-    @classmethod
-    def of(cls, samples: Sequence[Sample], reference: Sequence[Sample], size: float) -> Speed:
-        seconds, ratio = Quartiles.of(clean(samples)), paired(reference, samples)
-        return cls(
-            1e3 * seconds.median,
-            (1e3 * seconds.low, 1e3 * seconds.high),
-            size / seconds.median,
-            (size / seconds.high, size / seconds.low),
-            ratio.median,
-            (ratio.low, ratio.high),
-            sum(sample.contaminated for sample in samples),
-        )
+    Returns:
+        ``median_ms`` and ``quartiles_ms`` of a call, ``<rate>`` and ``<rate>_quartiles``,
+        ``ratio`` and ``ratio_quartiles`` (speed over that of the reference in the same round),
+        ``rounds``, and ``contaminated``, the number of disturbed samples.
+    """
+    times, ratio = Quartiles.of(clean(samples)), paired(reference, samples)
+    scale = 1.0 if reference_size is None else size / reference_size
+    return {
+        "median_ms": 1e3 * times.median,
+        "quartiles_ms": (1e3 * times.low, 1e3 * times.high),
+        rate: size / times.median,
+        f"{rate}_quartiles": (size / times.high, size / times.low),
+        "ratio": scale * ratio.median,
+        "ratio_quartiles": (scale * ratio.low, scale * ratio.high),
+        "rounds": len(samples),
+        "contaminated": sum(sample.contaminated for sample in samples),
+    }
 
 
 def _sample(case: Callable[[], object], calls: int, device: torch.device) -> Sample:
@@ -168,7 +200,7 @@ def _seconds_on_cuda(case: Callable[[], object], calls: int, device: torch.devic
 
 
 def _others() -> float:
-    """CPU seconds that all other processes have used so far; where there is no /proc/stat, 0."""
+    """Return the CPU seconds that all other processes have used; 0 without a /proc/stat."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -178,13 +210,14 @@ def _others() -> float:
     return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-# Bytes a forward pass leaves for its backward pass, and the peak of both: exact and repeatable.
+# Bytes that a forward pass keeps for its backward pass, and the peak of both. Counts of the
+# allocator are exact and repeatable.
 
 Outputs = tuple[Tensor, ...]
 
 
-class Memory(NamedTuple):
-    """Bytes beyond what was there before the forward pass: inputs, weights, incoming gradient."""
+class PassMemory(NamedTuple):
+    """Bytes beyond those that were there before: inputs, weights, incoming gradient."""
 
     kept: int
     """Held between forward and backward; the outputs are part of it."""
@@ -196,12 +229,12 @@ class Memory(NamedTuple):
 
 def peak_and_kept(
     forward: Callable[[], Outputs], backward: Callable[[Outputs], object], device: torch.device
-) -> Memory:
+) -> PassMemory:
     """Run one forward and one backward pass and count every allocation in them.
 
-    On a CPU these are the allocator's events in ``torch.profiler``, so the size of the process,
-    what malloc keeps, and other processes do not matter. On CUDA it is the caching allocator's
-    count, which rounds each tensor up to 512 bytes.
+    On a CPU these are the allocator's events in ``torch.profiler``, so neither the size of the
+    process, nor memory that malloc keeps, nor other processes matter. On CUDA it is the caching
+    allocator's count, which rounds each tensor up to 512 bytes.
     """
     measure = _on_cuda if device.type == "cuda" else _on_cpu
     with measure(device) as first:
@@ -210,7 +243,7 @@ def peak_and_kept(
     with measure(device) as second:
         gradients = backward(outputs)
     del gradients
-    return Memory(first.kept, output, max(first.peak, first.kept + second.peak))
+    return PassMemory(first.kept, output, max(first.peak, first.kept + second.peak))
 
 
 class _Span:
@@ -244,7 +277,7 @@ def _on_cpu(device: torch.device) -> Iterator[_Span]:
 
 
 def _changes(events: list[_ProfilerEvent]) -> Iterator[tuple[int, int]]:
-    """(time in ns, bytes) of every allocation (> 0) and release (< 0) in a tree of events."""
+    """Yield (time in ns, bytes) of every allocation (> 0) and release (< 0) in a tree of events."""
     for event in events:
         fields = event.extra_fields
         if isinstance(fields, _ExtraFields_Allocation):

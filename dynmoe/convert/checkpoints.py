@@ -1,14 +1,20 @@
-"""Published checkpoints as run folders, and run folders as published checkpoints."""
+"""Conversion of published checkpoints into run folders, and back; and the files of both.
+
+PyTorch, transformers and Hydra are imported by the functions that need them: a wrong command is
+refused at once.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from dynmoe.convert.files import check_free, read_json, read_weights, write, write_again
 from dynmoe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -18,11 +24,11 @@ BACKBONE = "backbone."
 
 
 def from_official(given: Mapping[str, str]) -> list[Path]:
-    """The files of a run folder, `done` the last.
+    """Write a run folder, `done` last; return its files.
 
     Raises:
         ConfigError: files that are there already, or a tokenizer or tower that does not fit.
-        DataError: no or other files in the folder than an official model has.
+        DataError: a folder that holds no official model, or one that is not supported.
     """
     from omegaconf import OmegaConf
 
@@ -51,11 +57,11 @@ def from_official(given: Mapping[str, str]) -> list[Path]:
 
 
 def to_official(given: Mapping[str, str]) -> list[Path]:
-    """The files written, weights and config.json as the official code reads them.
+    """Write weights and config.json as the official code reads them; return both files.
 
     Raises:
         ConfigError: files that are there already, no run folder or checkpoint, or a model that the
-            official code has not.
+            official code does not have.
         DataError: weights that do not fit the configuration.
     """
     import torch
@@ -88,11 +94,10 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
 def _language_model(
     settings: Mapping[str, Any], source: Path, given: str | None
 ) -> tuple[dict[str, bytes], list[str]]:
-    """Files by name, config.json and a tokenizer's; and what is to be said of them."""
+    """Return config.json and the files of a tokenizer by name, and notes for the user."""
     from transformers import AutoConfig
 
     from dynmoe.convert.config import hub_name
-    from dynmoe.convert.files import tokenizer_files
 
     model = settings["language_model"]
     config = AutoConfig.for_model(model["architecture"], **model["options"])
@@ -104,13 +109,13 @@ def _language_model(
     if given is not None:
         raise ConfigError(f"tokenizer={given}: expected a folder with tokenizer.json")
     return files, [
-        f"There is no tokenizer in {source} that transformers reads without code of its own. "
+        f"There is no tokenizer in {source} that transformers reads without custom code. "
         f"Before use convert again with tokenizer=FOLDER, a folder of {hub_name(settings)}'s."
     ]
 
 
 def _write_checkpoint(file: Path, weights: Mapping[str, Tensor]) -> None:
-    """Both as the last one, which stages start from, and as the selected one."""
+    """Write the last checkpoint, which stages start from, and the selected one."""
     import torch
 
     checkpoint = {
@@ -128,3 +133,128 @@ def _report(files: list[Path], weights: Mapping[str, Tensor], notes: Sequence[st
     for line in (*notes, *files):
         print(line)
     return files
+
+
+# Files.
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a folder as on the Hugging Face Hub, one shard after the other.
+
+    Raises:
+        DataError: no weights, or a shard that is missing though the folder's index names it.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise DataError(f"{folder}: expected model*.safetensors or pytorch_model*.bin, found none")
+    for index in folder.glob(f"*{files[0].suffix}.index.json"):
+        named = set(read_json(index)["weight_map"].values())
+        if absent := sorted(named.difference(file.name for file in files)):
+            raise DataError(f"{index}: names shards that are not there: {', '.join(absent)}")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if file.suffix == ".bin":
+            state.update(torch.load(file, map_location="cpu", weights_only=True))
+        else:
+            state.update(load_file(file))
+    return state
+
+
+def read_json(file: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        DataError: the file holds something else.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: expected JSON, found something else: {error}") from None
+
+
+def check_free(files: Sequence[Path], given: Mapping[str, str]) -> None:
+    """Refuse to replace files without overwrite=true.
+
+    Raises:
+        ConfigError: naming those that exist.
+    """
+    taken = [str(file) for file in files if file.exists()]
+    if taken and given.get("overwrite") != "true":
+        raise ConfigError(
+            f"to={given['to']}: {', '.join(taken)} already exist; pass "
+            "overwrite=true to replace them"
+        )
+
+
+def write(file: Path, content: str | bytes | Callable[[Path], Any]) -> None:
+    """Write the content, or let a function write it, under another name first: a file is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.part")
+    if callable(content):
+        content(partial)
+    else:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(file)
+
+
+def write_again(file: Path, other: Path) -> None:
+    """Give the content a second name, by a link where the file system has links."""
+    other.unlink(missing_ok=True)
+    try:
+        os.link(file, other)
+    except OSError:
+        shutil.copyfile(file, other)
+
+
+# A fast tokenizer is made from one of these sets of files.
+TOKENIZER_SETS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+# It may have these files, too.
+TOKENIZER_SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def tokenizer_files(folder: Path, config: bytes, vocabulary: int) -> list[Path]:
+    """Return the files of a folder that make a tokenizer for the model of the config.json
+    ``config``.
+
+    There are none if transformers cannot make a fast tokenizer of them without their custom code:
+    the first Qwen's and the first StableLM-2's are tiktoken files.
+
+    Raises:
+        ConfigError: a tokenizer with more tokens than the model's ``vocabulary``.
+    """
+    names = {name for together in TOKENIZER_SETS for name in together}.union(TOKENIZER_SETTINGS)
+    found = [folder / name for name in sorted(names) if (folder / name).is_file()]
+    if not any(all((folder / name).is_file() for name in together) for together in TOKENIZER_SETS):
+        return []
+    tokens = _tokens(found, config)
+    if tokens > vocabulary:
+        raise ConfigError(
+            f"tokenizer: {folder} has {tokens} tokens, but the model's vocabulary is {vocabulary}. "
+            "Name the folder of the model's tokenizer: tokenizer=FOLDER"
+        )
+    return found if tokens else []
+
+
+def _tokens(files: list[Path], config: bytes) -> int:
+    """Return the number of tokens; 0 if the files hold no tokenizer."""
+    from transformers import AutoTokenizer
+
+    with TemporaryDirectory() as place:
+        Path(place, "config.json").write_bytes(config)
+        for file in files:
+            shutil.copyfile(file, Path(place, file.name))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, local_files_only=True, trust_remote_code=False
+            )
+        except Exception:  # transformers raises many kinds
+            return 0
+        return len(tokenizer) if tokenizer.is_fast else 0

@@ -1,23 +1,23 @@
-"""What config.json of MoE-LLaVA and DynMoE-LLaVA means for us, both ways.
+"""Settings of MoE-LLaVA and DynMoE-LLaVA models: from and to their config.json, from and to runs.
 
-``model_type`` is ``moe_llava_<family>``, or ``llava_<family>`` of a dense model, which MoE-LLaVA's
-second stage ends with and DynMoE starts from. A converted model computes at evaluation what the
-official code at its head does:
+``model_type`` is ``moe_llava_<family>``, or ``llava_<family>`` of a dense model, the result of
+MoE-LLaVA's second stage, from which DynMoE starts. A converted model computes at evaluation the
+same function as the head of the official repository:
 
-- DynMoE (``conf/moe/dynmoe.yaml``): any options of the router evaluate so but ``combine=tutel``.
-  The code of May 2024 had a capacity, which could drop tokens. ``dynmoe_official_deepspeed`` has
-  the losses of the head, to train on.
-- MoE-LLaVA (``conf/moe/topk.yaml``), but for two habits of its gate (``sharded_moe.top2gating``),
-  which ``describe`` notes: it draws the second expert with noise, at evaluation too, where ours
-  is the most probable one, and it drops tokens over a capacity, which however is all of them in
-  the published runs (2 choices * eval_capacity_factor 2 = 4 experts).
+- DynMoE (``conf/moe/dynmoe.yaml``): with any options of the router but ``combine=tutel``. The code
+  of May 2024 had a capacity, which could drop tokens. ``dynmoe_official_deepspeed`` has the losses
+  of the head, to continue training.
+- MoE-LLaVA (``conf/moe/topk.yaml``), except for two properties of its gate
+  (``sharded_moe.top2gating``), which ``describe`` notes: it draws the second expert with noise, at
+  evaluation too, where ours is the most probable one, and it drops tokens over a capacity. In the
+  published runs that capacity holds all tokens (2 choices * eval_capacity_factor 2 = 4 experts).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -32,7 +32,6 @@ from dynmoe.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-ARCHITECTURES = {"stablelm": "stablelm", "qwen": "qwen2", "phi": "phi"}
 PROJECTORS = ("linear", "mlp2x_gelu")
 FITS = {"pad": "pad", "square": "crop"}  # image_aspect_ratio: ours
 
@@ -41,91 +40,120 @@ def _same(*names: str) -> dict[str, str]:
     return dict(zip(names, names, strict=True))
 
 
-# Options of transformers' configurations: their official names.
+class FamilyConfig(NamedTuple):
+    """A language model in the official config.json and in a configuration of transformers."""
+
+    architecture: str
+    """Its ``model_type`` in transformers."""
+    backbone: str
+    """Its option of ``conf/backbone``."""
+    options: dict[str, str]
+    """Options of transformers: their official names."""
+    rope: dict[str, str]
+    """Rope parameters of transformers: their official names."""
+    official: dict[str, Any]
+    """Defaults of the official keys, the only values that we compute."""
+    ours: dict[str, Any]
+    """Options of transformers, the only values that the official code computes."""
+
+
 SIZES = _same(
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
 )
 GROUPED = {**SIZES, **_same("num_key_value_heads", "max_position_embeddings")}
-OPTIONS = {
-    "stablelm": {**GROUPED, "use_qkv_bias": "use_qkv_bias", "layer_norm_eps": "norm_eps"},
-    # Over seq_length tokens Qwen rescales angles and queries, which Qwen2 does not.
-    "qwen": {
-        **SIZES,
-        "max_position_embeddings": "seq_length",
-        "rms_norm_eps": "layer_norm_epsilon",
-    },
-    "phi": {
-        **GROUPED,
-        **_same("hidden_act", "layer_norm_eps", "resid_pdrop", "embd_pdrop", "attention_dropout"),
-    },
-}
-ROPE = {
-    "stablelm": {"rope_theta": "rope_theta", "partial_rotary_factor": "rope_pct"},
-    "qwen": {"rope_theta": "rotary_emb_base"},
-    "phi": _same("rope_theta", "partial_rotary_factor"),
+DROPOUTS = _same("resid_pdrop", "embd_pdrop", "attention_dropout")
+FAMILIES = {
+    "stablelm": FamilyConfig(
+        architecture="stablelm",
+        backbone="vl_stablelm",
+        options={**GROUPED, "use_qkv_bias": "use_qkv_bias", "layer_norm_eps": "norm_eps"},
+        rope={"rope_theta": "rope_theta", "partial_rotary_factor": "rope_pct"},
+        official={},
+        ours={"hidden_act": "silu", "use_parallel_residual": False, "qk_layernorm": False},
+    ),
+    "qwen": FamilyConfig(
+        architecture="qwen2",
+        backbone="vl_qwen",
+        # NOTE: over seq_length tokens Qwen rescales angles and queries, which Qwen2 does not.
+        options={
+            **SIZES,
+            "max_position_embeddings": "seq_length",
+            "rms_norm_eps": "layer_norm_epsilon",
+        },
+        rope={"rope_theta": "rotary_emb_base"},
+        official={"rotary_pct": 1.0, "no_bias": True},
+        ours={"hidden_act": "silu", "use_sliding_window": False},
+    ),
+    "phi": FamilyConfig(
+        architecture="phi",
+        backbone="vl_phi2",
+        options={**GROUPED, **_same("hidden_act", "layer_norm_eps"), **DROPOUTS},
+        rope=_same("rope_theta", "partial_rotary_factor"),
+        official={"qk_layernorm": False, "rope_scaling": None},
+        ours={"qk_layernorm": False},
+    ),
 }
 VISION = {"model": "mm_image_tower", "layer": "mm_vision_select_layer", "width": "mm_hidden_size"}
 MOE = ("moe_layers_idx", "num_experts", "top_k_experts", "router_aux_loss_coef")
 
-# The official defaults, and all that ours computes.
-ONLY: dict[str, dict[str, Any]] = {
-    "stablelm": {},
-    "qwen": {"rotary_pct": 1.0, "no_bias": True},
-    "phi": {"qk_layernorm": False, "rope_scaling": None},
-    "every": {
-        "tie_word_embeddings": False,
-        "mm_video_tower": None,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-    },
-    "moe": {"use_residual": False, "ep_size": 1},
+# Like ``FamilyConfig.official``, for every family, and for the node ``moe``.
+OFFICIAL: dict[str, Any] = {
+    "tie_word_embeddings": False,
+    "mm_video_tower": None,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
 }
+OFFICIAL_MOE: dict[str, Any] = {"use_residual": False, "ep_size": 1}
+# Like ``FamilyConfig.ours``, for every family.
+OURS: dict[str, Any] = {"tie_word_embeddings": False}
 
 
 def describe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our settings for the model of an official config.json.
+    """Return the settings of the model of an official config.json.
 
     ``family``; ``language_model``: ``architecture`` and ``options`` of transformers; ``vision``:
     ``model``, the ``layer`` whose patches are read, their ``width``, how an image is ``fit``;
     ``projector``; ``moe``: keys of ``conf/moe/<name>.yaml`` with a list of ``layers``; ``notes``:
-    what is not as there.
+    how the converted model differs.
 
     Raises:
-        DataError: what is missing, or ours cannot compute, all at once.
+        DataError: naming all keys that are missing, or whose values we cannot compute.
     """
-    if problems := list(_problems(config)):
+    if problems := list(_official_problems(config)):
         raise DataError("\n".join(f"config.json: {problem}" for problem in problems))
     family = _family(config)
-    options = {ours: config[official] for ours, official in OPTIONS[family].items()}
-    rope = {ours: config[official] for ours, official in ROPE[family].items()}
+    known, moe = FAMILIES[family], config["moe"] if _has_experts(config) else None
+    options = {ours: config[official] for ours, official in known.options.items()}
+    rope = {ours: config[official] for ours, official in known.rope.items()}
     options["rope_parameters"] = {"rope_type": "default", **rope}
     if family == "qwen":
         options["intermediate_size"] //= 2  # w1 and w2 together
         options["num_key_value_heads"] = options["num_attention_heads"]
     return {
         "family": family,
-        "language_model": {"architecture": ARCHITECTURES[family], "options": options},
+        "language_model": {"architecture": known.architecture, "options": options},
         "vision": {
             **{ours: config[official] for ours, official in VISION.items()},
             "fit": FITS[config.get("image_aspect_ratio", "square")],
         },
         "projector": config.get("image_projector_type", "linear"),
-        "moe": _pool(config["moe"]) if _has_experts(config) else {"name": "dense", "layers": []},
-        "notes": list(_notes(config["moe"])) if _has_experts(config) else [],
+        "moe": _moe_of_official(moe) if moe else {"name": "dense", "layers": []},
+        "notes": list(_notes(moe)) if moe else [],
     }
 
 
 def official_config(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a model by our settings: ``describe`` gives them back."""
+    """Return the config.json of a model by its settings, the inverse of ``describe``."""
     family, moe = settings["family"], settings["moe"]
+    known = FAMILIES[family]
     options, is_dense = settings["language_model"]["options"], not moe["layers"]
     config = {
         "model_type": f"llava_{family}" if is_dense else f"moe_llava_{family}",
-        **{official: options[ours] for ours, official in OPTIONS[family].items()},
-        **{official: options["rope_parameters"][ours] for ours, official in ROPE[family].items()},
+        **{official: options[ours] for ours, official in known.options.items()},
+        **{official: options["rope_parameters"][ours] for ours, official in known.rope.items()},
         **{official: settings["vision"][ours] for ours, official in VISION.items()},
-        **ONLY[family],
-        **ONLY["every"],
+        **known.official,
+        **OFFICIAL,
         "image_aspect_ratio": {fit: name for name, fit in FITS.items()}[settings["vision"]["fit"]],
         "image_projector_type": settings["projector"],
         "mm_use_im_patch_token": False,  # the official default would add a token
@@ -135,14 +163,14 @@ def official_config(settings: Mapping[str, Any]) -> dict[str, Any]:
         config["intermediate_size"] *= 2
         config["kv_channels"] = config["hidden_size"] // config["num_attention_heads"]
     if not is_dense:
-        config["moe"] = _official_pool(moe)
+        config["moe"] = _official_moe(moe)
     return config
 
 
-def _official_pool(moe: Mapping[str, Any]) -> dict[str, Any]:
+def _official_moe(moe: Mapping[str, Any]) -> dict[str, Any]:
     top_k = moe.get("top_k", -1)
     return {
-        **ONLY["moe"],
+        **OFFICIAL_MOE,
         "moe_enable": True,
         "moe_mode": "custom",
         "moe_layers_idx": list(moe["layers"]),
@@ -156,12 +184,13 @@ def _official_pool(moe: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pool(moe: Mapping[str, Any]) -> dict[str, Any]:
+def _moe_of_official(moe: Mapping[str, Any]) -> dict[str, Any]:
     top_k, slots = moe["top_k_experts"], moe["num_experts"][0]
     adaptive = top_k == -1
     return {
         "name": "dynmoe" if adaptive else "topk",
-        "num_experts": slots // 2 if adaptive else slots,  # the first; the weights say who lives
+        # At the start of training; the weights say which experts are live.
+        "num_experts": slots // 2 if adaptive else slots,
         "max_experts": slots,
         **({} if adaptive else {"top_k": top_k}),
         "layers": list(moe["moe_layers_idx"]),
@@ -179,7 +208,7 @@ def _notes(moe: Mapping[str, Any]) -> Iterator[str]:
     if top_k > 0 and share < 1:
         yield (
             f"The official gate serves at most {share:.0%} of the tokens with an expert "
-            "(eval_capacity_factor), here all find a place."
+            "(eval_capacity_factor), here it serves all of them."
         )
 
 
@@ -191,21 +220,22 @@ def _has_experts(config: Mapping[str, Any]) -> bool:
     return str(config["model_type"]).startswith("moe_")
 
 
-def _problems(config: Mapping[str, Any]) -> Iterator[str]:
+def _official_problems(config: Mapping[str, Any]) -> Iterator[str]:
     family = _family(config)
-    known = [f"{moe}llava_{name}" for moe in ("moe_", "") for name in ARCHITECTURES]
-    if config.get("model_type") not in known:
-        yield f"model_type: expected one of {', '.join(known)}, found {config.get('model_type')}"
+    types = [f"{moe}llava_{name}" for moe in ("moe_", "") for name in FAMILIES]
+    if config.get("model_type") not in types:
+        yield f"model_type: expected one of {', '.join(types)}, found {config.get('model_type')}"
         return
+    known = FAMILIES[family]
     moe = config.get("moe", {}) if _has_experts(config) else {}
     pool = {f"moe.{key}": value for key, value in moe.items()}
     found = {**config, **pool}
-    needed = [*OPTIONS[family].values(), *ROPE[family].values(), *VISION.values()]
+    needed = [*known.options.values(), *known.rope.values(), *VISION.values()]
     needed += [f"moe.{key}" for key in MOE if _has_experts(config)]
     if absent := [key for key in needed if found.get(key) in (None, [])]:
         yield f"expected the keys {', '.join(absent)}, found none"
-    only = {**ONLY[family], **ONLY["every"], **{f"moe.{k}": v for k, v in ONLY["moe"].items()}}
-    for key, value in only.items():
+    in_moe = {f"moe.{key}": value for key, value in OFFICIAL_MOE.items()}
+    for key, value in {**known.official, **OFFICIAL, **in_moe}.items():
         if found.get(key, value) != value:
             yield f"{key}: expected {value}, found {found[key]}, which is not supported"
     for key, choices in {"image_projector_type": PROJECTORS, "image_aspect_ratio": FITS}.items():
@@ -223,25 +253,13 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"kv_channels: expected heads of {config['hidden_size']} in all, found {width}"
 
 
-# A converted model's run configuration from its settings, and the settings of a run's model.
-#
-# Settings are those of ``official_config.describe``.
+# Runs: their configuration from the settings of ``describe``, and the settings of their models.
 
-BACKBONES = {"stablelm": "vl_stablelm", "qwen": "vl_qwen", "phi": "vl_phi2"}
-POOLS = {"dynmoe": "dynmoe_vl_official", "topk": "moe_llava"}
-
-FAMILIES = {ours: family for family, ours in ARCHITECTURES.items()}
+MOE_OPTIONS = {"dynmoe": "dynmoe_vl_official", "topk": "moe_llava"}
 ROUTERS = {"dynmoe.layers.TopAnyRouter": "dynmoe", "dynmoe.layers.TopKRouter": "topk"}
 
-# Of transformers' configurations, all that the official code computes.
-ONLY_OURS: dict[str, dict[str, Any]] = {
-    "stablelm": {"hidden_act": "silu", "use_parallel_residual": False, "qk_layernorm": False},
-    "qwen": {"hidden_act": "silu", "use_sliding_window": False},
-    "phi": {"qk_layernorm": False},
-    "every": {"tie_word_embeddings": False},
-}
-# The same of routers, as far as it bears on evaluation.
-ONLY_ROUTERS: dict[str, dict[str, tuple[Any, ...]]] = {
+# Options of routers, the only values that evaluate as the official code does.
+ROUTER_OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "dynmoe": {"combine": ("constant_k", "through_k")},
     "topk": {"top_k": (1, 2), "capacity_factor": (None,), "weights_sum": ("one",)},
 }
@@ -250,15 +268,15 @@ ONLY_ROUTERS: dict[str, dict[str, tuple[Any, ...]]] = {
 def run_configuration(
     settings: Mapping[str, Any], vision: Mapping[str, Any], language_model: Path
 ) -> DictConfig:
-    """The ``config.yaml`` of a converted model: ``task=vl`` without data to train on.
+    """Return the ``config.yaml`` of a converted model: ``task=vl`` without data to train on.
 
-    ``vision``: of ``official_tower.tower``; ``language_model``: a folder with config.json and
+    ``vision``: the keys of ``weights.tower``; ``language_model``: a folder with config.json and
     tokenizer.
     """
     pool = dict(settings["moe"])
-    name = POOLS.get(pool.pop("name"))
+    name = MOE_OPTIONS.get(pool.pop("name"))
     stage = ["stage=moe", f"moe={name}"] if name else ["stage=instruct"]
-    backbone = f"backbone={BACKBONES[settings['family']]}"
+    backbone = f"backbone={FAMILIES[settings['family']].backbone}"
     groups = ["task=vl", "data=questions", backbone, *stage, "trainer=default", "logger=none"]
     with search_path():
         cfg = compose(options.CONFIG_NAME, groups)
@@ -282,36 +300,39 @@ def run_configuration(
 
 
 def hub_name(settings: Mapping[str, Any]) -> str:
-    """Where a language model of the family is published, with a tokenizer."""
+    """Return the name of the family's published language model, which has a tokenizer."""
     with search_path():
-        return str(options.own("backbone", BACKBONES[settings["family"]]).model)
+        return str(options.own("backbone", FAMILIES[settings["family"]].backbone).model)
 
 
 def settings_of(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Of a run's model, trained here or converted; ``weights`` are the backbone's.
+    """Return the settings of a run's model, trained here or converted.
+
+    ``weights`` are the backbone's.
 
     Raises:
-        ConfigError: what of it the official code has no place for, all at once.
+        ConfigError: naming all settings that the official code does not support.
     """
     if modality(cfg, "backbone") != "vision-language":
         raise ConfigError("run: expected one of task=vl, whose model official code can read")
     node = OmegaConf.to_container(cfg.backbone, resolve=True)
     assert isinstance(node, dict)
     config = hub.configuration(node["model"], node["path"], node["architecture"], node["options"])
-    if config.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    families = {each.architecture: family for family, each in FAMILIES.items()}
+    if config.model_type not in families:
         raise ConfigError(
-            f"backbone: the official code has the language models {known}, found "
+            f"backbone: the official code has the language models {', '.join(families)}, found "
             f"{config.model_type}"
         )
-    family = FAMILIES[config.model_type]
-    if problems := list(_our_problems(cfg, config, family, weights)):
+    family = families[config.model_type]
+    known = FAMILIES[family]
+    if problems := list(_run_problems(cfg, config, family, weights)):
         raise ConfigError("\n".join(problems))
-    sizes = {name: getattr(config, name) for name in OPTIONS[family]}
+    sizes = {name: getattr(config, name) for name in known.options}
     if family == "qwen":
         sizes["num_key_value_heads"] = config.num_key_value_heads
     sizes["vocab_size"] = len(weights["language_model.model.embed_tokens.weight"])
-    rope = {name: config.rope_parameters[name] for name in ROPE[family]}
+    rope = {name: config.rope_parameters[name] for name in known.rope}
     sizes["rope_parameters"] = {"rope_type": "default", **rope}
     return {
         "family": family,
@@ -323,12 +344,12 @@ def settings_of(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any
             "fit": cfg.data.fit,
         },
         "projector": cfg.backbone.projector,
-        "moe": _our_pool(cfg.moe, config.num_hidden_layers),
+        "moe": _moe_of_run(cfg.moe, config.num_hidden_layers),
         "notes": [],
     }
 
 
-def _our_pool(moe: DictConfig, depth: int) -> dict[str, Any]:
+def _moe_of_run(moe: DictConfig, depth: int) -> dict[str, Any]:
     layers = placed_blocks(moe.layers, depth)
     if not layers:
         return {"name": "dense", "layers": []}
@@ -342,10 +363,10 @@ def _our_pool(moe: DictConfig, depth: int) -> dict[str, Any]:
     }
 
 
-def _our_problems(
+def _run_problems(
     cfg: DictConfig, config: Any, family: str, weights: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    for key, value in {**ONLY_OURS[family], **ONLY_OURS["every"]}.items():
+    for key, value in {**FAMILIES[family].ours, **OURS}.items():
         if getattr(config, key) != value:
             yield f"backbone: {key}: expected {value}, found {getattr(config, key)}"
     if family == "qwen" and config.num_key_value_heads != config.num_attention_heads:
@@ -370,7 +391,7 @@ def _router_problems(router: DictConfig) -> Iterator[str]:
     if name is None:
         yield f"moe.router: expected one of {', '.join(ROUTERS)}, found {router._target_}"
         return
-    for key, values in ONLY_ROUTERS[name].items():
+    for key, values in ROUTER_OPTIONS[name].items():
         if router.get(key, values[0]) not in values:
             expected = " or ".join(map(str, values))
             yield f"moe.router.{key}: expected {expected}, found {router[key]}"

@@ -1,9 +1,10 @@
 """Weights of MoE-LLaVA and DynMoE-LLaVA under their published names and under ours, both ways.
 
-Sources, beside those of ``official_names``: ``llava_arch`` and ``multimodal_projector/builder`` of
-MoE-LLaVA, and the DeepSpeed that comes with DynMoE (``DeepSpeed-0.9.5/deepspeed/moe``: ``layer``,
-``experts``, ``sharded_moe``), which names what is in an MoE layer.
-``official_config.describe`` says which of our settings compute the same.
+Sources: ``moellava/model`` of github.com/PKU-YuanGroup/MoE-LLaVA (``language_model``,
+``llava_arch``, ``multimodal_projector/builder``, ``multimodal_encoder``);
+github.com/LINs-lab/DynMoE uses the same models, and its DeepSpeed
+(``DeepSpeed-0.9.5/deepspeed/moe``: ``layer``, ``experts``, ``sharded_moe``) names the parts of an
+MoE layer. Our names are those of transformers. ``config.describe`` returns the settings.
 
 Shape suffixes: D model width, E experts, S slots.
 """
@@ -25,7 +26,7 @@ from dynmoe.errors import ConfigError, DataError
 
 LANGUAGE = "language_model."
 
-# Buffers of older transformers that can be computed; our copy of the FFN that experts came from.
+# Buffers of older transformers that are computed anew; our copy of the FFN before the experts.
 DROPPED = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$|\.mlp\.origin\.")
 TOWER_LAYER = re.compile(r"\.encoder\.layers\.(\d+)\.")
 
@@ -33,16 +34,16 @@ Tensors = Sequence[Tensor]
 
 
 def to_dynmoe(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Official weights under our names: ``vision.``, ``projector.``, ``language_model.``.
+    """Return official weights under our names: ``vision.``, ``projector.``, ``language_model.``.
 
-    ``settings`` are those of ``official_config.describe``. The image tower, which is frozen in
-    training and which the official code reads elsewhere, may be absent; what lies behind its layer
-    that is read is left out. Tensors keep their dtype; some are views of the official ones.
+    ``settings`` are those of ``config.describe``. The image tower, which is frozen in training and
+    which the official code reads from elsewhere, may be absent; its layers after the one that is
+    read are left out. Tensors keep their dtype; some are views of the official ones.
 
     Raises:
-        DataError: names that are missing or unknown, all at once, or values we have no place for.
+        DataError: naming all names that are missing or unknown, or values that we cannot hold.
     """
-    vision = f"{FAMILIES[settings['family']].body}.image_tower.image_tower.vision_model."
+    vision = f"{NAMES[settings['family']].body}.image_tower.image_tower.vision_model."
     every = [(piece.official, piece.ours, piece.to_ours) for piece in _pieces(settings)]
     unread = _unread([name for name in state if name.startswith(vision)], settings)
     read = {name: tensor for name, tensor in state.items() if name not in unread}
@@ -50,12 +51,13 @@ def to_dynmoe(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[
 
 
 def to_official(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of ``to_dynmoe``, but for what that leaves out.
+    """Return our weights under official names: the inverse of ``to_dynmoe``.
 
     Raises:
-        DataError: names that are missing or unknown, all at once, or values they have no place for.
+        DataError: naming all names that are missing or unknown, or values that the official model
+            cannot hold.
     """
-    vision = f"{FAMILIES[settings['family']].body}.image_tower.image_tower.vision_model."
+    vision = f"{NAMES[settings['family']].body}.image_tower.image_tower.vision_model."
     every = [(piece.ours, piece.official, piece.to_official) for piece in _pieces(settings)]
     return _convert(state, every, "vision.model.", vision)
 
@@ -96,15 +98,16 @@ def _convert(
 
 
 def _unread(vision: Sequence[str], settings: Mapping[str, Any]) -> set[str]:
-    """What of the image tower comes after the layer that is read, counted from the end.
+    """Return the names of the image tower's layers after the one that is read.
 
-    A tower without its last norm ends with that layer already: ``to_official`` wrote it.
+    That layer is counted from the end. A tower without its last norm ends with it already:
+    ``to_official`` wrote it.
     """
     if not any(".post_layernorm." in name for name in vision):
         return set()
     layers = {name: int(found[1]) for name in vision if (found := TOWER_LAYER.search(name))}
-    behind = max(layers.values(), default=0) + 1 + settings["vision"]["layer"]
-    return {name for name in vision if layers.get(name, 0) > behind or ".post_layernorm." in name}
+    last = max(layers.values(), default=0) + 1 + settings["vision"]["layer"]
+    return {name for name in vision if layers.get(name, 0) > last or ".post_layernorm." in name}
 
 
 def _few(names: Sequence[str]) -> str:
@@ -112,7 +115,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _pieces(settings: Mapping[str, Any]) -> Iterator[_Piece]:
-    family, moe = FAMILIES[settings["family"]], settings["moe"]
+    family, moe = NAMES[settings["family"]], settings["moe"]
     options = settings["language_model"]["options"]
     depth = options["num_hidden_layers"]
     for ours, (official, leaves) in family.modules.items():
@@ -143,7 +146,7 @@ def _renamed(official: str, ours: str, leaves: tuple[str, ...]) -> Iterator[_Pie
         yield _Piece((f"{official}.{leaf}",), (f"{ours}.{leaf}",))
 
 
-def _qkv(family: Family, i: int, leaves: tuple[str, ...]) -> Iterator[_Piece]:
+def _qkv(family: FamilyNames, i: int, leaves: tuple[str, ...]) -> Iterator[_Piece]:
     names = [name.format(i=i) for name in QKV]
     if family.fused_qkv is None:
         for name in names:
@@ -159,7 +162,7 @@ def _qkv(family: Family, i: int, leaves: tuple[str, ...]) -> Iterator[_Piece]:
 
 
 def _moe_layer(
-    family: Family, official: str, ours: str, moe: Mapping[str, Any]
+    family: FamilyNames, official: str, ours: str, moe: Mapping[str, Any]
 ) -> Iterator[_Piece]:
     slots = range(moe["max_experts"])
     gate, active = f"{official}.gate.wg", f"{ours}.active_E"
@@ -224,22 +227,19 @@ def _add_bias(head: Tensors) -> Tensors:
 def _drop_bias(head: Tensors) -> Tensors:
     weight, bias = head
     if bias.any():
-        raise ValueError("expected a zero bias, for the official head has none")
+        raise ValueError("expected a zero bias, as the official head has none")
     return [weight]
 
 
-# What MoE-LLaVA and DynMoE-LLaVA call the parts of their three language models, and we do.
-#
-# Sources: ``language_model`` of github.com/PKU-YuanGroup/MoE-LLaVA, in ``moellava/model``; that of
-# github.com/LINs-lab/DynMoE uses the same models. Ours are transformers' own.
+# Names of the parts of the three language models.
 
 BLOCK = "model.layers.{i}"
 QKV = (f"{BLOCK}.self_attn.q_proj", f"{BLOCK}.self_attn.k_proj", f"{BLOCK}.self_attn.v_proj")
 WEIGHT, BOTH = ("weight",), ("weight", "bias")
 
 
-class Linear(NamedTuple):
-    """A linear layer of an FFN by its three names: theirs, ours in a dense block, in an expert."""
+class FFNLinear(NamedTuple):
+    """The names of a linear layer of an FFN: official, ours in a dense block, ours in an expert."""
 
     official: str
     dense: str
@@ -247,30 +247,31 @@ class Linear(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilyNames:
     """A language model by MoE-LLaVA's names and by those of transformers. ``{i}``: the block."""
 
     body: str
-    """Where theirs keeps the image tower and the projector."""
+    """The official module that holds the image tower and the projector."""
     block: str
     modules: Mapping[str, tuple[str, tuple[str, ...]]]
-    """Ours: theirs, and what the module holds. Without FFNs, queries, keys and values."""
-    ffn: tuple[Linear, ...]
+    """Our name: the official one, and the parameters of the module. FFNs, queries, keys and values
+    are separate."""
+    ffn: tuple[FFNLinear, ...]
     leaves: tuple[str, ...] = WEIGHT
-    """What a linear layer of an FFN holds."""
+    """The parameters of a linear layer of an FFN."""
     fused_qkv: str | None = None
-    """Queries, keys and values in one linear layer, in this order."""
+    """The linear layer of queries, keys and values, in this order, if they share one."""
     head_bias: bool = True
-    """False: transformers gives the head a bias which theirs has not."""
+    """False: transformers gives the head a bias, the official model does not."""
 
 
 def _same(leaves: tuple[str, ...], *names: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     return {name: (name, leaves) for name in names}
 
 
-FAMILIES: dict[str, Family] = {
+NAMES: dict[str, FamilyNames] = {
     # stablelm/modeling_stablelm_epoch.py
-    "stablelm": Family(
+    "stablelm": FamilyNames(
         body="model",
         block=BLOCK,
         modules={
@@ -279,14 +280,14 @@ FAMILIES: dict[str, Family] = {
             **_same(BOTH, "model.norm"),
         },
         ffn=(
-            Linear("gate_proj", "gate_proj", "gate"),
-            Linear("up_proj", "up_proj", "up"),
-            Linear("down_proj", "down_proj", "down"),
+            FFNLinear("gate_proj", "gate_proj", "gate"),
+            FFNLinear("up_proj", "up_proj", "up"),
+            FFNLinear("down_proj", "down_proj", "down"),
         ),
     ),
     # qwen/modeling_qwen.py: the first Qwen, whose mathematics up to ``seq_length``
     # tokens is Qwen2's. Its FFN is c_proj(w1(x) * silu(w2(x))).
-    "qwen": Family(
+    "qwen": FamilyNames(
         body="transformer",
         block="transformer.h.{i}",
         modules={
@@ -298,14 +299,14 @@ FAMILIES: dict[str, Family] = {
             "lm_head": ("lm_head", WEIGHT),
         },
         ffn=(
-            Linear("w2", "gate_proj", "gate"),
-            Linear("w1", "up_proj", "up"),
-            Linear("c_proj", "down_proj", "down"),
+            FFNLinear("w2", "gate_proj", "gate"),
+            FFNLinear("w1", "up_proj", "up"),
+            FFNLinear("c_proj", "down_proj", "down"),
         ),
         fused_qkv="transformer.h.{i}.attn.c_attn",
     ),
     # phi/modeling_phi.py; the head is that of llava_phi_moe.py.
-    "phi": Family(
+    "phi": FamilyNames(
         body="model",
         block=BLOCK,
         modules={
@@ -313,20 +314,18 @@ FAMILIES: dict[str, Family] = {
             **_same(BOTH, f"{BLOCK}.input_layernorm", f"{BLOCK}.self_attn.dense"),
             **_same(BOTH, "model.final_layernorm"),
         },
-        ffn=(Linear("fc1", "fc1", "0"), Linear("fc2", "fc2", "2")),
+        ffn=(FFNLinear("fc1", "fc1", "0"), FFNLinear("fc2", "fc2", "2")),
         leaves=BOTH,
         head_bias=False,
     ),
 }
 
 
-# The image towers of MoE-LLaVA's and DynMoE-LLaVA's checkpoints: CLIPs, by OpenAI or of a folder.
-#
-# Source: ``moellava/model/multimodal_encoder`` of MoE-LLaVA. Its SigLIP is left out: the official
-# code takes the first patch for a class token, which SigLIP has not, and drops it.
+# Image towers: CLIPs by OpenAI or in a folder. NOTE: MoE-LLaVA's SigLIP is not supported: the
+# official code takes the first patch for a class token, which SigLIP lacks, and drops it.
 
-# OpenAI's: pixels of an image and of a patch.
-SIZES = {
+# OpenAI's CLIPs: pixels of an image and of a patch.
+CLIPS = {
     "clip-vit-large-patch14-336": (336, 14),
     "clip-vit-large-patch14": (224, 14),
     "clip-vit-base-patch16": (224, 16),
@@ -337,24 +336,24 @@ STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def tower(name: str, folder: str | None) -> dict[str, Any]:
-    """Keys of ``backbone.vision`` for what config.json calls ``mm_image_tower``.
+    """Return the keys of ``backbone.vision`` for the ``mm_image_tower`` of a config.json.
 
-    ``name`` is on the hub, or the last part of a path is as there. ``folder`` holds the tower's
+    ``name`` is a name on the hub, or a path that ends with one. ``folder`` holds the tower's
     config.json, preprocessor_config.json and weights instead: no network.
 
     Raises:
-        ConfigError: a folder that is no CLIP, or no folder for a tower that is not known here.
+        ConfigError: a folder that holds no CLIP, or an unknown tower without a folder.
     """
     if folder is not None:
         return {"model": name, **_of_folder(folder)}
     last = Path(name).name
-    if last not in SIZES:
+    if last not in CLIPS:
         raise ConfigError(
-            f"mm_image_tower={name}: expected one of OpenAI's {', '.join(SIZES)}. Another CLIP is "
+            f"mm_image_tower={name}: expected one of OpenAI's {', '.join(CLIPS)}. Another CLIP is "
             "read from its folder: vision=FOLDER with config.json, preprocessor_config.json and "
             "weights"
         )
-    px, patch_px = SIZES[last]
+    px, patch_px = CLIPS[last]
     sizes = {"image_size": px, "patch_size": patch_px}
     return {"model": f"openai/{last}", "path": None, **sizes, "mean": MEAN, "std": STD}
 

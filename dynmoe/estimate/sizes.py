@@ -1,7 +1,8 @@
-"""The model of a vision-language run without its numbers, and what can be told from it.
+"""Sizes of a vision-language run, and the estimate that ``mode=plan`` prints of them.
 
-It is built on PyTorch's meta device from what its config.json says: no weights, and for the models
-of ``published.PUBLISHED`` no network. Data are read only where they are part of the package.
+The model is built on PyTorch's meta device from its config.json: it needs no weights, and for the
+models of ``PUBLISHED`` no network. Data are read only where they are part of the package.
+docs/estimate.md explains the arithmetic and its assumptions.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from dynmoe.training.build import add_layers, build_data
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
 LLAVA = {"align": 558_128, "instruct": 964_000, "moe": 665_298}
 
-# Of the FFN, not whole ones.
-PARTS = ("cluster", "random")
+# Ways to make experts that are parts of the FFN.
+SPLITS = ("cluster", "random")
 
 
-class Sizes(NamedTuple):
-    """Of a run."""
+class RunSizes(NamedTuple):
+    """Sizes of a run."""
 
-    model: formulas.Model
+    model: formulas.ModelSizes
     total: int
     """Parameters, empty slots included."""
     activated: float
@@ -48,20 +49,20 @@ class Sizes(NamedTuple):
     vision: int
     """Parameters of the vision tower, which are in ``total`` and ``activated``."""
     flops: float | None
-    """Of the forward pass of a conversation; None where there is no formula."""
+    """FLOPs of the forward pass of a conversation; None where there is no formula."""
     vision_flops: float
-    """Those of ``flops`` in the vision tower."""
+    """The share of the vision tower in ``flops``."""
     trained_share: float
-    """Of the parameters that a token is multiplied with behind the vision tower."""
+    """Trained share of the parameters that multiply a token after the vision tower."""
     mean_tokens: float
     conversations: int
 
 
-def measure(cfg: DictConfig) -> Sizes:
+def measure(cfg: DictConfig) -> RunSizes:
     """Build the model and count.
 
     Raises:
-        ConfigError: a model whose sizes cannot be had.
+        ConfigError: a model whose sizes are unknown here.
     """
     data, plan = _data_at_hand(cfg), cfg.plan
     model = shell(cfg, {} if data is None else data.backbone_arguments)
@@ -75,7 +76,7 @@ def measure(cfg: DictConfig) -> Sizes:
     k = dict.fromkeys(costs["slots"], mean_k(cfg))
     activated = efficiency.activated(costs, costs["slots"], k)
     vision = efficiency.count(model.vision, sample[0]["images"])
-    return Sizes(
+    return RunSizes(
         model=describe(model, mean_ffns(cfg)),
         total=efficiency.total(costs),
         activated=activated,
@@ -90,23 +91,25 @@ def measure(cfg: DictConfig) -> Sizes:
 
 
 def mean_k(cfg: DictConfig) -> float:
-    """Experts of a token, as planned."""
+    """Return the planned experts of a token."""
     if cfg.plan.mean_k is not None:
         return float(cfg.plan.mean_k)
     return float(cfg.moe.get("top_k") or cfg.moe.max_experts / 2)
 
 
 def mean_ffns(cfg: DictConfig) -> float:
-    """As many whole FFNs are those experts."""
-    return mean_k(cfg) / (cfg.moe.num_experts if cfg.moe.init in PARTS else 1)
+    """Return the compute of a token's experts, in full-size FFNs."""
+    return mean_k(cfg) / (cfg.moe.num_experts if cfg.moe.init in SPLITS else 1)
 
 
 def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:
-    """The run's model without numbers, what the stage does not train frozen. ``arguments`` are the
-    data's."""
+    """Build the model on the meta device (no weights allocated), frozen as the stage freezes it.
+
+    ``arguments``: those of a backbone that the data determine.
+    """
     with _sizes_alone(cfg.backbone) as backbone, torch.device("meta"):
         model: VisionLanguageModel = instantiate(backbone, **arguments)
-        init = "random" if cfg.moe.init in PARTS else "copy"  # equal shapes, without the k-means
+        init = "random" if cfg.moe.init in SPLITS else "copy"  # equal shapes, without the k-means
         add_layers(cfg.moe, model, init=init)
     train_only(model, cfg.task.module.trains)
     return model
@@ -114,7 +117,7 @@ def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:
 
 @contextmanager
 def _sizes_alone(backbone: DictConfig) -> Iterator[DictConfig]:
-    """The backbone's node without weights, published models as folders that have a config.json."""
+    """Yield the backbone's node without weights, published models as folders with a config.json."""
     found = OmegaConf.create(OmegaConf.to_container(backbone, resolve=True))
     assert isinstance(found, DictConfig)
     with TemporaryDirectory() as folder:
@@ -127,8 +130,8 @@ def _sizes_alone(backbone: DictConfig) -> Iterator[DictConfig]:
         yield found
 
 
-def describe(model: VisionLanguageModel, ffns: float) -> formulas.Model:
-    """What the estimate of memory is made from; ``ffns``: see ``mean_ffns``."""
+def describe(model: VisionLanguageModel, ffns: float) -> formulas.ModelSizes:
+    """Return the sizes that memory depends on; ``ffns``: see ``mean_ffns``."""
     config: Any = model.config
     blocks, _ = blocks_of(model.language_model)
     tower: Any = model.vision.model
@@ -139,7 +142,7 @@ def describe(model: VisionLanguageModel, ffns: float) -> formulas.Model:
     heads, width = config.num_attention_heads, config.hidden_size
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     in_blocks = [number(block) for block in (*blocks, *vision_blocks)]
-    return formulas.Model(
+    return formulas.ModelSizes(
         parameters=number(model),
         trained=number(model, trained=True),
         outside=number(model) - sum(in_blocks),
@@ -157,13 +160,13 @@ def describe(model: VisionLanguageModel, ffns: float) -> formulas.Model:
 
 
 def number(module: nn.Module, trained: bool = False) -> int:
-    """Its parameters, or those of them that are trained."""
+    """Return the number of parameters, or of trained ones."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def _trained_share(model: VisionLanguageModel, in_layers: float, activated: float) -> float:
-    """``in_layers``: those of ``activated`` parameters that are in MoE layers, which are trained
-    as a whole or not at all."""
+    """``in_layers``: the ``activated`` parameters in MoE layers, which are trained as a whole or
+    not at all."""
     layers = sum(number(layer, trained=True) for layer in moe_layers(model).values())
     trained = number(model, trained=True) - number(model.vision, trained=True) - layers
     tied = model.config.tie_word_embeddings  # else the first are looked up, not multiplied
@@ -174,12 +177,12 @@ def _trained_share(model: VisionLanguageModel, in_layers: float, activated: floa
 
 
 def patches_of(cfg: DictConfig) -> int:
-    """Of an image."""
+    """Return the patches of an image."""
     return int((cfg.backbone.vision.image_size // cfg.backbone.vision.patch_size) ** 2)
 
 
 def _data_at_hand(cfg: DictConfig) -> VisionLanguageData | None:
-    """The data, read, where they are part of the package and so is their vocabulary."""
+    """Return the data, read, where they and their vocabulary are part of the package."""
     content = cfg.data.content
     if cfg.data.tokenizer_path or cfg.data.tokenizer_name or content.get("root"):
         return None
@@ -189,18 +192,16 @@ def _data_at_hand(cfg: DictConfig) -> VisionLanguageData | None:
     return data
 
 
-# What a vision-language run will take, from the sizes of its model: for ``mode=plan``.
-#
-# docs/estimate.md explains the arithmetic and what is assumed.
+# The estimate on the console.
 
 GIB, HOUR = 2**30, 3600
 
 
 def show_estimate(cfg: DictConfig, console: Console | None = None) -> None:
-    """Parameters, memory of a device, FLOPs and time.
+    """Print parameters, memory of a device, FLOPs and time.
 
     Raises:
-        ConfigError: a model whose sizes cannot be had.
+        ConfigError: a model whose sizes are unknown here.
     """
     sizes = measure(cfg)
     console = console or Console()
@@ -209,7 +210,7 @@ def show_estimate(cfg: DictConfig, console: Console | None = None) -> None:
         console.print(table)
 
 
-def _parameters(cfg: DictConfig, sizes: Sizes) -> Table:
+def _parameters(cfg: DictConfig, sizes: RunSizes) -> Table:
     table = _table("parameters", "all", "without vision tower")
     empty, k = "", ""
     if sizes.model.moe_blocks:
@@ -224,18 +225,18 @@ def _parameters(cfg: DictConfig, sizes: Sizes) -> Table:
     return table
 
 
-def _memory(cfg: DictConfig, model: formulas.Model) -> Table:
-    devices, precision = _devices(cfg), formulas.precision(str(cfg.trainer.precision))
+def _memory(cfg: DictConfig, model: formulas.ModelSizes) -> Table:
+    devices, number = _devices(cfg), formulas.number_bytes(str(cfg.trainer.precision))
     length, questions = cfg.data.max_length, cfg.data.eval_batch_size
     at_once = math.ceil(cfg.data.batch_size / (devices * cfg.trainer.accumulate_grad_batches))
     patches = patches_of(cfg)
-    batch = formulas.Batch(at_once, length, patches + 1, max(1, length - patches))
+    batch = formulas.DeviceBatch(at_once, length, patches + 1, max(1, length - patches))
     ways = {"DDP": False, "FSDP": True} if devices > 1 else {"": False}
     chosen = bool(cfg.backbone.grad_checkpointing)
 
-    def under(checkpointing: bool) -> list[formulas.Memory]:
+    def under(checkpointing: bool) -> list[formulas.DeviceMemory]:
         return [
-            formulas.memory(model, batch, precision, checkpointing, devices, fsdp)
+            formulas.memory(model, batch, number, checkpointing, devices, fsdp)
             for fsdp in ways.values()
         ]
 
@@ -257,12 +258,12 @@ def _memory(cfg: DictConfig, model: formulas.Model) -> Table:
         style = "bold" if checkpointing == chosen else ""
         table.add_row(label, *(_gib(memory.peak) for memory in under(checkpointing)), style=style)
     tokens = length + cfg.data.max_new_tokens
-    cache = formulas.kv_cache(model, questions, tokens, precision)
+    cache = formulas.kv_cache(model, questions, tokens, number)
     table.add_row(f"in evaluation: KV cache of {questions} x {tokens} tokens", _gib(cache))
     return table
 
 
-def _work(cfg: DictConfig, sizes: Sizes) -> Table:
+def _work(cfg: DictConfig, sizes: RunSizes) -> Table:
     devices, plan, batch = _devices(cfg), cfg.plan, cfg.data.batch_size
     steps = cfg.trainer.max_steps
     if steps < 1:
@@ -308,13 +309,14 @@ def _gib(count: float) -> str:
     return f"{count / GIB:.2f}"
 
 
-# Sizes of published models by their names on the hub, so that a plan needs neither network nor
-# weights. Whatever is trained takes the model's own config.json.
+# Sizes of published models by their names on the hub, so that an estimate needs neither network nor
+# weights. Training reads the model's own config.json.
 #
-# Of each: its ``model_type`` in transformers, and what its config.json says that bears on sizes and
-# is not that type's default. Sources: the models' cards and config.json on Hugging Face's hub;
-# MoE-LLaVA's code for what it builds on (``moellava/model/language_model``). MoE-LLaVA's paper
-# (arXiv 2401.15947, Table 1) gives StableLM Phi-2's numbers; its config.json is right.
+# Each has its ``model_type`` in transformers, and the keys of its config.json that sizes depend on
+# and that differ from that type's defaults. Sources: the models' cards and config.json on the
+# Hugging Face Hub; MoE-LLaVA's code for the models it builds on (``moellava/model/
+# language_model``). NOTE: MoE-LLaVA's paper (arXiv 2401.15947, Table 1) gives StableLM the numbers
+# of Phi-2; its config.json is right.
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "stabilityai/stablelm-2-1_6b": (
@@ -329,7 +331,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "use_qkv_bias": True,
         },
     ),
-    # Of the sizes of Qwen-1.8B, whose own code has the FFN's two halves as one: 11008.
+    # The sizes of Qwen-1.8B, whose own code counts the FFN's two halves as one: 11008.
     "Qwen/Qwen1.5-1.8B": (
         "qwen2",
         {

@@ -79,7 +79,7 @@ def settle_runtime(cfg: DictConfig) -> dict[str, Any]:
     """Apply ``runtime`` for the device of ``trainer``. Returns the settings in effect."""
     on_gpu = {"gpu": True, "cuda": True, "auto": torch.cuda.is_available()}
     device_type = "cuda" if on_gpu.get(cfg.trainer.accelerator) else str(cfg.trainer.accelerator)
-    return runtime.settle(cfg.runtime, "cpu" if device_type == "auto" else device_type)
+    return runtime.apply(cfg.runtime, "cpu" if device_type == "auto" else device_type)
 
 
 def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETask:

@@ -16,8 +16,8 @@ from sweeps import write_run
 from tiny_runs import tiny_config
 
 from dynmoe import job
-from dynmoe.benchmark import model_commands
 from dynmoe.benchmark.candidates import candidates, groups
+from dynmoe.benchmark.models import data_of, trained, training_batches
 from dynmoe.records import RunFolder
 from runners import bench
 
@@ -105,14 +105,16 @@ def test_models_are_those_of_the_checkpoints_and_stay_so(sweep: Path) -> None:
     from dynmoe.benchmark.steps import Training
 
     ((_, group),) = groups(candidates(sweep))
-    batches, models = model_commands._load(group, False, torch.device("cpu"))
+    data = data_of(group[0].cfg)
+    batches = training_batches(data, torch.device("cpu"))
+    models = trained(group, data, False, torch.device("cpu"))
     assert len({batch.image.sum().item() for batch in batches}) == len(batches) == 8
     assert all(batch.env.unique().tolist() == [1, 2, 3, 4, 5] for batch in batches)
     for candidate, each in zip(group, models, strict=True):
         saved = torch.load(candidate.checkpoint, weights_only=True)["state_dict"]
-        step = Training(each.model, each.loss, each.optimizer, batches, amp=False)
+        step = Training(each.model, each.loss, each.new_optimizer(), batches, amp=False)
         step()
-        assert type(each.optimizer) is torch.optim.Adam and each.optimizer.state
+        assert type(step.optimizer) is torch.optim.Adam and step.optimizer.state
         for name, value in each.model.state_dict().items():
             assert torch.equal(value, saved[f"backbone.{name}"]), name
 

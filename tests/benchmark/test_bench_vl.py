@@ -18,9 +18,9 @@ from tiny_runs import tiny_config
 from tiny_vl import TINY_VL, configuration
 
 from dynmoe import job
-from dynmoe.benchmark import model_commands, models, workload
+from dynmoe.benchmark import models
 from dynmoe.benchmark.candidates import candidates, groups
-from dynmoe.benchmark.steps import classification
+from dynmoe.benchmark.steps import Training
 from dynmoe.layers import record_routing
 from dynmoe.metrics.efficiency import count
 from dynmoe.records import RunFolder
@@ -37,7 +37,7 @@ SETTINGS = {"dense": "b", "top-2 of 4": "a", "DynMoE": "c"}  # names of their ru
 @pytest.fixture(autouse=True)
 def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)
-    monkeypatch.setattr("dynmoe.benchmark.workload.BATCHES", BATCHES)
+    monkeypatch.setattr("dynmoe.benchmark.models.BATCHES", BATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +61,11 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
-def scenes(tmp_path: Path) -> tuple[Any, workload.Workload]:
+def scenes(tmp_path: Path) -> tuple[Any, models.Workload]:
     """A configuration with 4 experts, and its training batches."""
     own = ("moe=dynmoe_vl", "moe.num_experts=4", "moe.max_experts=4", "data.max_length=96")
     cfg = configuration(tmp_path, *ALONE, *own)
-    return cfg, workload.of_data(cfg, workload.data_of(cfg), CPU)
+    return cfg, models.of_data(cfg, models.data_of(cfg), CPU)
 
 
 def test_what_the_batches_hold(tmp_path: Path) -> None:
@@ -89,9 +89,11 @@ def test_a_step_is_that_of_the_stage(tmp_path: Path) -> None:
     """Its loss, and gradients of what it trains alone."""
     cfg, work = scenes(tmp_path)
     cfg.task.module.trains = ["projector", "moe_layers"]
-    built, facts = models.build(cfg, work, ["dense", "dynmoe 1.5"], [1.5], False, False, amp=False)
+    cfg.moe.aux_weight = 0.5
+    built, facts = models.fresh(cfg, work, ["dense", "dynmoe 1.5"], [1.5], False, False, amp=False)
     assert facts["moe_layers"] == [1, 3] and facts["experts"] == 4
-    for name, model in built.items():
+    for each in built:
+        name, model = each.name, each.model
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         experts = ("projector.", "language_model.model.layers.1.mlp.")
         assert trained and all(
@@ -99,8 +101,9 @@ def test_a_step_is_that_of_the_stage(tmp_path: Path) -> None:
         )
         assert any("layers.3.mlp" in n for n in trained) == (name != "dense")
 
-    model, batch = built["dynmoe 1.5"], work.batches[0]
-    step = classification(model, work.batches, aux_weight=0.5, amp=False)
+    (_, each), batch = built, work.batches[0]
+    model = each.model
+    step = Training(model, each.loss, each.new_optimizer(), work.batches, amp=False)
     (loss,) = step.forward(batch)
     with record_routing(model) as tape:
         logits = model(batch.inputs[0])[:, :-1]
@@ -117,7 +120,7 @@ def test_a_step_is_that_of_the_stage(tmp_path: Path) -> None:
 def test_costs_are_those_of_one_conversation_where_all_are_alike(tmp_path: Path) -> None:
     """Padding counts outside of MoE layers alone."""
     cfg, work = scenes(tmp_path)
-    built, _ = models.build(cfg, work, ["dense", "top-2"], [1.5], False, False, amp=False)
+    built, _ = models.fresh(cfg, work, ["dense", "top-2"], [1.5], False, False, amp=False)
     batch: Any = work.batches[0]
     images = (batch.tokens["image_mask"].sum(1) // PATCHES).tolist()
     row = images.index(1)
@@ -129,12 +132,12 @@ def test_costs_are_those_of_one_conversation_where_all_are_alike(tmp_path: Path)
     alike = batch._replace(tokens=tokens, label=batch.label[[row] * 3])
     del one["attention_mask"]
     scored_M = batch._replace(label=batch.label[[row]]).scored[0]
-    for model in built.values():
-        expected = count(model, one, scored_M)
+    for each in built:
+        expected = count(each.model, one, scored_M)
         for layer in expected["flops"]["layers"].values():
             assert layer["tokens"] == length
             layer["tokens"] = length - 2
-        assert workload.costs_of_sample(model, [alike, alike]) == expected
+        assert models.costs_of_sample(each.model, [alike, alike]) == expected
 
 
 def test_times_fresh_models(
@@ -147,7 +150,7 @@ def test_times_fresh_models(
     content = read(file)
     assert content["workload"]["max_length"] == 96 and content["workload"]["moe_layers"] == [1, 3]
     assert [row["case"] for row in content["rows"]] == ["dense", "top-2", "dynmoe 1.5"]
-    assert [row["real_k"] for row in content["rows"][:2]] == [None, 2]
+    assert [row["mean_k"] for row in content["rows"][:2]] == [None, 2]
     assert all(row["ideal"] > 0 and row["tokens_per_s"] > 0 for row in content["rows"])
     assert "patches of images included" in " ".join(capsys.readouterr().out.split())
 
@@ -198,7 +201,9 @@ def test_times_a_sweep(
 
 def test_a_training_step_has_the_gradients_of_training(sweep: Path) -> None:
     ((_, group),) = groups(candidates(sweep))
-    batches, loaded = model_commands._load(group, False, CPU)
+    data = models.data_of(group[0].cfg)
+    batches = models.training_batches(data, CPU)
+    loaded = models.trained(group, data, False, CPU)
     assert all(len(batch.label) == 8 for batch in batches)
     for each in loaded:
         each.loss(batches[0]).backward()
@@ -208,9 +213,7 @@ def test_a_training_step_has_the_gradients_of_training(sweep: Path) -> None:
         assert frozen and not with_gradient & frozen
 
 
-def test_conversations_in_another_form_are_not_measured_in_turns(
-    sweep: Path, tmp_path: Path
-) -> None:
+def test_conversations_in_another_form_are_not_interleaved(sweep: Path, tmp_path: Path) -> None:
     shutil.copytree(sweep, tmp_path / "other")
     file = tmp_path / "other" / "c" / "config.yaml"
     file.write_text(file.read_text().replace("\n  template: simple", "\n  template: v1"))
@@ -230,6 +233,6 @@ def test_images_are_not_answered(
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "generate", "--runs", str(tmp_path), *QUICK)
     assert stop.value.code == 2
-    message = "RotatedDigits has no questions to answer in words; expected runs of task=vl"
+    message = "RotatedDigits has no questions to answer; expected runs of task=vl"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "generation.json").exists()

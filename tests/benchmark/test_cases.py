@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.benchmark.layer import DRAWS, RIVALS, build_cases, fit_thresholds, stack, zipf_loads
-from dynmoe.benchmark.options import CASES, Shape, parse_shape
-from dynmoe.benchmark.timing import Memory, peak_and_kept
+from dynmoe.benchmark.options import LAYER_CASES, Shape, parse_shape
+from dynmoe.benchmark.timing import PassMemory, peak_and_kept
 from dynmoe.layers import Experts, Routing, TopAnyRouter
 from dynmoe.layers.experts import naive_forward
 
@@ -67,10 +67,10 @@ def test_equals_naive_loop_over_tokens(case: str, mask: str, experts: Experts) -
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "amp"])
-def test_every_case_runs_in_every_precision(precision: str) -> None:
-    cases = build_cases(Shape("tiny", 24, 8, 16, 4), 2.0, list(CASES), precision, CPU)  # type: ignore[arg-type]
-    assert list(cases) == list(CASES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "amp"])
+def test_every_case_runs_in_every_precision(dtype: str) -> None:
+    cases = build_cases(Shape("tiny", 24, 8, 16, 4), 2.0, list(LAYER_CASES), dtype, CPU)
+    assert list(cases) == list(LAYER_CASES)
     for name, case in cases.items():
         assert case.pairs == pytest.approx(48, rel=0.3), name
         grads = case()
@@ -124,7 +124,7 @@ def test_memory_of_a_dense_ffn_is_exact() -> None:
     memory = peak_and_kept(
         lambda: (mlp(x),), lambda y: torch.autograd.grad(y, [x, *mlp.parameters()], [grad]), CPU
     )
-    assert memory == Memory(
+    assert memory == PassMemory(
         kept=4 * (2 * rows * hidden + rows * dim), output=4 * rows * dim, peak=memory.peak
     )
     assert memory.peak >= memory.kept + 4 * rows * hidden

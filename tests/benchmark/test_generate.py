@@ -11,13 +11,8 @@ import pytest
 import torch
 from vl_models import BOS, EOS, IMG, questions, vl_model
 
-from dynmoe.benchmark.generation import (
-    Answers,
-    Speaker,
-    measure_generation,
-    question_batches,
-    question_facts,
-)
+from dynmoe.benchmark.models import TimedModel
+from dynmoe.benchmark.steps import Answers, measure_generation, question_batches, question_facts
 from dynmoe.data.text.batches import Key
 from dynmoe.layers import moe_layers, record_routing
 from runners import bench
@@ -83,27 +78,23 @@ def test_rows_of_models_beside_each_other() -> None:
     (layer, _) = moe_layers(models["DynMoE"]).values()
     layer.remove_expert(1)
     done: list[tuple[int, int]] = []
-    speakers = [Speaker(name, model, f"run {name}", "test") for name, model in models.items()]
-    rows = measure_generation(
-        "Scenes", speakers, ASKED, NEW, False, 3, lambda *each: done.append(each)
-    )
-    assert [(row.setting, row.run, row.environment) for row in rows] == [
-        ("dense", "run dense", "test"),
-        ("DynMoE", "run DynMoE", "test"),
+    timed = [
+        TimedModel(name, model, {"setting": name, "problem": "Scenes"}, None, None)  # type: ignore[arg-type]
+        for name, model in models.items()
+    ]
+    rows = measure_generation(timed, ASKED, NEW, False, 3, lambda *each: done.append(each))
+    assert [(row["setting"], row["problem"]) for row in rows] == [
+        ("dense", "Scenes"),
+        ("DynMoE", "Scenes"),
     ]
     assert done[-1] == (12, 12)  # 3 rounds, of the first token and of all
     for row in rows:
-        assert (row.problem, row.batch, row.new_tokens, row.reference) == (
-            "Scenes",
-            2,
-            NEW,
-            "dense",
-        )
-        assert row.tokens_per_s == pytest.approx(2 * NEW / row.median_ms * 1e3)
-        assert row.prompt_ms + (NEW - 1) * row.token_ms == pytest.approx(row.median_ms)
-        assert row.rounds == 3 and row.prompt_ms > 0 and row.peak_bytes > 0
-    assert rows[0].ratio == 1 and rows[0].ratio_quartiles == (1, 1)
-    assert rows[0].mean_k == {} and rows[1].mean_k.keys() == {"prompt", "image", "answer"}
+        assert (row["batch"], row["new_tokens"], row["reference"]) == (2, NEW, "dense")
+        assert row["tokens_per_s"] == pytest.approx(2 * NEW / row["median_ms"] * 1e3)
+        assert row["prompt_ms"] + (NEW - 1) * row["token_ms"] == pytest.approx(row["median_ms"])
+        assert row["rounds"] == 3 and row["prompt_ms"] > 0 and row["peak_bytes"] > 0
+    assert rows[0]["ratio"] == 1 and rows[0]["ratio_quartiles"] == (1, 1)
+    assert rows[0]["mean_k"] == {} and rows[1]["mean_k"].keys() == {"prompt", "image", "answer"}
     assert [layer.max_experts for layer in moe_layers(models["DynMoE"]).values()] == [2, 3]
 
 
@@ -139,7 +130,7 @@ def test_batches_are_of_the_reported_set_and_of_all_its_lengths() -> None:
     [
         (["--new-tokens", "1"], "1: expected a whole number of 2 or more"),
         (["--batch", "0"], "0: expected a whole number of 1 or more"),
-        (["task=glue"], "task=glue: expected a task that answers in words, task=vl"),
+        (["task=glue"], "task=glue: expected a task that answers questions, task=vl"),
         (["--k", "9"], "--k 9: expected a mean number of experts per token above 0 and up to 4"),
         (["moe=dense"], "moe=dense: expected the top-any router"),
         (["data.content.scenes=3"], "data.content.scenes: unknown key"),

@@ -1,4 +1,4 @@
-"""What is counted in a sample, and how samples become numbers. No time is asserted."""
+"""Counts of calls in a sample, and numbers made of samples. No time is asserted."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ State = dict[str, Tensor]
 
 
 def logits(family: str, state: State, config: dict[str, Any], ids: Tensor) -> Tensor:
-    """Of one text [N], [N, vocabulary]."""
+    """Return logits [N, vocabulary] of one text [N]."""
     body = "transformer" if family == "qwen" else "model"
     words = {"qwen": "wte"}.get(family, "embed_tokens")
     last = {"stablelm": "norm", "qwen": "ln_f", "phi": "final_layernorm"}[family]

@@ -42,9 +42,9 @@ def published(
 
 
 def read(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without what lies behind the layer of the tower that is read, the last but one."""
-    behind = ("post_layernorm", "encoder.layers.2.")
-    return {k: v for k, v in state.items() if TOWER not in k or not any(b in k for b in behind)}
+    """Leave out the tower's layers after the one that is read, the last but one."""
+    unread = ("post_layernorm", "encoder.layers.2.")
+    return {k: v for k, v in state.items() if TOWER not in k or not any(u in k for u in unread)}
 
 
 def add_tokenizer(folder: Path) -> None:

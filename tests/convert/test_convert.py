@@ -110,9 +110,8 @@ def test_files_are_not_overwritten_unasked(
     settings.parent.mkdir()
     settings.write_text("mine")
     message = refused(monkeypatch, capsys, *arguments)
-    assert message == (
-        f"dynmoe-convert: to={tmp_path}/ours: {settings} would be lost. overwrite=true?\n"
-    )
+    assert f"to={tmp_path}/ours: {settings} already exist" in message
+    assert "overwrite=true" in message
     assert settings.read_text() == "mine"
     run(monkeypatch, *arguments, "overwrite=true")
     assert OmegaConf.load(settings).backbone.template == "stablelm"

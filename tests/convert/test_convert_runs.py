@@ -183,7 +183,7 @@ def test_training_starts_from_a_dense_model(tmp_path: Path) -> None:
 
 
 def load_start(cfg: Any) -> None:
-    """What a run does before its first step."""
+    """Do the work of a run before its first step."""
     data = build.build_data(cfg)
     data.setup()
     build.build_task(cfg, data, fused_attention=True)

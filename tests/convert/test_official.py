@@ -318,7 +318,7 @@ def test_towers_by_name() -> None:
 
 
 def test_towers_by_folder(tmp_path: Path) -> None:
-    """Of a whole CLIP, too."""
+    """Also of a whole CLIP."""
     CLIPConfig(vision_config={"image_size": 30, "patch_size": 10}).save_pretrained(tmp_path)
     found = tower("some/clip", str(tmp_path))
     sizes = {"model": "some/clip", "path": str(tmp_path), "image_size": 30, "patch_size": 10}

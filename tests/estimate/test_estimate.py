@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.estimate import formulas
-from dynmoe.estimate.formulas import Batch, Blocks, Memory, Model, Precision
+from dynmoe.estimate.formulas import Blocks, DeviceBatch, DeviceMemory, ModelSizes, NumberBytes
 from dynmoe.layers import TopKRouter
 
-MODEL = Model(
+MODEL = ModelSizes(
     parameters=1000,
     trained=600,
     outside=100,
@@ -27,8 +27,8 @@ MODEL = Model(
     vision_trained=False,
     vocabulary=50,
 )
-BATCH = Batch(conversations=2, tokens=10, patches=5, scored=3)
-MIXED, FULL = Precision(stored=4, computed=2), Precision(stored=4, computed=4)
+BATCH = DeviceBatch(conversations=2, tokens=10, patches=5, scored=3)
+MIXED, FULL = NumberBytes(stored=4, computed=2), NumberBytes(stored=4, computed=4)
 D, H, TOKENS = 64, 176, 128
 
 
@@ -37,7 +37,7 @@ D, H, TOKENS = 64, 176, 128
     [("32-true", 4, 4), ("bf16-mixed", 4, 2), ("16-mixed", 4, 2), ("bf16-true", 2, 2)],
 )
 def test_bytes_of_a_number(name: str, stored: int, computed: int) -> None:
-    assert formulas.precision(name) == (stored, computed)
+    assert formulas.number_bytes(name) == (stored, computed)
 
 
 def test_bytes_that_a_block_keeps_of_a_token() -> None:
@@ -51,7 +51,7 @@ def test_bytes_that_a_block_keeps_of_a_token() -> None:
 def test_memory_of_one_device() -> None:
     found = formulas.memory(MODEL, BATCH, MIXED, checkpointing=False, devices=1, fsdp=False)
     vision = 5 * (4 * 30 + 76 * 2)  # of one block, as it is frozen
-    assert found == Memory(
+    assert found == DeviceMemory(
         weights=4000,
         gradients=2400,
         optimizer=4800,
