@@ -411,7 +411,7 @@ def fit(model: nn.Module, k: float, batches: Sequence[LabelledBatch]) -> None:
 
 def _see(seen: list[Tensor], layer: Any, inputs: tuple[Tensor, ...]) -> None:
     """Keep the layer's tokens, without padding."""
-    mask = layer._token_mask
+    mask = layer.token_mask
     seen.append((inputs[0] if mask is None else inputs[0][mask]).reshape(-1, layer.dim))
 
 
