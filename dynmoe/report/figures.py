@@ -88,7 +88,8 @@ def draw_scores(run: Run) -> Figure:
     for name in run.scores:
         place, _, split = name.rpartition("/")
         places.setdefault(place or split, []).append(name)
-    legend, splits = [], {}
+    legend: list[Line2D] = []
+    splits: dict[str, Any] = {}
     for index, (place, names) in enumerate(places.items()):
         is_reported = place in run.tested
         style: dict[str, Any] = {

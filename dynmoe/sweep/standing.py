@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynmoe.records import Record, State, stretches
+from dynmoe.selection import DOMAINBED, rule_of
 from dynmoe.sweep.manifest import Job
 
 # Keys that determine the number of steps of a run that counts them in epochs.
@@ -64,7 +65,7 @@ class Standing:
     def evaluations(self) -> int:
         """Planned evaluations; image runs have one after the first step already."""
         assert self.planned is not None and self.eval_every is not None
-        if "data.test_envs" not in self.job.config:
+        if rule_of(self.job.config) not in DOMAINBED:
             return math.ceil(self.planned / self.eval_every)
         return math.ceil((self.planned - 1) / self.eval_every) + 1
 
