@@ -89,7 +89,7 @@ COMMON = """
 : backbone data hparams_seed logger mode moe name overwrite paths protocol runtime seed task
 : trainer trial_seed
 backbone: _target_ grad_checkpointing model options pretrained
-data: _target_ accumulate batch_size eval_batch_size eval_every name seed steps
+data: _target_ batch_size eval_batch_size name
 logger: csv tensorboard
 moe: adaptation algorithm aux_weight expert_dropout init layers max_experts name num_experts
 moe: recompute router
@@ -110,7 +110,7 @@ protocol: augment_eval datasets defaults
 """,
     "text": """
 backbone: architecture lora path
-data: cache epochs holdout_fraction linear_baseline max_length ood ood_root root source task
+data: cache holdout_fraction linear_baseline max_length ood ood_root root source task
 data: tokenizer_name tokenizer_path trial_seed
 protocol: datasets defaults patience searched selection
 task: epochs patience scheduler
@@ -118,8 +118,8 @@ task: epochs patience scheduler
     "vision-language": """
 : plan stage
 backbone: architecture path projector template vision
-data: benchmarks cache content epochs examples fit image_size max_length max_new_tokens mean
-data: patch_size question_template std template tokenizer_name tokenizer_path workers
+data: cache content examples fit image_size max_length max_new_tokens mean
+data: patch_size question_sets question_template std template tokenizer_name tokenizer_path workers
 plan: conversations mean_k mean_tokens tflops utilisation
 protocol: selection stages
 stage: after name start suffix template
