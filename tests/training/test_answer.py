@@ -242,7 +242,7 @@ def test_refuses_what_is_no_such_run(
     (folder / "checkpoints" / "selected.ckpt").touch()
     OmegaConf.save(tiny_config(), folder / "config.yaml", resolve=True)
     for path, message in (
-        (folder, "mode=answer: RotatedDigits has no questions to answer in words; runs of task=vl"),
+        (folder, "mode=answer: RotatedDigits has no questions to answer"),
         (tmp_path / "gone", "expected a folder with a config.yaml, found none"),
     ):
         with pytest.raises(SystemExit):
