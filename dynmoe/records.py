@@ -9,6 +9,8 @@
   1 (`accuracy`, `f1`, `score`, `kind_colour`), points (`perception_points`), or the mean `loss`:
   cross-entropy, of regression the squared error, of questions the negative log-likelihood of the
   tokens of their reference answers.
+- `selects` and `reported`, each `{"sets": [...], "measure": ...}`: the run's rule judges the line by
+  the mean of that measure over these sets, and reports the other mean (`dynmoe.selection`).
 - `stopped_early`: true on the last line of a run that patience ended before its planned steps.
 - `args` and `hparams`, and of images `env0_in_acc`, `env0_out_acc`, ...: DomainBed's names, so that
   DomainBed's own scripts read the file. Keys are sorted as in domainbed/scripts/train.py. Their
@@ -16,9 +18,8 @@
   ends with a newline. A measure that is not a number is written as NaN, as DomainBed writes it,
   and read back as NaN.
 
-`run.json` says once what the numbers mean: `selection` is the rule, `selects` and `reported` are
-each `{"sets": [...], "measure": ...}`: the rule judges a line by the mean of that measure over
-these sets, and reports the other mean (`dynmoe.selection`).
+`run.json` has the facts of the run: configuration, data, costs, machine, and the rule, `selection`,
+with the `selects` and `reported` of every line.
 
 `routing.jsonl` has a line for each evaluation, MoE layer and `source`: `train`, or the name of an
 environment or evaluation set (`dynmoe.metrics.routing`). `events.jsonl` has the changes of experts,

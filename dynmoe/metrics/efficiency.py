@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -139,19 +140,31 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
 
     for name, layer in layers.items():
         layer.forward = partial(first_expert, name)  # type: ignore[method-assign]
-    passes: list[Counter[str]] = []
-    try:
-        # Fake tensors, because transformers asks any others whether there is padding in them.
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            once = tree_map(lambda x: fake.from_tensor(x.to("meta")), sample)
+
+    def products(mode: AbstractContextManager[Any]) -> list[Counter[str]]:
+        """Products by module, of the sample twice and once."""
+        passes = []
+        with mode as fake:
+            once = tree_map(lambda x: x.to("meta"), sample)
+            if fake is not None:
+                once = tree_map(fake.from_tensor, once)
             for batch in (tree_map(lambda x: torch.cat([x, x]), once), once):
                 tokens.clear()
                 with FlopCounterMode(display=False) as counter:
                     shell(*batch)
                 counts = counter.get_flop_counts()
                 passes.append(Counter({name: sum(each.values()) for name, each in counts.items()}))
-    except RuntimeError:  # what it does depends on data
-        return None
+        return passes
+
+    try:
+        passes = products(nullcontext())
+    except (RuntimeError, NotImplementedError):
+        # Models of transformers ask whether there is padding: fake tensors answer, five times as
+        # slow as plain ones on the meta device.
+        try:
+            passes = products(FakeTensorMode(allow_non_fake_inputs=True))
+        except RuntimeError:  # what it does depends on data
+            return None
     found = passes[0] - passes[1]
     # The counter's names begin with the class of the outermost module. "Global" is the sum.
     inside = {name: found[f"{type(shell).__name__}.{name}"] for name in layers}

@@ -105,6 +105,8 @@ class RunRecorder(Checkpoint):
             "eval_time": time.perf_counter() - self._clock,
             **pl_module.losses_since_last(),
             **pl_module.result(),
+            "selects": self.facts["selects"],
+            "reported": self.facts["reported"],
             "mem_gb": _memory_gb(),
             **self.constants,
         }

@@ -56,6 +56,14 @@ def test_a_run_leaves_what_it_promises(run: Run, capsys: pytest.CaptureFixture[s
         assert word in printed
 
 
+def test_every_line_says_what_selects_and_what_is_reported(trained: Trained) -> None:
+    validation = [f"{angle}/out" for angle in (15, 30, 45, 60, 75)]
+    for record in trained().read("results"):
+        assert record["selects"] == {"sets": validation, "measure": "accuracy"}
+        assert record["reported"] == {"sets": ["0/in"], "measure": "accuracy"}
+        assert set(record["scores"]) > {*validation, "0/in"}
+
+
 def test_evaluations_are_domainbeds(trained: Trained) -> None:
     """After one update, then every `eval_every`, and at the last step."""
     folder = trained()
