@@ -116,6 +116,7 @@ class EnvironmentDraw:
         rng = np.random.default_rng(seed_hash(self.seed, "batch", step, env))
         weights = None if self.weights is None else self.weights[env]
         items = rng.choice(self.pools[env], self.batch_size, p=weights)
+        # NOTE: one for each draw, not for each image: drawn twice it is augmented in two ways.
         draw_seeds = rng.integers(2**63, size=self.batch_size)
         return [
             ImageKey(env, IN, item, draw_seed)
@@ -144,7 +145,9 @@ class ImageEvalBatches(Sampler[list[ImageKey]]):
         return len(self._slices()[self.rank :: self.world_size])
 
     def __iter__(self) -> Iterator[list[ImageKey]]:
-        step = self.next_step() - 1  # the evaluation follows it: each has augmentations of its own
+        # NOTE: seeded by the step that the evaluation follows, so that each evaluation sees other
+        # augmentations, and a repeated one the same.
+        step = self.next_step() - 1
         for env, part, start in self._slices()[self.rank :: self.world_size]:
             items = self.splits[env][part][start : start + self.batch_size].tolist()
             yield [ImageKey(env, part, item, self._draw_seed(step, env, item)) for item in items]

@@ -77,7 +77,7 @@ class DomainData(TaskData):
     workers: int | Literal["auto"] = "auto"
     """Loader processes per device; auto: 0 for images in memory, else up to 8."""
     verify: Literal["header", "decode", "none"] = "header"
-    """What is read of every image file before training."""
+    """Part of every image file that is read before training."""
     cache: bool | Literal["auto"] = "auto"
     """Keep decoded images in memory; auto: if they need no more than `cache_gb`."""
     cache_gb: float = 2.0

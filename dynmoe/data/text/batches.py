@@ -106,6 +106,7 @@ class EpochDraw:
         for rows in self._apart(order):
             for start in range(0, len(rows), size):
                 bucket = rows[start : start + size]
+                # Stable: NumPy's default order of equal lengths depends on the CPU.
                 bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
                 batches += np.split(bucket, range(self.batch_size, len(bucket), self.batch_size))
         # Within a bucket short batches come first: shuffle whole batches.
@@ -148,6 +149,7 @@ class EvalBatches(Sampler[list[Key]]):
     def _batches(self) -> list[list[Key]]:
         batches = []
         for source, lengths in self.lengths.items():
+            # The longest first: a batch too large for the memory fails at once, not at the end.
             order = np.argsort(-lengths, kind="stable")[self.rank :: self.world_size].tolist()
             # NOTE: counted by the ranks with fewest examples, so that all ranks have equally many
             # batches (sharded models need every rank in each); some have one example more in the

@@ -174,7 +174,7 @@ class GlueData(TaskData):
 
     @property
     def sample(self) -> tuple[dict[str, torch.Tensor]]:
-        """As long as the mean training text."""
+        """Has the length of the mean training text."""
         ids = torch.zeros(1, max(1, round(self.mean_tokens)), dtype=torch.long)
         return ({"input_ids": ids},)  # without a mask nothing depends on data
 

@@ -60,6 +60,8 @@ class ConversationBatch(NamedTuple):
 def scored(label_BN: Tensor) -> tuple[Tensor, Tensor]:
     """Positions [M] of the flattened batch whose next token has a loss, and these tokens."""
     next_T = F.pad(label_BN[:, 1:], (0, 1), value=IGNORE).flatten()
+    # NOTE: shifted within rows, then flattened: no row predicts the first token of the next one.
+    # nonzero waits for the device; it saves the logits, [vocabulary] each, of all other positions.
     scored_M = (next_T != IGNORE).nonzero().squeeze(1)
     return scored_M, next_T[scored_M]
 
@@ -173,6 +175,7 @@ def _question_batch(pad_id: int, fetched: Fetched) -> QuestionBatch:
 def _tokens(fetched: Fetched, pad_id: int, side: str) -> Tokens:
     ids = _padded(fetched.ids, pad_id, side)
     image_mask = ids == IMAGE
+    # NOTE: an embedding has no row IMAGE, which is negative; the patches replace what pad_id gives.
     return {
         "input_ids": ids.masked_fill(image_mask, pad_id),
         "attention_mask": _padded([np.ones_like(each) for each in fetched.ids], 0, side),
@@ -182,6 +185,7 @@ def _tokens(fetched: Fetched, pad_id: int, side: str) -> Tokens:
 
 
 def _padded(rows: list[IdArray], value: int, side: str) -> Tensor:
+    # A copy: rows of a store are mapped from a file, read-only and int32.
     tensors = [torch.from_numpy(row.astype(np.int64)) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 

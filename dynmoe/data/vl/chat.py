@@ -67,8 +67,8 @@ def encode_prompts(
 ) -> list[IdArray]:
     """Ids [N] of each question and its number of images, up to where the assistant begins to speak.
 
-    They are not cut. A question without placeholders has its images on lines of their own before
-    it, as LLaVA asks.
+    They are not cut. A question without placeholders has its images before it, one a line, as
+    LLaVA asks.
 
     Raises:
         ConfigError: `template` and `tokenizer` do not fit together.

@@ -223,7 +223,7 @@ class VisionLanguageData(TaskData):
 
     @property
     def sample(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """As long as the mean conversation, with one image."""
+        """Has the length of the mean conversation, and one image."""
         answer = float(self.max_new_tokens)
         if self._has_conversations:
             answer = float(self.store.answer_tokens.mean())
