@@ -93,11 +93,7 @@ def _plain_gqa(answer: str) -> str:
 
 
 def read_gqa(root: str, images: str | None = None) -> Gqa:
-    """The questions below `root`; `images` is the folder of n161313.jpg, else `images` there.
-
-    Raises:
-        DataError: files are missing or damaged.
-    """
+    """The questions below `root`; `images` is the folder of n161313.jpg, else `images` there."""
     wanted = {"questions": [f"{folder}{QUESTIONS}" for folder in FOLDERS]}
     paths = locate("GQA", root, wanted | image_folder(images, "images", "data/images"), SOURCE)
     rows = read_object(paths["questions"], ("question", "imageId", "answer", "types"))

@@ -17,8 +17,8 @@ from dynmoe.data.vl.easy_vqa import easy_vqa_questions, easy_vqa_source
 from dynmoe.data.vl.image_use import baselines, spread, with_other_images
 from dynmoe.data.vl.scenes import scene_questions, scene_source
 from dynmoe.questions.base import QuestionSet
+from dynmoe.questions.choices import read_scienceqa
 from dynmoe.questions.exact import ExactMatch
-from dynmoe.questions.scienceqa import read_scienceqa
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from dynmoe.data.vl.content import Content
 from dynmoe.data.vl.conversations import ConversationSource
 from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import DataError
+from dynmoe.questions import read_question_set
 from dynmoe.questions.base import QuestionSet
-from dynmoe.questions.registry import read_question_set
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class VisionLanguageData(TaskData):
     root: str | None = None
     """Folder that configurations pass on to `content`; not read here."""
     question_sets: Mapping[str, str] = field(default_factory=dict)
-    """Published sets to evaluate on: {name in questions/registry.py: folder}."""
+    """Published sets to evaluate on: {name in `questions.SETS`: folder}."""
     image_size: int
     """Pixels of the vision tower's square images."""
     patch_size: int

@@ -27,9 +27,9 @@ from dynmoe.data.vl.conversations import (
 )
 from dynmoe.errors import DataError
 from dynmoe.questions.base import Question
+from dynmoe.questions.choices import INSTRUCTION, LETTERS, prompt_text, read_problems
 from dynmoe.questions.exact import ExactMatch
 from dynmoe.questions.files import json_lines, reading
-from dynmoe.questions.scienceqa import INSTRUCTION, LETTERS, prompt_text, read_problems
 
 FIRST = 1 << 16  # bytes in which the first character of a file is looked for
 
