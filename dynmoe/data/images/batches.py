@@ -19,8 +19,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from dynmoe.data.images.environments import Environment
-from dynmoe.data.protocol import IntArray
-from dynmoe.seeding import seed_hash
+from dynmoe.seeding import IntArray, seed_hash
 
 IN, OUT = 0, 1
 

@@ -35,8 +35,8 @@ from dynmoe.data.images.environments import (
     decoded_bytes,
     survey,
 )
-from dynmoe.data.protocol import IntArray, split
 from dynmoe.errors import DataError
+from dynmoe.seeding import IntArray, split
 
 
 @dataclass(eq=False, kw_only=True)

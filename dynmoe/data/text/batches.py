@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.sets import LabelArray, TextSet
 from dynmoe.data.text.tokens import EncodedTexts, TokenRow
-from dynmoe.seeding import seed_hash
+from dynmoe.seeding import IntArray, seed_hash
 
 BUCKET = 50
 """Batches that are drawn together and sorted by length before they are cut."""

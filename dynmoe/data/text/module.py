@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data.base import TaskData
-from dynmoe.data.protocol import split
 from dynmoe.data.text.batches import (
     Collate,
     EpochDraw,
@@ -36,6 +35,7 @@ from dynmoe.data.text.sources import Source, read_sets
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS, GlueTask
 from dynmoe.data.text.tokens import EncodedTexts, encode, load_tokenizer, word_tokenizer
 from dynmoe.errors import DataError
+from dynmoe.seeding import split
 
 log = logging.getLogger(__name__)
 

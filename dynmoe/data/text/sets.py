@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.tasks import GlueTask
 from dynmoe.errors import DataError
+from dynmoe.seeding import IntArray
 
 LISTED = 5  # unknown labels named in a message
 

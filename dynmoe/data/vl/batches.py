@@ -19,12 +19,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.batches import Key
 from dynmoe.data.vl.chat import IGNORE, IMAGE, IdArray, encode_answers, encode_prompts
 from dynmoe.data.vl.store import TokenStore
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import QuestionSet
+from dynmoe.seeding import IntArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

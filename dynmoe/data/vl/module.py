@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data.base import TaskData
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.batches import EpochDraw, EvalBatches, steps_per_epoch
 from dynmoe.data.vl import chat
 from dynmoe.data.vl.batches import (
@@ -37,6 +36,7 @@ from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import DataError
 from dynmoe.questions import read_question_set
 from dynmoe.questions.base import QuestionSet
+from dynmoe.seeding import IntArray
 
 log = logging.getLogger(__name__)
 
