@@ -149,7 +149,11 @@ class ImageEvalBatches(Sampler[list[ImageKey]]):
         step = self.next_step() - 1
         for env, part, start in self._slices()[self.rank :: self.world_size]:
             items = self.splits[env][part][start : start + self.batch_size].tolist()
-            yield [ImageKey(env, part, item, self._draw_seed(step, env, item)) for item in items]
+            seeds = (
+                seed_hash(self.seed, "eval", step, env, item) if env in self.augmented else None
+                for item in items
+            )
+            yield [ImageKey(env, part, *key) for key in zip(items, seeds, strict=True)]
 
     def _slices(self) -> list[tuple[int, int, int]]:
         return [
@@ -158,11 +162,6 @@ class ImageEvalBatches(Sampler[list[ImageKey]]):
             for part in (IN, OUT)
             for start in range(0, len(parts[part]), self.batch_size)
         ]
-
-    def _draw_seed(self, step: int, env: int, item: int) -> int | None:
-        if env not in self.augmented:
-            return None
-        return seed_hash(self.seed, "eval", step, env, item)
 
 
 def class_balanced_weights(labels: IntArray) -> npt.NDArray[np.float64]:

@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,7 +21,6 @@ from torchvision.transforms.v2 import functional
 from dynmoe.data.text.batches import Key
 from dynmoe.data.vl.chat import IGNORE, IMAGE, IdArray, encode_answers, encode_prompts
 from dynmoe.data.vl.store import TokenStore
-from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import QuestionSet
 from dynmoe.seeding import IntArray
 
@@ -131,7 +129,12 @@ class Questions(Dataset[Fetched]):
         self.sets = sets
         self.prompts = prompts
         self.transform = transform
-        self._kinds = {name: _kinds(each) for name, each in sets.items()}
+        kinds = {
+            name: [question.kind for question in each.questions] for name, each in sets.items()
+        }
+        self._kinds = {
+            name: np.unique(each, return_inverse=True)[1] for name, each in kinds.items()
+        }
 
     def __getitems__(self, keys: list[Key]) -> Fetched:
         (source, _, weight), rows = keys[0], [key.row for key in keys]
@@ -142,17 +145,8 @@ class Questions(Dataset[Fetched]):
         return Fetched(source, rows, ids, [self._kinds[source][rows]], images, weight)
 
 
-def collate_conversations(pad_id: int) -> Callable[[Fetched], ConversationBatch]:
-    """Return a function that pads the conversations of a batch to the longest of them."""
-    return partial(_conversation_batch, pad_id)
-
-
-def collate_questions(pad_id: int) -> Callable[[Fetched], QuestionBatch]:
-    """Return a function that pads the prompts of a batch to the longest of them."""
-    return partial(_question_batch, pad_id)
-
-
-def _conversation_batch(pad_id: int, fetched: Fetched) -> ConversationBatch:
+def collate_conversations(pad_id: int, fetched: Fetched) -> ConversationBatch:
+    """Pad the conversations of a batch to the longest of them."""
     return ConversationBatch(
         tokens=_tokens(fetched, pad_id, "right"),
         label=_padded(fetched.labels, IGNORE, "right"),
@@ -162,7 +156,8 @@ def _conversation_batch(pad_id: int, fetched: Fetched) -> ConversationBatch:
     )
 
 
-def _question_batch(pad_id: int, fetched: Fetched) -> QuestionBatch:
+def collate_questions(pad_id: int, fetched: Fetched) -> QuestionBatch:
+    """Pad the prompts of a batch to the longest of them."""
     (kinds,) = fetched.labels
     return QuestionBatch(
         tokens=_tokens(fetched, pad_id, "left"),
@@ -193,11 +188,6 @@ def _padded(rows: list[IdArray], value: int, side: str) -> Tensor:
 def _pixels(names: Sequence[str], load_image: LoadImage, transform: ImageTransform) -> Tensor:
     images = [transform(load_image(name)) for name in names]
     return torch.stack(images) if images else torch.empty(0, 3, transform.size, transform.size)
-
-
-def _kinds(questions: QuestionSet) -> IdArray:
-    kinds = [question.kind for question in questions.questions]
-    return np.unique(kinds, return_inverse=True)[1].astype(np.int32)
 
 
 # Sets of questions as prompts of a language model, and the scores of its answers.
@@ -288,34 +278,6 @@ class AskedQuestions:
             "image": image,
             "image_tokens": self.image_tokens,
         }
-
-    def refuse_unscored(self, folders: Mapping[str, str]) -> None:
-        """Refuse sets without a local score; `folders` are those of published sets.
-
-        Raises:
-            ConfigError: a set that is not scored here.
-        """
-        for name, questions in self.sets.items():
-            if not questions.is_scored:
-                raise ConfigError(
-                    f"data.question_sets: {name} has no local score. Leave it out; answer it after "
-                    f"training: dynmoe-eval run=FOLDER mode=answer question_sets.{name}="
-                    f"{folders.get(name, 'FOLDER')}"
-                )
-
-    def refuse_fewer_than(self, devices: int) -> None:
-        """Refuse sets that leave a device without a question: the others would wait for it.
-
-        Raises:
-            DataError: a set with fewer questions than `devices`.
-        """
-        for name, questions in self.sets.items():
-            if (found := len(questions.questions)) < devices:
-                raise DataError(
-                    f"{name}: expected a question for each of the {devices} devices or more, found "
-                    f"{found}. Evaluate on fewer devices (trainer.devices={found}), or leave the "
-                    "set out."
-                )
 
 
 def _in_order(answers: Answers) -> list[str]:

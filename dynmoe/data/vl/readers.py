@@ -48,15 +48,12 @@ def json_entries(path: Path) -> Iterator[dict[str, Any]]:
     """
     with reading(path), path.open("rb") as file:
         start = file.read(FIRST).removeprefix(BOM_UTF8).lstrip()
-        numbered = _array(path, file) if start.startswith(b"[") else _lines(path)
+        lines = ((f"{path}, line {number}", entry) for number, entry in json_lines(path))
+        numbered = _array(path, file) if start.startswith(b"[") else lines
         for where, entry in numbered:
             if not isinstance(entry, dict):
                 raise DataError(f"{where}: expected an object, found {type(entry).__name__}.")
             yield entry
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    return ((f"{path}, line {number}", entry) for number, entry in json_lines(path))
 
 
 def _array(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
