@@ -163,7 +163,7 @@ def _encoded(
     form: Template,
     image_tokens: int,
 ) -> list[EncodedConversation]:
-    if len(spans) > CHUNK:
+    if not 0 < len(spans) <= CHUNK:  # a tokenizer refuses an empty list
         chunks = (spans[start : start + CHUNK] for start in range(0, len(spans), CHUNK))
         return [one for each in chunks for one in _encoded(each, tokenizer, form, image_tokens)]
     pieces = [_pieces(each) for each in spans]
