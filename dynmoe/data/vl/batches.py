@@ -133,7 +133,8 @@ class Questions(Dataset[Fetched]):
             name: [question.kind for question in each.questions] for name, each in sets.items()
         }
         self._kinds = {
-            name: np.unique(each, return_inverse=True)[1] for name, each in kinds.items()
+            name: np.unique(each, return_inverse=True)[1].astype(np.int32)
+            for name, each in kinds.items()
         }
 
     def __getitems__(self, keys: list[Key]) -> Fetched:
