@@ -110,13 +110,13 @@ def conversations(
     labels = [np.full(len(row), -100, dtype=np.int32) for row in rows]
     for label, row, places in zip(labels, rows, answers, strict=False):
         label[list(places)] = np.array(row)[list(places)]
-    return collate_conversations(PAD)(_fetched(rows, labels, weight))
+    return collate_conversations(PAD, _fetched(rows, labels, weight))
 
 
 def questions(rows: Sequence[Sequence[int]], source: str = "quiz") -> Any:
     """A `QuestionBatch`, padded at the left."""
     kinds = [np.zeros(len(rows), dtype=np.int32)]
-    return collate_questions(PAD)(_fetched(rows, kinds, 1.0)._replace(source=source))
+    return collate_questions(PAD, _fetched(rows, kinds, 1.0)._replace(source=source))
 
 
 def tokens(*rows: Sequence[int]) -> dict[str, Tensor]:

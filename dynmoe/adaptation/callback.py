@@ -147,11 +147,13 @@ class DynMoECallback(L.Callback):
         stepped = trainer.global_step > self._step
         if stepped and self.schedule.updates_after(self._step):
             for index, (name, layer) in enumerate(moe_layers(pl_module.backbone).items()):
+                # The seed is the same on all ranks, and in a run that is resumed.
                 if layer.adaptive:
                     self._update(trainer, name, layer, seed=self._step * 1000 + index)
             self._window = {}
 
     def _add_to_window(self, name: str, stats: RoutingStats) -> None:
+        # NOTE: sums stay on the device; the host waits for them once a window, in `_update`.
         new = stats._asdict()
         window = self._window.get(name)
         if window is not None:  # a resumed window comes from the CPU
@@ -169,6 +171,7 @@ class DynMoECallback(L.Callback):
         for slot in change.remove:
             layer.remove_expert(slot)
         if change.add is not None:
+            # NOTE: trainer.model is the module as the strategy wraps it, which knows the shares.
             with whole(layer, trainer.model):
                 layer.add_expert(change.add, total["unserved_D"], self.init, load, seed)
             if self.reset_moments:
@@ -219,6 +222,7 @@ def _sum_over_ranks(trainer: L.Trainer, window: dict[str, Tensor]) -> dict[str, 
 def _forget_moments(trainer: L.Trainer, layer: MoELayer, slot: int) -> None:
     for optimizer in trainer.optimizers:
         for parameter in layer.slot_parameters(slot):
+            # NOTE: without state Adam also counts its steps, for the bias correction, anew.
             optimizer.state.pop(parameter, None)
 
 

@@ -77,6 +77,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return
+    # NOTE: one call, in the order of parameters: calls that ranks make in different orders hang.
     flat = nn.utils.parameters_to_vector(gradients)
     distributed.all_reduce(flat)
     nn.utils.vector_to_parameters(flat / distributed.get_world_size(), gradients)
@@ -108,6 +109,7 @@ def whole(layer: nn.Module, model: Any) -> Iterator[None]:
     if not around:
         yield
         return
+    # Only the block that holds the layer's shares is gathered, not the model around it.
     innermost = min(around, key=lambda unit: sum(1 for _ in unit.modules()))
     with FullyShardedDataParallel.summon_full_params(innermost, recurse=False):
         yield

@@ -41,9 +41,9 @@ from dynmoe.benchmark.results import (
 from dynmoe.benchmark.timing import device_of, interleave, machine_facts, speed
 from dynmoe.data.images.batches import ImageBatch
 from dynmoe.data.images.module import DomainData
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.module import GlueData
 from dynmoe.data.text.tokens import EncodedTexts, encode
+from dynmoe.seeding import IntArray
 from dynmoe.tasks.base import MoETask
 from dynmoe.training import build
 

@@ -95,7 +95,7 @@ def recipe(key: str, *, _root_: DictConfig) -> Any:
     """
     dataset = _root_.data.name
     if _root_.hparams_seed > 0 and key in SAMPLED:
-        from dynmoe.data.protocol import sample_hparams
+        from dynmoe.seeding import sample_hparams
 
         return sample_hparams(dataset, _root_.hparams_seed, _root_.trial_seed)[key]
     recipes = _root_.protocol

@@ -231,7 +231,7 @@ class TaskData(LightningDataModule):
             persistent_workers=keep_workers and workers > 0,
             pin_memory=self.trainer is not None
             and self.trainer.strategy.root_device.type == "cuda",
-            # NOTE: a loader draws a base seed at each pass; without a generator of its own it would
+            # NOTE: a loader draws a base seed at each pass; without a separate generator it would
             # take it from the one the model uses, and shift all that the model draws.
             generator=torch.Generator(),
             # Forked workers share decoded images and tokens; other ways to start would copy them.

@@ -98,6 +98,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # NOTE: autograd's own backward of index_select adds rows in any order on a GPU.
         return sum_by_token(grads[0].contiguous(), *ctx.saved_tensors), None, None, None
 
 
@@ -113,6 +114,7 @@ class _Combine(torch.autograd.Function):
         row_P: Tensor,
         start_T: Tensor,
     ) -> Tensor:
+        # embedding_bag wants the dtype of the rows; the router's weights are fp32.
         weight_P = weights_TE[token_P, expert_P].to(out_RD.dtype)
         ctx.save_for_backward(out_RD, weight_P, token_R, token_P, expert_P, row_P)
         ctx.shape, ctx.dtype = weights_TE.shape, weights_TE.dtype
@@ -127,6 +129,7 @@ class _Combine(torch.autograd.Function):
         grad_RD = grads[0].index_select(0, token_R)
         weights_grad_TE = None
         if ctx.needs_input_grad[1]:
+            # NOTE: summed in the router's fp32: D products rounded to bf16 would be its gradient.
             dot_R = (grad_RD * out_RD).sum(1, dtype=ctx.dtype)
             weights_grad_TE = dot_R.new_zeros(ctx.shape)
             weights_grad_TE[token_P, expert_P] = dot_R[row_P]
@@ -336,6 +339,8 @@ def grouped_ffn(x_TD: Tensor, p: Pairs, ffns: Sequence[FFN], recompute: bool) ->
         keep,
         keep and not recompute,
     )
+    # NOTE: everything is cast here, once and inside the graph, which casts gradients back to the
+    # weights' fp32; autocast does not reach products that write into ``out``.
     with torch.autocast(x_TD.device.type, enabled=False):
         # Without rows no gradient: the weights stay out of the autograd graph, where DDP would
         # find them and give them a gradient of zeros.
@@ -347,7 +352,7 @@ def grouped_ffn(x_TD: Tensor, p: Pairs, ffns: Sequence[FFN], recompute: bool) ->
         function = _GroupedMM if grouped else _PerExpert
         where = (p.end_E, p.token_R, p.row_P, p.start_T)
         out_RD = function.apply(setting, x_TD.to(dtype), *where, *weights)
-        return F.dropout(out_RD, first.output_dropout)
+        return F.dropout(out_RD, first.output_dropout)  # a rate of 0 in evaluation: read_ffn
 
 
 class _PerExpert(torch.autograd.Function):
@@ -420,7 +425,7 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: _Setting, x_TD: Tensor, *rest: Any) -> Tensor:
         end_E, token_R, row_P, start_T, *weights = rest
-        end_E = end_E.int()
+        end_E = end_E.int()  # grouped_mm takes int32 alone
         w1_EHD, w2_EDH = torch.stack(weights[0::4]), torch.stack(weights[2::4])
         pre_RH = F.grouped_mm(x_TD.index_select(0, token_R), w1_EHD.transpose(1, 2), offs=end_E)
         _add_biases(s, pre_RH, weights[1::4])
@@ -444,6 +449,7 @@ class _GroupedMM(torch.autograd.Function):
             if act_RH is None:
                 act_RH = s.activate_again(pre_RH, mask_RH)
             w_grads[2::4] = F.grouped_mm(grad_RD.t(), act_RH, offs=end_E)  # one matrix per expert
+        # NOTE: weights are stacked again rather than kept: the stacks are a copy of all experts.
         grad_RH = F.grouped_mm(grad_RD, torch.stack(weights[2::4]), offs=end_E)
         s.backward(grad_RH, pre_RH, mask_RH)
         if any(needs_w[0::4]):
@@ -456,6 +462,8 @@ class _GroupedMM(torch.autograd.Function):
         if needs_x:
             rows_grad_RD = F.grouped_mm(grad_RH, torch.stack(weights[0::4]), offs=end_E)
             x_grad_TD = sum_by_token(rows_grad_RD, row_P, start_T)
+        # NOTE: no gradient, rather than one of zeros, for experts without rows: their weights were
+        # detached. Zeros would let the optimizer decay and move them.
         w_grads = [g if need else None for g, need in zip(w_grads, needs_w, strict=True)]
         return None, x_grad_TD, None, None, None, None, *w_grads
 

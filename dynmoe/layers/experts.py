@@ -92,6 +92,7 @@ def _sparse_forward(
 def _traceable_forward(experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing) -> Tensor:
     """Compute the same in operations that ``torch.export`` and ONNX know, for any batch size."""
     y_TD = torch.zeros_like(x_TD, dtype=compute_dtype(x_TD))
+    # NOTE: every expert is called, without rows too: a branch on their number is not exportable.
     for e, expert in enumerate(experts):
         token_N = routing.dispatch_TE[:, e].nonzero().squeeze(1)
         out_ND = expert(x_TD.index_select(0, token_N))

@@ -38,6 +38,7 @@ def load_balance(probs_TE: Tensor, first_TE: Tensor, num_experts: int) -> Tensor
 
     ``first_TE`` marks each token's first choice. 1.0 when probabilities and choices are uniform.
     """
+    # NOTE: choices have no gradient: the loss moves the router by the probabilities alone.
     tokens = max(len(probs_TE), 1)  # a batch of padding alone has none
     return num_experts * (probs_TE.sum(0) * first_TE.to(probs_TE.dtype).sum(0)).sum() / tokens**2
 

@@ -83,6 +83,7 @@ class MoELayer(nn.Module):
         self.dim = dim
         self.router = router(dim, max_experts)
         self.experts = Experts(mlp, max_experts, init, recompute)
+        # Without gradients: optimizers leave it out, so it neither moves nor decays.
         self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None
         self.register_buffer("active_E", torch.arange(max_experts) < num_experts)
         self._live = tuple(range(num_experts))
@@ -107,6 +108,8 @@ class MoELayer(nn.Module):
         routing = self.router(x_TD, self.live, token_mask_T)
         y_TD = self.experts(x_TD, routing, self.live)
         if self.tape is not None:
+            # NOTE: aux keeps its graph, because the task adds it to the loss; all else on the tape
+            # is detached and may be kept beyond the step.
             stats = routing_stats(x_TD, routing, token_mask_T)
             mask = routing.mask_TE.view(*x.shape[:-1], -1)
             self.tape.append(Routed(routing.aux, stats, mask, token_mask))
@@ -133,7 +136,7 @@ class MoELayer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read_live()
+        self._read_live()  # a checkpoint may have another pool than the layer was made with
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
         """Return the parameters of one slot: the router's own for it, and the FFN's."""
@@ -175,10 +178,13 @@ class MoELayer(nn.Module):
             raise ValueError(f"a {type(self.router).__name__} has a fixed pool of experts")
         if slot in self.live:
             raise ValueError(f"cannot add to slot {slot}: the living experts are {self.live}")
+        # NOTE: values are copied into the slot's Parameters: new ones would be unknown to the
+        # optimizer and to DDP, which list them once.
         target = self.experts.slots[slot]
         living = [self.experts.slots[other] for other in self.live]
         if init == "copy_most_used":
             load = load or {}
+            # The lowest of equally used slots, so that all ranks copy the same.
             most_used = max(self.live, key=lambda other: (load.get(other, 0), -other))
             target.load_state_dict(self.experts.slots[most_used].state_dict())
         elif init == "mean":
@@ -191,6 +197,8 @@ class MoELayer(nn.Module):
                 raise ValueError("init=pretrained needs a layer made with keep_origin=True")
             target.load_state_dict(self.origin.state_dict())
         elif init == "fresh":
+            # NOTE: a separate generator: all ranks draw the same weights, and what the global one
+            # draws next (dropout, noise) does not depend on whether an expert was added.
             device = next(target.parameters()).device
             redraw(target, torch.Generator(device).manual_seed(seed))
         self.router.point(slot, direction_D)
@@ -210,7 +218,8 @@ class MoELayer(nn.Module):
 
 def routing_stats(x_TD: Tensor, routing: Routing, token_mask_T: Tensor | None) -> RoutingStats:
     """Sum over real tokens; a few passes over [T, E] and one over [T, D], no host sync."""
-    # NOTE: in fp32 under any autocast, because a window of bf16 sums would stagnate.
+    # NOTE: in fp32 under any autocast, because a window of bf16 sums would stagnate. Detached,
+    # because the window would keep the graphs of all its steps.
     with torch.autocast(x_TD.device.type, enabled=False):
         unserved_D = routing.unserved_T.float() @ x_TD.detach().float()
     # The mask may hold the evaluation fallback of a token that no expert served: its k is 0.

@@ -133,8 +133,10 @@ class _CosineWithUnits(torch.autograd.Function):
         ctx.dtype = x_TD.dtype
         kept_TD, x_TD = x_TD, x_TD.to(w_ED.dtype)
         norm_T1 = torch.linalg.vector_norm(x_TD, dim=1, keepdim=True)
+        # A token of zeros gets score 0, and gradient 0 in backward, rather than NaN.
         inverse_T1 = torch.where(norm_T1 > 1e-12, 1 / norm_T1, 0)
         scores_TE = F.linear(x_TD, w_ED) * inverse_T1
+        # NOTE: the tokens as they came: the block keeps them anyway, an fp32 copy would be new.
         ctx.save_for_backward(kept_TD, w_ED, inverse_T1, scores_TE)
         return scores_TE
 
@@ -212,6 +214,8 @@ class TopAnyRouter(Router):
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
     ) -> Routing:
+        # NOTE: fp32, because the mask compares two numbers: in bf16, in steps of 2^-8 above 0.5,
+        # scores would tie with thresholds and switch experts by rounding.
         with torch.autocast(x_TD.device.type, enabled=False):
             directions_ED = torch.stack([self.directions[slot] for slot in live]).float()
             thresholds_E = torch.stack([self.thresholds[slot] for slot in live]).float()
@@ -259,9 +263,11 @@ class TopAnyRouter(Router):
         self, gate_TE: Tensor, mask_TE: Tensor, directions_ED: Tensor, token_mask_T: Tensor | None
     ) -> Tensor:
         num_slots = len(self.directions)
+        # NOTE: padding is taken out, not set to 0: the losses divide by the number of tokens.
         if token_mask_T is not None:
             gate_TE, mask_TE = gate_TE[token_mask_T], mask_TE[token_mask_T]
         if self.aux == "gshard":
+            # Chosen experts have no order: the first is that of the lowest slot.
             first_TE = mask_TE & (mask_TE.cumsum(1) == 1)
             return losses.load_balance(gate_TE, first_TE, num_experts=gate_TE.shape[1])
         normalised = self.columns == "normalised"
@@ -361,9 +367,12 @@ class TopKRouter(Router):
             choice_TK, mask_TE = _largest(probs_TE, self.top_k, token_mask_T)
             weights_TE = probs_TE * mask_TE
             if self.top_k > 1:
+                # Rows of padding sum to 0.
                 weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
             if self.weights_sum == "k":
                 weights_TE = weights_TE * self.top_k
+            # NOTE: the loss sees the choices before places are given: an expert that many tokens
+            # want must not look balanced because the overflow was dropped.
             aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
             if self.capacity_factor is not None:
                 mask_TE = self._within_capacity(mask_TE, probs_TE, choice_TK, token_mask_T)
@@ -394,6 +403,7 @@ class TopKRouter(Router):
         """Keep the pairs that find a place: first choices before second ones, and within a choice
         the tokens with the largest probability first."""
         assert self.capacity_factor is not None
+        # NOTE: int() waits for the device; only with padding and a capacity.
         tokens = len(mask_TE) if token_mask_T is None else int(token_mask_T.sum())
         places = self.top_k * int(self.capacity_factor * math.ceil(tokens / self.num_slots))
         order_T = probs_TE.amax(1).argsort(descending=True, stable=True)
@@ -483,6 +493,7 @@ class AverageKeyRouter(Router):
         _check_top_k(top_k, num_slots)
         self.top_k = top_k
         self.weights_sum = weights_sum
+        # Not in checkpoints: it follows from the experts.
         self.register_buffer("keys_ED", torch.zeros(num_slots, dim), persistent=False)
 
     def prepare(self, experts: Experts, live: Sequence[int]) -> None:
@@ -493,6 +504,7 @@ class AverageKeyRouter(Router):
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
     ) -> Routing:
         with torch.autocast(x_TD.device.type, enabled=False):
+            # Detached: scores only rank the experts, no gradient of the weights could use them.
             scores_TE = F.linear(x_TD.detach().float(), self.keys_ED)
         _, mask_TE = _largest(scores_TE, self.top_k, token_mask_T)
         weights_TE = mask_TE.float() if self.weights_sum == "k" else mask_TE / self.top_k

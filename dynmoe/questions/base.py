@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynmoe.errors import DataError
 from dynmoe.questions.files import check_images, counted, load_image
 
 if TYPE_CHECKING:
     import PIL.Image
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,20 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def by_kind(questions: Sequence[Question], values: Iterable[T]) -> dict[str, list[T]]:
+    """The `values` [Q] of each kind of question, kinds in the order of their first question."""
+    found: dict[str, list[T]] = {}
+    for question, value in zip(questions, values, strict=True):
+        found.setdefault(question.kind, []).append(value)
+    return found
+
+
 def accuracies(questions: Sequence[Question], values: Sequence[float]) -> dict[str, float]:
     """Means of `values` [Q]: "score" over all, "kind_<kind>" for each kind (kind_yes_no)."""
-    by_kind: dict[str, list[float]] = defaultdict(list)
-    for question, value in zip(questions, values, strict=True):
-        if question.kind:
-            by_kind[question.kind].append(value)
     scores = {"score": mean(values)}
-    for kind in sorted(by_kind):
-        scores[f"kind_{re.sub(r'[^a-z0-9]+', '_', kind.lower())}"] = mean(by_kind[kind])
+    for kind, own in sorted(by_kind(questions, values).items()):
+        if kind:
+            scores[f"kind_{re.sub(r'[^a-z0-9]+', '_', kind.lower())}"] = mean(own)
     return scores
 
 
@@ -151,23 +156,18 @@ MODEL = "dynmoe"
 
 
 def write_json(file: Path, content: Any, indent: int | None = None) -> Path:
-    return _write(file, json.dumps(content, ensure_ascii=False, indent=indent))
+    return write_text(file, json.dumps(content, ensure_ascii=False, indent=indent))
 
 
 def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
     """One JSON object a line."""
-    return _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_text(file: Path, lines: Iterable[str]) -> Path:
-    return _write(file, "".join(f"{line}\n" for line in lines))
-
-
-def write_table(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Path:
-    """Tab separated; quoted where a cell holds tabs, quotes or line ends."""
-    text = io.StringIO()
-    csv.writer(text, "excel-tab", lineterminator="\n").writerows([header, *rows])
-    return _write(file, text.getvalue())
+def write_text(file: Path, text: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8", newline="\n")
+    return file
 
 
 def answer_row(question_id: Any, prompt: str, text: str) -> dict[str, Any]:
@@ -180,9 +180,3 @@ def answer_row(question_id: Any, prompt: str, text: str) -> dict[str, Any]:
         "model_id": MODEL,
         "metadata": {},
     }
-
-
-def _write(file: Path, text: str) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8", newline="\n")
-    return file

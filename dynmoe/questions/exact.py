@@ -12,9 +12,11 @@ those of GQA's eval.py; LLaVA's scripts/convert_gqa_for_eval.py makes the predic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynmoe.errors import DataError
 from dynmoe.questions.base import (
     FolderSet,
     Question,
@@ -59,6 +61,33 @@ class ExactMatch(QuestionSet):
         )
         return [write_lines(folder / f"{self.name}.jsonl", rows)]
 
+    def with_other_images(self) -> ExactMatch:
+        """The same questions and answers; each image is replaced by the next other one of the set.
+
+        The other image may have the same answer: such a question shows nothing. A model that uses
+        images scores no better on this set than from the text alone.
+
+        Raises:
+            DataError: the set has a single image, or none.
+        """
+        images = list(dict.fromkeys(each.images for each in self.questions if each.images))
+        if len(images) < 2:
+            raise DataError(f"{self.name}: expected two images or more, found {len(images)}.")
+        following = dict(zip(images, images[1:] + images[:1], strict=True)) | {(): ()}
+        questions = [replace(each, images=following[each.images]) for each in self.questions]
+        return ExactMatch(f"{self.name}_shuffled", questions, self.records, self._load_image)
+
+    def spread(self, number: int | None) -> ExactMatch:
+        """`number` of the questions, evenly spread; None, or as many as there are: all."""
+        total = len(self.questions)
+        if number is None or number >= total:
+            return self
+        rows = [index * total // number for index in range(number)]
+        questions = [self.questions[row] for row in rows]
+        return ExactMatch(
+            self.name, questions, [self.records[row] for row in rows], self._load_image
+        )
+
 
 def _plain(answer: str) -> str:
     return answer.strip().lower().removesuffix(".").rstrip()
@@ -93,11 +122,7 @@ def _plain_gqa(answer: str) -> str:
 
 
 def read_gqa(root: str, images: str | None = None) -> Gqa:
-    """The questions below `root`; `images` is the folder of n161313.jpg, else `images` there.
-
-    Raises:
-        DataError: files are missing or damaged.
-    """
+    """The questions below `root`; `images` is the folder of n161313.jpg, else `images` there."""
     wanted = {"questions": [f"{folder}{QUESTIONS}" for folder in FOLDERS]}
     paths = locate("GQA", root, wanted | image_folder(images, "images", "data/images"), SOURCE)
     rows = read_object(paths["questions"], ("question", "imageId", "answer", "types"))

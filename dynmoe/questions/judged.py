@@ -46,11 +46,7 @@ class VizWiz(Unscored, FolderSet):
 
 
 def read_vizwiz(root: str, images: str | None = None) -> VizWiz:
-    """`test.json` below `root`; `images` is the folder of VizWiz_test_00000000.jpg, else `test`.
-
-    Raises:
-        DataError: files are missing or damaged.
-    """
+    """`test.json` below `root`; `images` is the folder of VizWiz_test_00000000.jpg, else `test`."""
     wanted = {"questions": ["test.json", "Annotations/test.json"]} | image_folder(images, "test")
     paths = locate("VizWiz", root, wanted, "https://vizwiz.org/tasks-and-datasets/vqa")
     rows = read_list(paths["questions"], ("image", "question"))
@@ -74,11 +70,7 @@ class LlavaBench(Unscored, FolderSet):
 
 
 def read_llava_bench(root: str, images: str | None = None) -> LlavaBench:
-    """`questions.jsonl` below `root`; `images` is the folder of 001.jpg, else `images` there.
-
-    Raises:
-        DataError: files are missing or damaged.
-    """
+    """`questions.jsonl` below `root`; `images` is the folder of 001.jpg, else `images` there."""
     source = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
     wanted = {"questions": ["questions.jsonl"]} | image_folder(images, "images")
     paths = locate("LLaVA-Bench", root, wanted, source)
@@ -103,11 +95,7 @@ class MmVet(Unscored, FolderSet):
 
 
 def read_mm_vet(root: str, images: str | None = None) -> MmVet:
-    """`mm-vet.json` below `root`; `images` is the folder of v1_0.png, else `images` there.
-
-    Raises:
-        DataError: files are missing or damaged.
-    """
+    """`mm-vet.json` below `root`; `images` is the folder of v1_0.png, else `images` there."""
     wanted = {"questions": ["mm-vet.json"]} | image_folder(images, "images")
     paths = locate("MM-Vet", root, wanted, "https://github.com/yuweihao/MM-Vet/releases")
     rows = read_object(paths["questions"], ("imagename", "question"))

@@ -226,7 +226,9 @@ def read_vqav2(root: str, images: str | None = None) -> Vqav2:
         ]
         return Vqav2(split, questions, humans, paths["images"])
     # The server takes a file of all test questions, and scores those of test-dev.
-    unasked = sorted(_all_test_ids(folder) - {row["question_id"] for row in rows})
+    path = first_path(folder, [QUESTIONS.format("test2015")])
+    every = [] if path is None else read_list(path, ("question_id",), "questions")
+    unasked = sorted({row["question_id"] for row in every} - {row["question_id"] for row in rows})
     return Vqav2Test(split, questions, [[]] * len(rows), paths["images"], unasked)
 
 
@@ -249,13 +251,6 @@ def _annotations(path: Path, questions: Sequence[dict[str, Any]]) -> dict[int, d
     )
     check_humans(path, rows)
     return {row["question_id"]: row for row in rows}
-
-
-def _all_test_ids(folder: Path) -> set[int]:
-    path = first_path(folder, [QUESTIONS.format("test2015")])
-    if path is None:
-        return set()
-    return {row["question_id"] for row in read_list(path, ("question_id",), "questions")}
 
 
 TEXTVQA_SOURCE = "https://textvqa.org/dataset"

@@ -8,7 +8,7 @@ from omegaconf.errors import InterpolationResolutionError
 
 from dynmoe.config import stages
 from dynmoe.config.identity import sha8
-from dynmoe.data.protocol import sample_hparams
+from dynmoe.seeding import sample_hparams
 
 
 def config(dataset: str = "PACS", hparams_seed: int = 0) -> DictConfig:

@@ -11,8 +11,8 @@ import pytest
 from question_files import picture, put, put_lines, read_lines
 
 from dynmoe.errors import DataError
+from dynmoe.questions.choices import read_mmbench
 from dynmoe.questions.judged import read_llava_bench, read_mm_vet, read_vizwiz
-from dynmoe.questions.mmbench import read_mmbench
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 

@@ -8,7 +8,7 @@ import pytest
 from question_files import picture, put
 
 from dynmoe.errors import DataError
-from dynmoe.questions.mme import COGNITION, PERCEPTION, parse_answer, read_mme
+from dynmoe.questions.yes_no import COGNITION, PERCEPTION, parse_answer, read_mme
 
 ASK = "Is it {}? Please answer yes or no."
 

@@ -8,7 +8,7 @@ import pytest
 from question_files import picture, put_lines, read_lines
 
 from dynmoe.errors import DataError
-from dynmoe.questions.pope import read_pope, says_yes
+from dynmoe.questions.yes_no import read_pope, says_yes
 
 LABELS = ["yes", "yes", "no", "no"]
 

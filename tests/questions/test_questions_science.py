@@ -9,7 +9,7 @@ import pytest
 from question_files import picture, put, read_lines
 
 from dynmoe.errors import DataError
-from dynmoe.questions.scienceqa import parse_choice, read_scienceqa
+from dynmoe.questions.choices import parse_choice, read_scienceqa
 
 INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
 

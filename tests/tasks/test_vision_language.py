@@ -237,7 +237,7 @@ class Answered(NamedTuple):
 def answered_alone(task: VisionLanguage, data: VisionLanguageData, name: str) -> Answered:
     task.eval()
     questions = Questions({name: data.sets[name]}, data.asked.prompts, data._transform)
-    collate = collate_questions(data.tokenizer.pad_token_id)
+    collate = partial(collate_questions, data.tokenizer.pad_token_id)
     found = Answered([], [], [])
     for row in range(len(data.sets[name].questions)):
         batch = collate(questions.__getitems__([Key(name, row)]))
@@ -288,7 +288,7 @@ def test_every_question_is_answered_and_scored(
 def reference_loss(task: VisionLanguage, data: VisionLanguageData, name: str) -> float:
     """Over all tokens of the right answers, each question alone and without padding."""
     questions = Questions({name: data.sets[name]}, data.asked.prompts, data._transform)
-    collate = collate_questions(data.tokenizer.pad_token_id)
+    collate = partial(collate_questions, data.tokenizer.pad_token_id)
     losses = []
     for row, right in enumerate(data.sets[name].records):
         tokens = dict(collate(questions.__getitems__([Key(name, row)])).tokens)

@@ -19,8 +19,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from dynmoe.data.images.environments import Environment
-from dynmoe.data.protocol import IntArray
-from dynmoe.seeding import seed_hash
+from dynmoe.seeding import IntArray, seed_hash
 
 IN, OUT = 0, 1
 
@@ -116,6 +115,7 @@ class EnvironmentDraw:
         rng = np.random.default_rng(seed_hash(self.seed, "batch", step, env))
         weights = None if self.weights is None else self.weights[env]
         items = rng.choice(self.pools[env], self.batch_size, p=weights)
+        # NOTE: one for each draw, not for each image: drawn twice it is augmented in two ways.
         draw_seeds = rng.integers(2**63, size=self.batch_size)
         return [
             ImageKey(env, IN, item, draw_seed)
@@ -144,10 +144,16 @@ class ImageEvalBatches(Sampler[list[ImageKey]]):
         return len(self._slices()[self.rank :: self.world_size])
 
     def __iter__(self) -> Iterator[list[ImageKey]]:
-        step = self.next_step() - 1  # the evaluation follows it: each has augmentations of its own
+        # NOTE: seeded by the step that the evaluation follows, so that each evaluation sees other
+        # augmentations, and a repeated one the same.
+        step = self.next_step() - 1
         for env, part, start in self._slices()[self.rank :: self.world_size]:
             items = self.splits[env][part][start : start + self.batch_size].tolist()
-            yield [ImageKey(env, part, item, self._draw_seed(step, env, item)) for item in items]
+            seeds = (
+                seed_hash(self.seed, "eval", step, env, item) if env in self.augmented else None
+                for item in items
+            )
+            yield [ImageKey(env, part, *key) for key in zip(items, seeds, strict=True)]
 
     def _slices(self) -> list[tuple[int, int, int]]:
         return [
@@ -156,11 +162,6 @@ class ImageEvalBatches(Sampler[list[ImageKey]]):
             for part in (IN, OUT)
             for start in range(0, len(parts[part]), self.batch_size)
         ]
-
-    def _draw_seed(self, step: int, env: int, item: int) -> int | None:
-        if env not in self.augmented:
-            return None
-        return seed_hash(self.seed, "eval", step, env, item)
 
 
 def class_balanced_weights(labels: IntArray) -> npt.NDArray[np.float64]:

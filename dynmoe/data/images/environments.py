@@ -21,8 +21,8 @@ from rich.progress import track
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from dynmoe.data.protocol import IntArray
 from dynmoe.errors import DataError
+from dynmoe.seeding import IntArray
 
 
 @dataclass(eq=False)

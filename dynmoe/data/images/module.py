@@ -35,8 +35,8 @@ from dynmoe.data.images.environments import (
     decoded_bytes,
     survey,
 )
-from dynmoe.data.protocol import IntArray, split
 from dynmoe.errors import DataError
+from dynmoe.seeding import IntArray, split
 
 
 @dataclass(eq=False, kw_only=True)
@@ -77,7 +77,7 @@ class DomainData(TaskData):
     workers: int | Literal["auto"] = "auto"
     """Loader processes per device; auto: 0 for images in memory, else up to 8."""
     verify: Literal["header", "decode", "none"] = "header"
-    """What is read of every image file before training."""
+    """Part of every image file that is read before training."""
     cache: bool | Literal["auto"] = "auto"
     """Keep decoded images in memory; auto: if they need no more than `cache_gb`."""
     cache_gb: float = 2.0
@@ -123,7 +123,8 @@ class DomainData(TaskData):
             raise DataError(
                 "\n  ".join([f"data {self.name}: {len(problems)} problem(s)", *problems])
             )
-        if self._to_be_cached(sizes):
+        fits = decoded_bytes(sizes) <= self.cache_gb * 2**30
+        if sizes and (fits if self.cache == "auto" else self.cache):
             envs = list(map(cached, envs, sizes))
         self.envs, self.splits = envs, splits
 
@@ -133,10 +134,6 @@ class DomainData(TaskData):
             return [], []
         sizes, unreadable = survey(files, decode=self.verify == "decode")
         return sizes, [] if self.verify == "none" else unreadable
-
-    def _to_be_cached(self, sizes: Sequence[IntArray]) -> bool:
-        fits = decoded_bytes(sizes) <= self.cache_gb * 2**30
-        return bool(sizes) and (fits if self.cache == "auto" else self.cache)
 
     @property
     def train_envs(self) -> list[int]:
@@ -164,10 +161,7 @@ class DomainData(TaskData):
 
     @property
     def task_arguments(self) -> dict[str, Any]:
-        return {
-            "num_classes": self.num_classes,
-            "env_names": self.env_names,
-        }
+        return {"num_classes": self.num_classes, "env_names": self.env_names}
 
     @property
     def sample(self) -> tuple[torch.Tensor]:
@@ -202,19 +196,6 @@ class DomainData(TaskData):
     def data_hash(self) -> str:
         return data_hash(self.envs, self.splits)
 
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Images per environment name and class name."""
-        return {
-            e.name: dict(
-                zip(
-                    e.class_names,
-                    np.bincount(e.labels, minlength=self.num_classes).tolist(),
-                    strict=True,
-                )
-            )
-            for e in self.envs
-        }
-
     def print_check(self, console: Console | None = None) -> None:
         """Print a table of the environments: role, splits and images per class."""
         table = Table(title=f"{self.name}, data {self.data_hash}")
@@ -226,8 +207,8 @@ class DomainData(TaskData):
         for part in ("in", "out"):
             sizes = [str(self.sizes[f"{name}/{part}"]) for name in self.env_names]
             table.add_row(part, *sizes, end_section=part == "out")
-        for name in self.class_names:
-            table.add_row(name, *[str(per_class[name]) for per_class in self.counts().values()])
+        for label, name in enumerate(self.class_names):
+            table.add_row(name, *[str((e.labels == label).sum()) for e in self.envs])
         (console or Console()).print(table)
 
     def train_dataloader(self) -> DataLoader[Any]:

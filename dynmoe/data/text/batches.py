@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.sets import LabelArray, TextSet
 from dynmoe.data.text.tokens import EncodedTexts, TokenRow
-from dynmoe.seeding import seed_hash
+from dynmoe.seeding import IntArray, seed_hash
 
 BUCKET = 50
 """Batches that are drawn together and sorted by length before they are cut."""
@@ -106,6 +105,7 @@ class EpochDraw:
         for rows in self._apart(order):
             for start in range(0, len(rows), size):
                 bucket = rows[start : start + size]
+                # Stable: NumPy's default order of equal lengths depends on the CPU.
                 bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
                 batches += np.split(bucket, range(self.batch_size, len(bucket), self.batch_size))
         # Within a bucket short batches come first: shuffle whole batches.
@@ -148,6 +148,7 @@ class EvalBatches(Sampler[list[Key]]):
     def _batches(self) -> list[list[Key]]:
         batches = []
         for source, lengths in self.lengths.items():
+            # The longest first: a batch too large for the memory fails at once, not at the end.
             order = np.argsort(-lengths, kind="stable")[self.rank :: self.world_size].tolist()
             # NOTE: counted by the ranks with fewest examples, so that all ranks have equally many
             # batches (sharded models need every rank in each); some have one example more in the

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data.base import TaskData
-from dynmoe.data.protocol import split
 from dynmoe.data.text.batches import (
     Collate,
     EpochDraw,
@@ -36,6 +35,7 @@ from dynmoe.data.text.sources import Source, read_sets
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS, GlueTask
 from dynmoe.data.text.tokens import EncodedTexts, encode, load_tokenizer, word_tokenizer
 from dynmoe.errors import DataError
+from dynmoe.seeding import split
 
 log = logging.getLogger(__name__)
 
@@ -115,30 +115,26 @@ class GlueData(TaskData):
             kept, held = split(len(train), self.trial_seed, 0, self.holdout_fraction)
             sets["train"] = train.subset(np.sort(kept))
             sets["heldout"] = train.subset(np.sort(held))
-        self._check(sets)
-        self.tokenizer = self._make_tokenizer(sets["train"])
+        train = sets["train"]
+        if not all(map(len, sets.values())):
+            raise DataError(
+                f"data {self.name}: protocol.holdout_fraction={self.holdout_fraction} of "
+                f"{len(train)} training examples leaves none to hold out"
+            )
+        if self.tokenizer_path is None and self.tokenizer_name is None:
+            self.tokenizer = word_tokenizer([*train.first, *(train.second or [])], VOCABULARY)
+        else:
+            self.tokenizer = load_tokenizer(self.tokenizer_path, self.tokenizer_name)
         self._encoded = {name: self._encode(each) for name, each in sets.items()}
         self.sets = sets
         if self.linear_baseline:
-            self.baseline = linear_text_baseline(sets["train"], sets["dev"], self.glue_task.metrics)
+            self.baseline = linear_text_baseline(train, sets["dev"], self.glue_task.metrics)
 
     def _read(self, names: Sequence[str]) -> dict[str, TextSet]:
         found = read_sets(self.glue_task, self.source, self.root, names)
         for text in found.warnings:
             log.warning("%s", text)
         return found.sets
-
-    def _check(self, sets: dict[str, TextSet]) -> None:
-        if not all(map(len, sets.values())):
-            raise DataError(
-                f"data {self.name}: protocol.holdout_fraction={self.holdout_fraction} of "
-                f"{len(sets['train'])} training examples leaves none to hold out"
-            )
-
-    def _make_tokenizer(self, train: TextSet) -> PreTrainedTokenizerBase:
-        if self.tokenizer_path is None and self.tokenizer_name is None:
-            return word_tokenizer([*train.first, *(train.second or [])], VOCABULARY)
-        return load_tokenizer(self.tokenizer_path, self.tokenizer_name)
 
     def _encode(self, texts: TextSet) -> EncodedTexts:
         cache = None if self.cache is None else Path(self.cache)
@@ -174,7 +170,7 @@ class GlueData(TaskData):
 
     @property
     def sample(self) -> tuple[dict[str, torch.Tensor]]:
-        """As long as the mean training text."""
+        """Has the length of the mean training text."""
         ids = torch.zeros(1, max(1, round(self.mean_tokens)), dtype=torch.long)
         return ({"input_ids": ids},)  # without a mask nothing depends on data
 
@@ -228,8 +224,7 @@ class GlueData(TaskData):
         return self._text_loader(self._step_batches(draw))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        evaluated = [name for name in self.sets if name not in ("train", *TESTS)]
-        return self._eval_loader(evaluated)
+        return self._eval_loader([name for name in self.sets if name not in ("train", *TESTS)])
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """A loader for each of `test_sets`."""
@@ -305,10 +300,9 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {
 
 
 def linear_text_baseline(train: TextSet, dev: TextSet, metrics: Sequence[str]) -> dict[str, Any]:
-    """The mean of `metrics` on dev: {"name": ..., "scores": {"dev": {"score": ...}}}. It is for
-    classes, not for regression.
+    """The mean of `metrics` on dev: {"name": ..., "scores": {"dev": {"score": ...}}}.
 
-    A pair is read as one text.
+    It is for classes, not for regression. A pair is read as one text.
     """
     # C chosen once on the embedded glosses; the default 1 regularizes short texts too much.
     classifier = make_pipeline(TfidfVectorizer(), LogisticRegression(C=10, max_iter=1000))

@@ -119,11 +119,16 @@ def read_ood(name: str, root: str | None, task: GlueTask) -> TextSet:
         )
     published = OOD[name]
     if task.name not in published.tasks:
+        fitting = [each for each, other in OOD.items() if task.name in other.tasks]
+        choices = [", ".join(fitting), f"a file with columns {', '.join(task.columns)}, label"]
         raise DataError(
             f"data.ood: {name} fits {' and '.join(published.tasks)}, not {task.name}: "
-            f"{_misfit(published, task)}. For {task.name} take {_fitting(task)}."
+            f"{_misfit(published, task)}. For {task.name} take "
+            f"{' or '.join(filter(None, choices))}."
         )
-    folders = _folders(Path(root), name)
+    # SciTailV1.1/ or snli_1.0/ below `root`, then `root` itself.
+    below = [entry for entry in sorted(Path(root).iterdir()) if entry.is_dir()]
+    folders = [*(each for each in below if each.name.lower().startswith(name)), Path(root)]
     file = first_file([folder / each for folder, each in product(folders, published.files)])
     if file is None:
         raise DataError(
@@ -133,23 +138,11 @@ def read_ood(name: str, root: str | None, task: GlueTask) -> TextSet:
     return _published(published, file, task)
 
 
-def _folders(root: Path, name: str) -> list[Path]:
-    """SciTailV1.1/ or snli_1.0/ below `root`, then `root` itself."""
-    below = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
-    return [*(entry for entry in below if entry.name.lower().startswith(name)), root]
-
-
 def _misfit(published: OodSet, task: GlueTask) -> str:
     for classes in published.labels.values():
         if classes and not set(classes) & set(task.labels):
             return f"its class {' or '.join(classes)} is none of {task.name}'s"
     return "its labels mean something else"
-
-
-def _fitting(task: GlueTask) -> str:
-    names = [name for name, published in OOD.items() if task.name in published.tasks]
-    own = f"a file with columns {', '.join(task.columns)}, label"
-    return " or ".join(filter(None, [", ".join(names), own]))
 
 
 def _published(published: OodSet, file: Path, task: GlueTask) -> TextSet:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.tasks import GlueTask
 from dynmoe.errors import DataError
+from dynmoe.seeding import IntArray
 
 LISTED = 5  # unknown labels named in a message
 
@@ -82,10 +82,12 @@ def text_set(
     if labelled and raw.labels is None:
         raise DataError(f"{raw.where}: no label column.")
     words = None if raw.labels is None else [str(label) for label in raw.labels]
+    # Files of different sources name a class or number it.
+    own = {word: label for label, name in enumerate(task.labels) for word in (name, str(label))}
     label = (
         _scores(words, raw, labelled=labelled)
         if task.regression
-        else _classes(words, raw, known or _words(task), labelled=labelled)
+        else _classes(words, raw, known or own, labelled=labelled)
     )
     return TextSet(
         first=raw.texts[0],
@@ -93,11 +95,6 @@ def text_set(
         label=label,
         index=np.array(raw.index, dtype=np.int64),
     )
-
-
-def _words(task: GlueTask) -> dict[str, int]:
-    """Files of different sources name a class or number it."""
-    return {word: label for label, name in enumerate(task.labels) for word in (name, str(label))}
 
 
 def _classes(

@@ -8,7 +8,7 @@ MNLI's model. `glosses` is not part of GLUE: it comes with the package (text/sou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 LABELLED = ("train", "dev", "mismatched")
 TESTS = ("test", "test_mismatched", "ax")
@@ -27,8 +27,8 @@ class GlueTask:
     """One problem.
 
     `columns` are the hub's: one text or two. `labels` are class names in label order, empty for a
-    regression. `sizes` counts the rows of every set as published. `submission` maps a test set to
-    the file that the GLUE server expects; `text_labels`: it holds class names, not numbers.
+    regression. `sizes` counts the rows of every set as published. `text_labels`: the files that
+    the GLUE server expects hold class names, not numbers.
     """
 
     name: str
@@ -37,12 +37,18 @@ class GlueTask:
     labels: tuple[str, ...]
     sizes: Mapping[str, int]
     metrics: tuple[str, ...] = ("accuracy",)
-    submission: Mapping[str, str] = field(default_factory=dict)
     text_labels: bool = False
 
     @property
     def regression(self) -> bool:
         return not self.labels
+
+    @property
+    def submission(self) -> dict[str, str]:
+        """The file that the GLUE server expects for each test set."""
+        test = "MNLI-m" if self.name == "mnli" else self.title
+        files = {"test": f"{test}.tsv", "test_mismatched": "MNLI-mm.tsv", "ax": "AX.tsv"}
+        return {name: file for name, file in files.items() if name in self.sizes}
 
     @property
     def measure(self) -> str:
@@ -71,7 +77,6 @@ TASKS = {
             labels=("unacceptable", "acceptable"),
             sizes=_sizes(8551, 1043, 1063),
             metrics=("matthews",),
-            submission={"test": "CoLA.tsv"},
         ),
         GlueTask(
             name="sst2",
@@ -79,7 +84,6 @@ TASKS = {
             columns=("sentence",),
             labels=("negative", "positive"),
             sizes=_sizes(67349, 872, 1821),
-            submission={"test": "SST-2.tsv"},
         ),
         GlueTask(
             name="mrpc",
@@ -88,7 +92,6 @@ TASKS = {
             labels=("not_equivalent", "equivalent"),
             sizes=_sizes(3668, 408, 1725),
             metrics=("accuracy", "f1"),
-            submission={"test": "MRPC.tsv"},
         ),
         GlueTask(
             name="qqp",
@@ -97,7 +100,6 @@ TASKS = {
             labels=("not_duplicate", "duplicate"),
             sizes=_sizes(363846, 40430, 390965),
             metrics=("accuracy", "f1"),
-            submission={"test": "QQP.tsv"},
         ),
         GlueTask(
             name="stsb",
@@ -106,7 +108,6 @@ TASKS = {
             labels=(),
             sizes=_sizes(5749, 1500, 1379),
             metrics=("pearson", "spearman"),
-            submission={"test": "STS-B.tsv"},
         ),
         GlueTask(
             name="mnli",
@@ -121,7 +122,6 @@ TASKS = {
                 "test_mismatched": 9847,
                 "ax": 1104,
             },
-            submission={"test": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv", "ax": "AX.tsv"},
             text_labels=True,
         ),
         GlueTask(
@@ -130,7 +130,6 @@ TASKS = {
             columns=("question", "sentence"),
             labels=TWO_WAY,
             sizes=_sizes(104743, 5463, 5463),
-            submission={"test": "QNLI.tsv"},
             text_labels=True,
         ),
         GlueTask(
@@ -139,7 +138,6 @@ TASKS = {
             columns=SENTENCES,
             labels=TWO_WAY,
             sizes=_sizes(2490, 277, 3000),
-            submission={"test": "RTE.tsv"},
             text_labels=True,
         ),
         GlueTask(
@@ -148,7 +146,6 @@ TASKS = {
             columns=SENTENCES,
             labels=("not_entailment", "entailment"),
             sizes=_sizes(635, 71, 146),
-            submission={"test": "WNLI.tsv"},
         ),
         GlueTask(
             name="glosses",

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from filelock import FileLock
 
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.sets import TextSet
 from dynmoe.errors import ConfigError, DataError
+from dynmoe.seeding import IntArray
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -19,12 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.batches import Key
 from dynmoe.data.vl.chat import IGNORE, IMAGE, IdArray, encode_answers, encode_prompts
 from dynmoe.data.vl.store import TokenStore
-from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import QuestionSet
+from dynmoe.seeding import IntArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +58,8 @@ class ConversationBatch(NamedTuple):
 def scored(label_BN: Tensor) -> tuple[Tensor, Tensor]:
     """Positions [M] of the flattened batch whose next token has a loss, and these tokens."""
     next_T = F.pad(label_BN[:, 1:], (0, 1), value=IGNORE).flatten()
+    # NOTE: shifted within rows, then flattened: no row predicts the first token of the next one.
+    # nonzero waits for the device; it saves the logits, [vocabulary] each, of all other positions.
     scored_M = (next_T != IGNORE).nonzero().squeeze(1)
     return scored_M, next_T[scored_M]
 
@@ -129,7 +129,13 @@ class Questions(Dataset[Fetched]):
         self.sets = sets
         self.prompts = prompts
         self.transform = transform
-        self._kinds = {name: _kinds(each) for name, each in sets.items()}
+        kinds = {
+            name: [question.kind for question in each.questions] for name, each in sets.items()
+        }
+        self._kinds = {
+            name: np.unique(each, return_inverse=True)[1].astype(np.int32)
+            for name, each in kinds.items()
+        }
 
     def __getitems__(self, keys: list[Key]) -> Fetched:
         (source, _, weight), rows = keys[0], [key.row for key in keys]
@@ -140,17 +146,8 @@ class Questions(Dataset[Fetched]):
         return Fetched(source, rows, ids, [self._kinds[source][rows]], images, weight)
 
 
-def collate_conversations(pad_id: int) -> Callable[[Fetched], ConversationBatch]:
-    """Return a function that pads the conversations of a batch to the longest of them."""
-    return partial(_conversation_batch, pad_id)
-
-
-def collate_questions(pad_id: int) -> Callable[[Fetched], QuestionBatch]:
-    """Return a function that pads the prompts of a batch to the longest of them."""
-    return partial(_question_batch, pad_id)
-
-
-def _conversation_batch(pad_id: int, fetched: Fetched) -> ConversationBatch:
+def collate_conversations(pad_id: int, fetched: Fetched) -> ConversationBatch:
+    """Pad the conversations of a batch to the longest of them."""
     return ConversationBatch(
         tokens=_tokens(fetched, pad_id, "right"),
         label=_padded(fetched.labels, IGNORE, "right"),
@@ -160,7 +157,8 @@ def _conversation_batch(pad_id: int, fetched: Fetched) -> ConversationBatch:
     )
 
 
-def _question_batch(pad_id: int, fetched: Fetched) -> QuestionBatch:
+def collate_questions(pad_id: int, fetched: Fetched) -> QuestionBatch:
+    """Pad the prompts of a batch to the longest of them."""
     (kinds,) = fetched.labels
     return QuestionBatch(
         tokens=_tokens(fetched, pad_id, "left"),
@@ -173,6 +171,7 @@ def _question_batch(pad_id: int, fetched: Fetched) -> QuestionBatch:
 def _tokens(fetched: Fetched, pad_id: int, side: str) -> Tokens:
     ids = _padded(fetched.ids, pad_id, side)
     image_mask = ids == IMAGE
+    # NOTE: an embedding has no row IMAGE, which is negative; the patches replace what pad_id gives.
     return {
         "input_ids": ids.masked_fill(image_mask, pad_id),
         "attention_mask": _padded([np.ones_like(each) for each in fetched.ids], 0, side),
@@ -182,6 +181,7 @@ def _tokens(fetched: Fetched, pad_id: int, side: str) -> Tokens:
 
 
 def _padded(rows: list[IdArray], value: int, side: str) -> Tensor:
+    # A copy: rows of a store are mapped from a file, read-only and int32.
     tensors = [torch.from_numpy(row.astype(np.int64)) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
@@ -189,11 +189,6 @@ def _padded(rows: list[IdArray], value: int, side: str) -> Tensor:
 def _pixels(names: Sequence[str], load_image: LoadImage, transform: ImageTransform) -> Tensor:
     images = [transform(load_image(name)) for name in names]
     return torch.stack(images) if images else torch.empty(0, 3, transform.size, transform.size)
-
-
-def _kinds(questions: QuestionSet) -> IdArray:
-    kinds = [question.kind for question in questions.questions]
-    return np.unique(kinds, return_inverse=True)[1].astype(np.int32)
 
 
 # Sets of questions as prompts of a language model, and the scores of its answers.
@@ -284,34 +279,6 @@ class AskedQuestions:
             "image": image,
             "image_tokens": self.image_tokens,
         }
-
-    def refuse_unscored(self, folders: Mapping[str, str]) -> None:
-        """Refuse sets without a local score; `folders` are those of published sets.
-
-        Raises:
-            ConfigError: a set that is not scored here.
-        """
-        for name, questions in self.sets.items():
-            if not questions.is_scored:
-                raise ConfigError(
-                    f"data.question_sets: {name} has no local score. Leave it out; answer it after "
-                    f"training: dynmoe-eval run=FOLDER mode=answer question_sets.{name}="
-                    f"{folders.get(name, 'FOLDER')}"
-                )
-
-    def refuse_fewer_than(self, devices: int) -> None:
-        """Refuse sets that leave a device without a question: the others would wait for it.
-
-        Raises:
-            DataError: a set with fewer questions than `devices`.
-        """
-        for name, questions in self.sets.items():
-            if (found := len(questions.questions)) < devices:
-                raise DataError(
-                    f"{name}: expected a question for each of the {devices} devices or more, found "
-                    f"{found}. Evaluate on fewer devices (trainer.devices={found}), or leave the "
-                    "set out."
-                )
 
 
 def _in_order(answers: Answers) -> list[str]:

@@ -23,7 +23,7 @@ IMAGE = -200
 IGNORE = -100
 """Label of a position without loss."""
 
-CHUNK = 1000  # prompts tokenized at once: offsets of all would fill the memory
+CHUNK = 1000  # texts tokenized at once: offsets of all would fill the memory
 
 IdArray = npt.NDArray[np.int32]
 
@@ -67,8 +67,8 @@ def encode_prompts(
 ) -> list[IdArray]:
     """Ids [N] of each question and its number of images, up to where the assistant begins to speak.
 
-    They are not cut. A question without placeholders has its images on lines of their own before
-    it, as LLaVA asks.
+    They are not cut. A question without placeholders has its images before it, one a line, as
+    LLaVA asks.
 
     Raises:
         ConfigError: `template` and `tokenizer` do not fit together.
@@ -77,9 +77,7 @@ def encode_prompts(
     form = checked(tokenizer, template)
     texts = [_with_placeholders(text, num_images) for text, num_images in questions]
     spans = [form.render([Message("user", text)], tokenizer) for text in texts]
-    chunks = (spans[start : start + CHUNK] for start in range(0, len(spans), CHUNK))
-    encoded = (_encoded(chunk, tokenizer, form, image_tokens) for chunk in chunks)
-    return [each.ids for chunk in encoded for each in chunk]
+    return [each.ids for each in _encoded(spans, tokenizer, form, image_tokens)]
 
 
 def encode_answers(
@@ -95,8 +93,7 @@ def encode_answers(
         )
         for text, images, answer in answered
     ]
-    chunks = (spans[start : start + CHUNK] for start in range(0, len(spans), CHUNK))
-    encoded = [each for chunk in chunks for each in _encoded(chunk, tokenizer, form, 1)]
+    encoded = _encoded(spans, tokenizer, form, image_tokens=1)
     return [each.labels[each.labels != IGNORE].tolist() for each in encoded]
 
 
@@ -166,6 +163,9 @@ def _encoded(
     form: Template,
     image_tokens: int,
 ) -> list[EncodedConversation]:
+    if not 0 < len(spans) <= CHUNK:  # a tokenizer refuses an empty list
+        chunks = (spans[start : start + CHUNK] for start in range(0, len(spans), CHUNK))
+        return [one for each in chunks for one in _encoded(each, tokenizer, form, image_tokens)]
     pieces = [_pieces(each) for each in spans]
     tokenized = tokenizer(
         ["".join(text for text, _ in piece) for each in pieces for piece in each],

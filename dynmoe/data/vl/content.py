@@ -5,20 +5,25 @@ There is one function for each kind of data. A stage's name is `align`, `instruc
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from dynmoe.data.vl import readers
-from dynmoe.data.vl.conversations import ConversationSource, SourceKind
-from dynmoe.data.vl.easy_vqa import easy_vqa_questions, easy_vqa_source
-from dynmoe.data.vl.image_use import baselines, spread, with_other_images
+from dynmoe.data.vl.conversations import (
+    IMAGE_PLACEHOLDER,
+    Conversation,
+    ConversationSource,
+    SourceKind,
+)
 from dynmoe.data.vl.scenes import scene_questions, scene_source
+from dynmoe.errors import DataError
 from dynmoe.questions.base import QuestionSet
+from dynmoe.questions.choices import read_scienceqa
 from dynmoe.questions.exact import ExactMatch
-from dynmoe.questions.scienceqa import read_scienceqa
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Content:
     words: Callable[[], Iterable[str]] | None = None
     """Texts with every word of all stages, to make a vocabulary from."""
     baseline: Callable[[], dict[str, Any]] | None = None
-    """Scores on the first set without its images (`image_use.baselines`)."""
+    """Scores on the first set without its images (`baselines`)."""
 
 
 def scenes(stage: str, px: int, train_scenes: int, test_scenes: int, seed: int = 0) -> Content:
@@ -41,16 +46,37 @@ def scenes(stage: str, px: int, train_scenes: int, test_scenes: int, seed: int =
     The set `shuffled` asks the questions of `test` about other questions' images: a right answer
     comes from the text, or by chance, as the other image may have the same answer.
     """
-
-    def read(kind: SourceKind) -> ConversationSource:
-        return scene_source(kind, seed, train_scenes, px)
-
     test = scene_questions(seed, test_scenes, px)
+    read = partial(scene_source, seed=seed, size=train_scenes, px=px)
+    return _captions_then_questions(stage, read, test, test.with_other_images())
+
+
+def easy_vqa(
+    stage: str, root: str | None, max_turns: int, test_questions: int | None = None
+) -> Content:
+    """easy-VQA (dynmoe/data/vl/readers.py): statements about its images to align, then questions.
+
+    ``test_questions`` of the test set are asked, evenly spread; None: all. There is a set
+    `shuffled` as in `scenes`; answers are few, so another image often has the same one.
+    """
+    whole = readers.easy_vqa_questions(root)
+    # Images are exchanged in the whole set, so that a question's other image is always the same.
+    test, shuffled = (each.spread(test_questions) for each in (whole, whole.with_other_images()))
+    read = cache(partial(readers.easy_vqa_source, root=root, max_turns=max_turns))
+    return _captions_then_questions(stage, read, test, shuffled)
+
+
+def _captions_then_questions(
+    stage: str,
+    read: Callable[[SourceKind], ConversationSource],
+    test: ExactMatch,
+    shuffled: ExactMatch,
+) -> Content:
     return Content(
         lambda: read("captions" if stage == "align" else "questions"),
-        {"test": test, "shuffled": scene_questions(seed, test_scenes, px, shuffled=True)},
+        {"test": test, "shuffled": shuffled},
         lambda: _texts(read("captions"), read("questions")),
-        lambda: _without_images("test", test, read("questions")),
+        lambda: _without_images(test, read("questions")),
     )
 
 
@@ -60,37 +86,43 @@ def _texts(*sources: ConversationSource) -> Iterator[str]:
             yield from (message.text for message in conversation.messages)
 
 
-def _without_images(name: str, test: ExactMatch, source: ConversationSource) -> dict[str, Any]:
+def _without_images(test: ExactMatch, source: ConversationSource) -> dict[str, Any]:
     found = baselines(test, source)
     return {
         "name": "most frequent answer to the same question",
-        "scores": {name: {"score": found["question only"]}},
+        "scores": {"test": {"score": found["question only"]}},
         "majority": found["majority"],
     }
 
 
-def easy_vqa(
-    stage: str, root: str | None, max_turns: int, test_questions: int | None = None
-) -> Content:
-    """easy-VQA (dynmoe/data/vl/easy_vqa.py): statements about its images to align, then questions.
+def baselines(questions: ExactMatch, training: Iterable[Conversation]) -> dict[str, float]:
+    """Scores in [0, 1] of two answerers that see no image.
 
-    ``test_questions`` of the test set are asked, evenly spread; None: all. There is a set
-    `shuffled` as in `scenes`; answers are few, so another image often has the same one.
+    majority: always the most frequent answer of the training conversations. question only: the
+    most frequent answer to the same question, or the majority's if training never asks it.
+
+    Raises:
+        DataError: no conversations.
     """
+    answers: Counter[str] = Counter()
+    by_question: dict[str, Counter[str]] = defaultdict(Counter)
+    for conversation in training:
+        turns = iter(conversation.messages)
+        for question, answer in zip(turns, turns, strict=True):
+            by_question[_bare(question.text)][answer.text] += 1
+            answers[answer.text] += 1
+    if not answers:
+        raise DataError(f"{questions.name}: no training conversations to take answers from.")
+    ((majority, _),) = answers.most_common(1)
+    asked = [by_question.get(_bare(question.text), answers) for question in questions.questions]
+    return {
+        "majority": questions.score([majority] * len(asked))["score"],
+        "question only": questions.score([each.most_common(1)[0][0] for each in asked])["score"],
+    }
 
-    @cache
-    def read(kind: SourceKind) -> ConversationSource:
-        return easy_vqa_source(kind, root, max_turns)
 
-    test, shuffled = (
-        spread(easy_vqa_questions(root, shuffled), test_questions) for shuffled in (False, True)
-    )
-    return Content(
-        lambda: read("captions" if stage == "align" else "questions"),
-        {"test": test, "shuffled": shuffled},
-        lambda: _texts(read("captions"), read("questions")),
-        lambda: _without_images("test", test, read("questions")),
-    )
+def _bare(question: str) -> str:
+    return question.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
 def llava(stage: str, root: str, files: Mapping[str, Sequence[str]]) -> Content:
@@ -124,13 +156,8 @@ def vqa(root: str, train: str, test: str, images: str, suffix: str) -> Content:
     shown = [question for question in questions.questions if question.images]
     sets = {"test": questions}
     if len({question.images for question in shown}) > 1:
-        sets["shuffled"] = with_other_images(questions)
-    return Content(
-        read,
-        sets,
-        lambda: _texts(read()),
-        lambda: _without_images("test", questions, read()),
-    )
+        sets["shuffled"] = questions.with_other_images()
+    return Content(read, sets, lambda: _texts(read()), lambda: _without_images(questions, read()))
 
 
 def science_qa(root: str) -> Content:

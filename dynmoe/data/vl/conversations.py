@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dynmoe.errors import DataError
 from dynmoe.questions.files import check_images, load_image
@@ -41,38 +42,25 @@ class Conversation:
     images: tuple[str, ...] = ()
 
 
-class ConversationSource(Protocol):
-    """Conversations as a stream that may be read again; every reader returns one.
-
-    `digest`, 16 hexadecimal digits, changes with the content.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def digest(self) -> str: ...
-
-    def __iter__(self) -> Iterator[Conversation]: ...
-
-    def load_image(self, key: str) -> PIL.Image.Image:
-        """The image of a key, RGB."""
-
-
 @dataclass(frozen=True)
-class ReadConversations:
-    """A `ConversationSource` of files: `read` reads them anew at every pass, or returns a list."""
+class ConversationSource:
+    """Conversations as a stream that may be read again; every reader returns one."""
 
     name: str
     digest: str
+    """16 hexadecimal digits that change with the content."""
     read: Callable[[], Iterable[Conversation]]
-    load: Callable[[str], PIL.Image.Image]
+    """Begins a pass: reads or draws the conversations anew, or iterates over a list."""
+    load_image: Callable[[str], PIL.Image.Image]
+    """From the key of an image to the image, RGB."""
 
     def __iter__(self) -> Iterator[Conversation]:
         return iter(self.read())
 
-    def load_image(self, key: str) -> PIL.Image.Image:
-        return self.load(key)
+
+def text_digest(content: str) -> str:
+    """16 hexadecimal digits of a text."""
+    return sha256(content.encode()).hexdigest()[:16]
 
 
 def questions_answered(

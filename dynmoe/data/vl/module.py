@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data.base import TaskData
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.batches import EpochDraw, EvalBatches, steps_per_epoch
 from dynmoe.data.vl import chat
 from dynmoe.data.vl.batches import (
@@ -34,9 +33,10 @@ from dynmoe.data.vl.chat import tokenizer_of
 from dynmoe.data.vl.content import Content
 from dynmoe.data.vl.conversations import ConversationSource
 from dynmoe.data.vl.store import TokenStore, tokenized
-from dynmoe.errors import DataError
+from dynmoe.errors import ConfigError, DataError
+from dynmoe.questions import read_question_set
 from dynmoe.questions.base import QuestionSet
-from dynmoe.questions.registry import read_question_set
+from dynmoe.seeding import IntArray
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class VisionLanguageData(TaskData):
     root: str | None = None
     """Folder that configurations pass on to `content`; not read here."""
     question_sets: Mapping[str, str] = field(default_factory=dict)
-    """Published sets to evaluate on: {name in questions/registry.py: folder}."""
+    """Published sets to evaluate on: {name in `questions.SETS`: folder}."""
     image_size: int
     """Pixels of the vision tower's square images."""
     patch_size: int
@@ -111,7 +111,13 @@ class VisionLanguageData(TaskData):
         """
         if not self.sets:
             self.setup_questions({})
-            self.asked.refuse_unscored(self.question_sets)
+            for name, questions in self.sets.items():
+                if not questions.is_scored:
+                    raise ConfigError(
+                        f"data.question_sets: {name} has no local score. Leave it out; answer it "
+                        f"after training: dynmoe-eval run=FOLDER mode=answer question_sets.{name}="
+                        f"{self.question_sets.get(name, 'FOLDER')}"
+                    )
         if stage != "validate" and self._has_conversations:
             _ = self.store  # tokenized now
 
@@ -223,7 +229,7 @@ class VisionLanguageData(TaskData):
 
     @property
     def sample(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """As long as the mean conversation, with one image."""
+        """Has the length of the mean conversation, and one image."""
         answer = float(self.max_new_tokens)
         if self._has_conversations:
             answer = float(self.store.answer_tokens.mean())
@@ -267,9 +273,20 @@ class VisionLanguageData(TaskData):
         return sha256("\n".join(digests).encode()).hexdigest()[:8]
 
     def print_check(self, console: Console | None = None) -> None:
-        """Print a table of conversations and questions: tokens and images."""
-        store = self.store if self._has_conversations else None
-        print_overview(f"{self.name}, data {self.data_hash}", store, self.asked, console)
+        """Print a table of conversations, if there are any, and questions: tokens and images."""
+        table = Table(title=f"{self.name}, data {self.data_hash}")
+        for column in ("", "rows", "with images", "mean tokens", "longest"):
+            table.add_column(column, justify="right" if column else "left")
+        rows: list[tuple[str, IntArray, IntArray]] = []
+        if self._has_conversations:
+            rows.append(("train", self.store.num_images, self.store.lengths))
+        for name, questions in self.sets.items():
+            images = np.array([len(question.images) for question in questions.questions])
+            rows.append((name, images, self.asked.lengths[name]))
+        for name, images, lengths in rows:
+            numbers = len(lengths), int((images > 0).sum()), f"{lengths.mean():.1f}", lengths.max()
+            table.add_row(name, *map(str, numbers))
+        (console or Console()).print(table)
 
     def train_dataloader(self) -> DataLoader[Any]:
         draw = EpochDraw(
@@ -281,47 +298,23 @@ class VisionLanguageData(TaskData):
         )
         load = {"train": self._source.load_image}
         examples = Conversations({"train": self.store}, load, self._transform)
-        collate = collate_conversations(self._pad)
+        collate = partial(collate_conversations, self.tokenizer.pad_token_id)
         return self._loader(examples, self._step_batches(draw), collate, self.workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        self.asked.refuse_fewer_than(self._world_size)
+        for name, questions in self.sets.items():
+            # NOTE: a device without a question would be waited for by the others.
+            if (found := len(questions.questions)) < self._world_size:
+                raise DataError(
+                    f"{name}: expected a question for each of the {self._world_size} devices or "
+                    f"more, found {found}. Evaluate on fewer devices (trainer.devices={found}), or "
+                    "leave the set out."
+                )
         lengths = self.asked.lengths
         batches = EvalBatches(lengths, self.eval_batch_size, self._rank, self._world_size)
         examples = Questions(self.sets, self.asked.prompts, self._transform)
-        return self._loader(examples, batches, collate_questions(self._pad), self.workers)
-
-    @property
-    def _pad(self) -> int:
-        pad: int = self.tokenizer.pad_token_id
-        return pad
-
-
-# Summaries of conversations and questions: a table, and a typical input.
-
-
-def print_overview(
-    title: str, store: TokenStore | None, asked: AskedQuestions, console: Console | None
-) -> None:
-    """Print a table of conversations, if there are any, and questions: tokens and images."""
-    table = Table(title=title)
-    for column in ("", "rows", "with images", "mean tokens", "longest"):
-        table.add_column(column, justify="right" if column else "left")
-    rows: list[tuple[str, IntArray, IntArray]] = []
-    if store is not None:
-        rows.append(("train", store.num_images, store.lengths))
-    for name, questions in asked.sets.items():
-        images = np.array([len(question.images) for question in questions.questions])
-        rows.append((name, images, asked.lengths[name]))
-    for name, images, lengths in rows:
-        table.add_row(
-            name,
-            str(len(lengths)),
-            str(int((images > 0).sum())),
-            f"{lengths.mean():.1f}",
-            str(lengths.max()),
-        )
-    (console or Console()).print(table)
+        collate = partial(collate_questions, self.tokenizer.pad_token_id)
+        return self._loader(examples, batches, collate, self.workers)
 
 
 def sample_of(

@@ -1,35 +1,39 @@
-"""Conversations and questions from files: LLaVA's JSON, tables of questions, ScienceQA."""
+"""Conversations and questions from files: LLaVA's JSON, tables, ScienceQA, easy-VQA."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
+import re
 from codecs import BOM_UTF8
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from hashlib import sha256
+from importlib.util import find_spec
 from itertools import dropwhile
 from pathlib import Path
+from random import Random
 from typing import IO, Any, Literal, NamedTuple
 
 from dynmoe.data.vl.conversations import (
     IMAGE_PLACEHOLDER,
     Conversation,
+    ConversationSource,
     ImageFolder,
     Message,
-    ReadConversations,
     Role,
+    SourceKind,
     check_conversation,
     image_keys,
     questions_answered,
+    text_digest,
 )
-from dynmoe.errors import DataError
+from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
+from dynmoe.questions.choices import INSTRUCTION, LETTERS, prompt_text, read_problems
 from dynmoe.questions.exact import ExactMatch
-from dynmoe.questions.files import json_lines, reading
-from dynmoe.questions.scienceqa import INSTRUCTION, LETTERS, prompt_text, read_problems
+from dynmoe.questions.files import json_lines, read_json, reading
 
 FIRST = 1 << 16  # bytes in which the first character of a file is looked for
 
@@ -44,15 +48,12 @@ def json_entries(path: Path) -> Iterator[dict[str, Any]]:
     """
     with reading(path), path.open("rb") as file:
         start = file.read(FIRST).removeprefix(BOM_UTF8).lstrip()
-        numbered = _array(path, file) if start.startswith(b"[") else _lines(path)
+        lines = ((f"{path}, line {number}", entry) for number, entry in json_lines(path))
+        numbered = _array(path, file) if start.startswith(b"[") else lines
         for where, entry in numbered:
             if not isinstance(entry, dict):
                 raise DataError(f"{where}: expected an object, found {type(entry).__name__}.")
             yield entry
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    return ((f"{path}, line {number}", entry) for number, entry in json_lines(path))
 
 
 def _array(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
@@ -80,7 +81,7 @@ def file_digest(*paths: Path) -> str:
     for path in paths:
         with path.open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
+    return text_digest("\n".join(digests))
 
 
 # LLaVA's conversation files: the public 558k and 665k, MoE-LLaVA's, and others of their format.
@@ -93,7 +94,7 @@ SILENT = "system"  # a template has its own system text
 LITERAL = "<image >"
 
 
-def read_llava(name: str, files: Sequence[str], images: str | None = None) -> ReadConversations:
+def read_llava(name: str, files: Sequence[str], images: str | None = None) -> ConversationSource:
     """Conversations of all `files`, one after the other; image paths start from `images`.
 
     All entries are read once to find broken ones and missing images before training.
@@ -108,7 +109,7 @@ def read_llava(name: str, files: Sequence[str], images: str | None = None) -> Re
     if problems:
         raise DataError(f"data {name}: {', '.join(problems)}.")
     folder = ImageFolder(None if images is None else Path(images))
-    source = ReadConversations(
+    source = ConversationSource(
         name, file_digest(*paths), partial(_llava_conversations, paths), folder.load
     )
     where = " and ".join(map(str, paths))
@@ -203,15 +204,16 @@ class TableRow(NamedTuple):
 
 def vqa_table(
     name: str, file: str, images: str | None = None, suffix: str = ""
-) -> ReadConversations:
+) -> ConversationSource:
     """Training conversations: one question of the table each, with `suffix` at its end.
 
     Raises:
         DataError: a broken row, or images that are not there.
     """
     path, folder = Path(file), _checked(file, images)
-    digest = sha256(f"{file_digest(path)} {suffix}".encode()).hexdigest()[:16]
-    return ReadConversations(name, digest, partial(_table_conversations, path, suffix), folder.load)
+    digest = text_digest(f"{file_digest(path)} {suffix}")
+    read = partial(_table_conversations, path, suffix)
+    return ConversationSource(name, digest, read, folder.load)
 
 
 def vqa_questions(name: str, file: str, images: str | None = None, suffix: str = "") -> ExactMatch:
@@ -287,7 +289,7 @@ def _seen(entry: Mapping[str, Any]) -> str:
 
 def science_qa(
     root: str, images: str | None = None, split: Literal["train", "val"] = "train"
-) -> ReadConversations:
+) -> ConversationSource:
     """A split of ScienceQA (Lu et al., NeurIPS 2022), asked as its test set, answered by a letter.
 
     One conversation for each problem, with its image where it has one. `images` is the folder of
@@ -307,6 +309,110 @@ def science_qa(
     ]
     folder = ImageFolder(paths["images"])
     folder.check((key for each in made for key in each.images), str(paths["problems"]))
-    content = f"{split} {file_digest(paths['problems'], paths['splits'])}"
-    digest = sha256(content.encode()).hexdigest()[:16]
-    return ReadConversations(f"scienceqa {split}", digest, partial(iter, made), folder.load)
+    digest = text_digest(f"{split} {file_digest(paths['problems'], paths['splits'])}")
+    return ConversationSource(f"scienceqa {split}", digest, partial(iter, made), folder.load)
+
+
+# easy-VQA (Zhou 2019): 5,000 images of one shape, 48,248 questions; PyPI's package `easy-vqa`.
+#
+# The package's data folder holds answers.txt and, for train and test, images/<number>.png (64 px)
+# and questions.json, a list of [question, answer, image number]. It is located, not imported.
+
+Triple = tuple[str, str, int]
+"""A question, its answer and the number of its image."""
+
+SHAPES = frozenset({"circle", "rectangle", "triangle"})
+COLOURS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
+CAPTION_QUESTION = "what is in the image?"
+
+
+def easy_vqa_source(
+    kind: SourceKind, root: str | None = None, max_turns: int = 4
+) -> ConversationSource:
+    """Training conversations; `root` is the data folder where it is not the package's.
+
+    questions: an image's questions, shuffled, at most `max_turns` in a conversation, as an earlier
+    turn may give a later answer away. captions: "a blue circle", from the questions of an image.
+
+    Raises:
+        ConfigError: the package is not installed, or a setting is impossible.
+        DataError: the folder is not as the package lays it out.
+    """
+    if kind not in ("captions", "questions"):
+        raise ConfigError(f"easy-VQA: expected the kind captions or questions, found {kind!r}.")
+    if max_turns < 1:
+        raise ConfigError(f"easy-VQA: expected max_turns of 1 or more, found {max_turns}.")
+    folder = _folder(root) / "train"
+    by_image: dict[int, list[Triple]] = defaultdict(list)
+    for triple in _read_triples(folder):
+        by_image[triple[2]].append(triple)
+    made: list[Conversation] = []
+    for number, own in by_image.items():
+        if kind == "captions":
+            turns = [(CAPTION_QUESTION, text)] if (text := caption_of(own)) else []
+        else:
+            turns = [triple[:2] for triple in Random(number).sample(own, len(own))]
+        for start in range(0, len(turns), max_turns):
+            chosen = turns[start : start + max_turns]
+            made.append(questions_answered(f"{number}-{start}", chosen, (f"{number}.png",)))
+    digest = text_digest(f"{kind} {max_turns} {file_digest(folder / 'questions.json')}")
+    load = ImageFolder(folder / "images").load
+    return ConversationSource(f"easy-vqa {kind}", digest, partial(iter, made), load)
+
+
+def easy_vqa_questions(root: str | None = None) -> ExactMatch:
+    """The test set, of the kinds shape, colour and yes_no.
+
+    The text alone gives 0.67 of the answers, and 0.83 of yes and no: most questions ask for
+    something that is not there.
+
+    Raises:
+        ConfigError: the package is not installed.
+        DataError: the folder is not as the package lays it out.
+    """
+    folder = _folder(root) / "test"
+    questions, answers = [], []
+    for index, (question, answer, image) in enumerate(_read_triples(folder)):
+        kind = "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes_no"
+        questions.append(Question(str(index), question, (f"{image}.png",), kind))
+        answers.append(answer)
+    return ExactMatch("easy_vqa", questions, answers, ImageFolder(folder / "images").load)
+
+
+def caption_of(triples: Sequence[Triple]) -> str | None:
+    """A caption of an image's one shape from its questions and answers; None if they name nothing.
+
+    "what is the blue shape?" "circle" names both its colour and its shape. "is there a blue
+    shape?" "yes" names one of them, and so does "is no blue shape present?" "no".
+    """
+    said: set[str] = set()
+    for question, answer, _ in triples:
+        words = set(re.findall(r"[a-z]+", question))
+        if answer in SHAPES | COLOURS:
+            said |= {answer} | words
+        elif (answer == "yes") != bool(words & {"no", "not"}):
+            said |= words
+    shape, colour = min(said & SHAPES, default=""), min(said & COLOURS, default="")
+    return f"a {colour} {shape or 'shape'}".replace("  ", " ") if shape or colour else None
+
+
+def _folder(root: str | None) -> Path:
+    if root is not None:
+        return Path(root)
+    package = find_spec("easy_vqa")
+    if package is None or package.origin is None:
+        raise ConfigError(
+            "easy-VQA is not installed: pip install easy-vqa, or give the folder with its train/ "
+            "and test/ as data.content.root."
+        )
+    return Path(package.origin).parent / "data"
+
+
+def _read_triples(folder: Path) -> list[Triple]:
+    file = folder / "questions.json"
+    try:
+        triples = [(str(text), str(answer), int(image)) for text, answer, image in read_json(file)]
+    except (ValueError, TypeError):
+        raise DataError(f"{file}: expected a list of [question, answer, image number].") from None
+    ImageFolder(folder / "images").check((f"{image}.png" for _, _, image in triples), str(file))
+    return triples

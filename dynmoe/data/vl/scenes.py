@@ -7,9 +7,7 @@ and an index. Words are few, lower case, and separated by spaces. Training and t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property
-from hashlib import sha256
+from functools import cache, partial
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,8 +16,13 @@ from zlib import crc32
 import numpy as np
 import numpy.typing as npt
 
-from dynmoe.data.vl.conversations import Conversation, SourceKind, questions_answered
-from dynmoe.data.vl.image_use import with_other_images
+from dynmoe.data.vl.conversations import (
+    Conversation,
+    ConversationSource,
+    SourceKind,
+    questions_answered,
+    text_digest,
+)
 from dynmoe.errors import ConfigError
 from dynmoe.questions.base import Question
 from dynmoe.questions.exact import ExactMatch
@@ -38,40 +41,11 @@ FEWEST_TURNS, MOST_TURNS = 2, 5
 DIGESTED = 100  # conversations that the digest is computed from
 
 
-@dataclass(frozen=True)
-class SceneSource:
-    """A `ConversationSource` of `size` training scenes, `px` pixels wide and high.
+def scene_source(kind: SourceKind, seed: int, size: int, px: int = 48) -> ConversationSource:
+    """Conversations about `size` training scenes, `px` pixels wide and high.
 
     captions: one turn, all objects of a scene in order. questions: 2 to 5 turns, each of another
     kind; a few conversations are about two images ("in the first image , ..."), a few about none.
-    """
-
-    kind: SourceKind
-    seed: int
-    size: int
-    px: int
-
-    @property
-    def name(self) -> str:
-        return f"scenes {self.kind}"
-
-    @cached_property
-    def digest(self) -> str:
-        content = repr((self, list(islice(self, DIGESTED))))
-        return sha256(content.encode()).hexdigest()[:16]
-
-    def __iter__(self) -> Iterator[Conversation]:
-        make = _described if self.kind == "captions" else _discussed
-        for index in range(self.size):
-            random = Random(f"{self.kind} {self.seed} {index}")
-            yield make(str(index), random, self.px)
-
-    def load_image(self, key: str) -> PIL.Image.Image:
-        return draw_image(key)
-
-
-def scene_source(kind: SourceKind, seed: int, size: int, px: int = 48) -> SceneSource:
-    """Training conversations.
 
     Raises:
         ConfigError: no such kind, size or image side.
@@ -79,13 +53,22 @@ def scene_source(kind: SourceKind, seed: int, size: int, px: int = 48) -> SceneS
     if kind not in ("captions", "questions"):
         raise ConfigError(f"scenes: expected the kind captions or questions, found {kind!r}.")
     _check(size, px)
-    return SceneSource(kind, seed, size, px)
+    read = partial(_conversations, kind, seed, size, px)
+    content = f"(SceneSource({kind=}, {seed=}, {size=}, {px=}), {list(islice(read(), DIGESTED))})"
+    return ConversationSource(f"scenes {kind}", text_digest(content), read, draw_image)
 
 
-def scene_questions(seed: int, size: int, px: int = 48, shuffled: bool = False) -> ExactMatch:
-    """Questions about test scenes, kinds alternating; `shuffled` shows another question's image.
+def _conversations(kind: SourceKind, seed: int, size: int, px: int) -> Iterator[Conversation]:
+    make = _described if kind == "captions" else _discussed
+    for index in range(size):
+        yield make(str(index), Random(f"{kind} {seed} {index}"), px)
 
-    A model that uses the image scores no better on the shuffled set than from the text alone.
+
+def scene_questions(seed: int, size: int, px: int = 48) -> ExactMatch:
+    """Questions about test scenes, kinds alternating.
+
+    Raises:
+        ConfigError: no such size or image side.
     """
     _check(size, px)
     kinds = sorted(KINDS)
@@ -98,8 +81,7 @@ def scene_questions(seed: int, size: int, px: int = 48, shuffled: bool = False) 
         key = scene_key(scene, px, random.randrange(10**6))
         questions.append(Question(str(index), asked.question, (key,), kind))
         answers.append(asked.answer)
-    found = ExactMatch("scenes", questions, answers, draw_image)
-    return with_other_images(found) if shuffled else found
+    return ExactMatch("scenes", questions, answers, draw_image)
 
 
 def _check(size: int, px: int) -> None:

@@ -13,7 +13,6 @@ import pyarrow
 import pyarrow.compute
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from dynmoe.data.protocol import IntArray
 from dynmoe.data.text.tokens import fingerprint, kept_or_made
 from dynmoe.data.vl.chat import (
     IGNORE,
@@ -25,6 +24,7 @@ from dynmoe.data.vl.chat import (
 )
 from dynmoe.data.vl.conversations import Conversation, ConversationSource
 from dynmoe.errors import DataError
+from dynmoe.seeding import IntArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

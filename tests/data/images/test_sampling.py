@@ -22,7 +22,7 @@ from dynmoe.data.images.batches import (
     class_balanced_weights,
 )
 from dynmoe.data.images.environments import image_folders
-from dynmoe.data.protocol import split
+from dynmoe.seeding import split
 
 DRAW = EnvironmentDraw(
     pools={1: np.arange(0, 50), 3: np.arange(100, 130)}, weights=None, batch_size=8, seed=5

@@ -9,8 +9,8 @@ from random import Random
 import numpy as np
 import pytest
 
+from dynmoe.data.vl.content import baselines
 from dynmoe.data.vl.conversations import Conversation, check_conversation
-from dynmoe.data.vl.image_use import baselines
 from dynmoe.data.vl.scenes import (
     CELLS,
     COLOURS,
@@ -198,7 +198,7 @@ def test_the_question_alone_gives_little_away(
 
 
 def test_another_image_for_every_question(test_set: ExactMatch) -> None:
-    shuffled = scene_questions(seed=1, size=2000, shuffled=True)
+    shuffled = test_set.with_other_images()
     assert shuffled.name == "scenes_shuffled"
     assert shuffled.records == test_set.records
     for question, other in zip(test_set.questions, shuffled.questions, strict=True):

@@ -12,7 +12,7 @@ from PIL import Image
 from dynmoe.data.vl.conversations import questions_answered
 from dynmoe.data.vl.readers import science_qa
 from dynmoe.errors import DataError
-from dynmoe.questions.scienceqa import read_scienceqa
+from dynmoe.questions.choices import read_scienceqa
 
 
 def problem(**fields: Any) -> dict[str, Any]:

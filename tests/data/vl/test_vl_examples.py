@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from functools import partial
 
 import PIL.Image
 import pytest
@@ -76,7 +77,7 @@ def questions() -> Questions:
 
 def test_conversations_are_padded_at_the_right() -> None:
     fetched = conversations().__getitems__([Key("train", 1, 1.5), Key("train", 2, 1.5)])
-    batch = collate_conversations(PAD)(fetched)
+    batch = collate_conversations(PAD, fetched)
     assert batch.tokens["input_ids"].tolist() == [
         [BOS, IS, IT, ANSWER, LEFT, LEFT, LEFT, EOS, PAD],
         [BOS, PAD, PAD, WHAT, PAD, PAD, ANSWER, RED, EOS],
@@ -102,7 +103,7 @@ def test_conversations_are_padded_at_the_right() -> None:
 
 def test_questions_are_padded_at_the_left() -> None:
     fetched = questions().__getitems__([Key("quiz", 1), Key("quiz", 0)])
-    batch = collate_questions(PAD)(fetched)
+    batch = collate_questions(PAD, fetched)
     assert batch.tokens["input_ids"].tolist() == [
         [PAD, PAD, PAD, BOS, IT, ANSWER],
         [BOS, PAD, PAD, WHAT, IS, ANSWER],
@@ -120,16 +121,16 @@ def test_questions_are_padded_at_the_left() -> None:
 
 
 def test_a_batch_without_images_has_none_of_their_size() -> None:
-    batch = collate_conversations(PAD)(conversations().__getitems__([Key("train", 1)]))
+    batch = collate_conversations(PAD, conversations().__getitems__([Key("train", 1)]))
     assert batch.tokens["images"].shape == (0, 3, 4, 4)
     assert batch.tokens["images"].dtype == torch.float32
-    asked = collate_questions(PAD)(questions().__getitems__([Key("quiz", 1)]))
+    asked = collate_questions(PAD, questions().__getitems__([Key("quiz", 1)]))
     assert asked.tokens["images"].shape == (0, 3, 4, 4)
 
 
 def test_images_come_in_the_order_of_their_positions() -> None:
     keys = [Key("train", 2), Key("train", 1), Key("train", 0)]
-    batch = collate_conversations(PAD)(conversations().__getitems__(keys))
+    batch = collate_conversations(PAD, conversations().__getitems__(keys))
     means = batch.tokens["images"].mean((1, 2, 3))
     torch.testing.assert_close(means, torch.tensor([0.8, 0.2, 0.2]))
     assert batch.tokens["image_mask"].sum(1).tolist() == [4, 0, 2]
@@ -140,6 +141,9 @@ def test_a_loader_takes_them(workers: int) -> None:
     keys = [[Key("train", 0), Key("train", 1)], [Key("train", 2)]]
     data = pickle.loads(pickle.dumps(conversations()))
     loader = DataLoader(
-        data, batch_sampler=keys, collate_fn=collate_conversations(PAD), num_workers=workers
+        data,
+        batch_sampler=keys,
+        collate_fn=partial(collate_conversations, PAD),
+        num_workers=workers,
     )
     assert [batch.row.tolist() for batch in loader] == [[0, 1], [2]]

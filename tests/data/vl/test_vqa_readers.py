@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dynmoe.data.vl import easy_vqa
+from dynmoe.data.vl import readers
+from dynmoe.data.vl.content import baselines
 from dynmoe.data.vl.conversations import Conversation, questions_answered
-from dynmoe.data.vl.easy_vqa import caption_of, easy_vqa_questions, easy_vqa_source
-from dynmoe.data.vl.image_use import baselines, spread, with_other_images
-from dynmoe.data.vl.readers import vqa_questions, vqa_table
+from dynmoe.data.vl.readers import (
+    caption_of,
+    easy_vqa_questions,
+    easy_vqa_source,
+    vqa_questions,
+    vqa_table,
+)
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.exact import ExactMatch
@@ -178,12 +183,12 @@ def test_easy_vqa_to_be_answered(tmp_path: Path) -> None:
         "kind_shape": 1,
         "kind_yes_no": 0.5,
     }
-    shuffled = easy_vqa_questions(root, shuffled=True)
+    shuffled = questions.with_other_images()
     assert [each.images for each in shuffled.questions] == [("5.png",)] * 3 + [("3.png",)]
 
 
 def test_easy_vqa_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(easy_vqa, "find_spec", lambda name: None)
+    monkeypatch.setattr(readers, "find_spec", lambda name: None)
     message = r"^easy-VQA is not installed: .* as data\.content\.root\.$"
     with pytest.raises(ConfigError, match=message):
         easy_vqa_source("questions")
@@ -246,7 +251,7 @@ def test_baselines_are_those_of_the_training_answers() -> None:
 def test_other_images_are_others() -> None:
     keys: list[tuple[str, ...]] = [("x",), ("x",), (), ("y",), ("x", "y"), ("x",)]
     questions = [Question(str(n), "q", images) for n, images in enumerate(keys)]
-    found = with_other_images(ExactMatch("own", questions, ["a"] * 6, no_image))
+    found = ExactMatch("own", questions, ["a"] * 6, no_image).with_other_images()
     assert found.name == "own_shuffled"
     assert [each.images for each in found.questions] == [
         ("y",),
@@ -257,13 +262,13 @@ def test_other_images_are_others() -> None:
         ("y",),
     ]
     with pytest.raises(DataError, match="own: expected two images or more, found 1"):
-        with_other_images(ExactMatch("own", questions[:3], ["a"] * 3, no_image))
+        ExactMatch("own", questions[:3], ["a"] * 3, no_image).with_other_images()
 
 
 def test_some_questions_evenly_spread() -> None:
     questions = [Question(str(n), f"{n} ?", (f"{n}.png",)) for n in range(7)]
     whole = ExactMatch("own", questions, list("abcdefg"), no_image)
-    assert spread(whole, None) is whole and spread(whole, 7) is whole and spread(whole, 9) is whole
-    some = spread(whole, 3)
+    assert all(whole.spread(number) is whole for number in (None, 7, 9))
+    some = whole.spread(3)
     assert [question.id for question in some.questions] == ["0", "2", "4"]
     assert some.records == ["a", "c", "e"]

@@ -1,4 +1,6 @@
-"""ScienceQA (Lu et al., NeurIPS 2022), its test set as LLaVA and MoE-LLaVA evaluate it.
+"""Question sets answered by the letter of an option: ScienceQA and MMBench.
+
+ScienceQA (Lu et al., NeurIPS 2022), its test set as LLaVA and MoE-LLaVA evaluate it.
 
     problems.json      pid_splits.json      images/test/<pid>/image.png
     llava_test_CQM-A.json      LLaVA's questions, if its evaluation bundle is there
@@ -11,17 +13,41 @@ An entry of problems.json, made up:
 The prompt is "Context: N/A\\nQuestion: Which is warm?\\nOptions: (A) ice (B) fire\\nAnswer with the
 option's letter from the given choices directly.". Answers are read by LLaVA's eval_science_qa.py,
 accuracies are those of ScienceQA's tools/evaluate_acc.py.
+
+MMBench (Liu et al., ECCV 2024): questions with options, images as base64 in a table.
+
+A row of mmbench_dev_20230712.tsv, made up:
+
+    index  question        hint  A    B     C  D  answer  category  image    ...
+    241    Which is warm?        ice  fire        B       ...       /9j/4...
+
+The prompt is "Which is warm?\\nA. ice\\nB. fire\\nAnswer with the option's letter from the given
+choices directly.", as in LLaVA's model_vqa_mmbench.py with --single-pred-prompt;
+convert_mmbench_for_submission.py makes the table that MMBench's server scores.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import csv
+import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynmoe.errors import DataError
-from dynmoe.questions.base import FolderSet, Question, answer_row, mean, write_json, write_lines
+from dynmoe.questions.base import (
+    FolderSet,
+    Question,
+    Unscored,
+    answer_row,
+    mean,
+    write_json,
+    write_lines,
+    write_text,
+)
 from dynmoe.questions.files import (
     check_same,
     counted,
@@ -31,7 +57,11 @@ from dynmoe.questions.files import (
     read_json,
     read_list,
     read_object,
+    read_text,
 )
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 SOURCE = "https://github.com/lupantech/ScienceQA"
 SPLIT = "test"
@@ -109,7 +139,7 @@ class ScienceQa(FolderSet):
 
 
 def parse_choice(answer: str, choices: int) -> int:
-    """The place of the option that an answer names, -1 if it names none, as in eval_science_qa.py.
+    """The place of the option that an answer names, else -1, as in eval_science_qa.py.
 
     "B", "B. because ...", or "The answer is B." exactly once.
     """
@@ -147,7 +177,18 @@ def read_scienceqa(root: str, images: str | None = None) -> ScienceQa:
         )
         for id, problem in problems.items()
     ]
-    return ScienceQa("scienceqa", questions, [*map(_record, problems.values())], paths["images"])
+    records = [
+        ScienceProblem(
+            answer=row["answer"],
+            choices=len(row["choices"]),
+            has_hint=bool(row["hint"]),
+            has_image=bool(row["image"]),
+            subject=row["subject"],
+            grade=int(row["grade"].removeprefix("grade")),
+        )
+        for row in problems.values()
+    ]
+    return ScienceQa("scienceqa", questions, records, paths["images"])
 
 
 def read_problems(
@@ -169,28 +210,18 @@ def read_problems(
             f"{paths['splits']}: expected an object with an array of ids under {split!r}."
         )
     ids = [str(id) for id in splits[split]]
-    wrong = [id for id in ids if id not in problems or not _has_answer(problems[id])]
+    wrong = [
+        id
+        for id in ids
+        if id not in problems
+        or problems[id]["answer"] not in range(min(len(problems[id]["choices"]), len(LETTERS)))
+    ]
     if wrong:
         raise DataError(
             f"{paths['problems']}: problems of {split} that are missing or whose answer is not the "
             f"place of a choice {counted(wrong)}."
         )
     return {id: problems[id] for id in ids}, paths
-
-
-def _has_answer(row: dict[str, Any]) -> bool:
-    return row["answer"] in range(min(len(row["choices"]), len(LETTERS)))
-
-
-def _record(row: dict[str, Any]) -> ScienceProblem:
-    return ScienceProblem(
-        answer=row["answer"],
-        choices=len(row["choices"]),
-        has_hint=bool(row["hint"]),
-        has_image=bool(row["image"]),
-        subject=row["subject"],
-        grade=int(row["grade"].removeprefix("grade")),
-    )
 
 
 def prompt_text(row: dict[str, Any]) -> str:
@@ -209,3 +240,109 @@ def _llava_texts(path: Path, ids: Iterable[str]) -> dict[str, str]:
     return {
         row["id"]: row["conversations"][0]["value"].replace("<image>", "").strip() for row in rows
     }
+
+
+MMBENCH_SOURCE = "https://github.com/open-compass/MMBench"
+TABLES = (
+    "mmbench_dev_20230712.tsv",
+    "mmbench_dev_en_20231003.tsv",
+    "mmbench_test_20230712.tsv",
+    "mmbench_test_en_20231003.tsv",
+)
+OPTIONS = "ABCD"
+MMBENCH_COLUMNS = ("index", "question", *OPTIONS, "image")
+NOT_UPLOADED = {"hint", "category", "source", "image", "comment", "l2-category"}
+PLACE_OF_PREDICTION = 6  # after index, question, A, B, C, D
+NOTHING = {"", "nan", "none", "null", "na", "n/a"}  # missing to pandas, in LLaVA's scripts
+LONGEST_CELL = 1 << 26  # characters; the csv module's own limit is less than an image
+
+
+class MmBench(Unscored):
+    """Records are the columns to upload, in their order."""
+
+    note = (
+        "MMBench's server scores it, at mmbench.opencompass.org.cn: "
+        "save the table of predictions as .xlsx and upload that."
+    )
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        records: Sequence[dict[str, str]],
+        images: dict[str, str],
+        table: Path,
+    ) -> None:
+        super().__init__("mmbench", questions, records)
+        self._images = images
+        self._table = table
+
+    def load_image(self, key: str) -> PIL.Image.Image:
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(base64.b64decode(self._images[key]))) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, binascii.Error) as error:
+            raise DataError(f"{self._table}: no image in row {key}: {error}.") from None
+
+    def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
+        """The table that LLaVA's convert_mmbench_for_submission.py makes, tab separated."""
+        columns = list(self.records[0])
+        columns.insert(PLACE_OF_PREDICTION, "prediction")
+        rows = [
+            [(record | {"prediction": answer})[column] for column in columns]
+            for _, record, answer in self.pairs(answers)
+        ]
+        text = io.StringIO()  # excel-tab quotes cells with tabs, quotes or line ends
+        csv.writer(text, "excel-tab", lineterminator="\n").writerows([columns, *rows])
+        return [write_text(folder / f"{self._table.stem}_predictions.tsv", text.getvalue())]
+
+
+def read_mmbench(root: str, images: str | None = None) -> MmBench:
+    """The first of `TABLES` below `root`, or the table `root` itself; it holds its images.
+
+    Raises:
+        DataError: no table, or one without the columns.
+    """
+    table = Path(root)
+    if not table.is_file():
+        table = locate("MMBench", root, {"table": TABLES}, MMBENCH_SOURCE)["table"]
+    rows = _rows(table)
+    questions, records, pictures = [], [], {}
+    for row in rows:
+        questions.append(Question(row["index"], _text(row), (row["index"],)))
+        records.append({name: cell for name, cell in row.items() if name not in NOT_UPLOADED})
+        pictures[row["index"]] = row["image"]
+    return MmBench(questions, records, pictures, table)
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        rows = list(csv.reader(io.StringIO(read_text(table)), delimiter="\t"))
+    except csv.Error as error:
+        raise DataError(f"{table}: not a table: {error}.") from None
+    finally:
+        csv.field_size_limit(limit)
+    header = rows[0] if rows else []
+    missing = [field for field in MMBENCH_COLUMNS if field not in header]
+    if missing:
+        raise DataError(f"{table}: no column {', '.join(missing)}. Found {', '.join(header)}.")
+    uneven = [number for number, row in enumerate(rows, start=1) if len(row) != len(header)]
+    if uneven:
+        raise DataError(
+            f"{table}: expected {len(header)} columns, found {len(rows[uneven[0] - 1])} "
+            f"in row {uneven[0]}. Fetch it again."
+        )
+    return [dict(zip(header, row, strict=True)) for row in rows[1:]]
+
+
+def _text(row: dict[str, str]) -> str:
+    """Hint, question, and the options up to the first that is nothing."""
+    hint = row.get("hint", "")
+    lines = [row["question"]] if hint.lower() in NOTHING else [hint, row["question"]]
+    for letter in OPTIONS:
+        if row[letter].lower() in NOTHING:
+            break
+        lines.append(f"{letter}. {row[letter]}")
+    return "\n".join(lines) + INSTRUCTION

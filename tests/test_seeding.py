@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmoe.data.protocol import sample_hparams, split
-from dynmoe.seeding import seed_hash
+from dynmoe.seeding import sample_hparams, seed_hash, split
 
 
 def test_split_seeds_of_trial_zero() -> None:
@@ -75,7 +74,7 @@ def test_random_batches_fit_the_embedded_digits() -> None:
 
 
 def test_the_protocol_needs_no_torch() -> None:
-    code = "import sys, dynmoe.data.protocol; print('torch' in sys.modules)"
+    code = "import sys, dynmoe.seeding; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
