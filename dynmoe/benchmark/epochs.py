@@ -25,19 +25,11 @@ from transformers import (
 )
 
 from dynmoe import runtime
+from dynmoe.benchmark import results
 from dynmoe.benchmark.candidates import DTYPES, built, unwrapped
 from dynmoe.benchmark.models import endless_data, model_name
 from dynmoe.benchmark.options import EPOCH_NOTE
-from dynmoe.benchmark.results import (
-    RATIO,
-    ROUNDS,
-    Advance,
-    Column,
-    Conditions,
-    Output,
-    Row,
-    tables,
-)
+from dynmoe.benchmark.results import RATIO, ROUNDS, Column, Row
 from dynmoe.benchmark.timing import device_of, interleave, machine_facts, speed
 from dynmoe.data.images.batches import ImageBatch
 from dynmoe.data.images.module import DomainData
@@ -66,7 +58,7 @@ DATA_COLUMNS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output, cfg: DictConfig) -> None:
+def run(args: argparse.Namespace, output: results.Output, cfg: DictConfig) -> None:
     """Measure, print the table, write the file.
 
     Raises:
@@ -96,9 +88,9 @@ def run(args: argparse.Namespace, output: Output, cfg: DictConfig) -> None:
     dtype = DTYPES.get(cfg.trainer.precision, cfg.trainer.precision)
     with output.progress() as new_bar:
         rows = measure_epochs(loops, work, args.rounds, device, new_bar("epochs"))
-    output.add(rows, Conditions(machine_facts(device, dtype), settings, facts))
+    output.add(rows, results.Conditions(machine_facts(device, dtype), settings, facts))
     title = "One training epoch, {steps} steps, {samples} texts"
-    output.show(*tables(rows, (), title, EPOCH_COLUMNS), EPOCH_NOTE + "\n")
+    output.show(*results.tables(rows, (), title, EPOCH_COLUMNS), EPOCH_NOTE + "\n")
 
 
 def _loops(
@@ -162,7 +154,7 @@ def measure_epochs(
     work: Mapping[str, Work],
     rounds: int,
     device: torch.device,
-    advance: Advance,
+    advance: results.Advance,
 ) -> list[Row]:
     """Return a row for each of the ``loops``, whose calls are epochs; the first is the reference.
 
@@ -258,7 +250,7 @@ WARM_UP = 3
 """Batches: workers start, transforms are set up."""
 
 
-def run_loader(args: argparse.Namespace, output: Output, cfg: DictConfig) -> None:
+def run_loader(args: argparse.Namespace, output: results.Output, cfg: DictConfig) -> None:
     """Measure, print the table, write the file.
 
     Raises:
@@ -283,8 +275,10 @@ def run_loader(args: argparse.Namespace, output: Output, cfg: DictConfig) -> Non
         for i, workers in enumerate(counts):
             new_bar(f"{workers} workers")
             module = set_up(workers) if i else module
-            output.add([measure_loader(module, args.seconds)], Conditions(machine, {}, facts))
-    output.show(*tables(output.rows, (), "Training loader", DATA_COLUMNS))
+            output.add(
+                [measure_loader(module, args.seconds)], results.Conditions(machine, {}, facts)
+            )
+    output.show(*results.tables(output.rows, (), "Training loader", DATA_COLUMNS))
 
 
 def measure_loader(data: DomainData, seconds: float) -> Row:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.benchmark.candidates import Candidate, built, unwrapped
-from dynmoe.benchmark.layer import fit_thresholds
+from dynmoe.benchmark.layer import fit_thresholds, naive_loop
 from dynmoe.benchmark.results import Facts
 from dynmoe.data.base import TaskData
 from dynmoe.data.images.batches import ImageBatch
@@ -189,34 +189,48 @@ def padded_share(batches: Sequence[LabelledBatch]) -> float:
     return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 
-def costs_of_sample(model: nn.Module, batches: Sequence[LabelledBatch]) -> Costs:
+def costs_of_sample(
+    model: nn.Module,
+    batches: Sequence[LabelledBatch],
+    outside: dict[tuple[Any, ...], float] | None = None,
+) -> Costs:
     """Return ``efficiency.count`` of a sample, the mean over the ``batches``.
 
-    MoE layers compute real tokens alone, all other modules the padding too.
+    MoE layers compute real tokens alone, all other modules the padding too. ``outside`` keeps the
+    FLOPs outside MoE layers by the names of these and by shape: models that share one differ in
+    nothing but the layers of equal names.
     """
     tokens = tokens_of(batches)
     if tokens is None:
         return count(model, *tree_map(lambda x: x[:1], batches[0].inputs))
-    each = [count(model, *_without_mask(batch.inputs)) for batch in batches]
-    if any(costs["flops"] is None for costs in each):
-        return {**each[0], "flops": None}
-    size = fmean(len(batch.label) for batch in batches)
-    flops = each[0]["flops"]
+    outside, names = {} if outside is None else outside, tuple(moe_layers(model))
+    costs: Costs | None = None
+    total = 0.0
+    for batch in batches:
+        # Without an attention mask the costs of a model depend on shapes alone.
+        given, *others = batch.inputs
+        inputs: Any = ({k: v for k, v in given.items() if k != "attention_mask"}, *others)
+        times = 1
+        if not isinstance(batch, ConversationBatch):  # all of its texts have one length
+            inputs, times = tree_map(lambda x: x[:1], inputs), len(batch.label)
+        key = names, tuple(x.shape for x in tree_leaves(inputs))
+        if costs is None or key not in outside:
+            counted = count(model, *inputs)
+            if counted["flops"] is None:
+                return counted
+            costs, outside[key] = costs or counted, counted["flops"]["other"]
+        total += times * outside[key]
+    assert costs is not None
+    samples = sum(len(batch.label) for batch in batches)
+    tokens *= len(batches) / samples
+    layers = costs["flops"]["layers"].items()
     return {
-        **each[0],
+        **costs,
         "flops": {
-            "other": fmean(costs["flops"]["other"] for costs in each) / size,
-            "layers": {
-                name: {**layer, "tokens": tokens / size} for name, layer in flops["layers"].items()
-            },
+            "other": total / samples,
+            "layers": {name: {**layer, "tokens": tokens} for name, layer in layers},
         },
     }
-
-
-def _without_mask(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Without an attention mask the costs of a model depend on shapes alone."""
-    tokens, *others = inputs
-    return {k: v for k, v in tokens.items() if k != "attention_mask"}, *others
 
 
 def model_name(backbone: DictConfig) -> str:
@@ -416,19 +430,17 @@ def _see(seen: list[Tensor], layer: Any, inputs: tuple[Tensor, ...]) -> None:
 
 
 class Loop(Experts):
-    """The usual first version: select each expert's tokens by the mask, add its results."""
+    """``layer.naive_loop`` over the slots."""
 
     def __init__(self, experts: Experts) -> None:
         nn.Module.__init__(self)
         self.slots = experts.slots
 
     def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
-        y_TD = torch.zeros_like(x_TD)
-        for e, slot in enumerate(live):
-            token_P = routing.mask_TE[:, e].nonzero().squeeze(1)
-            out_PD = self.slots[slot](x_TD[token_P]) * routing.weights_TE[token_P, e, None]
-            y_TD.index_add_(0, token_P, out_PD.to(y_TD.dtype))
-        return y_TD
+        def one(e: int, x_PD: Tensor) -> Tensor:
+            return self.slots[live[e]](x_PD)
+
+        return naive_loop(x_TD, routing.weights_TE, routing.mask_TE, one)
 
 
 class AllThenMask(Loop):

@@ -1,4 +1,7 @@
-"""The command line of ``dynmoe-bench``. It needs no PyTorch: a wrong command is refused at once."""
+"""The command line of ``dynmoe-bench``, and its commands up to their refusal.
+
+PyTorch is loaded once a command can be carried out: a wrong one is refused at once.
+"""
 
 from __future__ import annotations
 
@@ -78,22 +81,6 @@ def parse_shape(text: str) -> Shape:
     return Shape(text, *sizes)
 
 
-def check_layer(shapes: Sequence[Shape], ks: Sequence[float], names: Sequence[str]) -> None:
-    """Refuse a measurement that is impossible.
-
-    Raises:
-        ConfigError: an unknown case, or a k that is no mean number of experts per token.
-    """
-    _check_names(names, LAYER_CASES)
-    for shape in shapes:
-        for k in ks:
-            if not (0 < k <= shape.experts and round(k * shape.tokens) > 0):
-                raise ConfigError(
-                    f"--k {k:g}: expected a mean number of experts per token above 0 (one pair at"
-                    f" least) and up to {shape.experts}, the experts of shape {shape.name}"
-                )
-
-
 def step_cases(names: Sequence[str], ks: Sequence[float], experts: int) -> list[str]:
     """Return the cases of ``step`` and ``generate`` in their order, ``dense`` always first.
 
@@ -122,22 +109,6 @@ def _check_names(names: Sequence[str], known: Mapping[str, str]) -> None:
             raise ConfigError(
                 f"--only {name}: unknown case, expected some of "
                 + ", ".join(repr(case) for case in known)
-            )
-
-
-def refuse_beside_runs(args: argparse.Namespace) -> None:
-    """Trained runs bring their own models, batches and precision.
-
-    Raises:
-        ConfigError: an option that would say otherwise.
-    """
-    for name in NOT_BESIDE_RUNS[args.command]:
-        given = getattr(args, name)
-        if given != DEFAULTS[name]:
-            shown = " ".join(given) if name == "overrides" else f"--{name}"
-            raise ConfigError(
-                f"{shown}: not together with --runs, whose runs bring their own models, batches and"
-                " precision; leave it out"
             )
 
 
@@ -364,3 +335,116 @@ def _add_files(p: argparse.ArgumentParser, command: str, baseline: bool = False)
     if baseline:
         text = "compare with the --json file of an earlier measurement"
         p.add_argument("--baseline", type=Path, metavar="FILE", help=text)
+
+
+# The commands. Each raises a UserError where nothing can be measured as asked: nothing has run yet.
+
+
+def layer(args: argparse.Namespace) -> None:
+    """Time a single layer."""
+    _check_names(args.only, LAYER_CASES)
+    for shape in args.shape:
+        for k in args.k:
+            if not (0 < k <= shape.experts and round(k * shape.tokens) > 0):
+                raise ConfigError(
+                    f"--k {k:g}: expected a mean number of experts per token above 0 (one pair at"
+                    f" least) and up to {shape.experts}, the experts of shape {shape.name}"
+                )
+    from dynmoe.benchmark.results import Output
+
+    output = Output(args.json, "layer")
+    from dynmoe.benchmark.layer import run
+
+    run(args, output)
+
+
+def step(args: argparse.Namespace) -> None:
+    """Time training steps and inference, or for ``generate`` the answers of vision-language models,
+    of fresh models or of trained runs."""
+    from dynmoe.benchmark.candidates import candidates, configuration, keys, modality, step_defaults
+    from dynmoe.benchmark.results import Output
+
+    is_step, file, cases = args.command == "step", args.json, list[str]()
+    if args.runs:
+        _refuse_beside_runs(args)
+        found = candidates(args.runs)
+        cfg = found[0].cfg
+        file = file or args.runs / ("timing.json" if is_step else "generation.json")
+        for run, its, _ in () if is_step else found:
+            if modality(its) != "vision-language":
+                raise ConfigError(
+                    f"{run.folder.path}: {its.data.name} has no questions to answer;"
+                    " expected runs of task=vl"
+                )
+    else:
+        found, overrides = [], args.overrides
+        if not is_step and "task" not in keys(overrides):
+            overrides = ["task=vl", *overrides]
+        cfg = configuration(overrides, step_defaults(overrides))
+        if not is_step and modality(cfg) != "vision-language":
+            raise ConfigError(
+                f"task={cfg.task.name}: expected a task that answers questions, task=vl"
+            )
+        only = args.only if is_step else GENERATE_CASES
+        cases = step_cases(only, args.k, cfg.moe.num_experts)
+        if is_step:
+            images = 32 if modality(cfg) == "image" else None
+            cfg.data.batch_size = args.batch or images or cfg.data.batch_size
+    output = Output(file, args.command)
+    for each in () if is_step else (cfg, *(candidate.cfg for candidate in found)):
+        each.data.eval_batch_size = args.batch or each.data.eval_batch_size
+    from dynmoe.benchmark import steps
+
+    steps.run(args, output, cfg, cases, found)
+
+
+generate = step
+
+
+def _refuse_beside_runs(args: argparse.Namespace) -> None:
+    """Trained runs bring their own models, batches and precision.
+
+    Raises:
+        ConfigError: an option that would say otherwise.
+    """
+    for name in NOT_BESIDE_RUNS[args.command]:
+        given = getattr(args, name)
+        if given != DEFAULTS[name]:
+            shown = " ".join(given) if name == "overrides" else f"--{name}"
+            raise ConfigError(
+                f"{shown}: not together with --runs, whose runs bring their own models, batches and"
+                " precision; leave it out"
+            )
+
+
+def epoch(args: argparse.Namespace) -> None:
+    """Time training epochs on texts."""
+    from dynmoe.benchmark.candidates import EPOCH_DEFAULTS, configuration, modality
+    from dynmoe.benchmark.results import Output
+
+    cfg = configuration(args.overrides, EPOCH_DEFAULTS)
+    if modality(cfg) != "text":
+        raise ConfigError(f"task={cfg.task.name}: expected a task on texts, task=glue")
+    if cfg.moe.router is not None:
+        raise ConfigError(
+            f"moe={cfg.moe.name}: the dense encoder is measured here, leave it out; MoE layers are"
+            " measured by dynmoe-bench step"
+        )
+    output = Output(args.json, "epoch")
+    from dynmoe.benchmark.epochs import run
+
+    run(args, output, cfg)
+
+
+def data(args: argparse.Namespace) -> None:
+    """Time the training loader of images."""
+    from dynmoe.benchmark.candidates import DATA_DEFAULTS, configuration, modality
+    from dynmoe.benchmark.results import Output
+
+    cfg = configuration(args.overrides, DATA_DEFAULTS)
+    if modality(cfg) != "image":
+        raise ConfigError(f"task={cfg.task.name}: expected a task on images, task=vit_domainbed")
+    output = Output(args.json, "data")
+    from dynmoe.benchmark.epochs import run_loader
+
+    run_loader(args, output, cfg)
