@@ -154,7 +154,7 @@ def keys(overrides: Sequence[str]) -> set[str]:
 
 
 def modality(cfg: DictConfig) -> str | None:
-    """Return ``image``, ``text`` or ``vision-language``: what the task works on."""
+    """Return the modality of the task: ``image``, ``text`` or ``vision-language``."""
     return options.modality(cfg, "task.module")
 
 

@@ -27,7 +27,7 @@ from transformers import (
 from dynmoe import runtime
 from dynmoe.benchmark import results
 from dynmoe.benchmark.candidates import DTYPES, built, unwrapped
-from dynmoe.benchmark.models import endless_data, model_name
+from dynmoe.benchmark.models import data_of, model_name
 from dynmoe.benchmark.options import EPOCH_NOTE
 from dynmoe.benchmark.results import RATIO, ROUNDS, Column, Row
 from dynmoe.benchmark.timing import device_of, interleave, machine_facts, speed
@@ -106,18 +106,13 @@ def _loops(
     optimizer = cfg.task.optimizer
     plain = PlainFineTuning(model, optimizer.lr, optimizer.weight_decay, steps)
 
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+
     def loader() -> Any:
         return plain_loader(texts, data.tokenizer, cfg.data.batch_size, cfg.seed)
 
     def trainer() -> Any:
-        return built(
-            cfg.trainer,
-            max_steps=steps,
-            limit_val_batches=0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            logger=False,
-        )
+        return built(cfg.trainer, max_steps=steps, limit_val_batches=0, **silent)
 
     ours: Any = data.train_dataloader().batch_sampler
     work = {
@@ -191,10 +186,8 @@ class PlainFineTuning(L.LightningModule):
 
     def __init__(self, model: Any, lr: float, weight_decay: float, steps: int) -> None:
         super().__init__()
-        self.model = model
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.steps = steps
+        self.model, self.steps = model, steps
+        self.settings = {"lr": lr, "weight_decay": weight_decay, "fused": True}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = self.model(**batch).loss
@@ -202,17 +195,10 @@ class PlainFineTuning(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            (p for p in self.parameters() if p.requires_grad),
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            fused=True,
-        )
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, **self.settings)
         scheduler = get_linear_schedule_with_warmup(optimizer, 0, self.steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 class LabelledTexts(Dataset[dict[str, Any]]):
@@ -260,8 +246,7 @@ def run_loader(args: argparse.Namespace, output: results.Output, cfg: DictConfig
     counts = args.workers or [cfg.data.workers]
 
     def set_up(workers: Any) -> Any:
-        cfg.data.workers = workers
-        module = endless_data(cfg)
+        module = data_of(cfg, workers)
         module.setup()
         return module
 
@@ -284,7 +269,7 @@ def run_loader(args: argparse.Namespace, output: results.Output, cfg: DictConfig
 def measure_loader(data: DomainData, seconds: float) -> Row:
     """Iterate the training loader for so many ``seconds`` after a warm-up.
 
-    ``data`` is ``endless_data`` that has been set up.
+    ``data`` comes from ``data_of`` and has been set up.
 
     Returns:
         ``workers``, ``images``, ``seconds``, ``images_per_s``, ``ms_per_image``, and
@@ -310,10 +295,9 @@ def measure_loader(data: DomainData, seconds: float) -> Row:
 
 
 def _cpu_seconds() -> float | None:
-    """Return the CPU time of this process and, by /proc/<pid>/stat, its living children, the
-    workers.
+    """Return the CPU time of this process and, by /proc/<pid>/stat, of its workers.
 
-    resource.getrusage counts children only after they ended, and then their warm-up too.
+    NOTE: resource.getrusage counts children only after they ended, and then their warm-up too.
     """
     total = time.process_time()
     for child in multiprocessing.active_children():

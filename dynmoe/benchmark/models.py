@@ -73,7 +73,7 @@ class Workload(NamedTuple):
 
 
 def noise(cfg: DictConfig, device: torch.device) -> Workload:
-    """Random images: the time of a step depends on loads, not on what is learned."""
+    """Return random images: the time of a step depends on loads, not on the weights' values."""
     px, size = cfg.backbone.image_size, cfg.data.batch_size
     batches = random_batches(size, CHANNELS, px, CLASSES, device)
     arguments = {"num_classes": CLASSES, "in_chans": CHANNELS}
@@ -112,23 +112,14 @@ def random_batches(
     ]
 
 
-def data_of(cfg: DictConfig) -> TaskData:
-    """Build the data module of ``cfg``, which reads in this process and is never evaluated on.
-
-    Raises:
-        UserError: data that cannot be built.
-    """
-    if "workers" in cfg.data:
-        cfg.data.workers = 0
-    return endless_data(cfg)
-
-
-def endless_data(cfg: DictConfig) -> TaskData:
+def data_of(cfg: DictConfig, workers: int = 0) -> TaskData:
     """Build the data module of ``cfg``, whose training batches go on without an evaluation.
 
     Raises:
         UserError: data that cannot be built.
     """
+    if "workers" in cfg.data:
+        cfg.data.workers = workers
     with unwrapped():
         return training.build_data(cfg, steps=ENDLESS, eval_every=ENDLESS, accumulate=1)
 
@@ -278,14 +269,12 @@ def trained(
             "setting": run.setting,
             "environment": run.environment,
         }
-        loss = partial(_training_loss, task)
+
+        def loss(batch: LabelledBatch, task: Any = task) -> Any:
+            return task.training_step(batch, 0)["loss"]
+
         models.append(TimedModel(run.setting, task.backbone, identity, loss, task.new_optimizer))
     return models
-
-
-def _training_loss(task: Any, batch: LabelledBatch) -> Tensor:
-    loss: Tensor = task.training_step(batch, 0)["loss"]
-    return loss
 
 
 def fresh(
@@ -360,8 +349,7 @@ def build_models(
     ks: Sequence[float],
     batches: Sequence[LabelledBatch],
 ) -> dict[str, nn.Module]:
-    """Build the ``cases``, fitted to k on the first of the ``batches``, or on all of them where
-    they are of different shapes.
+    """Build the ``cases``, fitted to k on the first batch, or on all where shapes differ.
 
     Raises:
         ConfigError: MoE layers that do not fit, or a router without thresholds.
@@ -372,7 +360,7 @@ def build_models(
     if getattr(top_any, "func", None) is not TopAnyRouter:
         raise ConfigError(
             f"moe={moe.name}: expected the top-any router, as in moe=dynmoe; top-1 and top-2 are"
-            " cases of their own"
+            " cases besides it"
         )
 
     def with_router(router: Callable[[int, int], Router], slots: int) -> nn.Module:
@@ -392,14 +380,6 @@ def build_models(
         fit(model, k, batches[: calls_of_sample(batches)])
         return model
 
-    def as_in_training(model: nn.Module) -> nn.Module:
-        parts = cfg.task.module.get("trains")
-        if parts is not None:
-            from dynmoe.backbones.vlm import train_only  # imports transformers
-
-            train_only(model, parts)  # type: ignore[arg-type]
-        return model
-
     makers: dict[str, Callable[[], nn.Module]] = {
         "dense": lambda: dense,
         "top-1": partial(top_k, 1),
@@ -408,7 +388,14 @@ def build_models(
         "loop": partial(dynmoe, ks[0], Loop),
         "all then mask": partial(dynmoe, ks[0], AllThenMask),
     }
-    return {case: as_in_training(makers[case]()) for case in cases}
+    models = {case: makers[case]() for case in cases}
+    parts = cfg.task.module.get("trains")
+    if parts is not None:
+        from dynmoe.backbones.vlm import train_only  # imports transformers
+
+        for model in models.values():
+            train_only(model, parts)  # type: ignore[arg-type]
+    return models
 
 
 @torch.no_grad()
@@ -416,17 +403,16 @@ def fit(model: nn.Module, k: float, batches: Sequence[LabelledBatch]) -> None:
     """Fit the thresholds of one layer after the other: its input depends on those before it."""
     for layer in moe_layers(model).values():
         seen: list[Tensor] = []
-        with layer.register_forward_pre_hook(partial(_see, seen)):
+
+        def see(layer: Any, inputs: tuple[Tensor, ...], seen: list[Tensor] = seen) -> None:
+            x, mask = inputs[0], layer.token_mask  # the mask leaves padding out
+            seen.append((x if mask is None else x[mask]).reshape(-1, layer.dim))
+
+        with layer.register_forward_pre_hook(see):
             for batch in batches:
                 model(*batch.inputs)
         assert isinstance(layer.router, TopAnyRouter)
         fit_thresholds(layer.router, layer.live, torch.cat(seen), k)
-
-
-def _see(seen: list[Tensor], layer: Any, inputs: tuple[Tensor, ...]) -> None:
-    """Keep the layer's tokens, without padding."""
-    mask = layer.token_mask
-    seen.append((inputs[0] if mask is None else inputs[0][mask]).reshape(-1, layer.dim))
 
 
 class Loop(Experts):

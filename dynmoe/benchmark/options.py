@@ -200,25 +200,23 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dynmoe-bench", description="Measure the speed of dynmoe.")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    def new(name: str, summary: str, description: str, cases: str = "") -> argparse.ArgumentParser:
+    def new(
+        name: str, summary: str, text: str, cases: Mapping[str, str] | None = None
+    ) -> argparse.ArgumentParser:
         raw = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(
-            name, help=summary, description=description, epilog=cases, formatter_class=raw
-        )
+        p = commands.add_parser(name, help=summary, description=text, formatter_class=raw)
+        if cases:
+            lines = [f"  {case:17}{text}" for case, text in cases.items()]
+            p.epilog = "\n".join([f"cases, {next(iter(cases))} always runs:", *lines])
+        return p
 
-    p = new(
-        "layer",
-        "one MoE layer beside a dense FFN and other dispatches",
-        LAYER,
-        "cases, the limit always runs:\n" + _listed(LAYER_CASES),
-    )
+    p = new("layer", "one MoE layer beside a dense FFN and other dispatches", LAYER, LAYER_CASES)
     text = "a (ViT-S), b (ViT-Ti), c (BERT-base), or tokens,dim,hidden,experts (default: a b c)"
     shapes = list(SHAPES.values())
     p.add_argument("--shape", nargs="+", type=parse_shape, default=shapes, metavar="S", help=text)
     _add_k(p, "mean experts per token", [1.0, 1.5, 2.0, 4.0])
     _add_only(p, list(LAYER_CASES), "all below")
-    _add_dtype(p, "fp32", "bf16", "amp")
-    _add_timing(p)
+    _add_timing(p, "fp32", "bf16", "amp")
     choices = ["auto", "highest", "high", "medium"]
     text = "of fp32 products; auto: the fastest at fp32 accuracy (default)"
     p.add_argument("--matmul-precision", choices=choices, default="auto", help=text)
@@ -227,20 +225,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--malloc", choices=choices, default="auto", help=text)
     _add_files(p, "layer", baseline=True)
 
-    p = new(
-        "step",
-        "whole training steps and inference beside the dense model",
-        STEP,
-        "cases, dense always runs:\n" + _listed(STEP_CASES),
-    )
+    text = "whole training steps and inference beside the dense model"
+    p = new("step", text, STEP, STEP_CASES)
     _add_models(p)
     _add_only(p, DEFAULTS["only"], "dense top-1 top-2 dynmoe")
     choices = ["train", "inference", "both"]
     p.add_argument("--mode", choices=choices, default="both", help="default: both")
     text = "samples of a batch (default: 32 images, else data.batch_size)"
     p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
-    _add_dtype(p, "fp32", "amp")
-    _add_timing(p)
+    _add_timing(p, "fp32", "amp")
     _add_files(p, "step", baseline=True)
 
     p = new("generate", "answers of vision-language models, token by token", GENERATE)
@@ -249,8 +242,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
     text = "tokens of each answer (default: 32)"
     p.add_argument("--new-tokens", type=at_least(2), default=32, metavar="N", help=text)
-    _add_dtype(p, "fp32", "amp")
-    _add_timing(p, rounds=7)
+    _add_timing(p, "fp32", "amp", rounds=7)
     _add_files(p, "generate")
 
     p = new("epoch", "a training epoch on texts beside a plain loop", EPOCH)
@@ -291,10 +283,6 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text}: expected seconds, more than 0")
 
 
-def _listed(cases: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:17}{text}" for name, text in cases.items())
-
-
 def _add_overrides(p: argparse.ArgumentParser) -> None:
     text = "settings of the configuration, as in dynmoe-run"
     p.add_argument("overrides", nargs="*", metavar="key=value", help=text)
@@ -317,12 +305,10 @@ def _add_only(p: argparse.ArgumentParser, default: list[str], shown: str) -> Non
     p.add_argument("--only", nargs="+", default=default, metavar="CASE", help=text)
 
 
-def _add_dtype(p: argparse.ArgumentParser, *choices: str) -> None:
-    text = f"amp: fp32 weights under bf16 autocast (default: {DEFAULTS['dtype']})"
-    p.add_argument("--dtype", choices=choices, default=DEFAULTS["dtype"], help=text)
-
-
-def _add_timing(p: argparse.ArgumentParser, rounds: int = 15) -> None:
+def _add_timing(p: argparse.ArgumentParser, *dtypes: str, rounds: int = 15) -> None:
+    if dtypes:
+        text = f"amp: fp32 weights under bf16 autocast (default: {DEFAULTS['dtype']})"
+        p.add_argument("--dtype", choices=dtypes, default=DEFAULTS["dtype"], help=text)
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     p.add_argument("--threads", type=at_least(1), metavar="N", help="default: PyTorch's")
     text = f"samples of each case (default: {rounds})"

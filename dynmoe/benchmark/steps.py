@@ -95,8 +95,7 @@ def run(
     cases: Sequence[str],
     found: Sequence[Candidate],
 ) -> None:
-    """Carry out ``step`` or ``generate``: measure the ``cases`` of a configuration or the trained
-    runs ``found``, print the tables, write the file.
+    """Measure the ``cases`` of a configuration or the runs ``found``, print and write the rows.
 
     Raises:
         UserError: a model, data or baseline that does not fit; nothing has run then.
@@ -202,14 +201,12 @@ def _trained_groups(
 
 def merged(facts: Sequence[results.Facts]) -> results.Facts:
     """Return the facts of several groups in one: a value, or a list where they differ."""
-    found = {}
-    for key in dict.fromkeys(key for each in facts for key in each):
-        values: list[Any] = []
-        for value in (each.get(key) for each in facts):
-            if value not in values:
-                values.append(value)
-        found[key] = values[0] if len(values) == 1 else values
-    return found
+    found: dict[str, list[Any]] = {}
+    for each in facts:
+        for key in dict.fromkeys(key for every in facts for key in every):
+            if each.get(key) not in found.setdefault(key, []):
+                found[key].append(each.get(key))
+    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
 
 
 @dataclass
