@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from hydra_plugins.dynmoe_sweeper import DynMoESweeper
 from omegaconf import DictConfig
 
-from dynmoe.config import options, stages
+from dynmoe.config import options, runs
 from dynmoe.config.check import check, report
 from dynmoe.config.compose import preflight, search_path
 from dynmoe.errors import STOPPED, UserError
@@ -35,7 +35,7 @@ HYDRAS_FILES = {".hydra", "run.log"}
 
 # At import, not in run(): a parallel launcher's processes import this module with the job, and have
 # to resolve the same configuration.
-stages.register()
+runs.register()
 
 
 def run(job: Job, *, prog: str) -> None:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dynmoe.config import options, stages
+from dynmoe.config import options, runs
 from dynmoe.config.check import ELSEWHERE, MEANING, problems
 from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_problems
 from dynmoe.config.targets import did_you_mean
@@ -94,7 +94,7 @@ def _missing_plugin(message: str) -> str:
 @contextmanager
 def search_path() -> Iterator[None]:
     """Hydra on our configuration files, outside of hydra.main."""
-    stages.register()
+    runs.register()
     with initialize_config_module("dynmoe.conf", version_base="1.3"):
         yield
 

@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from dynmoe.config.check import problems, report
-from dynmoe.config.identity import flat, run_name
+from dynmoe.config.runs import flat, run_name
 from dynmoe.config.sweeps import read_sweep
 from dynmoe.errors import STOPPED, ConfigError, UserError
-from dynmoe.sweep import manifest, standing
+from dynmoe.sweep import manifest
 from dynmoe.sweep.manifest import Job
 
 # States in which a job is left alone.
@@ -80,7 +80,7 @@ class DynMoESweeper(Sweeper):
             if sweep:
                 manifest.check(folder, sweep, base, jobs)
             if mode == "plan":
-                Console().print(standing.render(jobs, self._parallel()))
+                Console().print(manifest.render(jobs, self._parallel()))
                 return []
             returns = self._launch(jobs)
             if any(each.status is JobStatus.FAILED for each in returns):
