@@ -323,17 +323,9 @@ def batch_divides(cfg: DictConfig) -> Iterator[str]:
 
 def ranges(cfg: DictConfig) -> Iterator[str]:
     for key in (
-        "moe.num_experts",
-        "moe.adaptation.min_experts",
-        "task.steps",
-        "task.epochs",
-        "task.eval_every",
-        "task.save_every",
-        "task.patience",
-        "trainer.max_steps",
-        "data.batch_size",
-        "data.eval_batch_size",
-        "data.max_length",
+        *("moe.num_experts", "moe.adaptation.min_experts", "trainer.max_steps"),
+        *("task.steps", "task.epochs", "task.eval_every", "task.save_every", "task.patience"),
+        *("data.batch_size", "data.eval_batch_size", "data.max_length"),
     ):
         count = read(cfg, key, int)
         endless = count == -1 and key in ("task.steps", "trainer.max_steps")
@@ -422,30 +414,10 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
 
 # In the order of their messages.
 RULES: tuple[Rule, ...] = (
-    top_k_within_experts,
-    expert_bounds,
-    parts_add_up,
-    expert_layers,
-    adaptation_there,
-    same_modality,
-    test_environments,
-    batch_divides,
-    ranges,
-    pretrained_weights,
-    data_folder,
-    text_run,
-    stage_is_chosen,
-    dense_before_moe,
-    start_is_a_run,
-    trained_parts,
-    scratch_is_trained,
-    there_is_training_data,
-    folders,
-    libraries,
-    only_of_one_modality,
-    protocol_fits,
-    selection_fits,
-    run_folder,
-    clipping_optimizer,
+    *(top_k_within_experts, expert_bounds, parts_add_up, expert_layers, adaptation_there),
+    *(same_modality, test_environments, batch_divides, ranges, pretrained_weights, data_folder),
+    *(text_run, stage_is_chosen, dense_before_moe, start_is_a_run, trained_parts),
+    *(scratch_is_trained, there_is_training_data, folders, libraries),
+    *(only_of_one_modality, protocol_fits, selection_fits, run_folder, clipping_optimizer),
 )
 SWEEP_RULES: tuple[Rule, ...] = (one_device_per_job,)

@@ -23,33 +23,14 @@ from dynmoe.config.options import device_count
 
 # Dotted keys that do not change the result of a run.
 NOT_IN_IDENTITY = (
-    "hydra",
-    "logger",
-    "mode",
-    "name",
-    "overwrite",
-    "paths",
-    "plan",
-    "protocol.datasets",  # the entry in use shows in the keys that copy it
-    "protocol.defaults",
-    "protocol.stages",
-    "runtime.malloc",
-    "sweep",
-    "task.save_every",
+    *("hydra", "logger", "mode", "name", "overwrite", "paths", "plan", "sweep"),
+    *("protocol.datasets", "protocol.defaults", "protocol.stages"),  # other keys copy those in use
+    *("runtime.malloc", "task.save_every", "moe.recompute"),
     "backbone.grad_checkpointing",  # the same numbers, computed twice
     "data.question_sets",  # more of them are answered by dynmoe-eval
-    "data.cache",
-    "data.cache_gb",
-    "data.eval_batch_size",
-    "data.examples",
-    "data.verify",
-    "data.workers",
-    "moe.recompute",
-    "trainer.default_root_dir",
-    "trainer.enable_model_summary",
-    "trainer.enable_progress_bar",
-    "trainer.log_every_n_steps",
-    "trainer.logger",
+    *("data.cache", "data.cache_gb", "data.eval_batch_size", "data.examples", "data.verify"),
+    *("data.workers", "trainer.default_root_dir", "trainer.enable_model_summary"),
+    *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.logger"),
 )
 
 # `${a.b}`, another key; `${recipe:lr}` computes something.
@@ -70,8 +51,7 @@ def run_name(cfg: DictConfig) -> str:
 
 def config_hash(cfg: DictConfig) -> str:
     """Hash of everything that can change the result of a run."""
-    text = json.dumps(_relevant(cfg, prefix=""), sort_keys=True, default=str)
-    return sha8(text)
+    return sha8(json.dumps(_relevant(cfg, prefix=""), sort_keys=True, default=str))
 
 
 def flat(cfg: DictConfig) -> dict[str, Any]:
