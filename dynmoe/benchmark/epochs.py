@@ -187,7 +187,7 @@ class PlainFineTuning(L.LightningModule):
     def __init__(self, model: Any, lr: float, weight_decay: float, steps: int) -> None:
         super().__init__()
         self.model, self.steps = model, steps
-        self.settings = {"lr": lr, "weight_decay": weight_decay, "fused": True}
+        self.settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": True}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = self.model(**batch).loss
