@@ -147,7 +147,8 @@ def summary(rows: Sequence[Row]) -> Table:
             by_case[row["case"]][row["k"]] = row
         layers, top_k = by_case["layer"], by_case["top_k"]
         worst = min(layers.values(), key=lambda row: row["ratio"], default=None)
-        per_row = [_ms_per_pair(layers[k]) / _ms_per_pair(top_k[k]) for k in layers if k in top_k]
+        # Speeds in useful GFLOP/s: the work of a routed pair is the same in both.
+        per_row = [top_k[k]["gflops"] / layers[k]["gflops"] for k in layers if k in top_k]
         lines.append(
             {
                 "shape": shape,
@@ -166,10 +167,6 @@ def summary(rows: Sequence[Row]) -> Table:
 def _mean(rows: Mapping[float, Row], field: str) -> float | None:
     values = [row[field] for row in rows.values() if row[field] is not None]
     return fmean(values) if values else None
-
-
-def _ms_per_pair(row: Row) -> float:
-    return float(row["median_ms"] / (row["mean_k"] * row["tokens"]))
 
 
 def _kept_and_peak(case: Case, device: torch.device) -> tuple[int, int]:

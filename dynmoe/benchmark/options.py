@@ -118,14 +118,18 @@ LAYER = """\
 Time the forward and backward pass of one MoE layer. Its rivals are timed interleaved with it: a
 dense FFN on as many rows (the limit), and other ways to dispatch tokens to experts. Thresholds are
 fitted so that a token activates k experts on average and the popularity of experts follows Zipf's
-law with exponent 0.8. Every call gets other tokens. The command prints a table for each shape and
-k, and a summary."""
+law with exponent 0.8. The command prints a table for each shape and k, and a summary."""
 LAYER_NOTE = f"""\
 Each call takes the next of 16 batches of tokens, so the loads of the experts are new as in
 training; the limit always has their mean number of rows.
 {DISTURBED}"""
 
-STEP = """\
+RUNS = """\
+--runs measures trained models instead. For each setting of a sweep it takes the finished run of the
+lowest seed and loads its selected checkpoint. It writes FOLDER/{}.json, which dynmoe-report
+reads."""
+
+STEP = f"""\
 Time whole training steps (forward, loss, backward, AdamW) and inference of a backbone with MoE
 layers in every second block, interleaved with the dense backbone. The thresholds of DynMoE are
 fitted so that a token activates k experts on average. The learning rate is 0, which costs the same
@@ -138,9 +142,7 @@ small LLaVA on conversations about rendered scenes, with gradients of the parts 
 trains. There data.* counts too: data=rte data.source=tsv data.root=FOLDER backbone=minilm
 backbone.path=FOLDER.
 
---runs measures trained models instead. For each setting of a sweep it takes the finished run of the
-lowest seed, loads its selected checkpoint, and times it on training batches of its data. It
-writes FOLDER/timing.json, which dynmoe-report reads."""
+{RUNS.format("timing")}"""
 STEP_NOTE = f"""\
 ideal: FLOPs of the dense model over those of the case, whose FFNs count k times, routers included.
 used: parameters that a token activates. Layers are compact in inference; a token that no expert
@@ -152,13 +154,13 @@ is that of the largest. tokens/s are real tokens, patches of images included. id
 tokens in MoE layers, which leave padding out, and all positions elsewhere, as in the dense
 model."""
 RUNS_NOTE = f"""\
-All models see the same batches, those of the first run. A step is forward, losses and routing
-statistics, backward and the run's optimizer at learning rate 0, without gradient clipping and
-without the training loop around it. Where batches differ in shape, times are means over 8 of them,
-and the peak is that of the largest. Layers are compact in inference.
+All models see the same training batches, those of the first run. A step is forward, losses and
+routing statistics, backward and the run's optimizer at learning rate 0, without gradient clipping
+and without the training loop around it. Where batches differ in shape, times are means over 8 of
+them, and the peak is that of the largest. Layers are compact in inference.
 {DISTURBED}"""
 
-GENERATE = """\
+GENERATE = f"""\
 Time the answers of vision-language models to the questions of their evaluation set, token by token
 with the KV cache. Every answer gets the same number of new tokens, so that all models do the same
 work. Without --runs the models have fresh weights and are measured interleaved: a dense one, and
@@ -166,9 +168,7 @@ ones with MoE layers in every second block, with top-2 routing and with DynMoE's
 are fitted so that a token of a training batch activates k experts on average. The default is a
 small LLaVA on questions about rendered scenes.
 
---runs measures trained models instead. For each setting of a sweep it takes the finished run of the
-lowest seed and loads its selected checkpoint. It writes FOLDER/generation.json, which
-dynmoe-report reads."""
+{RUNS.format("generation")}"""
 GENERATE_NOTE = f"""\
 All models answer the same questions. prompt: time from the questions of a batch, images included,
 to the first new token of each. token: time of each further token of all its answers. tokens/s are

@@ -155,24 +155,20 @@ def _fresh_group(
     device: torch.device,
 ) -> Group:
     given_layers, amp = "moe.layers" in keys(args.overrides), args.dtype == "amp"
-    is_generate = args.command == "generate"
-    data: Any = None
-    if modality(cfg) == "image":
-        work = noise(cfg, device)
-    else:
-        data = data_of(cfg)
-        work = of_data(cfg, data, device)
+    data = None if modality(cfg) == "image" else data_of(cfg)
+    work = noise(cfg, device) if data is None else of_data(cfg, data, device)
     batches: Sequence[Any] = work.batches
-    if data is not None and is_generate:  # thresholds are still fitted on training batches
+    asks = data is not None and args.command == "generate"
+    if data is not None and asks:  # thresholds are still fitted on training batches
         batches = question_batches(data, device)
         facts = question_facts(batches, args.new_tokens)
         work = work._replace(facts={"data": data.name, **facts})
     models, facts = fresh(cfg, work, cases, args.k, given_layers, fused_attention, amp)
     outside: dict[tuple[Any, ...], float] = {}  # all models are copies of one
     for each in models:
-        if data is not None and is_generate:
-            setting = {"setting": each.name, "environment": ""}
-            each.identity = {"run": "", "problem": data.name, **setting}
+        if asks:
+            identity = {"run": "", "problem": facts["data"], "setting": each.name}
+            each.identity = {**identity, "environment": ""}
         else:
             each.costs = costs_of_sample(each.model, batches, outside)
     return Group(facts["model"], models, batches, facts)
