@@ -152,7 +152,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _is_child() -> bool:
-    """Whether this process is a data-parallel rank other than 0."""
+    """Return whether this process is a data-parallel rank other than 0."""
     return int(os.environ.get("LOCAL_RANK", 0)) > 0
 
 

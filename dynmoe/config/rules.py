@@ -220,10 +220,8 @@ def scratch_is_trained(cfg: DictConfig) -> Iterator[str]:
     trains = read(cfg, "task.module.trains", list)
     if trains is None or read(cfg, "stage.after", str) is not None:
         return
-    for key, part in (
-        ("backbone.vision.pretrained", "vision"),
-        ("backbone.pretrained", "language_model"),
-    ):
+    parts = {"backbone.vision.pretrained": "vision", "backbone.pretrained": "language_model"}
+    for key, part in parts.items():
         if read(cfg, key, bool) is False and part not in trains:
             yield (
                 f"task.module.trains: {key}=false, and the first stage does not train {part}: it "
@@ -345,12 +343,9 @@ def ranges(cfg: DictConfig) -> Iterator[str]:
 
 def pretrained_weights(cfg: DictConfig) -> Iterator[str]:
     for key in ("backbone.pretrained", "backbone.vision.pretrained"):
-        weights = read(cfg, key, str)
+        weights, endings = read(cfg, key, str), ", ".join(WEIGHT_FILES)
         if weights is not None and not weights.endswith(WEIGHT_FILES):
-            yield (
-                f"{key}: expected true, false or a file ending in {', '.join(WEIGHT_FILES)}, "
-                f"found '{weights}'"
-            )
+            yield f"{key}: expected true, false or a file ending in {endings}, found '{weights}'"
         elif weights is not None and not Path(weights).expanduser().is_file():
             yield f"{key}: no file '{weights}'"
     untrained = read(cfg, "backbone.pretrained", bool) is False and cfg.get("stage") is None

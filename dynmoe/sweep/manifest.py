@@ -147,18 +147,14 @@ class Job:
 
 # Keys that determine the number of steps of a run that counts them in epochs.
 LENGTH = (
-    "data.name",
-    "data.batch_size",
-    "protocol.holdout_fraction",
-    "task.epochs",
-    "task.steps",
-    "task.eval_every",
+    *("data.name", "data.batch_size", "protocol.holdout_fraction"),
+    *("task.epochs", "task.steps", "task.eval_every"),
 )
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One look at a job's folder."""
+    """The progress of a job, read from its folder."""
 
     job: Job
     state: State
@@ -216,13 +212,11 @@ def render(jobs: Sequence[Job], parallel: int) -> RenderableType:
 def _completed(standings: Sequence[Standing]) -> list[Standing]:
     """A job that has not read its data is as long as an equally long one that has."""
     known = {each.length: each for each in standings if each.planned}
-    found = []
-    for each in standings:
-        other = known.get(each.length)
-        if each.planned is None and other is not None:
-            each = replace(each, planned=other.planned, eval_every=other.eval_every)
-        found.append(each)
-    return found
+    others = [each if each.planned else known.get(each.length, each) for each in standings]
+    return [
+        replace(each, planned=other.planned, eval_every=other.eval_every)
+        for each, other in zip(standings, others, strict=True)
+    ]
 
 
 def seconds_left(standings: Sequence[Standing]) -> list[float]:
