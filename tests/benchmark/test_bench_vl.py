@@ -113,7 +113,8 @@ def test_a_step_is_that_of_the_stage(tmp_path: Path) -> None:
 def test_costs_are_those_of_one_conversation_where_all_are_alike(tmp_path: Path) -> None:
     """Padding counts outside of MoE layers alone."""
     cfg, work = scenes(tmp_path)
-    built, _ = models.fresh(cfg, work, ["dense", "top-2"], [1.5], False, False, amp=False)
+    cases, outside = ["dense", "top-1", "top-2"], dict[tuple[Any, ...], float]()
+    built, _ = models.fresh(cfg, work, cases, [1.5], False, False, amp=False)
     batch: Any = work.batches[0]
     images = (batch.tokens["image_mask"].sum(1) // PATCHES).tolist()
     row = images.index(1)
@@ -130,7 +131,8 @@ def test_costs_are_those_of_one_conversation_where_all_are_alike(tmp_path: Path)
         for layer in expected["flops"]["layers"].values():
             assert layer["tokens"] == length
             layer["tokens"] = length - 2
-        assert models.costs_of_sample(each.model, [alike, alike]) == expected
+        assert models.costs_of_sample(each.model, [alike, alike], outside) == expected
+    assert len(outside) == 2  # the second model with MoE layers takes what the first one counted
 
 
 def test_times_fresh_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run) -> None:
