@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from hydra_plugins.dynmoe_sweeper import DynMoESweeper
 from omegaconf import DictConfig
 
-from dynmoe.config import options, stages
+from dynmoe.config import options, runs
 from dynmoe.config.check import check, report
 from dynmoe.config.compose import preflight, search_path
 from dynmoe.errors import STOPPED, UserError
@@ -35,7 +35,7 @@ HYDRAS_FILES = {".hydra", "run.log"}
 
 # At import, not in run(): a parallel launcher's processes import this module with the job, and have
 # to resolve the same configuration.
-stages.register()
+runs.register()
 
 
 def run(job: Job, *, prog: str) -> None:
@@ -94,7 +94,8 @@ def _guarded(job: Job, prog: str) -> Job:
             _remove_unused(folder)
             raise _refusal(prog, str(refused)) from None
         except (KeyboardInterrupt, SystemExit) as error:
-            if not _is_ctrl_c(error):
+            # NOTE: Lightning's trainer answers Ctrl-C with sys.exit(1) (trainer/call.py).
+            if not any(isinstance(e, KeyboardInterrupt) for e in (error, error.__context__)):
                 raise
             if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # of data-parallel processes, one speaks
                 print(f"{prog}: {STOPPED}", file=sys.stderr)
@@ -107,7 +108,7 @@ def _guarded(job: Job, prog: str) -> Job:
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-    """`error`, or the cause that Hydra's instantiate wrapped, if it is a UserError."""
+    """Return `error`, or the cause that Hydra's instantiate wrapped, if it is a UserError."""
     while isinstance(error, InstantiationException):
         error = error.__cause__
     return error if isinstance(error, UserError) else None
@@ -130,11 +131,6 @@ def _job_failed(prog: str, hydra_cfg: HydraConf, cfg: DictConfig, error: Excepti
         line = " ".join(message.split())
         RunFolder(hydra_cfg.runtime.output_dir).mark_failed(line, trace)
     return RuntimeError(message)
-
-
-def _is_ctrl_c(error: BaseException) -> bool:
-    """Lightning's trainer answers a KeyboardInterrupt with sys.exit(1) (trainer/call.py)."""
-    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
 def _remove_unused(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe.config import stages
+from dynmoe.config import runs
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
 
@@ -46,16 +46,16 @@ def job(cfg: DictConfig) -> float | None:
 
 def complete_stage_before(cfg: DictConfig) -> None:
     """Train the run that this one starts from, unless it is done. Runs that share it wait."""
-    earlier = stages.previous(cfg)
+    earlier = runs.previous(cfg)
     if earlier is None or _is_child():
         return
-    folder = RunFolder(stages.run_folder(earlier))
+    folder = RunFolder(runs.run_folder(earlier))
     with folder.hold(wait=WAIT):
         folder.forget_failure()
         if folder.is_done:
             print(f"stage {earlier.stage.name}: done before, {folder.path}")
             return
-        if stages.is_distributed(cfg):
+        if runs.is_distributed(cfg):
             raise ConfigError(
                 f"stage.start: stage {earlier.stage.name} is not done. On several devices stages "
                 f"run one by one: run the same command with stage={earlier.stage.name} and "
@@ -84,11 +84,10 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
     from rich.console import Console
 
     from dynmoe.config.sweeps import SweepJob
-    from dynmoe.sweep import standing
-    from dynmoe.sweep.manifest import Job
+    from dynmoe.sweep.manifest import Job, render
 
     job = Job.of(cfg, folder.path, SweepJob((), folder.path.name, ""))
-    Console().print(standing.render([job], parallel=1))
+    Console().print(render([job], parallel=1))
     if cfg.get("plan") is not None:
         from dynmoe.estimate.sizes import show_estimate
 
@@ -153,7 +152,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _is_child() -> bool:
-    """Whether this process is a data-parallel rank other than 0."""
+    """Return whether this process is a data-parallel rank other than 0."""
     return int(os.environ.get("LOCAL_RANK", 0)) > 0
 
 

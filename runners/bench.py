@@ -6,8 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dynmoe.benchmark import commands
-from dynmoe.benchmark.options import parser
+from dynmoe.benchmark import options
 from dynmoe.errors import UserError
 
 
@@ -18,8 +17,8 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        args = parser().parse_args(_overrides_first(sys.argv[1:]))
-        getattr(commands, args.command)(args)
+        args = options.parser().parse_args(_overrides_first(sys.argv[1:]))
+        getattr(options, args.command)(args)
     except UserError as error:
         print(f"dynmoe-bench: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1,10 +1,10 @@
-"""The command in this process: what it prints, and the status it ends with."""
+"""Commands in this process: their output, and the status they end with."""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from dynmoe import cli
+
+Run = Callable[..., None]
+Refused = Callable[..., str]
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,27 @@ def command(job: Callable[[DictConfig], float | None], root: Path, *arguments: s
             except SystemExit as end:
                 status = int(end.code or 0)
     return Done(status, out.getvalue(), err.getvalue())
+
+
+def fixtures(name: str, main: Callable[[], None]) -> tuple[object, object]:
+    """Return the fixtures ``run`` and ``refused`` of a command; the second gives the message."""
+
+    @pytest.fixture
+    def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+        def command(*arguments: str) -> None:
+            monkeypatch.setattr(sys, "argv", [name, *arguments])
+            main()
+
+        yield command
+
+    @pytest.fixture
+    def refused(run: Run, capsys: pytest.CaptureFixture[str]) -> Refused:
+        def command(*arguments: str) -> str:
+            with pytest.raises(SystemExit) as stopped:
+                run(*arguments)
+            assert stopped.value.code == 2
+            return capsys.readouterr().err
+
+        return command
+
+    return run, refused

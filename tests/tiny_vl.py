@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dynmoe import cli, job
-from dynmoe.config.stages import run_folder
+from dynmoe.config.runs import run_folder
 from dynmoe.records import RunFolder
 
 assert cli  # registers the resolvers of conf/

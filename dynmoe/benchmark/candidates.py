@@ -61,7 +61,20 @@ def candidates(folder: Path) -> list[Candidate]:
         first.setdefault((run.problem, run.setting), run)
     chosen = {run.folder.path for run in first.values()}
     members = [_candidate(run) for run in found.runs if run.folder.path in chosen]
-    _check_shared(members)
+    first_cfg, path = members[0].cfg, members[0].run.folder.path
+    if first_cfg.trainer.precision not in DTYPES:
+        raise ConfigError(
+            f"{path}: trainer.precision is {first_cfg.trainer.precision}, expected one of"
+            f" {', '.join(DTYPES)}"
+        )
+    for key in SHARED_KEYS:
+        value = OmegaConf.select(first_cfg, key)
+        for other in members[1:]:
+            if (found_there := OmegaConf.select(other.cfg, key)) != value:
+                raise ConfigError(
+                    f"{key} is {value} in {path} and {found_there} in {other.run.folder.path}: such"
+                    " runs cannot be measured interleaved, give their folders one by one"
+                )
     return members
 
 
@@ -84,24 +97,6 @@ def _candidate(run: Run) -> Candidate:
         f"{run.folder.path}: expected checkpoints/selected.ckpt or last.ckpt, found neither;"
         " train it again with overwrite=true"
     )
-
-
-def _check_shared(members: Sequence[Candidate]) -> None:
-    first = members[0]
-    if first.cfg.trainer.precision not in DTYPES:
-        raise ConfigError(
-            f"{first.run.folder.path}: trainer.precision is {first.cfg.trainer.precision}, expected"
-            f" one of {', '.join(DTYPES)}"
-        )
-    for key in SHARED_KEYS:
-        for other in members[1:]:
-            values = [OmegaConf.select(each.cfg, key) for each in (first, other)]
-            if values[0] != values[1]:
-                raise ConfigError(
-                    f"{key} is {values[0]} in {first.run.folder.path} and {values[1]} in"
-                    f" {other.run.folder.path}: such runs cannot be measured interleaved, give"
-                    " their folders one by one"
-                )
 
 
 # Configurations: keys of dynmoe-run, checked in the same way.
@@ -154,7 +149,7 @@ def keys(overrides: Sequence[str]) -> set[str]:
 
 
 def modality(cfg: DictConfig) -> str | None:
-    """Return ``image``, ``text`` or ``vision-language``: what the task works on."""
+    """Return the modality of the task: ``image``, ``text`` or ``vision-language``."""
     return options.modality(cfg, "task.module")
 
 

@@ -25,19 +25,11 @@ from transformers import (
 )
 
 from dynmoe import runtime
+from dynmoe.benchmark import results
 from dynmoe.benchmark.candidates import DTYPES, built, unwrapped
-from dynmoe.benchmark.models import endless_data, model_name
+from dynmoe.benchmark.models import data_of, model_name
 from dynmoe.benchmark.options import EPOCH_NOTE
-from dynmoe.benchmark.results import (
-    RATIO,
-    ROUNDS,
-    Advance,
-    Column,
-    Conditions,
-    Output,
-    Row,
-    tables,
-)
+from dynmoe.benchmark.results import RATIO, ROUNDS, Column, Row
 from dynmoe.benchmark.timing import device_of, interleave, machine_facts, speed
 from dynmoe.data.images.batches import ImageBatch
 from dynmoe.data.images.module import DomainData
@@ -66,7 +58,7 @@ DATA_COLUMNS = (
 )
 
 
-def run(args: argparse.Namespace, output: Output, cfg: DictConfig) -> None:
+def run(args: argparse.Namespace, output: results.Output, cfg: DictConfig) -> None:
     """Measure, print the table, write the file.
 
     Raises:
@@ -96,9 +88,9 @@ def run(args: argparse.Namespace, output: Output, cfg: DictConfig) -> None:
     dtype = DTYPES.get(cfg.trainer.precision, cfg.trainer.precision)
     with output.progress() as new_bar:
         rows = measure_epochs(loops, work, args.rounds, device, new_bar("epochs"))
-    output.add(rows, Conditions(machine_facts(device, dtype), settings, facts))
+    output.add(rows, results.Conditions(machine_facts(device, dtype), settings, facts))
     title = "One training epoch, {steps} steps, {samples} texts"
-    output.show(*tables(rows, (), title, EPOCH_COLUMNS), EPOCH_NOTE + "\n")
+    output.show(*results.tables(rows, (), title, EPOCH_COLUMNS), EPOCH_NOTE + "\n")
 
 
 def _loops(
@@ -114,18 +106,13 @@ def _loops(
     optimizer = cfg.task.optimizer
     plain = PlainFineTuning(model, optimizer.lr, optimizer.weight_decay, steps)
 
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+
     def loader() -> Any:
         return plain_loader(texts, data.tokenizer, cfg.data.batch_size, cfg.seed)
 
     def trainer() -> Any:
-        return built(
-            cfg.trainer,
-            max_steps=steps,
-            limit_val_batches=0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            logger=False,
-        )
+        return built(cfg.trainer, max_steps=steps, limit_val_batches=0, **silent)
 
     ours: Any = data.train_dataloader().batch_sampler
     work = {
@@ -162,7 +149,7 @@ def measure_epochs(
     work: Mapping[str, Work],
     rounds: int,
     device: torch.device,
-    advance: Advance,
+    advance: results.Advance,
 ) -> list[Row]:
     """Return a row for each of the ``loops``, whose calls are epochs; the first is the reference.
 
@@ -199,10 +186,8 @@ class PlainFineTuning(L.LightningModule):
 
     def __init__(self, model: Any, lr: float, weight_decay: float, steps: int) -> None:
         super().__init__()
-        self.model = model
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.steps = steps
+        self.model, self.steps = model, steps
+        self.settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": True}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = self.model(**batch).loss
@@ -210,17 +195,10 @@ class PlainFineTuning(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            (p for p in self.parameters() if p.requires_grad),
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            fused=True,
-        )
+        trained = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, **self.settings)
         scheduler = get_linear_schedule_with_warmup(optimizer, 0, self.steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 class LabelledTexts(Dataset[dict[str, Any]]):
@@ -258,7 +236,7 @@ WARM_UP = 3
 """Batches: workers start, transforms are set up."""
 
 
-def run_loader(args: argparse.Namespace, output: Output, cfg: DictConfig) -> None:
+def run_loader(args: argparse.Namespace, output: results.Output, cfg: DictConfig) -> None:
     """Measure, print the table, write the file.
 
     Raises:
@@ -268,8 +246,7 @@ def run_loader(args: argparse.Namespace, output: Output, cfg: DictConfig) -> Non
     counts = args.workers or [cfg.data.workers]
 
     def set_up(workers: Any) -> Any:
-        cfg.data.workers = workers
-        module = endless_data(cfg)
+        module = data_of(cfg, workers)
         module.setup()
         return module
 
@@ -283,14 +260,16 @@ def run_loader(args: argparse.Namespace, output: Output, cfg: DictConfig) -> Non
         for i, workers in enumerate(counts):
             new_bar(f"{workers} workers")
             module = set_up(workers) if i else module
-            output.add([measure_loader(module, args.seconds)], Conditions(machine, {}, facts))
-    output.show(*tables(output.rows, (), "Training loader", DATA_COLUMNS))
+            output.add(
+                [measure_loader(module, args.seconds)], results.Conditions(machine, {}, facts)
+            )
+    output.show(*results.tables(output.rows, (), "Training loader", DATA_COLUMNS))
 
 
 def measure_loader(data: DomainData, seconds: float) -> Row:
     """Iterate the training loader for so many ``seconds`` after a warm-up.
 
-    ``data`` is ``endless_data`` that has been set up.
+    ``data`` comes from ``data_of`` and has been set up.
 
     Returns:
         ``workers``, ``images``, ``seconds``, ``images_per_s``, ``ms_per_image``, and
@@ -316,10 +295,9 @@ def measure_loader(data: DomainData, seconds: float) -> Row:
 
 
 def _cpu_seconds() -> float | None:
-    """Return the CPU time of this process and, by /proc/<pid>/stat, its living children, the
-    workers.
+    """Return the CPU time of this process and, by /proc/<pid>/stat, of its workers.
 
-    resource.getrusage counts children only after they ended, and then their warm-up too.
+    NOTE: resource.getrusage counts children only after they ended, and then their warm-up too.
     """
     total = time.process_time()
     for child in multiprocessing.active_children():

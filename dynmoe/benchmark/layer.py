@@ -21,31 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe import runtime
+from dynmoe.benchmark import results, timing
 from dynmoe.benchmark.options import LAYER_CASES, LAYER_NOTE, Shape
-from dynmoe.benchmark.results import (
-    MIB,
-    PEAK,
-    RATIO,
-    ROUNDS,
-    Advance,
-    Baseline,
-    BaselineRules,
-    Column,
-    Compared,
-    Conditions,
-    Output,
-    Row,
-    tables,
-)
-from dynmoe.benchmark.timing import (
-    Outputs,
-    device_of,
-    interleave,
-    machine_facts,
-    paired,
-    peak_and_kept,
-    speed,
-)
+from dynmoe.benchmark.results import MIB, PEAK, RATIO, ROUNDS, Column, Row
 from dynmoe.layers import Experts, MoELayer, Routing, TopAnyRouter, TopKRouter, record_routing
 
 TITLE = (
@@ -74,30 +52,30 @@ SUMMARY = (
 )
 
 
-def _compared(row: Row) -> Compared:
+def _compared(row: Row) -> results.Compared:
     """Machines drift, so only the limit is compared in time, the others to their own limit."""
     if row["case"] == "limit":
-        return Compared("median_ms", "quartiles_ms", "{:.4g} ms")
-    return Compared("ratio", "ratio_quartiles", "{:.3f} of limit")
+        return results.Compared("median_ms", "quartiles_ms", "{:.4g} ms")
+    return results.Compared("ratio", "ratio_quartiles", "{:.3f} of limit")
 
 
-RULES = BaselineRules(
+RULES = results.BaselineRules(
     ("tokens", "dim", "hidden", "experts", "k", "case"), ("shape", "k", "case"), _compared
 )
 
 
-def run(args: argparse.Namespace, output: Output) -> None:
+def run(args: argparse.Namespace, output: results.Output) -> None:
     """Measure, print the tables, write the file.
 
     Raises:
         ConfigError: a device or baseline that does not fit; nothing has run then.
     """
-    device = device_of(args)
+    device = timing.device_of(args)
     asked = {"matmul_precision": args.matmul_precision, "malloc": args.malloc}
     settings = runtime.apply({**asked, "fused_attention": "auto"}, device.type)
     del settings["fused_attention"]  # a layer has no attention
-    conditions = Conditions(machine_facts(device, args.dtype), settings, {})
-    baseline = Baseline(args.baseline, RULES) if args.baseline else None
+    conditions = results.Conditions(timing.machine_facts(device, args.dtype), settings, {})
+    baseline = results.Baseline(args.baseline, RULES) if args.baseline else None
     if baseline:
         baseline.require(conditions, "machine", "settings")
     combinations = [(shape, k) for shape in args.shape for k in args.k]
@@ -107,7 +85,7 @@ def run(args: argparse.Namespace, output: Output) -> None:
             rows = measure(shape, k, args.only, args.rounds, args.dtype, device, advance)
             output.add(rows, conditions)
     output.show(
-        *tables(output.rows, ("shape", "k"), TITLE, COLUMNS),
+        *results.tables(output.rows, ("shape", "k"), TITLE, COLUMNS),
         LAYER_NOTE + "\n",
         summary(output.rows),
         *([baseline.table(output.rows)] if baseline else []),
@@ -121,7 +99,7 @@ def measure(
     rounds: int,
     dtype: str,
     device: torch.device,
-    advance: Advance,
+    advance: results.Advance,
 ) -> list[Row]:
     """Return a row for ``limit`` and for each named case that exists at this k.
 
@@ -133,11 +111,11 @@ def measure(
     1 - experts / layer, the median over rounds.
     """
     cases = build_cases(shape, k, names, dtype, device)
-    samples = interleave(cases, rounds, device, advance=advance)
+    samples = timing.interleave(cases, rounds, device, advance=advance)
     kept = {name: _kept_and_peak(case, device) for name, case in cases.items()}
     share = None
     if "layer" in samples and "experts" in samples:
-        share = 1 - paired(samples["experts"], samples["layer"]).median
+        share = 1 - timing.paired(samples["experts"], samples["layer"]).median
     return [
         {
             **{"shape" if field == "name" else field: v for field, v in shape._asdict().items()},
@@ -145,7 +123,7 @@ def measure(
             "mean_k": case.pairs / shape.tokens,
             "case": name,
             "reference": "limit",
-            **speed(
+            **timing.speed(
                 samples[name],
                 samples["limit"],
                 12 * case.pairs * shape.dim * shape.hidden / 1e9,
@@ -169,7 +147,8 @@ def summary(rows: Sequence[Row]) -> Table:
             by_case[row["case"]][row["k"]] = row
         layers, top_k = by_case["layer"], by_case["top_k"]
         worst = min(layers.values(), key=lambda row: row["ratio"], default=None)
-        per_row = [_ms_per_pair(layers[k]) / _ms_per_pair(top_k[k]) for k in layers if k in top_k]
+        # Speeds in useful GFLOP/s: the work of a routed pair is the same in both.
+        per_row = [top_k[k]["gflops"] / layers[k]["gflops"] for k in layers if k in top_k]
         lines.append(
             {
                 "shape": shape,
@@ -181,17 +160,13 @@ def summary(rows: Sequence[Row]) -> Table:
                 "recompute_kept": _mean(by_case["recompute"], "kept_ratio"),
             }
         )
-    (table,) = tables(lines, (), "Summary, over all k", SUMMARY)
+    (table,) = results.tables(lines, (), "Summary, over all k", SUMMARY)
     return table
 
 
 def _mean(rows: Mapping[float, Row], field: str) -> float | None:
     values = [row[field] for row in rows.values() if row[field] is not None]
     return fmean(values) if values else None
-
-
-def _ms_per_pair(row: Row) -> float:
-    return float(row["median_ms"] / (row["mean_k"] * row["tokens"]))
 
 
 def _kept_and_peak(case: Case, device: torch.device) -> tuple[int, int]:
@@ -202,7 +177,9 @@ def _kept_and_peak(case: Case, device: torch.device) -> tuple[int, int]:
     model keeps it.
     """
     first = case.draws[0]
-    memory = peak_and_kept(partial(case.forward, first), partial(case.backward, first), device)
+    memory = timing.peak_and_kept(
+        partial(case.forward, first), partial(case.backward, first), device
+    )
     return memory.kept + first.x_TD.nbytes - memory.output, memory.peak
 
 
@@ -224,7 +201,7 @@ class Draw(NamedTuple):
 class Case:
     """A forward and a backward pass; each call takes the next draw and returns its gradients."""
 
-    compute: Callable[[Draw], Outputs]
+    compute: Callable[[Draw], timing.Outputs]
     """The output rows, then scalars such as the auxiliary loss."""
     parameters: list[Tensor]
     """Tensors that get a gradient besides the draw's tokens and weights."""
@@ -237,11 +214,11 @@ class Case:
         self.grad = torch.randn_like(self.draws[0].x_TD)
         self._next = cycle(self.draws)
 
-    def forward(self, draw: Draw) -> Outputs:
+    def forward(self, draw: Draw) -> timing.Outputs:
         with torch.autocast(self.grad.device.type, torch.bfloat16, enabled=self.amp):
             return self.compute(draw)
 
-    def backward(self, draw: Draw, outputs: Outputs) -> tuple[Tensor | None, ...]:
+    def backward(self, draw: Draw, outputs: timing.Outputs) -> tuple[Tensor | None, ...]:
         inputs = [draw.x_TD, draw.routing.weights_TE, *self.parameters]
         grads = [self.grad, *(None for _ in outputs[1:])]
         return torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
@@ -285,7 +262,7 @@ def build_cases(
     pairs = fmean(int(draw.routing.mask_TE.sum()) for draw in draws)
 
     def case(
-        compute: Callable[[Draw], Outputs],
+        compute: Callable[[Draw], timing.Outputs],
         parameters: Sequence[Tensor],
         draws: Sequence[Draw] = draws,
         pairs: float = pairs,
@@ -344,7 +321,7 @@ def _routing(router: TopAnyRouter, x_TD: Tensor, live: Sequence[int]) -> Routing
     return routing._replace(weights_TE=routing.weights_TE.requires_grad_())
 
 
-def _with_aux(layer: MoELayer, draw: Draw) -> Outputs:
+def _with_aux(layer: MoELayer, draw: Draw) -> timing.Outputs:
     with record_routing(layer) as tape:
         y_TD = layer(draw.x_TD)
     (calls,) = tape.values()
@@ -378,12 +355,14 @@ class StackedFFN(NamedTuple):
 Rival = Callable[[Tensor, Tensor, Tensor, StackedFFN], Tensor]
 
 
-def naive_loop(x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor, ffn: StackedFFN) -> Tensor:
-    """The usual first version: select each expert's tokens by a mask, add the results."""
+def naive_loop(
+    x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor, one: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """The usual first version: select each expert's tokens by a mask, add ``one(e, rows)``."""
     y_TD = torch.zeros_like(x_TD)
     for e in range(mask_TE.shape[1]):
         token_P = mask_TE[:, e].nonzero().squeeze(1)
-        out_PD = ffn.one(e, x_TD[token_P]) * weights_TE[token_P, e, None]
+        out_PD = one(e, x_TD[token_P]) * weights_TE[token_P, e, None]
         y_TD.index_add_(0, token_P, out_PD.to(y_TD.dtype))
     return y_TD
 
@@ -445,7 +424,9 @@ def dense_then_mask(x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor, ffn: Stac
 
 
 RIVALS: dict[str, Rival] = {
-    "naive loop": naive_loop,
+    "naive loop": lambda x_TD, weights_TE, mask_TE, ffn: naive_loop(
+        x_TD, weights_TE, mask_TE, ffn.one
+    ),
     "hf loop": hf_loop,
     "padded": padded,
     "padded_bmm": padded_bmm,

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.benchmark.candidates import Candidate, built, unwrapped
-from dynmoe.benchmark.layer import fit_thresholds
+from dynmoe.benchmark.layer import fit_thresholds, naive_loop
 from dynmoe.benchmark.results import Facts
 from dynmoe.data.base import TaskData
 from dynmoe.data.images.batches import ImageBatch
@@ -73,7 +73,7 @@ class Workload(NamedTuple):
 
 
 def noise(cfg: DictConfig, device: torch.device) -> Workload:
-    """Random images: the time of a step depends on loads, not on what is learned."""
+    """Return random images: the time of a step depends on loads, not on the weights' values."""
     px, size = cfg.backbone.image_size, cfg.data.batch_size
     batches = random_batches(size, CHANNELS, px, CLASSES, device)
     arguments = {"num_classes": CLASSES, "in_chans": CHANNELS}
@@ -112,23 +112,14 @@ def random_batches(
     ]
 
 
-def data_of(cfg: DictConfig) -> TaskData:
-    """Build the data module of ``cfg``, which reads in this process and is never evaluated on.
-
-    Raises:
-        UserError: data that cannot be built.
-    """
-    if "workers" in cfg.data:
-        cfg.data.workers = 0
-    return endless_data(cfg)
-
-
-def endless_data(cfg: DictConfig) -> TaskData:
+def data_of(cfg: DictConfig, workers: int = 0) -> TaskData:
     """Build the data module of ``cfg``, whose training batches go on without an evaluation.
 
     Raises:
         UserError: data that cannot be built.
     """
+    if "workers" in cfg.data:
+        cfg.data.workers = workers
     with unwrapped():
         return training.build_data(cfg, steps=ENDLESS, eval_every=ENDLESS, accumulate=1)
 
@@ -189,34 +180,48 @@ def padded_share(batches: Sequence[LabelledBatch]) -> float:
     return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 
-def costs_of_sample(model: nn.Module, batches: Sequence[LabelledBatch]) -> Costs:
+def costs_of_sample(
+    model: nn.Module,
+    batches: Sequence[LabelledBatch],
+    outside: dict[tuple[Any, ...], float] | None = None,
+) -> Costs:
     """Return ``efficiency.count`` of a sample, the mean over the ``batches``.
 
-    MoE layers compute real tokens alone, all other modules the padding too.
+    MoE layers compute real tokens alone, all other modules the padding too. ``outside`` keeps the
+    FLOPs outside MoE layers by the names of these and by shape: models that share one differ in
+    nothing but the layers of equal names.
     """
     tokens = tokens_of(batches)
     if tokens is None:
         return count(model, *tree_map(lambda x: x[:1], batches[0].inputs))
-    each = [count(model, *_without_mask(batch.inputs)) for batch in batches]
-    if any(costs["flops"] is None for costs in each):
-        return {**each[0], "flops": None}
-    size = fmean(len(batch.label) for batch in batches)
-    flops = each[0]["flops"]
+    outside, names = {} if outside is None else outside, tuple(moe_layers(model))
+    costs: Costs | None = None
+    total = 0.0
+    for batch in batches:
+        # Without an attention mask the costs of a model depend on shapes alone.
+        given, *others = batch.inputs
+        inputs: Any = ({k: v for k, v in given.items() if k != "attention_mask"}, *others)
+        times = 1
+        if not isinstance(batch, ConversationBatch):  # all of its texts have one length
+            inputs, times = tree_map(lambda x: x[:1], inputs), len(batch.label)
+        key = names, tuple(x.shape for x in tree_leaves(inputs))
+        if costs is None or key not in outside:
+            counted = count(model, *inputs)
+            if counted["flops"] is None:
+                return counted
+            costs, outside[key] = costs or counted, counted["flops"]["other"]
+        total += times * outside[key]
+    assert costs is not None
+    samples = sum(len(batch.label) for batch in batches)
+    tokens *= len(batches) / samples
+    layers = costs["flops"]["layers"].items()
     return {
-        **each[0],
+        **costs,
         "flops": {
-            "other": fmean(costs["flops"]["other"] for costs in each) / size,
-            "layers": {
-                name: {**layer, "tokens": tokens / size} for name, layer in flops["layers"].items()
-            },
+            "other": total / samples,
+            "layers": {name: {**layer, "tokens": tokens} for name, layer in layers},
         },
     }
-
-
-def _without_mask(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Without an attention mask the costs of a model depend on shapes alone."""
-    tokens, *others = inputs
-    return {k: v for k, v in tokens.items() if k != "attention_mask"}, *others
 
 
 def model_name(backbone: DictConfig) -> str:
@@ -264,14 +269,12 @@ def trained(
             "setting": run.setting,
             "environment": run.environment,
         }
-        loss = partial(_training_loss, task)
+
+        def loss(batch: LabelledBatch, task: Any = task) -> Any:
+            return task.training_step(batch, 0)["loss"]
+
         models.append(TimedModel(run.setting, task.backbone, identity, loss, task.new_optimizer))
     return models
-
-
-def _training_loss(task: Any, batch: LabelledBatch) -> Tensor:
-    loss: Tensor = task.training_step(batch, 0)["loss"]
-    return loss
 
 
 def fresh(
@@ -346,8 +349,7 @@ def build_models(
     ks: Sequence[float],
     batches: Sequence[LabelledBatch],
 ) -> dict[str, nn.Module]:
-    """Build the ``cases``, fitted to k on the first of the ``batches``, or on all of them where
-    they are of different shapes.
+    """Build the ``cases``, fitted to k on the first batch, or on all where shapes differ.
 
     Raises:
         ConfigError: MoE layers that do not fit, or a router without thresholds.
@@ -358,7 +360,7 @@ def build_models(
     if getattr(top_any, "func", None) is not TopAnyRouter:
         raise ConfigError(
             f"moe={moe.name}: expected the top-any router, as in moe=dynmoe; top-1 and top-2 are"
-            " cases of their own"
+            " cases besides it"
         )
 
     def with_router(router: Callable[[int, int], Router], slots: int) -> nn.Module:
@@ -378,14 +380,6 @@ def build_models(
         fit(model, k, batches[: calls_of_sample(batches)])
         return model
 
-    def as_in_training(model: nn.Module) -> nn.Module:
-        parts = cfg.task.module.get("trains")
-        if parts is not None:
-            from dynmoe.backbones.vlm import train_only  # imports transformers
-
-            train_only(model, parts)  # type: ignore[arg-type]
-        return model
-
     makers: dict[str, Callable[[], nn.Module]] = {
         "dense": lambda: dense,
         "top-1": partial(top_k, 1),
@@ -394,7 +388,14 @@ def build_models(
         "loop": partial(dynmoe, ks[0], Loop),
         "all then mask": partial(dynmoe, ks[0], AllThenMask),
     }
-    return {case: as_in_training(makers[case]()) for case in cases}
+    models = {case: makers[case]() for case in cases}
+    parts = cfg.task.module.get("trains")
+    if parts is not None:
+        from dynmoe.backbones.vlm import train_only  # imports transformers
+
+        for model in models.values():
+            train_only(model, parts)  # type: ignore[arg-type]
+    return models
 
 
 @torch.no_grad()
@@ -402,33 +403,30 @@ def fit(model: nn.Module, k: float, batches: Sequence[LabelledBatch]) -> None:
     """Fit the thresholds of one layer after the other: its input depends on those before it."""
     for layer in moe_layers(model).values():
         seen: list[Tensor] = []
-        with layer.register_forward_pre_hook(partial(_see, seen)):
+
+        def see(layer: Any, inputs: tuple[Tensor, ...], seen: list[Tensor] = seen) -> None:
+            x, mask = inputs[0], layer.token_mask  # the mask leaves padding out
+            seen.append((x if mask is None else x[mask]).reshape(-1, layer.dim))
+
+        with layer.register_forward_pre_hook(see):
             for batch in batches:
                 model(*batch.inputs)
         assert isinstance(layer.router, TopAnyRouter)
         fit_thresholds(layer.router, layer.live, torch.cat(seen), k)
 
 
-def _see(seen: list[Tensor], layer: Any, inputs: tuple[Tensor, ...]) -> None:
-    """Keep the layer's tokens, without padding."""
-    mask = layer.token_mask
-    seen.append((inputs[0] if mask is None else inputs[0][mask]).reshape(-1, layer.dim))
-
-
 class Loop(Experts):
-    """The usual first version: select each expert's tokens by the mask, add its results."""
+    """``layer.naive_loop`` over the slots."""
 
     def __init__(self, experts: Experts) -> None:
         nn.Module.__init__(self)
         self.slots = experts.slots
 
     def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
-        y_TD = torch.zeros_like(x_TD)
-        for e, slot in enumerate(live):
-            token_P = routing.mask_TE[:, e].nonzero().squeeze(1)
-            out_PD = self.slots[slot](x_TD[token_P]) * routing.weights_TE[token_P, e, None]
-            y_TD.index_add_(0, token_P, out_PD.to(y_TD.dtype))
-        return y_TD
+        def one(e: int, x_PD: Tensor) -> Tensor:
+            return self.slots[live[e]](x_PD)
+
+        return naive_loop(x_TD, routing.weights_TE, routing.mask_TE, one)
 
 
 class AllThenMask(Loop):

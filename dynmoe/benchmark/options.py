@@ -1,4 +1,7 @@
-"""The command line of ``dynmoe-bench``. It needs no PyTorch: a wrong command is refused at once."""
+"""The command line of ``dynmoe-bench``, and its commands up to their refusal.
+
+PyTorch is loaded once a command can be carried out: a wrong one is refused at once.
+"""
 
 from __future__ import annotations
 
@@ -78,22 +81,6 @@ def parse_shape(text: str) -> Shape:
     return Shape(text, *sizes)
 
 
-def check_layer(shapes: Sequence[Shape], ks: Sequence[float], names: Sequence[str]) -> None:
-    """Refuse a measurement that is impossible.
-
-    Raises:
-        ConfigError: an unknown case, or a k that is no mean number of experts per token.
-    """
-    _check_names(names, LAYER_CASES)
-    for shape in shapes:
-        for k in ks:
-            if not (0 < k <= shape.experts and round(k * shape.tokens) > 0):
-                raise ConfigError(
-                    f"--k {k:g}: expected a mean number of experts per token above 0 (one pair at"
-                    f" least) and up to {shape.experts}, the experts of shape {shape.name}"
-                )
-
-
 def step_cases(names: Sequence[str], ks: Sequence[float], experts: int) -> list[str]:
     """Return the cases of ``step`` and ``generate`` in their order, ``dense`` always first.
 
@@ -125,36 +112,24 @@ def _check_names(names: Sequence[str], known: Mapping[str, str]) -> None:
             )
 
 
-def refuse_beside_runs(args: argparse.Namespace) -> None:
-    """Trained runs bring their own models, batches and precision.
-
-    Raises:
-        ConfigError: an option that would say otherwise.
-    """
-    for name in NOT_BESIDE_RUNS[args.command]:
-        given = getattr(args, name)
-        if given != DEFAULTS[name]:
-            shown = " ".join(given) if name == "overrides" else f"--{name}"
-            raise ConfigError(
-                f"{shown}: not together with --runs, whose runs bring their own models, batches and"
-                " precision; leave it out"
-            )
-
-
 DISTURBED = "disturbed counts samples during which other processes were busy."
 
 LAYER = """\
 Time the forward and backward pass of one MoE layer. Its rivals are timed interleaved with it: a
 dense FFN on as many rows (the limit), and other ways to dispatch tokens to experts. Thresholds are
 fitted so that a token activates k experts on average and the popularity of experts follows Zipf's
-law with exponent 0.8. Every call gets other tokens. The command prints a table for each shape and
-k, and a summary."""
+law with exponent 0.8. The command prints a table for each shape and k, and a summary."""
 LAYER_NOTE = f"""\
 Each call takes the next of 16 batches of tokens, so the loads of the experts are new as in
 training; the limit always has their mean number of rows.
 {DISTURBED}"""
 
-STEP = """\
+RUNS = """\
+--runs measures trained models instead. For each setting of a sweep it takes the finished run of the
+lowest seed and loads its selected checkpoint. It writes FOLDER/{}.json, which dynmoe-report
+reads."""
+
+STEP = f"""\
 Time whole training steps (forward, loss, backward, AdamW) and inference of a backbone with MoE
 layers in every second block, interleaved with the dense backbone. The thresholds of DynMoE are
 fitted so that a token activates k experts on average. The learning rate is 0, which costs the same
@@ -167,9 +142,7 @@ small LLaVA on conversations about rendered scenes, with gradients of the parts 
 trains. There data.* counts too: data=rte data.source=tsv data.root=FOLDER backbone=minilm
 backbone.path=FOLDER.
 
---runs measures trained models instead. For each setting of a sweep it takes the finished run of the
-lowest seed, loads its selected checkpoint, and times it on training batches of its data. It
-writes FOLDER/timing.json, which dynmoe-report reads."""
+{RUNS.format("timing")}"""
 STEP_NOTE = f"""\
 ideal: FLOPs of the dense model over those of the case, whose FFNs count k times, routers included.
 used: parameters that a token activates. Layers are compact in inference; a token that no expert
@@ -181,13 +154,13 @@ is that of the largest. tokens/s are real tokens, patches of images included. id
 tokens in MoE layers, which leave padding out, and all positions elsewhere, as in the dense
 model."""
 RUNS_NOTE = f"""\
-All models see the same batches, those of the first run. A step is forward, losses and routing
-statistics, backward and the run's optimizer at learning rate 0, without gradient clipping and
-without the training loop around it. Where batches differ in shape, times are means over 8 of them,
-and the peak is that of the largest. Layers are compact in inference.
+All models see the same training batches, those of the first run. A step is forward, losses and
+routing statistics, backward and the run's optimizer at learning rate 0, without gradient clipping
+and without the training loop around it. Where batches differ in shape, times are means over 8 of
+them, and the peak is that of the largest. Layers are compact in inference.
 {DISTURBED}"""
 
-GENERATE = """\
+GENERATE = f"""\
 Time the answers of vision-language models to the questions of their evaluation set, token by token
 with the KV cache. Every answer gets the same number of new tokens, so that all models do the same
 work. Without --runs the models have fresh weights and are measured interleaved: a dense one, and
@@ -195,9 +168,7 @@ ones with MoE layers in every second block, with top-2 routing and with DynMoE's
 are fitted so that a token of a training batch activates k experts on average. The default is a
 small LLaVA on questions about rendered scenes.
 
---runs measures trained models instead. For each setting of a sweep it takes the finished run of the
-lowest seed and loads its selected checkpoint. It writes FOLDER/generation.json, which
-dynmoe-report reads."""
+{RUNS.format("generation")}"""
 GENERATE_NOTE = f"""\
 All models answer the same questions. prompt: time from the questions of a batch, images included,
 to the first new token of each. token: time of each further token of all its answers. tokens/s are
@@ -229,25 +200,23 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="dynmoe-bench", description="Measure the speed of dynmoe.")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    def new(name: str, summary: str, description: str, cases: str = "") -> argparse.ArgumentParser:
+    def new(
+        name: str, summary: str, text: str, cases: Mapping[str, str] | None = None
+    ) -> argparse.ArgumentParser:
         raw = argparse.RawDescriptionHelpFormatter
-        return commands.add_parser(
-            name, help=summary, description=description, epilog=cases, formatter_class=raw
-        )
+        p = commands.add_parser(name, help=summary, description=text, formatter_class=raw)
+        if cases:
+            lines = [f"  {case:17}{text}" for case, text in cases.items()]
+            p.epilog = "\n".join([f"cases, {next(iter(cases))} always runs:", *lines])
+        return p
 
-    p = new(
-        "layer",
-        "one MoE layer beside a dense FFN and other dispatches",
-        LAYER,
-        "cases, the limit always runs:\n" + _listed(LAYER_CASES),
-    )
+    p = new("layer", "one MoE layer beside a dense FFN and other dispatches", LAYER, LAYER_CASES)
     text = "a (ViT-S), b (ViT-Ti), c (BERT-base), or tokens,dim,hidden,experts (default: a b c)"
     shapes = list(SHAPES.values())
     p.add_argument("--shape", nargs="+", type=parse_shape, default=shapes, metavar="S", help=text)
     _add_k(p, "mean experts per token", [1.0, 1.5, 2.0, 4.0])
     _add_only(p, list(LAYER_CASES), "all below")
-    _add_dtype(p, "fp32", "bf16", "amp")
-    _add_timing(p)
+    _add_timing(p, "fp32", "bf16", "amp")
     choices = ["auto", "highest", "high", "medium"]
     text = "of fp32 products; auto: the fastest at fp32 accuracy (default)"
     p.add_argument("--matmul-precision", choices=choices, default="auto", help=text)
@@ -256,20 +225,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--malloc", choices=choices, default="auto", help=text)
     _add_files(p, "layer", baseline=True)
 
-    p = new(
-        "step",
-        "whole training steps and inference beside the dense model",
-        STEP,
-        "cases, dense always runs:\n" + _listed(STEP_CASES),
-    )
+    text = "whole training steps and inference beside the dense model"
+    p = new("step", text, STEP, STEP_CASES)
     _add_models(p)
     _add_only(p, DEFAULTS["only"], "dense top-1 top-2 dynmoe")
     choices = ["train", "inference", "both"]
     p.add_argument("--mode", choices=choices, default="both", help="default: both")
     text = "samples of a batch (default: 32 images, else data.batch_size)"
     p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
-    _add_dtype(p, "fp32", "amp")
-    _add_timing(p)
+    _add_timing(p, "fp32", "amp")
     _add_files(p, "step", baseline=True)
 
     p = new("generate", "answers of vision-language models, token by token", GENERATE)
@@ -278,8 +242,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
     text = "tokens of each answer (default: 32)"
     p.add_argument("--new-tokens", type=at_least(2), default=32, metavar="N", help=text)
-    _add_dtype(p, "fp32", "amp")
-    _add_timing(p, rounds=7)
+    _add_timing(p, "fp32", "amp", rounds=7)
     _add_files(p, "generate")
 
     p = new("epoch", "a training epoch on texts beside a plain loop", EPOCH)
@@ -320,10 +283,6 @@ def seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text}: expected seconds, more than 0")
 
 
-def _listed(cases: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:17}{text}" for name, text in cases.items())
-
-
 def _add_overrides(p: argparse.ArgumentParser) -> None:
     text = "settings of the configuration, as in dynmoe-run"
     p.add_argument("overrides", nargs="*", metavar="key=value", help=text)
@@ -346,12 +305,10 @@ def _add_only(p: argparse.ArgumentParser, default: list[str], shown: str) -> Non
     p.add_argument("--only", nargs="+", default=default, metavar="CASE", help=text)
 
 
-def _add_dtype(p: argparse.ArgumentParser, *choices: str) -> None:
-    text = f"amp: fp32 weights under bf16 autocast (default: {DEFAULTS['dtype']})"
-    p.add_argument("--dtype", choices=choices, default=DEFAULTS["dtype"], help=text)
-
-
-def _add_timing(p: argparse.ArgumentParser, rounds: int = 15) -> None:
+def _add_timing(p: argparse.ArgumentParser, *dtypes: str, rounds: int = 15) -> None:
+    if dtypes:
+        text = f"amp: fp32 weights under bf16 autocast (default: {DEFAULTS['dtype']})"
+        p.add_argument("--dtype", choices=dtypes, default=DEFAULTS["dtype"], help=text)
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     p.add_argument("--threads", type=at_least(1), metavar="N", help="default: PyTorch's")
     text = f"samples of each case (default: {rounds})"
@@ -364,3 +321,116 @@ def _add_files(p: argparse.ArgumentParser, command: str, baseline: bool = False)
     if baseline:
         text = "compare with the --json file of an earlier measurement"
         p.add_argument("--baseline", type=Path, metavar="FILE", help=text)
+
+
+# The commands. Each raises a UserError where nothing can be measured as asked: nothing has run yet.
+
+
+def layer(args: argparse.Namespace) -> None:
+    """Time a single layer."""
+    _check_names(args.only, LAYER_CASES)
+    for shape in args.shape:
+        for k in args.k:
+            if not (0 < k <= shape.experts and round(k * shape.tokens) > 0):
+                raise ConfigError(
+                    f"--k {k:g}: expected a mean number of experts per token above 0 (one pair at"
+                    f" least) and up to {shape.experts}, the experts of shape {shape.name}"
+                )
+    from dynmoe.benchmark.results import Output
+
+    output = Output(args.json, "layer")
+    from dynmoe.benchmark.layer import run
+
+    run(args, output)
+
+
+def step(args: argparse.Namespace) -> None:
+    """Time training steps and inference, or for ``generate`` the answers of vision-language models,
+    of fresh models or of trained runs."""
+    from dynmoe.benchmark.candidates import candidates, configuration, keys, modality, step_defaults
+    from dynmoe.benchmark.results import Output
+
+    is_step, file, cases = args.command == "step", args.json, list[str]()
+    if args.runs:
+        _refuse_beside_runs(args)
+        found = candidates(args.runs)
+        cfg = found[0].cfg
+        file = file or args.runs / ("timing.json" if is_step else "generation.json")
+        for run, its, _ in () if is_step else found:
+            if modality(its) != "vision-language":
+                raise ConfigError(
+                    f"{run.folder.path}: {its.data.name} has no questions to answer;"
+                    " expected runs of task=vl"
+                )
+    else:
+        found, overrides = [], args.overrides
+        if not is_step and "task" not in keys(overrides):
+            overrides = ["task=vl", *overrides]
+        cfg = configuration(overrides, step_defaults(overrides))
+        if not is_step and modality(cfg) != "vision-language":
+            raise ConfigError(
+                f"task={cfg.task.name}: expected a task that answers questions, task=vl"
+            )
+        only = args.only if is_step else GENERATE_CASES
+        cases = step_cases(only, args.k, cfg.moe.num_experts)
+        if is_step:
+            images = 32 if modality(cfg) == "image" else None
+            cfg.data.batch_size = args.batch or images or cfg.data.batch_size
+    output = Output(file, args.command)
+    for each in () if is_step else (cfg, *(candidate.cfg for candidate in found)):
+        each.data.eval_batch_size = args.batch or each.data.eval_batch_size
+    from dynmoe.benchmark import steps
+
+    steps.run(args, output, cfg, cases, found)
+
+
+generate = step
+
+
+def _refuse_beside_runs(args: argparse.Namespace) -> None:
+    """Trained runs bring their own models, batches and precision.
+
+    Raises:
+        ConfigError: an option that would say otherwise.
+    """
+    for name in NOT_BESIDE_RUNS[args.command]:
+        given = getattr(args, name)
+        if given != DEFAULTS[name]:
+            shown = " ".join(given) if name == "overrides" else f"--{name}"
+            raise ConfigError(
+                f"{shown}: not together with --runs, whose runs bring their own models, batches and"
+                " precision; leave it out"
+            )
+
+
+def epoch(args: argparse.Namespace) -> None:
+    """Time training epochs on texts."""
+    from dynmoe.benchmark.candidates import EPOCH_DEFAULTS, configuration, modality
+    from dynmoe.benchmark.results import Output
+
+    cfg = configuration(args.overrides, EPOCH_DEFAULTS)
+    if modality(cfg) != "text":
+        raise ConfigError(f"task={cfg.task.name}: expected a task on texts, task=glue")
+    if cfg.moe.router is not None:
+        raise ConfigError(
+            f"moe={cfg.moe.name}: the dense encoder is measured here, leave it out; MoE layers are"
+            " measured by dynmoe-bench step"
+        )
+    output = Output(args.json, "epoch")
+    from dynmoe.benchmark.epochs import run
+
+    run(args, output, cfg)
+
+
+def data(args: argparse.Namespace) -> None:
+    """Time the training loader of images."""
+    from dynmoe.benchmark.candidates import DATA_DEFAULTS, configuration, modality
+    from dynmoe.benchmark.results import Output
+
+    cfg = configuration(args.overrides, DATA_DEFAULTS)
+    if modality(cfg) != "image":
+        raise ConfigError(f"task={cfg.task.name}: expected a task on images, task=vit_domainbed")
+    output = Output(args.json, "data")
+    from dynmoe.benchmark.epochs import run_loader
+
+    run_loader(args, output, cfg)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynmoe import runtime
+from dynmoe.benchmark import results, timing
 from dynmoe.benchmark.candidates import DTYPES, Candidate, groups, keys, modality
 from dynmoe.benchmark.models import (
     BATCHES,
@@ -37,32 +38,7 @@ from dynmoe.benchmark.models import (
     training_batches,
 )
 from dynmoe.benchmark.options import GENERATE_NOTE, RUNS_NOTE, STEP_NOTE, TEXT_NOTE
-from dynmoe.benchmark.results import (
-    PEAK,
-    RATIO,
-    ROUNDS,
-    Advance,
-    Baseline,
-    BaselineRules,
-    Column,
-    Compared,
-    Conditions,
-    Facts,
-    Output,
-    Row,
-    differences,
-    tables,
-)
-from dynmoe.benchmark.timing import (
-    Outputs,
-    Quartiles,
-    clean,
-    device_of,
-    interleave,
-    machine_facts,
-    peak_and_kept,
-    speed,
-)
+from dynmoe.benchmark.results import PEAK, RATIO, ROUNDS, Column, Row
 from dynmoe.data.vl.batches import QuestionBatch
 from dynmoe.layers import moe_layers, record_routing
 from dynmoe.metrics.efficiency import activated, flops
@@ -83,10 +59,10 @@ STEP_COLUMNS = (
     PEAK,
     *ROUNDS,
 )
-STEP_RULES = BaselineRules(
+STEP_RULES = results.BaselineRules(
     ("mode", "case"),
     ("mode", "case"),
-    lambda row: Compared("samples_per_s", "samples_per_s_quartiles", "{:.4g} samples/s"),
+    lambda row: results.Compared("samples_per_s", "samples_per_s_quartiles", "{:.4g} samples/s"),
 )
 GENERATE_COLUMNS = (
     *NAME,
@@ -109,26 +85,25 @@ class Group(NamedTuple):
     name: str
     models: list[TimedModel]
     batches: Sequence[Any]
-    facts: Facts
+    facts: results.Facts
 
 
 def run(
     args: argparse.Namespace,
-    output: Output,
+    output: results.Output,
     cfg: DictConfig,
     cases: Sequence[str],
     found: Sequence[Candidate],
 ) -> None:
-    """Carry out ``step`` or ``generate``: measure the ``cases`` of a configuration or the trained
-    runs ``found``, print the tables, write the file.
+    """Measure the ``cases`` of a configuration or the runs ``found``, print and write the rows.
 
     Raises:
         UserError: a model, data or baseline that does not fit; nothing has run then.
     """
-    device = device_of(args)
+    device = timing.device_of(args)
     settings = runtime.apply(cfg.runtime, device.type)
     dtype = DTYPES[cfg.trainer.precision] if found else args.dtype
-    machine, amp = machine_facts(device, dtype), dtype == "amp"
+    machine, amp = timing.machine_facts(device, dtype), dtype == "amp"
     is_step, baseline = args.command == "step", None
     if found:
         together = _trained_groups(args, found, settings["fused_attention"], device)
@@ -136,8 +111,10 @@ def run(
         group = _fresh_group(args, cfg, cases, settings["fused_attention"], device)
         together = iter([group])
         if is_step and args.baseline:
-            baseline = Baseline(args.baseline, STEP_RULES)
-            baseline.require(Conditions(machine, settings, group.facts), "machine", "workload")
+            baseline = results.Baseline(args.baseline, STEP_RULES)
+            baseline.require(
+                results.Conditions(machine, settings, group.facts), "machine", "workload"
+            )
     modes = [args.mode] if is_step else ["answers"]
     if modes == ["both"]:
         modes = ["train", "inference"]  # in this order: inference makes the layers compact
@@ -145,7 +122,7 @@ def run(
     with output.progress() as new_bar:
         for group in together:
             facts.append(group.facts)
-            conditions = Conditions(machine, settings, merged(facts))
+            conditions = results.Conditions(machine, settings, merged(facts))
             for mode in modes:
                 how = amp, args.rounds, new_bar(f"{group.name}, {mode}")
                 if is_step:
@@ -156,15 +133,15 @@ def run(
     by = "problem", "mode", "reference"
     if is_step:
         title = "{problem}: {mode}, batch {batch}" if found else "{mode}"
-        parts: list[Any] = [*tables(output.rows, by, title, STEP_COLUMNS)]
+        parts: list[Any] = [*results.tables(output.rows, by, title, STEP_COLUMNS)]
         parts.append((RUNS_NOTE if found else STEP_NOTE) + "\n")
         if not found and modality(cfg) != "image":
             parts.append(TEXT_NOTE + "\n")
     else:
         title = "{problem}: {batch} questions at once, {new_tokens} new tokens each"
-        parts = [*tables(output.rows, by, title, GENERATE_COLUMNS), GENERATE_NOTE + "\n"]
+        parts = [*results.tables(output.rows, by, title, GENERATE_COLUMNS), GENERATE_NOTE + "\n"]
     if baseline:
-        differing = differences(baseline.conditions.settings, settings)
+        differing = results.differences(baseline.conditions.settings, settings)
         shown = ", ".join(differing) or "none"
         parts += [f"Settings that differ from the baseline's: {shown}", baseline.table(output.rows)]
     output.show(*parts)
@@ -178,25 +155,22 @@ def _fresh_group(
     device: torch.device,
 ) -> Group:
     given_layers, amp = "moe.layers" in keys(args.overrides), args.dtype == "amp"
-    is_generate = args.command == "generate"
-    data: Any = None
-    if modality(cfg) == "image":
-        work = noise(cfg, device)
-    else:
-        data = data_of(cfg)
-        work = of_data(cfg, data, device)
+    data = None if modality(cfg) == "image" else data_of(cfg)
+    work = noise(cfg, device) if data is None else of_data(cfg, data, device)
     batches: Sequence[Any] = work.batches
-    if data is not None and is_generate:  # thresholds are still fitted on training batches
+    asks = data is not None and args.command == "generate"
+    if data is not None and asks:  # thresholds are still fitted on training batches
         batches = question_batches(data, device)
         facts = question_facts(batches, args.new_tokens)
         work = work._replace(facts={"data": data.name, **facts})
     models, facts = fresh(cfg, work, cases, args.k, given_layers, fused_attention, amp)
+    outside: dict[tuple[Any, ...], float] = {}  # all models are copies of one
     for each in models:
-        if data is not None and is_generate:
-            setting = {"setting": each.name, "environment": ""}
-            each.identity = {"run": "", "problem": data.name, **setting}
+        if asks:
+            identity = {"run": "", "problem": facts["data"], "setting": each.name}
+            each.identity = {**identity, "environment": ""}
         else:
-            each.costs = costs_of_sample(each.model, batches)
+            each.costs = costs_of_sample(each.model, batches, outside)
     return Group(facts["model"], models, batches, facts)
 
 
@@ -221,16 +195,14 @@ def _trained_groups(
         yield Group(f"{problem.dataset} ({number}/{len(together)})", models, batches, facts)
 
 
-def merged(facts: Sequence[Facts]) -> Facts:
+def merged(facts: Sequence[results.Facts]) -> results.Facts:
     """Return the facts of several groups in one: a value, or a list where they differ."""
-    found = {}
-    for key in dict.fromkeys(key for each in facts for key in each):
-        values: list[Any] = []
-        for value in (each.get(key) for each in facts):
-            if value not in values:
-                values.append(value)
-        found[key] = values[0] if len(values) == 1 else values
-    return found
+    found: dict[str, list[Any]] = {}
+    for each in facts:
+        for key in dict.fromkeys(key for every in facts for key in every):
+            if each.get(key) not in found.setdefault(key, []):
+                found[key].append(each.get(key))
+    return {key: values[0] if len(values) == 1 else values for key, values in found.items()}
 
 
 @dataclass
@@ -252,11 +224,11 @@ class Training:
             group["lr"] = 0.0
         self._next = cycle(self.batches)
 
-    def forward(self, batch: LabelledBatch) -> Outputs:
+    def forward(self, batch: LabelledBatch) -> timing.Outputs:
         with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=self.amp):
             return (self.loss(batch),)
 
-    def backward(self, outputs: Outputs) -> None:
+    def backward(self, outputs: timing.Outputs) -> None:
         outputs[0].backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -267,7 +239,7 @@ class Training:
     def peak_bytes(self, batch: LabelledBatch) -> int:
         """Return the peak of a step beyond weights and optimizer state."""
         forward = partial(self.forward, batch)
-        return peak_and_kept(forward, self.backward, batch.label.device).peak
+        return timing.peak_and_kept(forward, self.backward, batch.label.device).peak
 
 
 class Inference:
@@ -302,7 +274,7 @@ def measure_steps(
     batches: Sequence[LabelledBatch],
     amp: bool,
     rounds: int,
-    advance: Advance,
+    advance: results.Advance,
 ) -> list[Row]:
     """Return a row for each of the ``models``, the first of which is the reference.
 
@@ -323,7 +295,7 @@ def measure_steps(
         for each in models
     }
     reference = models[0]
-    samples = interleave(cases, rounds, device, reference.name, advance, whole)
+    samples = timing.interleave(cases, rounds, device, reference.name, advance, whole)
     rows = []
     for each in models:
         case = cases[each.name]
@@ -334,7 +306,9 @@ def measure_steps(
             "batch": max(sizes),
             "mean_k": fmean(k.values()) if k else None,
             "reference": reference.name,
-            **speed(samples[each.name], samples[reference.name], fmean(sizes), "samples_per_s"),
+            **timing.speed(
+                samples[each.name], samples[reference.name], fmean(sizes), "samples_per_s"
+            ),
             "peak_bytes": case.peak_bytes(largest(batches)) if isinstance(case, Training) else None,
         }
         if tokens is not None:
@@ -393,7 +367,9 @@ class Answers:
     def peak_bytes(self) -> int:
         """Return the peak of the largest batch beyond the weights."""
         batch = largest(self.batches)
-        return peak_and_kept(lambda: (self.of(batch),), lambda _: None, batch.label.device).peak
+        return timing.peak_and_kept(
+            lambda: (self.of(batch),), lambda _: None, batch.label.device
+        ).peak
 
     def mean_k(self) -> dict[str, float]:
         """Return the experts per token of the questions' text (``prompt``), of their images
@@ -429,7 +405,7 @@ def question_batches(data: Any, device: torch.device) -> list[QuestionBatch]:
     return [move_data_to_device(batch, device) for batch in batches]
 
 
-def question_facts(batches: Sequence[QuestionBatch], new_tokens: int) -> Facts:
+def question_facts(batches: Sequence[QuestionBatch], new_tokens: int) -> results.Facts:
     """Return the work that all models do; ``question_tokens`` is the mean, patches included."""
     sizes = [len(batch.label) for batch in batches]
     tokens = round((tokens_of(batches) or 0) / fmean(sizes), 1)
@@ -442,7 +418,7 @@ def measure_generation(
     new_tokens: int,
     amp: bool,
     rounds: int,
-    advance: Advance,
+    advance: results.Advance,
 ) -> list[Row]:
     """Return a row for each of the ``models``, the first of which is the reference.
 
@@ -462,12 +438,12 @@ def measure_generation(
         answers[each.name] = Answers(model, batches, new_tokens, amp)
         firsts[f"first token of {each.name}"] = Answers(model, batches, 1, amp)
     reference = models[0].name
-    samples = interleave({**answers, **firsts}, rounds, device, reference, advance, whole)
+    samples = timing.interleave({**answers, **firsts}, rounds, device, reference, advance, whole)
     rows = []
     for each, first in zip(models, firsts, strict=True):
         work = fmean(sizes) * new_tokens
-        times = speed(samples[each.name], samples[reference], work, "tokens_per_s")
-        prompt = Quartiles.of(clean(samples[first]))
+        times = timing.speed(samples[each.name], samples[reference], work, "tokens_per_s")
+        prompt = timing.Quartiles.of(timing.clean(samples[first]))
         rows.append(
             {
                 **each.identity,

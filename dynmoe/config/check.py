@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
@@ -17,20 +16,13 @@ from omegaconf.errors import (
 
 from dynmoe.config.rules import RULES, SWEEP_RULES, protocol_fits, same_modality, stage_is_chosen
 from dynmoe.config.schema import schema
-from dynmoe.config.targets import (
-    Parameter,
-    Signature,
-    TargetError,
-    did_you_mean,
-    mismatch,
-    signature,
-)
+from dynmoe.config.targets import Signature, TargetError, did_you_mean, mismatch, signature
 from dynmoe.errors import ConfigError
 
 # Keys of hydra.utils.instantiate, which are no parameters of the target.
 INSTANTIATE = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
-# Groups that leave no key of their own in the configuration.
+# Groups that leave no key in the configuration.
 GROUPS = ("experiment", "schedule", "sweep")
 
 # Options and keys that users look for and that live elsewhere.
@@ -102,9 +94,11 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
             parameter = known.parameters.get(key) if known is not None else None
             is_object = isinstance(value, DictConfig) and "_target_" in value  # once it is passed
             if parameter is not None and not is_object:
-                wrong = mismatch(plain, parameter.annotation, parameter.module)
+                types = parameter.annotation, parameter.module
+                wrong = mismatch(plain, *types)
                 if wrong:
-                    wrong += _list_hint(dotted, plain, parameter)
+                    if isinstance(plain, int | float | str) and not mismatch([plain], *types):
+                        wrong += f". A list is written '{dotted}=[{plain}]', with the quotes"
                     found = indirect if OmegaConf.is_interpolation(cfg, key) else direct
                     found.append(f"{dotted}: {wrong}")
             if isinstance(value, DictConfig):
@@ -138,15 +132,6 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
         for key, parameter in known.parameters.items():
             if key not in set(cfg) and not parameter.has_default:
                 yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"
-
-
-def _list_hint(key: str, value: Any, parameter: Parameter) -> str:
-    """How to write the list, where `value` would be right as the only item of one."""
-    if not isinstance(value, int | float | str):
-        return ""
-    if mismatch([value], parameter.annotation, parameter.module):
-        return ""
-    return f". A list is written '{key}=[{value}]', with the quotes"
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dynmoe.config import options, stages
+from dynmoe.config import options, runs
 from dynmoe.config.check import ELSEWHERE, MEANING, problems
 from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_problems
 from dynmoe.config.targets import did_you_mean
@@ -71,10 +71,13 @@ def preflight(
             found += _problems_for_every_option(group, composer, known, multirun)
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             found.append(_missing_plugin(str(error)) or " ".join(str(error).split()))
-        values = [o for o in known if composer.is_plain_value(o)]
-    return Verdict(
-        list(dict.fromkeys(found)), {str(o.input_line): f"++{o.input_line}" for o in values}
-    )
+        instead = {
+            str(override.input_line): f"++{override.input_line}"
+            for override in known
+            if override.type == OverrideType.CHANGE  # neither a + nor a ~
+            if not (override.is_hydra_override() or composer.options(override))
+        }
+    return Verdict(list(dict.fromkeys(found)), instead)
 
 
 def _missing_plugin(message: str) -> str:
@@ -94,7 +97,7 @@ def _missing_plugin(message: str) -> str:
 @contextmanager
 def search_path() -> Iterator[None]:
     """Hydra on our configuration files, outside of hydra.main."""
-    stages.register()
+    runs.register()
     with initialize_config_module("dynmoe.conf", version_base="1.3"):
         yield
 
@@ -205,7 +208,7 @@ class Composition:
 
     def problems(self, *, multirun: bool) -> list[str]:
         found = self.found + problems(self.cfg, multirun=multirun)
-        for override in self.added:  # Hydra adds them only behind a +
+        for override in self.added:  # Hydra adds them only after a +
             parts = override.key_or_group.split(".")
             paths = tuple(".".join(parts[: n + 1]) + ":" for n in range(len(parts)))
             if not any(text.startswith(paths) for text in found):
@@ -218,7 +221,10 @@ class Composition:
     def set(self, override: Override) -> None:
         """Set or delete one value; an error that Hydra would stop at becomes a message."""
         key, value = override.key_or_group, override.value()
-        parent, name = _parent(self.cfg, key)
+        above, _, name = key.rpartition(".")
+        parent: Any = None
+        with suppress(OmegaConfBaseException):
+            parent = OmegaConf.select(self.cfg, above) if above else self.cfg
         there = name in _keys(parent)
         if override.is_delete() and there:
             with open_dict(parent):
@@ -241,7 +247,14 @@ class Composer:
     """Composes overrides; equal choices of groups are read from files once."""
 
     def __init__(self, overrides: Sequence[Override], config_dir: str | None) -> None:
-        self.search = _search_override(overrides, config_dir)
+        folders = [f"file://{Path(config_dir).absolute()}"] if config_dir else []
+        for override in overrides:
+            value = override.value()
+            if override.key_or_group == "hydra.searchpath" and isinstance(value, list):
+                folders += map(str, value)
+        quoted = ",".join(f"'{folder}'" for folder in folders)
+        # --config-dir and the command line's hydra.searchpath as one override.
+        self.search = [f"hydra.searchpath=[{quoted}]"] if folders else []
         self._options: dict[str, list[str]] = {}
         self._composed: dict[tuple[str, ...], DictConfig] = {}
 
@@ -253,11 +266,6 @@ class Composer:
         if group not in self._options:
             self._options[group] = options.options(group, self.search)
         return self._options[group]
-
-    def is_plain_value(self, override: Override) -> bool:
-        """Whether `override` is key=value, neither a group, nor Hydra's, nor behind a + or ~."""
-        plain = override.type == OverrideType.CHANGE and not override.is_hydra_override()
-        return plain and not self.options(override)
 
     def unknown_options(self, override: Override) -> list[str]:
         """A message for each option that its group does not have."""
@@ -306,26 +314,6 @@ class Composer:
                 raise
             self._composed[lines] = cfg
         return self._composed[lines]
-
-
-def _search_override(overrides: Sequence[Override], config_dir: str | None) -> list[str]:
-    """--config-dir and the command line's hydra.searchpath as one override."""
-    folders = [f"file://{Path(config_dir).absolute()}"] if config_dir else []
-    for override in overrides:
-        value = override.value()
-        if override.key_or_group == "hydra.searchpath" and isinstance(value, list):
-            folders += map(str, value)
-    quoted = ",".join(f"'{folder}'" for folder in folders)
-    return [f"hydra.searchpath=[{quoted}]"] if folders else []
-
-
-def _parent(cfg: DictConfig, key: str) -> tuple[Any, str]:
-    """The node that holds `key`, None where there is none, and the last part of `key`."""
-    above, _, name = key.rpartition(".")
-    try:
-        return (OmegaConf.select(cfg, above) if above else cfg), name
-    except OmegaConfBaseException:
-        return None, name
 
 
 def _keys(node: Any) -> list[str]:

@@ -220,10 +220,8 @@ def scratch_is_trained(cfg: DictConfig) -> Iterator[str]:
     trains = read(cfg, "task.module.trains", list)
     if trains is None or read(cfg, "stage.after", str) is not None:
         return
-    for key, part in (
-        ("backbone.vision.pretrained", "vision"),
-        ("backbone.pretrained", "language_model"),
-    ):
+    parts = {"backbone.vision.pretrained": "vision", "backbone.pretrained": "language_model"}
+    for key, part in parts.items():
         if read(cfg, key, bool) is False and part not in trains:
             yield (
                 f"task.module.trains: {key}=false, and the first stage does not train {part}: it "
@@ -323,17 +321,9 @@ def batch_divides(cfg: DictConfig) -> Iterator[str]:
 
 def ranges(cfg: DictConfig) -> Iterator[str]:
     for key in (
-        "moe.num_experts",
-        "moe.adaptation.min_experts",
-        "task.steps",
-        "task.epochs",
-        "task.eval_every",
-        "task.save_every",
-        "task.patience",
-        "trainer.max_steps",
-        "data.batch_size",
-        "data.eval_batch_size",
-        "data.max_length",
+        *("moe.num_experts", "moe.adaptation.min_experts", "trainer.max_steps"),
+        *("task.steps", "task.epochs", "task.eval_every", "task.save_every", "task.patience"),
+        *("data.batch_size", "data.eval_batch_size", "data.max_length"),
     ):
         count = read(cfg, key, int)
         endless = count == -1 and key in ("task.steps", "trainer.max_steps")
@@ -353,12 +343,9 @@ def ranges(cfg: DictConfig) -> Iterator[str]:
 
 def pretrained_weights(cfg: DictConfig) -> Iterator[str]:
     for key in ("backbone.pretrained", "backbone.vision.pretrained"):
-        weights = read(cfg, key, str)
+        weights, endings = read(cfg, key, str), ", ".join(WEIGHT_FILES)
         if weights is not None and not weights.endswith(WEIGHT_FILES):
-            yield (
-                f"{key}: expected true, false or a file ending in {', '.join(WEIGHT_FILES)}, "
-                f"found '{weights}'"
-            )
+            yield f"{key}: expected true, false or a file ending in {endings}, found '{weights}'"
         elif weights is not None and not Path(weights).expanduser().is_file():
             yield f"{key}: no file '{weights}'"
     untrained = read(cfg, "backbone.pretrained", bool) is False and cfg.get("stage") is None
@@ -422,30 +409,10 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
 
 # In the order of their messages.
 RULES: tuple[Rule, ...] = (
-    top_k_within_experts,
-    expert_bounds,
-    parts_add_up,
-    expert_layers,
-    adaptation_there,
-    same_modality,
-    test_environments,
-    batch_divides,
-    ranges,
-    pretrained_weights,
-    data_folder,
-    text_run,
-    stage_is_chosen,
-    dense_before_moe,
-    start_is_a_run,
-    trained_parts,
-    scratch_is_trained,
-    there_is_training_data,
-    folders,
-    libraries,
-    only_of_one_modality,
-    protocol_fits,
-    selection_fits,
-    run_folder,
-    clipping_optimizer,
+    *(top_k_within_experts, expert_bounds, parts_add_up, expert_layers, adaptation_there),
+    *(same_modality, test_environments, batch_divides, ranges, pretrained_weights, data_folder),
+    *(text_run, stage_is_chosen, dense_before_moe, start_is_a_run, trained_parts),
+    *(scratch_is_trained, there_is_training_data, folders, libraries),
+    *(only_of_one_modality, protocol_fits, selection_fits, run_folder, clipping_optimizer),
 )
 SWEEP_RULES: tuple[Rule, ...] = (one_device_per_job,)

@@ -5,7 +5,8 @@ Nodes with a `_target_` need no schema: the signature of their target is one.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, field, fields
+import re
+from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -140,7 +141,7 @@ class Root:
     plan: dict[str, Any] | None = None
 
 
-# The schema of a node by its path; "" is the root.
+# The schema of a node by its path; "" is the root, `*` any one key.
 SCHEMAS: dict[str, type] = {
     "": Root,
     "protocol": Protocol,
@@ -162,18 +163,13 @@ SCHEMAS: dict[str, type] = {
 def schema(path: str) -> Signature | None:
     """Keys and types of the plain node at `path`, None where it has no schema."""
     for pattern, node in SCHEMAS.items():
-        if _matches(path.split("."), pattern.split(".")):
-            return Signature({f.name: _parameter(f) for f in fields(node)})
+        if re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), path):
+            return Signature(
+                {
+                    f.name: Parameter(
+                        str(f.type), __name__, {f.default, f.default_factory} != {MISSING}
+                    )
+                    for f in fields(node)
+                }
+            )
     return None
-
-
-def _matches(keys: list[str], pattern: list[str]) -> bool:
-    """Whether the path fits; `*` is any one key."""
-    return len(keys) == len(pattern) and all(
-        wanted in (key, "*") for key, wanted in zip(keys, pattern, strict=True)
-    )
-
-
-def _parameter(field: Field[Any]) -> Parameter:
-    has_default = field.default is not MISSING or field.default_factory is not MISSING
-    return Parameter(str(field.type), __name__, has_default=has_default)

@@ -1,4 +1,4 @@
-"""What a `_target_` accepts, read from its source: nothing is imported, nothing is executed.
+"""Parameters of a `_target_`, read from its source: nothing is imported, nothing is executed.
 
 Importing Lightning takes seconds; parsing the one file that defines a class takes milliseconds.
 A dotted name is followed through packages, imports and assignments to its definition, whose
@@ -55,16 +55,10 @@ def locate(target: str) -> Located:
     first, *rest = target.split(".")
     if not rest or not all(part.isidentifier() for part in (first, *rest)):
         raise TargetError(f"'{target}' is not a dotted path such as torch.optim.Adam")
-    found = reduce(_member, rest, _package(first))
+    found = _follow(first, rest)
     if found.node is None:
         raise TargetError(f"'{target}' is a module, not a class or function")
     return found
-
-
-def _package(name: str) -> Located:
-    if _spec(name) is None:
-        raise TargetError(f"no package '{name}' is installed.")
-    return Located(None, name)
 
 
 def _member(owner: Located, name: str) -> Located:
@@ -80,14 +74,18 @@ def _member(owner: Located, name: str) -> Located:
 
 
 def _in_module(module: str, name: str) -> Located:
-    """What `name` means in `module`: imports and other names for the same thing are followed."""
+    """The definition of `name` in `module`; imports and other names for the same are followed."""
     if _spec(f"{module}.{name}") is not None:
         return Located(None, f"{module}.{name}")
     known: set[str] = set()
     for node in _statements(_parsed(module)):
         for visible, bound in _bindings(node, module):
             if visible == name:
-                return bound if isinstance(bound, Located) else _follow(bound)
+                if isinstance(bound, Located):
+                    return bound
+                first, *rest = bound.split(".")
+                with _only_python_can_tell():
+                    return _follow(first, rest)
             known.add(visible)
     if known & {"*", "__getattr__"}:
         raise Unreadable
@@ -126,10 +124,10 @@ def _only_python_can_tell() -> Iterator[None]:
         raise Unreadable from error
 
 
-def _follow(path: str) -> Located:
-    first, *rest = path.split(".")
-    with _only_python_can_tell():
-        return reduce(_member, rest, _package(first))
+def _follow(package: str, rest: list[str]) -> Located:
+    if _spec(package) is None:
+        raise TargetError(f"no package '{package}' is installed.")
+    return reduce(_member, rest, Located(None, package))
 
 
 def _bodies(found: Located) -> Iterator[tuple[Located, list[ast.stmt]]]:
@@ -310,7 +308,11 @@ def mismatch(value: Any, annotation: str | None, module: str) -> str | None:
     tree = _parse(annotation) if annotation is not None else None
     if tree is None or _accepts(tree, value, module):
         return None
-    words = [word for member, _ in _members(tree, module) for word in _describe(member)]
+    words: list[str] = []
+    for member, _ in _members(tree, module):
+        name = _name(member)
+        is_literal = name == "Literal"
+        words += map(shown, _choices(member)) if is_literal else [_WORDS.get(name, name)]
     return f"expected {' or '.join(dict.fromkeys(words))}, found {shown(value)}"
 
 
@@ -385,13 +387,6 @@ def _member_accepts(node: ast.expr, value: Any, module: str) -> bool:
             return any(type(value) is type(choice) and value == choice for choice in _choices(node))
         case _:
             return True
-
-
-def _describe(node: ast.expr) -> list[str]:
-    name = _name(node)
-    if name == "Literal":
-        return [shown(choice) for choice in _choices(node)]
-    return [_WORDS.get(name, name)]
 
 
 def _name(node: ast.expr) -> str:

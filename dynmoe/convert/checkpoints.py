@@ -124,7 +124,12 @@ def _write_checkpoint(file: Path, weights: Mapping[str, Tensor]) -> None:
         "pytorch-lightning_version": version("lightning"),
     }
     write(file, lambda partial: torch.save(checkpoint, partial))
-    write_again(file, file.with_name("selected.ckpt"))
+    selected = file.with_name("selected.ckpt")
+    selected.unlink(missing_ok=True)
+    try:
+        os.link(file, selected)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, selected)
 
 
 def _report(files: list[Path], weights: Mapping[str, Tensor], notes: Sequence[str]) -> list[Path]:
@@ -200,23 +205,11 @@ def write(file: Path, content: str | bytes | Callable[[Path], Any]) -> None:
     partial.replace(file)
 
 
-def write_again(file: Path, other: Path) -> None:
-    """Give the content a second name, by a link where the file system has links."""
-    other.unlink(missing_ok=True)
-    try:
-        os.link(file, other)
-    except OSError:
-        shutil.copyfile(file, other)
-
-
-# A fast tokenizer is made from one of these sets of files.
+# A fast tokenizer is made from one of these sets of files, and may have the settings too.
 TOKENIZER_SETS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
-# It may have these files, too.
 TOKENIZER_SETTINGS = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *("tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja"),
 )
 
 

@@ -121,8 +121,8 @@ def describe(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if problems := list(_official_problems(config)):
         raise DataError("\n".join(f"config.json: {problem}" for problem in problems))
-    family = _family(config)
-    known, moe = FAMILIES[family], config["moe"] if _has_experts(config) else None
+    prefix, _, family = config["model_type"].partition("llava_")
+    known, moe = FAMILIES[family], config["moe"] if prefix else None
     options = {ours: config[official] for ours, official in known.options.items()}
     rope = {ours: config[official] for ours, official in known.rope.items()}
     options["rope_parameters"] = {"rope_type": "default", **rope}
@@ -162,14 +162,10 @@ def official_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     if family == "qwen":
         config["intermediate_size"] *= 2
         config["kv_channels"] = config["hidden_size"] // config["num_attention_heads"]
-    if not is_dense:
-        config["moe"] = _official_moe(moe)
-    return config
-
-
-def _official_moe(moe: Mapping[str, Any]) -> dict[str, Any]:
+    if is_dense:
+        return config
     top_k = moe.get("top_k", -1)
-    return {
+    config["moe"] = {
         **OFFICIAL_MOE,
         "moe_enable": True,
         "moe_mode": "custom",
@@ -182,6 +178,7 @@ def _official_moe(moe: Mapping[str, Any]) -> dict[str, Any]:
         "min_capacity": 0,
         "train_modules": [],
     }
+    return config
 
 
 def _moe_of_official(moe: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,26 +209,19 @@ def _notes(moe: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _family(config: Mapping[str, Any]) -> str:
-    return str(config.get("model_type")).removeprefix("moe_").removeprefix("llava_")
-
-
-def _has_experts(config: Mapping[str, Any]) -> bool:
-    return str(config["model_type"]).startswith("moe_")
-
-
 def _official_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    family = _family(config)
-    types = [f"{moe}llava_{name}" for moe in ("moe_", "") for name in FAMILIES]
-    if config.get("model_type") not in types:
-        yield f"model_type: expected one of {', '.join(types)}, found {config.get('model_type')}"
+    kind = config.get("model_type")
+    types = {f"{moe}llava_{name}": name for moe in ("moe_", "") for name in FAMILIES}
+    if kind not in types:
+        yield f"model_type: expected one of {', '.join(types)}, found {kind}"
         return
+    family, has_experts = types[kind], kind.startswith("moe_")
     known = FAMILIES[family]
-    moe = config.get("moe", {}) if _has_experts(config) else {}
+    moe = config.get("moe", {}) if has_experts else {}
     pool = {f"moe.{key}": value for key, value in moe.items()}
     found = {**config, **pool}
     needed = [*known.options.values(), *known.rope.values(), *VISION.values()]
-    needed += [f"moe.{key}" for key in MOE if _has_experts(config)]
+    needed += [f"moe.{key}" for key in MOE if has_experts]
     if absent := [key for key in needed if found.get(key) in (None, [])]:
         yield f"expected the keys {', '.join(absent)}, found none"
     in_moe = {f"moe.{key}": value for key, value in OFFICIAL_MOE.items()}
@@ -276,24 +266,21 @@ def run_configuration(
     pool = dict(settings["moe"])
     name = MOE_OPTIONS.get(pool.pop("name"))
     stage = ["stage=moe", f"moe={name}"] if name else ["stage=instruct"]
-    backbone = f"backbone={FAMILIES[settings['family']].backbone}"
-    groups = ["task=vl", "data=questions", backbone, *stage, "trainer=default", "logger=none"]
+    groups = [f"backbone={FAMILIES[settings['family']].backbone}", *stage]
+    groups += ["task=vl", "data=questions", "trainer=default", "logger=none"]
     with search_path():
         cfg = compose(options.CONFIG_NAME, groups)
+        backbone = {
+            "model": None,
+            "path": str(language_model),
+            "pretrained": False,
+            "projector": settings["projector"],
+            "vision": {**vision, "layer": settings["vision"]["layer"]},
+        }
+        data, moe = {"fit": settings["vision"]["fit"]}, pool if name else {}
         with open_dict(cfg):
             cfg.merge_with(
-                {
-                    "backbone": {
-                        "model": None,
-                        "path": str(language_model),
-                        "pretrained": False,
-                        "projector": settings["projector"],
-                        "vision": {**vision, "layer": settings["vision"]["layer"]},
-                    },
-                    "data": {"fit": settings["vision"]["fit"]},
-                    "moe": pool if name else {},
-                    "stage": {"start": None},
-                }
+                {"backbone": backbone, "data": data, "moe": moe, "stage": {"start": None}}
             )
         OmegaConf.resolve(cfg)
     return cfg
@@ -306,9 +293,7 @@ def hub_name(settings: Mapping[str, Any]) -> str:
 
 
 def settings_of(cfg: DictConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the settings of a run's model, trained here or converted.
-
-    ``weights`` are the backbone's.
+    """Return the settings of a run's model, whose backbone has the ``weights``.
 
     Raises:
         ConfigError: naming all settings that the official code does not support.
@@ -357,9 +342,8 @@ def _moe_of_run(moe: DictConfig, depth: int) -> dict[str, Any]:
     keys = "num_experts", "max_experts", *(("top_k",) if name == "topk" else ())
     return {
         "name": name,
-        **{key: moe[key] for key in keys},
+        **{key: moe[key] for key in (*keys, "init", "expert_dropout", "aux_weight")},
         "layers": layers,
-        **{key: moe[key] for key in ("init", "expert_dropout", "aux_weight")},
     }
 
 
@@ -382,11 +366,9 @@ def _run_problems(
         yield f"backbone.vision: expected a CLIP of transformers, found {cfg.backbone.vision.model}"
     if cfg.data.fit not in FITS.values():
         yield f"data.fit: expected one of {', '.join(FITS.values())}, found {cfg.data.fit}"
-    if placed_blocks(cfg.moe.layers, config.num_hidden_layers):
-        yield from _router_problems(cfg.moe.router)
-
-
-def _router_problems(router: DictConfig) -> Iterator[str]:
+    if not placed_blocks(cfg.moe.layers, config.num_hidden_layers):
+        return
+    router = cfg.moe.router
     name = ROUTERS.get(router._target_)
     if name is None:
         yield f"moe.router: expected one of {', '.join(ROUTERS)}, found {router._target_}"

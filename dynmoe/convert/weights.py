@@ -83,7 +83,11 @@ def _convert(
     missing = [name for name in expected if name not in state]
     unknown = [name for name in kept if name not in expected and not name.startswith(vision_from)]
     wrong = {"missing": missing, "unknown": unknown}
-    if problems := [f"{word}: {_few(names)}" for word, names in wrong.items() if names]:
+    if problems := [
+        f"{word}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} in all)"
+        for word, names in wrong.items()
+        if names
+    ]:
         raise DataError(f"the weights do not fit the configuration; {'; '.join(problems)}")
     converted = {vision_to + name.removeprefix(vision_from): state[name] for name in vision}
     for names, targets, function in pieces:
@@ -110,10 +114,6 @@ def _unread(vision: Sequence[str], settings: Mapping[str, Any]) -> set[str]:
     return {name for name in vision if layers.get(name, 0) > last or ".post_layernorm." in name}
 
 
-def _few(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} in all)"
-
-
 def _pieces(settings: Mapping[str, Any]) -> Iterator[_Piece]:
     family, moe = NAMES[settings["family"]], settings["moe"]
     options = settings["language_model"]["options"]
@@ -132,13 +132,16 @@ def _pieces(settings: Mapping[str, Any]) -> Iterator[_Piece]:
             yield from _renamed(*names, family.leaves)
     if not family.head_bias:
         head = LANGUAGE + "lm_head"
-        yield _Piece(("lm_head.weight",), (f"{head}.weight", f"{head}.bias"), _add_bias, _drop_bias)
+        yield _Piece(
+            ("lm_head.weight",),
+            (f"{head}.weight", f"{head}.bias"),
+            lambda weight: [*weight, weight[0].new_zeros(len(weight[0]))],
+            _drop_bias,
+        )
     projector = f"{family.body}.mm_projector.image_spatial_proj"
-    if settings["projector"] == "linear":
-        yield from _renamed(projector, "projector.0", BOTH)
-    else:
-        for index in ("0", "2"):
-            yield from _renamed(f"{projector}.{index}", f"projector.{index}", BOTH)
+    places = {"0": ""} if settings["projector"] == "linear" else {"0": ".0", "2": ".2"}
+    for index, place in places.items():
+        yield from _renamed(f"{projector}{place}", f"projector.{index}", BOTH)
 
 
 def _renamed(official: str, ours: str, leaves: tuple[str, ...]) -> Iterator[_Piece]:
@@ -168,7 +171,10 @@ def _moe_layer(
     gate, active = f"{official}.gate.wg", f"{ours}.active_E"
     if moe["name"] == "topk":
         yield _Piece(
-            (f"{gate}.weight",), (f"{ours}.router.weight", active), _add_active, _drop_active
+            (f"{gate}.weight",),
+            (f"{ours}.router.weight", active),
+            lambda weight: [*weight, torch.ones(len(weight[0]), dtype=torch.bool)],
+            _drop_active,
         )
     else:
         parameters = "sim_matrix", "gates", "experts_mask", "temperature"
@@ -209,19 +215,11 @@ def _stack_gate(gate: Tensors) -> Tensors:
     return [torch.stack(directions, 1), thresholds_S, active_S.to(thresholds_S.dtype), zero]
 
 
-def _add_active(weight: Tensors) -> Tensors:
-    return [weight[0], torch.ones(len(weight[0]), dtype=torch.bool)]
-
-
 def _drop_active(router: Tensors) -> Tensors:
     weight_ED, active_E = router
     if not active_E.all():
         raise ValueError("expected a fixed pool, found slots without an expert")
     return [weight_ED]
-
-
-def _add_bias(head: Tensors) -> Tensors:
-    return [head[0], head[0].new_zeros(len(head[0]))]
 
 
 def _drop_bias(head: Tensors) -> Tensors:
@@ -269,6 +267,13 @@ def _same(leaves: tuple[str, ...], *names: str) -> dict[str, tuple[str, tuple[st
     return {name: (name, leaves) for name in names}
 
 
+def _gated(*official: str) -> tuple[FFNLinear, ...]:
+    ours = ("gate", "up", "down")
+    return tuple(
+        FFNLinear(theirs, f"{name}_proj", name) for theirs, name in zip(official, ours, strict=True)
+    )
+
+
 NAMES: dict[str, FamilyNames] = {
     # stablelm/modeling_stablelm_epoch.py
     "stablelm": FamilyNames(
@@ -279,11 +284,7 @@ NAMES: dict[str, FamilyNames] = {
             **_same(BOTH, f"{BLOCK}.input_layernorm", f"{BLOCK}.post_attention_layernorm"),
             **_same(BOTH, "model.norm"),
         },
-        ffn=(
-            FFNLinear("gate_proj", "gate_proj", "gate"),
-            FFNLinear("up_proj", "up_proj", "up"),
-            FFNLinear("down_proj", "down_proj", "down"),
-        ),
+        ffn=_gated("gate_proj", "up_proj", "down_proj"),
     ),
     # qwen/modeling_qwen.py: the first Qwen, whose mathematics up to ``seq_length``
     # tokens is Qwen2's. Its FFN is c_proj(w1(x) * silu(w2(x))).
@@ -298,11 +299,7 @@ NAMES: dict[str, FamilyNames] = {
             "model.norm": ("transformer.ln_f", WEIGHT),
             "lm_head": ("lm_head", WEIGHT),
         },
-        ffn=(
-            FFNLinear("w2", "gate_proj", "gate"),
-            FFNLinear("w1", "up_proj", "up"),
-            FFNLinear("c_proj", "down_proj", "down"),
-        ),
+        ffn=_gated("w2", "w1", "c_proj"),
         fused_qkv="transformer.h.{i}.attn.c_attn",
     ),
     # phi/modeling_phi.py; the head is that of llava_phi_moe.py.

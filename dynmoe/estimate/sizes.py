@@ -160,7 +160,7 @@ def describe(model: VisionLanguageModel, ffns: float) -> formulas.ModelSizes:
 
 
 def number(module: nn.Module, trained: bool = False) -> int:
-    """Return the number of parameters, or of trained ones."""
+    """Return the number of parameters, all or the trained ones."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
@@ -177,7 +177,6 @@ def _trained_share(model: VisionLanguageModel, in_layers: float, activated: floa
 
 
 def patches_of(cfg: DictConfig) -> int:
-    """Return the patches of an image."""
     return int((cfg.backbone.vision.image_size // cfg.backbone.vision.patch_size) ** 2)
 
 
@@ -297,16 +296,16 @@ def _devices(cfg: DictConfig) -> int:
     return here * int(cfg.trainer.get("num_nodes", 1))
 
 
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f}"
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column(title)
     for column in columns:
         table.add_column(column, justify="right")
     return table
-
-
-def _gib(count: float) -> str:
-    return f"{count / GIB:.2f}"
 
 
 # Sizes of published models by their names on the hub, so that an estimate needs neither network nor
@@ -318,63 +317,31 @@ def _gib(count: float) -> str:
 # language_model``). NOTE: MoE-LLaVA's paper (arXiv 2401.15947, Table 1) gives StableLM the numbers
 # of Phi-2; its config.json is right.
 
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
+
+
+def _decoder(*sizes: int, **others: Any) -> dict[str, Any]:
+    return dict(zip(SIZES, sizes, strict=True)) | others
+
+
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "stabilityai/stablelm-2-1_6b": (
         "stablelm",
-        {
-            "vocab_size": 100352,
-            "hidden_size": 2048,
-            "intermediate_size": 5632,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "use_qkv_bias": True,
-        },
+        _decoder(100352, 2048, 5632, 24, 32, 32, use_qkv_bias=True),
     ),
     # The sizes of Qwen-1.8B, whose own code counts the FFN's two halves as one: 11008.
-    "Qwen/Qwen1.5-1.8B": (
-        "qwen2",
-        {
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "intermediate_size": 5504,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-        },
-    ),
-    "microsoft/phi-2": (
-        "phi",
-        {
-            "vocab_size": 51200,
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-        },
-    ),
+    "Qwen/Qwen1.5-1.8B": ("qwen2", _decoder(151936, 2048, 5504, 24, 16, 16)),
+    "microsoft/phi-2": ("phi", _decoder(51200, 2560, 10240, 32, 32, 32)),
     "HuggingFaceTB/SmolLM2-135M-Instruct": (
         "llama",
-        {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "tie_word_embeddings": True,
-        },
+        _decoder(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
     ),
     "openai/clip-vit-large-patch14-336": (
         "clip_vision_model",
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "image_size": 336,
-            "patch_size": 14,
-        },
+        dict(zip(SIZES[1:5], (1024, 4096, 24, 16), strict=True))
+        | {"image_size": 336, "patch_size": 14},
     ),
 }

@@ -1,4 +1,4 @@
-"""The jobs of a sweep, and `sweep.json`, which keeps a second sweep out of its folder.
+"""The jobs of a sweep, their progress, and `sweep.json`, which keeps another sweep out of a folder.
 
 A run's folder is named by its configuration, so nothing would be overwritten; but a report over the
 folder would show two sweeps as one.
@@ -7,19 +7,26 @@ folder would show two sweeps as one.
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from filelock import FileLock
 from omegaconf import DictConfig
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from dynmoe.config.identity import flat
+from dynmoe.config.runs import flat
 from dynmoe.config.sweeps import REPETITION, SweepJob
 from dynmoe.errors import ConfigError
-from dynmoe.records import LOCKS, RunFolder, State, replace_file
+from dynmoe.records import LOCKS, Record, RunFolder, State, replace_file, stretches
+from dynmoe.selection import DOMAINBED, rule_of
 
 FILE = "sweep.json"
 Config = Mapping[str, Any]
@@ -58,7 +65,7 @@ def check(folder: Path, sweep: str, base: Config, jobs: Sequence[Job]) -> None:
         lines = "\n  ".join(dict.fromkeys(found))
         raise ConfigError(
             f"{folder / FILE}: the folder holds a sweep of another configuration\n  {lines}\n"
-            "Give this one a folder of its own, name=FOLDER, or keep the old values."
+            "Give this one another folder, name=FOLDER, or keep the old values."
         )
 
 
@@ -98,7 +105,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _differences(old: Config, new: Config) -> Iterator[str]:
-    # As JSON, which has no tuples.
+    # In JSON form, which has no tuples.
     plain = json.loads(json.dumps(dict(new), default=str))
     for key in sorted((old.keys() | plain.keys()) - set(REPETITION)):
         if old.get(key, "absent") != plain.get(key, "absent"):
@@ -108,14 +115,14 @@ def _differences(old: Config, new: Config) -> Iterator[str]:
 @dataclass(frozen=True)
 class Job:
     overrides: tuple[str, ...]
-    """As Hydra launches the job."""
+    """In the form in which Hydra launches the job."""
     label: str
     """The overrides that not all jobs share."""
     setting: str
     """The overrides of its setting, without seeds and test environments."""
     folder: RunFolder
     config: Mapping[str, Any]
-    """All that can change its result (dynmoe/config/identity.py, `flat`)."""
+    """All that can change its result (dynmoe/config/runs.py, `flat`)."""
     steps: int
     """Optimizer steps; -1: counted in epochs, once the run has read its data."""
     eval_every: int | None
@@ -134,3 +141,131 @@ class Job:
     @property
     def state(self) -> State:
         return self.folder.state
+
+
+# `mode=plan`: every job of a sweep, where it stands, and how long the rest will take.
+
+# Keys that determine the number of steps of a run that counts them in epochs.
+LENGTH = (
+    *("data.name", "data.batch_size", "protocol.holdout_fraction"),
+    *("task.epochs", "task.steps", "task.eval_every"),
+)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The progress of a job, read from its folder."""
+
+    job: Job
+    state: State
+    results: Sequence[Record]
+    planned: int | None
+    """Optimizer steps; None where the data has not told yet how many an epoch has."""
+    eval_every: int | None
+
+    @classmethod
+    def of(cls, job: Job) -> Standing:
+        begun = (job.folder.path / "run.json").exists()
+        facts = job.folder.read_run() if begun else {}
+        return cls(
+            job,
+            job.state,
+            job.folder.read("results"),
+            job.steps if job.steps > 0 else facts.get("steps"),
+            job.eval_every or facts.get("eval_every"),
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the records have seen."""
+        return self.results[-1]["step"] + 1 if self.results else 0
+
+    @property
+    def length(self) -> tuple[Any, ...]:
+        """Jobs with equal values are equally long."""
+        return tuple(self.job.config.get(key) for key in LENGTH)
+
+    @property
+    def evaluations(self) -> int:
+        """Planned evaluations; image runs have one after the first step already."""
+        assert self.planned is not None and self.eval_every is not None
+        if rule_of(self.job.config) not in DOMAINBED:
+            return math.ceil(self.planned / self.eval_every)
+        return math.ceil((self.planned - 1) / self.eval_every) + 1
+
+
+def render(jobs: Sequence[Job], parallel: int) -> RenderableType:
+    """A line for each job, the counts, and the time left with `parallel` jobs at once."""
+    standings = _completed([Standing.of(job) for job in jobs])
+    left = seconds_left(standings)
+    table = Table(box=None, pad_edge=False)
+    for column in ("job", "state", "steps", "left"):
+        table.add_column(column, justify="right" if column in ("steps", "left") else "left")
+    for each, seconds in zip(standings, left, strict=True):
+        state = each.state
+        text = f"failed: {each.job.folder.failure}" if state == "failed" else state
+        time = "" if state == "done" else _time(seconds)
+        table.add_row(each.job.label, text, f"{each.steps}/{each.planned or '?'}", time)
+    return Group(table, "", *_totals(standings, left, parallel))
+
+
+def _completed(standings: Sequence[Standing]) -> list[Standing]:
+    """A job that has not read its data is as long as an equally long one that has."""
+    known = {each.length: each for each in standings if each.planned}
+    others = [each if each.planned else known.get(each.length, each) for each in standings]
+    return [
+        replace(each, planned=other.planned, eval_every=other.eval_every)
+        for each, other in zip(standings, others, strict=True)
+    ]
+
+
+def seconds_left(standings: Sequence[Standing]) -> list[float]:
+    """Seconds left of each job at the pace of its setting, else of all; NaN without any record."""
+    paces: dict[str, list[Mapping[str, float]]] = {}
+    for each in standings:
+        if each.results:
+            paces.setdefault(each.job.setting, []).append(_pace(each.results))
+    overall = [pace for found in paces.values() for pace in found]
+    return [_left(each, paces.get(each.job.setting, overall)) for each in standings]
+
+
+def _pace(results: Sequence[Record]) -> Mapping[str, float]:
+    """Mean seconds of a step and of an evaluation."""
+    trained = sum(steps * record["step_time"] for steps, record in stretches(results))
+    return {
+        "step": trained / (results[-1]["step"] + 1),
+        "evaluation": fmean(record.get("eval_time", 0.0) for record in results),
+    }
+
+
+def _left(standing: Standing, paces: Sequence[Mapping[str, float]]) -> float:
+    if standing.state == "done":
+        return 0.0
+    if not paces or standing.planned is None or standing.eval_every is None:
+        return math.nan
+    steps = standing.planned - standing.steps
+    evaluations = max(0, standing.evaluations - len(standing.results))
+    return sum(
+        count * fmean(pace[what] for pace in paces)
+        for count, what in ((steps, "step"), (evaluations, "evaluation"))
+    )
+
+
+def _totals(standings: Sequence[Standing], left: Sequence[float], parallel: int) -> Iterator[Text]:
+    counts = Counter(each.state for each in standings)
+    listed = ", ".join(f"{count} {state}" for state, count in counts.items())
+    yield Text(f"{len(standings)} job{'s' * (len(standings) != 1)}: {listed}", style="bold")
+    total = sum(left)
+    if math.isnan(total):
+        yield Text("Time left: unknown until a first evaluation has been recorded.")
+    elif total:
+        soonest = max(total / parallel, *left)  # no job is divided
+        at_once = f", {_time(soonest)} with {parallel} at once" if parallel > 1 else ""
+        yield Text(f"Time left: about {_time(total)} of work{at_once}.")
+
+
+def _time(value: float) -> str:
+    if math.isnan(value):
+        return "?"
+    minutes = math.ceil(value / 60)
+    return f"{minutes} min" if minutes < 120 else f"{value / 3600:.1f} h"

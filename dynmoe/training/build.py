@@ -24,8 +24,7 @@ import dynmoe
 from dynmoe import runtime, selection
 from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import add_moe_layers
-from dynmoe.config.identity import flat
-from dynmoe.config.stages import start_folder
+from dynmoe.config.runs import flat, start_folder
 from dynmoe.data.base import StepPlan, TaskData
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import moe_layers

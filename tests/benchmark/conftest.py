@@ -1,4 +1,4 @@
-"""The command sets these for its whole process; a test gives them back."""
+"""``run`` and ``refused`` of dynmoe-bench, which sets options of PyTorch for its whole process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from command_line import fixtures
+
+from runners import bench
+
+run, refused = fixtures("dynmoe-bench", bench.main)
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +19,8 @@ def settings_of_torch() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision(precision)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)

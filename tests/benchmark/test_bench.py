@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Refused, Run
 
 from dynmoe.benchmark.options import LAYER_CASES
-from runners import bench
 
 TINY = ["layer", "--shape", "64,16,32,4", "--device", "cpu", "--malloc", "system"]
 TINY += ["--threads", "1", "--rounds", "2"]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
-    bench.main()
-
-
 def test_measures_all_cases(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run(monkeypatch, *TINY, "--k", "1", "1.5")
+    run(*TINY, "--k", "1", "1.5")
     (file,) = Path("outputs/bench").glob("layer-*.json")
     content: dict[str, Any] = json.loads(file.read_text())
     assert content["command"].startswith("dynmoe-bench layer --shape 64,16,32,4")
@@ -54,11 +48,11 @@ def test_measures_all_cases(
 
 
 def test_compares_with_a_baseline(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run, refused: Refused
 ) -> None:
     old, new = tmp_path / "old.json", tmp_path / "deeper" / "new.json"
     few = [*TINY, "--k", "1", "--only", "experts"]
-    run(monkeypatch, *few, "--json", str(old))
+    run(*few, "--json", str(old))
     content = json.loads(old.read_text())
     limit, experts = content["rows"]
     experts.update(ratio=1000.0, ratio_quartiles=[999.0, 1001.0])
@@ -66,7 +60,7 @@ def test_compares_with_a_baseline(
     old.write_text(json.dumps(content))
     capsys.readouterr()
 
-    run(monkeypatch, *few, "--json", str(new), "--baseline", str(old))
+    run(*few, "--json", str(new), "--baseline", str(old))
     lines = capsys.readouterr().out.split("Against the baseline")[1].splitlines()
     assert any("limit" in line and "ms" in line and "within noise" in line for line in lines)
     (line,) = (line for line in lines if "experts" in line)
@@ -74,10 +68,7 @@ def test_compares_with_a_baseline(
 
     content["machine"]["threads"] = 77
     old.write_text(json.dumps(content))
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *few, "--json", str(new), "--baseline", str(old))
-    assert stop.value.code == 2
-    assert "threads (77, now 1)" in capsys.readouterr().err
+    assert "threads (77, now 1)" in refused(*few, "--json", str(new), "--baseline", str(old))
 
 
 @pytest.mark.parametrize(
@@ -101,22 +92,17 @@ def test_refuses_before_work(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.json").write_text('{"machine": {}}')
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *TINY, *arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(*TINY, *arguments)
     assert not Path("outputs").exists()
 
 
-def test_help_names_the_cases(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_names_the_cases(capsys: pytest.CaptureFixture[str], run: Run) -> None:
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "layer", "--help")
+        run("layer", "--help")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(case in shown for case in LAYER_CASES)

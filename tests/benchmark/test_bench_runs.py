@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import Refused, Run
 from sweeps import write_run
 from tiny_runs import tiny_config
 
@@ -19,15 +19,11 @@ from dynmoe import job
 from dynmoe.benchmark.candidates import candidates, groups
 from dynmoe.benchmark.models import data_of, trained, training_batches
 from dynmoe.records import RunFolder
-from runners import bench
+
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 SETTINGS = ["dense", "top-2 of 4", "DynMoE"]
-
-
-@pytest.fixture(autouse=True)
-def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)
 
 
 def again(folder: Path, seed: int) -> None:
@@ -54,15 +50,10 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["dynmoe-bench", "step", *arguments])
-    bench.main()
-
-
 def test_times_one_run_of_each_setting(
-    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sweep: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
-    run(monkeypatch, "--runs", str(sweep), *QUICK)
+    run("step", "--runs", str(sweep), *QUICK)
     content: dict[str, Any] = json.loads((sweep / "timing.json").read_text())
     assert content["machine"].keys() == {"cpu", "cores", "threads", "torch", "device", "dtype"}
     assert content["machine"]["dtype"] == "fp32"
@@ -90,11 +81,9 @@ def test_times_one_run_of_each_setting(
     assert "of dense" in shown and str(sweep / "timing.json") in shown
 
 
-def test_times_a_single_run_into_the_file_given(
-    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_times_a_single_run_into_the_file_given(sweep: Path, tmp_path: Path, run: Run) -> None:
     file = tmp_path / "new" / "timing.json"
-    run(monkeypatch, "--runs", str(sweep / "c"), "--json", str(file), "--mode", "train", *QUICK)
+    run("step", "--runs", str(sweep / "c"), "--json", str(file), "--mode", "train", *QUICK)
     (row,) = json.loads(file.read_text())["rows"]
     assert (row["setting"], row["mode"], row["ratio"]) == ("DynMoE", "train", 1)
     assert not (sweep / "c" / "timing.json").exists()
@@ -146,26 +135,19 @@ def beside(*arguments: str) -> Callable[[Path], list[str]]:
     ],
 )
 def test_refuses(
-    prepare: Callable[[Path], list[str]],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    prepare: Callable[[Path], list[str]], message: str, tmp_path: Path, refused: Refused
 ) -> None:
     arguments = prepare(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "--runs", str(tmp_path), *arguments, *QUICK)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused("step", "--runs", str(tmp_path), *arguments, *QUICK)
     assert not (tmp_path / "timing.json").exists()
 
 
 def test_runs_under_other_conditions_are_refused(
-    sweep: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
     shutil.copytree(sweep, tmp_path / "other")
     config = tmp_path / "other" / "c" / "config.yaml"
     config.write_text(config.read_text().replace("precision: 32-true", "precision: bf16-mixed"))
     with pytest.raises(SystemExit):
-        run(monkeypatch, "--runs", str(tmp_path / "other"), *QUICK)
+        run("step", "--runs", str(tmp_path / "other"), *QUICK)
     assert "trainer.precision is 32-true in" in capsys.readouterr().err

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import Refused, Run
 from tiny_texts import TINY_TEXT, TRAIN, config, write_rte, write_stsb
 
 from dynmoe import job
@@ -30,7 +30,8 @@ from dynmoe.layers import moe_layers
 from dynmoe.metrics.efficiency import flops
 from dynmoe.records import RunFolder
 from dynmoe.training import build
-from runners import bench
+
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 CPU = torch.device("cpu")
@@ -38,19 +39,9 @@ DIM, HIDDEN = 16, 32  # of TINY_TEXT's backbone
 EPOCH = (8, 8, 6)  # texts of the batches of an epoch, in some order
 
 
-@pytest.fixture(autouse=True)
-def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)
-
-
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_stsb(write_rte(tmp_path_factory.mktemp("glue")))
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
-    bench.main()
 
 
 def texts(glue: Path, *overrides: str) -> list[str]:
@@ -64,12 +55,12 @@ def read(file: Path) -> tuple[dict[str, Any], dict[tuple[str, str], dict[str, An
 
 
 def test_step_on_texts(
-    glue: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
     file = tmp_path / "step.json"
     only = ["--only", "top-2", "dynmoe"]
     options = [*QUICK, *only, "--mode", "train", "--k", "1.5", "--json", str(file)]
-    run(monkeypatch, "step", *options, *texts(glue, "moe.num_experts=4"))
+    run("step", *options, *texts(glue, "moe.num_experts=4"))
     workload, rows = read(file)
     assert (workload["data"], workload["batch"], workload["model"]) == ("RTE", 8, "bert")
     assert workload["moe_layers"] == [1, 3] and 0 < workload["padded"] < 1
@@ -88,10 +79,10 @@ def test_step_on_texts(
     assert "tokens/s" in shown and "ideal counts real tokens in MoE layers" in shown
 
 
-def test_step_on_numbers(glue: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_step_on_numbers(glue: Path, tmp_path: Path, run: Run) -> None:
     file = tmp_path / "step.json"
     options = [*QUICK, "--only", "dense", "--mode", "train", "--batch", "5", "--json", str(file)]
-    run(monkeypatch, "step", *options, *texts(glue, "data=stsb"))
+    run("step", *options, *texts(glue, "data=stsb"))
     workload, rows = read(file)
     assert workload["batch"] == 5 and rows["train", "dense"]["ratio"] == 1
 
@@ -123,7 +114,7 @@ def test_costs_leave_padding_out_of_moe_layers(glue: Path) -> None:
 
 
 def test_times_a_language_sweep(
-    glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
     for moe in ("dynmoe_glue", "dense"):
         few = ("task.steps=1", "runtime.malloc=system", "data.cache=null", "data=rte")
@@ -131,7 +122,7 @@ def test_times_a_language_sweep(
         folder.path.mkdir()
         job.train(config(glue, *few, moe=moe), folder)
         folder.mark_done()
-    run(monkeypatch, "step", "--runs", str(tmp_path), *QUICK)
+    run("step", "--runs", str(tmp_path), *QUICK)
     content = json.loads((tmp_path / "timing.json").read_text())
     work = content["workload"]
     assert work.keys() == {"batch", "tokens", "padded"} and work["batch"] == 8
@@ -145,10 +136,10 @@ def test_times_a_language_sweep(
 
 
 def test_epoch_beside_a_plain_loop(
-    glue: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
     file = tmp_path / "epoch.json"
-    run(monkeypatch, "epoch", *QUICK, "--json", str(file), *texts(glue))
+    run("epoch", *QUICK, "--json", str(file), *texts(glue))
     content = json.loads(file.read_text())
     assert content["workload"]["steps"] == 3
     plain, ours = content["rows"]
@@ -161,7 +152,7 @@ def test_epoch_beside_a_plain_loop(
     shown = capsys.readouterr().out
     assert "One training epoch, 3 steps, 22 texts" in shown and str(file) in shown
 
-    run(monkeypatch, "epoch", *QUICK, "--steps", "1", "--json", str(file), *texts(glue))
+    run("epoch", *QUICK, "--steps", "1", "--json", str(file), *texts(glue))
     plain, ours = json.loads(file.read_text())["rows"]
     assert plain["steps"] == ours["steps"] == 1 and plain["samples"] == 8
 
@@ -213,11 +204,8 @@ def test_refuses(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *arguments)
-    assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in refused(*arguments)
     assert not (tmp_path / "outputs" / "bench").exists()

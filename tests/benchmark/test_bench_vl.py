@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import Refused, Run
 from omegaconf import OmegaConf
 from sweeps import write_run
 from tiny_runs import tiny_config
@@ -24,7 +24,6 @@ from dynmoe.benchmark.steps import Training
 from dynmoe.layers import record_routing
 from dynmoe.metrics.efficiency import count
 from dynmoe.records import RunFolder
-from runners import bench
 
 QUICK = ["--device", "cpu", "--threads", "1", "--rounds", "2"]
 CPU = torch.device("cpu")
@@ -35,8 +34,7 @@ SETTINGS = {"dense": "b", "top-2 of 4": "a", "DynMoE": "c"}  # names of their ru
 
 
 @pytest.fixture(autouse=True)
-def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)
+def few_batches(short_samples: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynmoe.benchmark.models.BATCHES", BATCHES)
 
 
@@ -49,11 +47,6 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job.train(configuration(path, *ALONE, *SHORT, moe, *few), RunFolder(path / name))
         RunFolder(path / name).mark_done()
     return path
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
-    bench.main()
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -120,7 +113,8 @@ def test_a_step_is_that_of_the_stage(tmp_path: Path) -> None:
 def test_costs_are_those_of_one_conversation_where_all_are_alike(tmp_path: Path) -> None:
     """Padding counts outside of MoE layers alone."""
     cfg, work = scenes(tmp_path)
-    built, _ = models.fresh(cfg, work, ["dense", "top-2"], [1.5], False, False, amp=False)
+    cases, outside = ["dense", "top-1", "top-2"], dict[tuple[Any, ...], float]()
+    built, _ = models.fresh(cfg, work, cases, [1.5], False, False, amp=False)
     batch: Any = work.batches[0]
     images = (batch.tokens["image_mask"].sum(1) // PATCHES).tolist()
     row = images.index(1)
@@ -137,16 +131,15 @@ def test_costs_are_those_of_one_conversation_where_all_are_alike(tmp_path: Path)
         for layer in expected["flops"]["layers"].values():
             assert layer["tokens"] == length
             layer["tokens"] = length - 2
-        assert models.costs_of_sample(each.model, [alike, alike]) == expected
+        assert models.costs_of_sample(each.model, [alike, alike], outside) == expected
+    assert len(outside) == 2  # the second model with MoE layers takes what the first one counted
 
 
-def test_times_fresh_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_times_fresh_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run) -> None:
     tiny = [*TINY_VL, *ALONE[1:], "data.max_length=96"]
     file = tmp_path / "step.json"
     only = ["--only", "top-2", "dynmoe", "--k", "1.5", "--mode", "train"]
-    run(monkeypatch, "step", *QUICK, *only, "--json", str(file), *tiny)
+    run("step", *QUICK, *only, "--json", str(file), *tiny)
     content = read(file)
     assert content["workload"]["max_length"] == 96 and content["workload"]["moe_layers"] == [1, 3]
     assert [row["case"] for row in content["rows"]] == ["dense", "top-2", "dynmoe 1.5"]
@@ -155,9 +148,7 @@ def test_times_fresh_models(
     assert "patches of images included" in " ".join(capsys.readouterr().out.split())
 
     file = tmp_path / "generate.json"
-    run(
-        monkeypatch, "generate", *QUICK, "--new-tokens", "3", "--k", "1", "--json", str(file), *tiny
-    )
+    run("generate", *QUICK, "--new-tokens", "3", "--k", "1", "--json", str(file), *tiny)
     content = read(file)
     work = content["workload"]
     assert (work["data"], work["batch"], work["new_tokens"]) == ("Scenes", 5, 3)
@@ -167,10 +158,8 @@ def test_times_fresh_models(
     assert "3 new tokens each" in capsys.readouterr().out
 
 
-def test_times_a_sweep(
-    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(monkeypatch, "step", "--runs", str(sweep), *QUICK)
+def test_times_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str], run: Run) -> None:
+    run("step", "--runs", str(sweep), *QUICK)
     content = read(sweep / "timing.json")
     keys = {"batch", "tokens", "padded", "images", "scored"}
     assert content["workload"].keys() == keys and content["workload"]["batch"] == 8
@@ -179,7 +168,7 @@ def test_times_a_sweep(
     ]
     assert "of dense" in capsys.readouterr().out
 
-    run(monkeypatch, "generate", "--runs", str(sweep), *QUICK, "--new-tokens", "4", "--batch", "4")
+    run("generate", "--runs", str(sweep), *QUICK, "--new-tokens", "4", "--batch", "4")
     content = read(sweep / "generation.json")
     assert content["command"].startswith("dynmoe-bench generate --runs")
     work = content["workload"]
@@ -223,16 +212,11 @@ def test_conversations_in_another_form_are_not_interleaved(sweep: Path, tmp_path
     assert members == [["dense", "top-2 of 4"], ["DynMoE"]]
 
 
-def test_images_are_not_answered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_are_not_answered(tmp_path: Path, refused: Refused) -> None:
     folder = write_run(tmp_path).path
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "last.ckpt").touch()
     OmegaConf.save(tiny_config(), folder / "config.yaml", resolve=True)
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "generate", "--runs", str(tmp_path), *QUICK)
-    assert stop.value.code == 2
     message = "RotatedDigits has no questions to answer; expected runs of task=vl"
-    assert message in capsys.readouterr().err
+    assert message in refused("generate", "--runs", str(tmp_path), *QUICK)
     assert not (tmp_path / "generation.json").exists()

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from command_line import Refused
 from vl_models import BOS, EOS, IMG, questions, vl_model
 
 from dynmoe.benchmark.models import TimedModel
 from dynmoe.benchmark.steps import Answers, measure_generation, question_batches, question_facts
 from dynmoe.data.text.batches import Key
 from dynmoe.layers import moe_layers, record_routing
-from runners import bench
+
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 NEW = 6
 ASKED = [questions([[BOS, *IMG, 7, 8], [BOS, *IMG, 9]]), questions([[BOS, 5, 6], [BOS, 4]])]
-
-
-@pytest.fixture(autouse=True)
-def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)
 
 
 def test_exactly_as_many_tokens_although_the_model_would_end() -> None:
@@ -144,14 +140,10 @@ def test_refuses(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     few = ["data.content.train_scenes=8", "data.content.test_scenes=5", "data.cache=null"]
     own = [] if "--runs" in arguments or "task=glue" in arguments else few
-    monkeypatch.setattr(sys, "argv", ["dynmoe-bench", "generate", *arguments, *own])
-    with pytest.raises(SystemExit) as stop:
-        bench.main()
-    assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(refused("generate", *arguments, *own).split())
     assert not (tmp_path / "outputs" / "bench").exists()

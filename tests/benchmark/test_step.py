@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import Refused, Run
 
 from dynmoe.benchmark.models import AllThenMask, Loop, classification_loss, fit, random_batches
 from dynmoe.benchmark.steps import Training
 from dynmoe.layers import Experts, MoELayer, TopAnyRouter, moe_layers
-from runners import bench
 
 DEPTH, DIM, PX, PATCH, BATCH, EXPERTS = 2, 32, 16, 4, 8, 8
 TOKENS = BATCH * ((PX // PATCH) ** 2 + 1)
@@ -24,23 +23,13 @@ TINY = [f"backbone.options={OPTIONS}", f"backbone.image_size={PX}", "runtime.mal
 STEP = ["step", "--device", "cpu", "--threads", "1", "--rounds", "2", "--batch", str(BATCH), *TINY]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["dynmoe-bench", *arguments])
-    bench.main()
-
-
-@pytest.fixture
-def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynmoe.benchmark.timing.MIN_SAMPLE", 0.0)
-
-
 @pytest.mark.usefixtures("short_samples")
 def test_measures_all_cases_in_both_modes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
     monkeypatch.chdir(tmp_path)
     only = ["--only", "top-1", "top-2", "dynmoe", "loop", "all then mask"]
-    run(monkeypatch, *STEP, *only, "--k", "1", "1.5", "moe.router.smoothing=0.0")
+    run(*STEP, *only, "--k", "1", "1.5", "moe.router.smoothing=0.0")
     (file,) = Path("outputs/bench").glob("step-*.json")
     content: dict[str, Any] = json.loads(file.read_text())
     assert content["machine"]["threads"] == 1
@@ -72,10 +61,10 @@ def test_measures_all_cases_in_both_modes(
 
 
 @pytest.mark.usefixtures("short_samples")
-def test_ideal_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ideal_by_hand(tmp_path: Path, run: Run) -> None:
     """FLOPs of two blocks, patches and head; a second expert per token, and its router."""
     file = tmp_path / "step.json"
-    run(monkeypatch, *STEP, "--only", "top-2", "--mode", "inference", "--json", str(file))
+    run(*STEP, "--only", "top-2", "--mode", "inference", "--json", str(file))
     row = json.loads(file.read_text())["rows"][1]
     sequence = TOKENS // BATCH
     ffn = 2 * TOKENS * DIM * 4 * DIM * 2
@@ -91,22 +80,19 @@ def test_ideal_by_hand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("short_samples")
 def test_baseline_may_have_other_settings_but_no_other_workload(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run, refused: Refused
 ) -> None:
     old, new = tmp_path / "old.json", str(tmp_path / "new.json")
     few = [*STEP, "--only", "dense", "--mode", "inference", "--dtype", "amp"]
-    run(monkeypatch, *few, "runtime.fused_attention=true", "--json", str(old))
+    run(*few, "runtime.fused_attention=true", "--json", str(old))
     capsys.readouterr()
     compared = [*few, "runtime.fused_attention=false", "--json", new, "--baseline", str(old)]
-    run(monkeypatch, *compared)
+    run(*compared)
     shown = capsys.readouterr().out
     assert "fused_attention (True, now False)" in shown
     assert "samples/s" in shown.split("Against the baseline")[1]
 
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *compared, "--batch", "4")
-    assert stop.value.code == 2
-    assert "batch (8, now 4)" in capsys.readouterr().err
+    assert "batch (8, now 4)" in refused(*compared, "--batch", "4")
 
 
 @pytest.mark.parametrize(
@@ -135,13 +121,10 @@ def test_step_refuses_before_work(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *STEP, *arguments)
-    assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    assert message in refused(*STEP, *arguments)
     assert not Path("outputs").exists()
 
 
@@ -184,12 +167,10 @@ def tiny_model() -> torch.nn.Module:
     return model
 
 
-def test_loader_of_the_digits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_loader_of_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run) -> None:
     file = tmp_path / "data.json"
     options = ["--workers", "0", "1", "--seconds", "0.1", "--json", str(file)]
-    run(monkeypatch, "data", *options, "data.batch_size=4")
+    run("data", *options, "data.batch_size=4")
     content = json.loads(file.read_text())
     assert content["workload"] == {"data": "RotatedDigits", "image_size": 28, "batch": 20}
     assert [row["workers"] for row in content["rows"]] == [0, 1]
@@ -215,11 +196,8 @@ def test_data_refuses(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refused: Refused,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "data", *arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused("data", *arguments)
     assert not Path("outputs").exists()

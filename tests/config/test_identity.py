@@ -11,7 +11,7 @@ from hydra import compose
 from omegaconf import DictConfig
 
 from dynmoe.config.compose import search_path
-from dynmoe.config.identity import config_hash, run_name
+from dynmoe.config.runs import config_hash, run_name
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,13 +6,13 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from dynmoe.config import stages
-from dynmoe.config.identity import sha8
+from dynmoe.config import runs
+from dynmoe.config.runs import sha8
 from dynmoe.seeding import sample_hparams
 
 
 def config(dataset: str = "PACS", hparams_seed: int = 0) -> DictConfig:
-    stages.register()
+    runs.register()
     return OmegaConf.create(
         {
             "data": {"name": dataset},

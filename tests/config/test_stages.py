@@ -11,8 +11,14 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config.compose import search_path
-from dynmoe.config.identity import run_name
-from dynmoe.config.stages import is_distributed, previous, previous_run, run_folder, start_folder
+from dynmoe.config.runs import (
+    is_distributed,
+    previous,
+    previous_run,
+    run_folder,
+    run_name,
+    start_folder,
+)
 
 TASK = "task=vl"
 

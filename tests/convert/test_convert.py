@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import Refused, Run
 from hydra import compose, initialize_config_module
 from official_models import DENSE, VOCAB, config_of
 from omegaconf import OmegaConf
@@ -21,16 +21,10 @@ from dynmoe.convert.weights import to_dynmoe
 from dynmoe.data.text.tokens import load_tokenizer
 from dynmoe.data.vl.chat import conversation_tokenizer
 from dynmoe.records import RunFolder
-from runners import convert
 
 assert cli  # registers the resolvers of conf/
 
 TOP_ANY, TOP_2 = -1, 2
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["dynmoe-convert", *arguments])
-    convert.main()
 
 
 @pytest.mark.parametrize(
@@ -42,11 +36,11 @@ def test_there_and_back(
     family: str,
     top_k: int,
     suffix: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    run: Run,
 ) -> None:
     state = published(tmp_path / "hub", family, top_k, suffix)
-    run(monkeypatch, f"from={tmp_path}/hub", f"to={tmp_path}/ours")
+    run(f"from={tmp_path}/hub", f"to={tmp_path}/ours")
     printed = capsys.readouterr().out.splitlines()
     files = [str(tmp_path / "ours" / name) for name in ("checkpoints/last.ckpt", "config.yaml")]
     assert printed[0].endswith(" numbers") and printed[-2:] == files
@@ -63,7 +57,7 @@ def test_there_and_back(
     selected = torch.load(tmp_path / "ours" / "checkpoints" / "selected.ckpt", weights_only=True)
     assert selected["state_dict"].keys() == checkpoint["state_dict"].keys()
 
-    run(monkeypatch, f"run={tmp_path}/ours", f"to={tmp_path}/back")
+    run(f"run={tmp_path}/ours", f"to={tmp_path}/back")
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == state.keys()
     for name, tensor in state.items():
@@ -76,44 +70,31 @@ def test_there_and_back(
     ]
 
 
-def test_what_the_backbone_alone_is_not_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_backbone_alone_is_not_is_left_out(tmp_path: Path, run: Run) -> None:
     """A trained run's checkpoint, by its file."""
     state = published(tmp_path / "hub", "phi", TOP_2, "bin")
-    run(monkeypatch, f"from={tmp_path}/hub", f"to={tmp_path}/ours")
+    run(f"from={tmp_path}/hub", f"to={tmp_path}/ours")
     file = tmp_path / "ours" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(file, weights_only=True)
     checkpoint["state_dict"]["patience.count"] = torch.ones(1)
     torch.save(checkpoint, tmp_path / "other.ckpt")
     file.unlink()
     arguments = f"run={tmp_path}/ours", f"to={tmp_path}/back"
-    run(monkeypatch, *arguments, f"checkpoint={tmp_path}/other.ckpt")
+    run(*arguments, f"checkpoint={tmp_path}/other.ckpt")
     assert load_file(tmp_path / "back" / "model.safetensors").keys() == state.keys()
 
 
-def refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_files_are_not_overwritten_unasked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_are_not_overwritten_unasked(tmp_path: Path, run: Run, refused: Refused) -> None:
     published(tmp_path / "hub", "stablelm", TOP_2, "bin")
     arguments = f"from={tmp_path}/hub", f"to={tmp_path}/ours"
     settings = tmp_path / "ours" / "config.yaml"
     settings.parent.mkdir()
     settings.write_text("mine")
-    message = refused(monkeypatch, capsys, *arguments)
+    message = refused(*arguments)
     assert f"to={tmp_path}/ours: {settings} already exist" in message
     assert "overwrite=true" in message
     assert settings.read_text() == "mine"
-    run(monkeypatch, *arguments, "overwrite=true")
+    run(*arguments, "overwrite=true")
     assert OmegaConf.load(settings).backbone.template == "stablelm"
 
 
@@ -134,56 +115,44 @@ def test_files_are_not_overwritten_unasked(
     ],
 )
 def test_refused_commands(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str, tmp_path: Path, refused: Refused
 ) -> None:
     given = [argument.format(tmp_path) for argument in arguments]
-    assert message.format(tmp_path) in refused(monkeypatch, capsys, *given)
+    assert message.format(tmp_path) in refused(*given)
 
 
-def test_folders_that_are_not_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folders_that_are_not_whole(tmp_path: Path, refused: Refused) -> None:
     hub = tmp_path / "hub"
     published(hub, "stablelm", TOP_2, "bin")
     arguments = f"from={hub}", f"to={tmp_path}/ours"
     (hub / "pytorch_model-00002-of-00002.bin").unlink()
     message = "names shards that are not there: pytorch_model-00002-of-00002.bin"
-    assert message in refused(monkeypatch, capsys, *arguments)
+    assert message in refused(*arguments)
     (hub / "pytorch_model.bin.index.json").unlink()
-    assert "the weights do not fit the configuration; missing: " in refused(
-        monkeypatch, capsys, *arguments
-    )
+    assert "the weights do not fit the configuration; missing: " in refused(*arguments)
     (hub / "pytorch_model-00001-of-00002.bin").unlink()
-    assert "expected model*.safetensors or pytorch_model*.bin, found none" in refused(
-        monkeypatch, capsys, *arguments
-    )
+    assert "expected model*.safetensors or pytorch_model*.bin, found none" in refused(*arguments)
     (hub / "config.json").write_text("{")
-    assert f"{hub}/config.json: expected JSON" in refused(monkeypatch, capsys, *arguments)
+    assert f"{hub}/config.json: expected JSON" in refused(*arguments)
     assert not (tmp_path / "ours").exists()
 
 
-def test_the_checkpoint_has_to_be_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_checkpoint_has_to_be_there(tmp_path: Path, refused: Refused) -> None:
     save_run(tmp_path)
     arguments = f"run={tmp_path}", f"to={tmp_path}/back", "checkpoint=selected"
     message = f"checkpoint=selected: there is no file {tmp_path}/checkpoints/selected.ckpt"
-    assert message in refused(monkeypatch, capsys, *arguments)
+    assert message in refused(*arguments)
 
 
 # Tokenizers.
 
 
 def test_a_tokenizer_comes_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:
     published(tmp_path / "hub", "stablelm", TOP_ANY)
     add_tokenizer(tmp_path / "hub")
-    run(monkeypatch, f"from={tmp_path}/hub", f"to={tmp_path}/ours")
+    run(f"from={tmp_path}/hub", f"to={tmp_path}/ours")
     folder = tmp_path / "ours" / "language_model"
     assert "no tokenizer" not in capsys.readouterr().out
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -194,7 +163,7 @@ def test_a_tokenizer_comes_along(
 
 
 def test_a_tokenizer_of_code_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run, refused: Refused
 ) -> None:
     """The first Qwen's: a file of tiktoken, and a class that transformers has not."""
     published(tmp_path / "hub", "qwen", TOP_2)
@@ -202,7 +171,7 @@ def test_a_tokenizer_of_code_is_replaced(
     own = {"tokenizer_class": "QWenTokenizer", "auto_map": {"AutoTokenizer": ["a.QWenTokenizer"]}}
     (tmp_path / "hub" / "tokenizer_config.json").write_text(json.dumps(own))
     arguments = f"from={tmp_path}/hub", f"to={tmp_path}/ours", "overwrite=true"
-    run(monkeypatch, *arguments)
+    run(*arguments)
     message = "convert again with tokenizer=FOLDER, a folder of Qwen/Qwen1.5-1.8B's."
     assert message in capsys.readouterr().out
     folder = tmp_path / "ours" / "language_model"
@@ -210,21 +179,19 @@ def test_a_tokenizer_of_code_is_replaced(
     (tmp_path / "other").mkdir()
     message = f"tokenizer={tmp_path}/other: expected a folder with tokenizer.json"
     other = f"tokenizer={tmp_path}/other"
-    assert message in refused(monkeypatch, capsys, *arguments, other)
+    assert message in refused(*arguments, other)
     add_tokenizer(tmp_path / "other")
-    run(monkeypatch, *arguments, other)
+    run(*arguments, other)
     assert len(load_tokenizer(str(folder), None)) == VOCAB
 
 
-def test_a_tokenizer_of_another_model_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, refused: Refused) -> None:
     published(tmp_path / "hub", "phi", TOP_2)
     many = conversation_tokenizer([" ".join(f"word{i}" for i in range(50))], 100)
     many.save_pretrained(tmp_path / "hub")
     message = f"has 55 tokens, but the model's vocabulary is {VOCAB}"
     arguments = f"from={tmp_path}/hub", f"to={tmp_path}/ours"
-    assert message in refused(monkeypatch, capsys, *arguments)
+    assert message in refused(*arguments)
     assert not (tmp_path / "ours").exists()
 
 
@@ -241,9 +208,7 @@ def save_run(folder: Path, *overrides: str) -> None:
         OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
 
 
-def test_everything_that_is_refused_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_everything_that_is_refused_is_named(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "checkpoints").mkdir()
     checkpoint = {"state_dict": {"backbone.vision.model.cls_token": torch.ones(1)}}
     torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
@@ -251,12 +216,12 @@ def test_everything_that_is_refused_is_named(
 
     save_run(tmp_path)
     message = "the official code has the language models stablelm, qwen2, phi, found llama"
-    assert message in refused(monkeypatch, capsys, *arguments)
+    assert message in refused(*arguments)
 
     few = "{num_attention_heads: 2, num_key_value_heads: 1, num_hidden_layers: 2, hidden_act: relu}"
     more = "backbone.architecture=qwen2", f"++backbone.options={few}", "data.fit=stretch"
     save_run(tmp_path, *more, "moe=gmoe")
-    assert refused(monkeypatch, capsys, *arguments).splitlines() == [
+    assert refused(*arguments).splitlines() == [
         "dynmoe-convert: backbone: hidden_act: expected silu, found relu",
         "backbone: num_key_value_heads: expected 2, as many as heads, found 1",
         "backbone.vision: expected a CLIP of transformers, found vit_tiny_patch16_224",
@@ -266,9 +231,9 @@ def test_everything_that_is_refused_is_named(
     ]
     save_run(tmp_path, *more, "moe.router.combine=tutel")
     message = "moe.router.combine: expected constant_k or through_k, found tutel"
-    assert message in refused(monkeypatch, capsys, *arguments)
+    assert message in refused(*arguments)
 
 
-def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run(monkeypatch, "--help")
+def test_help(capsys: pytest.CaptureFixture[str], run: Run) -> None:
+    run("--help")
     assert "dynmoe-convert from=FOLDER to=FOLDER" in capsys.readouterr().out

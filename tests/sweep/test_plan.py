@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynmoe.records import RunFolder
-from dynmoe.sweep.manifest import Job
-from dynmoe.sweep.standing import Standing, _completed
+from dynmoe.sweep.manifest import Job, Standing, _completed
 
 TEXTS = {"data.name": "RTE", "protocol.selection": "best_dev", "task.epochs": 3}
 

@@ -20,14 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from dynmoe.config.check import problems, report
-from dynmoe.config.identity import flat, run_name
+from dynmoe.config.runs import flat, run_name
 from dynmoe.config.sweeps import read_sweep
 from dynmoe.errors import STOPPED, ConfigError, UserError
-from dynmoe.sweep import manifest, standing
+from dynmoe.sweep import manifest
 from dynmoe.sweep.manifest import Job
-
-# States in which a job is left alone.
-LEFT_ALONE = ("done", "running")
 
 
 class DynMoESweeper(Sweeper):
@@ -80,7 +77,7 @@ class DynMoESweeper(Sweeper):
             if sweep:
                 manifest.check(folder, sweep, base, jobs)
             if mode == "plan":
-                Console().print(standing.render(jobs, self._parallel()))
+                Console().print(manifest.render(jobs, self._parallel()))
                 return []
             returns = self._launch(jobs)
             if any(each.status is JobStatus.FAILED for each in returns):
@@ -89,9 +86,11 @@ class DynMoESweeper(Sweeper):
         with manifest.locked(folder):
             if sweep:
                 manifest.check(folder, sweep, base, jobs)
-                manifest.record(folder, sweep, self._command(), base, jobs)
+                # dynmoe-run handed the user's values to Hydra in the form `++key=value`.
+                command = ["dynmoe-run", *(text.removeprefix("++") for text in sys.argv[1:])]
+                manifest.record(folder, sweep, shlex.join(command), base, jobs)
         again = self.config.get("overwrite")
-        todo = [job for job in jobs if again or job.state not in LEFT_ALONE]
+        todo = [job for job in jobs if again or job.state not in ("done", "running")]
         counts = f"{len(jobs) - len(todo)} done or running, {len(todo)} to do"
         print(f"{len(jobs)} job{'s' * (len(jobs) != 1)} in {folder}: {counts}")
         returns = self._launch(todo)
@@ -135,10 +134,6 @@ class DynMoESweeper(Sweeper):
                     print(f"dynmoe-run: the launcher stopped: {error}", file=sys.stderr)
                     before, rest = len(rest), [job for job in rest if job.state == "missing"]
         return returns
-
-    def _command(self) -> str:
-        """The user's command; dynmoe-run hands values to Hydra as `++key=value`."""
-        return shlex.join(["dynmoe-run", *(text.removeprefix("++") for text in sys.argv[1:])])
 
     def _parallel(self) -> int:
         """Jobs at once, where the launcher says it."""

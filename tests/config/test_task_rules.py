@@ -1,4 +1,4 @@
-"""What a run in stages is refused for, before anything is read."""
+"""Refusals of runs on texts and of runs in stages, before anything is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from dynmoe.config import rules
 from dynmoe.config.compose import preflight
 
-TASK = "task=vl"
+TASK, TEXTS = "task=vl", "task=glue"
 
 
 def problems(*overrides: str) -> list[str]:
@@ -23,6 +23,14 @@ def test_right_commands(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     assert problems(TASK, f"stage.start={tmp_path}") == []
     assert problems(TASK, "stage.start=null") == []
+
+
+def test_right_commands_on_texts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    assert problems(TEXTS) == []
+    assert problems(TEXTS, "moe=dynmoe", "schedule=glue_paper", "protocol=glue_heldout") == []
+    local = ("data=rte", "data.source=tsv", f"data.root={tmp_path}", f"backbone.path={tmp_path}")
+    assert problems(TEXTS, *local, "task.steps=5", "task.eval_every=2") == []
 
 
 SCENES = ("data=scenes", "backbone=vl_tiny")
@@ -79,7 +87,39 @@ CASES: dict[tuple[str, ...], str] = {
         "data.batch_size=64",
         "trainer.accumulate_grad_batches=5",
     ): "data.batch_size: 64 does not divide into",
+    # images
+    ("task=vit_domainbed", "protocol=glue"): (
+        "protocol: task.module works on image, protocol=glue does not. Choose"
+    ),
+    ("task=vit_domainbed", "task.steps=-1"): "task.steps: -1 takes the length from task.epochs",
+    ("task=vit_domainbed", "+task.patience=2"): "task.patience: only text runs stop early. Leave",
 }
+ON_TEXTS = {
+    ("data=rte", "data.source=tsv"): "data.root: data.source=tsv needs the folder of the files",
+    ("data=rte", "data.root=."): "data.root: data.source=hub reads no folder. Add data.source=tsv",
+    ("data.source=csv",): "data.source: expected 'hub' or 'tsv' or 'parquet' or 'embedded'",
+    ("data.ood=[hans]",): "data.ood_root: data.ood=['hans'] needs the folder of their files",
+    ("data.ood=[hans]", "data.ood_root=nowhere"): "data.ood_root: no folder 'nowhere'",
+    ("data.ood=[dev]", "data.ood_root=."): "data.ood: dev is a set of the task itself.",
+    ("data.ood=[mismatched]", "data.ood_root=."): "data.ood: mismatched is a set of the task",
+    ("data.ood=[a.b]", "data.ood_root=."): "data.ood: expected a name of letters, digits, _ and -",
+    ("data=stsb", "data.linear_baseline=true"): "data.linear_baseline: needs classes",
+    ("data=ax",): "data: no option 'ax'. AX is a test set of MNLI's models: train with data=mnli",
+    ("moe.layers=[1,4]",): "moe.layers: expected block indices below 4 (backbone.options.num_hidd",
+    ("backbone=minilm", "backbone.path=nowhere"): "backbone.path: expected a folder with a config",
+    ("hparams_seed=1",): "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer",
+    (
+        "protocol=domainbed",
+    ): "protocol: task.module works on text, protocol=domainbed does not. Choose",
+    ("task.selection=oracle",): "task.selection: oracle is not for a task on text. Choose protocol",
+    ("task.selection=heldout",): "protocol.holdout_fraction: 0 leaves no examples to select by.",
+    ("task.epochs=0",): "task.epochs: expected 1 or more, found 0",
+    ("task.steps=0",): "task.steps: expected 1 or more, found 0",
+    ("moe=dense", "schedule=glue_code"): "schedule: moe=dense does not adapt its experts.",
+    ("data=rotated_digits",): "data: task.module works on text, this data on image. Choose data=c",
+    ("backbone=vit_small",): "backbone: task.module works on text, this backbone on image. Choose",
+}
+CASES |= {(TEXTS, *key): text for key, text in ON_TEXTS.items()}
 
 
 @pytest.mark.parametrize("overrides", CASES, ids=" ".join)
@@ -92,3 +132,5 @@ def test_wrong_commands(overrides: tuple[str, ...]) -> None:
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "find_spec", lambda name: None)
     assert problems(TASK) == ['task: needs transformers: pip install "dynmoe[language]"']
+    both = 'task: needs transformers and datasets: pip install "dynmoe[language]"'
+    assert problems(TEXTS) == [both]
