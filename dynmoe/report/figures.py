@@ -32,10 +32,11 @@ from dynmoe.report.drawing import (
     whole_numbers,
 )
 from dynmoe.report.example_figures import draw_examples
-from dynmoe.report.part_figures import draw_k_by_part, draw_load_by_part
 from dynmoe.report.routing_figures import (
     draw_experts,
+    draw_k_by_part,
     draw_load_by_environment,
+    draw_load_by_part,
     layers_of,
     of_layer,
     on_tests,

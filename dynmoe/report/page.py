@@ -17,7 +17,6 @@ from dynmoe.report import (
     claim_tables,
     cost_tables,
     document,
-    part_figures,
     provenance,
     routing_figures,
     set_tables,
@@ -109,7 +108,7 @@ def _sections(
             "Experts and k",
             [
                 routing_figures.draw_experts(runs),
-                part_figures.draw_k_by_part(runs) or routing_figures.draw_k(runs),
+                routing_figures.draw_k_by_part(runs) or routing_figures.draw_k(runs),
                 _sheet("parts", set_tables.parts_table(runs)),
                 routing_figures.draw_k_by_position(runs),
             ],
@@ -118,7 +117,7 @@ def _sections(
             "load",
             "Which experts serve what",
             [
-                part_figures.draw_load_by_part(examples),
+                routing_figures.draw_load_by_part(examples),
                 routing_figures.draw_load_by_environment(examples),
                 routing_figures.draw_load_by_class(examples),
                 routing_figures.draw_overlap([run for each in shown for run in each]),

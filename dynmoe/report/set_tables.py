@@ -10,7 +10,7 @@ import numpy as np
 
 from dynmoe.report.claim import LEVEL, p_text, p_words, points_text, verdict
 from dynmoe.report.cost_tables import taken
-from dynmoe.report.routing_figures import layers_of, of_layer, on_tests, training
+from dynmoe.report.routing_figures import layers_of, of_layer, on_tests, training, with_parts
 from dynmoe.report.run import (
     Problem,
     Repetition,
@@ -28,7 +28,6 @@ from dynmoe.report.words import (
     PARTS,
     SHUFFLED,
     capital,
-    has_fixed_k,
     is_points,
     k_by_part,
     kind_name,
@@ -291,15 +290,6 @@ def parts_table(runs: Sequence[Run]) -> Table | None:
         f"answer: on {tested} what the model said, in training what is right.",
         conditions=conditions(adaptive),
     )
-
-
-def has_parts(run: Run) -> bool:
-    return any("parts" in line for line in on_tests(run))
-
-
-def with_parts(runs: Sequence[Run]) -> list[Run]:
-    """The runs in which the k of parts is recorded, and varies."""
-    return [run for run in runs if not has_fixed_k(run.facts) and has_parts(run)]
 
 
 def _k_of(run: Run, layer: str) -> list[float]:

@@ -18,8 +18,12 @@ from dynmoe.report.compare import compare
 from dynmoe.report.cost_tables import generation_table, search_table
 from dynmoe.report.costs import search_cost
 from dynmoe.report.document import Section, Sheet, to_text
-from dynmoe.report.part_figures import draw_k_by_part, draw_load_by_part
-from dynmoe.report.routing_figures import draw_load_by_environment, draw_overlap
+from dynmoe.report.routing_figures import (
+    draw_k_by_part,
+    draw_load_by_environment,
+    draw_load_by_part,
+    draw_overlap,
+)
 from dynmoe.report.runs import Collection, read_runs
 from dynmoe.report.set_tables import (
     QUESTION_ROWS,
