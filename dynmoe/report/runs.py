@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe.records import Record, RecordError, RunFolder
-from dynmoe.report.run import Problem, Repetition, Run, order, short_name
-from dynmoe.report.settings import name_settings
+from dynmoe.report.run import Problem, Repetition, Run, name_settings, order, short_name
 from dynmoe.selection import RULES, best_of_sweep, rule_of
 
 Job = Mapping[str, Any]

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from sweeps import write_run
 
-from dynmoe.report.compare import Comparison, compare
 from dynmoe.report.run import Run
+from dynmoe.report.summary import Comparison, compare
 from dynmoe.report.tables import Strong, Table, to_rich
 
 

@@ -14,13 +14,13 @@ from dynmoe.report import page
 from dynmoe.report.claim import examine
 from dynmoe.report.claim_figures import draw_curves
 from dynmoe.report.claim_tables import accuracy_table, claim_table, statements
-from dynmoe.report.compare import compare
 from dynmoe.report.cost_tables import cost_table, search_table, taken, values_table
 from dynmoe.report.costs import search_cost
 from dynmoe.report.document import Sheet, to_text
 from dynmoe.report.routing_figures import draw_overlap
 from dynmoe.report.runs import Collection, read_runs
 from dynmoe.report.set_tables import ROWS, sets_table, task_tables
+from dynmoe.report.summary import compare
 from dynmoe.report.tables import Strong
 
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from dynmoe.errors import UserError
 from dynmoe.records import RunFolder
-from dynmoe.report.render import to_console, to_markdown
 from dynmoe.report.run import Run, read_run
+from dynmoe.report.summary import to_console, to_markdown
 from dynmoe.selection import measured_by
 
 LAYER = "blocks.4.mlp"

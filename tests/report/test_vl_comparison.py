@@ -14,7 +14,6 @@ from dynmoe.report import page
 from dynmoe.report.claim import examine
 from dynmoe.report.claim_figures import draw_curves
 from dynmoe.report.claim_tables import claim_table, statements
-from dynmoe.report.compare import compare
 from dynmoe.report.cost_tables import generation_table, search_table
 from dynmoe.report.costs import search_cost
 from dynmoe.report.document import Section, Sheet, to_text
@@ -34,6 +33,7 @@ from dynmoe.report.set_tables import (
     published_table,
     sets_table,
 )
+from dynmoe.report.summary import compare
 from dynmoe.report.tables import Strong
 
 

@@ -11,9 +11,9 @@ from vl_runs import write_vl_run
 from dynmoe.records import RunFolder
 from dynmoe.report.document import Picture
 from dynmoe.report.figures import draw_all
-from dynmoe.report.render import to_markdown
 from dynmoe.report.routing_figures import draw_k_by_part, draw_load_by_part
 from dynmoe.report.run import read_run
+from dynmoe.report.summary import to_markdown
 from dynmoe.report.words import by_part
 
 
