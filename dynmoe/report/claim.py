@@ -169,8 +169,8 @@ def _samples(runs: Sequence[Run]) -> tuple[int, ...]:
     found = {
         (name, int(run.facts["sizes"][name]))
         for run in runs
-        if "sizes" in run.facts
         for name in run.facts["reported"]["sets"]
+        if name in run.facts["sizes"]
     }
     return tuple(size for _, size in sorted(found))
 

@@ -110,11 +110,10 @@ def different_facts(facts: Sequence[Record], keys: Iterable[str]) -> tuple[str, 
 
 def _model_cost(run: Run) -> tuple[float, ...]:
     """`ModelCost` of one run, without `runs`."""
-    costs = run.facts["costs"]
-    lines = (line for line in run.routing_at_outcome if line["source"] in run.tested)
-    experts, mean_k = _routed(lines)
-    names = list(costs["slots"])
-    if not experts.keys() >= set(names):
+    costs, layers = run.facts["costs"], run.layers
+    experts = {layer.name: layer.experts for layer in layers}
+    mean_k = {layer.name: layer.k_test for layer in layers}
+    if any(map(math.isnan, mean_k.values())):  # no routing was recorded
         return (total(costs), *(math.nan,) * 5)
     forward = flops(costs, experts, mean_k)
     return (
@@ -122,8 +121,8 @@ def _model_cost(run: Run) -> tuple[float, ...]:
         exported(costs, experts),
         activated(costs, experts, mean_k),
         math.nan if forward is None else forward,
-        float(np.mean([experts[name] for name in names])) if names else math.nan,
-        float(np.mean([mean_k[name] for name in names])) if names else math.nan,
+        float(np.mean(list(experts.values()))) if layers else math.nan,
+        float(np.mean(list(mean_k.values()))) if layers else math.nan,
     )
 
 
@@ -174,19 +173,18 @@ def _training_flops(run: Run) -> float:
         if not mean_k.keys() >= costs["slots"].keys():
             return math.nan
         forward += steps * (flops(costs, experts, mean_k) or math.nan)
-    # Where it is not recorded, DomainBed's rule: a batch for each training environment.
-    facts = run.facts
-    batches = len(facts["env_names"]) - len(facts["test_envs"])
-    return 3 * forward * int(facts.get("samples_per_step", facts["batch_size"] * batches))
+    return 3 * forward * int(run.facts["samples_per_step"])
 
 
 def _hours(run: Run) -> float:
-    """Training and evaluation, as recorded; NaN where a record lacks its time."""
-    seconds = sum(
-        steps * record.get("step_time", math.nan) + record.get("eval_time", math.nan)
-        for steps, record in stretches(run.results)
+    """Hours of training and evaluation, as recorded."""
+    return (
+        sum(
+            steps * record["step_time"] + record["eval_time"]
+            for steps, record in stretches(run.results)
+        )
+        / 3600
     )
-    return seconds / 3600
 
 
 # Measurements of `dynmoe-bench`: `timing.json` of `step --runs`, `generation.json` of `generate

@@ -29,7 +29,7 @@ from dynmoe.report.costs import Timings, generation_rows, read_timings, search_c
 from dynmoe.report.document import Block, Code, Document, Items, Picture, Section, Sheet
 from dynmoe.report.run import Problem, Run, by_setting, conditions, every, seeds, start_name
 from dynmoe.report.runs import Collection
-from dynmoe.report.tables import Strong, Table, format_number
+from dynmoe.report.tables import Strong, Table
 from dynmoe.report.words import capital
 from dynmoe.selection import RULES
 
@@ -311,42 +311,34 @@ def _config(key: str) -> CellText:
     return _each(lambda run: run.config.get(key))
 
 
-def _start(run: Run) -> str:
-    start = start_name(run.config)
-    return f"{start}, of the same seed" if start else ABSENT
-
-
 def _sizes(run: Run) -> str:
     """`2490 train, 277 dev`: training examples, and those that select or are reported."""
-    facts, sizes = run.facts, run.facts.get("sizes") or {}
+    facts, sizes = run.facts, run.facts["sizes"]
     names = ["train", *facts["selects"]["sets"], *facts["reported"]["sets"]]
     found = {name: sizes[name] for name in names if sizes.get(name)}
     return ", ".join(f"{count} {name}" for name, count in found.items()) or "unknown"
 
 
-def _mean_tokens(run: Run) -> str:
-    tokens = run.facts.get("mean_tokens")
-    return ABSENT if tokens is None else format_number(tokens, ".1f")
-
-
 def _batch(run: Run) -> str:
     """In DomainBed each training environment has a batch in every step."""
-    size, samples = run.facts["batch_size"], run.facts.get("samples_per_step")
-    return str(size) if samples in (None, size) else f"{size} x {samples // size}"
-
-
-def _data(runs: Sequence[Run]) -> str:
-    return every(sorted({str(run.facts.get("data_hash")) for run in runs}))
+    size, samples = run.facts["batch_size"], run.facts["samples_per_step"]
+    return str(size) if samples == size else f"{size} x {samples // size}"
 
 
 CONDITIONS: dict[str, CellText] = {
     "measure": _each(lambda run: run.words.measure),
     "reported on": _each(lambda run: ", ".join(run.facts["reported"]["sets"])),
     "examples": _each(_sizes),
-    "tokens of an example, mean": _each(_mean_tokens),
+    "tokens of an example, mean": _each(
+        lambda run: (
+            format(run.facts["mean_tokens"], ".1f") if "mean_tokens" in run.facts else ABSENT
+        )
+    ),
     "patience, in evaluations": _fact("patience", ABSENT),
     "stage": _fact("stage", ABSENT),
-    "started from": _each(_start),
+    "started from": _each(
+        lambda run: f"{start}, of the same seed" if (start := start_name(run.config)) else ABSENT
+    ),
     "protocol": _fact("protocol"),
     "selection rule": _each(lambda run: RULES[run.facts["selection"]]),
     "repetitions": lambda runs: seeds({run.repetition for run in runs}),
@@ -356,12 +348,10 @@ CONDITIONS: dict[str, CellText] = {
     "weight decay": _config("task.optimizer.weight_decay"),
     "backbone": _fact("backbone"),
     "weights": _fact("weights"),
-    "data hash": _data,
+    "data hash": lambda runs: every(sorted({run.facts["data_hash"] for run in runs})),
     "versions": _fact("versions"),
     "machine": _fact("machine"),
-    "device, threads": _each(
-        lambda run: ", ".join(str(run.facts.get(key, "unknown")) for key in ("device", "threads"))
-    ),
+    "device, threads": _each(lambda run: f"{run.facts['device']}, {run.facts['threads']}"),
     "runtime": _fact("runtime"),
 }
 

@@ -222,13 +222,13 @@ class Run:
     @property
     def step_seconds(self) -> float:
         """Mean over all training steps; `step_time` is the mean since the record before."""
-        found = [(n, n * each.get("step_time", math.nan)) for n, each in stretches(self.results)]
+        found = [(n, n * each["step_time"]) for n, each in stretches(self.results)]
         return sum(seconds for _, seconds in found) / sum(n for n, _ in found)
 
     @property
     def peak_memory(self) -> float:
         """GiB, as DomainBed's `mem_gb`."""
-        return float(max(record.get("mem_gb", math.nan) for record in self.results))
+        return float(max(record["mem_gb"] for record in self.results))
 
 
 def read_run(folder: RunFolder) -> Run:
@@ -296,22 +296,24 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def conditions(runs: Sequence[Run]) -> str:
     """The foot of a table: protocol, selection, repetitions, weights, data, versions of its runs.
 
-    Where runs differ in one of them, all values are named.
+    Where runs differ in one of them, all values are named; at most three hashes of data, since
+    splits, and the deal of digits into environments, differ between repetitions.
     """
-    if not runs:
-        return "No finished run."
     facts = [run.facts for run in runs]
     repetitions = sorted({run.repetition for run in runs})
-    versions = sorted({(name, text) for fact in facts for name, text in _versions(fact)})
+    versions = sorted({item for fact in facts for item in fact["versions"].items()})
+    steps = ((fact.get("patience") is not None) * "at most " + str(fact["steps"]) for fact in facts)
+    hashes = sorted({fact["data_hash"] for fact in facts})
+    more = f" and {len(hashes) - 3} more" if len(hashes) > 3 else ""
     parts = [
         f"Protocol {every(fact['protocol'] for fact in facts)}",
         f"selection by {every(RULES[fact['selection']] for fact in facts)}",
         f"{counted(len(repetitions), 'repetition')} ({seeds(repetitions)})",
-        f"{every(map(_steps, facts))} steps",
+        f"{every(steps)} steps",
         f"backbone {every(fact['backbone'] for fact in facts)}",
         f"weights {every(fact['weights'] for fact in facts)}",
-        f"data {_data(facts)}",
-        f"versions {', '.join(f'{name} {text}' for name, text in versions) or 'unknown'}",
+        f"data {' / '.join(hashes[:3])}{more}",
+        f"versions {', '.join(f'{name} {text}' for name, text in versions)}",
     ]
     at_the_end = sorted({run.setting for run in runs if not run.outcome.is_selected})
     if at_the_end:
@@ -342,23 +344,6 @@ def seeds(repetitions: Iterable[Repetition]) -> str:
     if len({trial for _, trial in pairs}) > 1:
         return f"seed/trial seed {', '.join(f'{seed}/{trial}' for seed, trial in pairs)}"
     return f"seed{'s' * (len(pairs) != 1)} {', '.join(str(seed) for seed, _ in pairs)}"
-
-
-def _steps(fact: dict[str, Any]) -> str:
-    patience = fact.get("patience")
-    return str(fact["steps"]) if patience is None else f"at most {fact['steps']}"
-
-
-def _versions(fact: dict[str, object]) -> list[tuple[str, str]]:
-    found = fact.get("versions")
-    return [(str(k), str(v)) for k, v in found.items()] if isinstance(found, dict) else []
-
-
-def _data(facts: Sequence[dict[str, object]]) -> str:
-    """The hashes; splits, and the deal of digits into environments, differ between repetitions."""
-    hashes = sorted({str(fact.get("data_hash", "unknown")) for fact in facts})
-    more = f" and {len(hashes) - 3} more" if len(hashes) > 3 else ""
-    return f"{' / '.join(hashes[:3])}{more}"
 
 
 # Settings: which configurations, the flat `config` of a `run.json`, are one, and its name.

@@ -233,7 +233,7 @@ def _different_data(runs: Iterable[Run]) -> list[str]:
     """Repetitions of one problem that did not see the same data, with the hashes that differ."""
     hashes: defaultdict[tuple[Problem, Repetition], set[str]] = defaultdict(set)
     for run in runs:
-        hashes[run.problem, run.repetition].add(str(run.facts.get("data_hash", "unknown")))
+        hashes[run.problem, run.repetition].add(run.facts["data_hash"])
     return [
         f"{problem.dataset}, seed {seed}, trial seed {trial}: runs on different data "
         f"({', '.join(sorted(found))}) are compared; do not trust their differences"
@@ -250,13 +250,19 @@ NUMBER = (int, float)
 KNOWN_OR_NOT = (dict, type(None))
 FACTS: Keys = {
     **dict.fromkeys(("dataset", "protocol", "selection", "modality", "measure"), str),
-    **dict.fromkeys(("backbone", "weights"), str),
-    **dict.fromkeys(("seed", "trial_seed", "hparams_seed", "steps", "batch_size"), int),
+    **dict.fromkeys(("backbone", "weights", "data_hash", "device"), str),
+    **dict.fromkeys(("seed", "trial_seed", "hparams_seed", "threads"), int),
+    **dict.fromkeys(("steps", "batch_size", "samples_per_step"), int),
     **dict.fromkeys(("env_names", "test_envs", "class_names"), list),
     **dict.fromkeys(("config", "selects", "reported", "costs", "start_experts"), dict),
+    **dict.fromkeys(("sizes", "versions", "machine", "runtime"), dict),
 }
 CONFIG: Keys = {"moe.algorithm": str, "moe.num_experts": int, "hparams_seed": int}
 COSTS: Keys = {"parameters": dict, "slots": dict, "flops": KNOWN_OR_NOT}
+RESULT: Keys = {
+    **dict.fromkeys(("args", "scores"), dict),
+    **dict.fromkeys(("step_time", "eval_time", "mem_gb"), NUMBER),
+}
 ROUTING: Keys = {
     **dict.fromkeys(("layer", "source"), str),
     **dict.fromkeys(("slots", "load"), list),
@@ -298,8 +304,7 @@ def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -
     """Raises RecordError where a result lacks a score that selects or is reported."""
     for number, record in enumerate(results, start=1):
         place = f"{folder.path / 'results.jsonl'}, line {number}"
-        times: Keys = {key: NUMBER for key in ("step_time", "eval_time") if key in record}
-        _expect(place, record, {"args": dict, "scores": dict, **times})
+        _expect(place, record, RESULT)
         for role in ("selects", "reported"):
             for name in facts[role]["sets"]:
                 measure = {facts[role]["measure"]: NUMBER}

@@ -17,9 +17,7 @@ from dynmoe.report.run import (
     Run,
     by_setting,
     conditions,
-    every,
     order,
-    seeds,
     settings,
 )
 from dynmoe.report.runs import Collection
@@ -37,7 +35,6 @@ from dynmoe.report.words import (
     set_notes,
     unit_of,
 )
-from dynmoe.selection import RULES
 
 Cell = Mapping[Repetition, float]
 """Result of a setting on a task, by repetition."""
@@ -79,7 +76,7 @@ def sets_table(collection: Collection, problem: Problem) -> Table | None:
 
 def _has_scores(runs: Sequence[Run]) -> bool:
     """Whether they report the score of a task on whole sets, not the accuracy on a split."""
-    return runs[0].facts["reported"]["measure"] == "score"
+    return not runs[0].words.split
 
 
 def _sets_notes(problem: Problem) -> Iterator[str]:
@@ -110,7 +107,7 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
             *published_rows,
         ),
         note=" ".join(notes),
-        conditions=_conditions(runs),
+        conditions=conditions(runs),
     )
 
 
@@ -171,17 +168,6 @@ def _notes(
     yield "Bold: the highest of our own in a column."
     if published_note:
         yield published_note
-
-
-def _conditions(runs: Sequence[Run]) -> str:
-    facts = [run.facts for run in runs]
-    return (
-        f"Protocol {every(fact['protocol'] for fact in facts)}; "
-        f"selection by {every(RULES[fact['selection']] for fact in facts)}; "
-        f"{seeds({run.repetition for run in runs})}; "
-        f"backbone {every(fact['backbone'] for fact in facts)}; "
-        f"weights {every(fact['weights'] for fact in facts)}."
-    )
 
 
 def kind_tables(runs: Sequence[Run]) -> dict[str, Table]:

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from dynmoe.metrics.efficiency import activated, exported
 from dynmoe.report.costs import MACHINE, different_facts, model_costs
-from dynmoe.report.run import Layer, Run, conditions, counted, short_name
+from dynmoe.report.run import Run, conditions, counted, short_name
 from dynmoe.report.set_tables import kind_tables, parts_table
 from dynmoe.report.tables import Strong, Table, format_number, format_points, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
@@ -125,37 +124,21 @@ def _baseline(run: Run) -> Iterator[str]:
 
 
 def _experts(run: Run) -> Table:
-    at_step = f"at step {run.outcome.step}"
+    at_step, rows = f"at step {run.outcome.step}", []
+    for layer in run.layers:
+        changes = f" (+{layer.added}, −{layer.removed})" if layer.added or layer.removed else ""
+        experts = (f"{layer.start} → {layer.end}{changes}", str(layer.experts))
+        k = (format_number(each, ".2f") for each in (layer.k_train, layer.k_test))
+        unrouted = format_number(100 * layer.unrouted, ".1f", " %")
+        rows.append((layer_name(layer.name), *experts, *k, unrouted))
+    k_test = f"mean k, {run.environment or 'all'}"
     return Table(
         "Experts",
-        (
-            "MoE layer",
-            "experts",
-            at_step,
-            "mean k, train",
-            f"mean k, {run.environment or 'all'}",
-            "unrouted",
-        ),
-        tuple(
-            (
-                layer_name(layer.name),
-                _growth(layer),
-                str(layer.experts),
-                format_number(layer.k_train, ".2f"),
-                format_number(layer.k_test, ".2f"),
-                format_number(100 * layer.unrouted, ".1f", " %"),
-            )
-            for layer in run.layers
-        ),
+        ("MoE layer", "experts", at_step, "mean k, train", k_test, "unrouted"),
+        tuple(rows),
         note="experts: start → end of the run; k: experts per token; unrouted: training tokens "
         f"that chose none; all but the first {at_step}.",
     )
-
-
-def _growth(layer: Layer) -> str:
-    if layer.added == layer.removed == 0:
-        return f"{layer.start} → {layer.end}"
-    return f"{layer.start} → {layer.end} (+{layer.added}, −{layer.removed})"
 
 
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
@@ -179,21 +162,18 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     loss = format_number(run.results[-1].get("loss", float("nan")), ".4f")
     yield "training loss", f"{loss} (mean over the last window)"
     yield "speed", f"{format_number(1 / run.step_seconds, '.2f')} steps/s on {facts['device']}"
-    yield "runtime", _runtime(facts)
-    yield "peak memory", format_number(run.peak_memory, ".2f", " GiB")
-    yield "figures", ", ".join(_figures(run)) or "none"
-
-
-def _runtime(facts: dict[str, Any]) -> str:
     settings = facts["runtime"]
     attention, optimizer = (
         "fused" if settings[key] else "plain" for key in ("fused_attention", "fused_optimizer")
     )
-    return (
+    yield (
+        "runtime",
         f"{facts['threads']} threads, {settings['precision']}, "
-        f"matmul {settings['matmul_precision']}, "
-        f"malloc {settings['malloc']}, {attention} attention, {optimizer} optimizer"
+        f"matmul {settings['matmul_precision']}, malloc {settings['malloc']}, "
+        f"{attention} attention, {optimizer} optimizer",
     )
+    yield "peak memory", format_number(run.peak_memory, ".2f", " GiB")
+    yield "figures", ", ".join(_figures(run)) or "none"
 
 
 def _figures(run: Run) -> list[str]:
@@ -228,11 +208,16 @@ class Comparison:
 
 def compare(a: Run, b: Run) -> Comparison:
     """Run `a` beside run `b`; differences are B minus A."""
-    tables = [_configuration(a, b)]
-    if _same_test(a, b):
-        tables.append(_scores_of_both(a, b))
-    obstacles = _obstacles(a, b)
-    tables.append(_costs_of_both(a, b, timed=not obstacles))
+    versions = [a.facts["versions"], b.facts["versions"]]
+    obstacles = [  # to a comparison of measured times
+        *different_facts([a.facts, b.facts], MACHINE),
+        *different_facts(versions, sorted(versions[0] | versions[1])),
+    ]
+    tables = [
+        _configuration(a, b),
+        *([_scores_of_both(a, b)] if _same_test(a, b) else []),
+        _costs_of_both(a, b, timed=not obstacles),
+    ]
     return Comparison(list(_sentences(a, b)), tables, list(_warnings(a, b, obstacles)))
 
 
@@ -253,7 +238,7 @@ def _sentences(a: Run, b: Run) -> Iterator[str]:
     verdict = f"{points} points {'above' if second > first else 'below'}"
     yield (
         f"On {a.environment}, B is {'level with' if second == first else verdict} A: "
-        f"{_amount(b, second)} against {_amount(a, first)}."
+        f"{100 * second:.1f}{b.words.unit} against {100 * first:.1f}{a.words.unit}."
     )
     seeds = [f"seed {seed}, trial seed {trial}" for seed, trial in (a.repetition, b.repetition)]
     if a.repetition == b.repetition:
@@ -274,22 +259,13 @@ def _warnings(a: Run, b: Run, obstacles: list[str]) -> Iterator[str]:
         yield f"Times and memory are not compared: {', '.join(obstacles)}."
 
 
-def _obstacles(a: Run, b: Run) -> list[str]:
-    """Reasons not to compare measured times."""
-    facts = [a.facts, b.facts]
-    versions: list[dict[str, Any]] = [fact.get("versions") or {} for fact in facts]
-    unknown = [key for key in (*MACHINE, "versions") if any(not fact.get(key) for fact in facts)]
-    return [
-        *(f"{key} is not recorded" for key in unknown),
-        *different_facts(facts, [key for key in MACHINE if key not in unknown]),
-        *different_facts(versions, sorted(versions[0] | versions[1]) if all(versions) else []),
-    ]
-
-
 def _configuration(a: Run, b: Run) -> Table:
-    keys = sorted(a.config.keys() | b.config.keys())
-    rows = [(key, _value(a.config, key), _value(b.config, key)) for key in keys]
-    differing = tuple((key, first, second) for key, first, second in rows if first != second)
+    texts = [
+        {key: json.dumps(value, ensure_ascii=False) for key, value in run.config.items()}
+        for run in (a, b)
+    ]
+    rows = [(key, *(text.get(key, "–") for text in texts)) for key in sorted(texts[0] | texts[1])]
+    differing = tuple(row for row in rows if row[1] != row[2])
     count = f"{counted(len(differing), 'key')} differ{'s' * (len(differing) == 1)}"
     return Table(
         f"Configuration: {count}",
@@ -333,7 +309,7 @@ def _shares(first: float, second: float) -> tuple[str, ...]:
 
 def _costs_of_both(a: Run, b: Run, timed: bool) -> Table:
     first, second = (model_costs([run])[run.setting] for run in (a, b))
-    rows = [
+    counts = [
         ("experts per MoE layer", first.experts, second.experts, ".1f"),
         (f"experts per token (mean k on {a.environment})", first.mean_k, second.mean_k, ".2f"),
         ("parameters in training", first.total, second.total, ",.0f"),
@@ -341,39 +317,24 @@ def _costs_of_both(a: Run, b: Run, timed: bool) -> Table:
         ("parameters activated per token", first.activated, second.activated, ",.0f"),
         ("FLOPs per sample, forward", first.flops, second.flops, ",.0f"),
     ]
-    names, forms = ("training, s", "training step, s", "peak memory, GiB"), (",.0f", ".3f", ".2f")
-    measured = [_cost(*row) for row in zip(names, _measured(a), _measured(b), forms, strict=True)]
-    if not timed:
-        measured = [(*cells, "–") for *cells, _ in measured]
+    seconds = [run.steps_taken * run.step_seconds for run in (a, b)]
+    measured = [
+        ("training, s", *seconds, ",.0f"),
+        ("training step, s", a.step_seconds, b.step_seconds, ".3f"),
+        ("peak memory, GiB", a.peak_memory, b.peak_memory, ".2f"),
+    ]
+    rows = []
+    for name, ours, theirs, form in (*counts, *measured):
+        comparable = ours and (timed or len(rows) < len(counts))
+        ratio = theirs / ours if comparable else math.nan
+        cells = (format_number(ours, form), format_number(theirs, form))
+        rows.append((name, *cells, format_number(ratio, ".2f")))
     return Table(
         "Cost",
         ("", "A", "B", "B / A"),
-        (*(_cost(*row) for row in rows), *measured),
+        tuple(rows),
         note="Counts are of the reported models, but those in training; experts and k "
         "are means over MoE layers. Times are those of the runs, which may have shared their "
         "machine; `dynmoe-bench step` measures them interleaved.",
         conditions=conditions([a, b]),
     )
-
-
-def _measured(run: Run) -> tuple[float, float, float]:
-    """Seconds of all training steps, of one, and GiB."""
-    return run.steps_taken * run.step_seconds, run.step_seconds, run.peak_memory
-
-
-def _cost(name: str, first: float, second: float, form: str) -> tuple[str, ...]:
-    ratio = second / first if first else math.nan
-    return (
-        name,
-        format_number(first, form),
-        format_number(second, form),
-        format_number(ratio, ".2f"),
-    )
-
-
-def _value(config: dict[str, Any], key: str) -> str:
-    return json.dumps(config[key], ensure_ascii=False) if key in config else "–"
-
-
-def _amount(run: Run, share: float) -> str:
-    return f"{100 * share:.1f}{run.words.unit}"

@@ -138,7 +138,6 @@ def test_other_seeds_are_not_matched(a: Run) -> None:
             {"machine": {"cpu": "Other", "cores": 2}},
             "machine (cpu Example CPU, cores 2; cpu Other, cores 2)",
         ),
-        ({"machine": None}, "machine is not recorded"),
         ({"versions": {"dynmoe": "0.1.0", "torch": "2.12.0"}}, "torch (2.11.0; 2.12.0)"),
         ({"versions": {"dynmoe": "0.1.0"}}, "torch (2.11.0; unknown)"),
     ],
