@@ -353,6 +353,10 @@ def verdict(values: Sequence[float]) -> Verdict:
     return "beats" if np.mean(values) > 0 else "is below"
 
 
+def is_significant(values: Sequence[float]) -> bool:
+    return verdict(values) in ("beats", "is below")
+
+
 def points_text(values: Sequence[float]) -> str:
     """The mean in points with its interval: `+1.0 [−1.3, +3.1]`."""
     found = interval(values)

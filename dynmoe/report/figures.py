@@ -50,6 +50,9 @@ def draw_all(run: Run) -> list[Path]:
     """Write the figures of a run into `figures/`, and leave out those with nothing to show."""
     training = [line for line in run.routing if line["source"] == "train"]
     thresholds = [line for line in training if line["thresholds"] is not None]
+    examples = [each for each in run.folder.read("examples") if each["step"] == run.outcome.step]
+    slots = {line["layer"]: line["slots"] for line in on_tests(run)}
+    fit = run.config.get("data.fit", "pad")
     found = {
         "scores": draw_scores(run),
         "experts": draw_experts([run]),
@@ -58,7 +61,7 @@ def draw_all(run: Run) -> list[Path]:
         "thresholds": draw_thresholds(run, thresholds) if thresholds else None,
         "k_by_part": draw_k_by_part([run]),
         "load_by_part": draw_load_by_part([run]),
-        "examples": draw_examples_of(run),
+        "examples": draw_examples(examples, slots, fit) if slots else None,
     }
     folder = run.folder.path / "figures"
     return [
@@ -214,10 +217,3 @@ def draw_thresholds(run: Run, training: Sequence[Record]) -> Figure:
     legend = [Line2D([], [], label=str(slot), **styles[slot]) for slot in slots]
     figure.legend(handles=legend, loc="outside right center", frameon=False, title="slot")
     return figure
-
-
-def draw_examples_of(run: Run) -> Figure | None:
-    """Answered questions at the reported step; None where none are recorded."""
-    examples = [each for each in run.folder.read("examples") if each["step"] == run.outcome.step]
-    slots = {line["layer"]: line["slots"] for line in on_tests(run)}
-    return draw_examples(examples, slots, run.config.get("data.fit", "pad")) if slots else None

@@ -28,7 +28,7 @@ from dynmoe.report.drawing import (
     whole_numbers,
 )
 from dynmoe.report.run import Run, by_setting, environments
-from dynmoe.report.words import PARTS, SHUFFLED, by_part, has_fixed_k, k_by_part, layer_name
+from dynmoe.report.words import PARTS, SHUFFLED, by_part, k_by_part, layer_name
 
 # A heat map cannot name more classes than this.
 MOST_CLASSES = 20
@@ -378,7 +378,7 @@ def _has_parts(run: Run) -> bool:
 
 def with_parts(runs: Sequence[Run]) -> list[Run]:
     """Return the runs in which the k of parts is recorded, and varies."""
-    return [run for run in runs if not has_fixed_k(run.facts) and _has_parts(run)]
+    return [run for run in runs if "moe.top_k" not in run.config and _has_parts(run)]
 
 
 def k_by_position(run: Run, layer: str) -> np.ndarray:

@@ -116,10 +116,9 @@ def _sweep(folder: Path) -> dict[str, Any]:
         return {}
     try:
         sweep = json.loads(file.read_text(encoding="utf-8"))
-        jobs, commands = dict(sweep["jobs"]), list(map(str, sweep.get("commands", [])))
+        jobs, commands = dict(sweep["jobs"]), list(map(str, sweep["commands"]))
         for name, job in jobs.items():
-            if job.get("config"):
-                check_config(f"{file}, {name}", job["config"])
+            _expect(f"{file}, {name}", job["config"], CONFIG)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise RecordError(
             f"{file}: expected the jobs of a sweep, found damage; start the sweep again"
@@ -283,7 +282,7 @@ def check_facts(folder: RunFolder, facts: Record) -> None:
     """Raises RecordError where `run.json` lacks what a report needs."""
     file = folder.path / "run.json"
     _expect(str(file), facts, FACTS)
-    check_config(f"{file}, config", facts["config"])
+    _expect(f"{file}, config", facts["config"], CONFIG)
     _expect(f"{file}, costs", facts["costs"], COSTS)
     layers = facts["costs"]["slots"]
     _expect(f"{file}, start_experts", facts["start_experts"], dict.fromkeys(layers, int))
@@ -293,11 +292,6 @@ def check_facts(folder: RunFolder, facts: Record) -> None:
         raise _error(str(file), f"`selection` as one of {', '.join(RULES)}", facts["selection"])
     if not all(index in range(len(facts["env_names"])) for index in facts["test_envs"]):
         raise _error(str(file), "`test_envs` as positions in `env_names`", facts["test_envs"])
-
-
-def check_config(place: str, config: Any) -> None:
-    """Raises RecordError where a configuration lacks what the name of its mixture is made of."""
-    _expect(place, config, CONFIG)
 
 
 def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -> None:

@@ -161,7 +161,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "length", f"{facts['mean_tokens']:.1f} tokens per {run.words.example}, on average"
     loss = format_number(run.results[-1].get("loss", float("nan")), ".4f")
     yield "training loss", f"{loss} (mean over the last window)"
-    yield "speed", f"{format_number(1 / run.step_seconds, '.2f')} steps/s on {facts['device']}"
+    yield "speed", f"{1 / run.step_seconds:.2f} steps/s on {facts['device']}"
     settings = facts["runtime"]
     attention, optimizer = (
         "fused" if settings[key] else "plain" for key in ("fused_attention", "fused_optimizer")
@@ -172,7 +172,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         f"matmul {settings['matmul_precision']}, malloc {settings['malloc']}, "
         f"{attention} attention, {optimizer} optimizer",
     )
-    yield "peak memory", format_number(run.peak_memory, ".2f", " GiB")
+    yield "peak memory", f"{run.peak_memory:.2f} GiB"
     yield "figures", ", ".join(_figures(run)) or "none"
 
 

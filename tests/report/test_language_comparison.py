@@ -226,7 +226,9 @@ def test_an_absent_run_has_its_place(tmp_path: Path) -> None:
     config = read(tmp_path / "RTE").runs[-1].config | {"seed": 1}
     del config["data.test_envs"], config["task.selection"]  # as in a configuration of the task
     job = {"overrides": "seed=1", "config": config}
-    (tmp_path / "RTE" / "sweep.json").write_text(json.dumps({"jobs": {"later": job}}))
+    (tmp_path / "RTE" / "sweep.json").write_text(
+        json.dumps({"commands": [], "jobs": {"later": job}})
+    )
     collection = read(tmp_path / "RTE")
     places = [
         (entry.setting, entry.environment, entry.repetition, entry.state)
@@ -239,7 +241,8 @@ def test_an_absent_run_has_its_place(tmp_path: Path) -> None:
 
 def test_a_result_without_its_score_is_left_out(tmp_path: Path) -> None:
     folder = write_language_run(tmp_path)
-    folder.append("results", {"step": 500, "args": folder.read_run(), "scores": {"dev": {}}})
+    record = folder.read("results")[-1]
+    folder.append("results", {**record, "step": 500, "scores": {"dev": {}}})
     (warning,) = read_runs([tmp_path / "RTE"]).warnings
     assert "line 5, scores of dev: expected `score` as a number, found none" in warning
 
@@ -267,7 +270,7 @@ def test_language_beside_vision(tmp_path: Path) -> None:
     text = to_text(document)
     assert "| examples | 2000 train, 200 dev | unknown |" in text
     assert "| reported on | dev | 0/in |" in text
-    assert "| batch size | 32 | 8 |" in text
+    assert "| batch size | 32 | 8 x 2 |" in text
     assert "| tokens of an example, mean | 40.5 | - |" in text
     assert "| protocol | glue | domainbed |" in text
     assert "test environment 0" in text and "evaluation set dev" in text
