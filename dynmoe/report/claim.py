@@ -329,7 +329,7 @@ def paired(own: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % percentile bootstrap interval of the mean; None for fewer than two values."""
-    if not _can_be_tested(values):
+    if p_value(values) is None:
         return None
     found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
@@ -337,7 +337,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def p_value(values: Sequence[float]) -> float | None:
     """Two-sided, of Student's t test that the mean is 0; None for fewer than two values."""
-    if not _can_be_tested(values):
+    if len(values) < 2 or not np.isfinite(values).all():
         return None
     if len(set(values)) == 1:  # NOTE: without spread t is 0 / 0 or infinite
         return float(values[0] == 0)
@@ -366,15 +366,9 @@ def points_text(values: Sequence[float]) -> str:
 
 def p_text(values: Sequence[float]) -> str:
     p = p_value(values)
-    if p is None:
-        return "-"
-    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def p_words(values: Sequence[float]) -> str:
     p = p_text(values)
     return f"p {p}" if p.startswith("<") else f"p = {p}"
-
-
-def _can_be_tested(values: Sequence[float]) -> bool:
-    return len(values) > 1 and bool(np.isfinite(values).all())

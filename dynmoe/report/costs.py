@@ -126,29 +126,12 @@ def _model_cost(run: Run) -> tuple[float, ...]:
     )
 
 
-def _routed(lines: Iterable[Record]) -> tuple[dict[str, int], dict[str, float]]:
-    """Living experts and mean k by layer; k over all tokens of the lines."""
-    by_layer: defaultdict[str, list[Record]] = defaultdict(list)
-    for line in lines:
-        by_layer[line["layer"]].append(line)
-    tokens = {name: sum(line["tokens"] for line in found) for name, found in by_layer.items()}
-    return (
-        {name: len(found[-1]["slots"]) for name, found in by_layer.items()},
-        {
-            name: sum(line["mean_k"] * line["tokens"] for line in found) / tokens[name]
-            for name, found in by_layer.items()
-            if tokens[name]
-        },
-    )
-
-
 def _bill(runs: Sequence[Run], step_ms: Mapping[str, float]) -> Bill:
     return Bill(
         len(runs),
-        sum(_training_flops(run) for run in runs),
-        sum(_hours(run) for run in runs),
-        # Steps that were taken: patience may end a run before its planned steps.
-        sum((r.results[-1]["step"] + 1) * step_ms.get(r.setting, math.nan) for r in runs) / 3.6e6,
+        sum(map(_training_flops, runs)),
+        sum(map(_hours, runs)),
+        sum(run.steps_taken * step_ms.get(run.setting, math.nan) for run in runs) / 3.6e6,
     )
 
 
@@ -169,22 +152,19 @@ def _training_flops(run: Run) -> float:
     at_outcome = windows[run.outcome.step]
     forward = 0.0
     for steps, record in stretches(run.results):
-        experts, mean_k = _routed(windows.get(record["step"], at_outcome))
-        if not mean_k.keys() >= costs["slots"].keys():
+        layers = {line["layer"]: line for line in windows.get(record["step"], at_outcome)}
+        if not layers.keys() >= costs["slots"].keys():
             return math.nan
+        experts = {name: len(line["slots"]) for name, line in layers.items()}
+        mean_k = {name: line["mean_k"] for name, line in layers.items()}
         forward += steps * (flops(costs, experts, mean_k) or math.nan)
     return 3 * forward * int(run.facts["samples_per_step"])
 
 
 def _hours(run: Run) -> float:
     """Hours of training and evaluation, as recorded."""
-    return (
-        sum(
-            steps * record["step_time"] + record["eval_time"]
-            for steps, record in stretches(run.results)
-        )
-        / 3600
-    )
+    taken = stretches(run.results)
+    return sum(n * record["step_time"] + record["eval_time"] for n, record in taken) / 3600
 
 
 # Measurements of `dynmoe-bench`: `timing.json` of `step --runs`, `generation.json` of `generate

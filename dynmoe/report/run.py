@@ -217,6 +217,7 @@ class Run:
 
     @property
     def steps_taken(self) -> int:
+        """Patience may end a run before its planned steps."""
         return int(self.results[-1]["step"]) + 1
 
     @property
