@@ -272,7 +272,7 @@ def score_cells(runs: Sequence[Run]) -> dict[tuple[str, str], ScoreByRepetition]
 def matched(own: ScoreByRepetition, others: Iterable[ScoreByRepetition]) -> tuple[Repetition, ...]:
     """Return the repetitions to compare on: those of `own` that most of the others have.
 
-    Not those that all have: one setting with a single run would take the rest from all the others.
+    Not all of them: one setting with a single run would take the rest from all the others.
     """
     pool = list(others)
     return tuple(

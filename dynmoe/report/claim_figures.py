@@ -141,12 +141,12 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
     chosen = "mean of the steps that selection chose" if runs[0].problem.validates else "last step"
     caption = (
         "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
-        f"setting of the grid. A marker stands at the {chosen}, whose {words.nouns} are reported."
+        f"setting of the grid. A marker is at the {chosen}, whose {words.nouns} are reported."
     )
     if any(run.facts.get("patience") is not None for run in runs):
         caption += (
-            " It is on the mean curve: reported is each run at its own step. Where patience ended "
-            "a run before others, its last value goes on."
+            " It is on the mean curve; each run is reported at its own step. Where patience ended "
+            "a run before others, its last value is kept."
         )
     return Picture(
         "curves",

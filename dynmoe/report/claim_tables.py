@@ -235,7 +235,7 @@ def _caveats(claim: Claim) -> Iterator[str]:
     if whole.left_out:
         held = seeds(whole.repetitions) if count else "none"
         yield (
-            f"Compared are the repetitions that most settings have ({held}), and the settings that "
+            f"The comparison is on the repetitions that most settings have ({held}) and of the settings that "
             f"have them all. Incomplete: {', '.join(whole.left_out)}."
         )
 
@@ -291,6 +291,6 @@ def overview_table(claims: Mapping[Problem, Sequence[Claim]]) -> Table:
         "The claim on every data set",
         ("data set", "setting", *columns, "against the mean", "against the best"),
         tuple(rows),
-        note="Protocol, selection rule, seeds, weights, data and versions stand below the tables "
+        note="Protocol, selection rule, seeds, weights, data and versions are below the tables "
         "of each data set.",
     )

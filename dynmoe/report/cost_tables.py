@@ -207,15 +207,12 @@ def generation_table(collection: Collection, problem: Problem) -> Table | None:
         note += BUSY.format("rounds")
     shown = []
     for row in rows:
+        first = spread(row["prompt_ms"], row["prompt_quartiles_ms"])
         speed = spread(row["tokens_per_s"], row["tokens_per_s_quartiles"])
-        cells = (
-            *(spread(row["prompt_ms"], row["prompt_quartiles_ms"]), number(row["token_ms"])),
-            *(
-                speed + "*" * is_contaminated(row),
-                f"{spread(row['ratio'], row['ratio_quartiles'])} x",
-            ),
-        )
-        shown.append((names[row["run"]], *cells, number(row["peak_bytes"] / 2**30)))
+        ratio = spread(row["ratio"], row["ratio_quartiles"])
+        mark, peak = "*" * is_contaminated(row), number(row["peak_bytes"] / 2**30)
+        cells = (first, number(row["token_ms"]), speed + mark, f"{ratio} x", peak)
+        shown.append((names[row["run"]], *cells))
     return Table(
         f"How fast every setting answers on {problem.dataset}",
         (

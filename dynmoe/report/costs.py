@@ -83,8 +83,8 @@ def search_cost(
 ) -> SearchCost:
     """Compare every run of the grid, lost draws included, with every run of an adaptive setting.
 
-    Counted are environments and repetitions that the adaptive setting has. `step_ms`: milliseconds
-    of a training step of each setting that was measured.
+    It counts the environments and repetitions that the adaptive setting has. `step_ms`:
+    milliseconds of a training step of each setting that was measured.
     """
     runs = [run for run in [*collection.runs, *collection.others] if run.problem == problem]
     own = [run for run in runs if run.setting == setting]
@@ -127,10 +127,15 @@ def _model_cost(run: Run) -> tuple[float, ...]:
 
 
 def _bill(runs: Sequence[Run], step_ms: Mapping[str, float]) -> Bill:
+    seconds = [
+        steps * record["step_time"] + record["eval_time"]
+        for run in runs
+        for steps, record in stretches(run.results)
+    ]
     return Bill(
         len(runs),
         sum(map(_training_flops, runs)),
-        sum(map(_hours, runs)),
+        sum(seconds) / 3600,
         sum(run.steps_taken * step_ms.get(run.setting, math.nan) for run in runs) / 3.6e6,
     )
 
@@ -161,12 +166,6 @@ def _training_flops(run: Run) -> float:
     return 3 * forward * int(run.facts["samples_per_step"])
 
 
-def _hours(run: Run) -> float:
-    """Hours of training and evaluation, as recorded."""
-    taken = stretches(run.results)
-    return sum(n * record["step_time"] + record["eval_time"] for n, record in taken) / 3600
-
-
 # Measurements of `dynmoe-bench`: `timing.json` of `step --runs`, `generation.json` of `generate
 # --runs`. Each holds rows, and the circumstances of their measurement. Times of different
 # machines, settings or workloads are refused, not compared.
@@ -190,7 +189,7 @@ GENERATION_KEYS = {
 
 @dataclass(frozen=True)
 class Timing:
-    """One setting in one mode. Of several measured runs: mean of medians, widest quartiles."""
+    """One setting in one mode; several measured runs give a mean of medians, widest quartiles."""
 
     milliseconds: float
     """One training step, or one forward pass of a batch."""

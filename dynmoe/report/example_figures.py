@@ -170,7 +170,7 @@ def _lines(example: Record, used: Mapping[str, Sequence[Experts]]) -> list[list[
             word = Word(_plain(token), experts, place >= example["answer_from"])
         else:
             word = Word("(image)", (), False)
-        if token is not None or before is not None:  # the first patch speaks for its image
+        if token is not None or before is not None:  # the first patch represents its image
             if sum(each.width for each in lines[-1]) + word.width > room:
                 lines.append([])
             lines[-1].append(word)

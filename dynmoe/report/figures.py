@@ -63,21 +63,15 @@ def draw_all(run: Run) -> list[Path]:
         "load_by_part": draw_load_by_part([run]),
         "examples": draw_examples(examples, slots, fit) if slots else None,
     }
-    folder = run.folder.path / "figures"
-    return [
-        save(_titled(figure), folder / f"{name}.png")
-        for name, figure in found.items()
-        if figure is not None
-    ]
-
-
-def _titled(figure: Figure | Picture) -> Figure:
-    """A picture has its title beside it in a report; alone it needs a heading."""
-    if isinstance(figure, Picture):
-        width = round(13 * figure.figure.get_figwidth())  # letters
-        figure.figure.suptitle(textwrap.fill(figure.alt, width), fontsize="medium")
-        return figure.figure
-    return figure
+    written = []
+    for name, drawn in found.items():
+        figure = drawn.figure if isinstance(drawn, Picture) else drawn
+        if isinstance(drawn, Picture):  # its title stands beside it in a report; here it is alone
+            letters = round(13 * drawn.figure.get_figwidth())
+            drawn.figure.suptitle(textwrap.fill(drawn.alt, letters), fontsize="medium")
+        if figure is not None:
+            written.append(save(figure, run.folder.path / "figures" / f"{name}.png"))
+    return written
 
 
 def draw_scores(run: Run) -> Figure:

@@ -92,11 +92,19 @@ def _sections(
     noun, members = capital(runs[0].words.noun), by_setting(runs)
     shown = [members[setting] for setting in _exemplary(runs)]
     examples = [of_setting[0] for of_setting in shown]
+    kinds = set_tables.kind_tables(runs)
     parts: list[tuple[str, str, Iterable[Block | None]]] = [
         ("claim", "The claim", _claim(collection, problem, claims)),
         ("images", "Whether the images are used", _image_use(runs)),
-        ("kinds", "By kind of question", _kinds(runs)),
-        ("cost", "What it costs", _cost(collection, problem, claims, timings)),
+        (
+            "kinds",
+            "Scores by kind of question",
+            [
+                Sheet("kinds" if len(kinds) == 1 else f"kinds_{_slug(name)}", table)
+                for name, table in kinds.items()
+            ],
+        ),
+        ("cost", "Cost", _cost(collection, problem, claims, timings)),
         (
             "accuracy-by-cost",
             f"{noun} against cost",
@@ -118,7 +126,7 @@ def _sections(
         ),
         (
             "load",
-            "Which experts serve what",
+            "Load of the experts",
             [
                 routing_figures.draw_load_by_part(examples),
                 routing_figures.draw_load_by_environment(examples),
@@ -167,12 +175,6 @@ def _image_use(runs: Sequence[Run]) -> Iterator[Block]:
     if table is not None:
         yield Items(set_tables.image_use_sentences(runs))
         yield Sheet("images", table)
-
-
-def _kinds(runs: Sequence[Run]) -> Iterator[Block]:
-    tables = set_tables.kind_tables(runs)
-    for name, table in tables.items():
-        yield Sheet("kinds" if len(tables) == 1 else f"kinds_{_slug(name)}", table)
 
 
 def _cost(
@@ -270,7 +272,7 @@ def what_is_missing(collection: Collection) -> Section:
         blocks.append(Sheet("absent", table))
     if collection.warnings:
         blocks += ["Noticed while reading the records:", Items(collection.warnings)]
-    return Section("missing", "What is missing", blocks)
+    return Section("missing", "Missing runs, warnings", blocks)
 
 
 def every_run(collection: Collection, problem: Problem) -> Table:
@@ -279,7 +281,7 @@ def every_run(collection: Collection, problem: Problem) -> Table:
     words = runs[0].words
     step, note, more = "last step", "", []
     if problem.validates:
-        step, note = "selected step", "; validation is what selected the step"
+        step, note = "selected step", "; the step is the one of the best validation"
         more = [f"validation, {words.scale}", f"{words.noun} at the last step, {words.scale}"]
     rows = []
     for run in runs:
@@ -373,7 +375,12 @@ def _commands(collection: Collection, timings: Iterable[Timings]) -> Iterator[st
 
 def _training(runs: Sequence[Run]) -> Iterator[str]:
     """Yield the sweep's command, or that of the first run of each setting."""
-    jobs = {run.folder.path: _overrides(run) for run in runs}
+    jobs = {}
+    for run in runs:
+        file = run.folder.path / ".hydra" / "overrides.yaml"
+        texts = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else []
+        # The words of the user: dynmoe-run hands values to Hydra as `++key=value`.
+        jobs[run.folder.path] = [text.removeprefix("++") for text in texts]
     shared = [
         text for text in next(iter(jobs.values())) if all(text in job for job in jobs.values())
     ]
@@ -386,10 +393,3 @@ def _training(runs: Sequence[Run]) -> Iterator[str]:
         if job and run.setting not in seen:
             seen.add(run.setting)
             yield shlex.join(["dynmoe-run", *job])
-
-
-def _overrides(run: Run) -> list[str]:
-    """Return them as the user wrote them: dynmoe-run hands values to Hydra as `++key=value`."""
-    file = run.folder.path / ".hydra" / "overrides.yaml"
-    texts = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else []
-    return [text.removeprefix("++") for text in texts]

@@ -75,7 +75,7 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
         "Living experts in each MoE layer over training",
         f"Each thin line is one run (one seed and {runs[0].words.place}), the thick line their "
         "mean; a step up is an expert added, a step down experts removed. Thin lines are shifted "
-        "a little; all go on a little after the last step.",
+        "a little; all are drawn a little beyond the last step.",
     )
 
 
@@ -227,7 +227,9 @@ def draw_load_by_class(runs: Sequence[Run]) -> Picture | None:
     figure = _load_panels(with_classes, "class", min(classes, MOST_CLASSES), loads)
     if figure is None:
         return None
-    some = f" Of {classes} classes the {MOST_CLASSES} whose rows differ most from the mean."
+    some = (
+        f" Shown are the {MOST_CLASSES} of {classes} classes whose rows differ most from the mean."
+    )
     return Picture(
         "load_by_class",
         figure,
@@ -395,7 +397,7 @@ def experts_over_steps(run: Run, layer: str) -> tuple[list[int], list[int]]:
 
 
 def experts_at(steps: np.ndarray, changes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-    """Number of living experts at `steps`; the others are what `experts_over_steps` returns."""
+    """Number of living experts at `steps`, from the result of `experts_over_steps`."""
     return np.asarray(counts)[np.searchsorted(changes, steps, side="right") - 1]
 
 

@@ -357,8 +357,8 @@ def _error(place: str, expected: str, found: object) -> RecordError:
 def choose(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
     """The runs that represent their repetitions, and the others.
 
-    Of several draws of hyper-parameters the best by validation is taken, as in DomainBed; of values
-    that a protocol searches over, one for all repetitions of a setting.
+    The best of several draws of hyper-parameters by validation is taken, as in DomainBed, and one
+    of the values that a protocol searches over, for all repetitions of a setting.
     """
     runs = list(runs)
     trials: defaultdict[object, list[Run]] = defaultdict(list)
@@ -393,7 +393,7 @@ def _mean_validation(runs: Iterable[Run]) -> float:
 def _standing(trial: Sequence[Run]) -> Iterable[Run]:
     """For each test environment of one setting's repetition, the run that represents it.
 
-    Of equally good draws the last is taken, as in DomainBed.
+    The last of equally good draws is taken, as in DomainBed.
     """
     finds_pairs = trial[0].problem.selection == "leave_one_domain_out"
     draws: defaultdict[tuple[int, ...], list[Run]] = defaultdict(list)

@@ -164,7 +164,7 @@ def kind_tables(runs: Sequence[Run]) -> dict[str, Table]:
         }
         best = [_highest(column) for column in zip(*values.values(), strict=True)]
         tables[name] = Table(
-            f"By kind of question on {name}, {unit_of(kinds)}",
+            f"Scores by kind of question on {name}, {unit_of(kinds)}",
             ("setting", *map(kind_name, kinds)),
             tuple((setting, *map(_cell, kinds, row, best)) for setting, row in values.items()),
             note="Mean over repetitions, +/- the standard error (ddof 0). Bold: the highest of a "
@@ -216,7 +216,7 @@ def parts_table(runs: Sequence[Run]) -> Table | None:
     rows: list[tuple[str, ...]] = []
     for setting, members in by_setting(adaptive).items():
         layers = layers_of(members[0])
-        k = np.array([[_k_of(run, layer) for layer in layers] for run in members]).mean(axis=0)
+        k = np.mean([_k_by_layer(run) for run in members], axis=0)
         names = list(map(layer_name, layers))
         if len(layers) > 1:
             k, names = np.vstack([k, k.mean(axis=0)]), [*names, "mean of layers"]
@@ -240,11 +240,13 @@ def parts_table(runs: Sequence[Run]) -> Table | None:
     )
 
 
-def _k_of(run: Run, layer: str) -> list[float]:
+def _k_by_layer(run: Run) -> list[list[float]]:
     """Living experts, then k of each part on what is reported and in training."""
-    tested, trained = (of_layer(lines, layer) for lines in (on_tests(run), training(run)))
-    found = [k_by_part(lines) for lines in (tested, trained)]
-    return [len(tested[0]["slots"]), *(k.get(part, np.nan) for k in found for part in PARTS)]
+    rows = []
+    for layer in run.layers:
+        found = [k_by_part(of_layer(lines, layer.name)) for lines in (on_tests(run), training(run))]
+        rows.append([layer.experts, *(k.get(part, np.nan) for k in found for part in PARTS)])
+    return rows
 
 
 def _sets(runs: Sequence[Run]) -> list[str]:

@@ -166,7 +166,7 @@ def test_of_many_classes_those_that_differ_most_are_shown(tmp_path: Path) -> Non
     change_routing(folder, lambda line: line | {"load_by_class": load})
     picture = draw_load_by_class(runs_in(tmp_path))
     assert picture is not None
-    assert "Of 30 classes the 20 whose rows differ most" in picture.caption
+    assert "the 20 of 30 classes whose rows differ most" in picture.caption
     rows = ticks(picture.figure.axes[0])
     assert len(rows) == 20 and set(rows) >= {str(index) for index in range(0, 30, 3)}
 

@@ -146,7 +146,7 @@ def test_without_exchanged_images_nothing_is_said_of_them(tmp_path: Path) -> Non
 
 def test_kinds_of_questions_are_means_over_seeds(tmp_path: Path) -> None:
     (table,) = kind_tables(read(write_sweep(tmp_path)).runs).values()
-    assert table.title == "By kind of question on test, %"
+    assert table.title == "Scores by kind of question on test, %"
     assert table.columns == ("setting", "colour", "yes no")
     assert table.rows[0] == ("dense", "61.0 +/- 0.5", "41.0 +/- 0.5")
     assert table.rows[-1] == ("DynMoE", "71.0 +/- 0.5", "51.0 +/- 0.5")
@@ -172,7 +172,7 @@ def test_published_sets_stand_in_published_measures(tmp_path: Path) -> None:
     assert "no yardstick" in table.note
     kinds = kind_tables(runs)
     assert list(kinds) == ["scienceqa", "mme"]
-    assert kinds["mme"].title == "By kind of question on mme, points"
+    assert kinds["mme"].title == "Scores by kind of question on mme, points"
     assert kinds["mme"].rows == (("DynMoE", "1261.0 +/- 0.7"),)
 
 
