@@ -235,8 +235,8 @@ def _caveats(claim: Claim) -> Iterator[str]:
     if whole.left_out:
         held = seeds(whole.repetitions) if count else "none"
         yield (
-            f"The comparison is on the repetitions that most settings have ({held}) and of the settings that "
-            f"have them all. Incomplete: {', '.join(whole.left_out)}."
+            f"The comparison is on the repetitions that most settings have ({held}), and of the "
+            f"settings that have them all. Incomplete: {', '.join(whole.left_out)}."
         )
 
 

@@ -126,7 +126,7 @@ def search_table(collection: Collection, cost: SearchCost) -> Table:
     if any(entry.problem in (None, problem) for entry in collection.absent):
         note += " Runs without a result are not counted, so the grid may have cost more."
     bills = {f"the grid ({counted(cost.grid_settings, 'setting')})": cost.grid}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, bill in (bills | {cost.setting: cost.own}).items():
         recorded = "refused" if cost.machines else number(bill.recorded)
         sizes = (str(bill.runs), number(bill.flops / 1e12))

@@ -175,11 +175,9 @@ def _asked(folder: RunFolder, job: Job) -> Run | None:
 
 def _named(runs: Sequence[Run]) -> list[Run]:
     """The runs with the names of their settings."""
-    positions: defaultdict[Problem, list[int]] = defaultdict(list)
-    for position, run in enumerate(runs):
-        positions[run.problem].append(position)
     named = list(runs)
-    for members in positions.values():
+    for problem in dict.fromkeys(run.problem for run in runs):
+        members = [position for position, run in enumerate(runs) if run.problem == problem]
         configs = [runs[position].config for position in members]
         names = name_settings([short_name(runs[position]) for position in members], configs)
         for position, name in zip(members, names, strict=True):

@@ -120,8 +120,7 @@ def _rows(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, list[Cell]]:
     """
     ordered = sorted(runs, key=lambda run: order(run)[len(Problem._fields) :])
     rows: dict[str, list[Cell]] = {}
-    for setting in dict.fromkeys(run.setting for run in ordered):
-        own = [run for run in ordered if run.setting == setting]
+    for setting, own in by_setting(ordered).items():
         cells: list[Cell] = [
             {run.repetition: run.outcome.accuracy for run in own if run.problem.dataset == task}
             for task in tasks

@@ -309,7 +309,7 @@ def _shares(first: float, second: float) -> tuple[str, ...]:
 
 def _costs_of_both(a: Run, b: Run, timed: bool) -> Table:
     first, second = (model_costs([run])[run.setting] for run in (a, b))
-    counts = [
+    counts: list[tuple[str, float, float, str]] = [
         ("experts per MoE layer", first.experts, second.experts, ".1f"),
         (f"experts per token (mean k on {a.environment})", first.mean_k, second.mean_k, ".2f"),
         ("parameters in training", first.total, second.total, ",.0f"),
@@ -317,13 +317,13 @@ def _costs_of_both(a: Run, b: Run, timed: bool) -> Table:
         ("parameters activated per token", first.activated, second.activated, ",.0f"),
         ("FLOPs per sample, forward", first.flops, second.flops, ",.0f"),
     ]
-    seconds = [run.steps_taken * run.step_seconds for run in (a, b)]
+    ours, theirs = (run.steps_taken * run.step_seconds for run in (a, b))
     measured = [
-        ("training, s", *seconds, ",.0f"),
+        ("training, s", ours, theirs, ",.0f"),
         ("training step, s", a.step_seconds, b.step_seconds, ".3f"),
         ("peak memory, GiB", a.peak_memory, b.peak_memory, ".2f"),
     ]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, ours, theirs, form in (*counts, *measured):
         comparable = ours and (timed or len(rows) < len(counts))
         ratio = theirs / ours if comparable else math.nan
