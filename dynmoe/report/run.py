@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dynmoe.records import Record, RecordError, RunFolder, stretches
-from dynmoe.report.words import Words, words_of
+from dynmoe.report.words import HEADLINES, WORDS, Words
 from dynmoe.selection import RULES, judged, selected
 
 Kind = Literal["dense", "fixed", "adaptive"]
@@ -133,7 +133,9 @@ class Run:
 
     @property
     def words(self) -> Words:
-        return words_of(self.facts)
+        reported = "".join(self.facts["reported"]["sets"][:1])
+        measure = HEADLINES.get(reported, self.facts["measure"])
+        return WORDS[self.facts["modality"]]._replace(measure=measure)
 
     @property
     def kind(self) -> Kind:
@@ -374,23 +376,25 @@ OF_SEED = re.compile(r"_seed\d+_[0-9a-f]{8}$")
 DRAWN = ("task.optimizer.lr", "task.optimizer.weight_decay", "data.batch_size")
 
 
-def name_settings(short_names: Sequence[str], configs: Sequence[Config]) -> list[str]:
-    """Return the name of each configuration's setting, unique among these configurations.
+def name_settings(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs with the names of their settings, unique within a problem.
 
-    It is the short name; where several settings would share it, the keys in which they differ are
-    added: `DynMoE, task.optimizer.lr=0.001`.
+    A name is the short name; where several settings would share it, the keys in which they differ
+    are added: `DynMoE, task.optimizer.lr=0.001`.
     """
-    identities = _identities(configs)
-    sharing: defaultdict[str, dict[str, Config]] = defaultdict(dict)
-    for short, identity in zip(short_names, identities, strict=True):
-        sharing[short][_text(identity)] = identity
-    differing = {short: _differing(list(found.values())) for short, found in sharing.items()}
-    return [
-        ", ".join(
-            [short, *(f"{key}={identity[key]}" for key in differing[short] if key in identity)]
-        )
-        for short, identity in zip(short_names, identities, strict=True)
-    ]
+    named = list(runs)
+    for problem in dict.fromkeys(run.problem for run in runs):
+        members = [position for position, run in enumerate(runs) if run.problem == problem]
+        shorts = [short_name(runs[position]) for position in members]
+        identities = _identities([runs[position].config for position in members])
+        sharing: defaultdict[str, dict[str, Config]] = defaultdict(dict)
+        for short, identity in zip(shorts, identities, strict=True):
+            sharing[short][_text(identity)] = identity
+        differing = {short: _differing(list(found.values())) for short, found in sharing.items()}
+        for position, short, identity in zip(members, shorts, identities, strict=True):
+            keys = [f"{key}={identity[key]}" for key in differing[short] if key in identity]
+            named[position] = replace(runs[position], setting=", ".join([short, *keys]))
+    return named
 
 
 def start_name(config: Config) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe.records import Record, RecordError, RunFolder
-from dynmoe.report.run import Problem, Repetition, Run, name_settings, order, short_name
+from dynmoe.report.run import Problem, Repetition, Run, name_settings, order
 from dynmoe.selection import RULES, best_of_sweep, rule_of
 
 Job = Mapping[str, Any]
@@ -94,7 +94,7 @@ def read_runs(folders: Sequence[Path]) -> Collection:
         else:
             begun += [run] if run is not None else []
             absent[path] = Absent(path.name, job.get("overrides", ""), state, folder.failure)
-    named = _named([*finished, *begun])
+    named = name_settings([*finished, *begun])
     done = _without_copies(named[: len(finished)], warnings)
     runs, others = (_readable(found, warnings) for found in choose(done))
     places = {run.folder.path: run for run in named[len(finished) :]}
@@ -171,18 +171,6 @@ def _asked(folder: RunFolder, job: Job) -> Run | None:
         "config": config,
     }
     return Run(folder, facts, [])
-
-
-def _named(runs: Sequence[Run]) -> list[Run]:
-    """The runs with the names of their settings."""
-    named = list(runs)
-    for problem in dict.fromkeys(run.problem for run in runs):
-        members = [position for position, run in enumerate(runs) if run.problem == problem]
-        configs = [runs[position].config for position in members]
-        names = name_settings([short_name(runs[position]) for position in members], configs)
-        for position, name in zip(members, names, strict=True):
-            named[position] = replace(runs[position], setting=name)
-    return named
 
 
 def _without_copies(runs: Iterable[Run], warnings: list[str]) -> list[Run]:

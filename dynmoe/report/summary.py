@@ -17,7 +17,7 @@ from rich.text import Text
 
 from dynmoe.metrics.efficiency import activated, exported
 from dynmoe.report.costs import MACHINE, different_facts, model_costs
-from dynmoe.report.run import Run, conditions, counted, short_name
+from dynmoe.report.run import Run, conditions, counted
 from dynmoe.report.set_tables import kind_tables, parts_table
 from dynmoe.report.tables import Strong, Table, format_number, format_points, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
@@ -227,7 +227,7 @@ def _same_test(a: Run, b: Run) -> bool:
 
 def _sentences(a: Run, b: Run) -> Iterator[str]:
     for name, run in (("A", a), ("B", b)):
-        yield f"{name} is {run.setting or short_name(run)}: {run.folder.path}"
+        yield f"{name} is {run.setting}: {run.folder.path}"
     if not _same_test(a, b):
         tests = (f"{run.facts['dataset']}, {run.environment}" for run in (a, b))
         nouns = "Accuracies" if a.words.nouns == b.words.nouns == "accuracies" else "Scores"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -94,13 +94,6 @@ WORDS = {
         example="conversation, its image included",
     ),
 }
-
-
-def words_of(facts: Mapping[str, Any]) -> Words:
-    """Names for a run; `facts` are those of its `run.json`."""
-    reported = facts["reported"]["sets"][:1]
-    measure = HEADLINES.get("".join(reported), facts["measure"])
-    return WORDS[facts["modality"]]._replace(measure=measure)
 
 
 def metrics_of(scores: Mapping[str, float]) -> list[str]:
