@@ -281,7 +281,7 @@ def every_run(collection: Collection, problem: Problem) -> Table:
     words = runs[0].words
     step, note, more = "last step", "", []
     if problem.validates:
-        step, note = "selected step", "; the step is the one of the best validation"
+        step, note = "selected step", "; validation: the score that the rule selects by"
         more = [f"validation, {words.scale}", f"{words.noun} at the last step, {words.scale}"]
     rows = []
     for run in runs:

@@ -127,7 +127,7 @@ def test_a_run_that_ended_early_stays_in_the_mean_curve(tmp_path: Path) -> None:
     write_language_run(tmp_path, "dense", (0.5, 0.6), seed=0)
     write_language_run(tmp_path, "dense", (0.3, 0.4, 0.5, 0.6), seed=1)
     picture = draw_curves(read(tmp_path / "RTE").runs)
-    assert picture is not None and "its last value goes on" in picture.caption
+    assert picture is not None and "its last value is kept" in picture.caption
     mean = picture.figure.axes[0].get_lines()[0]
     assert mean.get_ydata() == pytest.approx([0.4, 0.5, 0.55, 0.6])
 

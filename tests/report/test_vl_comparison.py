@@ -231,7 +231,7 @@ def test_one_evaluation_makes_no_curve(tmp_path: Path) -> None:
     write_vl_run(tmp_path / "two", steps=(50, 150))
     assert draw_curves(read(tmp_path / "one").runs) is None
     picture = draw_curves(read(tmp_path / "two").runs)
-    assert picture is not None and "A marker stands at the last step" in picture.caption
+    assert picture is not None and "A marker is at the last step" in picture.caption
 
 
 def test_frozen_weights_are_spoken_of(tmp_path: Path) -> None:
