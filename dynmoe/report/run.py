@@ -134,7 +134,7 @@ class Run:
     @property
     def words(self) -> Words:
         reported = "".join(self.facts["reported"]["sets"][:1])
-        measure = HEADLINES.get(reported, self.facts["measure"])
+        measure = HEADLINES.get(reported, str(self.facts["measure"]))
         return WORDS[self.facts["modality"]]._replace(measure=measure)
 
     @property

@@ -10,14 +10,14 @@ import pytest
 from rich.console import Console
 from sweeps import write_run
 
-from dynmoe.report.run import Run
+from dynmoe.report.run import Run, read_run
 from dynmoe.report.summary import Comparison, compare
 from dynmoe.report.tables import Strong, Table, to_rich
 
 
 def read(sweep: Path, *args: Any, **options: Any) -> Run:
     folder = write_run(sweep, *args, **options)
-    return Run(folder, folder.read_run(), folder.read("results"))
+    return read_run(folder)
 
 
 @pytest.fixture
