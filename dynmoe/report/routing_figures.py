@@ -117,7 +117,9 @@ def draw_k_by_part(runs: Sequence[Run]) -> Picture | None:
             values = np.array([[each[part] for each in of_run] for of_run in k])
             mean = values.mean(axis=0)
             reach = np.abs([values.min(axis=0), values.max(axis=0)] - mean)
-            axes.errorbar(range(len(mean)), mean, reach, capsize=3, **LOOKS[part], label=part)
+            axes.errorbar(
+                range(len(mean)), mean, reach, capsize=3, **LOOKS[part], label=f"{part} tokens"
+            )
 
     adaptive = with_parts(runs)
     figure = _k_panels(adaptive, draw)
