@@ -118,16 +118,16 @@ def show(folder: RunFolder, quiet: bool = False) -> float:
     """Draw the figures and write the summary if that is still to do; print the summary."""
     from rich.console import Console
 
-    from dynmoe.report import figures, render
+    from dynmoe.report import figures, summary
     from dynmoe.report.run import read_run
 
     run = read_run(folder)
     if not folder.is_done:
         figures.draw_all(run)
-        (folder.path / "summary.md").write_text(render.to_markdown(run), encoding="utf-8")
+        (folder.path / "summary.md").write_text(summary.to_markdown(run), encoding="utf-8")
         folder.mark_done()
     if not quiet:
-        Console().print(render.to_console(run))
+        Console().print(summary.to_console(run))
         print(f"Run folder, with figures/ and summary.md:\n{folder.path}")  # one line, to be copied
     return run.outcome.validation
 

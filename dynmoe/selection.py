@@ -7,8 +7,8 @@ of `results.jsonl`). The functions at the end work on records of DomainBed's own
 those that DomainBed wrote.
 
 DomainBed: Gulrajani & Lopez-Paz 2021, "In Search of Lost Domain Generalization", section 3, and
-domainbed/model_selection.py. Reported is always the accuracy on the test environment's in split,
-its larger part.
+domainbed/model_selection.py. The reported number is always the accuracy on the test environment's
+in split, its larger part.
 
 GLUE: the test sets have no public labels, so the score on dev is reported. Published tables choose
 the epoch, and the learning rate, by that same score (`best_dev`), which is optimistic for every
@@ -157,8 +157,8 @@ def leave_one_domain_out(records: Sequence[Record], test_env: int) -> Choice | N
     """The step at which runs that also hold out one other environment do best on that one.
 
     For every other environment v it needs, at the same step, a run that holds out `test_env` and
-    v; validation is the mean over v of the accuracy on v's in split. Reported is the run that
-    holds out `test_env` alone. None when no step has all of these runs.
+    v; validation is the mean over v of the accuracy on v's in split. The run that holds out
+    `test_env` alone is reported. None when no step has all of these runs.
     """
     return _best(
         Choice(
@@ -181,7 +181,7 @@ DOMAINBED: dict[str, Rule] = {
 def best_of_sweep(records: Iterable[Record], rule: str, test_env: int) -> Choice | None:
     """The best draw of hyper-parameters, and the step in it, by DomainBed's validation accuracy.
 
-    `records` are those of one algorithm, data set and trial. Of equal draws the later one in
+    `records` are those of one algorithm, data set and trial. The later one of equal draws in
     `records` wins, as in DomainBed, which sorts them and takes the last.
     """
     draws: dict[int, list[Record]] = {}

@@ -87,7 +87,7 @@ def _compare(a: Path, b: Path) -> None:
         raise RecordError(f"{a}: expected two runs, found the same one twice")
     first, second = _run(a), _run(b)
 
-    from dynmoe.report.compare import compare
+    from dynmoe.report.summary import compare
 
     result = compare(first, second)
     console = Console()

@@ -92,6 +92,9 @@ def write_run(
         "hparams_seed": hparams_seed,
         "steps": STEPS[-1] + 1,
         "batch_size": BATCH,
+        "stage": None,
+        "patience": None,
+        "sizes": {},
         "data_hash": f"abc{seed}",
         "versions": {"dynmoe": "0.1.0", "torch": "2.11.0"},
         "device": "cpu",
@@ -119,7 +122,8 @@ def write_run(
         **(facts or {}),
     }
     rule, names, tests = (content[key] for key in ("selection", "env_names", "test_envs"))
-    content = {**measured_by(rule, names, tests), **content}
+    samples = content["batch_size"] * (len(names) - len(tests))
+    content = {**measured_by(rule, names, tests), "samples_per_step": samples, **content}
     (folder.path / "run.json").write_text(json.dumps(content))
     results = [_result(step, accuracy, validation, content) for step in STEPS]
     _write(folder.path / "results.jsonl", results)

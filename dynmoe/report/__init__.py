@@ -1,1 +1,1 @@
-"""What a run leaves behind, and what is made of it: records, tables, summary, figures."""
+"""Summaries and reports of runs, from their records: sentences, tables, figures."""

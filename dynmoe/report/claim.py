@@ -169,8 +169,8 @@ def _samples(runs: Sequence[Run]) -> tuple[int, ...]:
     found = {
         (name, int(run.facts["sizes"][name]))
         for run in runs
-        if "sizes" in run.facts
         for name in run.facts["reported"]["sets"]
+        if name in run.facts["sizes"]
     }
     return tuple(size for _, size in sorted(found))
 
@@ -272,7 +272,7 @@ def score_cells(runs: Sequence[Run]) -> dict[tuple[str, str], ScoreByRepetition]
 def matched(own: ScoreByRepetition, others: Iterable[ScoreByRepetition]) -> tuple[Repetition, ...]:
     """Return the repetitions to compare on: those of `own` that most of the others have.
 
-    Not those that all have: one setting with a single run would take the rest from all the others.
+    Not all of them: one setting with a single run would take the rest from all the others.
     """
     pool = list(others)
     return tuple(
@@ -329,7 +329,7 @@ def paired(own: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % percentile bootstrap interval of the mean; None for fewer than two values."""
-    if not _can_be_tested(values):
+    if p_value(values) is None:
         return None
     found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
@@ -337,7 +337,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def p_value(values: Sequence[float]) -> float | None:
     """Two-sided, of Student's t test that the mean is 0; None for fewer than two values."""
-    if not _can_be_tested(values):
+    if len(values) < 2 or not np.isfinite(values).all():
         return None
     if len(set(values)) == 1:  # NOTE: without spread t is 0 / 0 or infinite
         return float(values[0] == 0)
@@ -353,6 +353,10 @@ def verdict(values: Sequence[float]) -> Verdict:
     return "beats" if np.mean(values) > 0 else "is below"
 
 
+def is_significant(values: Sequence[float]) -> bool:
+    return verdict(values) in ("beats", "is below")
+
+
 def points_text(values: Sequence[float]) -> str:
     """The mean in points with its interval: `+1.0 [−1.3, +3.1]`."""
     found = interval(values)
@@ -362,15 +366,9 @@ def points_text(values: Sequence[float]) -> str:
 
 def p_text(values: Sequence[float]) -> str:
     p = p_value(values)
-    if p is None:
-        return "-"
-    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def p_words(values: Sequence[float]) -> str:
     p = p_text(values)
     return f"p {p}" if p.startswith("<") else f"p = {p}"
-
-
-def _can_be_tested(values: Sequence[float]) -> bool:
-    return len(values) > 1 and bool(np.isfinite(values).all())

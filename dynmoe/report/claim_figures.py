@@ -141,12 +141,12 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
     chosen = "mean of the steps that selection chose" if runs[0].problem.validates else "last step"
     caption = (
         "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
-        f"setting of the grid. A marker stands at the {chosen}, whose {words.nouns} are reported."
+        f"setting of the grid. A marker is at the {chosen}, whose {words.nouns} are reported."
     )
     if any(run.facts.get("patience") is not None for run in runs):
         caption += (
-            " It is on the mean curve: reported is each run at its own step. Where patience ended "
-            "a run before others, its last value goes on."
+            " It is on the mean curve; each run is reported at its own step. Where patience ended "
+            "a run before others, its last value is kept."
         )
     return Picture(
         "curves",
@@ -185,58 +185,61 @@ def _line(look: Style, in_grid: bool) -> dict[str, Any]:
 # Accuracy against activated parameters, and against measured time.
 
 MODES: dict[Mode, str] = {"train": "training step, ms", "inference": "inference, samples/s"}
-READING = (
-    "Higher is {}, the standard error over repetitions as a bar; no setting beats those "
-    "on the dashed line in both measures."
-)
 
 
 def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
     """Accuracy of every setting against the parameters that a test token activates."""
     costs = model_costs(runs)
-    known = [
-        point._replace(x=costs[point.name].activated)
-        for point in _points(runs)
-        if not math.isnan(costs[point.name].activated)
-    ]
-    if not known:
-        return None
-    points = set_apart(known)
-    figure, (axes,) = lay_out(1, width=7.6, height=4.6, beside=0)
-    scatter(axes, points)
-    token = runs[0].words.token
-    axes.set(xlabel=f"parameters that a {token} activates, mean over runs", ylabel=_place(runs))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    name_points(axes, points)
-    return Picture(
+    points = [point._replace(x=costs[point.name].activated) for point in _points(runs)]
+    known = [point for point in points if not math.isnan(point.x)]
+    label = f"parameters that a {runs[0].words.token} activates, mean over runs"
+    return _draw_against(
         "accuracy_by_parameters",
-        figure,
-        f"{capital(runs[0].words.noun)} of every setting against its activated parameters, with "
-        "the Pareto front",
-        f"{_reading(runs)} Better is up and left. Settings of almost as many parameters are "
-        "shifted a little.",
+        runs,
+        {label: set_apart(known) if known else []},
+        "its activated parameters",
+        "up and left. Settings of almost as many parameters are shifted a little.",
     )
 
 
 def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | None:
     """Accuracy of every measured setting against the time of training and of inference."""
-    measured = {label: _timed(runs, timings, mode) for mode, label in MODES.items()}
-    shown = {label: points for label, points in measured.items() if points}
+    return _draw_against(
+        "accuracy_by_time",
+        runs,
+        {label: _timed(runs, timings, mode) for mode, label in MODES.items()},
+        "its measured time",
+        "up, and left for ms, right for samples/s. Horizontal bars span the quartiles. "
+        f"Measurements are interleaved: {timings.conditions}.",
+    )
+
+
+def _draw_against(
+    name: str, runs: Sequence[Run], costs: Mapping[str, Sequence[Point]], what: str, better: str
+) -> Picture | None:
+    """Draw a panel for each cost, by its label, that has points."""
+    shown = {label: points for label, points in costs.items() if points}
     if not shown:
         return None
-    figure, panels = lay_out(len(shown), width=7.6, height=4, columns=1, beside=0)
+    words, places = runs[0].words, environments(runs)
+    result = f"accuracy, mean of {len(places)} test environments, %"
+    if len(places) == 1:
+        result = f"{words.measure} on {words.place} {places[0]}, {words.scale}"
+    figure, panels = lay_out(len(shown), width=7.6, height=4.3, columns=1, beside=0)
     for (label, points), axes in zip(shown.items(), panels, strict=True):
         scatter(axes, points, more_is_better=label == MODES["inference"])
-        axes.set(xlabel=label, ylabel=_place(runs))
+        axes.set(xlabel=label, ylabel=result)
+        if label not in MODES.values():
+            axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     for points, axes in zip(shown.values(), panels, strict=True):
         name_points(axes, points)
     return Picture(
-        "accuracy_by_time",
+        name,
         figure,
-        f"{capital(runs[0].words.noun)} of every setting against its measured time, with the "
-        "Pareto front",
-        f"{_reading(runs)} Better is up, and left for ms, right for samples/s. Horizontal bars "
-        f"span the quartiles. Measurements are interleaved: {timings.conditions}.",
+        f"{capital(words.noun)} of every setting against {what}, with the Pareto front",
+        f"Higher is {'more accurate' if words.noun == 'accuracy' else 'better'}, the standard "
+        "error over repetitions as a bar; no setting beats those on the dashed line in both "
+        f"measures. Better is {better}",
     )
 
 
@@ -262,14 +265,3 @@ def _timed(runs: Sequence[Run], timings: Timings, mode: Mode) -> list[Point]:
             span = timing.samples_quartiles
             points.append(point._replace(x=timing.samples_per_second, x_range=span))
     return points
-
-
-def _place(runs: Sequence[Run]) -> str:
-    places, words = environments(runs), runs[0].words
-    if len(places) > 1:
-        return f"accuracy, mean of {len(places)} test environments, %"
-    return f"{words.measure} on {words.place} {places[0]}, {words.scale}"
-
-
-def _reading(runs: Sequence[Run]) -> str:
-    return READING.format("more accurate" if runs[0].words.noun == "accuracy" else "better")

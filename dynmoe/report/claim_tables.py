@@ -15,6 +15,7 @@ from dynmoe.report.claim import (
     columns,
     examine,
     expected,
+    is_significant,
     lacks,
     p_text,
     p_words,
@@ -54,8 +55,7 @@ PAIRED = (
 
 def headline(claim: Claim) -> str:
     """Return the conclusion of the paired tests on the mean over environments, one sentence."""
-    whole = claim.overall
-    several = len(claim.comparisons) - 1
+    whole, several = claim.overall, len(claim.comparisons) - 1
     place = f"{claim.words.place} {whole.environment}"
     place = f"mean of {several} test environments" if several else place
     where = f"{claim.setting} on {claim.problem.dataset}, {place}"
@@ -103,12 +103,12 @@ def sentences(claim: Claim) -> list[str]:
 
 def statements(collection: Collection) -> list[str]:
     """Return the sentences on all claims of a collection, and what is missing to say more."""
-    found = []
-    for problem in collection.problems:
-        claims = examine(collection, problem)
-        found += [sentence for claim in claims for sentence in sentences(claim)]
-        found += lacking(collection, problem)
-    return found
+    return [
+        sentence
+        for problem in collection.problems
+        for each in (*map(sentences, examine(collection, problem)), lacking(collection, problem))
+        for sentence in each
+    ]
 
 
 def lacking(collection: Collection, problem: Problem) -> list[str]:
@@ -130,7 +130,7 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
         rows.append((claim.setting, place, format_mean(comparison.accuracies), "", "", count))
         for each in comparison.differences:
             if each.rival in RIVALS:
-                style = Strong if each.verdict in ("beats", "is below") else str
+                style = Strong if is_significant(each.values) else str
                 cells = (style(points_text(each.values)), style(p_text(each.values)))
                 rows.append((_rival(each), place, format_mean(each.accuracies), *cells, count))
     notes = [
@@ -235,8 +235,8 @@ def _caveats(claim: Claim) -> Iterator[str]:
     if whole.left_out:
         held = seeds(whole.repetitions) if count else "none"
         yield (
-            f"Compared are the repetitions that most settings have ({held}), and the settings that "
-            f"have them all. Incomplete: {', '.join(whole.left_out)}."
+            f"The comparison is on the repetitions that most settings have ({held}), and of the "
+            f"settings that have them all. Incomplete: {', '.join(whole.left_out)}."
         )
 
 
@@ -291,6 +291,6 @@ def overview_table(claims: Mapping[Problem, Sequence[Claim]]) -> Table:
         "The claim on every data set",
         ("data set", "setting", *columns, "against the mean", "against the best"),
         tuple(rows),
-        note="Protocol, selection rule, seeds, weights, data and versions stand below the tables "
+        note="Protocol, selection rule, seeds, weights, data and versions are below the tables "
         "of each data set.",
     )

@@ -125,21 +125,12 @@ def search_table(collection: Collection, cost: SearchCost) -> Table:
         note += f" Recorded hours are not compared, machines differ: {', '.join(cost.machines)}."
     if any(entry.problem in (None, problem) for entry in collection.absent):
         note += " Runs without a result are not counted, so the grid may have cost more."
-    rows: list[tuple[str, ...]] = [
-        (
-            name,
-            str(bill.runs),
-            number(bill.flops / 1e12),
-            number(bill.recorded),
-            number(bill.measured),
-        )
-        for name, bill in (
-            (f"the grid ({counted(cost.grid_settings, 'setting')})", cost.grid),
-            (cost.setting, cost.own),
-        )
-    ]
-    if cost.machines:
-        rows = [(*row[:3], "refused", row[4]) for row in rows]
+    bills = {f"the grid ({counted(cost.grid_settings, 'setting')})": cost.grid}
+    rows: list[tuple[str, ...]] = []
+    for name, bill in (bills | {cost.setting: cost.own}).items():
+        recorded = "refused" if cost.machines else number(bill.recorded)
+        sizes = (str(bill.runs), number(bill.flops / 1e12))
+        rows.append((name, *sizes, recorded, number(bill.measured)))
     shares = (_divide(cost.grid.runs, cost.own.runs), *ratios(cost))
     rows.append(("ratio", *map(_times_as_much, shares)))
     return Table(
@@ -214,6 +205,14 @@ def generation_table(collection: Collection, problem: Problem) -> Table | None:
     )
     if any(map(is_contaminated, rows)):
         note += BUSY.format("rounds")
+    shown = []
+    for row in rows:
+        first = spread(row["prompt_ms"], row["prompt_quartiles_ms"])
+        speed = spread(row["tokens_per_s"], row["tokens_per_s_quartiles"])
+        ratio = spread(row["ratio"], row["ratio_quartiles"])
+        mark, peak = "*" * is_contaminated(row), number(row["peak_bytes"] / 2**30)
+        cells = (first, number(row["token_ms"]), speed + mark, f"{ratio} x", peak)
+        shown.append((names[row["run"]], *cells))
     return Table(
         f"How fast every setting answers on {problem.dataset}",
         (
@@ -221,18 +220,7 @@ def generation_table(collection: Collection, problem: Problem) -> Table | None:
             f"over {every(row['reference'] for row in rows)}",
             "peak memory beyond weights, GiB",
         ),
-        tuple(
-            (
-                names[row["run"]],
-                spread(row["prompt_ms"], row["prompt_quartiles_ms"]),
-                number(row["token_ms"]),
-                spread(row["tokens_per_s"], row["tokens_per_s_quartiles"])
-                + "*" * is_contaminated(row),
-                f"{spread(row['ratio'], row['ratio_quartiles'])} x",
-                number(row["peak_bytes"] / 2**30),
-            )
-            for row in rows
-        ),
+        tuple(shown),
         note=note,
         conditions=conditions(runs),
     )

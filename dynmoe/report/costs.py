@@ -83,8 +83,8 @@ def search_cost(
 ) -> SearchCost:
     """Compare every run of the grid, lost draws included, with every run of an adaptive setting.
 
-    Counted are environments and repetitions that the adaptive setting has. `step_ms`: milliseconds
-    of a training step of each setting that was measured.
+    It counts the environments and repetitions that the adaptive setting has. `step_ms`:
+    milliseconds of a training step of each setting that was measured.
     """
     runs = [run for run in [*collection.runs, *collection.others] if run.problem == problem]
     own = [run for run in runs if run.setting == setting]
@@ -110,11 +110,10 @@ def different_facts(facts: Sequence[Record], keys: Iterable[str]) -> tuple[str, 
 
 def _model_cost(run: Run) -> tuple[float, ...]:
     """`ModelCost` of one run, without `runs`."""
-    costs = run.facts["costs"]
-    lines = (line for line in run.routing_at_outcome if line["source"] in run.tested)
-    experts, mean_k = _routed(lines)
-    names = list(costs["slots"])
-    if not experts.keys() >= set(names):
+    costs, layers = run.facts["costs"], run.layers
+    experts = {layer.name: layer.experts for layer in layers}
+    mean_k = {layer.name: layer.k_test for layer in layers}
+    if any(map(math.isnan, mean_k.values())):  # no routing was recorded
         return (total(costs), *(math.nan,) * 5)
     forward = flops(costs, experts, mean_k)
     return (
@@ -122,34 +121,22 @@ def _model_cost(run: Run) -> tuple[float, ...]:
         exported(costs, experts),
         activated(costs, experts, mean_k),
         math.nan if forward is None else forward,
-        float(np.mean([experts[name] for name in names])) if names else math.nan,
-        float(np.mean([mean_k[name] for name in names])) if names else math.nan,
-    )
-
-
-def _routed(lines: Iterable[Record]) -> tuple[dict[str, int], dict[str, float]]:
-    """Living experts and mean k by layer; k over all tokens of the lines."""
-    by_layer: defaultdict[str, list[Record]] = defaultdict(list)
-    for line in lines:
-        by_layer[line["layer"]].append(line)
-    tokens = {name: sum(line["tokens"] for line in found) for name, found in by_layer.items()}
-    return (
-        {name: len(found[-1]["slots"]) for name, found in by_layer.items()},
-        {
-            name: sum(line["mean_k"] * line["tokens"] for line in found) / tokens[name]
-            for name, found in by_layer.items()
-            if tokens[name]
-        },
+        float(np.mean(list(experts.values()))) if layers else math.nan,
+        float(np.mean(list(mean_k.values()))) if layers else math.nan,
     )
 
 
 def _bill(runs: Sequence[Run], step_ms: Mapping[str, float]) -> Bill:
+    seconds = [
+        steps * record["step_time"] + record["eval_time"]
+        for run in runs
+        for steps, record in stretches(run.results)
+    ]
     return Bill(
         len(runs),
-        sum(_training_flops(run) for run in runs),
-        sum(_hours(run) for run in runs),
-        # Steps that were taken: patience may end a run before its planned steps.
-        sum((r.results[-1]["step"] + 1) * step_ms.get(r.setting, math.nan) for r in runs) / 3.6e6,
+        sum(map(_training_flops, runs)),
+        sum(seconds) / 3600,
+        sum(run.steps_taken * step_ms.get(run.setting, math.nan) for run in runs) / 3.6e6,
     )
 
 
@@ -170,23 +157,13 @@ def _training_flops(run: Run) -> float:
     at_outcome = windows[run.outcome.step]
     forward = 0.0
     for steps, record in stretches(run.results):
-        experts, mean_k = _routed(windows.get(record["step"], at_outcome))
-        if not mean_k.keys() >= costs["slots"].keys():
+        layers = {line["layer"]: line for line in windows.get(record["step"], at_outcome)}
+        if not layers.keys() >= costs["slots"].keys():
             return math.nan
+        experts = {name: len(line["slots"]) for name, line in layers.items()}
+        mean_k = {name: line["mean_k"] for name, line in layers.items()}
         forward += steps * (flops(costs, experts, mean_k) or math.nan)
-    # Where it is not recorded, DomainBed's rule: a batch for each training environment.
-    facts = run.facts
-    batches = len(facts["env_names"]) - len(facts["test_envs"])
-    return 3 * forward * int(facts.get("samples_per_step", facts["batch_size"] * batches))
-
-
-def _hours(run: Run) -> float:
-    """Training and evaluation, as recorded; NaN where a record lacks its time."""
-    seconds = sum(
-        steps * record.get("step_time", math.nan) + record.get("eval_time", math.nan)
-        for steps, record in stretches(run.results)
-    )
-    return seconds / 3600
+    return 3 * forward * int(run.facts["samples_per_step"])
 
 
 # Measurements of `dynmoe-bench`: `timing.json` of `step --runs`, `generation.json` of `generate
@@ -212,7 +189,7 @@ GENERATION_KEYS = {
 
 @dataclass(frozen=True)
 class Timing:
-    """One setting in one mode. Of several measured runs: mean of medians, widest quartiles."""
+    """One setting in one mode; several measured runs give a mean of medians, widest quartiles."""
 
     milliseconds: float
     """One training step, or one forward pass of a batch."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
+from dynmoe.records import replace_file
 from dynmoe.report.drawing import save
 from dynmoe.report.tables import Strong, Table, to_csv, to_latex, to_markdown
 
@@ -82,23 +83,22 @@ class Document:
 
 def write(document: Document, out: Path) -> list[Path]:
     """Write `report.html`, `report.md`, `tables/` and `figures/` into the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
     written = []
+
+    def text(name: str, content: str) -> Path:
+        replace_file(out / name, content)
+        return out / name
+
     for block in _walk(document):
         if isinstance(block, Sheet):
-            written += [
-                _text(out / "tables" / f"{block.name}.csv", to_csv(block.table)),
-                _text(out / "tables" / f"{block.name}.tex", to_latex(block.table)),
-            ]
+            written.append(text(f"tables/{block.name}.csv", to_csv(block.table)))
+            written.append(text(f"tables/{block.name}.tex", to_latex(block.table)))
         elif isinstance(block, Picture):
             for form in ("png", "svg"):
                 written.append(save(block.figure, out / "figures" / f"{block.name}.{form}"))
     vectors = {path.stem: path.read_bytes() for path in written if path.suffix == ".svg"}
-    return [
-        _text(out / "report.html", to_html(document, vectors)),
-        _text(out / "report.md", to_text(document)),
-        *written,
-    ]
+    pages = {"report.html": to_html(document, vectors), "report.md": to_text(document)}
+    return [*(text(name, content) for name, content in pages.items()), *written]
 
 
 def to_html(document: Document, vectors: dict[str, bytes]) -> str:
@@ -171,9 +171,3 @@ def _walk(part: Document | Section) -> Iterator[Block]:
     yield from part.blocks
     for section in part.sections:
         yield from _walk(section)
-
-
-def _text(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8", newline="\n")
-    return path

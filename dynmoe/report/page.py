@@ -7,25 +7,27 @@ how the runs were made, and which are missing.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import yaml
 
 from dynmoe.report import (
     claim_figures,
     claim_tables,
     cost_tables,
     document,
-    part_figures,
-    provenance,
     routing_figures,
     set_tables,
 )
 from dynmoe.report.claim import Claim, examine
-from dynmoe.report.costs import Timings, read_timings, search_cost
-from dynmoe.report.document import Block, Document, Items, Picture, Section, Sheet
-from dynmoe.report.run import Problem, Run, by_setting
+from dynmoe.report.costs import Timings, generation_rows, read_timings, search_cost
+from dynmoe.report.document import Block, Code, Document, Items, Picture, Section, Sheet
+from dynmoe.report.run import Problem, Run, by_setting, conditions, every, seeds, start_name
 from dynmoe.report.runs import Collection
 from dynmoe.report.tables import Strong, Table
 from dynmoe.report.words import capital
@@ -58,12 +60,12 @@ def build(collection: Collection) -> Document:
     }
     found = [Section(_slug(titles[each]), titles[each], sections=parts[each]) for each in problems]
     runs = [
-        Sheet(f"{prefix}runs", provenance.every_run(collection, problem))
+        Sheet(f"{prefix}runs", every_run(collection, problem))
         for problem, prefix in prefixes.items()
     ]
     rest = [
-        provenance.how_it_was_made(collection, timings.values()),
-        provenance.what_is_missing(collection),
+        how_it_was_made(collection, timings.values()),
+        what_is_missing(collection),
         Section("every-run", "Every run", runs),
     ]
     return Document(
@@ -90,11 +92,19 @@ def _sections(
     noun, members = capital(runs[0].words.noun), by_setting(runs)
     shown = [members[setting] for setting in _exemplary(runs)]
     examples = [of_setting[0] for of_setting in shown]
+    kinds = set_tables.kind_tables(runs)
     parts: list[tuple[str, str, Iterable[Block | None]]] = [
         ("claim", "The claim", _claim(collection, problem, claims)),
         ("images", "Whether the images are used", _image_use(runs)),
-        ("kinds", "By kind of question", _kinds(runs)),
-        ("cost", "What it costs", _cost(collection, problem, claims, timings)),
+        (
+            "kinds",
+            "Scores by kind of question",
+            [
+                Sheet("kinds" if len(kinds) == 1 else f"kinds_{_slug(name)}", table)
+                for name, table in kinds.items()
+            ],
+        ),
+        ("cost", "Cost", _cost(collection, problem, claims, timings)),
         (
             "accuracy-by-cost",
             f"{noun} against cost",
@@ -109,16 +119,16 @@ def _sections(
             "Experts and k",
             [
                 routing_figures.draw_experts(runs),
-                part_figures.draw_k_by_part(runs) or routing_figures.draw_k(runs),
+                routing_figures.draw_k_by_part(runs) or routing_figures.draw_k(runs),
                 _sheet("parts", set_tables.parts_table(runs)),
                 routing_figures.draw_k_by_position(runs),
             ],
         ),
         (
             "load",
-            "Which experts serve what",
+            "Load of the experts",
             [
-                part_figures.draw_load_by_part(examples),
+                routing_figures.draw_load_by_part(examples),
                 routing_figures.draw_load_by_environment(examples),
                 routing_figures.draw_load_by_class(examples),
                 routing_figures.draw_overlap([run for each in shown for run in each]),
@@ -165,12 +175,6 @@ def _image_use(runs: Sequence[Run]) -> Iterator[Block]:
     if table is not None:
         yield Items(set_tables.image_use_sentences(runs))
         yield Sheet("images", table)
-
-
-def _kinds(runs: Sequence[Run]) -> Iterator[Block]:
-    tables = set_tables.kind_tables(runs)
-    for name, table in tables.items():
-        yield Sheet("kinds" if len(tables) == 1 else f"kinds_{_slug(name)}", table)
 
 
 def _cost(
@@ -225,3 +229,167 @@ def _slug(text: str) -> str:
     if len(slug) <= LONGEST:
         return slug
     return f"{slug[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+# Provenance: conditions and commands of the runs, and which runs are missing.
+
+ABSENT = "-"
+"""Cell of a condition that does not apply to a problem; a row of such cells is left out."""
+
+CellText = Callable[[Sequence[Run]], str]
+
+
+def how_it_was_made(collection: Collection, timings: Iterable[Timings]) -> Section:
+    """Return the conditions of every problem's runs in a table, and the commands."""
+    problems = collection.problems
+    columns = [collection.of(problem) for problem in problems]
+    rows = [(name, *map(text, columns)) for name, text in CONDITIONS.items()]
+    table = Table(
+        "Conditions of the runs",
+        ("condition", *(problem.dataset for problem in problems)),
+        tuple(row for row in rows if set(row[1:]) != {ABSENT}),
+        note="Where runs differ, all values are named.",
+        in_words=True,
+    )
+    commands = "\n".join(_commands(collection, timings))
+    return Section("made", "How it was made", [Sheet("conditions", table), Code(commands)])
+
+
+def what_is_missing(collection: Collection) -> Section:
+    """Name runs without a result, and warnings of the reader; without blocks if there are none."""
+    blocks: list[Block] = []
+    if collection.absent:
+        table = Table(
+            "Runs without a result",
+            ("run", "state", "job", "failed with"),
+            tuple(
+                (entry.name, entry.state, entry.overrides or "-", entry.why or "-")
+                for entry in collection.absent
+            ),
+            note="Nothing above counts them. The sweep's command, started again, runs them.",
+            in_words=True,
+        )
+        blocks.append(Sheet("absent", table))
+    if collection.warnings:
+        blocks += ["Noticed while reading the records:", Items(collection.warnings)]
+    return Section("missing", "Missing runs, warnings", blocks)
+
+
+def every_run(collection: Collection, problem: Problem) -> Table:
+    """Return the results of each run of a problem, so that all means can be computed again."""
+    runs = collection.of(problem)
+    words = runs[0].words
+    step, note, more = "last step", "", []
+    if problem.validates:
+        step, note = "selected step", "; validation: the score that the rule selects by"
+        more = [f"validation, {words.scale}", f"{words.noun} at the last step, {words.scale}"]
+    rows = []
+    for run in runs:
+        found = run.outcome
+        numbers = (found.accuracy, found.validation, found.last)[: 1 + len(more)]
+        percent = ("X" if math.isnan(share) else f"{100 * share:.2f}" for share in numbers)
+        rows.append(
+            (run.setting, run.environment, *map(str, (*run.repetition, found.step)), *percent)
+        )
+    return Table(
+        f"Every run on {problem.dataset}",
+        ("setting", words.place, "seed", "trial seed", step, words.column, *more),
+        tuple(rows),
+        note=f"{capital(words.measure)}{words.split}{note}.",
+        conditions=conditions(runs),
+    )
+
+
+def _each(value: Callable[[Run], object]) -> CellText:
+    """All values that differ between runs."""
+    return lambda runs: every(map(value, runs))
+
+
+def _fact(key: str, missing: str | None = None) -> CellText:
+    return _each(lambda run: missing if run.facts.get(key) is None else run.facts[key])
+
+
+def _config(key: str) -> CellText:
+    return _each(lambda run: run.config.get(key))
+
+
+def _sizes(run: Run) -> str:
+    """`2490 train, 277 dev`: training examples, and those that select or are reported."""
+    facts, sizes = run.facts, run.facts["sizes"]
+    names = ["train", *facts["selects"]["sets"], *facts["reported"]["sets"]]
+    found = {name: sizes[name] for name in names if sizes.get(name)}
+    return ", ".join(f"{count} {name}" for name, count in found.items()) or "unknown"
+
+
+def _batch(run: Run) -> str:
+    """In DomainBed each training environment has a batch in every step."""
+    size, samples = run.facts["batch_size"], run.facts["samples_per_step"]
+    return str(size) if samples == size else f"{size} x {samples // size}"
+
+
+CONDITIONS: dict[str, CellText] = {
+    "measure": _each(lambda run: run.words.measure),
+    "reported on": _each(lambda run: ", ".join(run.facts["reported"]["sets"])),
+    "examples": _each(_sizes),
+    "tokens of an example, mean": _each(
+        lambda run: (
+            format(run.facts["mean_tokens"], ".1f") if "mean_tokens" in run.facts else ABSENT
+        )
+    ),
+    "patience, in evaluations": _fact("patience", ABSENT),
+    "stage": _fact("stage", ABSENT),
+    "started from": _each(
+        lambda run: f"{start}, of the same seed" if (start := start_name(run.config)) else ABSENT
+    ),
+    "protocol": _fact("protocol"),
+    "selection rule": _each(lambda run: RULES[run.facts["selection"]]),
+    "repetitions": lambda runs: seeds({run.repetition for run in runs}),
+    "steps": _fact("steps"),
+    "batch size": _each(_batch),
+    "learning rate": _config("task.optimizer.lr"),
+    "weight decay": _config("task.optimizer.weight_decay"),
+    "backbone": _fact("backbone"),
+    "weights": _fact("weights"),
+    "data hash": lambda runs: every(sorted({run.facts["data_hash"] for run in runs})),
+    "versions": _fact("versions"),
+    "machine": _fact("machine"),
+    "device, threads": _each(lambda run: f"{run.facts['device']}, {run.facts['threads']}"),
+    "runtime": _fact("runtime"),
+}
+
+
+def _commands(collection: Collection, timings: Iterable[Timings]) -> Iterator[str]:
+    """Yield the commands of the runs, of their timing and of this report, as far as recorded."""
+    found: dict[str, None] = {}
+    by_folder: dict[Path, list[Run]] = {}
+    for run in collection.runs:
+        by_folder.setdefault(run.folder.path.parent, []).append(run)
+    for folder, runs in by_folder.items():
+        found |= dict.fromkeys(collection.commands.get(folder) or _training(runs))
+    yield from found
+    yield from dict.fromkeys(command for each in timings for command in each.commands)
+    answered = [generation_rows(folder).command for folder in collection.folders]
+    yield from dict.fromkeys(command for command in answered if command)
+    yield shlex.join(["dynmoe-report", *map(str, collection.folders)])
+
+
+def _training(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield the sweep's command, or that of the first run of each setting."""
+    jobs = {}
+    for run in runs:
+        file = run.folder.path / ".hydra" / "overrides.yaml"
+        texts = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else []
+        # The words of the user: dynmoe-run hands values to Hydra as `++key=value`.
+        jobs[run.folder.path] = [text.removeprefix("++") for text in texts]
+    shared = [
+        text for text in next(iter(jobs.values())) if all(text in job for job in jobs.values())
+    ]
+    if any(text.startswith("sweep=") for text in shared):
+        yield shlex.join(["dynmoe-run", *shared])
+        return
+    seen = set()
+    for run in runs:
+        job = jobs[run.folder.path]
+        if job and run.setting not in seen:
+            seen.add(run.setting)
+            yield shlex.join(["dynmoe-run", *job])

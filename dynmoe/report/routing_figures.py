@@ -1,4 +1,4 @@
-"""Figures of the routing of many runs: experts, k, load, and the overlap of environments.
+"""Figures of the routing of one run or many: experts, k, load, and the overlap of environments.
 
 All but the first describe each run's model at the step that its selection rule chose, from the
 records of that evaluation. A figure without anything to show is None.
@@ -7,6 +7,7 @@ records of that evaluation. A figure without anything to show is None.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from dynmoe.records import Record
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import (
     BLUE,
+    COLOURS,
     GREY,
     STEP,
     heat_map,
@@ -26,10 +28,19 @@ from dynmoe.report.drawing import (
     whole_numbers,
 )
 from dynmoe.report.run import Run, by_setting, environments
-from dynmoe.report.words import SHUFFLED, layer_name
+from dynmoe.report.words import PARTS, SHUFFLED, by_part, k_by_part, layer_name
 
 # A heat map cannot name more classes than this.
 MOST_CLASSES = 20
+
+# Arguments of `Axes.plot` for each part of a conversation, and for the number of experts.
+LOOKS: dict[str, dict[str, Any]] = {
+    "image": {"color": COLOURS[0], "marker": "s", "linestyle": "-"},
+    "prompt": {"color": COLOURS[1], "marker": "o", "linestyle": "--"},
+    "answer": {"color": COLOURS[2], "marker": "^", "linestyle": ":"},
+}
+EXPERTS: dict[str, Any] = {"color": "black", "marker": "_", "markersize": 14, "linestyle": "none"}
+SHADES = "Shades are each panel's own."
 
 
 def draw_experts(runs: Sequence[Run]) -> Picture | None:
@@ -64,40 +75,26 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
         "Living experts in each MoE layer over training",
         f"Each thin line is one run (one seed and {runs[0].words.place}), the thick line their "
         "mean; a step up is an expert added, a step down experts removed. Thin lines are shifted "
-        "a little; all go on a little after the last step.",
+        "a little; all are drawn a little beyond the last step.",
     )
 
 
 def draw_k(runs: Sequence[Run]) -> Picture | None:
     """Mean k beside the number of living experts, by layer, for every adaptive setting."""
-    settings = by_setting([run for run in runs if run.kind == "adaptive" and on_tests(run)])
-    if not settings:
-        return None
-    figure, panels = lay_out(len(settings), width=4.6, height=2.8, columns=2, beside=0, share=True)
-    for (setting, members), axes in zip(settings.items(), panels, strict=True):
-        layers = layers_of(members[0])
-        places = range(len(layers))
-        k = np.array([[mean_k(run, layer) for layer in layers] for run in members])
-        experts = [
-            [len(of_layer(on_tests(run), layer)[0]["slots"]) for layer in layers] for run in members
-        ]
+
+    def draw(axes: Axes, members: Sequence[Run]) -> None:
+        k = np.array([[layer.k_test for layer in run.layers] for run in members])
         # A line of one layer would be a point.
-        mark = "_" if len(layers) == 1 else None
-        for values in k:
-            axes.plot(places, values, color=GREY, linewidth=0.8, alpha=0.6, marker=mark)
-        axes.plot(places, k.mean(axis=0), color=BLUE, linewidth=2.2, marker="o", label="mean k")
-        axes.plot(places, np.mean(experts, axis=0), "k:s", markersize=4, label="living experts")
-        axes.set_xticks(
-            places, list(map(layer_name, layers)), rotation=30 if len(layers) > 4 else 0
-        )
-        axes.margins(x=0.15, y=0.1)
-        axes.set(title=setting, ylim=(0, None))
-        axes.grid(alpha=0.25)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+        mark = "_" if k.shape[1] == 1 else None
+        axes.plot(k.T, color=GREY, linewidth=0.8, alpha=0.6, marker=mark)
+        axes.plot(k.mean(axis=0), color=BLUE, linewidth=2.2, marker="o", label="mean k")
+
+    adaptive = [run for run in runs if run.kind == "adaptive" and on_tests(run)]
+    figure = _k_panels(adaptive, draw)
+    if figure is None:
+        return None
     words, names = runs[0].words, environments(runs)
     tested = f"{words.place} {names[0]}" if len(names) == 1 else f"{words.place}s"
-    name_axes(figure, "MoE layer, from the first up", f"experts per {words.token}")
     return Picture(
         "k_by_layer",
         figure,
@@ -106,6 +103,60 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
         "lines: single runs. Black: the experts there are. Blue near black means that nearly all "
         "are used.",
     )
+
+
+def draw_k_by_part(runs: Sequence[Run]) -> Picture | None:
+    """Mean k by layer for image, prompt and answer tokens, in every setting where k varies."""
+
+    def draw(axes: Axes, members: Sequence[Run]) -> None:
+        k = [
+            [k_by_part(of_layer(on_tests(run), layer)) for layer in layers_of(run)]
+            for run in members
+        ]
+        for part in PARTS:
+            values = np.array([[each[part] for each in of_run] for of_run in k])
+            mean = values.mean(axis=0)
+            reach = np.abs([values.min(axis=0), values.max(axis=0)] - mean)
+            axes.errorbar(
+                range(len(mean)), mean, reach, capsize=3, **LOOKS[part], label=f"{part} tokens"
+            )
+
+    adaptive = with_parts(runs)
+    figure = _k_panels(adaptive, draw)
+    if figure is None:
+        return None
+    return Picture(
+        "k_by_part",
+        figure,
+        "Experts that a token of an image, of a prompt or of an answer activates, by MoE layer",
+        f"Mean k on the evaluation set {adaptive[0].environment}, mean over runs; bars span the "
+        "lowest to the highest run. Image: patches; prompt: other tokens before the answer; "
+        "answer: what the model said. Black: the experts there are, which none can exceed.",
+    )
+
+
+def _k_panels(runs: Sequence[Run], draw: Callable[[Axes, Sequence[Run]], None]) -> Figure | None:
+    """Draw one panel for each setting: k of its layers, and the number of living experts."""
+    settings = by_setting(runs)
+    if not settings:
+        return None
+    alike = len({tuple(layers_of(run)) for run in runs}) == 1  # axes name their layers
+    figure, panels = lay_out(
+        len(settings), width=4.6, height=2.8, columns=2, beside=1.6, share=alike
+    )
+    for (setting, members), axes in zip(settings.items(), panels, strict=True):
+        draw(axes, members)
+        experts = [[layer.experts for layer in run.layers] for run in members]
+        axes.plot(np.mean(experts, axis=0), **EXPERTS, label="living experts")
+        names = list(map(layer_name, layers_of(members[0])))
+        axes.set_xticks(range(len(names)), names, rotation=90 if len(names) > 4 else 0)
+        axes.margins(x=0.25 if len(names) < 3 else 0.08, y=0.1)
+        axes.set(title=setting, ylim=(0, None))
+        axes.grid(alpha=0.25)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    name_axes(figure, "MoE layer, from the first up", f"experts per {runs[0].words.token}")
+    return figure
 
 
 def draw_k_by_position(runs: Sequence[Run]) -> Picture | None:
@@ -141,18 +192,16 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
 
     None for a single set whose parts (image, prompt, answer) are recorded: they have a figure."""
 
-    def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
+    def loads(run: Run, lines: Sequence[Record]) -> Loads:
         mark = f" ({run.words.mark})"
         rows = [name + mark * (name in run.tested) for name in evaluated(run)]
-        slots = lines[0]["slots"]
-        shares = percent_of_rows([line["load"] for line in lines], len(slots))
-        heat_map(axes, shares, rows, slots)
+        return rows, [line["load"] for line in lines]
 
     rows = max((len(evaluated(run)) for run in runs), default=0)
     if rows == 1 and all("parts" in line for run in runs for line in evaluation(run)):
         return None
     part = runs[0].words.part if runs else ""
-    figure = load_panels([run for run in runs if evaluation(run)], part, rows, draw)
+    figure = _load_panels([run for run in runs if evaluation(run)], part, rows, loads)
     if figure is None:
         return None
     equal = f"; equal rows mean that experts do not distinguish the {part}s" if rows > 1 else ""
@@ -161,39 +210,82 @@ def draw_load_by_environment(runs: Sequence[Run]) -> Picture | None:
         figure,
         f"Share of each {part}'s routed tokens that each expert serves",
         f"A row is an {part}, its numbers the per cent of its routed tokens that go to each "
-        f"living expert{equal}. "
-        "Shades are each panel's own.",
+        f"living expert{equal}. {SHADES}",
     )
 
 
 def draw_load_by_class(runs: Sequence[Run]) -> Picture | None:
     """Share of each class's tokens that each expert serves, over all environments."""
 
-    def draw(axes: Axes, run: Run, lines: Sequence[Record]) -> None:
-        shares = percent_of_rows(
-            np.sum([line["load_by_class"] for line in lines], axis=0).tolist(),
-            len(lines[0]["slots"]),
-        )
+    def loads(run: Run, lines: Sequence[Record]) -> Loads:
+        counts = np.sum([line["load_by_class"] for line in lines], axis=0)
+        shares = percent_of_rows(counts.tolist(), counts.shape[1])
         apart = np.abs(shares - shares.mean(axis=0)).sum(axis=1)
         shown = np.sort(np.argsort(-apart, kind="stable")[:MOST_CLASSES])
-        names = run.facts["class_names"]
-        heat_map(axes, shares[shown], [str(names[row]) for row in shown], lines[0]["slots"])
+        return [str(run.facts["class_names"][row]) for row in shown], counts[shown].tolist()
 
     with_classes = [run for run in runs if any("load_by_class" in line for line in evaluation(run))]
     classes = max((len(run.facts["class_names"]) for run in with_classes), default=0)
-    figure = load_panels(with_classes, "class", min(classes, MOST_CLASSES), draw)
+    figure = _load_panels(with_classes, "class", min(classes, MOST_CLASSES), loads)
     if figure is None:
         return None
-    some = f" Of {classes} classes the {MOST_CLASSES} whose rows differ most from the mean."
+    some = (
+        f" Shown are the {MOST_CLASSES} of {classes} classes whose rows differ most from the mean."
+    )
     return Picture(
         "load_by_class",
         figure,
         "Share of each class's routed tokens that each expert serves",
-        "A row is a class, its numbers the per cent of its routed tokens, over all "
-        f"{runs[0].words.part}s, "
-        "that go to each living expert; an expert of one class is a dark cell in a pale column. "
-        "Shades are each panel's own." + (some if classes > MOST_CLASSES else ""),
+        f"A row is a class, its numbers the per cent of its routed tokens, over all "
+        f"{runs[0].words.part}s, that go to each living expert; an expert of one class is a dark "
+        f"cell in a pale column. {SHADES}" + (some if classes > MOST_CLASSES else ""),
     )
+
+
+def draw_load_by_part(runs: Sequence[Run]) -> Picture | None:
+    """Share of the tokens of images, prompts and answers that each expert serves."""
+
+    def loads(run: Run, lines: Sequence[Record]) -> Loads:
+        parts = by_part(line for line in lines if line["source"] in run.tested)
+        return PARTS, [parts[part].load for part in PARTS]
+
+    figure = _load_panels([run for run in runs if _has_parts(run)], "tokens", len(PARTS), loads)
+    if figure is None:
+        return None
+    return Picture(
+        "load_by_part",
+        figure,
+        "Share of the routed tokens of images, prompts and answers that each expert serves",
+        "A row is a part of the conversations, its numbers the per cent of its routed tokens that "
+        f"go to each living expert; equal rows mean that all parts use the same experts. {SHADES}",
+    )
+
+
+Loads = tuple[Sequence[str], Sequence[Sequence[float]]]
+"""Names of rows, and for each the tokens that each living expert served."""
+
+
+def _load_panels(
+    runs: Sequence[Run],
+    what: str,
+    rows: int,
+    loads: Callable[[Run, Sequence[Record]], Loads],
+) -> Figure | None:
+    """Draw one panel for each layer of each run."""
+    places = [(run, layer) for run in runs for layer in layers_of(run)]
+    if not places:
+        return None
+    height, columns = 1.1 + 0.27 * rows, _columns([(run.setting, layer) for run, layer in places])
+    figure, panels = lay_out(len(places), 4.1, height, columns=columns, beside=0)
+    for (run, layer), axes in zip(places, panels, strict=True):
+        lines = of_layer(evaluation(run), layer)
+        (names, counts), slots = loads(run, lines), lines[0]["slots"]
+        heat_map(axes, percent_of_rows(counts, len(slots)), names, slots)
+        axes.set_title(f"{run.setting}\n{layer_name(layer)}")
+    # A panel of few rows is too low for the long name; the caption says it too.
+    share = "; numbers: % of its routed tokens" if rows > 3 else ""
+    name_axes(figure, "living expert (slot)", what + share)
+    return figure
 
 
 def draw_overlap(runs: Sequence[Run]) -> Picture | None:
@@ -248,24 +340,6 @@ def _title(setting: str, layer: str, settings: Mapping[str, Sequence[Run]]) -> s
     return name if len(settings) == 1 else f"{setting}\n{name}"
 
 
-def load_panels(
-    runs: Sequence[Run], what: str, rows: int, draw: Callable[[Axes, Run, Sequence[Record]], None]
-) -> Figure | None:
-    """Draw one panel for each layer of each run."""
-    places = [(run, layer) for run in runs for layer in layers_of(run)]
-    if not places:
-        return None
-    height, columns = 1.1 + 0.27 * rows, _columns([(run.setting, layer) for run, layer in places])
-    figure, panels = lay_out(len(places), 4.1, height, columns=columns, beside=0)
-    for (run, layer), axes in zip(places, panels, strict=True):
-        draw(axes, run, of_layer(evaluation(run), layer))
-        axes.set_title(f"{run.setting}\n{layer_name(layer)}")
-    # A panel of few rows is too low for the long name; the caption says it too.
-    share = "; numbers: % of its routed tokens" if rows > 3 else ""
-    name_axes(figure, "living expert (slot)", what + share)
-    return figure
-
-
 # Numbers from a run's routing records.
 
 
@@ -302,12 +376,13 @@ def evaluated(run: Run) -> list[str]:
     return list(dict.fromkeys(line["source"] for line in evaluation(run)))
 
 
-def mean_k(run: Run, layer: str) -> float:
-    """Experts per token of the test environments."""
-    lines = of_layer(on_tests(run), layer)
-    return float(
-        np.average([line["mean_k"] for line in lines], weights=[line["tokens"] for line in lines])
-    )
+def _has_parts(run: Run) -> bool:
+    return any("parts" in line for line in on_tests(run))
+
+
+def with_parts(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs in which the k of parts is recorded, and varies."""
+    return [run for run in runs if "moe.top_k" not in run.config and _has_parts(run)]
 
 
 def k_by_position(run: Run, layer: str) -> np.ndarray:
@@ -324,7 +399,7 @@ def experts_over_steps(run: Run, layer: str) -> tuple[list[int], list[int]]:
 
 
 def experts_at(steps: np.ndarray, changes: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-    """Number of living experts at `steps`; the others are what `experts_over_steps` returns."""
+    """Number of living experts at `steps`, from the result of `experts_over_steps`."""
     return np.asarray(counts)[np.searchsorted(changes, steps, side="right") - 1]
 
 

@@ -1,21 +1,27 @@
 """One run as reports see it: its problem, its setting's name, its results and routing.
 
-Runs of one problem (data set, protocol, selection rule) are comparable. Within it, a *setting* is
-the configuration without seeds and test environments: the runs of one setting differ in chance
-alone, and only they are averaged.
+Runs of one problem (data set, protocol, selection rule) are comparable. Within it, the runs of one
+*setting* differ in chance alone, and only they are averaged: in seeds, in the test environment, in
+where data and weights lie and how they are read, in additional evaluations, and in the repetition
+of the previous stage that they start from. Draws of hyper-parameters (`hparams_seed`) belong to one
+setting too: the search is part of the method, as in DomainBed. So do the values of the keys that a
+protocol searches over (`protocol.searched`), as the learning rate on GLUE.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dynmoe.records import Record, RecordError, RunFolder, stretches
-from dynmoe.report.words import Words, words_of
+from dynmoe.report.words import HEADLINES, WORDS, Words
 from dynmoe.selection import RULES, judged, selected
 
 Kind = Literal["dense", "fixed", "adaptive"]
@@ -127,7 +133,9 @@ class Run:
 
     @property
     def words(self) -> Words:
-        return words_of(self.facts)
+        reported = "".join(self.facts["reported"]["sets"][:1])
+        measure = HEADLINES.get(reported, str(self.facts["measure"]))
+        return WORDS[self.facts["modality"]]._replace(measure=measure)
 
     @property
     def kind(self) -> Kind:
@@ -211,18 +219,19 @@ class Run:
 
     @property
     def steps_taken(self) -> int:
+        """Patience may end a run before its planned steps."""
         return int(self.results[-1]["step"]) + 1
 
     @property
     def step_seconds(self) -> float:
         """Mean over all training steps; `step_time` is the mean since the record before."""
-        found = [(n, n * each.get("step_time", math.nan)) for n, each in stretches(self.results)]
+        found = [(n, n * each["step_time"]) for n, each in stretches(self.results)]
         return sum(seconds for _, seconds in found) / sum(n for n, _ in found)
 
     @property
     def peak_memory(self) -> float:
         """GiB, as DomainBed's `mem_gb`."""
-        return float(max(record.get("mem_gb", math.nan) for record in self.results))
+        return float(max(record["mem_gb"] for record in self.results))
 
 
 def read_run(folder: RunFolder) -> Run:
@@ -290,22 +299,24 @@ def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def conditions(runs: Sequence[Run]) -> str:
     """The foot of a table: protocol, selection, repetitions, weights, data, versions of its runs.
 
-    Where runs differ in one of them, all values are named.
+    Where runs differ in one of them, all values are named; at most three hashes of data, since
+    splits, and the deal of digits into environments, differ between repetitions.
     """
-    if not runs:
-        return "No finished run."
     facts = [run.facts for run in runs]
     repetitions = sorted({run.repetition for run in runs})
-    versions = sorted({(name, text) for fact in facts for name, text in _versions(fact)})
+    versions = sorted({item for fact in facts for item in fact["versions"].items()})
+    steps = ((fact.get("patience") is not None) * "at most " + str(fact["steps"]) for fact in facts)
+    hashes = sorted({fact["data_hash"] for fact in facts})
+    more = f" and {len(hashes) - 3} more" if len(hashes) > 3 else ""
     parts = [
         f"Protocol {every(fact['protocol'] for fact in facts)}",
         f"selection by {every(RULES[fact['selection']] for fact in facts)}",
         f"{counted(len(repetitions), 'repetition')} ({seeds(repetitions)})",
-        f"{every(map(_steps, facts))} steps",
+        f"{every(steps)} steps",
         f"backbone {every(fact['backbone'] for fact in facts)}",
         f"weights {every(fact['weights'] for fact in facts)}",
-        f"data {_data(facts)}",
-        f"versions {', '.join(f'{name} {text}' for name, text in versions) or 'unknown'}",
+        f"data {' / '.join(hashes[:3])}{more}",
+        f"versions {', '.join(f'{name} {text}' for name, text in versions)}",
     ]
     at_the_end = sorted({run.setting for run in runs if not run.outcome.is_selected})
     if at_the_end:
@@ -338,18 +349,108 @@ def seeds(repetitions: Iterable[Repetition]) -> str:
     return f"seed{'s' * (len(pairs) != 1)} {', '.join(str(seed) for seed, _ in pairs)}"
 
 
-def _steps(fact: dict[str, Any]) -> str:
-    patience = fact.get("patience")
-    return str(fact["steps"]) if patience is None else f"at most {fact['steps']}"
+# Settings: which configurations, the flat `config` of a `run.json`, are one, and its name.
+
+Config = Mapping[str, Any]
+
+# Keys that distinguish repetitions of one setting.
+REPETITION = ("seed", "trial_seed", "data.test_envs")
+
+# Keys of where data lie, how they are read, and what is evaluated or fitted besides.
+READING = (
+    "data.root",
+    "data.source",
+    "data.eval_batch_size",
+    "data.ood",
+    "data.ood_root",
+    "data.linear_baseline",
+    "data.content.root",
+    "data.question_sets",
+    "data.examples",
+)
+
+# The end of a run folder's name: one of the repetitions of a configuration.
+OF_SEED = re.compile(r"_seed\d+_[0-9a-f]{8}$")
+
+# Keys that hparams_seed > 0 draws at random.
+DRAWN = ("task.optimizer.lr", "task.optimizer.weight_decay", "data.batch_size")
 
 
-def _versions(fact: dict[str, object]) -> list[tuple[str, str]]:
-    found = fact.get("versions")
-    return [(str(k), str(v)) for k, v in found.items()] if isinstance(found, dict) else []
+def name_settings(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs with the names of their settings, unique within a problem.
+
+    A name is the short name; where several settings would share it, the keys in which they differ
+    are added: `DynMoE, task.optimizer.lr=0.001`.
+    """
+    named = list(runs)
+    for problem in dict.fromkeys(run.problem for run in runs):
+        members = [position for position, run in enumerate(runs) if run.problem == problem]
+        shorts = [short_name(runs[position]) for position in members]
+        identities = _identities([runs[position].config for position in members])
+        sharing: defaultdict[str, dict[str, Config]] = defaultdict(dict)
+        for short, identity in zip(shorts, identities, strict=True):
+            sharing[short][_text(identity)] = identity
+        differing = {short: _differing(list(found.values())) for short, found in sharing.items()}
+        for position, short, identity in zip(members, shorts, identities, strict=True):
+            keys = [f"{key}={identity[key]}" for key in differing[short] if key in identity]
+            named[position] = replace(runs[position], setting=", ".join([short, *keys]))
+    return named
 
 
-def _data(facts: Sequence[dict[str, object]]) -> str:
-    """The hashes; splits, and the deal of digits into environments, differ between repetitions."""
-    hashes = sorted({str(fact.get("data_hash", "unknown")) for fact in facts})
-    more = f" and {len(hashes) - 3} more" if len(hashes) > 3 else ""
-    return f"{' / '.join(hashes[:3])}{more}"
+def start_name(config: Config) -> str | None:
+    """Return the run of the stage before without its seed: `vl_instruct/scenes_dense`; or None."""
+    start = config.get("stage.start")
+    return OF_SEED.sub("", start) if start else None
+
+
+def _identities(configs: Sequence[Config]) -> list[Config]:
+    """Return each configuration without the keys that do not distinguish settings."""
+    chance = (*REPETITION, "hparams_seed", *READING)
+    plain = [
+        {
+            key: value
+            for key, value in _by_name(config).items()
+            if key not in (*chance, *(config.get("protocol.searched") or ()))
+        }
+        for config in configs
+    ]
+    without_draw = [{**config, **dict.fromkeys(DRAWN, "drawn")} for config in plain]
+    is_draw = [config.get("hparams_seed", 0) > 0 for config in configs]
+    searches = {_text(found) for found, drawn in zip(without_draw, is_draw, strict=True) if drawn}
+    # NOTE: hparams_seed 0, the protocol's own values, is the first of the draws. But where these
+    # values were varied by hand, none of the variants is known to be it.
+    by_hand: defaultdict[str, set[str]] = defaultdict(set)
+    for config, found, drawn in zip(plain, without_draw, is_draw, strict=True):
+        if not drawn:
+            by_hand[_text(found)].add(_text(config))
+    return [
+        found if drawn or (_text(found) in searches and len(by_hand[_text(found)]) == 1) else config
+        for config, found, drawn in zip(plain, without_draw, is_draw, strict=True)
+    ]
+
+
+def _by_name(config: Config) -> Config:
+    """Replace paths by their last part: weights are known by the name of their folder or on the
+    hub. The run of the stage before is named without its seed."""
+    found = dict(config)
+    if "stage.start" in found:
+        found["stage.start"] = start_name(config)
+    if "backbone.path" in found:
+        found["backbone.model"] = found.pop("backbone.path") or found.get("backbone.model")
+    for key in ("backbone.model", "backbone.vision.path", "data.tokenizer_path"):
+        if found.get(key):
+            found[key] = Path(found[key]).name
+    return found
+
+
+def _differing(identities: Sequence[Config]) -> list[str]:
+    keys = sorted({key for identity in identities for key in identity})
+    return [
+        key
+        for key in keys
+        if len({_text({key: found[key]} if key in found else {}) for found in identities}) > 1
+    ]
+
+
+def _text(config: Config) -> str:
+    return json.dumps(config, sort_keys=True)

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe.records import Record, RecordError, RunFolder
-from dynmoe.report.run import Problem, Repetition, Run, order, short_name
-from dynmoe.report.settings import name_settings
+from dynmoe.report.run import Problem, Repetition, Run, name_settings, order
 from dynmoe.selection import RULES, best_of_sweep, rule_of
 
 Job = Mapping[str, Any]
@@ -95,7 +94,7 @@ def read_runs(folders: Sequence[Path]) -> Collection:
         else:
             begun += [run] if run is not None else []
             absent[path] = Absent(path.name, job.get("overrides", ""), state, folder.failure)
-    named = _named([*finished, *begun])
+    named = name_settings([*finished, *begun])
     done = _without_copies(named[: len(finished)], warnings)
     runs, others = (_readable(found, warnings) for found in choose(done))
     places = {run.folder.path: run for run in named[len(finished) :]}
@@ -117,10 +116,9 @@ def _sweep(folder: Path) -> dict[str, Any]:
         return {}
     try:
         sweep = json.loads(file.read_text(encoding="utf-8"))
-        jobs, commands = dict(sweep["jobs"]), list(map(str, sweep.get("commands", [])))
+        jobs, commands = dict(sweep["jobs"]), list(map(str, sweep["commands"]))
         for name, job in jobs.items():
-            if job.get("config"):
-                check_config(f"{file}, {name}", job["config"])
+            _expect(f"{file}, {name}", job["config"], CONFIG)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise RecordError(
             f"{file}: expected the jobs of a sweep, found damage; start the sweep again"
@@ -175,20 +173,6 @@ def _asked(folder: RunFolder, job: Job) -> Run | None:
     return Run(folder, facts, [])
 
 
-def _named(runs: Sequence[Run]) -> list[Run]:
-    """The runs with the names of their settings."""
-    positions: defaultdict[Problem, list[int]] = defaultdict(list)
-    for position, run in enumerate(runs):
-        positions[run.problem].append(position)
-    named = list(runs)
-    for members in positions.values():
-        configs = [runs[position].config for position in members]
-        names = name_settings([short_name(runs[position]) for position in members], configs)
-        for position, name in zip(members, names, strict=True):
-            named[position] = replace(runs[position], setting=name)
-    return named
-
-
 def _without_copies(runs: Iterable[Run], warnings: list[str]) -> list[Run]:
     first: dict[object, Run] = {}
     repeats = []
@@ -234,7 +218,7 @@ def _different_data(runs: Iterable[Run]) -> list[str]:
     """Repetitions of one problem that did not see the same data, with the hashes that differ."""
     hashes: defaultdict[tuple[Problem, Repetition], set[str]] = defaultdict(set)
     for run in runs:
-        hashes[run.problem, run.repetition].add(str(run.facts.get("data_hash", "unknown")))
+        hashes[run.problem, run.repetition].add(run.facts["data_hash"])
     return [
         f"{problem.dataset}, seed {seed}, trial seed {trial}: runs on different data "
         f"({', '.join(sorted(found))}) are compared; do not trust their differences"
@@ -251,13 +235,19 @@ NUMBER = (int, float)
 KNOWN_OR_NOT = (dict, type(None))
 FACTS: Keys = {
     **dict.fromkeys(("dataset", "protocol", "selection", "modality", "measure"), str),
-    **dict.fromkeys(("backbone", "weights"), str),
-    **dict.fromkeys(("seed", "trial_seed", "hparams_seed", "steps", "batch_size"), int),
+    **dict.fromkeys(("backbone", "weights", "data_hash", "device"), str),
+    **dict.fromkeys(("seed", "trial_seed", "hparams_seed", "threads"), int),
+    **dict.fromkeys(("steps", "batch_size", "samples_per_step"), int),
     **dict.fromkeys(("env_names", "test_envs", "class_names"), list),
     **dict.fromkeys(("config", "selects", "reported", "costs", "start_experts"), dict),
+    **dict.fromkeys(("sizes", "versions", "machine", "runtime"), dict),
 }
 CONFIG: Keys = {"moe.algorithm": str, "moe.num_experts": int, "hparams_seed": int}
 COSTS: Keys = {"parameters": dict, "slots": dict, "flops": KNOWN_OR_NOT}
+RESULT: Keys = {
+    **dict.fromkeys(("args", "scores"), dict),
+    **dict.fromkeys(("step_time", "eval_time", "mem_gb"), NUMBER),
+}
 ROUTING: Keys = {
     **dict.fromkeys(("layer", "source"), str),
     **dict.fromkeys(("slots", "load"), list),
@@ -278,7 +268,7 @@ def check_facts(folder: RunFolder, facts: Record) -> None:
     """Raises RecordError where `run.json` lacks what a report needs."""
     file = folder.path / "run.json"
     _expect(str(file), facts, FACTS)
-    check_config(f"{file}, config", facts["config"])
+    _expect(f"{file}, config", facts["config"], CONFIG)
     _expect(f"{file}, costs", facts["costs"], COSTS)
     layers = facts["costs"]["slots"]
     _expect(f"{file}, start_experts", facts["start_experts"], dict.fromkeys(layers, int))
@@ -290,17 +280,11 @@ def check_facts(folder: RunFolder, facts: Record) -> None:
         raise _error(str(file), "`test_envs` as positions in `env_names`", facts["test_envs"])
 
 
-def check_config(place: str, config: Any) -> None:
-    """Raises RecordError where a configuration lacks what the name of its mixture is made of."""
-    _expect(place, config, CONFIG)
-
-
 def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -> None:
     """Raises RecordError where a result lacks a score that selects or is reported."""
     for number, record in enumerate(results, start=1):
         place = f"{folder.path / 'results.jsonl'}, line {number}"
-        times: Keys = {key: NUMBER for key in ("step_time", "eval_time") if key in record}
-        _expect(place, record, {"args": dict, "scores": dict, **times})
+        _expect(place, record, RESULT)
         for role in ("selects", "reported"):
             for name in facts[role]["sets"]:
                 measure = {facts[role]["measure"]: NUMBER}
@@ -359,8 +343,8 @@ def _error(place: str, expected: str, found: object) -> RecordError:
 def choose(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
     """The runs that represent their repetitions, and the others.
 
-    Of several draws of hyper-parameters the best by validation is taken, as in DomainBed; of values
-    that a protocol searches over, one for all repetitions of a setting.
+    The best of several draws of hyper-parameters by validation is taken, as in DomainBed, and one
+    of the values that a protocol searches over, for all repetitions of a setting.
     """
     runs = list(runs)
     trials: defaultdict[object, list[Run]] = defaultdict(list)
@@ -395,7 +379,7 @@ def _mean_validation(runs: Iterable[Run]) -> float:
 def _standing(trial: Sequence[Run]) -> Iterable[Run]:
     """For each test environment of one setting's repetition, the run that represents it.
 
-    Of equally good draws the last is taken, as in DomainBed.
+    The last of equally good draws is taken, as in DomainBed.
     """
     finds_pairs = trial[0].problem.selection == "leave_one_domain_out"
     draws: defaultdict[tuple[int, ...], list[Run]] = defaultdict(list)

@@ -8,19 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from dynmoe.report.claim import LEVEL, p_text, p_words, points_text, verdict
+from dynmoe.report.claim import LEVEL, is_significant, p_text, p_words, paired, points_text, verdict
 from dynmoe.report.cost_tables import taken
-from dynmoe.report.routing_figures import layers_of, of_layer, on_tests, training
+from dynmoe.report.routing_figures import layers_of, of_layer, on_tests, training, with_parts
 from dynmoe.report.run import (
     Problem,
     Repetition,
     Run,
     by_setting,
     conditions,
-    every,
     order,
-    seeds,
-    settings,
 )
 from dynmoe.report.runs import Collection
 from dynmoe.report.tables import Strong, Table, format_mean, format_number
@@ -28,7 +25,6 @@ from dynmoe.report.words import (
     PARTS,
     SHUFFLED,
     capital,
-    has_fixed_k,
     is_points,
     k_by_part,
     kind_name,
@@ -38,7 +34,7 @@ from dynmoe.report.words import (
     set_notes,
     unit_of,
 )
-from dynmoe.selection import RULES
+from dynmoe.selection import DOMAINBED
 
 Cell = Mapping[Repetition, float]
 """Result of a setting on a task, by repetition."""
@@ -63,31 +59,24 @@ def sets_table(collection: Collection, problem: Problem) -> Table | None:
     if not _has_scores(runs) or len(names) == 1:
         return None
     names += [SHUFFLED] if any(SHUFFLED in run.scores for run in runs) else []
-    words = runs[0].words
-    rows = []
-    for setting in settings(runs):
-        found = [run.scores for run in runs if run.setting == setting]
-        cells = [[each[name]["score"] for each in found if name in each] for name in names]
-        rows.append((setting, *map(format_mean, cells)))
+    words, step = runs[0].words, "At the last step; no set had a part in it."
+    if problem.validates:
+        step = "At the step that selection chose; no set but the one that selects had a part in it."
     return Table(
         f"{capital(words.measure)} on every evaluation set of {problem.dataset}, {words.scale}",
         ("setting", *names),
-        tuple(rows),
-        note=" ".join([*_sets_notes(problem), *set_notes(names)]),
+        tuple(
+            (setting, *(format_mean(_values(own, name)) for name in names))
+            for setting, own in by_setting(runs).items()
+        ),
+        note=" ".join([step, *set_notes(names)]),
         conditions=conditions(runs),
     )
 
 
 def _has_scores(runs: Sequence[Run]) -> bool:
     """Whether they report the score of a task on whole sets, not the accuracy on a split."""
-    return runs[0].facts["reported"]["measure"] == "score"
-
-
-def _sets_notes(problem: Problem) -> Iterator[str]:
-    if problem.validates:
-        yield "At the step that selection chose; no set but the one that selects had a part in it."
-    else:
-        yield "At the last step; no set had a part in it."
+    return runs[0].problem.selection not in DOMAINBED
 
 
 def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
@@ -97,21 +86,30 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
     rows = _rows(runs, tasks)
     best = [max(map(_mean, cells)) for cells in zip(*rows.values(), strict=True)]
     most = max(len(cell) for cells in rows.values() for cell in cells)
-    published_rows = list(_published(tasks, len(columns)))
-    searched = any(taken(collection, problem) for problem in problems)
-    notes = _notes(runs, tasks, searched, NOTE if published_rows else "")
+    theirs = list(_published(tasks, len(columns)))
+    measures = {run.problem.dataset: run.words.measure for run in runs}
+    step = "selected" if any(run.problem.validates for run in runs) else "last"
+    notes = [
+        f"{'; '.join(f'{task}: {measures[task]}' for task in tasks)}.",
+        f"Mean over repetitions of the {step} step, +/- the standard error (ddof 0).",
+    ]
+    if any(taken(collection, problem) for problem in problems):
+        keys = ", ".join(dict.fromkeys(key for run in runs for key in run.searched))
+        notes.append(f"For each cell, the {keys} of the best mean validation is taken.")
+    notes.append("Bold: the highest of our own in a column.")
+
+    def text(cell: Cell, highest: float) -> str:
+        few = f" (n = {len(cell)})" if 0 < len(cell) < most else ""
+        shown = format_mean(list(cell.values())) + few
+        return Strong(shown) if cell and _mean(cell) == highest else shown
+
+    own = [(name, *map(text, cells, best)) for name, cells in rows.items()]
     return Table(
         f"Results of every setting on {', '.join(tasks)}, x 100",
         ("setting", *columns),
-        (
-            *(
-                (name, *(_text(*each, most) for each in zip(cells, best, strict=True)))
-                for name, cells in rows.items()
-            ),
-            *published_rows,
-        ),
-        note=" ".join(notes),
-        conditions=_conditions(runs),
+        (*own, *theirs),
+        note=" ".join([*notes, NOTE] if theirs else notes),
+        conditions=conditions(runs),
     )
 
 
@@ -122,8 +120,7 @@ def _rows(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, list[Cell]]:
     """
     ordered = sorted(runs, key=lambda run: order(run)[len(Problem._fields) :])
     rows: dict[str, list[Cell]] = {}
-    for setting in dict.fromkeys(run.setting for run in ordered):
-        own = [run for run in ordered if run.setting == setting]
+    for setting, own in by_setting(ordered).items():
         cells: list[Cell] = [
             {run.repetition: run.outcome.accuracy for run in own if run.problem.dataset == task}
             for task in tasks
@@ -139,50 +136,17 @@ def _mean(cell: Cell) -> float:
     return float(np.mean(list(cell.values()))) if cell else -math.inf
 
 
-def _text(cell: Cell, best: float, most: int) -> str:
-    """With the number of repetitions where others have more."""
-    few = f" (n = {len(cell)})" if 0 < len(cell) < most else ""
-    text = format_mean(list(cell.values())) + few
-    return Strong(text) if cell and _mean(cell) == best else text
-
-
 def _published(tasks: Sequence[str], columns: int) -> Iterator[tuple[str, ...]]:
     """Rows for the tasks at hand; the mean only where all of them are there."""
-    for method in ROWS:
-        values = [published(method, task) for task in tasks]
-        known = [value for value in values if value is not None]
+    for method, row in ROWS.items():
+        scores = dict(zip(TASKS, row, strict=True))
+        known = [scores[task.lower()] for task in tasks if task.lower() in scores]
         if not known:
             continue
-        cells = ["X" if value is None else f"{value:.1f}" for value in values]
+        cells = [f"{scores[task.lower()]:.1f}" if task.lower() in scores else "X" for task in tasks]
         if columns > len(tasks):
             cells.append(f"{np.mean(known):.1f}" if len(known) == len(tasks) else "X")
         yield f"{method} ({MARK})", *cells
-
-
-def _notes(
-    runs: Sequence[Run], tasks: Sequence[str], searched: bool, published_note: str
-) -> Iterator[str]:
-    measures = {run.problem.dataset: run.words.measure for run in runs}
-    yield f"{'; '.join(f'{task}: {measures[task]}' for task in tasks)}."
-    step = "selected" if any(run.problem.validates for run in runs) else "last"
-    yield f"Mean over repetitions of the {step} step, +/- the standard error (ddof 0)."
-    if searched:
-        keys = dict.fromkeys(key for run in runs for key in run.searched)
-        yield f"For each cell, the {', '.join(keys)} of the best mean validation is taken."
-    yield "Bold: the highest of our own in a column."
-    if published_note:
-        yield published_note
-
-
-def _conditions(runs: Sequence[Run]) -> str:
-    facts = [run.facts for run in runs]
-    return (
-        f"Protocol {every(fact['protocol'] for fact in facts)}; "
-        f"selection by {every(RULES[fact['selection']] for fact in facts)}; "
-        f"{seeds({run.repetition for run in runs})}; "
-        f"backbone {every(fact['backbone'] for fact in facts)}; "
-        f"weights {every(fact['weights'] for fact in facts)}."
-    )
 
 
 def kind_tables(runs: Sequence[Run]) -> dict[str, Table]:
@@ -191,63 +155,45 @@ def kind_tables(runs: Sequence[Run]) -> dict[str, Table]:
     for name in _sets(runs):
         members = [run for run in runs if name in run.scores]
         kinds = list(dict.fromkeys(kind for run in members for kind in kinds_of(run.scores[name])))
-        if kinds:
-            tables[name] = _kind_table(name, kinds, members)
+        if not kinds:
+            continue
+        values = {
+            setting: [_values(own, name, kind) for kind in kinds]
+            for setting, own in by_setting(members).items()
+        }
+        best = [_highest(column) for column in zip(*values.values(), strict=True)]
+        tables[name] = Table(
+            f"Scores by kind of question on {name}, {unit_of(kinds)}",
+            ("setting", *map(kind_name, kinds)),
+            tuple((setting, *map(_cell, kinds, row, best)) for setting, row in values.items()),
+            note="Mean over repetitions, +/- the standard error (ddof 0). Bold: the highest of a "
+            "column.",
+            conditions=conditions(members),
+        )
     return tables
 
 
-def _kind_table(name: str, kinds: Sequence[str], runs: Sequence[Run]) -> Table:
-    values = {
-        setting: [
-            [run.scores[name][kind] for run in own if kind in run.scores[name]] for kind in kinds
-        ]
-        for setting, own in by_setting(runs).items()
-    }
-    return Table(
-        f"By kind of question on {name}, {unit_of(kinds)}",
-        ("setting", *map(kind_name, kinds)),
-        tuple(
-            (setting, *(_cell(*each) for each in zip(kinds, row, _highest(values), strict=True)))
-            for setting, row in values.items()
-        ),
-        note="Mean over repetitions, +/- the standard error (ddof 0). Bold: the highest of a "
-        "column.",
-        conditions=conditions(runs),
-    )
-
-
-def _highest(values: Mapping[str, Sequence[Sequence[float]]]) -> list[float | None]:
-    """The highest mean of each column; None where all are equal."""
-    columns = zip(*values.values(), strict=True)
-    means = [{float(np.mean(cell)) for cell in column if cell} for column in columns]
-    return [max(found) if len(found) > 1 else None for found in means]
+def _highest(column: Sequence[Sequence[float]]) -> float | None:
+    """The highest mean of a column; None where all are equal."""
+    means = {float(np.mean(cell)) for cell in column if cell}
+    return max(means) if len(means) > 1 else None
 
 
 def published_table(runs: Sequence[Run]) -> Table | None:
     """Published sets in the measures of published tables, theirs below ours; None without any."""
-    sets = [name for name in QUESTIONS if name in _sets(runs)]
+    sets = {name: measure for name, measure in QUESTIONS.items() if name in _sets(runs)}
     if not sets:
         return None
     rows = [
-        (
-            setting,
-            *(
-                _cell(
-                    QUESTIONS[name],
-                    [
-                        run.scores[name][QUESTIONS[name]]
-                        for run in members
-                        if QUESTIONS[name] in run.scores.get(name, {})
-                    ],
-                )
-                for name in sets
-            ),
-        )
+        (setting, *(_cell(each, _values(members, name, each)) for name, each in sets.items()))
         for setting, members in by_setting(runs).items()
     ]
     theirs = [
-        (f"{model} ({MARK})", *(f"{published_answers(model)[name]:.1f}" for name in sets))
-        for model in QUESTION_ROWS
+        (
+            f"{model} ({MARK})",
+            *(f"{x:.1f}" for name, x in zip(QUESTIONS, row, strict=True) if name in sets),
+        )
+        for model, row in QUESTION_ROWS.items()
     ]
     names = {"scienceqa": "scienceqa, with images", "mme": "mme, points of perception"}
     return Table(
@@ -269,7 +215,7 @@ def parts_table(runs: Sequence[Run]) -> Table | None:
     rows: list[tuple[str, ...]] = []
     for setting, members in by_setting(adaptive).items():
         layers = layers_of(members[0])
-        k = np.array([[_k_of(run, layer) for layer in layers] for run in members]).mean(axis=0)
+        k = np.mean([_k_by_layer(run) for run in members], axis=0)
         names = list(map(layer_name, layers))
         if len(layers) > 1:
             k, names = np.vstack([k, k.mean(axis=0)]), [*names, "mean of layers"]
@@ -293,20 +239,13 @@ def parts_table(runs: Sequence[Run]) -> Table | None:
     )
 
 
-def has_parts(run: Run) -> bool:
-    return any("parts" in line for line in on_tests(run))
-
-
-def with_parts(runs: Sequence[Run]) -> list[Run]:
-    """The runs in which the k of parts is recorded, and varies."""
-    return [run for run in runs if not has_fixed_k(run.facts) and has_parts(run)]
-
-
-def _k_of(run: Run, layer: str) -> list[float]:
+def _k_by_layer(run: Run) -> list[list[float]]:
     """Living experts, then k of each part on what is reported and in training."""
-    tested, trained = (of_layer(lines, layer) for lines in (on_tests(run), training(run)))
-    found = [k_by_part(lines) for lines in (tested, trained)]
-    return [len(tested[0]["slots"]), *(k.get(part, np.nan) for k in found for part in PARTS)]
+    rows = []
+    for layer in run.layers:
+        found = [k_by_part(of_layer(lines, layer.name)) for lines in (on_tests(run), training(run))]
+        rows.append([layer.experts, *(k.get(part, np.nan) for k in found for part in PARTS)])
+    return rows
 
 
 def _sets(runs: Sequence[Run]) -> list[str]:
@@ -332,16 +271,14 @@ def image_use_table(runs: Sequence[Run]) -> Table | None:
     name, words = runs[0].environment, runs[0].words
     rows: list[tuple[str, ...]] = []
     for setting, members in by_setting(runs).items():
-        own, exchanged = (_scores(members, each) for each in (name, SHUFFLED))
-        lost = _differences(own, exchanged)
-        cells = (points_text(lost), p_text(lost))
-        if verdict(lost) in ("beats", "is below"):
-            cells = (Strong(cells[0]), Strong(cells[1]))
-        rows.append((setting, format_mean(own), format_mean(exchanged), *cells, str(len(members))))
-    baseline = runs[0].facts["baseline"] or {}
-    own_scores = baseline.get("scores", {})
+        lost = _lost(members)
+        style = Strong if is_significant(lost) else str
+        means = (format_mean(_values(members, each)) for each in (name, SHUFFLED))
+        cells = (style(points_text(lost)), style(p_text(lost)), str(len(members)))
+        rows.append((setting, *means, *cells))
+    baseline = runs[0].facts["baseline"] or {"scores": {}}
     answers = {
-        "most frequent answer to the same question": own_scores.get(name, {}).get("score"),
+        "most frequent answer to the same question": baseline["scores"].get(name, {}).get("score"),
         "most frequent answer of all": baseline.get("majority"),
     }
     rows += [
@@ -366,7 +303,7 @@ def image_use_sentences(runs: Sequence[Run]) -> list[str]:
         return []
     found = []
     for setting, members in by_setting(runs).items():
-        lost = _differences(_scores(members, runs[0].environment), _scores(members, SHUFFLED))
+        lost = _lost(members)
         points = f"{points_text(lost)} points, {p_words(lost)}, n = {len(lost)}"
         said = {
             "beats": "is better with the right images than with others: it uses them",
@@ -383,13 +320,14 @@ def _has_exchanged(runs: Sequence[Run]) -> bool:
     return all(SHUFFLED in run.scores for run in runs)
 
 
-def _scores(runs: Sequence[Run], name: str) -> list[float]:
-    return [run.scores[name]["score"] for run in runs]
+def _lost(runs: Sequence[Run]) -> tuple[float, ...]:
+    """The score with the right images minus that with others, of each run."""
+    return paired(_values(runs, runs[0].environment), _values(runs, SHUFFLED))
 
 
-def _differences(own: Sequence[float], others: Sequence[float]) -> list[float]:
-    # Rounded: equal scores may differ by 1e-17 in their means, and that is no finding.
-    return [round(a - b, 12) for a, b in zip(own, others, strict=True)]
+def _values(runs: Sequence[Run], name: str, measure: str = "score") -> list[float]:
+    """A measure of a set, of each run that has it."""
+    return [run.scores[name][measure] for run in runs if measure in run.scores.get(name, {})]
 
 
 # Published results on GLUE's dev sets and on sets of questions, shown below our own.
@@ -419,11 +357,6 @@ ROWS = {
 }
 
 
-def published(method: str, dataset: str) -> float | None:
-    """Times 100, in the task's own measure; None for a data set that the table lacks."""
-    return dict(zip(TASKS, ROWS[method], strict=True)).get(dataset.lower())
-
-
 # Sets of questions whose published scores can be computed from files, and the measure of ours that
 # is the same: on ScienceQA the questions with images, on MME the points of perception.
 QUESTIONS = {
@@ -444,8 +377,3 @@ QUESTION_NOTE = (
     f"Rows marked {MARK}: as the paper of MoE-LLaVA (arXiv 2401.15947) gives them, images of 336 "
     "pixels, LLaVA's data; no yardstick for other backbones or data."
 )
-
-
-def published_answers(model: str) -> dict[str, float]:
-    """Scores by set; in per cent, on MME in points."""
-    return dict(zip(QUESTIONS, QUESTION_ROWS[model], strict=True))

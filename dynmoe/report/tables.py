@@ -123,7 +123,7 @@ def to_csv(table: Table) -> str:
 
 
 def to_latex(table: Table) -> str:
-    """Return a booktabs table; the title is its caption, the note stands below the rows."""
+    """Return a booktabs table; the title is its caption, the note is below the rows."""
     lines = [" & ".join(map(latex, row)) + r" \\" for row in (table.columns, *table.rows)]
     return "\n".join(
         [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -96,18 +96,6 @@ WORDS = {
 }
 
 
-def words_of(facts: Mapping[str, Any]) -> Words:
-    """Names for a run; `facts` are those of its `run.json`."""
-    reported = facts["reported"]["sets"][:1]
-    measure = HEADLINES.get("".join(reported), facts["measure"])
-    return WORDS[facts["modality"]]._replace(measure=measure)
-
-
-def has_fixed_k(facts: Mapping[str, Any]) -> bool:
-    """Whether every token has the same number of experts."""
-    return "moe.top_k" in facts["config"]
-
-
 def metrics_of(scores: Mapping[str, float]) -> list[str]:
     """The metrics whose mean is the score on a set; none if the score is a single one."""
     found = [key for key in METRICS if key in scores]
@@ -185,17 +173,15 @@ class PartRouting(NamedTuple):
 
 def by_part(lines: Iterable[Record]) -> dict[str, PartRouting]:
     """Sums over routing records of one layer at one step; empty where parts were not recorded."""
-    found = [line["parts"] for line in lines if "parts" in line]
-    return {part: _summed([parts[part] for parts in found]) for part in PARTS} if found else {}
+    recorded = [line["parts"] for line in lines if "parts" in line]
+    found = {}
+    for part in PARTS if recorded else ():
+        tokens = sum(parts[part]["tokens"] for parts in recorded)
+        load = tuple(np.sum([parts[part]["load"] for parts in recorded], axis=0).tolist())
+        found[part] = PartRouting(tokens, sum(load) / tokens if tokens else math.nan, load)
+    return found
 
 
 def k_by_part(lines: Iterable[Record]) -> dict[str, float]:
     """Mean k alone."""
     return {part: routing.mean_k for part, routing in by_part(lines).items()}
-
-
-def _summed(parts: Iterable[Record]) -> PartRouting:
-    records = list(parts)
-    tokens = sum(record["tokens"] for record in records)
-    load = tuple(np.sum([record["load"] for record in records], axis=0).tolist())
-    return PartRouting(tokens, sum(load) / tokens if tokens else math.nan, load)

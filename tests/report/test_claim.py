@@ -141,8 +141,8 @@ def test_a_setting_that_lacks_repetitions_is_left_out_and_named(tmp_path: Path) 
     assert differences(first)["mean"] == ("", [14, 12, 16])  # of top-1 of 2 alone
     assert differences(second)["mean"] == ("", [0, 0, 0])
     assert sentences(claim)[-1].startswith(
-        "Compared are the repetitions that most settings have (seeds 0, 1, 2), and the settings "
-        f"that have them all. Incomplete: {gap}"
+        "The comparison is on the repetitions that most settings have (seeds 0, 1, 2), and of the "
+        f"settings that have them all. Incomplete: {gap}"
     )
     rows = {row[0]: row for row in accuracy_table(collection, claim.problem).rows}
     assert rows["top-2 of 4"][1:3] == ("65.0 +/- 3.5 (2 of 3: seed 2 failed)", "50.0 +/- 0.0")

@@ -88,7 +88,7 @@ def test_layers_are_listed_from_the_first_down(synthetic_run: RunFolder) -> None
 
 def test_reports_need_neither_torch_nor_pyplot() -> None:
     code = (
-        "import sys, dynmoe.report.figures, dynmoe.report.render, dynmoe.report.tables;"
+        "import sys, dynmoe.report.figures, dynmoe.report.summary, dynmoe.report.tables;"
         "print({'torch', 'lightning', 'matplotlib.pyplot'} & set(sys.modules))"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

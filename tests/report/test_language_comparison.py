@@ -14,13 +14,13 @@ from dynmoe.report import page
 from dynmoe.report.claim import examine
 from dynmoe.report.claim_figures import draw_curves
 from dynmoe.report.claim_tables import accuracy_table, claim_table, statements
-from dynmoe.report.compare import compare
 from dynmoe.report.cost_tables import cost_table, search_table, taken, values_table
 from dynmoe.report.costs import search_cost
 from dynmoe.report.document import Sheet, to_text
 from dynmoe.report.routing_figures import draw_overlap
 from dynmoe.report.runs import Collection, read_runs
 from dynmoe.report.set_tables import ROWS, sets_table, task_tables
+from dynmoe.report.summary import compare
 from dynmoe.report.tables import Strong
 
 
@@ -127,7 +127,7 @@ def test_a_run_that_ended_early_stays_in_the_mean_curve(tmp_path: Path) -> None:
     write_language_run(tmp_path, "dense", (0.5, 0.6), seed=0)
     write_language_run(tmp_path, "dense", (0.3, 0.4, 0.5, 0.6), seed=1)
     picture = draw_curves(read(tmp_path / "RTE").runs)
-    assert picture is not None and "its last value goes on" in picture.caption
+    assert picture is not None and "its last value is kept" in picture.caption
     mean = picture.figure.axes[0].get_lines()[0]
     assert mean.get_ydata() == pytest.approx([0.4, 0.5, 0.55, 0.6])
 
@@ -226,7 +226,9 @@ def test_an_absent_run_has_its_place(tmp_path: Path) -> None:
     config = read(tmp_path / "RTE").runs[-1].config | {"seed": 1}
     del config["data.test_envs"], config["task.selection"]  # as in a configuration of the task
     job = {"overrides": "seed=1", "config": config}
-    (tmp_path / "RTE" / "sweep.json").write_text(json.dumps({"jobs": {"later": job}}))
+    (tmp_path / "RTE" / "sweep.json").write_text(
+        json.dumps({"commands": [], "jobs": {"later": job}})
+    )
     collection = read(tmp_path / "RTE")
     places = [
         (entry.setting, entry.environment, entry.repetition, entry.state)
@@ -239,7 +241,8 @@ def test_an_absent_run_has_its_place(tmp_path: Path) -> None:
 
 def test_a_result_without_its_score_is_left_out(tmp_path: Path) -> None:
     folder = write_language_run(tmp_path)
-    folder.append("results", {"step": 500, "args": folder.read_run(), "scores": {"dev": {}}})
+    record = folder.read("results")[-1]
+    folder.append("results", {**record, "step": 500, "scores": {"dev": {}}})
     (warning,) = read_runs([tmp_path / "RTE"]).warnings
     assert "line 5, scores of dev: expected `score` as a number, found none" in warning
 
@@ -267,7 +270,7 @@ def test_language_beside_vision(tmp_path: Path) -> None:
     text = to_text(document)
     assert "| examples | 2000 train, 200 dev | unknown |" in text
     assert "| reported on | dev | 0/in |" in text
-    assert "| batch size | 32 | 8 |" in text
+    assert "| batch size | 32 | 8 x 2 |" in text
     assert "| tokens of an example, mean | 40.5 | - |" in text
     assert "| protocol | glue | domainbed |" in text
     assert "test environment 0" in text and "evaluation set dev" in text

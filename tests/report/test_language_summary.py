@@ -9,8 +9,8 @@ from language_runs import write_language_run
 
 from dynmoe.records import RunFolder
 from dynmoe.report.figures import draw_all, draw_scores
-from dynmoe.report.render import to_markdown
 from dynmoe.report.run import read_run
+from dynmoe.report.summary import to_markdown
 
 
 def shown(folder: RunFolder) -> str:

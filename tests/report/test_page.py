@@ -147,7 +147,7 @@ def test_conditions_name_every_value(tmp_path: Path) -> None:
         "selection rule": "training-domain validation",
         "repetitions": "seeds 0, 1",
         "steps": "151",
-        "batch size": "8 / 16",
+        "batch size": "8 x 2 / 16 x 2",
         "learning rate": "0.001",
         "weight decay": "0.0",
         "backbone": "vit_digits",

@@ -34,7 +34,6 @@ from dynmoe.report.routing_figures import (
     experts_at,
     experts_over_steps,
     k_by_position,
-    mean_k,
     overlap,
 )
 from dynmoe.report.run import Run
@@ -113,7 +112,7 @@ def test_k_is_read_on_the_test_environment_at_the_reported_step(tmp_path: Path) 
 
     change_routing(folder, change)
     (run,) = runs_in(tmp_path)
-    assert mean_k(run, LAYERS[0]) == 3.0
+    assert run.layers[0].k_test == 3.0
     assert k_by_position(run, LAYERS[1]).tolist() == [1.0, 5.0]
     (axes,) = figure_of(draw_k_by_position([run])).axes
     assert shades(axes).tolist() == [[1.0, 5.0], [1.0, 5.0]]
@@ -167,7 +166,7 @@ def test_of_many_classes_those_that_differ_most_are_shown(tmp_path: Path) -> Non
     change_routing(folder, lambda line: line | {"load_by_class": load})
     picture = draw_load_by_class(runs_in(tmp_path))
     assert picture is not None
-    assert "Of 30 classes the 20 whose rows differ most" in picture.caption
+    assert "the 20 of 30 classes whose rows differ most" in picture.caption
     rows = ticks(picture.figure.axes[0])
     assert len(rows) == 20 and set(rows) >= {str(index) for index in range(0, 30, 3)}
 

@@ -142,11 +142,10 @@ def test_what_is_not_done_is_absent_and_says_where_it_belongs(tmp_path: Path) ->
     done = "digits_dense_env0_seed0"
     config = {**RunFolder(tmp_path / done).read_run()["config"], "seed": 3, "data.test_envs": [1]}
     jobs = {
-        done: {"overrides": "moe=dense seed=0", "config": {}},
+        done: {"overrides": "moe=dense seed=0", "config": config},
         "no_folder": {"overrides": "moe=dense seed=3", "config": config},
-        "unknown": {"overrides": "moe=topk seed=0"},
     }
-    (tmp_path / "sweep.json").write_text(json.dumps({"sweep": "small", "jobs": jobs}))
+    (tmp_path / "sweep.json").write_text(json.dumps({"commands": [], "jobs": jobs}))
     collection = read_runs([tmp_path])
     assert [run.folder.path.name for run in collection.runs] == [done]
     why, place = "DataError: no such folder", (PROBLEM, "dense", "0")
@@ -155,7 +154,6 @@ def test_what_is_not_done_is_absent_and_says_where_it_belongs(tmp_path: Path) ->
         Absent("digits_dense_env0_seed2", "", "stopped", "", *place, (2, 0)),
         Absent("early", "", "failed", why),
         Absent("no_folder", "moe=dense seed=3", "missing", "", PROBLEM, "dense", "15", (3, 0)),
-        Absent("unknown", "moe=topk seed=0", "missing", ""),
     ]
 
 
@@ -296,7 +294,7 @@ def test_a_damaged_sweep_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_a_job_whose_configuration_says_nothing_is_named(tmp_path: Path) -> None:
-    (tmp_path / "sweep.json").write_text('{"jobs": {"a": {"config": {"seed": 0}}}}')
+    (tmp_path / "sweep.json").write_text('{"commands": [], "jobs": {"a": {"config": {"seed": 0}}}}')
     with pytest.raises(RecordError, match=r"sweep\.json, a: expected `moe.algorithm` as text"):
         read_runs([tmp_path])
 

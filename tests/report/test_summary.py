@@ -12,8 +12,8 @@ from rich.console import Console
 
 from dynmoe.errors import UserError
 from dynmoe.records import RunFolder
-from dynmoe.report.render import to_console, to_markdown
 from dynmoe.report.run import Run, read_run
+from dynmoe.report.summary import to_console, to_markdown
 from dynmoe.selection import measured_by
 
 LAYER = "blocks.4.mlp"
@@ -141,13 +141,13 @@ def test_missing_measures_are_shown_as_a_dash(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_run(facts_of(RUN))
     scores = {"0/out": {"accuracy": 0.5}, "15/in": {"accuracy": 0.5}, "15/out": {"loss": 0.5}}
-    folder.append("results", {"step": 0, "scores": scores})
+    folder.append("results", {"step": 0, "scores": scores, "step_time": 0.5, "mem_gb": 1.0})
     markdown = to_markdown(read_run(folder))
     assert "| 0/out (selects) | 50.0 | – |" in markdown
     assert "| 15/out | – | 0.5000 |" in markdown
     assert "- training loss: – " in markdown and "- activated per token: – " in markdown
     assert f"| {LAYER} | 2 → 2 | 2 | – | – | – |" in markdown
-    assert "- speed: – steps/s on cpu" in markdown
+    assert "- speed: 2.00 steps/s on cpu" in markdown
     assert "- unfinished: 1 of 21 steps are recorded" in markdown
 
 

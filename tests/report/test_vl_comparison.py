@@ -14,12 +14,15 @@ from dynmoe.report import page
 from dynmoe.report.claim import examine
 from dynmoe.report.claim_figures import draw_curves
 from dynmoe.report.claim_tables import claim_table, statements
-from dynmoe.report.compare import compare
 from dynmoe.report.cost_tables import generation_table, search_table
 from dynmoe.report.costs import search_cost
 from dynmoe.report.document import Section, Sheet, to_text
-from dynmoe.report.part_figures import draw_k_by_part, draw_load_by_part
-from dynmoe.report.routing_figures import draw_load_by_environment, draw_overlap
+from dynmoe.report.routing_figures import (
+    draw_k_by_part,
+    draw_load_by_environment,
+    draw_load_by_part,
+    draw_overlap,
+)
 from dynmoe.report.runs import Collection, read_runs
 from dynmoe.report.set_tables import (
     QUESTION_ROWS,
@@ -30,6 +33,7 @@ from dynmoe.report.set_tables import (
     published_table,
     sets_table,
 )
+from dynmoe.report.summary import compare
 from dynmoe.report.tables import Strong
 
 
@@ -142,7 +146,7 @@ def test_without_exchanged_images_nothing_is_said_of_them(tmp_path: Path) -> Non
 
 def test_kinds_of_questions_are_means_over_seeds(tmp_path: Path) -> None:
     (table,) = kind_tables(read(write_sweep(tmp_path)).runs).values()
-    assert table.title == "By kind of question on test, %"
+    assert table.title == "Scores by kind of question on test, %"
     assert table.columns == ("setting", "colour", "yes no")
     assert table.rows[0] == ("dense", "61.0 +/- 0.5", "41.0 +/- 0.5")
     assert table.rows[-1] == ("DynMoE", "71.0 +/- 0.5", "51.0 +/- 0.5")
@@ -168,7 +172,7 @@ def test_published_sets_stand_in_published_measures(tmp_path: Path) -> None:
     assert "no yardstick" in table.note
     kinds = kind_tables(runs)
     assert list(kinds) == ["scienceqa", "mme"]
-    assert kinds["mme"].title == "By kind of question on mme, points"
+    assert kinds["mme"].title == "Scores by kind of question on mme, points"
     assert kinds["mme"].rows == (("DynMoE", "1261.0 +/- 0.7"),)
 
 
@@ -227,7 +231,7 @@ def test_one_evaluation_makes_no_curve(tmp_path: Path) -> None:
     write_vl_run(tmp_path / "two", steps=(50, 150))
     assert draw_curves(read(tmp_path / "one").runs) is None
     picture = draw_curves(read(tmp_path / "two").runs)
-    assert picture is not None and "A marker stands at the last step" in picture.caption
+    assert picture is not None and "A marker is at the last step" in picture.caption
 
 
 def test_frozen_weights_are_spoken_of(tmp_path: Path) -> None:

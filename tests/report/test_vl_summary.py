@@ -11,9 +11,9 @@ from vl_runs import write_vl_run
 from dynmoe.records import RunFolder
 from dynmoe.report.document import Picture
 from dynmoe.report.figures import draw_all
-from dynmoe.report.part_figures import draw_k_by_part, draw_load_by_part
-from dynmoe.report.render import to_markdown
+from dynmoe.report.routing_figures import draw_k_by_part, draw_load_by_part
 from dynmoe.report.run import read_run
+from dynmoe.report.summary import to_markdown
 from dynmoe.report.words import by_part
 
 
@@ -44,7 +44,7 @@ def test_scores_with_what_shuffled_means_and_what_comes_without_images(tmp_path:
 
 def test_kinds_of_questions(tmp_path: Path) -> None:
     assert (
-        "## By kind of question on test, %\n\n"
+        "## Scores by kind of question on test, %\n\n"
         "| setting | colour | yes no |\n"
         "| --- | ---: | ---: |\n"
         "| DynMoE | 70.0 | 50.0 |\n"
@@ -59,10 +59,10 @@ def test_points_are_no_per_cent_and_every_headline_is_named(tmp_path: Path) -> N
     scores = {"pope": 0.8, "mme": 0.63}
     text = shown(write_vl_run(tmp_path, scores=scores, kinds=kinds, facts={"baseline": None}))
     assert "| evaluation set | mean F1 over the splits, x 100 | loss |" in text
-    assert "## By kind of question on pope, %\n\n| setting | adversarial f1 |" in text
+    assert "## Scores by kind of question on pope, %\n\n| setting | adversarial f1 |" in text
     assert "| DynMoE | 81.0 |" in text
     assert (
-        "## By kind of question on mme, points\n\n| setting | ocr | perception |\n"
+        "## Scores by kind of question on mme, points\n\n| setting | ocr | perception |\n"
         "| --- | ---: | ---: |\n| DynMoE | 87.5 | 1260.0 |\n"
     ) in text
     assert (
