@@ -48,7 +48,7 @@ from dynmoe.selection import measured, selected
 def draw_all(run: Run) -> list[Path]:
     """Write the figures of a run into `figures/`, and leave out those with nothing to show."""
     training = [line for line in run.routing if line["source"] == "train"]
-    thresholds = [line for line in training if line["thresholds"] is not None]
+    thresholds = [line for line in training if line.get("thresholds") is not None]
     found = {
         "scores": draw_scores(run),
         "experts": draw_experts([run]),
