@@ -9,8 +9,8 @@
   1 (`accuracy`, `f1`, `score`, `kind_colour`), points (`perception_points`), or the mean `loss`:
   cross-entropy, of regression the squared error, of questions the negative log-likelihood of the
   tokens of their reference answers.
-- `selects` and `reported`, each `{"sets": [...], "measure": ...}`: the run's rule judges the line by
-  the mean of that measure over these sets, and reports the other mean (`dynmoe.selection`).
+- `selects` and `reported`, each `{"sets": [...], "measure": ...}`: the run's rule judges the line
+  by the mean of that measure over these sets, and reports the other mean (`dynmoe.selection`).
 - `stopped_early`: true on the last line of a run that patience ended before its planned steps.
 - `args` and `hparams`, and of images `env0_in_acc`, `env0_out_acc`, ...: DomainBed's names, so that
   DomainBed's own scripts read the file. Keys are sorted as in domainbed/scripts/train.py. Their

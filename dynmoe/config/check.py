@@ -30,6 +30,11 @@ ELSEWHERE = {
     "data=ax": " AX is a test set of MNLI's models: train with data=mnli, then dynmoe-eval "
     "run=FOLDER mode=submit.",
     "data.benchmarks": " Did you mean 'question_sets'?",
+    "data.seed": " Did you mean 'seed'?",
+    "data.steps": " Did you mean 'task.steps'?",
+    "data.epochs": " Did you mean 'task.epochs'?",
+    "data.eval_every": " Did you mean 'task.eval_every'?",
+    "data.accumulate": " Did you mean 'trainer.accumulate_grad_batches'?",
 }
 
 # Meaning of the values that have no default.

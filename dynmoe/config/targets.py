@@ -86,12 +86,19 @@ def _in_module(module: str, name: str) -> Located:
                 first, *rest = bound.split(".")
                 with _only_python_can_tell():
                     return _follow(first, rest)
-            known.add(visible)
+            if not _is_lazy(bound):
+                known.add(visible)
     if known & {"*", "__getattr__"}:
         raise Unreadable
     known.update(each.name for each in pkgutil.iter_modules(_folders(module)))
     public = {word for word in known if not word.startswith("_")}
     raise TargetError(f"{module} has no '{name}'.{did_you_mean(name, public)}")
+
+
+def _is_lazy(bound: Located | str) -> bool:
+    """A call of `dynmoe.lazy.lazy`, whose names the package also imports for type checkers."""
+    node = bound.node if isinstance(bound, Located) else None
+    return isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy"
 
 
 def _bindings(node: ast.stmt, module: str) -> Iterator[tuple[str, Located | str]]:

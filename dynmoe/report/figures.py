@@ -58,7 +58,7 @@ from dynmoe.selection import measured, selected
 def draw_all(run: Run) -> list[Path]:
     """Write the figures of a run into `figures/`, and leave out those with nothing to show."""
     training = [line for line in run.routing if line["source"] == "train"]
-    thresholds = [line for line in training if line["thresholds"] is not None]
+    thresholds = [line for line in training if line.get("thresholds") is not None]
     examples = [each for each in run.folder.read("examples") if each["step"] == run.outcome.step]
     slots = {line["layer"]: line["slots"] for line in on_tests(run)}
     fit = run.config.get("data.fit", "pad")

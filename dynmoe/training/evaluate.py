@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config.options import modality
 from dynmoe.config.rules import folders, text_run
+from dynmoe.config.targets import TargetError, signature
 from dynmoe.errors import ConfigError
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.tables import format_number
@@ -52,6 +53,12 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         raise ConfigError("run=FOLDER is missing: the folder outputs/<name>/<run> of a trained run")
     folder = RunFolder(given.pop("run"))
     cfg = trained.configuration(folder)
+    try:
+        signature(str(OmegaConf.select(cfg, "data._target_")))
+    except TargetError as error:
+        raise ConfigError(
+            f"{folder.path}: another version of dynmoe wrote this run ({error}); train it again"
+        ) from None
     name, mode = given.pop("checkpoint", "selected"), given.pop("mode", "evaluate")
     if mode not in MODES:
         raise ConfigError(f"mode={mode}: expected one of {', '.join(MODES)}")

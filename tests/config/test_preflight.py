@@ -33,6 +33,7 @@ def test_three_mistakes_are_three_messages() -> None:
 SLOTS = "moe: max_experts (8) != num_experts (4): without moe.adaptation the pool never changes."
 CASES = {
     # keys
+    "data.seed=1": "data.seed: unknown key. Did you mean 'seed'?",
     "typo=1": "typo: unknown key.",
     "+typo=1": "typo: unknown key.",
     "++trainr.devices=1": "trainr: unknown key. Did you mean 'trainer'?",

@@ -115,6 +115,15 @@ def test_a_target_that_does_not_exist(package: str, target: str, message: str) -
     assert str(error.value) == message
 
 
+def test_a_lazy_package_knows_its_names() -> None:
+    """Names that dynmoe.lazy imports late are no open set."""
+    assert signature("dynmoe.data.GlueData") is not None
+    with pytest.raises(TargetError, match="Did you mean 'GlueData'"):
+        signature("dynmoe.data.GluData")
+    with pytest.raises(TargetError, match="has no 'module'"):
+        signature("dynmoe.data.module.DomainData")
+
+
 def test_a_package_that_is_not_installed() -> None:
     with pytest.raises(TargetError, match="no package 'no_such_package' is installed"):
         signature("no_such_package.Thing")

@@ -56,8 +56,14 @@ def test_nothing_is_drawn_of_records_that_are_not_there(
     assert names(draw_all(read_run(synthetic_run))) == drawn
 
 
-def test_a_router_without_thresholds_has_no_figure_of_them(synthetic_run: RunFolder) -> None:
-    routing = [line | {"thresholds": None} for line in synthetic_run.read("routing")]
+@pytest.mark.parametrize("recorded", [{"thresholds": None}, {"bias": 0.5}])
+def test_a_router_without_thresholds_has_no_figure_of_them(
+    synthetic_run: RunFolder, recorded: dict[str, object]
+) -> None:
+    lines = synthetic_run.read("routing")
+    for line in lines:
+        del line["thresholds"]
+    routing = [line | recorded for line in lines]
     (synthetic_run.path / "routing.jsonl").unlink()
     synthetic_run.append("routing", *routing)
     expected = [name for name in ALL if name != "thresholds.png"]
