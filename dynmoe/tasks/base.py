@@ -106,11 +106,13 @@ class MoETask(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         # NOTE: float64, so that the order in which batches are added does not show in the mean.
-        self._losses = torch.zeros(len(self.sets), 2, dtype=torch.float64, device=self.device)
+        # Apple's GPUs do not have it.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self._losses = torch.zeros(len(self.sets), 2, dtype=dtype, device=self.device)
 
     def count_losses(self, name: str, losses: Tensor) -> None:
         """Add the losses [M] of single samples or tokens of a set, float32."""
-        total = losses.double().sum()
+        total = losses.to(self._losses.dtype).sum()
         count = torch.full_like(total, losses.numel())
         self._losses[self.sets.index(name)] += torch.stack([total, count])
 

@@ -37,7 +37,8 @@ class VisionLanguage(MoETask):
 
     The ``loss`` of a set is the mean negative log-likelihood of all tokens of its reference
     answers, their end token included, given image and question: ``references(set, rows)`` gives
-    the token ids of each answer, none for a question that has no single reference.
+    the token ids of each answer, none for a question that has no single reference, and None for a
+    set without any.
     """
 
     modality: ClassVar[str] = "vision-language"
@@ -48,7 +49,7 @@ class VisionLanguage(MoETask):
         decode: Decode,
         score: Callable[[str, Answers], dict[str, float]],
         describe: Callable[[str, int], dict[str, Any]],
-        references: Callable[[str, Sequence[int]], list[list[int]]],
+        references: Callable[[str, Sequence[int]], list[list[int]] | None],
         max_new_tokens: int,
         examples: int,
         **task: Any,
@@ -83,7 +84,7 @@ class VisionLanguage(MoETask):
         ids_BN, tape = self.generate(batch.tokens)
         self.routing.update(batch.source, tape, part_BN=_parts_of_calls(batch.tokens, ids_BN))
         references = self.references(batch.source, batch.row.tolist())
-        if any(references):
+        if references is not None:  # NOTE: for all batches of a set: under FSDP ranks run together
             self.count_losses(batch.source, self.reference_losses(batch.tokens, references))
         answers = {
             row: self.decode(ids)

@@ -242,10 +242,13 @@ class AskedQuestions:
             ids = encode_answers(answered, tokenizer, template) if questions.is_scored else []
             self._references[name] = dict(zip(rows, ids, strict=False))
 
-    def references(self, name: str, rows: Sequence[int]) -> list[list[int]]:
-        """Token ids of the right answers, where a question has exactly one, else none; with what
-        ends an answer, as in training."""
-        return [self._references[name].get(row, []) for row in rows]
+    def references(self, name: str, rows: Sequence[int]) -> list[list[int]] | None:
+        """Token ids of the right answers, with what ends an answer, as in training.
+
+        Empty for a question that has not exactly one; None if no question of the set has one.
+        """
+        known = self._references[name]
+        return [known.get(row, []) for row in rows] if known else None
 
     @property
     def lengths(self) -> dict[str, IntArray]:
