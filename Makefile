@@ -31,7 +31,7 @@ demo-vl: install  ## Train a small LLaVA with DynMoE on rendered scenes, all thr
 	$(RUN) task=vl
 
 test: install  ## Run the tests (under 5 minutes on 2 CPU cores)
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist loadfile
 
 test-all: install lint  ## Run lint and all tests, as CI does
 	$(BIN)/python -m pytest

@@ -14,7 +14,8 @@ run, refused = fixtures("dynmoe-bench", bench.main)
 
 
 @pytest.fixture(autouse=True)
-def settings_of_torch() -> Iterator[None]:
+def settings_of_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("dynmoe.runtime._tuned", False)  # whatever ran before in this process
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     yield
     torch.set_float32_matmul_precision(precision)
