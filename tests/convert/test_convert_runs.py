@@ -58,7 +58,7 @@ def answers_of(run: Path, benchmark: Path) -> list[str]:
     _, folder, checkpoint, cfg = evaluate.parse([*arguments, *small])
     cfg.trainer.enable_progress_bar = False
     scores = evaluate.answer(folder, checkpoint, cfg)
-    assert 0 <= scores["pope_score"] <= 1
+    assert 0 <= scores["pope"]["score"] <= 1
     file = run / "answers" / "pope" / "coco_pope_random_answers.jsonl"
     return [json.loads(line)["answer"] for line in file.read_text().splitlines()]
 

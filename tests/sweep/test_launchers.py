@@ -17,7 +17,7 @@ TINY = ("task.steps=3", "data.linear_baseline=false", "trainer.enable_progress_b
 def finished(folder: Path, *arguments: str) -> list[RunFolder]:
     """The runs that a command finishes."""
     done = subprocess.run(
-        [sys.executable, "-m", "dynmoe.job", "task=vit_domainbed", *arguments, *TINY],
+        [sys.executable, "-m", "runners.run", "task=vit_domainbed", *arguments, *TINY],
         capture_output=True,
         text=True,
         cwd=folder,
