@@ -30,7 +30,7 @@ demo-language: install  ## Train DynMoE on WordNet's glosses: 1 to 2 minutes on 
 demo-vl: install  ## Train a small LLaVA with DynMoE on rendered scenes, all three stages: about 5 minutes on 2 CPU cores
 	$(RUN) task=vl
 
-test: install  ## Run the tests (under 5 minutes on 2 CPU cores)
+test: install  ## Run the tests (about 5 minutes on 2 CPU cores)
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist loadfile
 
 test-all: install lint  ## Run lint and all tests, as CI does
