@@ -135,6 +135,7 @@ def test_costs_are_those_of_one_conversation_where_all_are_alike(tmp_path: Path)
     assert len(outside) == 2  # the second model with MoE layers takes what the first one counted
 
 
+@pytest.mark.slow
 def test_times_fresh_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run) -> None:
     tiny = [*TINY_VL, *ALONE[1:], "data.max_length=96"]
     file = tmp_path / "step.json"
@@ -158,6 +159,7 @@ def test_times_fresh_models(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert "3 new tokens each" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_times_a_sweep(sweep: Path, capsys: pytest.CaptureFixture[str], run: Run) -> None:
     run("step", "--runs", str(sweep), *QUICK)
     content = read(sweep / "timing.json")

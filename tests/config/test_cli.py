@@ -84,6 +84,7 @@ def test_a_wrong_command_is_refused_whole_with_status_2_and_without_torch(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_one_command_has_one_folder_alone_or_in_a_sweep(tmp_path: Path) -> None:
     alone = call(tmp_path, TASK, "moe=topk", "moe.top_k=1", "seed=1")
     again = call(tmp_path, "seed=1", "++moe.top_k=1", TASK, "moe=topk", "overwrite=true")

@@ -139,6 +139,7 @@ def test_settings_times_parameters_once_and_never_again(sweep: Sweep) -> None:
     assert "task.steps: 501 there, 101 now" in err and "name=FOLDER" in err
 
 
+@pytest.mark.slow
 def test_failed_jobs_are_named_and_planned_and_tried_again(sweep: Sweep) -> None:
     status, out, _ = sweep.call("seed=0", "mode=plan")
     assert status == 0 and not sweep.folder.exists()
@@ -211,6 +212,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
         manifest.check(tmp_path, "own", {}, [])
 
 
+@pytest.mark.slow
 def test_two_launchers_share_the_jobs(sweep: Sweep) -> None:
     processes = [sweep.start(nap=0.5) for _ in range(2)]
     ends = [process.communicate(timeout=240) for process in processes]
@@ -219,6 +221,7 @@ def test_two_launchers_share_the_jobs(sweep: Sweep) -> None:
     assert [process.returncode for process in processes] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_loses_one_job_at_most(sweep: Sweep) -> None:
     process = sweep.start(nap=2.0)
     deadline = time.monotonic() + 120

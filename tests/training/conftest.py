@@ -12,23 +12,19 @@ from dynmoe import job
 from dynmoe.records import RunFolder
 
 
-def _train(path: Path, *overrides: str, moe: str, show: bool) -> RunFolder:
+def _train(path: Path, *overrides: str, moe: str) -> RunFolder:
     folder = RunFolder(path)
     folder.path.mkdir(exist_ok=True)
     job.train(tiny_config(*overrides, moe=moe), folder)
-    if show:
-        job.show(folder)
     return folder
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Train into a folder of this test, which it may change; `show` draws figures and summary."""
+    """Train into a folder of this test, which it may change."""
 
-    def run(
-        *overrides: str, moe: str = "dynmoe", name: str = "run", show: bool = False
-    ) -> RunFolder:
-        return _train(tmp_path / name, *overrides, moe=moe, show=show)
+    def run(*overrides: str, moe: str = "dynmoe", name: str = "run") -> RunFolder:
+        return _train(tmp_path / name, *overrides, moe=moe)
 
     return run
 
@@ -41,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     def trained(*overrides: str, moe: str = "dynmoe") -> RunFolder:
         key = (moe, *overrides)
         if key not in made:
-            made[key] = _train(tmp_path_factory.mktemp("trained"), *overrides, moe=moe, show=True)
+            made[key] = _train(tmp_path_factory.mktemp("trained"), *overrides, moe=moe)
         return made[key]
 
     return trained
@@ -49,5 +45,5 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture
 def copied(trained: Trained, tmp_path: Path) -> RunFolder:
-    """The default run, to be changed."""
+    """The default run before its summary, to be changed."""
     return RunFolder(shutil.copytree(trained().path, tmp_path / "run"))

@@ -75,6 +75,7 @@ def test_tensorboard_shows_what_csv_does(tmp_path: Path) -> None:
     assert {"train/loss", "val/0/in/accuracy", "validation", "moe/blocks.2.mlp/experts"} <= names
 
 
+@pytest.mark.slow
 def test_mlflow_shows_what_csv_does(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     fit(tmp_path / "run", "csv", "mlflow")

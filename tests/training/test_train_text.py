@@ -27,6 +27,13 @@ def rte(tmp_path: Path) -> Path:
     return write_rte(tmp_path / "glue")
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Train on RTE once, for all tests that only read the run."""
+    path = tmp_path_factory.mktemp("trained")
+    return run(write_rte(path / "glue"), path / "run")
+
+
 def run(
     root: Path, folder: Path, *overrides: str, moe: str = "dynmoe_glue", show: bool = False
 ) -> RunFolder:
@@ -70,13 +77,12 @@ def test_a_run_leaves_what_it_promises(
     assert "dev (reported)" in capsys.readouterr().out
 
 
-def test_routing_counts_real_tokens(rte: Path, tmp_path: Path) -> None:
+def test_routing_counts_real_tokens(trained: RunFolder) -> None:
     """Each of the 22 examples once an epoch: the tokens are those of the texts, not of padding."""
-    folder = run(rte, tmp_path / "run")
-    facts = folder.read_run()
+    facts = trained.read_run()
     train_tokens = [
         r["tokens"]
-        for r in folder.read("routing")
+        for r in trained.read("routing")
         if r["source"] == "train" and ".0." in r["layer"]
     ]
     assert train_tokens == [round(facts["mean_tokens"] * TRAIN)] * 2
@@ -138,9 +144,8 @@ def test_patience_counts_evaluations_without_gain(
     assert recorder._is_over() == resumed._is_over() == is_over
 
 
-def test_the_learning_rate_falls_to_0(rte: Path, tmp_path: Path) -> None:
-    folder = run(rte, tmp_path / "run")
-    state = torch.load(folder.path / "checkpoints/last.ckpt", weights_only=True)
+def test_the_learning_rate_falls_to_0(trained: RunFolder) -> None:
+    state = torch.load(trained.path / "checkpoints/last.ckpt", weights_only=True)
     assert state["optimizer_states"][0]["param_groups"][0]["lr"] == 0
     assert state["lr_schedulers"][0]["last_epoch"] == 6
 
@@ -174,13 +179,13 @@ def test_regression(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     job.train(config(root, f"paths.outputs={root}", "data=stsb"), folder)
-    job.show(folder)
     dev = folder.read("results")[-1]["scores"]["dev"]
     assert dev["score"] == pytest.approx((dev["pearson"] + dev["spearman"]) / 2)
     assert folder.read_run()["measure"] == "mean of Pearson and Spearman"
 
 
 @pytest.mark.parametrize("moe", ["dense", "topk", "gmoe", "emoe", "emoe_learn"])
+@pytest.mark.slow
 def test_every_mixture(rte: Path, tmp_path: Path, moe: str) -> None:
     own = [] if moe == "dense" else ["moe.num_experts=4", "moe.top_k=2"]
     folder = run(rte, tmp_path / "run", "task.epochs=1", *own, moe=moe)
@@ -188,15 +193,15 @@ def test_every_mixture(rte: Path, tmp_path: Path, moe: str) -> None:
 
 
 def test_evaluation_repeats_the_recorded_scores_and_submits(
-    rte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = run(rte, tmp_path / "run")
-    shutil.rmtree(rte / ".cache")
-    scores = evaluate.evaluate(*evaluate.parse([f"run={folder.path}", "checkpoint=last"])[1:])
-    assert not (rte / ".cache").exists()
-    recorded = folder.read("results")[-1]
+    cache = trained.path.parent / "glue" / ".cache"
+    shutil.rmtree(cache)
+    scores = evaluate.evaluate(*evaluate.parse([f"run={trained.path}", "checkpoint=last"])[1:])
+    assert not cache.exists()
+    recorded = trained.read("results")[-1]
     assert scores == recorded["scores"]
-    mode, *parsed = evaluate.parse([f"run={folder.path}", "mode=submit"])
+    mode, *parsed = evaluate.parse([f"run={trained.path}", "mode=submit"])
     assert mode == "submit"
     (file,) = evaluate.submit(*parsed)
     lines = file.read_text().splitlines()

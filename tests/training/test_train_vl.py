@@ -116,6 +116,7 @@ def test_a_stage_starts_where_the_one_before_it_ended(outputs: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.slow
 def test_runs_that_are_stopped_in_every_stage_go_on(
     outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +156,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.slow
 def test_stages_are_shared_by_settings_and_shown_when_done(
     outputs: Path, tmp_path: Path, trained: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
