@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from dynmoe.records import Record, RecordError, RunFolder
-from dynmoe.report.tables import Strong, Table, format_mean, latex
+from dynmoe.report.tables import Strong, Table, format_trials, latex
 from dynmoe.selection import best_of_sweep
 
 # The three selection rules, in DomainBed's order and in the words that it prints.
@@ -197,7 +197,7 @@ def _row(algorithm: str, cells: list[list[float]]) -> tuple[str, ...]:
     if all(cells):
         # Python's sum over numpy numbers adds from left to right, as DomainBed's does.
         average = f"{sum(100 * np.mean(cell) for cell in cells) / len(cells):.1f}"
-    return algorithm, *map(format_mean, cells), average
+    return algorithm, *map(format_trials, cells), average
 
 
 def _accuracies(records: Sequence[Record], rule: str) -> Accuracies:

@@ -174,20 +174,42 @@ def test_of_many_classes_those_that_differ_most_are_shown(tmp_path: Path) -> Non
 def test_the_claim_has_a_row_for_each_rival(tmp_path: Path) -> None:
     collection = read_runs([write_sweep(tmp_path, SWEEP)])
     (claim,) = examine(collection, collection.problems[0])
-    (axes,) = figure_of(draw_claim(claim)).axes
+    figure = figure_of(draw_claim(claim))
+    (axes,) = figure.axes
     assert ticks(axes) == [
         "mean of the grid",
         "dense",
         "top-1 of 2, worst",
         "top-2 of 4, best",
     ]
-    points = [line for line in axes.lines if line.get_marker() != "None"]
+    dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "."]
+    assert [list(each) for each in dots] == [
+        pytest.approx(each) for each in ([5, 0], [5, 15], [15, 15], [-5, -15])
+    ]
+    points = [line for line in axes.lines if line.get_marker() not in ("None", ".")]
     means = [float(line.get_xdata()[0]) for line in points]
     assert means == pytest.approx([2.5, 10, 15, -10])
-    # In black and white too: across 0 is open, above points up, below points down.
-    # Two repetitions tell little: of 2.5 and 10 points nothing, of twice 15 that it is better.
-    assert [line.get_marker() for line in points] == ["o", "o", "^", "o"]
-    assert axes.get_xlabel() == "difference in accuracy, percentage points (n = 2)"
+    assert [line.get_marker() for line in points] == ["x"] * 4  # two repetitions prove nothing
+    assert axes.get_xlabel() == "DynMoE minus it: accuracy, percentage points (n = 2)"
+    assert "no verdict: two repetitions prove nothing" in " ".join(figure.get_suptitle().split())
+
+
+def test_marks_of_the_claim_are_by_the_corrected_verdict(tmp_path: Path) -> None:
+    """In black and white too: not significant is open, above points up, below points down."""
+    accuracies = {
+        "top-1 of 2": [0.39, 0.4, 0.41],
+        "top-2 of 4": [0.795, 0.8, 0.815],
+        "dense": [0.3, 0.6, 0.9],
+        "DynMoE": [0.6, 0.6, 0.6],
+    }
+    sweep = {name: {"0": values} for name, values in accuracies.items()}
+    collection = read_runs([write_sweep(tmp_path, sweep)])
+    (claim,) = examine(collection, collection.problems[0])
+    figure = figure_of(draw_claim(claim))
+    marks = [line.get_marker() for line in figure.axes[0].lines]
+    assert [mark for mark in marks if mark not in ("None", ".")] == ["o", "o", "^", "v"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["better", "not significantly different", "worse"]
 
 
 def test_accuracy_against_activated_parameters(tmp_path: Path) -> None:
