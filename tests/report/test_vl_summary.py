@@ -82,7 +82,7 @@ def test_k_by_part_of_every_layer_and_their_mean(tmp_path: Path) -> None:
 def test_a_dense_run_has_no_parts_and_captions_answer_nothing_yet(tmp_path: Path) -> None:
     facts = {"stage": "align"}
     text = shown(write_vl_run(tmp_path, "dense", facts=facts, config={"stage.start": None}))
-    assert "# ERM on Scenes, evaluation set test\n\nStage align. Protocol llava, " in text
+    assert "# dense on Scenes, evaluation set test\n\nStage align. Protocol llava, " in text
     assert "This stage trains on captions alone; answers come with the next one." in text
     assert "by what it is" not in text
 
