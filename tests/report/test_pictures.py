@@ -135,9 +135,10 @@ def test_experts_over_steps_and_their_mean(tmp_path: Path) -> None:
     at = experts_at(np.array([0, 48, 49, 150]), *experts_over_steps(runs[0], LAYERS[0]))
     assert at.tolist() == [2, 2, 3, 5]
     axes = figure_of(draw_experts(runs)).axes[0]
-    mean = axes.lines[-1]
-    assert list(mean.get_xdata()) == [0, 49, 99, 149, 150, 156]  # room for the last update
-    assert list(mean.get_ydata()) == [2, 2.5, 4.5, 5, 5, 5]
+    (mean,) = (line for line in axes.lines if line.get_label() == "living experts")
+    assert list(mean.get_xdata()) == [0, 49, 99, 149, 150]
+    assert list(mean.get_ydata()) == [2, 2.5, 4.5, 5, 5]
+    assert list(axes.lines[-1].get_ydata()) == [8, 8]  # the slots of the pool
 
 
 def test_load_is_a_share_of_the_rows_tokens(tmp_path: Path) -> None:
@@ -226,8 +227,8 @@ def test_accuracy_against_activated_parameters(tmp_path: Path) -> None:
     assert sorted(text.get_text() for text in axes.texts) == sorted(SWEEP)
     assert axes.get_ylabel() == "accuracy on test environment 0, %"
     best = next(line for line in axes.lines if line.get_linestyle() == "--")
-    assert list(best.get_xdata()) == [1000, 1432, 1432, 1482, 1482]
-    assert list(best.get_ydata()) == pytest.approx([50, 50, 60, 60, 70])
+    assert list(best.get_xdata()) == [1000, 1432, 1432, 1482, 1482, 1482]
+    assert list(best.get_ydata()) == pytest.approx([50, 50, 60, 60, 70, 70])
 
 
 def test_accuracy_against_time_shows_what_was_measured(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from vl_runs import write_vl_run
 
 from dynmoe.records import RunFolder
 from dynmoe.report.document import Picture
-from dynmoe.report.figures import draw_all
+from dynmoe.report.figures import figures_of
 from dynmoe.report.routing_figures import draw_k_by_part, draw_load_by_part
 from dynmoe.report.run import read_run
 from dynmoe.report.summary import to_markdown
@@ -88,16 +88,16 @@ def test_a_dense_run_has_no_parts_and_captions_answer_nothing_yet(tmp_path: Path
 
 
 def test_figures_of_parts_and_examples(tmp_path: Path) -> None:
-    own = {"k_by_part.png", "load_by_part.png", "examples.png"}
-    assert own < {path.name for path in draw_all(read_run(write_vl_run(tmp_path)))}
-    assert not own & {path.name for path in draw_all(read_run(write_vl_run(tmp_path, "dense")))}
+    own = {"k_by_part", "load_by_part", "examples"}
+    assert own < figures_of(read_run(write_vl_run(tmp_path))).keys()
+    assert not own & figures_of(read_run(write_vl_run(tmp_path, "dense"))).keys()
 
 
 def test_a_fixed_k_is_the_same_for_all_tokens(tmp_path: Path) -> None:
     folder = write_vl_run(tmp_path, "top-2 of 4")
-    assert "k_by_part.png" not in {path.name for path in draw_all(read_run(folder))}
-    text = shown(folder)
-    assert "by what it is" not in text and "load_by_part" in text
+    figures = figures_of(read_run(folder))
+    assert "k_by_part" not in figures and "load_by_part" in figures
+    assert "by what it is" not in shown(folder)
 
 
 def pictured(picture: Picture | None) -> Figure:
