@@ -17,7 +17,7 @@ from dynmoe.report.claim import (
     score_cells,
 )
 from dynmoe.report.cost_tables import taken
-from dynmoe.report.paired import LEVEL, RESAMPLES
+from dynmoe.report.paired import FEWEST, LEVEL, RESAMPLES
 from dynmoe.report.run import Problem, conditions, counted, environments, seeds, settings
 from dynmoe.report.runs import Collection
 from dynmoe.report.tables import Strong, Table, format_mean, format_points
@@ -99,7 +99,9 @@ def sentences(claim: Claim) -> list[str]:
         )
     # In a grid of one setting all its rivals are the same.
     shown = RIVALS if len(whole.against("grid")) > 1 else ("best", "dense")
-    found += [_sentence(claim, each) for each in whole.differences if each.rival in shown]
+    reasons = {each.why for each in whole.differences}
+    said = reasons.pop() if len(reasons) == 1 else ""  # by the headline
+    found += [_sentence(claim, each, said) for each in whole.differences if each.rival in shown]
     return [*found, *_caveats(claim)]
 
 
@@ -141,9 +143,8 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
         *no_verdicts(claim),
         GRID.format(f"reported {claim.words.noun}", PICK if claim.problem.validates else ""),
         *(
-            f"Incomplete in {each.environment}: {', '.join(each.left_out)}."
-            for each in claim.comparisons
-            if each.left_out
+            f"Incomplete in {', '.join(places)}: {', '.join(left_out)}."
+            for left_out, places in _incomplete(claim).items()
         ),
     ]
     return Table(
@@ -169,6 +170,15 @@ def families(claim: Claim) -> str:
     if len(claim.comparisons) == 1:
         return str(whole)
     return f"{whole} in the {place}, {single} in the single environments"
+
+
+def _incomplete(claim: Claim) -> dict[tuple[str, ...], list[str]]:
+    """Environments by what is left out there."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for each in claim.comparisons:
+        if each.left_out:
+            found.setdefault(each.left_out, []).append(each.environment)
+    return found
 
 
 def no_verdicts(claim: Claim) -> Iterator[str]:
@@ -221,7 +231,8 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
     )
 
 
-def _sentence(claim: Claim, difference: Difference) -> str:
+def _sentence(claim: Claim, difference: Difference, said: str) -> str:
+    """The reason for no verdict is left out if it was `said`."""
     rival = _rival(difference)
     if difference.rival == "mean":
         rival = f"{rival} ({counted(len(claim.overall.against('grid')), 'setting')})"
@@ -229,7 +240,8 @@ def _sentence(claim: Claim, difference: Difference) -> str:
     rival = f"{article}{rival}, {format_mean(difference.accuracies)}{claim.words.unit}"
     points = f"{difference.points} points"
     if difference.why:
-        return f"Against {rival}: {points}; no verdict: {difference.why}."
+        why = "" if difference.why == said else f"; no verdict: {difference.why}"
+        return f"Against {rival}: {points}{why}."
     return f"It {difference.verdict} {rival}: {points}, {difference.p_words}."
 
 
@@ -250,6 +262,8 @@ def _caveats(claim: Claim) -> Iterator[str]:
         )
     if claim.samples and claim.words.measure == "accuracy":
         sizes = "/".join(map(str, claim.samples))
+        if len(claim.samples) > 1 and len(set(claim.samples)) == 1:
+            sizes = f"{len(claim.samples)} x {claim.samples[0]}"
         own = sum(whole.accuracies) / len(whole.accuracies) if whole.accuracies else 0.5
         error = 100 * math.sqrt(own * (1 - own) / sum(claim.samples))
         yield (
@@ -260,7 +274,7 @@ def _caveats(claim: Claim) -> Iterator[str]:
         draws = ", ".join(f"{name} {count}" for name, count in claim.draws.items())
         yield f"The search was unequal; draws of hyper-parameters to choose from: {draws}."
     count = len(whole.repetitions)
-    if 2 <= count < 10 and whole.differences:
+    if FEWEST <= count < 10 and whole.differences:
         yield f"{counted(count, 'repetition')} can show large differences only."
     if whole.left_out:
         held = seeds(whole.repetitions) if count else "none"

@@ -51,7 +51,12 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
     places = list(_places(settings))
     if not places:
         return None
-    figure, panels = lay_out(len(places), width=3.6, height=2.5, beside=0, share=True)
+    # Of several settings each has a row, if its layers fit.
+    most = max(len(layers_of(members[0])) for members in settings.values())
+    columns = most if len(settings) > 1 and most < 3 else 3
+    figure, panels = lay_out(
+        len(places), width=3.6, height=2.5, beside=0, share=True, columns=columns
+    )
     highest = 0.0
     for (setting, layer), axes in zip(places, panels, strict=True):
         members = settings[setting]

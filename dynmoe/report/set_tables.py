@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from dynmoe.records import Record
 from dynmoe.report.claim import resolution
 from dynmoe.report.cost_tables import taken
 from dynmoe.report.paired import LEVEL, PairedTest, corrected, paired
@@ -215,38 +216,30 @@ def parts_table(runs: Sequence[Run]) -> Table | None:
     tested = adaptive[0].environment
     rows: list[tuple[str, ...]] = []
     for setting, members in by_setting(adaptive).items():
-        layers = layers_of(members[0])
-        k = np.mean([_k_by_layer(run) for run in members], axis=0)
-        names = list(map(layer_name, layers))
-        if len(layers) > 1:
-            k, names = np.vstack([k, k.mean(axis=0)]), [*names, "mean of layers"]
-        rows += [
-            (setting, name, *(format_number(each, ".2f") for each in row))
-            for name, row in zip(names, k, strict=True)
-        ]
+        for place, lines_of in ((tested, on_tests), ("training", training)):
+            k = np.mean([_k_by_layer(run, lines_of(run)) for run in members], axis=0)
+            names = list(map(layer_name, layers_of(members[0])))
+            if len(names) > 1:
+                k, names = np.vstack([k, k.mean(axis=0)]), [*names, "mean of layers"]
+            rows += [
+                (setting, name, place, *(format_number(each, ".2f") for each in row))
+                for name, row in zip(names, k, strict=True)
+            ]
     return Table(
         "Experts that a token activates, by what it is",
-        (
-            "setting",
-            "MoE layer",
-            "living experts",
-            *(f"{part}, {where}" for where in (tested, "training") for part in PARTS),
-        ),
+        ("setting", "MoE layer", "on", "experts", *PARTS),
         tuple(rows),
         note=f"Mean over repetitions of mean k, at the reported step: on {tested}, and in training "
-        "since the evaluation before. Image: patches; prompt: other tokens before the answer; "
-        f"answer: on {tested} what the model said, in training what is right.",
+        "since the evaluation before; experts: those living. Image: patches; prompt: other tokens "
+        f"before the answer; answer: on {tested} what the model said, in training what is right.",
         conditions=conditions(adaptive),
     )
 
 
-def _k_by_layer(run: Run) -> list[list[float]]:
-    """Living experts, then k of each part on what is reported and in training."""
-    rows = []
-    for layer in run.layers:
-        found = [k_by_part(of_layer(lines, layer.name)) for lines in (on_tests(run), training(run))]
-        rows.append([layer.experts, *(k.get(part, np.nan) for k in found for part in PARTS)])
-    return rows
+def _k_by_layer(run: Run, lines: Sequence[Record]) -> list[list[float]]:
+    """Living experts of each layer, then k of each part."""
+    found = [(layer.experts, k_by_part(of_layer(lines, layer.name))) for layer in run.layers]
+    return [[experts, *(k.get(part, np.nan) for part in PARTS)] for experts, k in found]
 
 
 def _sets(runs: Sequence[Run]) -> list[str]:

@@ -79,9 +79,9 @@ def format_trials(accuracies: Sequence[float]) -> str:
 def format_points(difference: float) -> str:
     """A difference of accuracies in percentage points, with its sign: `−2.3`; `0.0` has none.
 
-    A difference that would round to 0 without being 0 has two decimals.
+    A difference that would round to 0 without being 0 has two decimals; below 0.005 it is 0.
     """
-    points = 100 * difference
+    points = round(100 * difference, 2)
     digits = 2 if points and not round(points, 1) else 1
     return f"{points:+.{digits}f}".replace("-", "−") if points else "0.0"
 

@@ -183,5 +183,5 @@ def test_format_mean(accuracies: list[float], cell: str) -> None:
 
 
 def test_format_points() -> None:
-    cells = [format_points(difference) for difference in (0.0234, -0.0234, 0.0, -0.0001)]
-    assert cells == ["+2.3", "−2.3", "0.0", "−0.01"]
+    cells = [format_points(difference) for difference in (0.0234, -0.0234, 0.0, -0.0001, -1e-5)]
+    assert cells == ["+2.3", "−2.3", "0.0", "−0.01", "0.0"]
