@@ -149,7 +149,7 @@ def costs(moe: Facts) -> Facts:
 
 def _moe(setting: str) -> Facts:
     if setting == "dense":
-        return _mixture("dense", "ERM", 1, **{"moe.router": None, "moe.adaptation": None})
+        return _mixture("dense", "dense", 1, **{"moe.router": None, "moe.adaptation": None})
     if setting.startswith("DynMoE"):
         adaptation = {"moe.adaptation.length": 100, "moe.adaptation.period": 100}
         return _mixture("dynmoe", setting, 2, **{"moe.max_experts": 8}, **adaptation)

@@ -39,7 +39,7 @@ def write_vl_run(
     each set has `KINDS`. All of `steps`, which are evaluated, have the same scores."""
     scores = scores or {"test": 0.6, "shuffled": 0.4}
     names = list(scores)
-    sizes = dict.fromkeys(names, 50)
+    sizes = dict.fromkeys(names, 500)
     folder = write_run(
         sweep,
         setting,

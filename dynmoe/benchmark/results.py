@@ -255,7 +255,7 @@ class Baseline:
                 changes.append(
                     {label: row[label] for label in self._rules.labels}
                     | {"old": form(old), "new": form(new), "change": f"{new / old - 1:+.1%}"}
-                    | {"note": "within noise" if old_low <= high and low <= old_high else ""}
+                    | {"note": noise((old_low, old_high), (low, high))}
                 )
         if not changes:
             return "The baseline has none of these measurements."
@@ -270,6 +270,13 @@ class Baseline:
         compared = self._rules.compared(row)
         low, high = row[compared.quartiles]
         return row[compared.field], (low, high)
+
+
+def noise(old: tuple[float, float], new: tuple[float, float]) -> str:
+    """Whether quartiles overlap; of a single round they are one number, which says nothing."""
+    if min(old[1] - old[0], new[1] - new[0]) == 0:
+        return "no spread to judge by"
+    return "within noise" if old[0] <= new[1] and new[0] <= old[1] else ""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -5,10 +5,10 @@ mean of the grid, its best and its worst setting, and the one that a practitione
 best by validation accuracy. The best and the worst are chosen by the test accuracy itself, which
 nobody can do without testing: this is optimistic for the best.
 
-Two settings are compared on repetitions that both have. A repetition fixes weights, batches and
-splits (seed, trial seed), so a paired difference is free of much of the chance in either number.
-Verdicts follow from a paired t test, which knows how little a few repetitions say: of three, a
-bootstrap interval is the range of the differences, and excludes 0 in 1 of 4 cases by chance.
+Two settings are compared on repetitions that both have. Verdicts follow from paired t tests
+(`dynmoe.report.paired`), corrected by Holm's method for the number of comparisons: those in the
+mean of the environments, on which the claim rests, are one family, those in the single environments
+another.
 """
 
 from __future__ import annotations
@@ -16,27 +16,23 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap, ttest_1samp
 
+from dynmoe.report.paired import PairedTest, holm, paired
 from dynmoe.report.run import Problem, Repetition, Run, environments, settings
 from dynmoe.report.runs import Absent, Collection
-from dynmoe.report.tables import format_points
 from dynmoe.report.words import Words
 
 Rival = Literal["mean", "best", "worst", "pick", "dense", "grid"]
-Verdict = Literal["beats", "is not significantly different from", "is below", "unknown"]
 
 MEAN = "mean of environments"
-RESAMPLES = 9999
-LEVEL = 0.05
 
 
-@dataclass(frozen=True)
-class Difference:
+@dataclass(frozen=True, kw_only=True)
+class Difference(PairedTest):
     """An adaptive setting minus a rival, in accuracy, paired by repetition."""
 
     rival: Rival
@@ -46,24 +42,6 @@ class Difference:
     """The rival's setting; empty for the mean of the grid; several for different picks."""
     accuracies: tuple[float, ...]
     """The rival's, by repetition."""
-    values: tuple[float, ...]
-    """The differences, by repetition."""
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.values))
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        return interval(self.values)
-
-    @property
-    def p(self) -> float | None:
-        return p_value(self.values)
-
-    @property
-    def verdict(self) -> Verdict:
-        return verdict(self.values)
 
 
 class AtTheEnd(NamedTuple):
@@ -98,6 +76,12 @@ class SettingComparison:
         """Among `means`; 1 is best, equal settings share the better rank. None without results."""
         own = float(np.mean(self.accuracies)) if self.accuracies else math.nan
         return None if math.isnan(own) else _rank(own, self.means.values())
+
+    def name(self, difference: Difference) -> str:
+        """Name of its rival, the same for rivals that are the same setting: a test counts once."""
+        only = self.against("grid")
+        alone = only[0].setting if len(only) == 1 and difference.rival == "mean" else ""
+        return difference.setting or alone or difference.rival
 
     def against(self, rival: Rival) -> list[Difference]:
         """Empty where there is no such rival; several only where dense has several settings."""
@@ -137,9 +121,10 @@ def examine(collection: Collection, problem: Problem) -> list[Claim]:
         gaps = {n: lacks(n, place, cell, repetitions, absent) for n, cell in pool.items()}
         left_out = tuple(f"{name} ({gap})" for name, gap in gaps.items() if gap)
         done = {name: cell for name, cell in pool.items() if cell}
-        return _compare(setting, place, done, kinds, left_out, problem.validates)
+        finest = resolution(runs, place)
+        return _compare(setting, place, done, kinds, left_out, problem.validates, finest)
 
-    return [
+    return _corrected(
         Claim(
             problem,
             setting,
@@ -150,7 +135,52 @@ def examine(collection: Collection, problem: Problem) -> list[Claim]:
         )
         for setting, kind in kinds.items()
         if kind == "adaptive"
+    )
+
+
+def _corrected(claims: Iterable[Claim]) -> list[Claim]:
+    """Correct the p values of a problem's claims for their number."""
+    found = list(claims)
+    families: dict[bool, dict[Tested, float]] = {True: {}, False: {}}  # overall, and others
+    for claim in found:
+        for comparison in claim.comparisons:
+            for each in comparison.differences:
+                if each.p is not None:
+                    family = families[comparison is claim.overall]
+                    family[_tested(claim, comparison, each)] = each.p
+    p_values = {key: p for family in families.values() for key, p in holm(family).items()}
+
+    def corrected(claim: Claim, comparison: SettingComparison) -> SettingComparison:
+        family = len(families[comparison is claim.overall])
+        differences = (
+            replace(each, corrected=p_values.get(_tested(claim, comparison, each)), family=family)
+            for each in comparison.differences
+        )
+        return replace(comparison, differences=tuple(differences))
+
+    return [
+        replace(claim, comparisons=tuple(corrected(claim, each) for each in claim.comparisons))
+        for claim in found
     ]
+
+
+Tested = tuple[str, str, str]
+"""An adaptive setting, an environment, and the name of a rival."""
+
+
+def _tested(claim: Claim, comparison: SettingComparison, difference: Difference) -> Tested:
+    return claim.setting, comparison.environment, comparison.name(difference)
+
+
+def resolution(runs: Sequence[Run], place: str) -> float:
+    """Return the change of accuracy that one test sample makes in an environment, or in the mean
+    of all; 0 if the number of samples was not recorded."""
+    sizes: defaultdict[str, int] = defaultdict(int)
+    for run in runs:
+        counts = [run.facts["sizes"].get(name, 0) for name in run.facts["reported"]["sets"]]
+        sizes[run.environment] = max([sizes[run.environment], *counts])
+    found = list(sizes.values()) if place == MEAN else [sizes[place]]
+    return 1 / (len(found) * max(found)) if all(found) else 0.0
 
 
 def _draws(collection: Collection, problem: Problem) -> dict[str, int]:
@@ -186,6 +216,7 @@ def _compare(
     kinds: Mapping[str, str],
     left_out: tuple[str, ...],
     validates: bool,
+    finest: float,
 ) -> SettingComparison:
     """Compare on the repetitions that most settings have, with the settings that have them all."""
     repetitions = matched(cells.get(setting, {}), [c for n, c in cells.items() if n != setting])
@@ -224,7 +255,13 @@ def _compare(
         repetitions,
         own,
         tuple(
-            Difference(rival, name, tuple(others), paired(own, others))
+            Difference(
+                paired(own, others),
+                finest,
+                rival=rival,
+                setting=name,
+                accuracies=tuple(others),
+            )
             for rival, name, others in rivals
         ),
         means,
@@ -317,58 +354,3 @@ def lacks(
         for seed, trial in gaps
     )
     return f"{len(cell)} of {len(repetitions)}: {', '.join(words)}"
-
-
-# Statistics of paired differences, and their text.
-
-
-def paired(own: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
-    """Return the differences, rounded: equal accuracies may differ by 1e-17 in their means."""
-    return tuple(round(a - b, 12) for a, b in zip(own, others, strict=True))
-
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % percentile bootstrap interval of the mean; None for fewer than two values."""
-    if p_value(values) is None:
-        return None
-    found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-
-def p_value(values: Sequence[float]) -> float | None:
-    """Two-sided, of Student's t test that the mean is 0; None for fewer than two values."""
-    if len(values) < 2 or not np.isfinite(values).all():
-        return None
-    if len(set(values)) == 1:  # NOTE: without spread t is 0 / 0 or infinite
-        return float(values[0] == 0)
-    return float(ttest_1samp(values, 0).pvalue)
-
-
-def verdict(values: Sequence[float]) -> Verdict:
-    p = p_value(values)
-    if p is None:
-        return "unknown"
-    if p >= LEVEL:
-        return "is not significantly different from"
-    return "beats" if np.mean(values) > 0 else "is below"
-
-
-def is_significant(values: Sequence[float]) -> bool:
-    return verdict(values) in ("beats", "is below")
-
-
-def points_text(values: Sequence[float]) -> str:
-    """The mean in points with its interval: `+1.0 [−1.3, +3.1]`."""
-    found = interval(values)
-    ends = f" [{', '.join(map(format_points, found))}]" if found else ""
-    return format_points(float(np.mean(values))) + ends
-
-
-def p_text(values: Sequence[float]) -> str:
-    p = p_value(values)
-    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
-
-
-def p_words(values: Sequence[float]) -> str:
-    p = p_text(values)
-    return f"p {p}" if p.startswith("<") else f"p = {p}"

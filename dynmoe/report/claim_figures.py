@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from dynmoe.report.claim import LEVEL, Claim, Rival, Verdict, columns, score_cells
+from dynmoe.report.claim import Claim, Rival, columns, score_cells
+from dynmoe.report.claim_tables import headline
 from dynmoe.report.costs import Mode, Timings, model_costs
 from dynmoe.report.document import Picture
 from dynmoe.report.drawing import (
@@ -34,6 +36,7 @@ from dynmoe.report.drawing import (
     scatter,
     set_apart,
 )
+from dynmoe.report.paired import LEVEL, Verdict
 from dynmoe.report.run import Run, by_setting, environments
 from dynmoe.report.words import capital
 from dynmoe.selection import judged
@@ -41,18 +44,22 @@ from dynmoe.selection import judged
 Style = Mapping[str, Any]
 """For `Axes.plot`."""
 
-UNDECIDED: Style = {"color": GREY, "marker": "o", "linestyle": "none", "markerfacecolor": "white"}
 LOOKS: dict[Verdict, Style] = {
     "beats": {"color": BLUE, "marker": "^", "linestyle": "none"},
-    "is not significantly different from": UNDECIDED,
+    "is not significantly different from": {
+        **{"color": GREY, "marker": "o", "linestyle": "none", "markerfacecolor": "white"},
+    },
     "is below": {"color": RED, "marker": "v", "linestyle": "none"},
-    "unknown": UNDECIDED,
+    "unknown": {"color": "black", "marker": "x", "linestyle": "none"},
 }
 LABELS: dict[Verdict, str] = {
     "beats": "better",
     "is not significantly different from": "not significantly different",
     "is below": "worse",
+    "unknown": "no verdict",
 }
+MOST_DOTS = 10
+"""Repetitions up to which each is drawn by itself."""
 
 MARKS: dict[Rival, str] = {"best": ", best", "worst": ", worst"}
 
@@ -85,31 +92,43 @@ def draw_claim(claim: Claim) -> Picture | None:
     shown = [*whole.against("mean"), *whole.against("dense"), *whole.against("grid")]
     if not shown:
         return None
-    figure, (axes,) = lay_out(1, width=7, height=0.8 + 0.25 * len(shown), beside=0)
+    title = textwrap.fill(headline(claim), 88)
+    height = 1 + 0.28 * len(shown) + 0.2 * title.count("\n")
+    figure, (axes,) = lay_out(1, width=7, height=height, beside=0)
+    axes.axvline(0, color="black", linewidth=0.8, zorder=1)
     for row, each in enumerate(shown):
         look = LOOKS[each.verdict]
-        low, high = each.interval or (math.nan, math.nan)
-        axes.plot([100 * low, 100 * high], [row, row], color=look["color"], linewidth=1.4)
+        if len(each.values) <= MOST_DOTS:
+            dots = [100 * value for value in each.values]
+            axes.plot(dots, [row] * len(dots), ".", color=look["color"], markersize=4, alpha=0.5)
+        if each.interval is not None:
+            low, high = each.interval
+            axes.plot([100 * low, 100 * high], [row, row], color=look["color"], linewidth=1.4)
         axes.plot(100 * each.mean, row, markersize=7, **look)
     names = [each.setting + marks[each.setting] or "mean of the grid" for each in shown]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.axvline(0, color="black", linewidth=0.8)
     count = len(whole.repetitions)
     points = "percentage points" if claim.words.scale == "%" else "points"
-    axes.set_xlabel(f"difference in {claim.words.noun}, {points} (n = {count})")
-    axes.set_title(f"{claim.setting} minus …")
+    axes.set_xlabel(f"{claim.setting} minus it: {claim.words.noun}, {points} (n = {count})")
+    figure.suptitle(title, fontsize="medium")
     axes.grid(axis="x", alpha=0.25)
-    handles = [Line2D([], [], **LOOKS[each], label=label) for each, label in LABELS.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    found = {each.verdict for each in shown}
+    handles = [
+        Line2D([], [], **LOOKS[each], label=label)
+        for each, label in LABELS.items()
+        if each in found
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return Picture(
         "claim",
         figure,
-        f"Paired differences in {claim.words.noun} with bootstrap intervals: {claim.setting} minus "
-        "the mean of the grid, dense, and every setting of the grid",
-        f"Right of 0 {claim.setting} is better. Lines are 95 % bootstrap intervals over matched "
-        f"repetitions, too narrow for few of them; the mark is by a paired t test (p < {LEVEL}, "
-        f"not corrected for {len(shown)} comparisons).",
+        f"Paired differences in {claim.words.noun}: {claim.setting} minus the mean of the grid, "
+        "dense, and every setting of the grid",
+        f"Right of 0 {claim.setting} is better. Dots are matched repetitions, lines 95 % bootstrap "
+        "intervals over them, too narrow for few; where there is no test there is no line. The "
+        f"mark is by a paired t test (p < {LEVEL}), corrected by Holm's method for "
+        f"{shown[0].family} comparisons.",
     )
 
 

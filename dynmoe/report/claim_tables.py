@@ -6,23 +6,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from dynmoe.report.claim import (
-    LEVEL,
     MEAN,
-    RESAMPLES,
     Claim,
     Difference,
     Rival,
     columns,
     examine,
     expected,
-    is_significant,
     lacks,
-    p_text,
-    p_words,
-    points_text,
     score_cells,
 )
 from dynmoe.report.cost_tables import taken
+from dynmoe.report.paired import FEWEST, LEVEL, RESAMPLES
 from dynmoe.report.run import Problem, conditions, counted, environments, seeds, settings
 from dynmoe.report.runs import Collection
 from dynmoe.report.tables import Strong, Table, format_mean, format_points
@@ -36,10 +31,7 @@ RIVALS: dict[Rival, str] = {
     "pick": "grid's best by validation",
     "dense": "dense",
 }
-ERROR = (
-    "+/- is the standard error over repetitions (population form, ddof 0); the 0.0 of a single one "
-    "says nothing."
-)
+ERROR = "+/- is the standard error over repetitions (population form, ddof 0); one alone has none."
 GRID = (
     "The grid is all settings with fixed experts and k. Its best and worst are chosen by the {} "
     "itself, which is optimistic for the best{}."
@@ -48,8 +40,9 @@ PICK = "; its best by validation is what one could have picked, in each repetiti
 PAIRED = (
     "Differences are paired: same {}, same repetition. In brackets the 95 % bootstrap "
     f"interval of their mean (percentile, {RESAMPLES} resamples of the repetitions), which is too "
-    "narrow for few of them; p is of a paired t test, two-sided, not corrected for the number of "
-    f"rivals. Bold: p < {LEVEL}."
+    "narrow for few of them. p: paired t test, two-sided, not corrected; by Holm: corrected for "
+    "the number of comparisons, {}. Bold: "
+    f"by Holm < {LEVEL}."
 )
 
 
@@ -66,13 +59,22 @@ def headline(claim: Claim) -> str:
     (mean,), (best,) = whole.against("mean"), whole.against("best")
     count = len(whole.repetitions)
     to_mean, to_best = (f"{format_points(each.mean)} points" for each in (mean, best))
-    if "unknown" in (mean.verdict, best.verdict):
-        missing = f"{claim.words.nouns} are missing"
-        why = "in one repetition, which proves nothing" if count == 1 else missing
-        return f"{where}: {to_mean} from the mean of the grid and {to_best} from its best, {why}."
+    if mean.why and best.why:
+        apart = f"against the mean, {mean.why}; against the best, {best.why}"
+        why = mean.why if mean.why == best.why else apart
+        return (
+            f"{where}: {to_mean} from the mean of the grid and {to_best} from its best; no "
+            f"verdict: {why}."
+        )
     if len(whole.against("grid")) == 1:
         only = f"{best.verdict} {best.setting}, the grid's only setting"
         return f"{where}, {only} ({to_best}; n = {count})."
+    if best.why:
+        known = f"{mean.verdict} the mean of the grid ({to_mean}; n = {count})"
+        return f"{where}, {known}; no verdict against its best ({to_best}): {best.why}."
+    if mean.why:
+        known = f"{best.verdict} the best of the grid ({to_best}; n = {count})"
+        return f"{where}, {known}; no verdict against its mean ({to_mean}): {mean.why}."
     link = f"and {best.verdict}"
     if (mean.verdict, best.verdict) == ("beats", "is below"):
         link = "but not"
@@ -97,7 +99,9 @@ def sentences(claim: Claim) -> list[str]:
         )
     # In a grid of one setting all its rivals are the same.
     shown = RIVALS if len(whole.against("grid")) > 1 else ("best", "dense")
-    found += [_sentence(claim, each) for each in whole.differences if each.rival in shown]
+    reasons = {each.why for each in whole.differences}
+    said = reasons.pop() if len(reasons) == 1 else ""  # by the headline
+    found += [_sentence(claim, each, said) for each in whole.differences if each.rival in shown]
     return [*found, *_caveats(claim)]
 
 
@@ -127,32 +131,68 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
     rows: list[tuple[str, ...]] = []
     for comparison in claim.comparisons:
         place, count = comparison.environment, str(len(comparison.repetitions))
-        rows.append((claim.setting, place, format_mean(comparison.accuracies), "", "", count))
+        rows.append((claim.setting, place, format_mean(comparison.accuracies), *[""] * 3, count))
         for each in comparison.differences:
             if each.rival in RIVALS:
-                style = Strong if is_significant(each.values) else str
-                cells = (style(points_text(each.values)), style(p_text(each.values)))
+                style = Strong if each.is_significant else str
+                cells = map(style, (each.points, *each.p_cells))
                 rows.append((_rival(each), place, format_mean(each.accuracies), *cells, count))
     notes = [
         ERROR,
-        PAIRED.format(claim.words.part),
+        PAIRED.format(claim.words.part, families(claim)),
+        *no_verdicts(claim),
         GRID.format(f"reported {claim.words.noun}", PICK if claim.problem.validates else ""),
         *(
-            f"Incomplete in {each.environment}: {', '.join(each.left_out)}."
-            for each in claim.comparisons
-            if each.left_out
+            f"Incomplete in {', '.join(places)}: {', '.join(left_out)}."
+            for left_out, places in _incomplete(claim).items()
         ),
     ]
     return Table(
         f"{claim.setting} against the grid on {claim.problem.dataset}",
         (
             *("setting", claim.words.place, claim.words.column),
-            *(f"{claim.setting} minus it, points", "p", "n"),
+            *(f"{claim.setting} minus it, points", "p", "by Holm", "n"),
         ),
         tuple(rows),
         note=" ".join(notes),
         conditions=conditions(collection.of(claim.problem)),
     )
+
+
+def families(claim: Claim) -> str:
+    """Number of comparisons that p values are corrected for: `5 in the mean of environments, 20 in
+    the single environments`."""
+    tested = [
+        (each.environment, max((d.family for d in each.differences), default=0))
+        for each in (claim.comparisons[0], claim.overall)
+    ]
+    (_, single), (place, whole) = tested
+    if len(claim.comparisons) == 1:
+        return str(whole)
+    return f"{whole} in the {place}, {single} in the single environments"
+
+
+def _incomplete(claim: Claim) -> dict[tuple[str, ...], list[str]]:
+    """Environments by what is left out there."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for each in claim.comparisons:
+        if each.left_out:
+            found.setdefault(each.left_out, []).append(each.environment)
+    return found
+
+
+def no_verdicts(claim: Claim) -> Iterator[str]:
+    """Yield a sentence on each reason for which differences of the table have no verdict."""
+    reasons: dict[str, list[str]] = {}
+    for comparison in claim.comparisons:
+        for each in comparison.differences:
+            if each.why and each.rival in RIVALS:
+                places = reasons.setdefault(each.why, [])
+                places.append(f"{_rival(each)} in {comparison.environment}")
+    count = sum(each.rival in RIVALS for c in claim.comparisons for each in c.differences)
+    for why, places in reasons.items():
+        where = "anything" if len(places) == count else ", ".join(places)
+        yield f"No verdict against {where}: {why}."
 
 
 def accuracy_table(collection: Collection, problem: Problem) -> Table:
@@ -191,16 +231,18 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
     )
 
 
-def _sentence(claim: Claim, difference: Difference) -> str:
+def _sentence(claim: Claim, difference: Difference, said: str) -> str:
+    """The reason for no verdict is left out if it was `said`."""
     rival = _rival(difference)
     if difference.rival == "mean":
         rival = f"{rival} ({counted(len(claim.overall.against('grid')), 'setting')})"
     article = "" if difference.rival == "dense" else "the "
     rival = f"{article}{rival}, {format_mean(difference.accuracies)}{claim.words.unit}"
-    points = f"{points_text(difference.values)} points"
-    if difference.verdict == "unknown":
-        return f"Against {rival}: {points}."
-    return f"It {difference.verdict} {rival}: {points}, {p_words(difference.values)}."
+    points = f"{difference.points} points"
+    if difference.why:
+        why = "" if difference.why == said else f"; no verdict: {difference.why}"
+        return f"Against {rival}: {points}{why}."
+    return f"It {difference.verdict} {rival}: {points}, {difference.p_words}."
 
 
 def _caveats(claim: Claim) -> Iterator[str]:
@@ -220,6 +262,8 @@ def _caveats(claim: Claim) -> Iterator[str]:
         )
     if claim.samples and claim.words.measure == "accuracy":
         sizes = "/".join(map(str, claim.samples))
+        if len(claim.samples) > 1 and len(set(claim.samples)) == 1:
+            sizes = f"{len(claim.samples)} x {claim.samples[0]}"
         own = sum(whole.accuracies) / len(whole.accuracies) if whole.accuracies else 0.5
         error = 100 * math.sqrt(own * (1 - own) / sum(claim.samples))
         yield (
@@ -230,7 +274,7 @@ def _caveats(claim: Claim) -> Iterator[str]:
         draws = ", ".join(f"{name} {count}" for name, count in claim.draws.items())
         yield f"The search was unequal; draws of hyper-parameters to choose from: {draws}."
     count = len(whole.repetitions)
-    if 2 <= count < 10 and whole.differences:
+    if FEWEST <= count < 10 and whole.differences:
         yield f"{counted(count, 'repetition')} can show large differences only."
     if whole.left_out:
         held = seeds(whole.repetitions) if count else "none"
@@ -281,7 +325,7 @@ def overview_table(claims: Mapping[Problem, Sequence[Claim]]) -> Table:
         for claim in found:
             mean, best = ([*claim.overall.against(rival), None][0] for rival in ("mean", "best"))
             accuracies = [each.accuracies if each else () for each in (claim.overall, mean, best)]
-            verdicts = [each.verdict if each else "unknown" for each in (mean, best)]
+            verdicts = [_verdict(each) for each in (mean, best)]
             cells = map(format_mean, accuracies)
             rows.append((problem.dataset, claim.setting, *cells, *verdicts))
     columns = ("accuracy, %", "mean of the grid, %", "best of the grid, %")
@@ -291,6 +335,13 @@ def overview_table(claims: Mapping[Problem, Sequence[Claim]]) -> Table:
         "The claim on every data set",
         ("data set", "setting", *columns, "against the mean", "against the best"),
         tuple(rows),
-        note="Protocol, selection rule, seeds, weights, data and versions are below the tables "
-        "of each data set.",
+        note=f"Verdicts: paired t tests (p < {LEVEL}), corrected by Holm's method for the "
+        "comparisons on each data set, not for the number of data sets. Protocol, selection rule, "
+        "seeds, weights, data and versions are below the tables of each data set.",
     )
+
+
+def _verdict(difference: Difference | None) -> str:
+    if difference is None:
+        return "nothing to compare with"
+    return f"no verdict: {difference.why}" if difference.why else difference.verdict

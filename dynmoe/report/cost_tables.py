@@ -173,7 +173,9 @@ def number(value: float) -> str:
 
 
 def spread(middle: float, quartiles: Range) -> str:
-    """`106 [105, 108]`: a median and its quartiles."""
+    """`106 [105, 108]`: a median and its quartiles; the median alone of a single round."""
+    if quartiles[0] == quartiles[1]:
+        return number(middle)
     return f"{number(middle)} [{', '.join(map(number, quartiles))}]"
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from dynmoe.metrics.efficiency import activated, exported, flops, total
 from dynmoe.records import Record, RecordError, stretches
-from dynmoe.report.run import Problem, Run, by_setting, in_words
+from dynmoe.report.run import Problem, Run, by_setting, different_facts
 from dynmoe.report.runs import Collection
 
 # Facts that measured hours depend on besides the configuration.
@@ -100,12 +100,6 @@ def search_cost(
         len({run.setting for run in grid}),
         different_facts([run.facts for run in (*grid, *own)], MACHINE),
     )
-
-
-def different_facts(facts: Sequence[Record], keys: Iterable[str]) -> tuple[str, ...]:
-    """Return `key (value; value)` of each fact that is not the same everywhere."""
-    found = {key: dict.fromkeys(in_words(fact.get(key)) for fact in facts) for key in keys}
-    return tuple(f"{key} ({'; '.join(values)})" for key, values in found.items() if len(values) > 1)
 
 
 def _model_cost(run: Run) -> tuple[float, ...]:

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from dynmoe.records import Record, RecordError, RunFolder
-from dynmoe.report.tables import Strong, Table, format_mean, latex
+from dynmoe.report.run import NOT_FINITE, Run
+from dynmoe.report.tables import Strong, Table, format_trials, latex
 from dynmoe.selection import best_of_sweep
 
 # The three selection rules, in DomainBed's order and in the words that it prints.
@@ -88,7 +89,7 @@ def write(folder: Path) -> str:
     text = to_text(results)
     (folder / "results.txt").write_text(text, encoding="utf-8")
     (folder / "results.tex").write_text(to_latex(results), encoding="utf-8")
-    missing = "".join(f"{sentence}\n" for sentence in gaps(results))
+    missing = "".join(f"{sentence}\n" for sentence in [*left_out(folder), *gaps(results)])
     return f"{text}\n{missing}" if missing else text
 
 
@@ -197,7 +198,7 @@ def _row(algorithm: str, cells: list[list[float]]) -> tuple[str, ...]:
     if all(cells):
         # Python's sum over numpy numbers adds from left to right, as DomainBed's does.
         average = f"{sum(100 * np.mean(cell) for cell in cells) / len(cells):.1f}"
-    return algorithm, *map(format_mean, cells), average
+    return algorithm, *map(format_trials, cells), average
 
 
 def _accuracies(records: Sequence[Record], rule: str) -> Accuracies:
@@ -228,7 +229,8 @@ ACCURACY = re.compile(r"env(\d+)_(?:in|out)_acc")
 
 
 def read(folder: Path, keep: Callable[[Record], bool] = lambda record: True) -> list[Record]:
-    """Return the records of every direct sub-folder with a `results.jsonl` that `keep` accepts.
+    """Return the records of every direct sub-folder with a `results.jsonl` that `keep` accepts,
+    those that are `left_out` aside.
 
     Raises:
         RecordError: no records, a record that lacks a key, or runs that cannot share a table.
@@ -236,7 +238,10 @@ def read(folder: Path, keep: Callable[[Record], bool] = lambda record: True) -> 
     records: list[Record] = []
     runs: dict[Path, Record] = {}
     for file in sorted(folder.glob("*/results.jsonl")):
-        for number, record in enumerate(RunFolder(file.parent).read("results"), start=1):
+        run = RunFolder(file.parent)
+        if _fault(run):
+            continue
+        for number, record in enumerate(run.read("results"), start=1):
             _check(record, f"{file}, line {number}")
             if keep(record):
                 records.append(record)
@@ -250,6 +255,25 @@ def read(folder: Path, keep: Callable[[Record], bool] = lambda record: True) -> 
     # DomainBed takes the highest hparams_seed among equally good draws: its groups are
     # sorted by it (domainbed/lib/query.py), and `best_of_sweep` takes the last.
     return sorted(records, key=lambda record: record["args"]["hparams_seed"])
+
+
+def left_out(folder: Path) -> Iterator[str]:
+    """Name the runs of ours that have not finished, or whose loss was not finite."""
+    for file in sorted(folder.glob("*/results.jsonl")):
+        fault = _fault(RunFolder(file.parent))
+        if fault:
+            yield f"Left out: {file.parent.name}, {fault}."
+
+
+def _fault(folder: RunFolder) -> str:
+    """Return why a run is left out, or nothing. Runs of DomainBed, without a `run.json`, all count,
+    as in its own tables."""
+    if not (folder.path / "run.json").exists():
+        return ""
+    if folder.state != "done":
+        return folder.state
+    step = Run(folder, folder.read_run(), folder.read("results")).nonfinite_step
+    return "" if step is None else NOT_FINITE.format(step)
 
 
 def count_environments(record: Record) -> int:

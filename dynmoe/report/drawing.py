@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -57,13 +58,33 @@ def lay_out(
     grid = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flat
     for axes in grid[count:]:
         axes.remove()
-    return figure, list(grid[:count])
+    panels = list(grid[:count])
+    for axes in panels[-columns:]:  # also above a panel that was removed
+        axes.tick_params(labelbottom=True)
+    return figure, panels
 
 
 def name_axes(figure: Figure, across: str, up: str = "") -> None:
     """Write the labels that all panels share once per figure."""
     figure.supxlabel(across, fontsize="medium")
     figure.supylabel(up, fontsize="medium")
+
+
+def legend_below(
+    figure: Figure, panels: Sequence[Axes], handles: Sequence[Artist], across: str, columns: int
+) -> None:
+    """Put a legend below the panels, which makes the figure higher by its rows.
+
+    The label that panels share is at the lowest of each column: at the figure's edge it would be in
+    the legend.
+    """
+    figure.set_figheight(figure.get_figheight() + 0.22 * math.ceil(len(handles) / columns))
+    place = panels[0].get_subplotspec()
+    assert place is not None
+    for axes in panels[-place.get_gridspec().ncols :]:
+        axes.set_xlabel(across)
+    names: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(handles=handles, frameon=False, columnspacing=1.2, **names)
 
 
 def over_steps(axes: Axes) -> None:
@@ -154,8 +175,13 @@ def scatter(axes: Axes, points: Sequence[Point], more_is_better: bool = False) -
     best = front(points, more_is_better)
     # Stairs: at a given x the best y is that of the last point that costs no more, or of the next
     # one that is as fast.
+    # They reach as far as there are points.
     x, y = (np.repeat([getattr(point, axis) for point in best], 2) for axis in "xy")
-    corners = (x[:-1], y[1:]) if more_is_better else (x[1:], y[:-1])
+    ends = [point.x for point in points]
+    if more_is_better:
+        corners = np.append(min(ends), x[:-1]), np.append(y[0], y[1:])
+    else:
+        corners = np.append(x[1:], max(ends)), np.append(y[:-1], y[-1])
     axes.plot(*corners, color=GREY, linestyle="--", linewidth=1, zorder=1)
     axes.margins(0.12)
     axes.grid(alpha=0.25)

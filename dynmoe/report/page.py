@@ -266,7 +266,9 @@ def what_is_missing(collection: Collection) -> Section:
                 (entry.name, entry.state, entry.overrides or "-", entry.why or "-")
                 for entry in collection.absent
             ),
-            note="Nothing above counts them. The sweep's command, started again, runs them.",
+            note="Nothing above counts them. The sweep's command, started again, runs those that "
+            "have not finished; diverged or short ones are finished, and need other settings and "
+            "overwrite=true.",
             in_words=True,
         )
         blocks.append(Sheet("absent", table))
@@ -352,6 +354,7 @@ CONDITIONS: dict[str, CellText] = {
     "weights": _fact("weights"),
     "data hash": lambda runs: every(sorted({run.facts["data_hash"] for run in runs})),
     "versions": _fact("versions"),
+    "commit": _fact("commit", ABSENT),
     "machine": _fact("machine"),
     "device, threads": _each(lambda run: f"{run.facts['device']}, {run.facts['threads']}"),
     "runtime": _fact("runtime"),

@@ -22,6 +22,7 @@ from dynmoe.report.drawing import (
     STEP,
     heat_map,
     lay_out,
+    legend_below,
     name_axes,
     over_steps,
     percent_of_rows,
@@ -40,6 +41,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "answer": {"color": COLOURS[2], "marker": "^", "linestyle": ":"},
 }
 EXPERTS: dict[str, Any] = {"color": "black", "marker": "_", "markersize": 14, "linestyle": "none"}
+POOL: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": "--"}
 SHADES = "Shades are each panel's own."
 
 
@@ -49,14 +51,16 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
     places = list(_places(settings))
     if not places:
         return None
-    figure, panels = lay_out(len(places), width=3.6, height=2.5, beside=0, share=True)
+    # Of several settings each has a row, if its layers fit.
+    most = max(len(layers_of(members[0])) for members in settings.values())
+    columns = most if len(settings) > 1 and most < 3 else 3
+    figure, panels = lay_out(
+        len(places), width=3.6, height=2.5, beside=0, share=True, columns=columns
+    )
+    highest = 0.0
     for (setting, layer), axes in zip(places, panels, strict=True):
-        curves = []
-        for run in settings[setting]:
-            steps, counts = experts_over_steps(run, layer)
-            # Without room after the last step an update just before it is a spike at the edge.
-            room = steps[-1] + max(1, steps[-1] // 25)
-            curves.append(([*steps, room], [*counts, counts[-1]]))
+        members = settings[setting]
+        curves = [experts_over_steps(run, layer) for run in members]
         # NOTE: shifted a little, else runs with equally many experts hide one another.
         shifts = np.linspace(-0.2, 0.2, len(curves)) if len(curves) > 1 else [0.0]
         for (steps, counts), shift in zip(curves, shifts, strict=True):
@@ -64,18 +68,26 @@ def draw_experts(runs: Sequence[Run]) -> Picture | None:
             axes.step(steps, line, where="post", color=GREY, linewidth=0.7, alpha=0.6)
         changes = np.unique(np.concatenate([steps for steps, _ in curves]))
         mean = np.mean([experts_at(changes, *curve) for curve in curves], axis=0)
-        axes.step(changes, mean, where="post", color=BLUE, linewidth=2.6)
+        axes.step(changes, mean, where="post", color=BLUE, linewidth=2.4, label="living experts")
+        # The mark is the end, also where the last update is close to it.
+        axes.plot(changes[-1], mean[-1], "o", color=BLUE, markersize=6)
+        pool = max(run.facts["costs"]["slots"][layer] for run in members)
+        axes.axhline(pool, **POOL, label="slots of the pool")
         axes.set_title(_title(setting, layer, settings))
         axes.yaxis.set_major_locator(whole_numbers())
         over_steps(axes)
-    name_axes(figure, STEP, "living experts")
+        highest = max(highest, pool)
+    panels[0].set_ylim(0, 1.08 * highest)
+    handles, _ = panels[0].get_legend_handles_labels()
+    legend_below(figure, panels, handles, STEP, columns=2)
+    name_axes(figure, "", "living experts")
     return Picture(
         "experts",
         figure,
         "Living experts in each MoE layer over training",
-        f"Each thin line is one run (one seed and {runs[0].words.place}), the thick line their "
-        "mean; a step up is an expert added, a step down experts removed. Thin lines are shifted "
-        "a little; all are drawn a little beyond the last step.",
+        f"Each thin line is one run (one seed and {runs[0].words.place}), shifted a little; the "
+        "thick line is their mean, its mark the end of training. A step up is an expert added, a "
+        "step down experts removed. Dashed: the slots of the pool, the most experts there can be.",
     )
 
 
@@ -282,9 +294,7 @@ def _load_panels(
         (names, counts), slots = loads(run, lines), lines[0]["slots"]
         heat_map(axes, percent_of_rows(counts, len(slots)), names, slots)
         axes.set_title(f"{run.setting}\n{layer_name(layer)}")
-    # A panel of few rows is too low for the long name; the caption says it too.
-    share = "; numbers: % of its routed tokens" if rows > 3 else ""
-    name_axes(figure, "living expert (slot)", what + share)
+    name_axes(figure, "living expert (slot); numbers: % of a row's routed tokens", what)
     return figure
 
 

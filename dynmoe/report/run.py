@@ -27,6 +27,11 @@ from dynmoe.selection import RULES, judged, selected
 Kind = Literal["dense", "fixed", "adaptive"]
 KINDS: tuple[Kind, ...] = ("dense", "fixed", "adaptive")
 
+DENSE = "dense"
+"""Name of a model without MoE layers, whatever `moe.algorithm` is: older runs have `ERM`."""
+
+NOT_FINITE = "the training loss was not finite at step {}"
+
 Repetition = tuple[int, int]
 """(seed, trial seed)"""
 
@@ -94,6 +99,15 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Dotted keys and values of all that can change the result."""
         return self.facts["config"]
+
+    @property
+    def nonfinite_step(self) -> int | None:
+        """Step at which the loss was first seen not to be finite; None if it always was."""
+        for record in (self.facts, *self.results):
+            if record.get("nonfinite_step") is not None:
+                return int(record["nonfinite_step"])
+        losses = ((record["step"], record.get("loss")) for record in self.results)
+        return next((n for n, loss in losses if loss is not None and not math.isfinite(loss)), None)
 
     @property
     def problem(self) -> Problem:
@@ -255,7 +269,7 @@ def short_name(run: Run) -> str:
     """Name of the mixture: `dense`, `top-2 of 8`, `GMoE top-1 of 6`, `DynMoE`."""
     config = run.config
     if run.kind == "dense":
-        return "dense"
+        return DENSE
     if run.kind == "adaptive":
         return str(config["moe.algorithm"])
     if "moe.top_k" not in config:  # a router that decides for itself, in a pool that stays
@@ -334,6 +348,12 @@ def in_words(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     return "unknown" if value is None else str(value)
+
+
+def different_facts(facts: Sequence[Record], keys: Iterable[str]) -> tuple[str, ...]:
+    """Return `key (value; value)` of each fact that is not the same everywhere."""
+    found = {key: dict.fromkeys(in_words(fact.get(key)) for fact in facts) for key in keys}
+    return tuple(f"{key} ({'; '.join(values)})" for key, values in found.items() if len(values) > 1)
 
 
 def every(values: Iterable[object]) -> str:
@@ -433,6 +453,8 @@ def _by_name(config: Config) -> Config:
     """Replace paths by their last part: weights are known by the name of their folder or on the
     hub. The run of the stage before is named without its seed."""
     found = dict(config)
+    if config.get("moe.router", "") is None:
+        found["moe.algorithm"] = DENSE
     if "stage.start" in found:
         found["stage.start"] = start_name(config)
     if "backbone.path" in found:

@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 
 from dynmoe.records import Record, RecordError, RunFolder
-from dynmoe.report.run import Problem, Repetition, Run, name_settings, order
+from dynmoe.report.run import (
+    NOT_FINITE,
+    Problem,
+    Repetition,
+    Run,
+    counted,
+    different_facts,
+    name_settings,
+    order,
+)
+from dynmoe.report.words import layer_name
 from dynmoe.selection import RULES, best_of_sweep, rule_of
 
 Job = Mapping[str, Any]
@@ -32,9 +42,9 @@ class Absent:
     """The name of its folder."""
     overrides: str
     state: str
-    """missing, stopped, running or failed"""
+    """missing, stopped, running or failed; of a finished run diverged, short or without a score"""
     why: str
-    """The first line of its error; empty if it did not fail."""
+    """The first line of its error, or what a finished run lacks; empty if there is no reason."""
     problem: Problem | None = None
     """This and the following fields: as far as `run.json` or `sweep.json` tell them."""
     setting: str = ""
@@ -88,14 +98,17 @@ def read_runs(folders: Sequence[Path]) -> Collection:
         except RecordError as error:
             warnings.append(f"{error}; left out")
             continue
-        if state == "done" and run is not None:
+        fault = _fault(run) if state == "done" and run is not None else None
+        if state == "done" and run is not None and fault is None:
             finished.append(run)
             warnings += [f"{file}: its last line was cut short; ignored" for file in folder.torn]
         else:
             begun += [run] if run is not None else []
-            absent[path] = Absent(path.name, job.get("overrides", ""), state, folder.failure)
+            found = fault or (state, folder.failure)
+            absent[path] = Absent(path.name, job.get("overrides", ""), *found)
     named = name_settings([*finished, *begun])
-    done = _without_copies(named[: len(finished)], warnings)
+    done = _without_pairs(named[: len(finished)], warnings)
+    done = _without_copies(done, warnings)
     runs, others = (_readable(found, warnings) for found in choose(done))
     places = {run.folder.path: run for run in named[len(finished) :]}
     env_names = {run.problem.dataset: run.facts["env_names"] for run in named if run.results}
@@ -103,7 +116,7 @@ def read_runs(folders: Sequence[Path]) -> Collection:
         folders=[Path(folder) for folder in folders],
         runs=sorted(runs, key=order),
         absent=[_placed(entry, places.get(path), env_names) for path, entry in absent.items()],
-        warnings=[*warnings, *_different_data(done)],
+        warnings=[*warnings, *_different_data(done), *different_conditions(runs)],
         others=sorted(others, key=order),
         commands={folder: sweep["commands"] for folder, sweep in sweeps.items() if sweep},
     )
@@ -173,6 +186,41 @@ def _asked(folder: RunFolder, job: Job) -> Run | None:
     return Run(folder, facts, [])
 
 
+def _fault(run: Run) -> tuple[str, str] | None:
+    """Return why a finished run has no result that a mean may contain: its state, and a reason."""
+    if run.nonfinite_step is not None:
+        return "diverged", NOT_FINITE.format(run.nonfinite_step)
+    planned = run.facts["steps"]
+    if run.steps_taken < planned and run.facts.get("patience") is None:
+        return "short", f"{run.steps_taken} of {planned} steps are recorded"
+    if not math.isfinite(run.outcome.accuracy):
+        sets = ", ".join(run.facts["reported"]["sets"])
+        return "without a score", f"{run.words.measure} on {sets} is not a number"
+    return None
+
+
+def _without_pairs(runs: Iterable[Run], warnings: list[str]) -> list[Run]:
+    """The runs but those that hold out several environments beside others that hold out one.
+
+    In DomainBed they only help to select, by leave-one-domain-out validation.
+    """
+    found = list(runs)
+    single = {run.problem for run in found if len(run.facts["test_envs"]) == 1}
+    kept = [
+        run
+        for run in found
+        if len(run.facts["test_envs"]) == 1
+        or run.problem not in single
+        or run.problem.selection == "leave_one_domain_out"
+    ]
+    if len(kept) < len(found):
+        warnings.append(
+            f"{counted(len(found) - len(kept), 'run')} with several test environments left out: "
+            "such runs serve protocol.selection=leave_one_domain_out alone"
+        )
+    return kept
+
+
 def _without_copies(runs: Iterable[Run], warnings: list[str]) -> list[Run]:
     first: dict[object, Run] = {}
     repeats = []
@@ -225,6 +273,32 @@ def _different_data(runs: Iterable[Run]) -> list[str]:
         for (problem, (seed, trial)), found in hashes.items()
         if len(found) > 1
     ]
+
+
+def different_conditions(runs: Sequence[Run]) -> list[str]:
+    """Circumstances in which the compared runs of a problem differ and that can change results."""
+    found = []
+    for problem in dict.fromkeys(run.problem for run in runs):
+        members = [run for run in runs if run.problem == problem]
+        facts = [
+            {key: run.facts.get(key) for key in ("device", "threads", "commit")}
+            | run.facts["runtime"]
+            | run.facts["versions"]
+            for run in members
+        ]
+        different = different_facts(facts, dict.fromkeys(key for each in facts for key in each))
+        mixtures = [run for run in members if run.kind != "dense"]
+        layers = [
+            {"MoE layers": " ".join(map(layer_name, run.facts["start_experts"]))}
+            for run in mixtures
+        ]
+        different += different_facts(layers, ["MoE layers"])
+        if different:
+            found.append(
+                f"{problem.dataset}: compared runs differ in {', '.join(different)}; do not trust "
+                "small differences"
+            )
+    return found
 
 
 # The entries of records that reports need, checked as they are read: a damaged one is named there.

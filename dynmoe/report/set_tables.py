@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from dynmoe.report.claim import LEVEL, is_significant, p_text, p_words, paired, points_text, verdict
+from dynmoe.records import Record
+from dynmoe.report.claim import resolution
 from dynmoe.report.cost_tables import taken
+from dynmoe.report.paired import LEVEL, PairedTest, corrected, paired
 from dynmoe.report.routing_figures import layers_of, of_layer, on_tests, training, with_parts
 from dynmoe.report.run import (
     Problem,
@@ -214,38 +216,30 @@ def parts_table(runs: Sequence[Run]) -> Table | None:
     tested = adaptive[0].environment
     rows: list[tuple[str, ...]] = []
     for setting, members in by_setting(adaptive).items():
-        layers = layers_of(members[0])
-        k = np.mean([_k_by_layer(run) for run in members], axis=0)
-        names = list(map(layer_name, layers))
-        if len(layers) > 1:
-            k, names = np.vstack([k, k.mean(axis=0)]), [*names, "mean of layers"]
-        rows += [
-            (setting, name, *(format_number(each, ".2f") for each in row))
-            for name, row in zip(names, k, strict=True)
-        ]
+        for place, lines_of in ((tested, on_tests), ("training", training)):
+            k = np.mean([_k_by_layer(run, lines_of(run)) for run in members], axis=0)
+            names = list(map(layer_name, layers_of(members[0])))
+            if len(names) > 1:
+                k, names = np.vstack([k, k.mean(axis=0)]), [*names, "mean of layers"]
+            rows += [
+                (setting, name, place, *(format_number(each, ".2f") for each in row))
+                for name, row in zip(names, k, strict=True)
+            ]
     return Table(
         "Experts that a token activates, by what it is",
-        (
-            "setting",
-            "MoE layer",
-            "living experts",
-            *(f"{part}, {where}" for where in (tested, "training") for part in PARTS),
-        ),
+        ("setting", "MoE layer", "on", "experts", *PARTS),
         tuple(rows),
         note=f"Mean over repetitions of mean k, at the reported step: on {tested}, and in training "
-        "since the evaluation before. Image: patches; prompt: other tokens before the answer; "
-        f"answer: on {tested} what the model said, in training what is right.",
+        "since the evaluation before; experts: those living. Image: patches; prompt: other tokens "
+        f"before the answer; answer: on {tested} what the model said, in training what is right.",
         conditions=conditions(adaptive),
     )
 
 
-def _k_by_layer(run: Run) -> list[list[float]]:
-    """Living experts, then k of each part on what is reported and in training."""
-    rows = []
-    for layer in run.layers:
-        found = [k_by_part(of_layer(lines, layer.name)) for lines in (on_tests(run), training(run))]
-        rows.append([layer.experts, *(k.get(part, np.nan) for k in found for part in PARTS)])
-    return rows
+def _k_by_layer(run: Run, lines: Sequence[Record]) -> list[list[float]]:
+    """Living experts of each layer, then k of each part."""
+    found = [(layer.experts, k_by_part(of_layer(lines, layer.name))) for layer in run.layers]
+    return [[experts, *(k.get(part, np.nan) for part in PARTS)] for experts, k in found]
 
 
 def _sets(runs: Sequence[Run]) -> list[str]:
@@ -270,29 +264,30 @@ def image_use_table(runs: Sequence[Run]) -> Table | None:
         return None
     name, words = runs[0].environment, runs[0].words
     rows: list[tuple[str, ...]] = []
-    for setting, members in by_setting(runs).items():
-        lost = _lost(members)
-        style = Strong if is_significant(lost) else str
+    for setting, lost in _lost(runs).items():
+        members = by_setting(runs)[setting]
         means = (format_mean(_values(members, each)) for each in (name, SHUFFLED))
-        cells = (style(points_text(lost)), style(p_text(lost)), str(len(members)))
-        rows.append((setting, *means, *cells))
+        style = Strong if lost.is_significant else str
+        cells = map(style, (lost.points, *lost.p_cells))
+        rows.append((setting, *means, *cells, str(len(members))))
     baseline = runs[0].facts["baseline"] or {"scores": {}}
     answers = {
         "most frequent answer to the same question": baseline["scores"].get(name, {}).get("score"),
         "most frequent answer of all": baseline.get("majority"),
     }
     rows += [
-        (f"no image: {what}", format_number(100 * share, ".1f"), "", "", "", "")
+        (f"no image: {what}", format_number(100 * share, ".1f"), *[""] * 5)
         for what, share in answers.items()
         if share is not None
     ]
     return Table(
         f"{capital(words.measure)} with the right images and with others, {words.scale}",
-        ("setting", name, SHUFFLED, f"{name} minus {SHUFFLED}, points", "p", "n"),
+        ("setting", name, SHUFFLED, f"{name} minus {SHUFFLED}, points", "p", "by Holm", "n"),
         tuple(rows),
         note=f"{SHUFFLED}: the questions and right answers of {name}, each about the image of "
         "another question; what a model loses there, it owes to the images. Differences are "
-        f"paired by repetition; p is of a t test, two-sided; bold: p < {LEVEL}.",
+        "paired by repetition; p is of a t test, two-sided; by Holm: corrected for the number of "
+        f"settings; bold: by Holm < {LEVEL}.",
         conditions=conditions(runs),
     )
 
@@ -302,27 +297,35 @@ def image_use_sentences(runs: Sequence[Run]) -> list[str]:
     if not _has_exchanged(runs):
         return []
     found = []
-    for setting, members in by_setting(runs).items():
-        lost = _lost(members)
-        points = f"{points_text(lost)} points, {p_words(lost)}, n = {len(lost)}"
+    for setting, lost in _lost(runs).items():
+        if lost.why:
+            found.append(
+                f"{setting}: {lost.points} points with the right images, which is no verdict on "
+                f"its use of them: {lost.why}."
+            )
+            continue
         said = {
             "beats": "is better with the right images than with others: it uses them",
             "is below": "is worse with the right images than with others",
-            "unknown": "was tried once, which proves nothing about its use of images",
-        }.get(verdict(lost), "is not significantly better with the right images")
-        if verdict(lost) == "unknown":
-            points = f"{points_text(lost)} points"
-        found.append(f"{setting} {said} ({points}).")
+        }.get(lost.verdict, "is not significantly better with the right images")
+        numbers = f"{lost.points} points, {lost.p_words}, n = {len(lost.values)}"
+        found.append(f"{setting} {said} ({numbers}).")
     return found
 
 
 def _has_exchanged(runs: Sequence[Run]) -> bool:
-    return all(SHUFFLED in run.scores for run in runs)
+    return all("score" in run.scores.get(SHUFFLED, {}) for run in runs)
 
 
-def _lost(runs: Sequence[Run]) -> tuple[float, ...]:
-    """The score with the right images minus that with others, of each run."""
-    return paired(_values(runs, runs[0].environment), _values(runs, SHUFFLED))
+def _lost(runs: Sequence[Run]) -> dict[str, PairedTest]:
+    """The score with the right images minus that with others, by repetition of each setting."""
+    place = runs[0].environment
+    finest = resolution(runs, place)
+    tests = {
+        setting: PairedTest(paired(_values(own, place), _values(own, SHUFFLED)), finest)
+        for setting, own in by_setting(runs).items()
+    }
+    return corrected(tests)
 
 
 def _values(runs: Sequence[Run], name: str, measure: str = "score") -> list[float]:

@@ -16,8 +16,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from dynmoe.metrics.efficiency import activated, exported
-from dynmoe.report.costs import MACHINE, different_facts, model_costs
-from dynmoe.report.run import Run, conditions, counted
+from dynmoe.report.costs import MACHINE, model_costs
+from dynmoe.report.run import NOT_FINITE, Run, conditions, counted, different_facts, short_name
 from dynmoe.report.set_tables import kind_tables, parts_table
 from dynmoe.report.tables import Strong, Table, format_number, format_points, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
@@ -58,7 +58,8 @@ def to_markdown(run: Run) -> str:
 
 
 def _title(run: Run) -> str:
-    title = f"{run.facts['algorithm']} on {run.facts['dataset']}"
+    name = short_name(run) if run.kind == "dense" else run.facts["algorithm"]
+    title = f"{name} on {run.facts['dataset']}"
     return f"{title}, {run.words.place} {run.environment}" if run.tested else title
 
 
@@ -144,6 +145,8 @@ def _experts(run: Run) -> Table:
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
     facts = run.facts
     steps, taken = facts["steps"], run.steps_taken
+    if run.nonfinite_step is not None:
+        yield "diverged", f"{NOT_FINITE.format(run.nonfinite_step)}; reports leave this run out"
     if run.results[-1].get("stopped_early"):
         yield "stopped early", f"after {taken} of {steps} steps (patience {facts['patience']})"
     elif taken < steps:
@@ -260,18 +263,26 @@ def _warnings(a: Run, b: Run, obstacles: list[str]) -> Iterator[str]:
 
 
 def _configuration(a: Run, b: Run) -> Table:
-    texts = [
+    """What differs among the keys that both have; the others, such as those of another router, are
+    named once."""
+    ours, theirs = (
         {key: json.dumps(value, ensure_ascii=False) for key, value in run.config.items()}
         for run in (a, b)
-    ]
-    rows = [(key, *(text.get(key, "–") for text in texts)) for key in sorted(texts[0] | texts[1])]
-    differing = tuple(row for row in rows if row[1] != row[2])
+    )
+    differing = tuple(
+        (key, ours[key], theirs[key])
+        for key in sorted(ours.keys() & theirs.keys())
+        if ours[key] != theirs[key]
+    )
     count = f"{counted(len(differing), 'key')} differ{'s' * (len(differing) == 1)}"
+    alone = {"A": ours.keys() - theirs.keys(), "B": theirs.keys() - ours.keys()}
     return Table(
         f"Configuration: {count}",
         ("key", "A", "B"),
         differing,
-        note="–: the key is absent." if any("–" in row for row in differing) else "",
+        note="\n".join(
+            f"Only {name} has {', '.join(sorted(keys))}." for name, keys in alone.items() if keys
+        ),
         in_words=True,
     )
 

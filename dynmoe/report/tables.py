@@ -53,7 +53,16 @@ class Table:
 
 
 def format_mean(accuracies: Sequence[float]) -> str:
-    """Mean and standard error over trials, in per cent: `20.0 +/- 4.7`; `X` without any.
+    """Mean and standard error over repetitions, in per cent: `20.0 +/- 4.7`; `20.0` of a single
+    one, which has no error; `X` without any, or where one is not a number."""
+    values = list(accuracies)
+    if not values or not np.isfinite(values).all():
+        return "X"
+    return f"{100 * values[0]:.1f}" if len(values) == 1 else format_trials(values)
+
+
+def format_trials(accuracies: Sequence[float]) -> str:
+    """Mean and standard error over trials as DomainBed prints them: `20.0 +/- 0.0` of one trial.
 
     The standard error is the population standard deviation (ddof 0) over the root of the number
     of trials, as in domainbed/scripts/collect_results.py. DomainBed's published tables use it, so
@@ -70,9 +79,9 @@ def format_mean(accuracies: Sequence[float]) -> str:
 def format_points(difference: float) -> str:
     """A difference of accuracies in percentage points, with its sign: `−2.3`; `0.0` has none.
 
-    A difference that would round to 0 without being 0 has two decimals.
+    A difference that would round to 0 without being 0 has two decimals; below 0.005 it is 0.
     """
-    points = 100 * difference
+    points = round(100 * difference, 2)
     digits = 2 if points and not round(points, 1) else 1
     return f"{points:+.{digits}f}".replace("-", "−") if points else "0.0"
 

@@ -11,6 +11,7 @@ import pytest
 from command_line import Refused, Run
 
 from dynmoe.benchmark.options import LAYER_CASES
+from dynmoe.benchmark.results import noise
 
 TINY = ["layer", "--shape", "64,16,32,4", "--device", "cpu", "--malloc", "system"]
 TINY += ["--threads", "1", "--rounds", "2"]
@@ -45,6 +46,12 @@ def test_measures_all_cases(
     shown = capsys.readouterr().out
     assert all(case in shown for case in LAYER_CASES)
     assert "Summary" in shown and str(file) in shown
+
+
+def test_one_round_has_no_spread_to_judge_by() -> None:
+    assert noise((1.0, 3.0), (2.0, 4.0)) == "within noise"
+    assert noise((1.0, 2.0), (3.0, 4.0)) == ""
+    assert noise((1.0, 1.0), (3.0, 4.0)) == noise((1.0, 2.0), (3.0, 3.0)) == "no spread to judge by"
 
 
 def test_compares_with_a_baseline(

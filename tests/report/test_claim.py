@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sweeps import write_run, write_sweep
 
-from dynmoe.report.claim import MEAN, Claim, Difference, SettingComparison, examine
+from dynmoe.report.claim import MEAN, Claim, SettingComparison, examine
 from dynmoe.report.claim_tables import (
     accuracy_table,
     claim_table,
@@ -75,13 +75,17 @@ def test_verdicts_follow_from_a_paired_t_test(tmp_path: Path) -> None:
     ts = [4 / (2 / 3**0.5), 6 / (2 / 3**0.5), 14 / (2 / 3**0.5), 6 / (2 / 3**0.5)]
     ts.append(14 / (math.sqrt((10**2 + 2**2 + 12**2) / 2) / 3**0.5))
     assert [each.p for each in shown] == pytest.approx([1 - t / math.sqrt(t**2 + 2) for t in ts])
-    assert [each.verdict for each in shown] == [
-        "is not significantly different from",  # p = 0.07
-        "is below",  # 0.035
-        "beats",  # 0.007
-        "is below",
-        "is not significantly different from",  # 0.16
-    ]
+    # Holm: top-2 of 4 is best and pick, and counts once. Of 4 comparisons the least p, 0.0067,
+    # counts 4 times, 0.027 < 0.05; the next, 0.035, 3 times; 0.074 twice; 0.16.
+    raw = [each.p or 0 for each in shown]
+    factors = (2, 3, 4, 3, 1)
+    assert [each.corrected for each in shown] == pytest.approx(
+        [factor * p for factor, p in zip(factors, raw, strict=True)]
+    )
+    assert {each.family for each in first.differences} == {4}
+    undecided = "is not significantly different from"
+    verdicts = [undecided, undecided, "beats", undecided, undecided]
+    assert [each.verdict for each in shown] == verdicts
     # Of three values the 2.5 % and 97.5 % quantiles of resampled means are the outermost values:
     # each has the chance 1/27 = 3.7 %.
     assert [each.interval for each in shown] == [
@@ -89,18 +93,26 @@ def test_verdicts_follow_from_a_paired_t_test(tmp_path: Path) -> None:
         for span in ((0.02, 0.06), (-0.08, -0.04), (0.12, 0.16), (-0.08, -0.04), (0.04, 0.26))
     ]
     (equal,) = second.against("mean")
-    assert (equal.interval, equal.p, equal.verdict) == (
-        (0, 0),
-        1,
-        "is not significantly different from",
-    )
+    assert (equal.interval, equal.p, equal.verdict) == (None, None, "unknown")
     assert mean.against("dense")[0].verdict == "is not significantly different from"
 
 
-@pytest.mark.parametrize("values", [(0.5,), (0.1, math.nan)])
-def test_one_value_or_a_missing_one_decides_nothing(values: tuple[float, ...]) -> None:
-    difference = Difference("dense", "dense", values, values)
-    assert (difference.interval, difference.p, difference.verdict) == (None, None, "unknown")
+def test_the_resolution_is_one_sample_of_the_test_set(tmp_path: Path) -> None:
+    sizes = {"0/in": 200, "15/in": 100}
+    _, (claim,) = read(write_sweep(tmp_path, SWEEP, facts={"sizes": sizes}))
+    assert [each.differences[0].resolution for each in claim.comparisons] == [
+        1 / 200,
+        1 / 100,
+        1 / 400,  # a sample of the larger set, in a mean of two
+    ]
+
+
+def test_claims_of_several_settings_are_corrected_together(tmp_path: Path) -> None:
+    both = {"DynMoE-tutel": {"0": [0.5, 0.7, 0.6], "15": [0.5, 0.6, 0.4]}}
+    _, claims = read(write_sweep(tmp_path, SWEEP | both))
+    # In the mean each has mean, top-1, top-2 and dense; in 15 DynMoE has equal differences alone.
+    assert [{each.family for each in claim.overall.differences} for claim in claims] == [{8}, {8}]
+    assert {each.family for each in claims[0].comparisons[0].differences} == {4 + 4 + 4}
 
 
 def test_the_pick_is_by_validation_and_the_best_by_test(tmp_path: Path) -> None:
@@ -163,33 +175,46 @@ def test_seeds_without_a_common_one_are_not_compared(tmp_path: Path) -> None:
     collection, (claim,) = read(tmp_path)
     assert claim.overall.rank is None
     assert "nothing can be compared" in headline(claim)
-    assert claim_table(collection, claim).rows == (("DynMoE", "0", "X", "", "", "0"),)
+    assert claim_table(collection, claim).rows == (("DynMoE", "0", "X", "", "", "", "0"),)
 
 
 @pytest.mark.parametrize(
     ("dynmoe", "best", "words"),
     [
         (
-            [0.8, 0.8],
-            [0.7, 0.7],
+            [0.79, 0.8, 0.81],
+            [0.7, 0.7, 0.7],
             "beats the mean of the grid (+25.0 points) and its best (+10.0 po",
         ),
         (
-            [0.6, 0.6],
-            [0.7, 0.7],
+            [0.599, 0.6, 0.601],
+            [0.7, 0.7, 0.7],
             "beats the mean of the grid (+5.0 points) but not its best (−10.0",
         ),
         (
-            [0.3, 0.9],
-            [0.7, 0.7],
+            [0.3, 0.9, 0.6],
+            [0.7, 0.7, 0.7],
             "is not significantly different from the mean of the grid (+5.0 points) nor from ",
         ),
         (
-            [0.3, 0.3],
-            [0.7, 0.7],
+            [0.299, 0.3, 0.301],
+            [0.7, 0.7, 0.7],
             "is below the mean of the grid (−25.0 points) and its best (−40.0",
         ),
-        ([0.6], [0.7], "+5.0 points from the mean of the grid and −10.0 points from its best, in "),
+        (
+            [0.799, 0.8, 0.801],
+            [0.699, 0.7, 0.701],
+            "beats the mean of the grid (+25.0 points; n = 3); no verdict against its best (+10.0 "
+            "points): the same difference in every repetition.",
+        ),
+        (
+            [0.5, 0.6, 0.7],
+            [0.6, 0.8, 1.0],
+            "no verdict against its mean (0.0 points): no difference in any repetition.",
+        ),
+        ([0.6], [0.7], "no verdict: one repetition proves nothing."),
+        ([0.8, 0.8], [0.7, 0.7], "no verdict: two repetitions prove nothing."),
+        ([0.8] * 3, [0.7] * 3, "no verdict: the same difference in every repetition."),
     ],
 )
 def test_headline(
@@ -198,7 +223,7 @@ def test_headline(
     write_sweep(
         tmp_path,
         {
-            "top-1 of 2": {"0": [0.4, 0.4][: len(best)]},
+            "top-1 of 2": {"0": [0.4] * len(best)},
             "top-2 of 4": {"0": best},
             "DynMoE": {"0": dynmoe},
         },
@@ -246,18 +271,18 @@ def test_words_of_each_rival(tmp_path: Path) -> None:
     _, (claim,) = read(tmp_path)
     assert sentences(claim)[:7] == [
         "DynMoE on RotatedDigits, test environment 0, is not significantly different from the mean "
-        "of the grid (+4.0 points) and is below its best (−6.0 points; n = 3).",
+        "of the grid (+4.0 points) nor from its best (−6.0 points; n = 3).",
         "DynMoE reaches 64.0 +/- 5.2 %: rank 2 of 4 settings by mean accuracy.",
         "It is not significantly different from the mean of the grid (2 settings), 60.0 +/- 4.7 %: "
-        "+4.0 [+2.0, +6.0] points, p = 0.074.",
-        "It is below the best of the grid (top-2 of 4), 70.0 +/- 4.7 %: −6.0 [−8.0, −4.0] points, "
-        "p = 0.035.",
+        "+4.0 [+2.0, +6.0] points, p = 0.074, by Holm 0.15.",
+        "It is not significantly different from the best of the grid (top-2 of 4), 70.0 +/- 4.7 %: "
+        "−6.0 [−8.0, −4.0] points, p = 0.035, by Holm 0.11.",
         "It beats the worst of the grid (top-1 of 2), 50.0 +/- 4.7 %: +14.0 [+12.0, +16.0] points, "
-        "p = 0.0067.",
-        "It is below the grid's best by validation (top-2 of 4), 70.0 +/- 4.7 %: −6.0 [−8.0, −4.0] "
-        "points, p = 0.035.",
+        "p = 0.0067, by Holm 0.027.",
+        "It is not significantly different from the grid's best by validation (top-2 of 4), 70.0 "
+        "+/- 4.7 %: −6.0 [−8.0, −4.0] points, p = 0.035, by Holm 0.11.",
         "It is not significantly different from dense, 50.0 +/- 0.0 %: +14.0 [+4.0, +26.0] "
-        "points, p = 0.16.",
+        "points, p = 0.16, by Holm 0.16.",
     ]
     assert sentences(claim)[-1] == "3 repetitions can show large differences only."
 
@@ -300,13 +325,21 @@ def test_the_end_of_training_stands_beside_the_selected_step(tmp_path: Path) -> 
 def test_tables(tmp_path: Path) -> None:
     collection, (claim,) = read(write_sweep(tmp_path, SWEEP))
     table = claim_table(collection, claim)
-    assert table.columns[2:] == ("accuracy, %", "DynMoE minus it, points", "p", "n")
-    assert table.rows[:3] == (
-        ("DynMoE", "0", "64.0 +/- 5.2", "", "", "3"),
-        ("mean of the grid", "0", "60.0 +/- 4.7", "+4.0 [+2.0, +6.0]", "0.074", "3"),
-        ("best of the grid (top-2 of 4)", "0", "70.0 +/- 4.7", "−6.0 [−8.0, −4.0]", "0.035", "3"),
+    assert table.columns[2:] == (
+        *("accuracy, %", "DynMoE minus it, points"),
+        *("p", "by Holm", "n"),
     )
-    assert [isinstance(row[3], Strong) for row in table.rows[:3]] == [False, False, True]
+    assert table.rows[:3] == (
+        ("DynMoE", "0", "64.0 +/- 5.2", "", "", "", "3"),
+        ("mean of the grid", "0", "60.0 +/- 4.7", "+4.0 [+2.0, +6.0]", "0.074", "0.15", "3"),
+        (
+            *("best of the grid (top-2 of 4)", "0", "70.0 +/- 4.7", "−6.0 [−8.0, −4.0]"),
+            *("0.035", "0.11", "3"),
+        ),
+    )
+    assert [isinstance(row[3], Strong) for row in table.rows[:4]] == [False, False, False, True]
+    assert "4 in the mean of environments, 4 in the single environments" in table.note
+    assert "in 15: the same difference in every repetition" in table.note
     assert len(table.rows) == 3 * 6 and table.rows[12][1] == MEAN
     assert accuracy_table(collection, claim.problem).rows[-1] == (
         "DynMoE",
@@ -329,9 +362,3 @@ def test_the_note_names_the_conditions(tmp_path: Path) -> None:
     assert "(seed/trial seed 0/0, 1/0, 2/0, 3/1, 4/1)" in note
     assert "weights from scratch / pretrained: timm" in note
     assert "data abc0 / abc1 / abc2 and 2 more;" in note
-
-
-def test_the_interval_is_the_same_again() -> None:
-    values = (0.01, -0.02, 0.03, 0.04, 0.005)
-    first, again = (Difference("dense", "dense", values, values) for _ in range(2))
-    assert first.interval == again.interval

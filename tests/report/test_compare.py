@@ -67,9 +67,20 @@ def test_below_and_level(a: Run, accuracy: float, words: str) -> None:
 def test_configuration_shows_what_differs_alone(a: Run) -> None:
     config = {"task.optimizer.lr": 0.01, "note": "ü"}
     table = against(a, "top-2 of 8", 0.6, config=config).tables[0]
-    assert table.title == "Configuration: 2 keys differ"
-    assert table.rows == (("note", "–", '"ü"'), ("task.optimizer.lr", "0.001", "0.01"))
-    assert table.note == "–: the key is absent."
+    assert table.title == "Configuration: 1 key differs"
+    assert table.rows == (("task.optimizer.lr", "0.001", "0.01"),)
+    assert table.note == "Only B has note."
+
+
+def test_keys_of_another_router_are_named_once(a: Run) -> None:
+    table = against(a, "DynMoE", 0.6).tables[0]
+    assert {row[0] for row in table.rows} == {
+        *("moe.algorithm", "moe.name", "moe.num_experts", "moe.router._target_"),
+    }
+    assert table.note == (
+        "Only A has moe.adaptation, moe.top_k.\n"
+        "Only B has moe.adaptation.length, moe.adaptation.period, moe.max_experts."
+    )
 
 
 def test_equal_configurations(a: Run) -> None:
@@ -162,4 +173,4 @@ def test_other_environments_are_not_compared(a: Run) -> None:
     assert comparison.sentences[2:] == [
         "Accuracies are not compared: A is tested on RotatedDigits, 0, B on RotatedDigits, 15."
     ]
-    assert [table.title for table in comparison.tables] == ["Configuration: 10 keys differ", "Cost"]
+    assert [table.title for table in comparison.tables] == ["Configuration: 5 keys differ", "Cost"]

@@ -325,6 +325,7 @@ def test_settings_that_share_a_name_are_refused(tmp_path: Path) -> None:
     for env, experts in enumerate((4, 8)):
         run = one_step(tmp_path / f"env{env}", env)
         run.write_run({"config": {"moe.num_experts": experts, "seed": env}})
+        run.mark_done()
     with pytest.raises(RecordError, match=r"found different hparams of TopK .* in env0 and env1"):
         read(tmp_path)
 
@@ -335,6 +336,20 @@ def test_hparams_may_differ_between_draws_and_their_trials(tmp_path: Path) -> No
         record = run.read("results")[0] | {"hparams": {"lr": index}}
         (run.path / "results.jsonl").write_text(json.dumps(record) + "\n")
     assert len(read(tmp_path)) == 3
+
+
+def test_runs_of_ours_without_a_sound_result_are_left_out_and_named(tmp_path: Path) -> None:
+    for env, name in enumerate(("sound", "diverged")):
+        run = one_step(tmp_path / name, env)
+        run.write_run({"config": {}, **({"nonfinite_step": 7} if env else {})})
+        run.mark_done()
+    one_step(tmp_path / "stopped", 1, seed=1).write_run({"config": {}})
+    text = write(tmp_path)
+    assert len(read(tmp_path)) == 1
+    assert "Left out: diverged, the training loss was not finite at step 7.\n" in text
+    assert "Left out: stopped, stopped.\n" in text
+    (tmp_path / "stopped" / "run.json").unlink()  # as a run of DomainBed, which has no such file
+    assert len(read(tmp_path)) == 2
 
 
 def test_environments_must_agree(tmp_path: Path) -> None:

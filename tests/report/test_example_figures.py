@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from vl_runs import example, picture
 
 from dynmoe.report.drawing import COLOURS
-from dynmoe.report.figures import MOST_EXAMPLES, MOST_LINES, draw_examples, is_right
+from dynmoe.report.example_figures import MOST_EXAMPLES, MOST_LINES, draw_examples, is_right
 
 FIRST, LAST = "blocks.2.mlp", "blocks.4.mlp"
 

@@ -8,7 +8,7 @@ import pytest
 from language_runs import write_language_run
 
 from dynmoe.records import RunFolder
-from dynmoe.report.figures import draw_all, draw_scores
+from dynmoe.report.figures import draw_scores
 from dynmoe.report.run import read_run
 from dynmoe.report.summary import to_markdown
 
@@ -69,8 +69,6 @@ def test_a_run_that_patience_ended_is_not_unfinished(tmp_path: Path) -> None:
 
 def test_the_figure_of_scores_has_epochs_and_every_set(tmp_path: Path) -> None:
     folder = write_language_run(tmp_path, dataset="MNLI", others=["mismatched"])
-    names = [path.name for path in draw_all(read_run(folder))]
-    assert names[0] == "scores.png"
     figure = draw_scores(read_run(folder))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["dev (reported)", "mismatched", "selected step (100)"]

@@ -69,7 +69,7 @@ def test_the_claim_comes_first_and_the_conditions_last(tmp_path: Path) -> None:
     assert document.title == "DynMoE against fixed experts and k: RotatedDigits"
     finding, extent = document.blocks
     assert isinstance(finding, Strong)
-    assert finding.startswith("DynMoE on RotatedDigits, mean of 2 test environments, ")
+    assert finding.startswith("DynMoE on RotatedDigits, mean of 2 test environments: ")
     assert extent == (
         "16 runs on RotatedDigits: 4 settings, 2 test environments, 2 repetitions. "
         "1 run without a result."
@@ -209,7 +209,7 @@ def test_every_problem_has_a_section_and_files_of_its_own(tmp_path: Path) -> Non
     overview = document.blocks[-1]
     assert isinstance(overview, Sheet)
     assert overview.table.rows[0] == (
-        *("Other <Set>", "DynMoE", "60.0 +/- 0.0", "40.0 +/- 0.0", "40.0 +/- 0.0"),
+        *("Other <Set>", "DynMoE", "60.0", "40.0", "40.0"),
         *("unknown", "unknown"),
     )
 

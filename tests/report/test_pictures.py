@@ -135,9 +135,10 @@ def test_experts_over_steps_and_their_mean(tmp_path: Path) -> None:
     at = experts_at(np.array([0, 48, 49, 150]), *experts_over_steps(runs[0], LAYERS[0]))
     assert at.tolist() == [2, 2, 3, 5]
     axes = figure_of(draw_experts(runs)).axes[0]
-    mean = axes.lines[-1]
-    assert list(mean.get_xdata()) == [0, 49, 99, 149, 150, 156]  # room for the last update
-    assert list(mean.get_ydata()) == [2, 2.5, 4.5, 5, 5, 5]
+    (mean,) = (line for line in axes.lines if line.get_label() == "living experts")
+    assert list(mean.get_xdata()) == [0, 49, 99, 149, 150]
+    assert list(mean.get_ydata()) == [2, 2.5, 4.5, 5, 5]
+    assert list(axes.lines[-1].get_ydata()) == [8, 8]  # the slots of the pool
 
 
 def test_load_is_a_share_of_the_rows_tokens(tmp_path: Path) -> None:
@@ -174,20 +175,42 @@ def test_of_many_classes_those_that_differ_most_are_shown(tmp_path: Path) -> Non
 def test_the_claim_has_a_row_for_each_rival(tmp_path: Path) -> None:
     collection = read_runs([write_sweep(tmp_path, SWEEP)])
     (claim,) = examine(collection, collection.problems[0])
-    (axes,) = figure_of(draw_claim(claim)).axes
+    figure = figure_of(draw_claim(claim))
+    (axes,) = figure.axes
     assert ticks(axes) == [
         "mean of the grid",
         "dense",
         "top-1 of 2, worst",
         "top-2 of 4, best",
     ]
-    points = [line for line in axes.lines if line.get_marker() != "None"]
+    dots = [line.get_xdata() for line in axes.lines if line.get_marker() == "."]
+    assert [list(each) for each in dots] == [
+        pytest.approx(each) for each in ([5, 0], [5, 15], [15, 15], [-5, -15])
+    ]
+    points = [line for line in axes.lines if line.get_marker() not in ("None", ".")]
     means = [float(line.get_xdata()[0]) for line in points]
     assert means == pytest.approx([2.5, 10, 15, -10])
-    # In black and white too: across 0 is open, above points up, below points down.
-    # Two repetitions tell little: of 2.5 and 10 points nothing, of twice 15 that it is better.
-    assert [line.get_marker() for line in points] == ["o", "o", "^", "o"]
-    assert axes.get_xlabel() == "difference in accuracy, percentage points (n = 2)"
+    assert [line.get_marker() for line in points] == ["x"] * 4  # two repetitions prove nothing
+    assert axes.get_xlabel() == "DynMoE minus it: accuracy, percentage points (n = 2)"
+    assert "no verdict: two repetitions prove nothing" in " ".join(figure.get_suptitle().split())
+
+
+def test_marks_of_the_claim_are_by_the_corrected_verdict(tmp_path: Path) -> None:
+    """In black and white too: not significant is open, above points up, below points down."""
+    accuracies = {
+        "top-1 of 2": [0.39, 0.4, 0.41],
+        "top-2 of 4": [0.795, 0.8, 0.815],
+        "dense": [0.3, 0.6, 0.9],
+        "DynMoE": [0.6, 0.6, 0.6],
+    }
+    sweep = {name: {"0": values} for name, values in accuracies.items()}
+    collection = read_runs([write_sweep(tmp_path, sweep)])
+    (claim,) = examine(collection, collection.problems[0])
+    figure = figure_of(draw_claim(claim))
+    marks = [line.get_marker() for line in figure.axes[0].lines]
+    assert [mark for mark in marks if mark not in ("None", ".")] == ["o", "o", "^", "v"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["better", "not significantly different", "worse"]
 
 
 def test_accuracy_against_activated_parameters(tmp_path: Path) -> None:
@@ -204,8 +227,8 @@ def test_accuracy_against_activated_parameters(tmp_path: Path) -> None:
     assert sorted(text.get_text() for text in axes.texts) == sorted(SWEEP)
     assert axes.get_ylabel() == "accuracy on test environment 0, %"
     best = next(line for line in axes.lines if line.get_linestyle() == "--")
-    assert list(best.get_xdata()) == [1000, 1432, 1432, 1482, 1482]
-    assert list(best.get_ydata()) == pytest.approx([50, 50, 60, 60, 70])
+    assert list(best.get_xdata()) == [1000, 1432, 1432, 1482, 1482, 1482]
+    assert list(best.get_ydata()) == pytest.approx([50, 50, 60, 60, 70, 70])
 
 
 def test_accuracy_against_time_shows_what_was_measured(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from sweeps import BATCH, SELECTED, write_run, write_sweep
 
 from dynmoe.records import RecordError, RunFolder
 from dynmoe.report.run import Outcome
-from dynmoe.report.runs import Absent, Problem, read_runs
+from dynmoe.report.runs import Absent, Problem, different_conditions, read_runs
 
 PROBLEM = Problem("RotatedDigits", "domainbed", "training_domain_validation")
 
@@ -64,6 +67,12 @@ def test_settings_that_share_a_name_say_in_what_they_differ(tmp_path: Path) -> N
         "DynMoE, moe.adaptation.length=100, task.optimizer.lr=0.001",
         "DynMoE, moe.adaptation.length=100, task.optimizer.lr=0.01",
     ]
+
+
+def test_dense_has_one_name_in_old_runs_too(tmp_path: Path) -> None:
+    write_run(tmp_path, "dense")
+    write_run(tmp_path, "dense", seed=1, config={"moe.algorithm": "ERM"})
+    assert named(tmp_path) == ["dense"]
 
 
 def test_names_are_made_within_a_problem(tmp_path: Path) -> None:
@@ -131,6 +140,78 @@ def test_leave_one_domain_out_takes_its_step_from_pairs(tmp_path: Path) -> None:
     (chosen,) = collection.runs
     assert (chosen.outcome.step, chosen.outcome.is_selected) == (50, True)
     assert [other.environment for other in collection.others] == ["0+15", "0+30"]
+
+
+def change(folder: RunFolder, **last: Any) -> None:
+    """Write entries over those of the last result."""
+    *before, record = folder.read("results")
+    text = "".join(json.dumps(each) + "\n" for each in (*before, record | last))
+    (folder.path / "results.jsonl").write_text(text)
+
+
+def test_a_finished_run_without_a_sound_result_enters_no_mean(tmp_path: Path) -> None:
+    write_run(tmp_path, "DynMoE", 0.5)
+    write_run(tmp_path, "DynMoE", 0.9, seed=1, facts={"nonfinite_step": 12})
+    change(write_run(tmp_path, "DynMoE", 0.9, seed=2), loss=math.nan)
+    change(write_run(tmp_path, "DynMoE", 0.9, seed=3), nonfinite_step=140)
+    write_run(tmp_path, "DynMoE", 0.9, seed=4, facts={"steps": 5001})
+    write_run(tmp_path, "DynMoE", math.nan, seed=5)
+    collection = read_runs([tmp_path])
+    assert [run.repetition for run in collection.runs] == [(0, 0)]
+    assert not collection.others
+    assert [(entry.repetition, entry.state, entry.why) for entry in collection.absent] == [
+        ((1, 0), "diverged", "the training loss was not finite at step 12"),
+        ((2, 0), "diverged", "the training loss was not finite at step 150"),
+        ((3, 0), "diverged", "the training loss was not finite at step 140"),
+        ((4, 0), "short", "151 of 5001 steps are recorded"),
+        ((5, 0), "without a score", "accuracy on 0/in is not a number"),
+    ]
+    assert {entry.environment for entry in collection.absent} == {"0"}
+    assert collection.absent[0].problem == PROBLEM and collection.absent[0].setting == "DynMoE"
+
+
+def test_pairs_of_test_environments_only_select(tmp_path: Path) -> None:
+    for env in ("0", "15", "30"):
+        write_run(tmp_path, "dense", 0.5, env)
+    for pair in ([0, 1], [0, 2], [1, 2]):
+        write_run(tmp_path / "pairs", "dense", 0.9, facts={"test_envs": pair})
+        (tmp_path / "pairs" / "digits_dense_env0_seed0").rename(tmp_path / f"pair{sum(pair)}")
+    collection = read_runs([tmp_path])
+    assert [run.environment for run in collection.runs] == ["0", "15", "30"]
+    assert not collection.others
+    (warning,) = collection.warnings
+    assert warning.startswith("3 runs with several test environments left out")
+    # Alone they are what was asked for.
+    for folder in tmp_path.glob("digits_*"):
+        shutil.rmtree(folder)
+    assert [run.environment for run in read_runs([tmp_path]).runs] == ["0+15", "0+30", "15+30"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "difference"),
+    [
+        ({"device": "cuda"}, "device (cpu; cuda)"),
+        ({"threads": 1}, "threads (2; 1)"),
+        ({"runtime": {"precision": "bf16-mixed"}}, "precision (32-true; bf16-mixed)"),
+        ({"versions": {"dynmoe": "0.1.0", "torch": "2.14.1"}}, "torch (2.11.0; 2.14.1)"),
+        ({"commit": "abc"}, "commit (unknown; abc)"),
+        (
+            {"start_experts": {"blocks.2.mlp": 2, "blocks.3.mlp": 2}},
+            "MoE layers (blocks.2.mlp blocks.4.mlp; blocks.2.mlp blocks.3.mlp)",
+        ),
+    ],
+)
+def test_different_conditions_of_compared_runs_are_warned_of(
+    tmp_path: Path, facts: dict[str, Any], difference: str
+) -> None:
+    write_run(tmp_path, "dense")
+    write_run(tmp_path, "top-1 of 2")
+    runs = read_runs([tmp_path]).runs
+    assert different_conditions(runs) == []
+    other = replace(runs[1], facts=runs[1].facts | facts)
+    assert different_conditions([*runs, other]) == [
+        f"RotatedDigits: compared runs differ in {difference}; do not trust small differences"
+    ]
 
 
 def test_what_is_not_done_is_absent_and_says_where_it_belongs(tmp_path: Path) -> None:

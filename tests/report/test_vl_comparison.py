@@ -83,8 +83,8 @@ def test_the_claim_is_of_the_last_step_and_nothing_was_validated(tmp_path: Path)
     collection = read(tmp_path)
     first, *others = statements(collection)
     assert first == (
-        "DynMoE on Scenes, evaluation set test, beats the mean of the grid (+6.5 points) and its "
-        "best (+4.0 points; n = 3)."
+        "DynMoE on Scenes, evaluation set test, beats the mean of the grid (+6.5 points; n = 3); "
+        "no verdict against its best (+4.0 points): the same difference in every repetition."
     )
     assert not any(
         word in sentence
@@ -115,7 +115,7 @@ def test_what_exchanged_images_cost_is_paired(tmp_path: Path) -> None:
     # test 60, 61, 62; shuffled 40, 41, 40; t of 20, 20, 22 is 31
     assert own == (
         *("DynMoE", "61.0 +/- 0.5", "40.3 +/- 0.3"),
-        *("+20.7 [+20.0, +22.0]", "0.001", "3"),
+        *("+20.7 [+20.0, +22.0]", "0.001", "0.0031", "3"),
     )
     assert isinstance(own[3], Strong) and not isinstance(dense[3], Strong)
     assert same[:2] == ("no image: most frequent answer to the same question", "35.0")
@@ -126,15 +126,16 @@ def test_what_is_said_of_the_use_of_images(tmp_path: Path) -> None:
     dense, _, own = image_use_sentences(read(write_sweep(tmp_path / "three")).runs)
     assert dense == (
         "dense is not significantly better with the right images (+0.7 [0.0, +2.0] points, "
-        "p = 0.42, n = 3)."
+        "p = 0.42, by Holm 0.42, n = 3)."
     )
     assert own == (
         "DynMoE is better with the right images than with others: it uses them "
-        "(+20.7 [+20.0, +22.0] points, p = 0.001, n = 3)."
+        "(+20.7 [+20.0, +22.0] points, p = 0.001, by Holm 0.0031, n = 3)."
     )
     once = image_use_sentences(read(write_sweep(tmp_path / "one", seeds=1)).runs)
     assert once[-1] == (
-        "DynMoE was tried once, which proves nothing about its use of images (+20.0 points)."
+        "DynMoE: +20.0 points with the right images, which is no verdict on its use of them: one "
+        "repetition proves nothing."
     )
 
 
@@ -186,7 +187,7 @@ def test_further_sets_are_shown_but_not_exchanged_images_alone(tmp_path: Path) -
     write_vl_run(tmp_path / "more", scores={"gqa": 0.6, "pope": 0.8})
     collection = read(tmp_path / "more")
     table = sets_table(collection, collection.problems[0])
-    assert table is not None and table.rows == (("DynMoE", "60.0 +/- 0.0", "80.0 +/- 0.0"),)
+    assert table is not None and table.rows == (("DynMoE", "60.0", "80.0"),)
     assert table.note == (
         "At the last step; no set had a part in it. pope: mean F1 over the splits."
     )
@@ -195,11 +196,14 @@ def test_further_sets_are_shown_but_not_exchanged_images_alone(tmp_path: Path) -
 def test_k_by_layer_and_part_is_the_mean_over_seeds(tmp_path: Path) -> None:
     table = parts_table(read(write_sweep(tmp_path, seeds=2)).runs)
     assert table is not None
-    assert table.columns[2:6] == ("living experts", "image, test", "prompt, test", "answer, test")
+    assert table.columns == ("setting", "MoE layer", "on", "experts", "image", "prompt", "answer")
     assert table.rows == (  # of the adaptive setting alone; the second seed is 0.1 above the first
-        ("DynMoE", "blocks.2.mlp", "5.00", "1.05", "1.55", "2.05", "0.80", "1.30", "1.80"),
-        ("DynMoE", "blocks.4.mlp", "5.00", "1.55", "2.05", "2.55", "1.30", "1.80", "2.30"),
-        ("DynMoE", "mean of layers", "5.00", "1.30", "1.80", "2.30", "1.05", "1.55", "2.05"),
+        ("DynMoE", "blocks.2.mlp", "test", "5.00", "1.05", "1.55", "2.05"),
+        ("DynMoE", "blocks.4.mlp", "test", "5.00", "1.55", "2.05", "2.55"),
+        ("DynMoE", "mean of layers", "test", "5.00", "1.30", "1.80", "2.30"),
+        ("DynMoE", "blocks.2.mlp", "training", "5.00", "0.80", "1.30", "1.80"),
+        ("DynMoE", "blocks.4.mlp", "training", "5.00", "1.30", "1.80", "2.30"),
+        ("DynMoE", "mean of layers", "training", "5.00", "1.05", "1.55", "2.05"),
     )
 
 

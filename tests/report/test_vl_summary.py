@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich.console import Console
 from vl_runs import write_vl_run
 
 from dynmoe.records import RunFolder
 from dynmoe.report.document import Picture
-from dynmoe.report.figures import draw_all
+from dynmoe.report.figures import figures_of
 from dynmoe.report.routing_figures import draw_k_by_part, draw_load_by_part
 from dynmoe.report.run import read_run
-from dynmoe.report.summary import to_markdown
-from dynmoe.report.words import by_part
+from dynmoe.report.summary import to_console, to_markdown
+from dynmoe.report.words import PARTS, by_part
 
 
 def shown(folder: RunFolder) -> str:
@@ -74,30 +76,41 @@ def test_points_are_no_per_cent_and_every_headline_is_named(tmp_path: Path) -> N
 def test_k_by_part_of_every_layer_and_their_mean(tmp_path: Path) -> None:
     text = shown(write_vl_run(tmp_path))
     assert "## Experts that a token activates, by what it is\n\n" in text
-    assert "| blocks.2.mlp | 5.00 | 1.00 | 1.50 | 2.00 | 0.75 | 1.25 | 1.75 |\n" in text
-    assert "| blocks.4.mlp | 5.00 | 1.50 | 2.00 | 2.50 | 1.25 | 1.75 | 2.25 |\n" in text
-    assert "| mean of layers | 5.00 | 1.25 | 1.75 | 2.25 | 1.00 | 1.50 | 2.00 |\n" in text
+    assert "| blocks.2.mlp | test | 5.00 | 1.00 | 1.50 | 2.00 |\n" in text
+    assert "| mean of layers | test | 5.00 | 1.25 | 1.75 | 2.25 |\n" in text
+    assert "| blocks.4.mlp | training | 5.00 | 1.25 | 1.75 | 2.25 |\n" in text
+
+
+def test_every_line_of_every_table_fits_into_80_columns(tmp_path: Path) -> None:
+    run = read_run(write_vl_run(tmp_path))
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(to_console(run))
+    text = console.export_text()
+    (row,) = (line for line in text.splitlines() if "mean of layers" in line and "test" in line)
+    assert row.split()[-4:] == ["5.00", "1.25", "1.75", "2.25"]
+    (heads,) = (line for line in text.splitlines() if "experts" in line and "prompt" in line)
+    assert heads.split() == ["setting", "MoE", "layer", "on", "experts", *PARTS]
 
 
 def test_a_dense_run_has_no_parts_and_captions_answer_nothing_yet(tmp_path: Path) -> None:
     facts = {"stage": "align"}
     text = shown(write_vl_run(tmp_path, "dense", facts=facts, config={"stage.start": None}))
-    assert "# ERM on Scenes, evaluation set test\n\nStage align. Protocol llava, " in text
+    assert "# dense on Scenes, evaluation set test\n\nStage align. Protocol llava, " in text
     assert "This stage trains on captions alone; answers come with the next one." in text
     assert "by what it is" not in text
 
 
 def test_figures_of_parts_and_examples(tmp_path: Path) -> None:
-    own = {"k_by_part.png", "load_by_part.png", "examples.png"}
-    assert own < {path.name for path in draw_all(read_run(write_vl_run(tmp_path)))}
-    assert not own & {path.name for path in draw_all(read_run(write_vl_run(tmp_path, "dense")))}
+    own = {"k_by_part", "load_by_part", "examples"}
+    assert own < figures_of(read_run(write_vl_run(tmp_path))).keys()
+    assert not own & figures_of(read_run(write_vl_run(tmp_path, "dense"))).keys()
 
 
 def test_a_fixed_k_is_the_same_for_all_tokens(tmp_path: Path) -> None:
     folder = write_vl_run(tmp_path, "top-2 of 4")
-    assert "k_by_part.png" not in {path.name for path in draw_all(read_run(folder))}
-    text = shown(folder)
-    assert "by what it is" not in text and "load_by_part" in text
+    figures = figures_of(read_run(folder))
+    assert "k_by_part" not in figures and "load_by_part" in figures
+    assert "by what it is" not in shown(folder)
 
 
 def pictured(picture: Picture | None) -> Figure:

@@ -7,8 +7,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from dynmoe.records import RunFolder
 from dynmoe.selection import measured_by
 
@@ -50,7 +48,10 @@ def write_synthetic_run(path: Path, layers: int, max_experts: int) -> RunFolder:
                 "precision": "32-true",
                 "fused_optimizer": True,
             },
-            "costs": {"parameters": {"other": 21_000_000, "layers": dict.fromkeys(names, size)}},
+            "costs": {
+                "parameters": {"other": 21_000_000, "layers": dict.fromkeys(names, size)},
+                "slots": dict.fromkeys(names, max_experts),
+            },
             "config": {"moe.algorithm": "DynMoE"},
             "start_experts": dict.fromkeys(names, 3),
             "baseline": {
@@ -93,8 +94,9 @@ def _results(step: int, rng: random.Random) -> dict[str, Any]:
     for index, name in enumerate(ENVIRONMENTS):
         level = 0.62 if index == 0 else 0.9 + 0.015 * index
         accuracy = 0.1 + (level - 0.1) * (1 - math.exp(-(step + 5) / 70))
-        record["scores"][f"{name}/in"] = {"accuracy": accuracy + rng.gauss(0, 0.008)}
-        record["scores"][f"{name}/out"] = {"accuracy": accuracy - 0.02 + rng.gauss(0, 0.012)}
+        inner, outer = accuracy + rng.gauss(0, 0.008), accuracy - 0.02 + rng.gauss(0, 0.012)
+        record["scores"][f"{name}/in"] = {"accuracy": inner, "loss": 2 - 1.6 * inner}
+        record["scores"][f"{name}/out"] = {"accuracy": outer, "loss": 2 - 1.5 * outer}
     return record
 
 
@@ -147,8 +149,3 @@ def _update(
         "unrouted": rng.random() * 0.1,
         "tokens": 100_000,
     }
-
-
-@pytest.fixture
-def synthetic_run(tmp_path: Path) -> RunFolder:
-    return write_synthetic_run(tmp_path / "run", layers=3, max_experts=8)
