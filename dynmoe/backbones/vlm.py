@@ -7,12 +7,13 @@ model, M scored positions, C vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import blocks_of
@@ -80,17 +81,32 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, tokens: Mapping[str, Tensor], scored_M: Tensor | None = None) -> Tensor:
         """Logits of the next token: [M, C] after the positions ``scored_M`` of the flattened
-        batch, which spares a large vocabulary's product elsewhere; without them [B, N, C]."""
+        batch, which spares a large vocabulary's product elsewhere; without them [B, N, C].
+
+        They are the language model's own, with what its forward does before and after its head:
+        final norms, projections, scales, soft caps.
+        """
         mask = tokens.get("attention_mask")
         self._token_mask = None if mask is None else mask.bool()
-        with mask_padding(self.language_model, self._token_mask):
-            hidden_BND = self.language_model.base_model(
+        head = self.language_model.get_output_embeddings()
+        picked = False
+
+        def pick(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            nonlocal picked
+            picked = True
+            return (inputs[0].flatten(0, 1)[scored_M][None],)
+
+        with ExitStack() as stack:
+            stack.enter_context(mask_padding(self.language_model, self._token_mask))
+            if scored_M is not None and head is not None:
+                stack.enter_context(head.register_forward_pre_hook(pick))
+            logits: Tensor = self.language_model(
                 inputs_embeds=self.embed(tokens), attention_mask=mask, use_cache=False
-            ).last_hidden_state
-        if scored_M is not None:
-            hidden_BND = hidden_BND.flatten(0, 1)[scored_M]
-        logits: Tensor = self.language_model.get_output_embeddings()(hidden_BND)
-        return logits
+            ).logits
+        if scored_M is None:
+            return logits
+        # A forward that takes the head's weight, not its module, computes them all.
+        return logits[0] if picked else logits.flatten(0, 1)[scored_M]
 
     def embed(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """Return the language model's input, [B, N, D]: embedded text, and projected patches."""
@@ -168,8 +184,8 @@ def build_vision_language_model(
     the data alone. ``projector``: two linear layers around a GELU (LLaVA-1.5), or one.
 
     Raises:
-        ConfigError: a language model that is not there or cannot be built, or that has fewer
-            embeddings than the data have tokens.
+        ConfigError: a language model that is not there or cannot be built, that sees the tokens
+            it predicts, or that has fewer embeddings than the data have tokens.
     """
     config = hub.configuration(model, path, architecture, options or {})
     if architecture is not None:
@@ -179,6 +195,7 @@ def build_vision_language_model(
     if eos_token_id is not None:
         config.eos_token_id = eos_token_id
     language_model = _language_model(model, path, config, pretrained)
+    _check_causal(language_model.config)
     language_model.generation_config = language_model.generation_config.__class__()
     embeddings = language_model.get_input_embeddings()
     if vocab_size is not None and vocab_size > embeddings.num_embeddings:
@@ -255,6 +272,16 @@ def _language_model(model: str | None, path: str | None, config: Any, pretrained
             "backbone.path, or train from scratch with backbone.pretrained=false."
         )
     return hub.with_weights(AutoModelForCausalLM, model, path, config)
+
+
+def _check_causal(config: PreTrainedConfig) -> None:
+    """transformers makes encoders that see the following tokens, too; it only warns."""
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and getattr(config, "is_decoder", None) is False:
+        raise ConfigError(
+            f"backbone: a '{config.model_type}' sees the tokens that it has to predict. Take a "
+            "decoder, e.g. backbone.architecture=llama, or set backbone.options.is_decoder=true."
+        )
 
 
 def _as_list(ids: Any) -> list[int]:
