@@ -100,7 +100,7 @@ def test_loss_and_gradients_are_the_language_models_own(name: str) -> None:
     own = model.language_model(**text, labels=batch.label)
     own.loss.backward()
     expected = gradients(model.language_model)
-    scored_M, target_M = batch.scored
+    scored_M, _ = batch.scored
     same(model(batch.tokens, scored_M), own.logits.flatten(0, 1)[scored_M])
     model.zero_grad()
     loss = loss_of(model, batch)
