@@ -25,7 +25,7 @@ from dynmoe.questions.base import (
     write_json,
     write_lines,
 )
-from dynmoe.questions.files import image_folder, locate, read_object
+from dynmoe.questions.files import Fields, check_fields, image_folder, locate, read_object
 from dynmoe.questions.vqa import INSTRUCTION
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def _plain(answer: str) -> str:
 SOURCE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
 QUESTIONS = "testdev_balanced_questions.json"
 PREDICTIONS = "testdev_balanced_predictions.json"
+FIELDS: Fields = {"question": "text", "imageId": "id", "answer": "text", "types": "object"}
 FOLDERS = ("", "data/", "questions1.2/", "questions/", "data/questions1.2/")
 
 
@@ -125,7 +126,12 @@ def read_gqa(root: str, images: str | None = None) -> Gqa:
     """The questions below `root`; `images` is the folder of n161313.jpg, else `images` there."""
     wanted = {"questions": [f"{folder}{QUESTIONS}" for folder in FOLDERS]}
     paths = locate("GQA", root, wanted | image_folder(images, "images", "data/images"), SOURCE)
-    rows = read_object(paths["questions"], ("question", "imageId", "answer", "types"))
+    rows = read_object(paths["questions"], FIELDS)
+    check_fields(
+        paths["questions"],
+        ((f"types of {id}", row["types"]) for id, row in rows.items()),
+        {"structural": "text"},
+    )
     questions = [
         Question(
             id,

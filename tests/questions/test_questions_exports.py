@@ -120,9 +120,30 @@ def test_mmbench_questions(tmp_path: Path) -> None:
     ]
     assert [question.text for question in found.questions] == [
         f'Look\nhere.\nWhich "one"?\nA. x\nB. y{LETTER}',  # the options end at the first empty one
-        f"Is it?\nA. yes\nB. no\nC. maybe{LETTER}",
+        f"Is it?\nA. yes\nB. no\nC. maybe\nD. None{LETTER}",
     ]
     assert found.load_image("252").getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (["Na", "K", "Fe", "Cu"], 4),
+        (["None", "One", "Two", "null"], 4),
+        (["N/A", "nan", "NA", "n/a"], 4),
+        (["NULL", "no", "", ""], 2),
+        (["yes", "no", "nan", "nan"], 2),  # as pandas writes what is missing
+    ],
+)
+def test_words_for_what_is_missing_are_options(
+    tmp_path: Path, options: list[str], asked: int
+) -> None:
+    cells = "\t".join(["1", "Which?", *options, "A", "eA=="])
+    header = "\t".join(["index", "question", *"ABCD", "answer", "image"])
+    put(tmp_path / "mmbench_dev_20230712.tsv", f"{header}\n{cells}\n")
+    (question,) = read_mmbench(str(tmp_path)).questions
+    lines = [f"{letter}. {word}" for letter, word in zip("ABCD", options, strict=True)]
+    assert question.text == "\n".join(["Which?", *lines[:asked]]) + LETTER
 
 
 def test_mmbench_upload(tmp_path: Path) -> None:
