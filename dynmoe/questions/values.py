@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 Kind = Literal["text", "text or null", "id", "whole number", "list", "list of texts", "object"]
 
-ALIKE = 0.8
-"""Share of equal characters from which on a key looks like another one."""
+ALIKE = 0.85
+"""Share of equal characters from which on a key looks like another one; question_type is not
+question, nor image_size images."""
 LONGEST = 200  # characters of a value in a message
 PICTURES = ("image", "img", "picture", "photo")
 
@@ -92,8 +93,11 @@ def other_spellings(keys: Iterable[Any], known: Collection[str]) -> dict[str, st
 def picture_keys(keys: Iterable[Any]) -> list[str]:
     """The keys that name pictures in any way: image_path, img, photos, imgae."""
     named = [key for key in keys if isinstance(key, str)]
-    alike = other_spellings(named, ["image"])
-    return [key for key in named if key in alike or any(word in _bare(key) for word in PICTURES)]
+    return [
+        key
+        for key in named
+        if any(word in _bare(key) for word in PICTURES) or sorted(_bare(key)) == sorted("image")
+    ]
 
 
 def _bare(key: str) -> str:

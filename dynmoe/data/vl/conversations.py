@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dynmoe.errors import DataError
 from dynmoe.questions.files import check_images, load_image
+from dynmoe.questions.values import is_text, other_spellings, picture_keys, shown
 
 if TYPE_CHECKING:
     import PIL.Image
 
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the place of the conversation's next image in a user's text; plain text in an answer."""
+
+IMAGE_KEYS = ("image", "images")
 
 Role = Literal["user", "assistant"]
 SourceKind = Literal["captions", "questions"]
@@ -128,13 +131,30 @@ class ImageFolder:
 
 
 def image_keys(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The paths of an entry's `image`, one or a list; () if it is missing, null or "".
+    """The paths of an entry's `image` or `images`, one or a list; () if missing, null, "" or [].
 
     Raises:
-        DataError: it is something else; `where` names the entry.
+        DataError: it is something else, there are both, or another key names a picture, which would
+            not be shown; `where` names the entry.
     """
-    image = entry.get("image") or []
-    images = [image] if isinstance(image, str) else image
-    if not isinstance(images, list) or not all(isinstance(key, str) for key in images):
-        raise DataError(f"{where}: expected image to be a path or a list of them, found {image!r}.")
-    return tuple(images)
+    given = {key: entry[key] for key in IMAGE_KEYS if entry.get(key) not in (None, "", [])}
+    others = {key: entry[key] for key in picture_keys(entry) if key not in IMAGE_KEYS}
+    if len(given) > 1:
+        raise DataError(f"{where}: has both {' and '.join(given)}. Keep one of them.")
+    if found := [key for key, value in others.items() if value and (not given or _names(key))]:
+        raise DataError(
+            f"{where}: the key {found[0]!r} is not read, and looks like one for images. Call it "
+            "image, or take it out."
+        )
+    (key, value) = next(iter(given.items()), ("image", []))
+    keys = [value] if isinstance(value, str) else value
+    if not isinstance(keys, list) or not all(is_text(each) and each for each in keys):
+        raise DataError(
+            f"{where}: expected {key} to be a path or a list of them, found {shown(value)}."
+        )
+    return tuple(keys)
+
+
+def _names(key: str) -> bool:
+    """Whether a key beside `image` is another spelling of it; image_size is about it."""
+    return bool(other_spellings([key], IMAGE_KEYS))
