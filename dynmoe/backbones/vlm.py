@@ -59,17 +59,20 @@ class VisionLanguageModel(nn.Module):
         """The language model's configuration of transformers."""
         return self.language_model.config
 
-    def check_length(self, tokens: int, new_tokens: int) -> None:
-        """Check that conversations, and questions with answers, have a position for each token.
+    def check_length(self, tokens: int, asked: int, new_tokens: int) -> None:
+        """Check that conversations of ``tokens``, and questions of ``asked`` tokens with answers of
+        ``new_tokens``, have a position for each token.
 
         Raises:
             ConfigError: there are fewer positions. Relative and rotary ones have no end.
         """
         places = hub.positions(self.language_model)
-        if places is not None and max(tokens, new_tokens + 1) > places:
+        if places is not None and max(tokens, asked + new_tokens) > places:
             raise ConfigError(
-                f"data: the language model has positions for {places} tokens, found max_length="
-                f"{tokens} and max_new_tokens={new_tokens}. Lower them to {places}"
+                f"data: the language model has positions for {places} tokens, found "
+                f"data.max_length={tokens}, and questions of up to {asked} tokens with answers of "
+                f"up to {new_tokens}. Set data.max_length={places} or less, and "
+                f"data.max_new_tokens={max(1, places - asked)} or less"
             )
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
@@ -144,6 +147,11 @@ class VisionLanguageModel(nn.Module):
                 eos_token_id=self.config.eos_token_id,
             )
         return out
+
+    def unended(self, ids_BN: Tensor) -> Tensor:
+        """Whether each answer [B] lacks an end token: it was cut off by its limit."""
+        ends = torch.tensor(_as_list(self.config.eos_token_id), device=ids_BN.device)
+        return ~torch.isin(ids_BN, ends).any(dim=1)
 
     def _mask_call(self, model: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
         """Tell the MoE layers what is padding in a call of ``generate``."""

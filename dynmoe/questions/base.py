@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ANSWER_TOKENS = 128
+"""Tokens of an answer at most (llava/eval/model_vqa_loader.py), if a set does not say otherwise."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -41,11 +44,12 @@ class QuestionSet(ABC):
 
     `records` [Q] are JSON values: right answers, columns of the prediction file.
     `is_scored` is False where an evaluation server or a judge scores the prediction files; `note`
-    then says so in one sentence.
+    then says so in one sentence. An answer has at most `answer_tokens` tokens.
     """
 
     is_scored: bool = True
     note: str = ""
+    answer_tokens: int = ANSWER_TOKENS
 
     def __init__(self, name: str, questions: Sequence[Question], records: Sequence[Any]) -> None:
         if not questions:

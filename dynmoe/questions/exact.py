@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from dynmoe.errors import DataError
 from dynmoe.questions.base import (
+    ANSWER_TOKENS,
     FolderSet,
     Question,
     QuestionSet,
@@ -41,9 +42,11 @@ class ExactMatch(QuestionSet):
         questions: Sequence[Question],
         answers: Sequence[str],
         load_image: Callable[[str], PIL.Image.Image],
+        answer_tokens: int = ANSWER_TOKENS,
     ) -> None:
         super().__init__(name, questions, answers)
         self._load_image = load_image
+        self.answer_tokens = answer_tokens
 
     def load_image(self, key: str) -> PIL.Image.Image:
         return self._load_image(key)
@@ -75,7 +78,7 @@ class ExactMatch(QuestionSet):
             raise DataError(f"{self.name}: expected two images or more, found {len(images)}.")
         following = dict(zip(images, images[1:] + images[:1], strict=True)) | {(): ()}
         questions = [replace(each, images=following[each.images]) for each in self.questions]
-        return ExactMatch(f"{self.name}_shuffled", questions, self.records, self._load_image)
+        return self._of(f"{self.name}_shuffled", questions, self.records)
 
     def spread(self, number: int | None) -> ExactMatch:
         """`number` of the questions, evenly spread; None, or as many as there are: all."""
@@ -84,9 +87,10 @@ class ExactMatch(QuestionSet):
             return self
         rows = [index * total // number for index in range(number)]
         questions = [self.questions[row] for row in rows]
-        return ExactMatch(
-            self.name, questions, [self.records[row] for row in rows], self._load_image
-        )
+        return self._of(self.name, questions, [self.records[row] for row in rows])
+
+    def _of(self, name: str, questions: Sequence[Question], answers: Sequence[str]) -> ExactMatch:
+        return ExactMatch(name, questions, answers, self._load_image, self.answer_tokens)
 
 
 def _plain(answer: str) -> str:

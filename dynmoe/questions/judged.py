@@ -28,6 +28,7 @@ from dynmoe.questions.values import plain_text
 from dynmoe.questions.vqa import INSTRUCTION, normalise_m4c
 
 FIELDS: Fields = {"question_id": "id", "image": "text", "text": "text"}
+LONG_ANSWER = 1024  # tokens of an answer at most, llava/eval/model_vqa.py
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
@@ -64,6 +65,7 @@ def read_vizwiz(root: str, images: str | None = None) -> VizWiz:
 class LlavaBench(Unscored, FolderSet):
     """LLaVA-Bench (In-the-Wild). Records are the questions' ids as they are in the file."""
 
+    answer_tokens = LONG_ANSWER
     note = "GPT-4 judges the answers, by llava/eval/eval_gpt_review_bench.py of LLaVA."
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
@@ -94,6 +96,7 @@ def read_llava_bench(root: str, images: str | None = None) -> LlavaBench:
 class MmVet(Unscored, FolderSet):
     """MM-Vet (Yu et al., ICML 2024). Records are None."""
 
+    answer_tokens = LONG_ANSWER
     note = "GPT-4 judges the answers, by the notebook of github.com/yuweihao/MM-Vet."
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:

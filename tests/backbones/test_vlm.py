@@ -311,6 +311,15 @@ def test_a_language_model_without_a_known_form_can_be_dense() -> None:
         trained(model, "dense_ffns")
 
 
+def test_every_token_needs_a_position() -> None:
+    model = vl_model("gpt2", n_positions=20)
+    model.check_length(20, 12, 8)
+    for lengths in ((21, 1, 1), (20, 12, 9)):
+        with pytest.raises(ConfigError, match=r"positions for 20 tokens.*Set data.max_length=20"):
+            model.check_length(*lengths)
+    vl_model("llama").check_length(10**6, 10**6, 10**6)
+
+
 # Where the language model comes from.
 
 

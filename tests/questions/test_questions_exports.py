@@ -27,6 +27,7 @@ def test_vizwiz(tmp_path: Path) -> None:
         "What is it?\nWhen the provided information is insufficient, respond with 'Unanswerable'."
         "\nAnswer the question using a single word or phrase."
     )
+    assert found.answer_tokens == 128
     (file,) = found.write(tmp_path / "out", ["Unanswerable.", "The two cans"])
     assert json.loads(file.read_text()) == [
         {"image": names[0], "answer": "unanswerable"},
@@ -58,6 +59,7 @@ def test_llava_bench(tmp_path: Path) -> None:
         "metadata": {},
     }
     assert (found.is_scored, "GPT-4" in found.note) == (False, True)
+    assert found.answer_tokens == 1024
 
 
 def test_mm_vet(tmp_path: Path) -> None:
@@ -72,6 +74,7 @@ def test_mm_vet(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "v1_1.png")
     found = read_mm_vet(str(tmp_path))
     assert [question.text for question in found.questions] == ["What is x?", "What is d?"]
+    assert found.answer_tokens == 1024
     (file,) = found.write(tmp_path, ["x = -1", "ü"])
     assert file.read_text() == '{\n  "v1_0": "x = -1",\n  "v1_1": "ü"\n}'
     assert (found.is_scored, "GPT-4" in found.note) == (False, True)

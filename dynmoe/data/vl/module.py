@@ -75,8 +75,8 @@ class VisionLanguageData(TaskData):
     """How questions are written."""
     max_length: int = 2048
     """Tokens of a conversation at most, patches of its images included."""
-    max_new_tokens: int = 16
-    """Tokens of an answer at most."""
+    max_new_tokens: int | None = None
+    """Tokens of an answer at most; None: `QuestionSet.answer_tokens` of each set."""
     batch_size: int
     """Conversations per optimizer step."""
     eval_batch_size: int = 16
@@ -210,7 +210,14 @@ class VisionLanguageData(TaskData):
         }
 
     def check_backbone(self, backbone: Any) -> None:
-        backbone.check_length(self.max_length, self.max_new_tokens)
+        for name, most in self.answer_tokens.items():
+            backbone.check_length(self.max_length, int(self.asked.lengths[name].max()), most)
+
+    @property
+    def answer_tokens(self) -> dict[str, int]:
+        """Tokens of an answer at most, by set."""
+        own = {name: each.answer_tokens for name, each in self.sets.items()}
+        return own if self.max_new_tokens is None else dict.fromkeys(own, self.max_new_tokens)
 
     @property
     def task_arguments(self) -> dict[str, Any]:
@@ -220,7 +227,7 @@ class VisionLanguageData(TaskData):
             "score": self.asked.score,
             "describe": self.asked.describe,
             "references": self.asked.references,
-            "max_new_tokens": self.max_new_tokens,
+            "max_new_tokens": self.answer_tokens,
             "examples": self.examples,
         }
 
@@ -230,7 +237,7 @@ class VisionLanguageData(TaskData):
     @property
     def sample(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Has the length of the mean conversation, and one image."""
-        answer = float(self.max_new_tokens)
+        answer = float(max(self.answer_tokens.values()))
         if self._has_conversations:
             answer = float(self.store.answer_tokens.mean())
         return sample_of(self.mean_tokens, answer, self.asked.image_tokens, self._transform.size)

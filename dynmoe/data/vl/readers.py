@@ -408,6 +408,7 @@ Triple = tuple[str, str, int]
 
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 COLOURS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
+EASY_ANSWER = 4  # tokens; the longest is one word
 CAPTION_QUESTION = "what is in the image?"
 
 
@@ -461,7 +462,8 @@ def easy_vqa_questions(root: str | None = None) -> ExactMatch:
         kind = "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes_no"
         questions.append(Question(str(index), question, (f"{image}.png",), kind))
         answers.append(answer)
-    return ExactMatch("easy_vqa", questions, answers, ImageFolder(folder / "images").load)
+    load = ImageFolder(folder / "images").load
+    return ExactMatch("easy_vqa", questions, answers, load, answer_tokens=EASY_ANSWER)
 
 
 def caption_of(triples: Sequence[Triple]) -> str | None:
