@@ -72,13 +72,9 @@ def test_what_is_known_without_conversations(questions: VisionLanguageData) -> N
 
 
 def test_each_set_has_its_length_of_answers() -> None:
-    scenes = scene_questions(0, 2, 16)
-    sets = {
-        **SETS,
-        "scenes": scenes,
-        "shuffled": scenes.with_other_images(),
-        "one": scenes.spread(1),
-    }
+    scenes = scene_questions(0, 2, 24)
+    derived = {"shuffled": scenes.with_other_images(), "one": scenes.spread(1)}
+    sets = {**SETS, "scenes": scenes, **derived}
     made = data(Content(None, sets, words=lambda: TEXTS), max_new_tokens=None)
     made.setup()
     expected = {"test": 128, "scenes": 6, "shuffled": 6, "one": 6}
