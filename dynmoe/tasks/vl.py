@@ -35,7 +35,8 @@ class VisionLanguage(MoETask):
     most ``max_new_tokens[set]`` tokens. ``decode`` turns token ids into text; ``score(set,
     answers)`` gives a set's scores, its headline under "score" in [0, 1]; ``describe(set, row)``
     describes a question and its image, for the ``examples`` that are recorded. Routing is recorded
-    for each of ``PARTS``: in generation ``answer`` are the tokens that the model generated and read again.
+    for each of ``PARTS``: in generation ``answer`` are the tokens that the model generated and read
+    again.
 
     The ``loss`` of a set is the mean negative log-likelihood of all tokens of its reference
     answers, their end token included, given image and question: ``references(set, rows)`` gives
