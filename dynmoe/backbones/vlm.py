@@ -183,13 +183,15 @@ def build_vision_language_model(
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
     eos_token_id: int | None = None,
+    image_placement: str = "llava",
 ) -> VisionLanguageModel:
     """A vision tower before a causal language model of transformers, dense.
 
     ``model``, ``path``, ``architecture``, ``pretrained`` and ``options`` say which language model,
     as in ``text.build_text_classifier``; its vocabulary is the data's where ``architecture`` is
-    given. ``template`` names how its conversations are written (dynmoe/data/vl/chat.py), for
-    the data alone. ``projector``: two linear layers around a GELU (LLaVA-1.5), or one.
+    given. ``template`` names how its conversations are written (dynmoe/data/vl/chat.py), and
+    ``image_placement`` where their images stand (dynmoe/data/vl/readers.py), for the data alone.
+    ``projector``: two linear layers around a GELU (LLaVA-1.5), or one.
 
     Raises:
         ConfigError: a language model that is not there or cannot be built, that sees the tokens

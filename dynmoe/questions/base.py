@@ -74,6 +74,10 @@ class QuestionSet(ABC):
             DataError: it cannot be read.
         """
 
+    def image_path(self, key: str) -> Path | None:
+        """The file of an image; None where images are not files."""
+        return None
+
     @abstractmethod
     def score(self, answers: Sequence[str]) -> dict[str, float]:
         """Scores of `answers` [Q]; "score" is the headline, in [0, 1].
@@ -118,6 +122,9 @@ class FolderSet(QuestionSet):
 
     def load_image(self, key: str) -> PIL.Image.Image:
         return load_image(self._images / key)
+
+    def image_path(self, key: str) -> Path:
+        return self._images / key
 
 
 class Unscored(QuestionSet):

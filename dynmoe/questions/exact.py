@@ -11,7 +11,7 @@ those of GQA's eval.py; LLaVA's scripts/convert_gqa_for_eval.py makes the predic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,13 +43,31 @@ class ExactMatch(QuestionSet):
         answers: Sequence[str],
         load_image: Callable[[str], PIL.Image.Image],
         answer_tokens: int = ANSWER_TOKENS,
+        image_path: Callable[[str], Path] | None = None,
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
+        """`left_out` counts what the set's file holds and the set does not, by what it is."""
         super().__init__(name, questions, answers)
         self._load_image = load_image
         self.answer_tokens = answer_tokens
+        self._image_path = image_path
+        self.left_out = dict(left_out or {})
 
     def load_image(self, key: str) -> PIL.Image.Image:
         return self._load_image(key)
+
+    def image_path(self, key: str) -> Path | None:
+        return None if self._image_path is None else self._image_path(key)
+
+    def without_images(self, keys: Collection[str]) -> ExactMatch:
+        """The questions that show none of these images.
+
+        Raises:
+            DataError: there are none.
+        """
+        rows = [row for row, each in enumerate(self.questions) if not set(keys) & set(each.images)]
+        questions = [self.questions[row] for row in rows]
+        return self._of(self.name, questions, [self.records[row] for row in rows])
 
     def score(self, answers: Sequence[str]) -> dict[str, float]:
         """Shares of right answers: "score" over all and "kind_<kind>" for each kind."""
@@ -90,7 +108,8 @@ class ExactMatch(QuestionSet):
         return self._of(self.name, questions, [self.records[row] for row in rows])
 
     def _of(self, name: str, questions: Sequence[Question], answers: Sequence[str]) -> ExactMatch:
-        return ExactMatch(name, questions, answers, self._load_image, self.answer_tokens)
+        own = self._load_image, self.answer_tokens, self._image_path, self.left_out
+        return ExactMatch(name, questions, answers, *own)
 
 
 def _plain(answer: str) -> str:

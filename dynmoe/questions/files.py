@@ -50,8 +50,12 @@ def image_folder(images: str | None, *defaults: str) -> dict[str, Sequence[str]]
     return {"images": defaults if images is None else (str(Path(images).absolute()),)}
 
 
+class MissingImages(DataError):
+    """Images that are not in their folder."""
+
+
 def check_images(title: str, folder: Path, keys: Iterable[str]) -> None:
-    """Raises DataError if any of the images is not in the folder; `title` names who wants them."""
+    """Raises MissingImages if any image is not in the folder; `title` names who wants them."""
     listings: dict[Path, set[str]] = {}  # each folder is listed once: a look at every file is slow
     missing: dict[str, None] = {}  # an ordered set
     for path, key in ((folder / key, key) for key in keys):
@@ -60,7 +64,7 @@ def check_images(title: str, folder: Path, keys: Iterable[str]) -> None:
         if path.name not in listings[below]:
             missing[key] = None
     if missing:
-        raise DataError(
+        raise MissingImages(
             f"{title}: images not in {folder} {counted([*missing])}. "
             "Give the folder from which these paths start, and fetch what it lacks."
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -56,9 +57,25 @@ class ConversationSource:
     """Begins a pass: reads or draws the conversations anew, or iterates over a list."""
     load_image: Callable[[str], PIL.Image.Image]
     """From the key of an image to the image, RGB."""
+    image_path: Callable[[str], Path] | None = None
+    """From the key of an image to its file, where images are files."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Counts of what the files hold and the conversations do not, by what it is."""
 
     def __iter__(self) -> Iterator[Conversation]:
         return iter(self.read())
+
+    def without_images(self, keys: Collection[str]) -> ConversationSource:
+        """The conversations that need none of these images."""
+        bad = frozenset(keys)
+        digest = text_digest("\n".join([self.digest, *sorted(bad)]))
+        return replace(self, read=partial(_without, self.read, bad), digest=digest)
+
+
+def _without(
+    read: Callable[[], Iterable[Conversation]], bad: frozenset[str]
+) -> Iterator[Conversation]:
+    return (each for each in read() if bad.isdisjoint(each.images))
 
 
 def text_digest(content: str) -> str:
@@ -113,7 +130,15 @@ class ImageFolder:
         Raises:
             DataError: no such file, or not an image.
         """
-        return load_image(self._below(key) / key)
+        return load_image(self.path(key))
+
+    def path(self, key: str) -> Path:
+        """The file of an image.
+
+        Raises:
+            DataError: there is no folder.
+        """
+        return self._below(key) / key
 
     def check(self, keys: Iterable[str], where: str) -> None:
         """Look for the images that the file `where` names, without opening them.

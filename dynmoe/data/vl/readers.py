@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import dropwhile
@@ -31,7 +31,7 @@ from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.choices import INSTRUCTION, LETTERS, prompt_text, read_problems
 from dynmoe.questions.exact import ExactMatch
-from dynmoe.questions.files import read_json
+from dynmoe.questions.files import MissingImages, read_json
 from dynmoe.questions.values import is_text, other_spellings, picture_keys, plain_text, shown
 
 log = logging.getLogger(__name__)
@@ -57,11 +57,12 @@ def read_llava(
     files: Sequence[str],
     images: str | None = None,
     image_placement: Placement = "llava",
+    skip_invalid: bool = False,
 ) -> ConversationSource:
     """Conversations of all `files`, one after the other; image paths start from `images`.
 
-    All entries are read once to find broken ones and missing images before training. Warns of what
-    is left out of them.
+    All entries are read once to find broken ones and missing images before training. With
+    `skip_invalid` broken entries are left out, and images are not looked for.
 
     Raises:
         DataError: no such file or folder, a broken entry, or images that are not there.
@@ -82,31 +83,55 @@ def read_llava(
     if image_placement != "llava":
         digest = text_digest(f"{digest} {image_placement}")
     left_out: Counter[str] = Counter()
-    checked = _llava_conversations(paths, image_placement, left_out)
-    where = " and ".join(map(str, paths))
-    folder.check((key for conversation in checked for key in conversation.images), where)
-    if left_out:
-        log.warning(
-            "data %s: left out are %s",
-            name,
-            ", ".join(f"{what} ({count:,})" for what, count in left_out.items()),
-        )
-    read = partial(_llava_conversations, paths, image_placement)
-    return ConversationSource(name, digest, read, folder.load)
+    read = partial(_llava_conversations, paths, image_placement, skip_invalid)
+    keys = (key for conversation in read(left_out) for key in conversation.images)
+    _check_images(folder, keys, " and ".join(map(str, paths)), skip_invalid)
+    return ConversationSource(name, digest, read, folder.load, folder.path, left_out)
 
 
 def _llava_conversations(
-    files: Sequence[Path], placement: Placement, left_out: Counter[str] | None = None
+    files: Sequence[Path],
+    placement: Placement,
+    skip_invalid: bool,
+    left_out: Counter[str] | None = None,
 ) -> Iterator[Conversation]:
+    left_out = Counter() if left_out is None else left_out
     total = 0
     for file in files:
         for index, entry in enumerate(json_entries(file)):
             total += 1
-            conversation = read_entry(entry, index, f"{file}, entry {index}", placement, left_out)
+            where = f"{file}, entry {index}"
+            try:
+                conversation = read_entry(entry, index, where, placement, left_out)
+            except DataError as error:
+                if not skip_invalid:
+                    raise
+                _count_broken(left_out, error)
+                continue
             if conversation is not None:
                 yield conversation
     if not total:
         raise DataError(f"{', '.join(map(str, files))}: no conversations in it.")
+
+
+def _check_images(folder: ImageFolder, keys: Iterable[str], where: str, skip_invalid: bool) -> None:
+    """Go through the keys, which counts what is left out on the way, and look for their files."""
+    if skip_invalid:
+        deque(keys, maxlen=0)
+        return
+    try:
+        folder.check(keys, where)
+    except MissingImages as error:
+        raise DataError(f"{error} Or leave out what needs them: data.skip_invalid=true.") from None
+
+
+BROKEN = "entries that break a rule"
+
+
+def _count_broken(left_out: Counter[str], error: DataError) -> None:
+    if BROKEN not in left_out:
+        log.warning("the first of the %s: %s", BROKEN, error)
+    left_out[BROKEN] += 1
 
 
 def read_entry(
@@ -277,79 +302,113 @@ class TableRow(NamedTuple):
 
 
 def vqa_table(
-    name: str, file: str, images: str | None = None, suffix: str = ""
+    name: str,
+    file: str,
+    images: str | None = None,
+    suffix: str = "",
+    skip_invalid: bool = False,
 ) -> ConversationSource:
     """Training conversations: one question of the table each, with `suffix` at its end.
+
+    With `skip_invalid` broken rows are left out, and images are not looked for.
 
     Raises:
         DataError: a broken row, or images that are not there.
     """
-    path, folder = Path(file), _checked(file, images)
+    path, folder = Path(file), ImageFolder(None if images is None else Path(images))
     digest = text_digest(f"{file_digest(path)} {suffix}")
-    read = partial(_table_conversations, path, suffix)
-    return ConversationSource(name, digest, read, folder.load)
+    left_out: Counter[str] = Counter()
+    read = partial(_table_conversations, path, suffix, skip_invalid)
+    keys = (key for conversation in read(left_out) for key in conversation.images)
+    _check_images(folder, keys, file, skip_invalid)
+    return ConversationSource(name, digest, read, folder.load, folder.path, left_out)
 
 
-def vqa_questions(name: str, file: str, images: str | None = None, suffix: str = "") -> ExactMatch:
+def vqa_questions(
+    name: str,
+    file: str,
+    images: str | None = None,
+    suffix: str = "",
+    skip_invalid: bool = False,
+) -> ExactMatch:
     """The questions of the table as a question set; raises DataError as `vqa_table` does."""
-    folder, rows = _checked(file, images), list(read_rows(Path(file)))
+    folder = ImageFolder(None if images is None else Path(images))
+    left_out: Counter[str] = Counter()
+    rows = list(read_rows(Path(file), skip_invalid, left_out))
+    _check_images(folder, (key for row in rows for key in row.images), file, skip_invalid)
     return ExactMatch(
         name,
         [Question(row.id, row.question + suffix, row.images, row.kind) for row in rows],
         [row.answer for row in rows],
         folder.load,
+        image_path=folder.path,
+        left_out=left_out,
     )
 
 
-def _table_conversations(file: Path, suffix: str) -> Iterator[Conversation]:
-    for row in read_rows(file):
+def _table_conversations(
+    file: Path, suffix: str, skip_invalid: bool, left_out: Counter[str] | None = None
+) -> Iterator[Conversation]:
+    for row in read_rows(file, skip_invalid, left_out):
         made = questions_answered(row.id, [(row.question + suffix, row.answer)], row.images)
         yield check_conversation(made, str(file))
 
 
-def read_rows(file: Path) -> Iterator[TableRow]:
+def read_rows(
+    file: Path, skip_invalid: bool = False, left_out: Counter[str] | None = None
+) -> Iterator[TableRow]:
     """The rows of a table of questions: JSON, JSON lines, CSV or TSV, read as a stream.
 
     Columns: `question`; `answer`, or a list `answers` of several people, of which the most frequent
     counts (the first of equally frequent ones); optional `image` or `images` (a path below the
     image folder, or a list of paths), `id` or `question_id`, and `kind`. Answers are texts,
     numbers or booleans, in `answers` also objects with such an `answer`, as VQAv2 has them. In CSV
-    and TSV `answers` is a JSON list, and an `image` one path.
+    and TSV `answers` is a JSON list, and an `image` one path. With `skip_invalid` broken rows are
+    left out, which `left_out` counts.
 
     Raises:
         DataError: names the first broken row, and what is wrong with it; or there are no rows.
     """
+    left_out = Counter() if left_out is None else left_out
     delimiter = DELIMITERS.get(file.suffix.lower())
     entries = json_entries(file) if delimiter is None else csv_entries(file, delimiter)
     index = -1
     for index, entry in enumerate(entries):
-        where = f"{file}, row {index}"
-        question = entry.get("question")
-        if not is_text(question) or not question.strip():
-            raise DataError(f"{where}: expected a question, found {_seen(entry)}.")
-        others = other_spellings(entry, (*COLUMNS, "images", "question_id"))
-        if key := next((key for key in others if entry[key] not in (None, "")), None):
-            raise DataError(
-                f"{where}: the key {key!r} is not read. Call it {others[key]}, or take it out."
-            )
-        kind = plain_text("" if entry.get("kind") is None else entry["kind"])
-        if kind is None:
-            raise DataError(f"{where}: expected kind to be text, found {shown(entry['kind'])}.")
-        yield TableRow(
-            id=_id(entry, index, where, ("id", "question_id")),
-            question=question,
-            answer=_answer(entry, where),
-            images=image_keys(entry, where),
-            kind=kind,
-        )
+        try:
+            row = _row(entry, index, f"{file}, row {index}")
+        except DataError as error:
+            if not skip_invalid:
+                raise
+            _count_broken(left_out, error)
+            continue
+        yield row
     if index < 0:
         raise DataError(f"{file}: expected rows with question and answer, found none.")
 
 
-def _checked(file: str, images: str | None) -> ImageFolder:
-    folder = ImageFolder(None if images is None else Path(images))
-    folder.check((key for row in read_rows(Path(file)) for key in row.images), file)
-    return folder
+def _row(entry: Mapping[str, Any], index: int, where: str) -> TableRow:
+    question = entry.get("question")
+    if not is_text(question) or not question.strip():
+        raise DataError(f"{where}: expected a question, found {_seen(entry)}.")
+    if IMAGE_PLACEHOLDER in question:
+        raise DataError(
+            f"{where}: {IMAGE_PLACEHOLDER} in the question. Take it out: images stand before it."
+        )
+    others = other_spellings(entry, (*COLUMNS, "images", "question_id"))
+    if key := next((key for key in others if entry[key] not in (None, "")), None):
+        raise DataError(
+            f"{where}: the key {key!r} is not read. Call it {others[key]}, or take it out."
+        )
+    kind = plain_text("" if entry.get("kind") is None else entry["kind"])
+    if kind is None:
+        raise DataError(f"{where}: expected kind to be text, found {shown(entry['kind'])}.")
+    return TableRow(
+        id=_id(entry, index, where, ("id", "question_id")),
+        question=question,
+        answer=_answer(entry, where),
+        images=image_keys(entry, where),
+        kind=kind,
+    )
 
 
 def _answer(entry: Mapping[str, Any], where: str) -> str:
@@ -395,7 +454,8 @@ def science_qa(
     folder = ImageFolder(paths["images"])
     folder.check((key for each in made for key in each.images), str(paths["problems"]))
     digest = text_digest(f"{split} {file_digest(paths['problems'], paths['splits'])}")
-    return ConversationSource(f"scienceqa {split}", digest, partial(iter, made), folder.load)
+    read = partial(iter, made)
+    return ConversationSource(f"scienceqa {split}", digest, read, folder.load, folder.path)
 
 
 # easy-VQA (Zhou 2019): 5,000 images of one shape, 48,248 questions; PyPI's package `easy-vqa`.
@@ -442,8 +502,10 @@ def easy_vqa_source(
             chosen = turns[start : start + max_turns]
             made.append(questions_answered(f"{number}-{start}", chosen, (f"{number}.png",)))
     digest = text_digest(f"{kind} {max_turns} {file_digest(folder / 'questions.json')}")
-    load = ImageFolder(folder / "images").load
-    return ConversationSource(f"easy-vqa {kind}", digest, partial(iter, made), load)
+    shown_from = ImageFolder(folder / "images")
+    return ConversationSource(
+        f"easy-vqa {kind}", digest, partial(iter, made), shown_from.load, shown_from.path
+    )
 
 
 def easy_vqa_questions(root: str | None = None) -> ExactMatch:
@@ -462,8 +524,8 @@ def easy_vqa_questions(root: str | None = None) -> ExactMatch:
         kind = "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes_no"
         questions.append(Question(str(index), question, (f"{image}.png",), kind))
         answers.append(answer)
-    load = ImageFolder(folder / "images").load
-    return ExactMatch("easy_vqa", questions, answers, load, answer_tokens=EASY_ANSWER)
+    shown_from = ImageFolder(folder / "images")
+    return ExactMatch("easy_vqa", questions, answers, shown_from.load, EASY_ANSWER, shown_from.path)
 
 
 def caption_of(triples: Sequence[Triple]) -> str | None:

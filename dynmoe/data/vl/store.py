@@ -165,6 +165,8 @@ def _write(source: ConversationSource, encode: EncodeAll, image_tokens: int, sin
             file.write_batch(pyarrow.RecordBatch.from_pylist(rows, COLUMNS))
             left_out += rows.count({})
             total += len(rows)
+    if not total:
+        raise DataError(f"data {source.name}: no conversations to train on.")
     if left_out == total:
         raise DataError(
             f"data {source.name}: none of its {left_out} conversations fits. An image alone is "

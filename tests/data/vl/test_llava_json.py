@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def test_the_placement_of_moe_llava(tmp_path: Path) -> None:
         read_llava("mix", [file], image_placement="front")  # type: ignore[arg-type]
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     whole = [("human", "q"), ("gpt", "a")]
     entries = [
         entry(("system", "s"), *whole),
@@ -155,12 +156,29 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
         entry(("gpt", "hi"), *whole, ("human", "r")),
         entry(("human", "q")),
     ]
-    read_llava("mix", [put(tmp_path, "mix.json", entries)])
-    assert [record.getMessage() for record in caplog.records] == [
-        "data mix: left out are system turns: a template has its own (2), turns before the first "
-        "question (1), questions at the end without an answer (1), entries without an answer to a "
-        "question (1)"
-    ]
+    found = read_llava("mix", [put(tmp_path, "mix.json", entries)])
+    assert found.left_out == {
+        "system turns: a template has its own": 2,
+        "turns before the first question": 1,
+        "questions at the end without an answer": 1,
+        "entries without an answer to a question": 1,
+    }
+    assert len(list(found)) == len(list(found)) == 3
+
+
+def test_broken_entries_are_left_out_if_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = [("human", "q"), ("gpt", "a")]
+    entries = [entry(("human", "q"), ("robot", "a")), entry(*whole), entry(*whole, img="a.jpg")]
+    file = put(tmp_path, "mix.json", [*entries, entry(*whole, image="gone.jpg")])
+    found = read_llava("mix", [file], str(tmp_path), skip_invalid=True)
+    assert found.left_out == {"entries that break a rule": 2}
+    assert [each.images for each in found] == [(), ("gone.jpg",)]
+    assert f"the first of the entries that break a rule: {file}, entry 0" in caplog.text
+    kept = found.without_images(["gone.jpg"])
+    assert [each.images for each in kept] == [()] and kept.digest != found.digest
+    assert pickle.loads(pickle.dumps(kept.read)) is not None  # for the processes of a loader
 
 
 def test_a_file_without_conversations(tmp_path: Path) -> None:
@@ -282,7 +300,7 @@ def test_missing_images_are_found_before_training(tmp_path: Path) -> None:
     assert str(error.value) == (
         f"{file}: images not in {tmp_path} (7): there/1.jpg; there/2.jpg; there/3.jpg; "
         "there/4.jpg; there/5.jpg and more. Give the folder from which these paths start, and "
-        "fetch what it lacks."
+        "fetch what it lacks. Or leave out what needs them: data.skip_invalid=true."
     )
     with pytest.raises(DataError, match=r"image there/0\.jpg: no image folder given\."):
         read_llava("mix", [file])
