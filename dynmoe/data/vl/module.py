@@ -188,6 +188,13 @@ class VisionLanguageData(TaskData):
         if store.left_out:
             what = f"conversations longer than data.max_length={self.max_length} before an answer"
             self.leave_out(what, store.left_out)
+        if store.controls:
+            log.warning(
+                "data %s: %d conversations have control tokens in what is said, like </s>; a space "
+                "in each makes them text",
+                self.name,
+                store.controls,
+            )
         return store
 
     @cached_property
