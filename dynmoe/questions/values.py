@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Kind = Literal["text", "text or null", "id", "whole number", "list", "list of texts", "object"]
 
@@ -16,7 +16,7 @@ LONGEST = 200  # characters of a value in a message
 PICTURES = ("image", "img", "picture", "photo")
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether it is text that can be written as UTF-8: JSON may hold halves of surrogate pairs."""
     if not isinstance(value, str):
         return False
