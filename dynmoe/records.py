@@ -11,6 +11,8 @@
   tokens of their reference answers.
 - `selects` and `reported`, each `{"sets": [...], "measure": ...}`: the run's rule judges the line
   by the mean of that measure over these sets, and reports the other mean (`dynmoe.selection`).
+- `cut_answers`, of questions answered in words: by set the number of answers that were cut off at
+  their limit of tokens (`data.max_new_tokens`).
 - `stopped_early`: true on the last line of a run that patience ended before its planned steps.
 - `args` and `hparams`, and of images `env0_in_acc`, `env0_out_acc`, ...: DomainBed's names, so that
   DomainBed's own scripts read the file. Keys are sorted as in domainbed/scripts/train.py. Their

@@ -70,7 +70,7 @@ def vl_model(
         architecture=architecture,
         grad_checkpointing=grad_checkpointing,
         options={
-            **MODELS[architecture],
+            **MODELS.get(architecture, {}),
             **(NO_DROPOUT if architecture == "gpt2" else {}),
             **options,
         },

@@ -7,12 +7,13 @@ model, M scored positions, C vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import blocks_of
@@ -58,17 +59,20 @@ class VisionLanguageModel(nn.Module):
         """The language model's configuration of transformers."""
         return self.language_model.config
 
-    def check_length(self, tokens: int, new_tokens: int) -> None:
-        """Check that conversations, and questions with answers, have a position for each token.
+    def check_length(self, tokens: int, asked: int, new_tokens: int) -> None:
+        """Check that conversations of ``tokens``, and questions of ``asked`` tokens with answers of
+        ``new_tokens``, have a position for each token.
 
         Raises:
             ConfigError: there are fewer positions. Relative and rotary ones have no end.
         """
         places = hub.positions(self.language_model)
-        if places is not None and max(tokens, new_tokens + 1) > places:
+        if places is not None and max(tokens, asked + new_tokens) > places:
             raise ConfigError(
-                f"data: the language model has positions for {places} tokens, found max_length="
-                f"{tokens} and max_new_tokens={new_tokens}. Lower them to {places}"
+                f"data: the language model has positions for {places} tokens, found "
+                f"data.max_length={tokens}, and questions of up to {asked} tokens with answers of "
+                f"up to {new_tokens}. Set data.max_length={places} or less, and "
+                f"data.max_new_tokens={max(1, places - asked)} or less"
             )
 
     def train(self, mode: bool = True) -> VisionLanguageModel:
@@ -80,17 +84,32 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, tokens: Mapping[str, Tensor], scored_M: Tensor | None = None) -> Tensor:
         """Logits of the next token: [M, C] after the positions ``scored_M`` of the flattened
-        batch, which spares a large vocabulary's product elsewhere; without them [B, N, C]."""
+        batch, which spares a large vocabulary's product elsewhere; without them [B, N, C].
+
+        They are the language model's own, with what its forward does before and after its head:
+        final norms, projections, scales, soft caps.
+        """
         mask = tokens.get("attention_mask")
         self._token_mask = None if mask is None else mask.bool()
-        with mask_padding(self.language_model, self._token_mask):
-            hidden_BND = self.language_model.base_model(
+        head = self.language_model.get_output_embeddings()
+        picked = False
+
+        def pick(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            nonlocal picked
+            picked = True
+            return (inputs[0].flatten(0, 1)[scored_M][None],)
+
+        with ExitStack() as stack:
+            stack.enter_context(mask_padding(self.language_model, self._token_mask))
+            if scored_M is not None and head is not None:
+                stack.enter_context(head.register_forward_pre_hook(pick))
+            logits: Tensor = self.language_model(
                 inputs_embeds=self.embed(tokens), attention_mask=mask, use_cache=False
-            ).last_hidden_state
-        if scored_M is not None:
-            hidden_BND = hidden_BND.flatten(0, 1)[scored_M]
-        logits: Tensor = self.language_model.get_output_embeddings()(hidden_BND)
-        return logits
+            ).logits
+        if scored_M is None:
+            return logits
+        # A forward that takes the head's weight, not its module, computes them all.
+        return logits[0] if picked else logits.flatten(0, 1)[scored_M]
 
     def embed(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """Return the language model's input, [B, N, D]: embedded text, and projected patches."""
@@ -129,6 +148,11 @@ class VisionLanguageModel(nn.Module):
             )
         return out
 
+    def unended(self, ids_BN: Tensor) -> Tensor:
+        """Whether each answer [B] lacks an end token: it was cut off by its limit."""
+        ends = torch.tensor(_as_list(self.config.eos_token_id), device=ids_BN.device)
+        return ~torch.isin(ids_BN, ends).any(dim=1)
+
     def _mask_call(self, model: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
         """Tell the MoE layers what is padding in a call of ``generate``."""
         ids = inputs.get("input_ids")
@@ -159,17 +183,19 @@ def build_vision_language_model(
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
     eos_token_id: int | None = None,
+    image_placement: str = "llava",
 ) -> VisionLanguageModel:
     """A vision tower before a causal language model of transformers, dense.
 
     ``model``, ``path``, ``architecture``, ``pretrained`` and ``options`` say which language model,
     as in ``text.build_text_classifier``; its vocabulary is the data's where ``architecture`` is
-    given. ``template`` names how its conversations are written (dynmoe/data/vl/chat.py), for
-    the data alone. ``projector``: two linear layers around a GELU (LLaVA-1.5), or one.
+    given. ``template`` names how its conversations are written (dynmoe/data/vl/chat.py), and
+    ``image_placement`` where their images stand (dynmoe/data/vl/readers.py), for the data alone.
+    ``projector``: two linear layers around a GELU (LLaVA-1.5), or one.
 
     Raises:
-        ConfigError: a language model that is not there or cannot be built, or that has fewer
-            embeddings than the data have tokens.
+        ConfigError: a language model that is not there or cannot be built, that sees the tokens
+            it predicts, or that has fewer embeddings than the data have tokens.
     """
     config = hub.configuration(model, path, architecture, options or {})
     if architecture is not None:
@@ -179,6 +205,7 @@ def build_vision_language_model(
     if eos_token_id is not None:
         config.eos_token_id = eos_token_id
     language_model = _language_model(model, path, config, pretrained)
+    _check_causal(language_model.config)
     language_model.generation_config = language_model.generation_config.__class__()
     embeddings = language_model.get_input_embeddings()
     if vocab_size is not None and vocab_size > embeddings.num_embeddings:
@@ -255,6 +282,16 @@ def _language_model(model: str | None, path: str | None, config: Any, pretrained
             "backbone.path, or train from scratch with backbone.pretrained=false."
         )
     return hub.with_weights(AutoModelForCausalLM, model, path, config)
+
+
+def _check_causal(config: PreTrainedConfig) -> None:
+    """transformers makes encoders that see the following tokens, too; it only warns."""
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if masked and getattr(config, "is_decoder", None) is False:
+        raise ConfigError(
+            f"backbone: a '{config.model_type}' sees the tokens that it has to predict. Take a "
+            "decoder, e.g. backbone.architecture=llama, or set backbone.options.is_decoder=true."
+        )
 
 
 def _as_list(ids: Any) -> list[int]:

@@ -29,6 +29,7 @@ from dynmoe.data.vl.module import VisionLanguageData, sample_of
 from dynmoe.estimate import formulas
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
+from dynmoe.questions.base import ANSWER_TOKENS
 from dynmoe.training.build import add_layers, build_data
 
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
@@ -256,7 +257,7 @@ def _memory(cfg: DictConfig, model: formulas.ModelSizes) -> Table:
         label = f"peak{'' if checkpointing else ' without'} recomputing blocks"
         style = "bold" if checkpointing == chosen else ""
         table.add_row(label, *(_gib(memory.peak) for memory in under(checkpointing)), style=style)
-    tokens = length + cfg.data.max_new_tokens
+    tokens = length + (cfg.data.max_new_tokens or ANSWER_TOKENS)
     cache = formulas.kv_cache(model, questions, tokens, number)
     table.add_row(f"in evaluation: KV cache of {questions} x {tokens} tokens", _gib(cache))
     return table

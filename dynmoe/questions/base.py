@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ANSWER_TOKENS = 128
+"""Tokens of an answer at most (llava/eval/model_vqa_loader.py), if a set does not say otherwise."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -41,11 +44,12 @@ class QuestionSet(ABC):
 
     `records` [Q] are JSON values: right answers, columns of the prediction file.
     `is_scored` is False where an evaluation server or a judge scores the prediction files; `note`
-    then says so in one sentence.
+    then says so in one sentence. An answer has at most `answer_tokens` tokens.
     """
 
     is_scored: bool = True
     note: str = ""
+    answer_tokens: int = ANSWER_TOKENS
 
     def __init__(self, name: str, questions: Sequence[Question], records: Sequence[Any]) -> None:
         if not questions:
@@ -69,6 +73,10 @@ class QuestionSet(ABC):
         Raises:
             DataError: it cannot be read.
         """
+
+    def image_path(self, key: str) -> Path | None:
+        """The file of an image; None where images are not files."""
+        return None
 
     @abstractmethod
     def score(self, answers: Sequence[str]) -> dict[str, float]:
@@ -114,6 +122,9 @@ class FolderSet(QuestionSet):
 
     def load_image(self, key: str) -> PIL.Image.Image:
         return load_image(self._images / key)
+
+    def image_path(self, key: str) -> Path:
+        return self._images / key
 
 
 class Unscored(QuestionSet):

@@ -10,9 +10,9 @@ An entry of problems.json, made up:
     "4": {"question": "Which is warm?", "choices": ["ice", "fire"], "answer": 1, "hint": "",
           "image": "image.png", "grade": "grade3", "subject": "natural science", ...}
 
-The prompt is "Context: N/A\\nQuestion: Which is warm?\\nOptions: (A) ice (B) fire\\nAnswer with the
-option's letter from the given choices directly.". Answers are read by LLaVA's eval_science_qa.py,
-accuracies are those of ScienceQA's tools/evaluate_acc.py.
+The prompt is "Which is warm?\\nA. ice\\nB. fire\\nAnswer with the option's letter from the given
+choices directly.", after a line "Context: ..." where there is a hint. Answers are read by LLaVA's
+eval_science_qa.py, accuracies are those of ScienceQA's tools/evaluate_acc.py.
 
 MMBench (Liu et al., ECCV 2024): questions with options, images as base64 in a table.
 
@@ -34,6 +34,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,6 +50,8 @@ from dynmoe.questions.base import (
     write_text,
 )
 from dynmoe.questions.files import (
+    Fields,
+    check_fields,
     check_same,
     counted,
     first_path,
@@ -66,7 +69,16 @@ if TYPE_CHECKING:
 SOURCE = "https://github.com/lupantech/ScienceQA"
 SPLIT = "test"
 LLAVA_QUESTIONS = f"llava_{SPLIT}_CQM-A.json"
-FIELDS = ("question", "choices", "answer", "hint", "image", "grade", "subject")
+FIELDS: Fields = {
+    "question": "text",
+    "choices": "list of texts",
+    "answer": "id",
+    "hint": "text",
+    "image": "text or null",
+    "grade": "text",
+    "subject": "text",
+}
+GRADE = re.compile(r"grade(\d+)")
 LETTERS = "ABCDE"
 INSTRUCTION = "\nAnswer with the option's letter from the given choices directly."
 STATED = re.compile(r"The answer is ([A-Z]).")
@@ -155,8 +167,7 @@ def parse_choice(answer: str, choices: int) -> int:
 def read_scienceqa(root: str, images: str | None = None) -> ScienceQa:
     """The test set below `root`; `images` is the folder of <pid>/image.png, else `images/test`.
 
-    If LLaVA's file of questions is there too, its texts are asked. Otherwise they are built as
-    scripts/convert_sqa_to_llava.py builds them in the format CQM-A.
+    If LLaVA's file of questions is there too, its texts are asked, else those of `prompt_text`.
 
     Raises:
         DataError: files are missing or damaged, or LLaVA's questions are others.
@@ -221,21 +232,34 @@ def read_problems(
             f"{paths['problems']}: problems of {split} that are missing or whose answer is not the "
             f"place of a choice {counted(wrong)}."
         )
+    ungraded = [id for id in ids if not GRADE.fullmatch(problems[id]["grade"])]
+    if ungraded:
+        raise DataError(
+            f"{paths['problems']}: expected a grade, grade1 to grade12; others have "
+            f"{counted(ungraded)}."
+        )
     return {id: problems[id] for id in ids}, paths
 
 
 def prompt_text(row: dict[str, Any]) -> str:
-    """Context, question and options, as in LLaVA's convert_sqa_to_llava_base_prompt.py."""
-    context = row["hint"].strip() or "N/A"
-    options = " ".join(
-        f"({letter}) {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)
-    )
-    text = f"Context: {context}\nQuestion: {row['question']}\nOptions: {options}"
-    return text.replace("  ", " ").strip()
+    """Context if there is any, question, and an option a line, as in LLaVA's file of questions.
+
+    It holds for 357 of 361 texts of llava_test_CQM-A.json to the letter. What LLaVA's
+    convert_sqa_to_llava_base_prompt.py would write in the format CQM-A is another text.
+    """
+    lines = [row["question"]]
+    if hint := row["hint"].strip():
+        lines.insert(0, f"Context: {hint}")
+    lines += [
+        f"{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)
+    ]
+    return "\n".join(lines).replace("  ", " ").strip()
 
 
 def _llava_texts(path: Path, ids: Iterable[str]) -> dict[str, str]:
-    rows = read_list(path, ("id", "conversations"))
+    rows = read_list(path, {"id": "text", "conversations": "list"})
+    turns = ((f"conversation {row['id']}", (row["conversations"] or [None])[0]) for row in rows)
+    check_fields(path, turns, {"value": "text"})
     check_same(path, (row["id"] for row in rows), ids)
     return {
         row["id"]: row["conversations"][0]["value"].replace("<image>", "").strip() for row in rows
@@ -253,7 +277,7 @@ OPTIONS = "ABCD"
 MMBENCH_COLUMNS = ("index", "question", *OPTIONS, "image")
 NOT_UPLOADED = {"hint", "category", "source", "image", "comment", "l2-category"}
 PLACE_OF_PREDICTION = 6  # after index, question, A, B, C, D
-NOTHING = {"", "nan", "none", "null", "na", "n/a"}  # missing to pandas, in LLaVA's scripts
+MISSING = ("", "nan")  # empty, or as pandas writes what is missing
 LONGEST_CELL = 1 << 26  # characters; the csv module's own limit is less than an image
 
 
@@ -277,13 +301,14 @@ class MmBench(Unscored):
         self._table = table
 
     def load_image(self, key: str) -> PIL.Image.Image:
-        from PIL import Image
+        from dynmoe.image_files import decode_image
 
+        where = f"{self._table}, row {key}"
         try:
-            with Image.open(io.BytesIO(base64.b64decode(self._images[key]))) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, binascii.Error) as error:
-            raise DataError(f"{self._table}: no image in row {key}: {error}.") from None
+            content = base64.b64decode(self._images[key])
+        except binascii.Error as error:
+            raise DataError(f"{where}: no image: {error}.") from None
+        return decode_image(content, where)
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
         """The table that LLaVA's convert_mmbench_for_submission.py makes, tab separated."""
@@ -338,11 +363,14 @@ def _rows(table: Path) -> list[dict[str, str]]:
 
 
 def _text(row: dict[str, str]) -> str:
-    """Hint, question, and the options up to the first that is nothing."""
-    hint = row.get("hint", "")
-    lines = [row["question"]] if hint.lower() in NOTHING else [hint, row["question"]]
-    for letter in OPTIONS:
-        if row[letter].lower() in NOTHING:
-            break
-        lines.append(f"{letter}. {row[letter]}")
+    """Hint, question, and the options up to the first empty one; last ones may be nan.
+
+    LLaVA's model_vqa_mmbench.py reads the table by pandas, which takes words like None and N/A for
+    missing, and stops before the first of them: of the options None, One, Two it asks none.
+    """
+    lines = [row["question"]] if row.get("hint", "") in MISSING else [row["hint"], row["question"]]
+    there = list(takewhile(lambda letter: row[letter], OPTIONS))
+    while there and row[there[-1]] in MISSING:
+        there.pop()
+    lines += [f"{letter}. {row[letter]}" for letter in there]
     return "\n".join(lines) + INSTRUCTION

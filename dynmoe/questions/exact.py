@@ -11,13 +11,14 @@ those of GQA's eval.py; LLaVA's scripts/convert_gqa_for_eval.py makes the predic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynmoe.errors import DataError
 from dynmoe.questions.base import (
+    ANSWER_TOKENS,
     FolderSet,
     Question,
     QuestionSet,
@@ -25,7 +26,7 @@ from dynmoe.questions.base import (
     write_json,
     write_lines,
 )
-from dynmoe.questions.files import image_folder, locate, read_object
+from dynmoe.questions.files import Fields, check_fields, image_folder, locate, read_object
 from dynmoe.questions.vqa import INSTRUCTION
 
 if TYPE_CHECKING:
@@ -41,12 +42,32 @@ class ExactMatch(QuestionSet):
         questions: Sequence[Question],
         answers: Sequence[str],
         load_image: Callable[[str], PIL.Image.Image],
+        answer_tokens: int = ANSWER_TOKENS,
+        image_path: Callable[[str], Path] | None = None,
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
+        """`left_out` counts what the set's file holds and the set does not, by what it is."""
         super().__init__(name, questions, answers)
         self._load_image = load_image
+        self.answer_tokens = answer_tokens
+        self._image_path = image_path
+        self.left_out = dict(left_out or {})
 
     def load_image(self, key: str) -> PIL.Image.Image:
         return self._load_image(key)
+
+    def image_path(self, key: str) -> Path | None:
+        return None if self._image_path is None else self._image_path(key)
+
+    def without_images(self, keys: Collection[str]) -> ExactMatch:
+        """The questions that show none of these images.
+
+        Raises:
+            DataError: there are none.
+        """
+        rows = [row for row, each in enumerate(self.questions) if not set(keys) & set(each.images)]
+        questions = [self.questions[row] for row in rows]
+        return self._of(self.name, questions, [self.records[row] for row in rows])
 
     def score(self, answers: Sequence[str]) -> dict[str, float]:
         """Shares of right answers: "score" over all and "kind_<kind>" for each kind."""
@@ -75,7 +96,7 @@ class ExactMatch(QuestionSet):
             raise DataError(f"{self.name}: expected two images or more, found {len(images)}.")
         following = dict(zip(images, images[1:] + images[:1], strict=True)) | {(): ()}
         questions = [replace(each, images=following[each.images]) for each in self.questions]
-        return ExactMatch(f"{self.name}_shuffled", questions, self.records, self._load_image)
+        return self._of(f"{self.name}_shuffled", questions, self.records)
 
     def spread(self, number: int | None) -> ExactMatch:
         """`number` of the questions, evenly spread; None, or as many as there are: all."""
@@ -84,9 +105,11 @@ class ExactMatch(QuestionSet):
             return self
         rows = [index * total // number for index in range(number)]
         questions = [self.questions[row] for row in rows]
-        return ExactMatch(
-            self.name, questions, [self.records[row] for row in rows], self._load_image
-        )
+        return self._of(self.name, questions, [self.records[row] for row in rows])
+
+    def _of(self, name: str, questions: Sequence[Question], answers: Sequence[str]) -> ExactMatch:
+        own = self._load_image, self.answer_tokens, self._image_path, self.left_out
+        return ExactMatch(name, questions, answers, *own)
 
 
 def _plain(answer: str) -> str:
@@ -96,6 +119,7 @@ def _plain(answer: str) -> str:
 SOURCE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
 QUESTIONS = "testdev_balanced_questions.json"
 PREDICTIONS = "testdev_balanced_predictions.json"
+FIELDS: Fields = {"question": "text", "imageId": "id", "answer": "text", "types": "object"}
 FOLDERS = ("", "data/", "questions1.2/", "questions/", "data/questions1.2/")
 
 
@@ -125,7 +149,12 @@ def read_gqa(root: str, images: str | None = None) -> Gqa:
     """The questions below `root`; `images` is the folder of n161313.jpg, else `images` there."""
     wanted = {"questions": [f"{folder}{QUESTIONS}" for folder in FOLDERS]}
     paths = locate("GQA", root, wanted | image_folder(images, "images", "data/images"), SOURCE)
-    rows = read_object(paths["questions"], ("question", "imageId", "answer", "types"))
+    rows = read_object(paths["questions"], FIELDS)
+    check_fields(
+        paths["questions"],
+        ((f"types of {id}", row["types"]) for id, row in rows.items()),
+        {"structural": "text"},
+    )
     questions = [
         Question(
             id,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynmoe.errors import DataError
+from dynmoe.questions.values import Fields, wrong_fields
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -49,49 +50,61 @@ def image_folder(images: str | None, *defaults: str) -> dict[str, Sequence[str]]
     return {"images": defaults if images is None else (str(Path(images).absolute()),)}
 
 
+class MissingImages(DataError):
+    """Images that are not in their folder."""
+
+
 def check_images(title: str, folder: Path, keys: Iterable[str]) -> None:
-    """Raises DataError if any of the images is not in the folder; `title` names who wants them."""
+    """Raises MissingImages if any image is not in the folder; `title` names who wants them."""
     listings: dict[Path, set[str]] = {}  # each folder is listed once: a look at every file is slow
     missing: dict[str, None] = {}  # an ordered set
     for path, key in ((folder / key, key) for key in keys):
         if (below := path.parent) not in listings:
-            listings[below] = set(os.listdir(below)) if below.is_dir() else set()
+            listings[below] = _files(below)
         if path.name not in listings[below]:
             missing[key] = None
     if missing:
-        raise DataError(
+        raise MissingImages(
             f"{title}: images not in {folder} {counted([*missing])}. "
             "Give the folder from which these paths start, and fetch what it lacks."
         )
 
 
+def _files(folder: Path) -> set[str]:
+    """Names of the files in a folder: no folders, no pipes."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (OSError, ValueError):  # no such folder, or a name that no folder can have
+        return set()
+
+
 def load_image(path: Path) -> PIL.Image.Image:
-    """An image file in RGB.
+    """An image file in RGB: see `image_files`.
 
     Raises:
-        DataError: no such file, or not an image.
+        BadImage: no such file, or not an image.
     """
-    from PIL import Image
+    from dynmoe.image_files import read_image
 
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a damaged file
-        raise DataError(f"{path}: cannot be read as an image: {error}.") from None
+    return read_image(path)
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn what the operating system or the decoder raises on `path` into a DataError."""
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for its other end
+            raise DataError(f"{path}: expected a file, found a folder, pipe or device.")
         yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise DataError(
             f"{path}: not UTF-8 (byte 0x{byte:02x}: {error.reason}). Convert it to UTF-8."
         ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read: {reason}.") from None
 
 
 def read_text(path: Path) -> str:
@@ -110,48 +123,54 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: it cannot be read or is not JSON.
     """
+    return _parsed(read_text(path), str(path), " Fetch it again.")
+
+
+def _parsed(text: str, where: str, remedy: str = "") -> Any:
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON: {error}. Fetch it again.") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
+        raise DataError(f"{where}: not JSON: {error}.{remedy}") from None
 
 
-def read_list(path: Path, fields: Sequence[str], key: str | None = None) -> list[dict[str, Any]]:
+def read_list(path: Path, fields: Fields, key: str | None = None) -> list[dict[str, Any]]:
     """The array of objects of a JSON file, or the array under `key` of its object.
 
     Raises:
-        DataError: the file holds something else, or an object lacks a field.
+        DataError: the file holds something else, or an object lacks a field or has another value
+            there.
     """
     content = read_json(path)
     if key is not None:
         content = content.get(key) if isinstance(content, dict) else None
     if not isinstance(content, list):
         raise DataError(f"{path}: expected an array{f' under {key!r}' if key else ''}.")
-    _check(path, ((f"entry {number}", row) for number, row in enumerate(content)), fields)
+    check_fields(path, ((f"entry {number}", row) for number, row in enumerate(content)), fields)
     return content
 
 
-def read_object(path: Path, fields: Sequence[str]) -> dict[str, dict[str, Any]]:
+def read_object(path: Path, fields: Fields) -> dict[str, dict[str, Any]]:
     """The objects of a JSON file by their keys.
 
     Raises:
-        DataError: the file holds something else, or an object lacks a field.
+        DataError: the file holds something else, or an object lacks a field or has another value
+            there.
     """
     content = read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected an object.")
-    _check(path, ((f"entry {name}", row) for name, row in content.items()), fields)
+    check_fields(path, ((f"entry {name}", row) for name, row in content.items()), fields)
     return content
 
 
-def read_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+def read_lines(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line.
 
     Raises:
-        DataError: a line is something else, or lacks a field.
+        DataError: a line is something else, or lacks a field or has another value there.
     """
     rows = list(json_lines(path))
-    _check(path, ((f"line {number}", row) for number, row in rows), fields)
+    check_fields(path, ((f"line {number}", row) for number, row in rows), fields)
     return [row for _, row in rows]
 
 
@@ -164,20 +183,17 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     with reading(path), path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number}: not JSON: {error}.") from None
-                yield number, value
+                yield number, _parsed(line, f"{path}, line {number}")
 
 
-def _check(path: Path, rows: Iterable[tuple[str, Any]], fields: Sequence[str]) -> None:
+def check_fields(path: Path, rows: Iterable[tuple[str, Any]], fields: Fields) -> None:
+    """Raises DataError if one of the named rows is no object with these fields."""
     problems = []
     for name, row in rows:
         if not isinstance(row, dict):
             problems.append(f"{name} is not an object")
-        elif lacking := [field for field in fields if field not in row]:
-            problems.append(f"{name} has no {', '.join(lacking)}")
+        else:
+            problems += [f"{name} {wrong}" for wrong in wrong_fields(row, fields)]
     if problems:
         raise DataError(
             f"{path}: expected objects with {', '.join(fields)}. Others {counted(problems)}."

@@ -17,14 +17,18 @@ from pathlib import Path
 
 from dynmoe.questions.base import FolderSet, Question, Unscored, answer_row, write_json, write_lines
 from dynmoe.questions.files import (
+    Fields,
     image_folder,
     locate,
     read_lines,
     read_list,
     read_object,
 )
+from dynmoe.questions.values import plain_text
 from dynmoe.questions.vqa import INSTRUCTION, normalise_m4c
 
+FIELDS: Fields = {"question_id": "id", "image": "text", "text": "text"}
+LONG_ANSWER = 1024  # tokens of an answer at most, llava/eval/model_vqa.py
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
@@ -49,7 +53,7 @@ def read_vizwiz(root: str, images: str | None = None) -> VizWiz:
     """`test.json` below `root`; `images` is the folder of VizWiz_test_00000000.jpg, else `test`."""
     wanted = {"questions": ["test.json", "Annotations/test.json"]} | image_folder(images, "test")
     paths = locate("VizWiz", root, wanted, "https://vizwiz.org/tasks-and-datasets/vqa")
-    rows = read_list(paths["questions"], ("image", "question"))
+    rows = read_list(paths["questions"], {"image": "text", "question": "text"})
     names = [row["image"] for row in rows]
     questions = [
         Question(row["image"], row["question"] + UNANSWERABLE + INSTRUCTION, (row["image"],))
@@ -61,6 +65,7 @@ def read_vizwiz(root: str, images: str | None = None) -> VizWiz:
 class LlavaBench(Unscored, FolderSet):
     """LLaVA-Bench (In-the-Wild). Records are the questions' ids as they are in the file."""
 
+    answer_tokens = LONG_ANSWER
     note = "GPT-4 judges the answers, by llava/eval/eval_gpt_review_bench.py of LLaVA."
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
@@ -74,9 +79,14 @@ def read_llava_bench(root: str, images: str | None = None) -> LlavaBench:
     source = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
     wanted = {"questions": ["questions.jsonl"]} | image_folder(images, "images")
     paths = locate("LLaVA-Bench", root, wanted, source)
-    rows = read_lines(paths["questions"], ("question_id", "image", "text"))
+    rows = read_lines(paths["questions"], FIELDS)
     questions = [
-        Question(str(row["question_id"]), row["text"], (row["image"],), row.get("category", ""))
+        Question(
+            id=str(row["question_id"]),
+            text=row["text"],
+            images=(row["image"],),
+            kind=plain_text(row.get("category")) or "",
+        )
         for row in rows
     ]
     ids = [row["question_id"] for row in rows]
@@ -86,6 +96,7 @@ def read_llava_bench(root: str, images: str | None = None) -> LlavaBench:
 class MmVet(Unscored, FolderSet):
     """MM-Vet (Yu et al., ICML 2024). Records are None."""
 
+    answer_tokens = LONG_ANSWER
     note = "GPT-4 judges the answers, by the notebook of github.com/yuweihao/MM-Vet."
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
@@ -98,6 +109,6 @@ def read_mm_vet(root: str, images: str | None = None) -> MmVet:
     """`mm-vet.json` below `root`; `images` is the folder of v1_0.png, else `images` there."""
     wanted = {"questions": ["mm-vet.json"]} | image_folder(images, "images")
     paths = locate("MM-Vet", root, wanted, "https://github.com/yuweihao/MM-Vet/releases")
-    rows = read_object(paths["questions"], ("imagename", "question"))
+    rows = read_object(paths["questions"], {"imagename": "text", "question": "text"})
     questions = [Question(id, row["question"], (row["imagename"],)) for id, row in rows.items()]
     return MmVet("mm_vet", questions, [None] * len(questions), paths["images"])

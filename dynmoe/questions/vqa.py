@@ -20,7 +20,8 @@ TextVQA (Singh et al., CVPR 2019), its validation set as LLaVA-1.5 evaluates it.
 Two evaluators share the formula and normalise answers differently:
 
 - `vqa_accuracy` is that of VQAv2's server: PythonEvaluationTools/vqaEvaluation/vqaEval.py of
-  GT-Vision-Lab/VQA. Answers are normalised only where the humans disagree.
+  GT-Vision-Lab/VQA. Answers are normalised only where the humans disagree: where all ten say USA,
+  usa is wrong.
 - `textvqa_accuracy` is LLaVA's for TextVQA: llava/eval/m4c_evaluator.py, from MMF. Answers are
   always normalised; before that commas and question marks are removed, and 's becomes a word.
 """
@@ -45,6 +46,8 @@ from dynmoe.questions.base import (
     write_lines,
 )
 from dynmoe.questions.files import (
+    Fields,
+    check_fields,
     check_same,
     counted,
     first_path,
@@ -100,7 +103,7 @@ def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
     answer, *humans = map(_one_line, [answer, *humans])
     if len(set(humans)) > 1:
         answer, *humans = map(normalise, [answer, *humans])
-    return _agreement([human.lower() == answer.lower() for human in humans])
+    return _agreement([human == answer for human in humans])
 
 
 def textvqa_accuracy(answer: str, humans: Sequence[str]) -> float:
@@ -141,6 +144,16 @@ SOURCE = "https://visualqa.org/download.html"
 SPLITS = ("val2014", "test-dev2015", "test2015")
 QUESTIONS = "v2_OpenEnded_mscoco_{}_questions.json"
 ANNOTATIONS = "v2_mscoco_{}_annotations.json"
+QUESTION_FIELDS: Fields = {
+    "question_id": "whole number",
+    "image_id": "whole number",
+    "question": "text",
+}
+ANNOTATION_FIELDS: Fields = {
+    "question_id": "whole number",
+    "answer_type": "text",
+    "answers": "list",
+}
 
 
 class Vqav2(FolderSet):
@@ -208,7 +221,7 @@ def read_vqav2(root: str, images: str | None = None) -> Vqav2:
         wanted["annotations"] = [ANNOTATIONS.format(split)]
     wanted |= image_folder(images, image_split, f"images/{image_split}")
     paths = locate("VQAv2", folder, wanted, SOURCE)
-    rows = read_list(paths["questions"], ("question_id", "image_id", "question"), "questions")
+    rows = read_list(paths["questions"], QUESTION_FIELDS, "questions")
     annotations = _annotations(paths["annotations"], rows) if scored else {}
     questions = [
         Question(
@@ -227,7 +240,7 @@ def read_vqav2(root: str, images: str | None = None) -> Vqav2:
         return Vqav2(split, questions, humans, paths["images"])
     # The server takes a file of all test questions, and scores those of test-dev.
     path = first_path(folder, [QUESTIONS.format("test2015")])
-    every = [] if path is None else read_list(path, ("question_id",), "questions")
+    every = [] if path is None else read_list(path, {"question_id": "whole number"}, "questions")
     unasked = sorted({row["question_id"] for row in every} - {row["question_id"] for row in rows})
     return Vqav2Test(split, questions, [[]] * len(rows), paths["images"], unasked)
 
@@ -245,7 +258,10 @@ def _find(root: Path) -> tuple[Path, str]:
 
 
 def _annotations(path: Path, questions: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    rows = read_list(path, ("question_id", "answer_type", "answers"), "annotations")
+    rows = read_list(path, ANNOTATION_FIELDS, "annotations")
+    for row in rows:
+        answers = ((f"question {row['question_id']}", answer) for answer in row["answers"])
+        check_fields(path, answers, {"answer": "text"})
     check_same(
         path, (row["question_id"] for row in rows), (row["question_id"] for row in questions)
     )
@@ -255,6 +271,12 @@ def _annotations(path: Path, questions: Sequence[dict[str, Any]]) -> dict[int, d
 
 TEXTVQA_SOURCE = "https://textvqa.org/dataset"
 TEXTVQA_ANNOTATIONS = "TextVQA_0.5.1_val.json"
+TEXTVQA_FIELDS: Fields = {
+    "question_id": "id",
+    "image_id": "text",
+    "question": "text",
+    "answers": "list of texts",
+}
 WITH_OCR = "llava_textvqa_val_v051_ocr.jsonl"
 
 
@@ -290,9 +312,7 @@ def read_textvqa(root: str, images: str | None = None) -> TextVqa:
     wanted = {"annotations": [TEXTVQA_ANNOTATIONS]}
     defaults = image_folder(images, "train_images", "train_val_images/train_images")
     paths = locate("TextVQA", root, wanted | defaults, TEXTVQA_SOURCE)
-    rows = read_list(
-        paths["annotations"], ("question_id", "image_id", "question", "answers"), "data"
-    )
+    rows = read_list(paths["annotations"], TEXTVQA_FIELDS, "data")
     check_humans(paths["annotations"], rows)
     ocr = first_path(root, [WITH_OCR])
     texts = {} if ocr is None else _texts(ocr, rows)
@@ -316,7 +336,7 @@ def _texts(path: Path, rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], 
     """LLaVA's text of each question, found as eval_textvqa.py finds it: by image and first line."""
     texts = {
         (row["question_id"], row["text"].split("\n")[0].lower()): row["text"]
-        for row in read_lines(path, ("question_id", "text"))
+        for row in read_lines(path, {"question_id": "text", "text": "text"})
     }
     check_same(path, texts, map(_key, rows))
     return texts

@@ -28,23 +28,48 @@ phrase.". Points are those of MME's calculation.py (eval_tool).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dynmoe.errors import DataError
-from dynmoe.questions.base import FolderSet, Question, by_kind, mean, write_lines, write_text
-from dynmoe.questions.files import first_path, image_folder, locate, read_lines, read_text
+from dynmoe.questions.base import (
+    FolderSet,
+    Question,
+    answer_row,
+    by_kind,
+    mean,
+    write_lines,
+    write_text,
+)
+from dynmoe.questions.files import Fields, first_path, image_folder, locate, read_lines, read_text
 from dynmoe.questions.vqa import INSTRUCTION
+
+log = logging.getLogger(__name__)
 
 POPE_SOURCE = "https://github.com/AoiDragon/POPE, output/coco; the images are COCO's val2014"
 SPLITS = ("adversarial", "popular", "random")
 POPE_FOLDERS = ("", "coco/", "output/coco/")
 SUFFIXES = (".json", ".jsonl")
+FIELDS: Fields = {"question_id": "id", "image": "text", "text": "text", "label": "text"}
+PUBLISHED = 8910
+"""Questions of the lists at commit e3e3926 of AoiDragon/POPE, on which published numbers rest."""
+LLAVA_QUESTIONS = "llava_pope_test.jsonl"
+LLAVA_FIELDS: Fields = {"question_id": "id", "image": "text", "text": "text", "category": "text"}
 
 
 class Pope(FolderSet):
-    """Records are the labels, yes or no; a question's kind is its split."""
+    """Records are the labels, yes or no; a question's kind is its split.
+
+    `ids` [Q] are numbers of the questions over all splits, as LLaVA's file of questions has them.
+    """
+
+    def __init__(
+        self, questions: Sequence[Question], labels: Sequence[str], images: Path, ids: Sequence[Any]
+    ) -> None:
+        super().__init__("pope", questions, labels, images)
+        self._ids = ids
 
     def score(self, answers: Sequence[str]) -> dict[str, float]:
         """Accuracy, precision, recall, f1 and yes_ratio of each split; "score" is the mean f1.
@@ -61,14 +86,26 @@ class Pope(FolderSet):
         }
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
-        """Each split's `ans_file` of evaluate.py: question and answer, in the labels' order."""
-        rows = (
-            {"question": question.text.removesuffix(INSTRUCTION), "answer": answer}
-            for question, _, answer in self.pairs(answers)
-        )
+        """Each split's `ans_file` of POPE's evaluate.py, in the order of its labels.
+
+        For eval_pope.py of LLaVA and MoE-LLaVA `pope_answers.jsonl` has all splits, with the ids of
+        LLaVA's file of questions where that was there, else of `pope_questions.jsonl`.
+        """
+        asked, answered, rows = [], [], []
+        for id, (question, _, answer) in zip(self._ids, self.pairs(answers), strict=True):
+            (image,) = question.images
+            bare = question.text.removesuffix(INSTRUCTION)
+            named = {"question_id": id, "image": image, "text": question.text}
+            asked.append({**named, "category": question.kind})
+            answered.append(answer_row(id, question.text, answer))
+            rows.append({"question_id": id, "question": bare, "answer": answer, "text": answer})
         return [
-            write_lines(folder / f"coco_pope_{split}_answers.jsonl", own)
-            for split, own in by_kind(self.questions, rows).items()
+            *(
+                write_lines(folder / f"coco_pope_{split}_answers.jsonl", own)
+                for split, own in by_kind(self.questions, rows).items()
+            ),
+            write_lines(folder / "pope_questions.jsonl", asked),
+            write_lines(folder / "pope_answers.jsonl", answered),
         ]
 
 
@@ -100,6 +137,8 @@ def _ratio(part: float, whole: float) -> float:
 def read_pope(root: str, images: str | None = None) -> Pope:
     """The splits below `root`; `images` is the folder of COCO's val2014, else `val2014` there.
 
+    Warns where there are other than `PUBLISHED` questions: today's files have 9,000.
+
     Raises:
         DataError: no split or no images are there, or a file is damaged.
     """
@@ -114,7 +153,7 @@ def read_pope(root: str, images: str | None = None) -> Pope:
     paths = locate("POPE", root, (here or candidates) | defaults, POPE_SOURCE)
     questions, labels = [], []
     for split in here:
-        for row in read_lines(paths[split], ("question_id", "image", "text", "label")):
+        for row in read_lines(paths[split], FIELDS):
             if row["label"] not in ("yes", "no"):
                 raise DataError(
                     f"{paths[split]}: question {row['question_id']}: expected the label yes or no, "
@@ -123,7 +162,25 @@ def read_pope(root: str, images: str | None = None) -> Pope:
             id = f"{split}/{row['question_id']}"
             questions.append(Question(id, row["text"] + INSTRUCTION, (row["image"],), split))
             labels.append(row["label"])
-    return Pope("pope", questions, labels, paths["images"])
+    if len(questions) != PUBLISHED:
+        log.warning(
+            "POPE: %d questions in %s; published numbers rest on the %d in %s at commit e3e3926 of "
+            "github.com/AoiDragon/POPE, output/coco",
+            len(questions),
+            " and ".join(here),
+            PUBLISHED,
+            "adversarial, popular and random",
+        )
+    return Pope(questions, labels, paths["images"], _llava_ids(root, questions))
+
+
+def _llava_ids(root: str, questions: Sequence[Question]) -> list[Any]:
+    """The ids in LLaVA's file of questions if it is there and has all of them, else the places."""
+    path = first_path(root, [LLAVA_QUESTIONS])
+    rows = [] if path is None else read_lines(path, LLAVA_FIELDS)
+    known = {(row["category"], row["image"], row["text"]): row["question_id"] for row in rows}
+    found = [known.get((each.kind, each.images[0], each.text)) for each in questions]
+    return list(range(len(questions))) if None in found else found
 
 
 MME_SOURCE = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"

@@ -6,7 +6,7 @@ Shape suffixes: B conversations, N tokens, M scored positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -19,6 +19,8 @@ from dynmoe.data.vl.chat import IGNORE
 from dynmoe.layers.moe import Routed, record_routing
 from dynmoe.tasks.base import Decode, MoETask, Scores, example_record
 
+T = TypeVar("T")
+
 PARTS = ("prompt", "image", "answer")
 """Parts of a sequence of tokens. A token's part is an index here."""
 
@@ -30,10 +32,11 @@ class VisionLanguage(MoETask):
     """Cross-entropy over the assistant's tokens; trains the ``trains`` parts of the backbone.
 
     An evaluation lets the model answer every question of the sets ``env_names``, greedily, with at
-    most ``max_new_tokens`` tokens. ``decode`` turns token ids into text; ``score(set, answers)``
-    gives a set's scores, its headline under "score" in [0, 1]; ``describe(set, row)`` describes a
-    question and its image, for the ``examples`` that are recorded. Routing is recorded for each of
-    ``PARTS``: in generation ``answer`` are the tokens that the model generated and read again.
+    most ``max_new_tokens[set]`` tokens. ``decode`` turns token ids into text; ``score(set,
+    answers)`` gives a set's scores, its headline under "score" in [0, 1]; ``describe(set, row)``
+    describes a question and its image, for the ``examples`` that are recorded. Routing is recorded
+    for each of ``PARTS``: in generation ``answer`` are the tokens that the model generated and read
+    again.
 
     The ``loss`` of a set is the mean negative log-likelihood of all tokens of its reference
     answers, their end token included, given image and question: ``references(set, rows)`` gives
@@ -50,7 +53,7 @@ class VisionLanguage(MoETask):
         score: Callable[[str, Answers], dict[str, float]],
         describe: Callable[[str, int], dict[str, Any]],
         references: Callable[[str, Sequence[int]], list[list[int]] | None],
-        max_new_tokens: int,
+        max_new_tokens: Mapping[str, int],
         examples: int,
         **task: Any,
     ) -> None:
@@ -63,6 +66,8 @@ class VisionLanguage(MoETask):
         self.max_new_tokens = max_new_tokens
         self.num_examples = examples
         self.answers: dict[str, Answers] = {}
+        self.cut: dict[str, int] = {}
+        """How many answers of each set were cut off by their limit."""
         self.examples: list[dict[str, Any]] = []
         train_only(self.backbone, trains)
 
@@ -77,11 +82,12 @@ class VisionLanguage(MoETask):
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.answers = {name: {} for name in self.env_names}
+        self._unended = {name: set[int]() for name in self.env_names}
         self.examples = []
 
     def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """A batch comes from one set."""
-        ids_BN, tape = self.generate(batch.tokens)
+        ids_BN, tape = self.generate(batch.tokens, batch.source)
         self.routing.update(batch.source, tape, part_BN=_parts_of_calls(batch.tokens, ids_BN))
         references = self.references(batch.source, batch.row.tolist())
         if references is not None:  # NOTE: for all batches of a set: under FSDP ranks run together
@@ -91,6 +97,7 @@ class VisionLanguage(MoETask):
             for row, ids in zip(batch.row.tolist(), ids_BN.tolist(), strict=True)
         }
         self.answers[batch.source] |= answers
+        self._unended[batch.source].update(batch.row[self.backbone.unended(ids_BN)].tolist())
         if batch.source == self.env_names[0]:
             for index, (row, answer) in enumerate(answers.items()):
                 if row < self.num_examples:
@@ -98,10 +105,13 @@ class VisionLanguage(MoETask):
                     routed = example_record(batch.tokens, ids_BN, tape, index, self.decode)
                     self.examples.append({"set": batch.source, "row": row, **described, **routed})
 
-    def generate(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, list[Routed]]]:
-        """Token ids of the answers, and the routing of the prompts and of each token after them."""
+    def generate(
+        self, tokens: Mapping[str, Tensor], name: str
+    ) -> tuple[Tensor, dict[str, list[Routed]]]:
+        """Token ids of the answers to questions of a set, and the routing of the prompts and of
+        each token after them."""
         with record_routing(self.backbone) as tape:
-            return self.backbone.generate(tokens, self.max_new_tokens), tape
+            return self.backbone.generate(tokens, self.max_new_tokens[name]), tape
 
     def reference_losses(
         self, tokens: Mapping[str, Tensor], references: Sequence[Sequence[int]]
@@ -114,10 +124,16 @@ class VisionLanguage(MoETask):
         return F.cross_entropy(logits.float(), target_M, reduction="none")
 
     def measures(self) -> Scores:
+        self.cut = {
+            name: len(set().union(*self._from_ranks(rows))) for name, rows in self._unended.items()
+        }
         return {
             name: self.score(name, self._from_all_ranks(self.answers[name]))
             for name in self.env_names
         }
+
+    def result(self) -> dict[str, Any]:
+        return {**super().result(), "cut_answers": dict(self.cut)}
 
     def example_records(self) -> list[dict[str, Any]]:
         """The first questions of the first set as the model answered them in the last evaluation,
@@ -125,11 +141,14 @@ class VisionLanguage(MoETask):
         return sorted(self.examples, key=lambda example: example["row"])
 
     def _from_all_ranks(self, answers: Answers) -> Answers:
+        return {row: answer for each in self._from_ranks(answers) for row, answer in each.items()}
+
+    def _from_ranks(self, own: T) -> list[T]:
         if self.trainer.world_size == 1:
-            return answers
-        found: list[Answers] = [{} for _ in range(self.trainer.world_size)]
-        distributed.all_gather_object(found, answers)
-        return {row: answer for each in found for row, answer in each.items()}
+            return [own]
+        found: list[T] = [own] * self.trainer.world_size
+        distributed.all_gather_object(found, own)
+        return found
 
 
 def _answered(

@@ -174,6 +174,11 @@ def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> Scores:
     for name, answers in task.answers.items():
         if not data.sets[name].is_scored:
             print(f"{name} has no local score. {data.sets[name].note}")
+        if task.cut[name]:
+            print(
+                f"{name}: {task.cut[name]} of {len(answers)} answers were cut off at "
+                f"{task.max_new_tokens[name]} tokens. Set data.max_new_tokens for longer ones."
+            )
         for file in data.asked.write(name, folder.path / "answers" / name, answers):
             print(file)
     return scores

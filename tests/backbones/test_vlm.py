@@ -10,7 +10,20 @@ import torch
 import vl_models
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vl_models import BOS, EOS, IMG, MODELS, PAD, PATCHES, VOCAB, WIDTH, tokens, vl_model
+from vl_models import (
+    BOS,
+    EOS,
+    GATED,
+    IMG,
+    MODELS,
+    PAD,
+    PATCHES,
+    SIZES,
+    VOCAB,
+    WIDTH,
+    tokens,
+    vl_model,
+)
 
 from dynmoe.backbones.vlm import VisionLanguageModel, build_vision_language_model, train_only
 from dynmoe.errors import ConfigError
@@ -63,11 +76,54 @@ def test_conversations_do_not_see_each_others_padding(name: str, moe: str | None
         same(model(tokens(row))[0], together[index, : len(row)], atol=1e-5, rtol=0)
 
 
-def test_logits_at_scored_positions_are_those_of_the_whole() -> None:
-    for name in ("llama", "phi"):  # phi's head has a bias
-        model, batch = vl_model(name, "topk"), tokens(*ROWS)
-        scored_M = torch.tensor([3, 0, 12, 30])
-        same(model(batch, scored_M), model(batch).flatten(0, 1)[scored_M])
+# Heads that are more than a matrix: scales, soft caps, biases, norms and projections before them.
+OWN_HEADS: dict[str, dict[str, Any]] = {
+    "granite": {**GATED, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "gemma2": {**GATED, "head_dim": 8, "final_logit_softcapping": 2.0},
+    "gemma3_text": {**GATED, "head_dim": 8, "final_logit_softcapping": 2.0},
+    "cohere": {**GATED, "logit_scale": 0.25},
+    "granitemoe": {**GATED, "logits_scaling": 3.0, "num_local_experts": 2},
+    "opt": {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 8},
+    "phi3": {**GATED, "pad_token_id": PAD},
+    "olmo2": GATED,
+    "qwen3": {**GATED, "head_dim": 8},
+    "bloom": SIZES,
+    "bert": {**SIZES, "intermediate_size": 24, "is_decoder": True},  # a transform before its head
+}
+
+
+@pytest.mark.parametrize("name", [*MODELS, *OWN_HEADS])
+def test_loss_and_gradients_are_the_language_models_own(name: str) -> None:
+    model = vl_model(name, **OWN_HEADS.get(name, {}))
+    batch = vl_models.conversations([TEXT, TEXT[:3]], [(3, 4), (2,)])
+    text = {key: batch.tokens[key] for key in ("input_ids", "attention_mask")}
+    own = model.language_model(**text, labels=batch.label)
+    own.loss.backward()
+    expected = gradients(model.language_model)
+    scored_M, _ = batch.scored
+    same(model(batch.tokens, scored_M), own.logits.flatten(0, 1)[scored_M])
+    model.zero_grad()
+    loss = loss_of(model, batch)
+    loss.backward()
+    same(loss, own.loss)
+    same(gradients(model.language_model), expected)
+
+
+def test_a_head_is_computed_at_scored_positions_only() -> None:
+    model, batch = vl_model(), tokens(*ROWS)
+    rows: list[int] = []
+    head = model.language_model.get_output_embeddings()
+    head.register_forward_hook(lambda *call: rows.append(call[2].shape[:-1].numel()))
+    model(batch, torch.tensor([3, 0, 12]))
+    assert rows == [3]
+
+
+def test_a_head_that_is_not_called_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = vl_model(), tokens(*ROWS)
+    scored_M = torch.tensor([3, 0, 12, 30])
+    expected = model(batch, scored_M)
+    monkeypatch.setattr(model.language_model, "get_output_embeddings", lambda: nn.Identity())
+    same(model(batch, scored_M), expected)
 
 
 def gradients(module: nn.Module) -> list[Tensor | None]:
@@ -255,6 +311,15 @@ def test_a_language_model_without_a_known_form_can_be_dense() -> None:
         trained(model, "dense_ffns")
 
 
+def test_every_token_needs_a_position() -> None:
+    model = vl_model("gpt2", n_positions=20)
+    model.check_length(20, 12, 8)
+    for lengths in ((21, 1, 1), (20, 12, 9)):
+        with pytest.raises(ConfigError, match=r"positions for 20 tokens.*Set data.max_length=20"):
+            model.check_length(*lengths)
+    vl_model("llama").check_length(10**6, 10**6, 10**6)
+
+
 # Where the language model comes from.
 
 
@@ -326,6 +391,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         ({}, "^backbone: expected a model of the hub"),
         ({"architecture": "lama"}, "^backbone.architecture=lama: transformers knows no such"),
         ({"architecture": "vit"}, "^backbone: transformers makes no causal language model of"),
+        ({"architecture": "bert"}, "^backbone: a 'bert' sees .*backbone.options.is_decoder=true"),
         ({"architecture": "llama", "pretrained": True}, "an architecture has no weights"),
         ({"path": "nowhere"}, "^backbone.path=nowhere: expected a folder with config.json"),
         ({"architecture": "llama", "options": {"hiden_size": 8}}, "Did you mean 'hidden_size'"),

@@ -117,9 +117,10 @@ task: epochs patience scheduler
 """,
     "vision-language": """
 : plan stage
-backbone: architecture path projector template vision
+backbone: architecture image_placement path projector template vision
 data: cache content examples fit image_size max_length max_new_tokens mean
-data: patch_size question_sets question_template std template tokenizer_name tokenizer_path workers
+data: patch_size question_sets question_template skip_invalid std template tokenizer_name
+data: tokenizer_path verify workers
 plan: conversations mean_k mean_tokens tflops utilisation
 protocol: selection stages
 stage: after name start suffix template

@@ -27,6 +27,7 @@ def test_vizwiz(tmp_path: Path) -> None:
         "What is it?\nWhen the provided information is insufficient, respond with 'Unanswerable'."
         "\nAnswer the question using a single word or phrase."
     )
+    assert found.answer_tokens == 128
     (file,) = found.write(tmp_path / "out", ["Unanswerable.", "The two cans"])
     assert json.loads(file.read_text()) == [
         {"image": names[0], "answer": "unanswerable"},
@@ -58,6 +59,7 @@ def test_llava_bench(tmp_path: Path) -> None:
         "metadata": {},
     }
     assert (found.is_scored, "GPT-4" in found.note) == (False, True)
+    assert found.answer_tokens == 1024
 
 
 def test_mm_vet(tmp_path: Path) -> None:
@@ -72,6 +74,7 @@ def test_mm_vet(tmp_path: Path) -> None:
     picture(tmp_path / "images" / "v1_1.png")
     found = read_mm_vet(str(tmp_path))
     assert [question.text for question in found.questions] == ["What is x?", "What is d?"]
+    assert found.answer_tokens == 1024
     (file,) = found.write(tmp_path, ["x = -1", "ü"])
     assert file.read_text() == '{\n  "v1_0": "x = -1",\n  "v1_1": "ü"\n}'
     assert (found.is_scored, "GPT-4" in found.note) == (False, True)
@@ -120,9 +123,30 @@ def test_mmbench_questions(tmp_path: Path) -> None:
     ]
     assert [question.text for question in found.questions] == [
         f'Look\nhere.\nWhich "one"?\nA. x\nB. y{LETTER}',  # the options end at the first empty one
-        f"Is it?\nA. yes\nB. no\nC. maybe{LETTER}",
+        f"Is it?\nA. yes\nB. no\nC. maybe\nD. None{LETTER}",
     ]
     assert found.load_image("252").getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (["Na", "K", "Fe", "Cu"], 4),
+        (["None", "One", "Two", "null"], 4),
+        (["N/A", "nan", "NA", "n/a"], 4),
+        (["NULL", "no", "", ""], 2),
+        (["yes", "no", "nan", "nan"], 2),  # as pandas writes what is missing
+    ],
+)
+def test_words_for_what_is_missing_are_options(
+    tmp_path: Path, options: list[str], asked: int
+) -> None:
+    cells = "\t".join(["1", "Which?", *options, "A", "eA=="])
+    header = "\t".join(["index", "question", *"ABCD", "answer", "image"])
+    put(tmp_path / "mmbench_dev_20230712.tsv", f"{header}\n{cells}\n")
+    (question,) = read_mmbench(str(tmp_path)).questions
+    lines = [f"{letter}. {word}" for letter, word in zip("ABCD", options, strict=True)]
+    assert question.text == "\n".join(["Which?", *lines[:asked]]) + LETTER
 
 
 def test_mmbench_upload(tmp_path: Path) -> None:
@@ -148,5 +172,5 @@ def test_mmbench_refusals(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{file}: expected 7 columns, found 2 in row 3"):
         read_mmbench(str(tmp_path))
     put(file, "index\tquestion\tA\tB\tC\tD\timage\n1\t?\tx\ty\t\t\tabc\n")
-    with pytest.raises(DataError, match=f"{file}: no image in row 1"):
+    with pytest.raises(DataError, match=f"{file}, row 1: no image"):
         read_mmbench(str(tmp_path)).load_image("1")

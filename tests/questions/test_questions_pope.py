@@ -90,15 +90,44 @@ def test_answers_are_what_evaluate_py_reads(tmp_path: Path) -> None:
     put_split(tmp_path, "coco_pope_random.json", ["yes", "no"])
     put_split(tmp_path, "coco_pope_popular.json", ["no"])
     files = read_pope(str(tmp_path)).write(tmp_path, ["No, not at all.", "Yes", ""])
-    names = ["coco_pope_popular_answers.jsonl", "coco_pope_random_answers.jsonl"]
-    assert [file.name for file in files] == names
-    assert [read_lines(file) for file in files] == [
-        [{"question": "Is there a thing 0 in the image?", "answer": "No, not at all."}],
-        [
-            {"question": "Is there a thing 0 in the image?", "answer": "Yes"},
-            {"question": "Is there a thing 1 in the image?", "answer": ""},
-        ],
+    names = ["coco_pope_popular_answers", "coco_pope_random_answers"]
+    names += ["pope_questions", "pope_answers"]
+    assert [file.name for file in files] == [f"{name}.jsonl" for name in names]
+    popular, random, asked, answered = map(read_lines, files)
+    first = {"question_id": 0, "question": "Is there a thing 0 in the image?"}
+    assert popular == [{**first, "answer": "No, not at all.", "text": "No, not at all."}]
+    assert [(row["question_id"], row["answer"]) for row in random] == [(1, "Yes"), (2, "")]
+    # eval_pope.py: an answer's category is that of the question with its id.
+    categories = {row["question_id"]: row["category"] for row in asked}
+    assert [(categories[row["question_id"]], row["text"]) for row in answered] == [
+        ("popular", "No, not at all."),
+        ("random", "Yes"),
+        ("random", ""),
     ]
+
+
+def test_ids_are_those_of_llavas_questions(tmp_path: Path) -> None:
+    put_split(tmp_path, "coco_pope_random.json", ["yes", "no"])
+    (*_, asked, _) = read_pope(str(tmp_path)).write(tmp_path, ["Yes", "No"])
+    rows = [{**row, "question_id": 70 + row["question_id"]} for row in read_lines(asked)]
+    put_lines(tmp_path / "llava_pope_test.jsonl", rows)
+    (*_, answered) = read_pope(str(tmp_path)).write(tmp_path, ["Yes", "No"])
+    assert [row["question_id"] for row in read_lines(answered)] == [70, 71]
+
+
+def test_another_version_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put_split(tmp_path, "coco_pope_random.json", ["yes", "no"])
+    read_pope(str(tmp_path))
+    assert "POPE: 2 questions in random; published numbers rest on the 8910" in caplog.text
+    assert "e3e3926" in caplog.text
+
+
+def test_wrong_values_are_refused(tmp_path: Path) -> None:
+    row = {"question_id": 1, "image": "a.jpg", "text": None, "label": "yes"}
+    file = put_lines(tmp_path / "coco_pope_random.json", [row])
+    (tmp_path / "val2014").mkdir()
+    with pytest.raises(DataError, match=f"{file}: .*line 1 has text=None, which is no text"):
+        read_pope(str(tmp_path))
 
 
 def test_refusals(tmp_path: Path) -> None:

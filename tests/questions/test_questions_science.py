@@ -53,8 +53,8 @@ def test_questions(root: Path) -> None:
         ("11", ("11/image.png",), "social science"),
     ]
     assert [question.text for question in found[:2]] == [
-        f"Context: Look.\nQuestion: Which one?\nOptions: (A) x (B) y{INSTRUCTION}",
-        f"Context: N/A\nQuestion: Which one?\nOptions: (A) x (B) y (C) z{INSTRUCTION}",
+        f"Context: Look.\nWhich one?\nA. x\nB. y{INSTRUCTION}",
+        f"Which one?\nA. x\nB. y\nC. z{INSTRUCTION}",
     ]
 
 

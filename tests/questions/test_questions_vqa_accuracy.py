@@ -90,7 +90,10 @@ def test_accuracy_by_agreement(accuracy, others: int, expected: float) -> None:
 def test_vqav2_normalises_where_humans_disagree() -> None:
     assert vqa_accuracy("Two.", humans(two=5, three=5)) == 1.0
     assert vqa_accuracy("2", humans(two=10)) == 0.0
-    assert vqa_accuracy("TWO ", humans(two=10)) == 1.0  # case and outer white space never count
+    assert vqa_accuracy(" two\n", humans(two=10)) == 1.0
+    assert vqa_accuracy("TWO", humans(two=9, three=1)) == 1.0
+    assert vqa_accuracy("TWO", humans(two=10)) == 0.0  # compared as they are where all agree
+    assert vqa_accuracy("usa", humans(USA=10)) == 0.0
     assert vqa_accuracy("a cat", humans(cat=9, dog=1)) == 1.0
     assert vqa_accuracy("a cat", humans(cat=10)) == 0.0
 

@@ -241,7 +241,7 @@ def answered_alone(task: VisionLanguage, data: VisionLanguageData, name: str) ->
     found = Answered([], [], [])
     for row in range(len(data.sets[name].questions)):
         batch = collate(questions.__getitems__([Key(name, row)]))
-        ids_1N, tape = task.generate(batch.tokens)
+        ids_1N, tape = task.generate(batch.tokens, name)
         found.ids.append(ids_1N[0].tolist())
         found.prompts.append(questions.prompts[name][row].tolist())
         found.examples.append(example_record(batch.tokens, ids_1N, tape, 0, data.decode))
@@ -270,9 +270,12 @@ def test_every_question_is_answered_and_scored(
         assert evaluated.answers[name] == dict(enumerate(answers))
         scores = questions.score(answers)
         assert "kind_colour" in scores
+        end = evaluated.backbone.config.eos_token_id
+        assert evaluated.cut[name] == sum(end not in ids for ids in alone.ids) > 0
         loss = reference_loss(evaluated, data, name)
         expected[name] = {**scores, "loss": pytest.approx(loss, rel=1e-5)}
     assert evaluated.env_names == ["test", "shuffled"]
+    assert evaluated.result() == {"scores": expected, "cut_answers": evaluated.cut}
     assert evaluated.scores() == expected
     logged = {key: value.item() for key, value in evaluated.trainer.callback_metrics.items()}
     assert logged == pytest.approx(

@@ -143,7 +143,10 @@ def test_answers_published_sets(
 
 
 def test_answers_are_as_long_as_asked_for(
-    trained: RunFolder, published: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    trained: RunFolder,
+    published: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from dynmoe.backbones.vlm import VisionLanguageModel
 
@@ -157,6 +160,7 @@ def test_answers_are_as_long_as_asked_for(
     parsed = [f"run={trained.path}", "mode=answer", "data.max_new_tokens=9"]
     run(monkeypatch, *parsed, *given(published, "gqa"))
     assert set(asked) == {9}
+    assert "gqa: 4 of 4 answers were cut off at 9 tokens" in words(capsys.readouterr().out)
 
 
 def test_points_are_no_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,13 +49,17 @@ def encode_all(
 
     None where an image is cut off, or every answer. The text is cut at its images, and each piece
     tokenized as a whole. A token belongs to an answer if it begins there, and an answer begins
-    right after the assistant's tag: labels are what has to be generated after the prompt.
+    right after the assistant's tag: labels are what has to be generated after the prompt. What is
+    said has no control tokens: see `without_controls`.
 
     Raises:
         ConfigError: `template` and `tokenizer` do not fit together.
     """
     form = checked(tokenizer, template)
-    spans = [form.render(each.messages, tokenizer) for each in conversations]
+    spans = [
+        form.render([without_controls(message, tokenizer) for message in each.messages], tokenizer)
+        for each in conversations
+    ]
     return [_cut(encoded, max_length) for encoded in _encoded(spans, tokenizer, form, image_tokens)]
 
 
@@ -76,7 +80,10 @@ def encode_prompts(
     """
     form = checked(tokenizer, template)
     texts = [_with_placeholders(text, num_images) for text, num_images in questions]
-    spans = [form.render([Message("user", text)], tokenizer) for text in texts]
+    spans = [
+        form.render([without_controls(Message("user", text), tokenizer)], tokenizer)
+        for text in texts
+    ]
     return [each.ids for each in _encoded(spans, tokenizer, form, image_tokens)]
 
 
@@ -86,15 +93,49 @@ def encode_answers(
     """Token ids of the right answers of questions (text, number of images, answer), each with what
     ends it: the labels that a conversation of the question and this answer has."""
     form = checked(tokenizer, template)
-    spans = [
-        form.render(
-            [Message("user", _with_placeholders(text, images)), Message("assistant", answer)],
-            tokenizer,
-        )
+    said = [
+        [Message("user", _with_placeholders(text, images)), Message("assistant", answer)]
         for text, images, answer in answered
+    ]
+    spans = [
+        form.render([without_controls(message, tokenizer) for message in each], tokenizer)
+        for each in said
     ]
     encoded = _encoded(spans, tokenizer, form, image_tokens=1)
     return [each.labels[each.labels != IGNORE].tolist() for each in encoded]
+
+
+def without_controls(message: Message, tokenizer: PreTrainedTokenizerBase) -> Message:
+    """The message with a space in each control token, "</s>" becoming "< /s>".
+
+    The tokenizer would take it for the end of an answer, a role or padding, and a model would learn
+    to go on behind it. Placeholders of images stay in a user's text.
+    """
+    pattern = _controls(tokenizer)
+    if not pattern.search(message.text):
+        return message
+    pieces = message.text.split(IMAGE_PLACEHOLDER) if message.role == "user" else [message.text]
+    return Message(message.role, IMAGE_PLACEHOLDER.join(_spaced(each, pattern) for each in pieces))
+
+
+def has_controls(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `without_controls` changes what is said."""
+    return any(without_controls(each, tokenizer) != each for each in conversation.messages)
+
+
+def _spaced(text: str, pattern: re.Pattern[str]) -> str:
+    while pattern.search(text):  # a space may make another one of what stands around it
+        text = pattern.sub(lambda found: f"{found[0][:1]} {found[0][1:]}", text)
+    return text
+
+
+@lru_cache(maxsize=8)
+def _controls(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches a special token; of a single character none, which is no control token."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
+    texts = sorted((token for token in tokens if len(token.strip()) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")  # which never matches
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:

@@ -125,8 +125,16 @@ def _bare(question: str) -> str:
     return question.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
-def llava(stage: str, root: str, files: Mapping[str, Sequence[str]]) -> Content:
+def llava(
+    stage: str,
+    root: str,
+    files: Mapping[str, Sequence[str]],
+    image_placement: readers.Placement = "llava",
+    skip_invalid: bool = False,
+) -> Content:
     """LLaVA's conversation files of a stage. Questions come from ``data.question_sets``.
+
+    ``image_placement`` and ``skip_invalid``: see ``readers.read_llava``.
 
     Raises:
         DataError: in reading, a file, an image or an entry that is not as it should be.
@@ -135,13 +143,17 @@ def llava(stage: str, root: str, files: Mapping[str, Sequence[str]]) -> Content:
 
     def read() -> ConversationSource:
         paths = [str(folder / name) for name in files[stage]]
-        return readers.read_llava("LLaVA", paths, str(folder))
+        return readers.read_llava("LLaVA", paths, str(folder), image_placement, skip_invalid)
 
     return Content(read)
 
 
-def vqa(root: str, train: str, test: str, images: str, suffix: str) -> Content:
+def vqa(
+    root: str, train: str, test: str, images: str, suffix: str, skip_invalid: bool = False
+) -> Content:
     """Tables of questions, images and answers (dynmoe/data/vl/readers.py), the same in all stages.
+
+    ``skip_invalid``: see ``readers.vqa_table``.
 
     Raises:
         DataError: a table or image that is not as it should be.
@@ -150,9 +162,11 @@ def vqa(root: str, train: str, test: str, images: str, suffix: str) -> Content:
 
     @cache
     def read() -> ConversationSource:
-        return readers.vqa_table("VQA", str(folder / train), str(folder / images), suffix)
+        table = str(folder / train)
+        return readers.vqa_table("VQA", table, str(folder / images), suffix, skip_invalid)
 
-    questions = readers.vqa_questions("test", str(folder / test), str(folder / images), suffix)
+    table = str(folder / test)
+    questions = readers.vqa_questions("test", table, str(folder / images), suffix, skip_invalid)
     shown = [question for question in questions.questions if question.images]
     sets = {"test": questions}
     if len({question.images for question in shown}) > 1:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dynmoe.errors import DataError
 from dynmoe.questions.files import check_images, load_image
+from dynmoe.questions.values import is_text, other_spellings, picture_keys, shown
 
 if TYPE_CHECKING:
     import PIL.Image
 
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the place of the conversation's next image in a user's text; plain text in an answer."""
+
+IMAGE_KEYS = ("image", "images")
 
 Role = Literal["user", "assistant"]
 SourceKind = Literal["captions", "questions"]
@@ -53,9 +57,25 @@ class ConversationSource:
     """Begins a pass: reads or draws the conversations anew, or iterates over a list."""
     load_image: Callable[[str], PIL.Image.Image]
     """From the key of an image to the image, RGB."""
+    image_path: Callable[[str], Path] | None = None
+    """From the key of an image to its file, where images are files."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Counts of what the files hold and the conversations do not, by what it is."""
 
     def __iter__(self) -> Iterator[Conversation]:
         return iter(self.read())
+
+    def without_images(self, keys: Collection[str]) -> ConversationSource:
+        """The conversations that need none of these images."""
+        bad = frozenset(keys)
+        digest = text_digest("\n".join([self.digest, *sorted(bad)]))
+        return replace(self, read=partial(_without, self.read, bad), digest=digest)
+
+
+def _without(
+    read: Callable[[], Iterable[Conversation]], bad: frozenset[str]
+) -> Iterator[Conversation]:
+    return (each for each in read() if bad.isdisjoint(each.images))
 
 
 def text_digest(content: str) -> str:
@@ -110,7 +130,15 @@ class ImageFolder:
         Raises:
             DataError: no such file, or not an image.
         """
-        return load_image(self._below(key) / key)
+        return load_image(self.path(key))
+
+    def path(self, key: str) -> Path:
+        """The file of an image.
+
+        Raises:
+            DataError: there is no folder.
+        """
+        return self._below(key) / key
 
     def check(self, keys: Iterable[str], where: str) -> None:
         """Look for the images that the file `where` names, without opening them.
@@ -128,13 +156,30 @@ class ImageFolder:
 
 
 def image_keys(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """The paths of an entry's `image`, one or a list; () if it is missing, null or "".
+    """The paths of an entry's `image` or `images`, one or a list; () if missing, null, "" or [].
 
     Raises:
-        DataError: it is something else; `where` names the entry.
+        DataError: it is something else, there are both, or another key names a picture, which would
+            not be shown; `where` names the entry.
     """
-    image = entry.get("image") or []
-    images = [image] if isinstance(image, str) else image
-    if not isinstance(images, list) or not all(isinstance(key, str) for key in images):
-        raise DataError(f"{where}: expected image to be a path or a list of them, found {image!r}.")
-    return tuple(images)
+    given = {key: entry[key] for key in IMAGE_KEYS if entry.get(key) not in (None, "", [])}
+    others = {key: entry[key] for key in picture_keys(entry) if key not in IMAGE_KEYS}
+    if len(given) > 1:
+        raise DataError(f"{where}: has both {' and '.join(given)}. Keep one of them.")
+    if found := [key for key, value in others.items() if value and (not given or _names(key))]:
+        raise DataError(
+            f"{where}: the key {found[0]!r} is not read, and looks like one for images. Call it "
+            "image, or take it out."
+        )
+    (key, value) = next(iter(given.items()), ("image", []))
+    keys = [value] if isinstance(value, str) else value
+    if not isinstance(keys, list) or not all(is_text(each) and each for each in keys):
+        raise DataError(
+            f"{where}: expected {key} to be a path or a list of them, found {shown(value)}."
+        )
+    return tuple(keys)
+
+
+def _names(key: str) -> bool:
+    """Whether a key beside `image` is another spelling of it; image_size is about it."""
+    return bool(other_spellings([key], IMAGE_KEYS))

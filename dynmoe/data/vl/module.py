@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import sha256
@@ -31,14 +31,18 @@ from dynmoe.data.vl.batches import (
 )
 from dynmoe.data.vl.chat import tokenizer_of
 from dynmoe.data.vl.content import Content
-from dynmoe.data.vl.conversations import ConversationSource
+from dynmoe.data.vl.conversations import Conversation, ConversationSource
 from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import ConfigError, DataError
+from dynmoe.image_files import survey, unreadable
 from dynmoe.questions import read_question_set
-from dynmoe.questions.base import QuestionSet
+from dynmoe.questions.base import Question, QuestionSet
+from dynmoe.questions.exact import ExactMatch
 from dynmoe.seeding import IntArray
 
 log = logging.getLogger(__name__)
+
+BAD = "that are missing or cannot be read"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -75,8 +79,8 @@ class VisionLanguageData(TaskData):
     """How questions are written."""
     max_length: int = 2048
     """Tokens of a conversation at most, patches of its images included."""
-    max_new_tokens: int = 16
-    """Tokens of an answer at most."""
+    max_new_tokens: int | None = None
+    """Tokens of an answer at most; None: `QuestionSet.answer_tokens` of each set."""
     batch_size: int
     """Conversations per optimizer step."""
     eval_batch_size: int = 16
@@ -87,6 +91,11 @@ class VisionLanguageData(TaskData):
     """Local folder of a tokenizer."""
     tokenizer_name: str | None = None
     """Name of a tokenizer on the hub; without path and name: the words of the data."""
+    verify: Literal["header", "decode", "none"] = "header"
+    """Before training, read of every image file: its header, all of it, or nothing."""
+    skip_invalid: bool = False
+    """Decode every image file before training, and leave out conversations and questions of one's
+    own whose image is missing or cannot be read, and entries that break a rule."""
     cache: str | None = None
     """Folder of tokenized conversations, shared by all runs; None: none."""
     workers: int = 0
@@ -138,6 +147,9 @@ class VisionLanguageData(TaskData):
             name: read_question_set(name, root)
             for name, root in (folders or self.question_sets).items()
         }
+        own = {name: self._with_good_images(name, each) for name, each in own.items()}
+        for name, each in published.items():
+            self._check_images(name, _keys(each.questions), each.image_path)
         sets = {**own, **published}
         if not sets:
             raise DataError(
@@ -174,13 +186,14 @@ class VisionLanguageData(TaskData):
             None if self.cache is None else Path(self.cache),
         )
         if store.left_out:
+            what = f"conversations longer than data.max_length={self.max_length} before an answer"
+            self.leave_out(what, store.left_out)
+        if store.controls:
             log.warning(
-                "data %s: %d of %d conversations are left out: longer than data.max_length=%d "
-                "before an answer begins",
+                "data %s: %d conversations have control tokens in what is said, like </s>; a space "
+                "in each makes them text",
                 self.name,
-                store.left_out,
-                store.left_out + len(store),
-                self.max_length,
+                store.controls,
             )
         return store
 
@@ -191,7 +204,55 @@ class VisionLanguageData(TaskData):
                 f"data {self.name}: has no conversations to train on, only questions. Choose other "
                 "data, e.g. data=llava data.root=FOLDER"
             )
-        return self._content.train()
+        source = self._content.train()
+        for what, count in source.left_out.items():
+            self.leave_out(what, count)
+        if source.image_path is None:
+            return source
+        bad = self._check_images("train", _keys(source), source.image_path, self.skip_invalid)
+        if bad:
+            needed = sum(not bad.isdisjoint(each.images) for each in source)
+            self.leave_out(f"conversations with images {BAD}", needed)
+            source = source.without_images(bad)
+        return source
+
+    def _with_good_images(self, name: str, questions: QuestionSet) -> QuestionSet:
+        if not isinstance(questions, ExactMatch):
+            return questions
+        for what, count in questions.left_out.items():
+            self.leave_out(f"{name}: {what}", count)
+        keys = _keys(questions.questions)
+        bad = self._check_images(name, keys, questions.image_path, self.skip_invalid)
+        if bad:
+            kept = questions.without_images(bad)
+            count = len(questions.questions) - len(kept.questions)
+            self.leave_out(f"{name}: questions with images {BAD}", count)
+            questions = kept
+        return questions
+
+    def _check_images(
+        self,
+        name: str,
+        keys: Iterable[str],
+        image_path: Callable[[str], Path | None],
+        skip: bool = False,
+    ) -> frozenset[str]:
+        """Keys of the images that are not to be shown.
+
+        Raises:
+            DataError: there are any, and they are not to be skipped.
+        """
+        if self.verify == "none" and not skip:
+            return frozenset()
+        files = {key: path for key in dict.fromkeys(keys) if (path := image_path(key)) is not None}
+        decode = self.verify == "decode" or skip
+        found = survey([*files.values()], decode=decode, description=f"checking {name}")
+        paths = list(files.items())
+        bad = {paths[place]: reason for place, reason in found.bad.items()}
+        if bad and not skip:
+            problem = unreadable({path: reason for (_, path), reason in bad.items()})
+            raise DataError(f"data {self.name}, {name}: {problem}")
+        return frozenset(key for key, _ in bad)
 
     @property
     def env_names(self) -> list[str]:
@@ -210,7 +271,14 @@ class VisionLanguageData(TaskData):
         }
 
     def check_backbone(self, backbone: Any) -> None:
-        backbone.check_length(self.max_length, self.max_new_tokens)
+        for name, most in self.answer_tokens.items():
+            backbone.check_length(self.max_length, int(self.asked.lengths[name].max()), most)
+
+    @property
+    def answer_tokens(self) -> dict[str, int]:
+        """Tokens of an answer at most, by set."""
+        own = {name: each.answer_tokens for name, each in self.sets.items()}
+        return own if self.max_new_tokens is None else dict.fromkeys(own, self.max_new_tokens)
 
     @property
     def task_arguments(self) -> dict[str, Any]:
@@ -220,7 +288,7 @@ class VisionLanguageData(TaskData):
             "score": self.asked.score,
             "describe": self.asked.describe,
             "references": self.asked.references,
-            "max_new_tokens": self.max_new_tokens,
+            "max_new_tokens": self.answer_tokens,
             "examples": self.examples,
         }
 
@@ -230,7 +298,7 @@ class VisionLanguageData(TaskData):
     @property
     def sample(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Has the length of the mean conversation, and one image."""
-        answer = float(self.max_new_tokens)
+        answer = float(max(self.answer_tokens.values()))
         if self._has_conversations:
             answer = float(self.store.answer_tokens.mean())
         return sample_of(self.mean_tokens, answer, self.asked.image_tokens, self._transform.size)
@@ -315,6 +383,10 @@ class VisionLanguageData(TaskData):
         examples = Questions(self.sets, self.asked.prompts, self._transform)
         collate = partial(collate_questions, self.tokenizer.pad_token_id)
         return self._loader(examples, batches, collate, self.workers)
+
+
+def _keys(shown: Iterable[Question | Conversation]) -> Iterator[str]:
+    return (key for each in shown for key in each.images)
 
 
 def sample_of(

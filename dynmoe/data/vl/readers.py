@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import json
+import logging
 import re
-from codecs import BOM_UTF8
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from itertools import dropwhile
 from pathlib import Path
 from random import Random
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from dynmoe.data.vl.conversations import (
     IMAGE_PLACEHOLDER,
@@ -29,60 +26,15 @@ from dynmoe.data.vl.conversations import (
     questions_answered,
     text_digest,
 )
+from dynmoe.data.vl.entries import csv_entries, file_digest, json_entries
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.choices import INSTRUCTION, LETTERS, prompt_text, read_problems
 from dynmoe.questions.exact import ExactMatch
-from dynmoe.questions.files import json_lines, read_json, reading
+from dynmoe.questions.files import MissingImages, read_json
+from dynmoe.questions.values import is_text, other_spellings, picture_keys, plain_text, shown
 
-FIRST = 1 << 16  # bytes in which the first character of a file is looked for
-
-
-def json_entries(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file that is one array of objects, or has one object a line.
-
-    The file is read as a stream: memory holds one object and the parser's buffer.
-
-    Raises:
-        DataError: no such file, not UTF-8, not JSON, cut off, or something else than objects.
-    """
-    with reading(path), path.open("rb") as file:
-        start = file.read(FIRST).removeprefix(BOM_UTF8).lstrip()
-        lines = ((f"{path}, line {number}", entry) for number, entry in json_lines(path))
-        numbered = _array(path, file) if start.startswith(b"[") else lines
-        for where, entry in numbered:
-            if not isinstance(entry, dict):
-                raise DataError(f"{where}: expected an object, found {type(entry).__name__}.")
-            yield entry
-
-
-def _array(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    import ijson  # of the extra vision-language
-
-    file.seek(0)
-    if file.read(len(BOM_UTF8)) != BOM_UTF8:
-        file.seek(0)
-    number = 0
-    try:
-        for entry in ijson.items(file, "item", use_float=True):
-            yield f"{path}, entry {number}", entry
-            number += 1
-    except ijson.JSONError as error:
-        reason = str(error).splitlines()[0]  # the others show the place in the parser's buffer
-        wrong = f"not JSON, or cut off: {reason}."
-        if "UTF8" in reason:
-            wrong = "not UTF-8. Convert it to UTF-8."
-        raise DataError(f"{path}, entry {number}: {wrong}") from None
-
-
-def file_digest(*paths: Path) -> str:
-    """16 hexadecimal digits of the files' bytes; a gigabyte takes about a second."""
-    digests = []
-    for path in paths:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return text_digest("\n".join(digests))
-
+log = logging.getLogger(__name__)
 
 # LLaVA's conversation files: the public 558k and 665k, MoE-LLaVA's, and others of their format.
 
@@ -92,88 +44,229 @@ SPEAKERS: dict[str, Role] = {
 }
 SILENT = "system"  # a template has its own system text
 LITERAL = "<image >"
+TURNS = ("conversations", "messages")
+FORMS = {"from": "value", "role": "content"}
+"""The key of a turn's speaker, and of what it says: LLaVA's and OpenAI's."""
+
+Placement = Literal["llava", "as_is"]
+"""Where a question's only placeholder stands: see `read_entry`."""
 
 
-def read_llava(name: str, files: Sequence[str], images: str | None = None) -> ConversationSource:
+def read_llava(
+    name: str,
+    files: Sequence[str],
+    images: str | None = None,
+    image_placement: Placement = "llava",
+    skip_invalid: bool = False,
+) -> ConversationSource:
     """Conversations of all `files`, one after the other; image paths start from `images`.
 
-    All entries are read once to find broken ones and missing images before training.
+    All entries are read once to find broken ones and missing images before training. With
+    `skip_invalid` broken entries are left out, and images are not looked for.
 
     Raises:
         DataError: no such file or folder, a broken entry, or images that are not there.
+        ConfigError: another placement than "llava" and "as_is".
     """
+    if image_placement not in get_args(Placement):
+        raise ConfigError(
+            f"data.content.image_placement={image_placement}: expected llava or as_is."
+        )
     paths = tuple(map(Path, files))
-    problems = [f"no file {path}" for path in paths if not path.is_file()]
+    problems = [f"no file {path}" for path in paths if not path.exists()]
     if images is not None and not Path(images).is_dir():
         problems.append(f"no image folder {images}")
     if problems:
         raise DataError(f"data {name}: {', '.join(problems)}.")
     folder = ImageFolder(None if images is None else Path(images))
-    source = ConversationSource(
-        name, file_digest(*paths), partial(_llava_conversations, paths), folder.load
-    )
-    where = " and ".join(map(str, paths))
-    folder.check((key for conversation in source for key in conversation.images), where)
-    return source
+    digest = file_digest(*paths)
+    if image_placement != "llava":
+        digest = text_digest(f"{digest} {image_placement}")
+    left_out: Counter[str] = Counter()
+    read = partial(_llava_conversations, paths, image_placement, skip_invalid)
+    keys = (key for conversation in read(left_out) for key in conversation.images)
+    _check_images(folder, keys, " and ".join(map(str, paths)), skip_invalid)
+    return ConversationSource(name, digest, read, folder.load, folder.path, left_out)
 
 
-def _llava_conversations(files: Sequence[Path]) -> Iterator[Conversation]:
+def _llava_conversations(
+    files: Sequence[Path],
+    placement: Placement,
+    skip_invalid: bool,
+    left_out: Counter[str] | None = None,
+) -> Iterator[Conversation]:
+    left_out = Counter() if left_out is None else left_out
+    total = 0
     for file in files:
         for index, entry in enumerate(json_entries(file)):
-            conversation = read_entry(entry, index, f"{file}, entry {index}")
+            total += 1
+            where = f"{file}, entry {index}"
+            try:
+                conversation = read_entry(entry, index, where, placement, left_out)
+            except DataError as error:
+                if not skip_invalid:
+                    raise
+                _count_broken(left_out, error)
+                continue
             if conversation is not None:
                 yield conversation
+    if not total:
+        raise DataError(f"{', '.join(map(str, files))}: no conversations in it.")
 
 
-def read_entry(entry: dict[str, Any], index: int, where: str) -> Conversation | None:
+def _check_images(folder: ImageFolder, keys: Iterable[str], where: str, skip_invalid: bool) -> None:
+    """Go through the keys, which counts what is left out on the way, and look for their files."""
+    if skip_invalid:
+        deque(keys, maxlen=0)
+        return
+    try:
+        folder.check(keys, where)
+    except MissingImages as error:
+        raise DataError(f"{error} Or leave out what needs them: data.skip_invalid=true.") from None
+
+
+BROKEN = "entries that break a rule"
+
+
+def _count_broken(left_out: Counter[str], error: DataError) -> None:
+    if BROKEN not in left_out:
+        log.warning("the first of the %s: %s", BROKEN, error)
+    left_out[BROKEN] += 1
+
+
+def read_entry(
+    entry: dict[str, Any],
+    index: int,
+    where: str,
+    placement: Placement = "llava",
+    left_out: Counter[str] | None = None,
+) -> Conversation | None:
     """The conversation of an entry; None if nothing in it is an answer to a human.
 
     An entry is {"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}, where
-    `image` is a path, a list of paths, or missing if there is only text. It becomes what LLaVA's
-    llava/train/train.py (preprocess_multimodal, preprocess_v1) makes of it:
+    `image` (or `images`) is a path, a list of paths, or missing if there is only text. OpenAI's
+    {"messages": [{"role": "user" or "assistant", "content"}, ...]} is read, too; there `content`
+    may be a list of texts and images. Turns become what LLaVA's llava/train/train.py
+    (preprocess_multimodal, preprocess_v1) makes of them:
 
-    - Text before the first human turn is left out, and a question without an answer too.
-    - A turn's only placeholder moves to its front: "What is it?\\n<image>" is trained on as
-      "<image>\\nWhat is it?". Several placeholders in one turn stay where they are.
-    - Images without any placeholder are put before the first turn.
+    - Text before the first human turn is left out, and a question without an answer too; system
+      turns are left out, as a template has its own. `left_out` counts them.
+    - With the placement "llava" a turn's only placeholder moves to its front:
+      "What is it?\\n<image>" is trained on as "<image>\\nWhat is it?". Several in a turn stay where
+      they are. With "as_is", as in MoE-LLaVA's and DynMoE's train.py, all do, and white space too.
     - In a text-only entry "<image>" within a turn is plain text: `LITERAL`.
+
+    Images without any placeholder, which LLaVA and MoE-LLaVA do not show, are put before the first
+    turn.
 
     Raises:
         DataError: the entry has another form; names the entry, its id and what is wrong.
     """
-    name = str(index if entry.get("id") is None else entry["id"])
+    left_out = Counter() if left_out is None else left_out
+    name = _id(entry, index, where, ("id",))
     place, where = where, f"{where}, conversation {name!r}"
     if "video" in entry:
         raise DataError(f"{where}: has a video; only images can be shown. Take the entry out.")
     images = image_keys(entry, where)
-    messages = list(dropwhile(lambda each: each.role != "user", _messages(entry, where)))
-    while messages and messages[-1].role == "user":
-        messages.pop()
-    if not messages:
+    messages, inner = _messages(entry, where, left_out)
+    if inner and images:
+        raise DataError(f"{where}: has images both in its turns and beside them. Keep one of them.")
+    images = images or inner
+    answering = list(dropwhile(lambda each: each.role != "user", messages))
+    if answering and len(answering) < len(messages):
+        left_out["turns before the first question"] += len(messages) - len(answering)
+    asked = len(answering)
+    while answering and answering[-1].role == "user":
+        answering.pop()
+    if not answering:
+        left_out["entries without an answer to a question"] += 1
         return None
-    messages = _placed(messages, len(images), where)
-    return check_conversation(Conversation(name, tuple(messages), images), place)
+    if len(answering) < asked:
+        left_out["questions at the end without an answer"] += asked - len(answering)
+    placed = _placed(answering, len(images), where, placement)
+    return check_conversation(Conversation(name, tuple(placed), images), place)
 
 
-def _messages(entry: dict[str, Any], where: str) -> Iterator[Message]:
-    turns = entry.get("conversations")
+def _messages(
+    entry: dict[str, Any], where: str, left_out: Counter[str]
+) -> tuple[list[Message], tuple[str, ...]]:
+    """The turns of an entry, and the images that stand in them."""
+    named = [key for key in TURNS if entry.get(key) is not None]
+    turns = entry[named[0]] if len(named) == 1 else None
     if not isinstance(turns, list):
-        keys = ", ".join(entry)
-        raise DataError(f"{where}: expected a list conversations, found the keys {keys}.")
+        keys = ", ".join(map(str, entry))
+        raise DataError(
+            f"{where}: expected a list conversations, or a list messages, found the keys {keys}."
+        )
+    messages: list[Message] = []
+    images: list[str] = []
     for place, turn in enumerate(turns):
-        speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker == SILENT:
-            continue
-        if speaker not in SPEAKERS or not isinstance(turn.get("value"), str):
+        here = f"{where}, turn {place}"
+        form = next((key for key in FORMS if isinstance(turn, dict) and key in turn), "from")
+        speaker = turn.get(form) if isinstance(turn, dict) else None
+        text = turn.get(FORMS[form]) if isinstance(turn, dict) else None
+        if form == "role" and isinstance(text, list):
+            text, shown_here = _parts(text, here)
+            images += shown_here
+        known = isinstance(speaker, str) and (speaker in SPEAKERS or speaker == SILENT)
+        if not known or not is_text(text):
             raise DataError(
-                f'{where}, turn {place}: expected "from" ({", ".join([*SPEAKERS, SILENT])}) and a '
-                f'text "value", found {turn!r}.'
+                f'{here}: expected "{form}" ({", ".join([*SPEAKERS, SILENT])}) and a text '
+                f'"{FORMS[form]}", found {shown(turn)}.'
             )
-        yield Message(SPEAKERS[speaker], turn["value"])
+        if pictures := [key for key in picture_keys(turn) if turn[key]]:
+            raise DataError(
+                f"{here}: the key {pictures[0]!r} is not read. Name the images of an entry in its "
+                "image, in the order of their <image>."
+            )
+        if speaker == SILENT:
+            left_out["system turns: a template has its own"] += 1
+        else:
+            messages.append(Message(SPEAKERS[str(speaker)], str(text)))
+    return messages, tuple(images)
 
 
-def _placed(messages: list[Message], images: int, where: str) -> list[Message]:
-    """Put the placeholders where LLaVA has them."""
+def _parts(parts: list[Any], where: str) -> tuple[str, list[str]]:
+    """The text of OpenAI's list of texts and images, and the paths of its images."""
+    text, images = "", []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and is_text(part.get("text")):
+            text += part["text"]
+            continue
+        path = part.get(kind) if kind in ("image", "image_url") else None
+        if kind == "image_url" and isinstance(path, dict):
+            path = path.get("url")
+        if kind in ("image", "image_url"):
+            text += f"{IMAGE_PLACEHOLDER}\n"
+        if kind == "image" and len(part) == 1:
+            continue  # its path stands beside the turns
+        if not is_text(path) or not path or ":" in path.split("/")[0]:
+            raise DataError(
+                f"{where}: expected texts, and images with a path, found {shown(part)}. Save "
+                "images as files."
+            )
+        images.append(path)
+    return text, images
+
+
+def _id(entry: Mapping[str, Any], index: int, where: str, keys: Sequence[str]) -> str:
+    """The first of the keys that has a value, else the number of the entry."""
+    given = next((key for key in keys if entry.get(key) not in (None, "")), None)
+    if given is None:
+        return str(index)
+    name = plain_text(entry[given])
+    if name is None:
+        raise DataError(
+            f"{where}: expected {given} to be text or a number, found {shown(entry[given])}."
+        )
+    return name
+
+
+def _placed(
+    messages: list[Message], images: int, where: str, placement: Placement
+) -> list[Message]:
+    """Put the placeholders where `placement` says."""
     first = messages[0].text.strip()
     if not images and (first.startswith(IMAGE_PLACEHOLDER) or first.endswith(IMAGE_PLACEHOLDER)):
         raise DataError(f"{where}: the first turn has {IMAGE_PLACEHOLDER}, but there is no image.")
@@ -182,7 +275,7 @@ def _placed(messages: list[Message], images: int, where: str) -> list[Message]:
     if not any(IMAGE_PLACEHOLDER in message.text for message in messages if message.role == "user"):
         front = f"{IMAGE_PLACEHOLDER}\n" * images
         messages = [Message("user", front + messages[0].text), *messages[1:]]
-    return [_in_front(message) for message in messages]
+    return messages if placement == "as_is" else [_in_front(message) for message in messages]
 
 
 def _in_front(message: Message) -> Message:
@@ -190,6 +283,12 @@ def _in_front(message: Message) -> Message:
         return message
     rest = message.text.replace(IMAGE_PLACEHOLDER, "").strip()
     return Message("user", f"{IMAGE_PLACEHOLDER}\n{rest}")
+
+
+# Tables of questions.
+
+COLUMNS = ("id", "question", "answer", "answers", "image", "kind")
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 
 
 class TableRow(NamedTuple):
@@ -203,88 +302,133 @@ class TableRow(NamedTuple):
 
 
 def vqa_table(
-    name: str, file: str, images: str | None = None, suffix: str = ""
+    name: str,
+    file: str,
+    images: str | None = None,
+    suffix: str = "",
+    skip_invalid: bool = False,
 ) -> ConversationSource:
     """Training conversations: one question of the table each, with `suffix` at its end.
+
+    With `skip_invalid` broken rows are left out, and images are not looked for.
 
     Raises:
         DataError: a broken row, or images that are not there.
     """
-    path, folder = Path(file), _checked(file, images)
+    path, folder = Path(file), ImageFolder(None if images is None else Path(images))
     digest = text_digest(f"{file_digest(path)} {suffix}")
-    read = partial(_table_conversations, path, suffix)
-    return ConversationSource(name, digest, read, folder.load)
+    left_out: Counter[str] = Counter()
+    read = partial(_table_conversations, path, suffix, skip_invalid)
+    keys = (key for conversation in read(left_out) for key in conversation.images)
+    _check_images(folder, keys, file, skip_invalid)
+    return ConversationSource(name, digest, read, folder.load, folder.path, left_out)
 
 
-def vqa_questions(name: str, file: str, images: str | None = None, suffix: str = "") -> ExactMatch:
+def vqa_questions(
+    name: str,
+    file: str,
+    images: str | None = None,
+    suffix: str = "",
+    skip_invalid: bool = False,
+) -> ExactMatch:
     """The questions of the table as a question set; raises DataError as `vqa_table` does."""
-    folder, rows = _checked(file, images), list(read_rows(Path(file)))
+    folder = ImageFolder(None if images is None else Path(images))
+    left_out: Counter[str] = Counter()
+    rows = list(read_rows(Path(file), skip_invalid, left_out))
+    _check_images(folder, (key for row in rows for key in row.images), file, skip_invalid)
     return ExactMatch(
         name,
         [Question(row.id, row.question + suffix, row.images, row.kind) for row in rows],
         [row.answer for row in rows],
         folder.load,
+        image_path=folder.path,
+        left_out=left_out,
     )
 
 
-def _table_conversations(file: Path, suffix: str) -> Iterator[Conversation]:
-    for row in read_rows(file):
+def _table_conversations(
+    file: Path, suffix: str, skip_invalid: bool, left_out: Counter[str] | None = None
+) -> Iterator[Conversation]:
+    for row in read_rows(file, skip_invalid, left_out):
         made = questions_answered(row.id, [(row.question + suffix, row.answer)], row.images)
         yield check_conversation(made, str(file))
 
 
-def read_rows(file: Path) -> Iterator[TableRow]:
-    """The rows of a table of questions: JSON, JSON lines or CSV, read as a stream.
+def read_rows(
+    file: Path, skip_invalid: bool = False, left_out: Counter[str] | None = None
+) -> Iterator[TableRow]:
+    """The rows of a table of questions: JSON, JSON lines, CSV or TSV, read as a stream.
 
     Columns: `question`; `answer`, or a list `answers` of several people, of which the most frequent
-    counts (the first of equally frequent ones); optional `image` (a path below the image folder, or
-    a list of paths), `id` and `kind`. In CSV, `answers` is a JSON list, and an `image` one path.
+    counts (the first of equally frequent ones); optional `image` or `images` (a path below the
+    image folder, or a list of paths), `id` or `question_id`, and `kind`. Answers are texts,
+    numbers or booleans, in `answers` also objects with such an `answer`, as VQAv2 has them. In CSV
+    and TSV `answers` is a JSON list, and an `image` one path. With `skip_invalid` broken rows are
+    left out, which `left_out` counts.
 
     Raises:
-        DataError: names the first broken row, and what is wrong with it.
+        DataError: names the first broken row, and what is wrong with it; or there are no rows.
     """
-    entries = _csv_entries(file) if file.suffix == ".csv" else json_entries(file)
+    left_out = Counter() if left_out is None else left_out
+    delimiter = DELIMITERS.get(file.suffix.lower())
+    entries = json_entries(file) if delimiter is None else csv_entries(file, delimiter)
+    index = -1
     for index, entry in enumerate(entries):
-        where = f"{file}, row {index}"
-        question = entry.get("question")
-        if not isinstance(question, str) or not question.strip():
-            raise DataError(f"{where}: expected a question, found {_seen(entry)}.")
-        yield TableRow(
-            id=str(entry.get("id") or index),
-            question=question,
-            answer=_answer(entry, where),
-            images=image_keys(entry, where),
-            kind=str(entry.get("kind") or ""),
+        try:
+            row = _row(entry, index, f"{file}, row {index}")
+        except DataError as error:
+            if not skip_invalid:
+                raise
+            _count_broken(left_out, error)
+            continue
+        yield row
+    if index < 0:
+        raise DataError(f"{file}: expected rows with question and answer, found none.")
+
+
+def _row(entry: Mapping[str, Any], index: int, where: str) -> TableRow:
+    question = entry.get("question")
+    if not is_text(question) or not question.strip():
+        raise DataError(f"{where}: expected a question, found {_seen(entry)}.")
+    if IMAGE_PLACEHOLDER in question:
+        raise DataError(
+            f"{where}: {IMAGE_PLACEHOLDER} in the question. Take it out: images stand before it."
         )
-
-
-def _checked(file: str, images: str | None) -> ImageFolder:
-    folder = ImageFolder(None if images is None else Path(images))
-    folder.check((key for row in read_rows(Path(file)) for key in row.images), file)
-    return folder
-
-
-def _csv_entries(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with reading(file), file.open(encoding="utf-8-sig", newline="") as lines:
-            for entry in csv.DictReader(lines):
-                if entry.get("answers"):
-                    entry["answers"] = json.loads(entry["answers"])
-                yield entry
-    except (json.JSONDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: {error}. Expected CSV whose answers are JSON lists.") from None
+    others = other_spellings(entry, (*COLUMNS, "images", "question_id"))
+    if key := next((key for key in others if entry[key] not in (None, "")), None):
+        raise DataError(
+            f"{where}: the key {key!r} is not read. Call it {others[key]}, or take it out."
+        )
+    kind = plain_text("" if entry.get("kind") is None else entry["kind"])
+    if kind is None:
+        raise DataError(f"{where}: expected kind to be text, found {shown(entry['kind'])}.")
+    return TableRow(
+        id=_id(entry, index, where, ("id", "question_id")),
+        question=question,
+        answer=_answer(entry, where),
+        images=image_keys(entry, where),
+        kind=kind,
+    )
 
 
 def _answer(entry: Mapping[str, Any], where: str) -> str:
-    answers = entry.get("answers") or [entry.get("answer", "")]
-    texts = [str(each).strip() for each in answers] if isinstance(answers, list) else []
-    if not texts or not all(texts):
-        raise DataError(f"{where}: expected an answer, or a list answers, found {_seen(entry)}.")
-    return Counter(texts).most_common(1)[0][0]
+    answers = entry.get("answers")
+    if answers is None or answers == []:
+        answers = [entry.get("answer")]
+    elif isinstance(answers, list):
+        answers = [each.get("answer") if isinstance(each, dict) else each for each in answers]
+    texts = list(map(plain_text, answers)) if isinstance(answers, list) else []
+    given = [text.strip() for text in texts if text is not None and text.strip()]
+    if not given or len(given) < len(texts):
+        raise DataError(
+            f"{where}: expected an answer, or a list answers, each text, a number, true or false; "
+            f"found {_seen(entry)}."
+        )
+    return Counter(given).most_common(1)[0][0]
 
 
 def _seen(entry: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in entry.items()) or "nothing"
+    return ", ".join(f"{key}={shown(value)}" for key, value in entry.items()) or "nothing"
 
 
 def science_qa(
@@ -310,7 +454,8 @@ def science_qa(
     folder = ImageFolder(paths["images"])
     folder.check((key for each in made for key in each.images), str(paths["problems"]))
     digest = text_digest(f"{split} {file_digest(paths['problems'], paths['splits'])}")
-    return ConversationSource(f"scienceqa {split}", digest, partial(iter, made), folder.load)
+    read = partial(iter, made)
+    return ConversationSource(f"scienceqa {split}", digest, read, folder.load, folder.path)
 
 
 # easy-VQA (Zhou 2019): 5,000 images of one shape, 48,248 questions; PyPI's package `easy-vqa`.
@@ -323,6 +468,7 @@ Triple = tuple[str, str, int]
 
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 COLOURS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
+EASY_ANSWER = 4  # tokens; the longest is one word
 CAPTION_QUESTION = "what is in the image?"
 
 
@@ -356,8 +502,10 @@ def easy_vqa_source(
             chosen = turns[start : start + max_turns]
             made.append(questions_answered(f"{number}-{start}", chosen, (f"{number}.png",)))
     digest = text_digest(f"{kind} {max_turns} {file_digest(folder / 'questions.json')}")
-    load = ImageFolder(folder / "images").load
-    return ConversationSource(f"easy-vqa {kind}", digest, partial(iter, made), load)
+    shown_from = ImageFolder(folder / "images")
+    return ConversationSource(
+        f"easy-vqa {kind}", digest, partial(iter, made), shown_from.load, shown_from.path
+    )
 
 
 def easy_vqa_questions(root: str | None = None) -> ExactMatch:
@@ -376,7 +524,8 @@ def easy_vqa_questions(root: str | None = None) -> ExactMatch:
         kind = "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes_no"
         questions.append(Question(str(index), question, (f"{image}.png",), kind))
         answers.append(answer)
-    return ExactMatch("easy_vqa", questions, answers, ImageFolder(folder / "images").load)
+    shown_from = ImageFolder(folder / "images")
+    return ExactMatch("easy_vqa", questions, answers, shown_from.load, EASY_ANSWER, shown_from.path)
 
 
 def caption_of(triples: Sequence[Triple]) -> str | None:
@@ -410,9 +559,14 @@ def _folder(root: str | None) -> Path:
 
 def _read_triples(folder: Path) -> list[Triple]:
     file = folder / "questions.json"
-    try:
-        triples = [(str(text), str(answer), int(image)) for text, answer, image in read_json(file)]
-    except (ValueError, TypeError):
-        raise DataError(f"{file}: expected a list of [question, answer, image number].") from None
+    rows = read_json(file)
+    triples = [
+        (row[0], row[1], row[2])
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, list) and len(row) == 3
+        if is_text(row[0]) and is_text(row[1]) and type(row[2]) is int
+    ]
+    if not triples or len(triples) < len(rows):
+        raise DataError(f"{file}: expected a list of [question, answer, image number].")
     ImageFolder(folder / "images").check((f"{image}.png" for _, _, image in triples), str(file))
     return triples

@@ -64,6 +64,9 @@ def _conversations(kind: SourceKind, seed: int, size: int, px: int) -> Iterator[
         yield make(str(index), Random(f"{kind} {seed} {index}"), px)
 
 
+ANSWER_TOKENS = 6
+
+
 def scene_questions(seed: int, size: int, px: int = 48) -> ExactMatch:
     """Questions about test scenes, kinds alternating.
 
@@ -81,7 +84,7 @@ def scene_questions(seed: int, size: int, px: int = 48) -> ExactMatch:
         key = scene_key(scene, px, random.randrange(10**6))
         questions.append(Question(str(index), asked.question, (key,), kind))
         answers.append(asked.answer)
-    return ExactMatch("scenes", questions, answers, draw_image)
+    return ExactMatch("scenes", questions, answers, draw_image, ANSWER_TOKENS)
 
 
 def _check(size: int, px: int) -> None:

@@ -21,6 +21,7 @@ from dynmoe.data.vl.chat import (
     EncodedConversation,
     checked,
     encode_all,
+    has_controls,
 )
 from dynmoe.data.vl.conversations import Conversation, ConversationSource
 from dynmoe.errors import DataError
@@ -38,11 +39,13 @@ COLUMNS = pyarrow.schema(
         "images": pyarrow.list_(pyarrow.string()),
         "length": pyarrow.int64(),  # an image is all its positions
         "answer_tokens": pyarrow.int64(),
+        "controls": pyarrow.bool_(),  # a text of it was changed: `without_controls`
     }
 )
 """A conversation that is left out is a row of nulls."""
 
-EncodeAll = Callable[[list[Conversation]], list[EncodedConversation | None]]
+Row = dict[str, Any]
+RowsOf = Callable[[list[Conversation]], list[Row]]
 
 
 class TokenStore:
@@ -57,6 +60,8 @@ class TokenStore:
     """[C] labels other than `IGNORE`, at least 1."""
     num_images: IntArray
     """[C]"""
+    controls: int
+    """Conversations in whose texts control tokens were made plain text."""
     left_out: int
     """Conversations of the source whose images, or any answer, did not fit in the length."""
 
@@ -66,6 +71,7 @@ class TokenStore:
         self._file = file
         self._rows = np.flatnonzero(table["ids"].is_valid())
         self.left_out = len(table) - len(self._rows)
+        self.controls = pyarrow.compute.sum(table["controls"]).as_py() or 0
         images = pyarrow.compute.list_value_length(table["images"])
         columns = table["length"], table["answer_tokens"], images
         self.lengths, self.answer_tokens, self.num_images = (
@@ -114,8 +120,8 @@ def tokenized(
         DataError: no conversation fits in `max_length`.
     """
     checked(tokenizer, template)
-    encode = partial(
-        encode_all,
+    rows_of = partial(
+        _rows,
         tokenizer=tokenizer,
         template=template,
         image_tokens=image_tokens,
@@ -123,7 +129,7 @@ def tokenized(
     )
     if cache is None:
         buffer = pyarrow.BufferOutputStream()
-        _write(source, encode, image_tokens, buffer)
+        _write(source, rows_of, image_tokens, buffer)
         return TokenStore(pyarrow.ipc.open_file(buffer.getvalue()).read_all(), image_tokens)
     marks = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
     settings = [repr(TEMPLATES[template]), image_tokens, max_length, str(COLUMNS)]
@@ -131,7 +137,7 @@ def tokenized(
     return kept_or_made(
         cache / name,
         partial(_opened, image_tokens),
-        partial(_made, source, encode, image_tokens),
+        partial(_made, source, rows_of, image_tokens),
     )
 
 
@@ -141,30 +147,27 @@ def _opened(image_tokens: int, file: Path) -> TokenStore:
     return TokenStore(table, image_tokens, file)
 
 
-def _made(
-    source: ConversationSource, encode: EncodeAll, image_tokens: int, file: Path
-) -> TokenStore:
+def _made(source: ConversationSource, rows_of: RowsOf, image_tokens: int, file: Path) -> TokenStore:
     part = file.with_suffix(".part")
     try:
         with part.open("wb") as sink:
-            _write(source, encode, image_tokens, sink)
+            _write(source, rows_of, image_tokens, sink)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
     return _opened(image_tokens, file)
 
 
-def _write(source: ConversationSource, encode: EncodeAll, image_tokens: int, sink: Any) -> None:
+def _write(source: ConversationSource, rows_of: RowsOf, image_tokens: int, sink: Any) -> None:
     total = left_out = 0
     with pyarrow.ipc.new_file(sink, COLUMNS) as file:
         for chunk in _chunks(source):
-            rows = [
-                _row(conversation, encoded, image_tokens) if encoded else {}
-                for conversation, encoded in zip(chunk, encode(chunk), strict=True)
-            ]
+            rows = rows_of(chunk)
             file.write_batch(pyarrow.RecordBatch.from_pylist(rows, COLUMNS))
             left_out += rows.count({})
             total += len(rows)
+    if not total:
+        raise DataError(f"data {source.name}: no conversations to train on.")
     if left_out == total:
         raise DataError(
             f"data {source.name}: none of its {left_out} conversations fits. An image alone is "
@@ -172,9 +175,24 @@ def _write(source: ConversationSource, encode: EncodeAll, image_tokens: int, sin
         )
 
 
-def _row(
-    conversation: Conversation, encoded: EncodedConversation, image_tokens: int
-) -> dict[str, Any]:
+def _rows(
+    conversations: list[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    image_tokens: int,
+    max_length: int,
+) -> list[Row]:
+    """A row of `COLUMNS` for each conversation, {} for one that does not fit."""
+    encoded = encode_all(conversations, tokenizer, template, image_tokens, max_length)
+    return [
+        {**_row(each, found, image_tokens), "controls": has_controls(each, tokenizer)}
+        if found
+        else {}
+        for each, found in zip(conversations, encoded, strict=True)
+    ]
+
+
+def _row(conversation: Conversation, encoded: EncodedConversation, image_tokens: int) -> Row:
     ids, labels = encoded
     repeated = np.flatnonzero(ids == IMAGE).reshape(-1, image_tokens)[:, 1:]
     return {

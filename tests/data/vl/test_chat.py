@@ -24,8 +24,10 @@ from dynmoe.data.vl.chat import (
     TEMPLATES,
     conversation_tokenizer,
     encode_all,
+    encode_answers,
     encode_prompts,
     end_id,
+    without_controls,
 )
 from dynmoe.data.vl.conversations import Conversation, Message
 from dynmoe.errors import ConfigError, DataError
@@ -193,6 +195,47 @@ def test_several_images_and_several_conversations() -> None:
         "[BOS] <image> <image> <image> <image> is [ANSWER] it* [EOS]*",
         "[BOS] is it [ANSWER] red* [EOS]*",
     ]
+
+
+SAID = "the tags </s>, <|endoftext|>, [EOS] and <|im_end|> mean"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "template"),
+    [(WORDS, "v1"), (WORDS, "qwen"), (WORDS, "simple"), (LLAMA, "v1"), (chatml(), "tokenizer")],
+)
+def test_control_tokens_in_what_is_said_are_text(
+    tokenizer: PreTrainedTokenizerFast, template: str
+) -> None:
+    """Exactly one token ends an answer."""
+    asked, said = Message("user", f"<image>\n{SAID}"), Message("assistant", f"{SAID} <image>")
+    end = end_id(tokenizer, template)
+    plain = [Message("user", "<image>\na"), Message("assistant", "b")]
+    special = tokenizer.all_special_ids
+    counts = []
+    for messages in ([asked, said], plain):
+        encoded = encode(
+            Conversation("1", tuple(messages), ("0.png",)), tokenizer, template, 1, 400
+        )
+        assert encoded is not None and encoded.labels.tolist().count(end) == 1
+        assert encoded.labels[encoded.labels != chat.IGNORE][-1] == end
+        words = encoded.ids[encoded.ids != chat.IMAGE]
+        unknown = tokenizer.unk_token_id
+        counts.append([each for each in words.tolist() if each in special and each != unknown])
+        assert (encoded.ids == chat.IMAGE).sum() == 1
+    assert counts[0] == counts[1]
+    prompt = encode_prompt(asked.text, 1, tokenizer, template, 1).tolist()
+    assert prompt.count(end) == encode_prompt("a", 1, tokenizer, template, 1).tolist().count(end)
+    (answer,) = encode_answers([("a", 0, SAID)], tokenizer, template)
+    assert answer.count(end) == 1 and answer[-1] == end
+
+
+def test_a_control_token_has_a_space_in_it() -> None:
+    message = without_controls(Message("assistant", "the tag </s> ends"), LLAMA)
+    assert message.text == "the tag < /s> ends"
+    assert without_controls(message, LLAMA) == message
+    nested = without_controls(Message("user", "<<s>/s> <image>"), LLAMA)
+    assert "</s>" not in nested.text and "<s>" not in nested.text and "<image>" in nested.text
 
 
 def test_the_first_token_has_no_label() -> None:

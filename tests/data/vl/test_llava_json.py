@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from dynmoe.data.vl.conversations import Conversation, ImageFolder, Message
+from dynmoe.data.vl.conversations import Conversation, ImageFolder, Message, image_keys
 from dynmoe.data.vl.readers import read_entry, read_llava
-from dynmoe.errors import DataError
+from dynmoe.errors import ConfigError, DataError
 
 
 def entry(*turns: tuple[str, str], **fields: Any) -> dict[str, Any]:
@@ -19,8 +21,8 @@ def entry(*turns: tuple[str, str], **fields: Any) -> dict[str, Any]:
     return {"id": "33", **fields, "conversations": conversations}
 
 
-def read(*turns: tuple[str, str], **fields: Any) -> list[tuple[str, str]]:
-    found = read_entry(entry(*turns, **fields), 5, "file")
+def read(*turns: tuple[str, str], placement: Any = "llava", **fields: Any) -> list[tuple[str, str]]:
+    found = read_entry(entry(*turns, **fields), 5, "file", placement)
     assert found is not None
     return [tuple(message) for message in found.messages]
 
@@ -65,6 +67,136 @@ def test_only_what_answers_a_human_is_kept() -> None:
     assert read_entry(entry(("gpt", "hi"), ("human", "q")), 0, "file") is None
 
 
+@pytest.mark.parametrize("value", [["a.jpg"], "a.jpg"])
+def test_images_are_read_as_image(value: Any) -> None:
+    turns = [("human", "q"), ("gpt", "a")]
+    found = read_entry(entry(*turns, images=value), 0, "file")  # type: ignore[arg-type]
+    assert found == read_entry(entry(*turns, image="a.jpg"), 0, "file")  # type: ignore[arg-type]
+    assert found is not None and found.images == ("a.jpg",)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["Image", "img", "image_path", "image_file", "imgs", "picture", "Photo", "imgae", "IMAGES"],
+)
+def test_other_names_of_images_are_refused(key: str) -> None:
+    with pytest.raises(DataError, match=f"the key '{key}' is not read.*Call it image"):
+        read_entry(entry(("human", "q"), ("gpt", "a"), **{key: "a.jpg"}), 0, "file")
+    with pytest.raises(DataError, match=f"the key '{key}' is not read"):
+        image_keys({"question": "q", "answer": "a", key: "a.jpg"}, "file")
+
+
+def test_keys_about_an_image_may_stand_beside_it() -> None:
+    turns = [("human", "q"), ("gpt", "a")]
+    about = {"image_size": [3, 4], "model": "x", "image_id": 5, "images": None}
+    found = read_entry(entry(*turns, image="a.jpg", **about), 0, "file")  # type: ignore[arg-type]
+    assert found is not None and found.images == ("a.jpg",)
+    assert read_entry(entry(*turns, img=""), 0, "file") is not None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("id", "name"), [(0, "0"), (False, "False"), ("", "5"), (None, "5")])
+def test_only_a_missing_id_is_replaced(id: Any, name: str) -> None:
+    found = read_entry(entry(("human", "q"), ("gpt", "a"), id=id), 5, "file")
+    assert found is not None and found.id == name
+
+
+def test_openai_messages() -> None:
+    image = {"type": "image_url", "image_url": {"url": "a.jpg"}}
+    messages = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": [image, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "It."},
+    ]
+    found = read_entry({"messages": messages}, 0, "file")
+    assert found == Conversation(
+        "0", (Message("user", "<image>\nWhat is it?"), Message("assistant", "It.")), ("a.jpg",)
+    )
+    messages[1]["content"][0] = {"type": "image"}
+    assert read_entry({"messages": messages, "images": ["a.jpg"]}, 0, "file") == found
+    messages[1]["content"] = "<image>\nWhat is it?"
+    assert read_entry({"conversations": messages, "image": "a.jpg"}, 0, "file") == found
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "https://x.org/a.jpg"}},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,eA=="}},
+        {"type": "input_audio", "input_audio": {}},
+        {"type": "text", "text": None},
+        "q",
+    ],
+)
+def test_other_parts_of_messages_are_refused(part: Any) -> None:
+    messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(DataError, match="turn 0: expected texts, and images with a path"):
+        read_entry({"messages": messages}, 0, "file")
+
+
+def test_half_a_character_is_no_text() -> None:
+    with pytest.raises(DataError, match=r"turn 1: expected .from.*and a text .value."):
+        read(("human", "q"), ("gpt", "\ud800"))
+
+
+def test_the_placement_of_moe_llava(tmp_path: Path) -> None:
+    turns = [("human", "What is it? \n<image> "), ("gpt", "It.")]
+    assert read(*turns, image="x", placement="as_is")[0] == ("user", "What is it? \n<image> ")
+    file = put(tmp_path, "mix.json", [entry(("human", "q"), ("gpt", "a"))])
+    sources = [read_llava("mix", [file], image_placement=each) for each in ("llava", "as_is")]
+    assert sources[0].digest != sources[1].digest
+    with pytest.raises(ConfigError, match="image_placement=front: expected llava or as_is"):
+        read_llava("mix", [file], image_placement="front")  # type: ignore[arg-type]
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    whole = [("human", "q"), ("gpt", "a")]
+    entries = [
+        entry(("system", "s"), *whole),
+        entry(("system", "s"), *whole),
+        entry(("gpt", "hi"), *whole, ("human", "r")),
+        entry(("human", "q")),
+    ]
+    found = read_llava("mix", [put(tmp_path, "mix.json", entries)])
+    assert found.left_out == {
+        "system turns: a template has its own": 2,
+        "turns before the first question": 1,
+        "questions at the end without an answer": 1,
+        "entries without an answer to a question": 1,
+    }
+    assert len(list(found)) == len(list(found)) == 3
+
+
+def test_broken_entries_are_left_out_if_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = [("human", "q"), ("gpt", "a")]
+    entries = [entry(("human", "q"), ("robot", "a")), entry(*whole), entry(*whole, img="a.jpg")]
+    file = put(tmp_path, "mix.json", [*entries, entry(*whole, image="gone.jpg")])
+    found = read_llava("mix", [file], str(tmp_path), skip_invalid=True)
+    assert found.left_out == {"entries that break a rule": 2}
+    assert [each.images for each in found] == [(), ("gone.jpg",)]
+    assert f"the first of the entries that break a rule: {file}, entry 0" in caplog.text
+    kept = found.without_images(["gone.jpg"])
+    assert [each.images for each in kept] == [()] and kept.digest != found.digest
+    assert pickle.loads(pickle.dumps(kept.read)) is not None  # for the processes of a loader
+
+
+def test_a_file_without_conversations(tmp_path: Path) -> None:
+    file = put(tmp_path, "mix.json", [])
+    with pytest.raises(DataError, match=f"^{file}: no conversations in it"):
+        read_llava("mix", [file])
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mix.json")
+    with pytest.raises(DataError, match=r"mix.json: expected a file, found a folder, pipe"):
+        read_llava("mix", [str(tmp_path / "mix.json")])
+    os.mkfifo(tmp_path / "a.png")
+    file = put(tmp_path, "own.json", [entry(("human", "q"), ("gpt", "a"), image="a.png")])
+    with pytest.raises(DataError, match=r"images not in .* \(1\): a.png"):
+        read_llava("mix", [file], str(tmp_path))
+
+
 def test_files_in_turn(tmp_path: Path) -> None:
     one = [entry(("human", "q"), ("gpt", "a"), id=7), entry(("gpt", "hi"))]
     two = [entry(("human", "<image>\nr"), ("gpt", "b"), image="sub/x.png")]
@@ -91,7 +223,8 @@ def test_files_in_turn(tmp_path: Path) -> None:
     [
         (
             {"id": 1, "text": "x"},
-            "conversation '1': expected a list conversations, found the keys id, text",
+            "conversation '1': expected a list conversations, or a list messages, found the keys "
+            "id, text",
         ),
         (
             entry(("human", "q"), ("robot", "a")),
@@ -102,6 +235,29 @@ def test_files_in_turn(tmp_path: Path) -> None:
             entry(("human", "q"), ("gpt", None)),  # type: ignore[arg-type]
             "conversation '33', turn 1: expected \"from\" (human, user, gpt, assistant, system) "
             "and a text \"value\", found {'from': 'gpt', 'value': None}",
+        ),
+        (
+            {"id": 1, "conversations": [{"from": [], "value": "q"}]},
+            "conversation '1', turn 0: expected \"from\" (human, user, gpt, assistant, system) "
+            "and a text \"value\", found {'from': [], 'value': 'q'}",
+        ),
+        (
+            {"id": 1, "conversations": [], "messages": []},
+            "conversation '1': expected a list conversations, or a list messages, found the keys "
+            "id, conversations, messages",
+        ),
+        (
+            {"id": [1], "conversations": []},
+            "expected id to be text or a number, found [1]",
+        ),
+        (
+            {"id": 1, "conversations": [{"from": "human", "value": "q", "image": "a.jpg"}]},
+            "conversation '1', turn 0: the key 'image' is not read. Name the images of an entry in "
+            "its image, in the order of their <image>",
+        ),
+        (
+            entry(("human", "q"), ("gpt", "a"), image="a.jpg", images=["b.jpg"]),
+            "conversation '33': has both image and images. Keep one of them",
         ),
         (
             entry(("human", "q"), ("gpt", "a"), image=[3]),
@@ -130,7 +286,7 @@ def test_broken_entries(tmp_path: Path, broken: dict[str, Any], problem: str) ->
     file = put(tmp_path, "mix.json", [entry(("human", "q"), ("gpt", "a")), broken])
     with pytest.raises(DataError) as error:
         list(read_llava("mix", [file]))
-    assert str(error.value) == f"{file}, entry 1, {problem}."
+    assert str(error.value).replace("entry 1: ", "entry 1, ") == f"{file}, entry 1, {problem}."
 
 
 def test_missing_images_are_found_before_training(tmp_path: Path) -> None:
@@ -144,7 +300,7 @@ def test_missing_images_are_found_before_training(tmp_path: Path) -> None:
     assert str(error.value) == (
         f"{file}: images not in {tmp_path} (7): there/1.jpg; there/2.jpg; there/3.jpg; "
         "there/4.jpg; there/5.jpg and more. Give the folder from which these paths start, and "
-        "fetch what it lacks."
+        "fetch what it lacks. Or leave out what needs them: data.skip_invalid=true."
     )
     with pytest.raises(DataError, match=r"image there/0\.jpg: no image folder given\."):
         read_llava("mix", [file])

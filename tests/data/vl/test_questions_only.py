@@ -15,6 +15,7 @@ from rich.console import Console
 from dynmoe.data.base import StepPlan
 from dynmoe.data.vl.content import Content, questions_only
 from dynmoe.data.vl.module import VisionLanguageData
+from dynmoe.data.vl.scenes import scene_questions
 from dynmoe.errors import DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.exact import ExactMatch
@@ -42,8 +43,7 @@ def data(content: Content, template: str = "simple", **settings: Any) -> VisionL
         template="simple",
         question_template=template,
         batch_size=4,
-        max_new_tokens=3,
-        **settings,
+        **{"max_new_tokens": 3, **settings},
     )
     made.connect(StepPlan(seed=0, epochs=1))
     return made
@@ -69,6 +69,18 @@ def test_what_is_known_without_conversations(questions: VisionLanguageData) -> N
     questions.print_check(console)
     assert "test" in (text := console.export_text()) and "train" not in text
     assert len(list(questions.val_dataloader())) == 1
+
+
+def test_each_set_has_its_length_of_answers() -> None:
+    scenes = scene_questions(0, 2, 24)
+    derived = {"shuffled": scenes.with_other_images(), "one": scenes.spread(1)}
+    sets = {**SETS, "scenes": scenes, **derived}
+    made = data(Content(None, sets, words=lambda: TEXTS), max_new_tokens=None)
+    made.setup()
+    expected = {"test": 128, "scenes": 6, "shuffled": 6, "one": 6}
+    assert made.answer_tokens == made.task_arguments["max_new_tokens"] == expected
+    made.max_new_tokens = 3
+    assert made.answer_tokens == dict.fromkeys(expected, 3)
 
 
 def test_an_evaluation_reads_no_conversations() -> None:

@@ -35,8 +35,8 @@ PROBLEMS = {
     "2": problem(image="image.png", answer=0),
 }
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
-FIRST = f"Context: It is cold.\nQuestion: Which?\nOptions: (A) ice (B) fire\n{INSTRUCTION}"
-SECOND = f"Context: N/A\nQuestion: Which?\nOptions: (A) ice (B) fire\n{INSTRUCTION}"
+FIRST = f"Context: It is cold.\nWhich?\nA. ice\nB. fire\n{INSTRUCTION}"
+SECOND = f"Which?\nA. ice\nB. fire\n{INSTRUCTION}"
 
 
 def test_problems_of_a_split(tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ def forbid_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
+def test_control_tokens_in_texts_are_counted(tmp_path: Path, kept: bool) -> None:
+    said = [conversation(answer, ()) for answer in ("red", "red </s>", "red [EOS]")]
+    assert make(tmp_path if kept else None, Source(said)).controls == 2
+
+
+def test_a_source_without_conversations() -> None:
+    with pytest.raises(DataError, match="data toys: no conversations to train on"):
+        make(None, Source([]))
+
+
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("chunk", [1, 3, 500])
 def test_rows_are_what_is_encoded(
     tmp_path: Path, kept: bool, chunk: int, monkeypatch: pytest.MonkeyPatch

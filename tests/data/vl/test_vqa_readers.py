@@ -16,6 +16,7 @@ from dynmoe.data.vl.readers import (
     caption_of,
     easy_vqa_questions,
     easy_vqa_source,
+    read_rows,
     vqa_questions,
     vqa_table,
 )
@@ -84,11 +85,13 @@ def test_a_table(tmp_path: Path, name: str) -> None:
         ),
         (
             {"question": "q"},
-            ", row 1: expected an answer, or a list answers, found question='q'.",
+            ", row 1: expected an answer, or a list answers, each text, a number, true or false; "
+            "found question='q'.",
         ),
         (
             {"question": "q", "answers": "x"},
-            ", row 1: expected an answer, or a list answers, found question='q', answers='x'.",
+            ", row 1: expected an answer, or a list answers, each text, a number, true or false; "
+            "found question='q', answers='x'.",
         ),
         (
             {"question": "q", "answer": "a", "image": {"path": 1}},
@@ -101,6 +104,124 @@ def test_a_broken_row(tmp_path: Path, row: dict[str, Any], message: str) -> None
     with pytest.raises(DataError) as error:
         vqa_table("pets", file)
     assert str(error.value) == file + message
+
+
+NO_ANSWER = [
+    {"answer": None},
+    {"answers": [None, None, "yes"]},
+    {"answer": float("nan")},
+    {"answer": float("inf")},
+    {"answer": ["yes", "no"]},
+    {"answer": {"text": "yes"}},
+    {"answers": [["yes"]]},
+    {"answers": [{"text": "yes"}]},
+    {"answers": [{"answer": None}]},
+    {"answers": "yes"},
+    {"answers": 0, "answer": "yes"},
+    {"answers": ["yes", " "]},
+    {},
+]
+
+
+@pytest.mark.parametrize("answered", NO_ANSWER)
+@pytest.mark.parametrize("name", ["vqa.json", "vqa.jsonl"])
+def test_what_is_no_answer_is_refused(tmp_path: Path, name: str, answered: Any) -> None:
+    file = table(tmp_path, name, [{"question": "q", "answer": "a"}, {"question": "q", **answered}])
+    with pytest.raises(DataError, match=f"^{file}, (row|entry) 1: (expected an answer|not JSON)"):
+        list(read_rows(Path(file)))
+
+
+@pytest.mark.parametrize(
+    ("answered", "text"),
+    [
+        ({"answer": 0}, "0"),
+        ({"answer": 2.5}, "2.5"),
+        ({"answer": False}, "False"),
+        ({"answers": [0, 0, "yes"]}, "0"),
+        (
+            {"answers": [{"answer": "no"}, {"answer": "yes", "answer_id": 2}, {"answer": "yes"}]},
+            "yes",
+        ),
+        ({"answers": [], "answer": "x"}, "x"),
+        ({"answers": None, "answer": "None"}, "None"),
+    ],
+)
+def test_texts_numbers_and_booleans_are_answers(tmp_path: Path, answered: Any, text: str) -> None:
+    file = table(tmp_path, "vqa.jsonl", [{"question": "q", **answered}])
+    assert [row.answer for row in read_rows(Path(file))] == [text]
+
+
+def test_ids_and_kinds_that_are_false_are_kept(tmp_path: Path) -> None:
+    rows = [
+        {"id": 1, "kind": 0},
+        {"id": 0, "kind": False},
+        {"question_id": 7},
+        {"id": None},
+    ]
+    file = table(tmp_path, "vqa.jsonl", [{"question": "q", "answer": "a", **row} for row in rows])
+    found = vqa_questions("pets", file).questions
+    assert [(each.id, each.kind) for each in found] == [
+        ("1", "0"),
+        ("0", "False"),
+        ("7", ""),
+        ("3", ""),
+    ]
+
+
+@pytest.mark.parametrize("key", ["ID", "Kind", "kinds", " id"])
+def test_other_spellings_of_columns_are_refused(tmp_path: Path, key: str) -> None:
+    file = table(tmp_path, "vqa.jsonl", [{"question": "q", "answer": "a", key: "x"}])
+    with pytest.raises(DataError, match=f"row 0: the key '{key}' is not read. Call it (id|kind)"):
+        list(read_rows(Path(file)))
+
+
+@pytest.mark.parametrize("name", ["vqa.CSV", "vqa.tsv", "vqa.TSV", "vqa.tab"])
+def test_suffixes_of_tables(tmp_path: Path, name: str) -> None:
+    delimiter = "," if name == "vqa.CSV" else "\t"
+    lines = ["question", " answer"], ["what, or who?", "a cat"], ["null?", "null"]
+    text = "\n".join(delimiter.join(f'"{cell}"' for cell in line) for line in lines)
+    (tmp_path / name).write_text(text)
+    found = [(row.question, row.answer) for row in read_rows(tmp_path / name)]
+    assert found == [("what, or who?", "a cat"), ("null?", "null")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("what,a.jpg\n", "line 2: expected 3 cells, as in the header, found 2"),
+        ("what,a.jpg,x,y\n", "line 2: expected 3 cells, as in the header, found 4"),
+        ('"what,a.jpg,x\nwho,b.jpg,y\n', "line 3: unexpected end of data"),
+        ('what,a.jpg,x\n"who,b.jpg,y\nhow,"c.jpg",z\n', "line 4: ',' expected after"),
+        ('how,a.jpg,"6\nwho,b.jpg,12""\n', "line 3: unexpected end of data"),
+        ("", "expected rows with question and answer, found none"),
+    ],
+)
+def test_stray_quotes_and_short_rows(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "vqa.csv").write_text(f"question,image,answer\n{text}")
+    with pytest.raises(DataError, match=message) as error:
+        list(read_rows(tmp_path / "vqa.csv"))
+    assert str(tmp_path / "vqa.csv") in str(error.value)
+
+
+def test_a_cell_of_several_rows_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    header = "question,image,answer\n"
+    (tmp_path / "vqa.csv").write_text(f'{header}how?,,"6\nwho?,,12"\n')  # inches
+    assert len(list(read_rows(tmp_path / "vqa.csv"))) == 1
+    assert "line 2: a cell looks like several rows. A cell with the delimiter" in caplog.text
+    caplog.clear()
+    (tmp_path / "vqa.csv").write_text(f'{header}"how?\nA. 6, B. 7",,"say ""6"""\n')
+    assert [row.answer for row in read_rows(tmp_path / "vqa.csv")] == ['say "6"']
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["vqa.json", "vqa.jsonl", "vqa.csv"])
+def test_an_empty_table(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[]" if name == "vqa.json" else "")
+    for read in (vqa_table, vqa_questions):
+        with pytest.raises(DataError, match=rf"{name}: expected rows with question and answer"):
+            read("pets", str(tmp_path / name))
 
 
 def test_a_table_lacks_its_images(tmp_path: Path) -> None:
@@ -225,9 +346,10 @@ def test_easy_vqa_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "test" / "images" / "5.png").unlink()
     with pytest.raises(DataError, match=r"questions\.json: images not in .* \(1\): 5\.png\."):
         easy_vqa_questions(root)
-    (tmp_path / "train" / "questions.json").write_text('[["q", "a"]]')
-    with pytest.raises(DataError, match=r"expected a list of \[question, answer, image number\]"):
-        easy_vqa_source("questions", root)
+    for rows in ([["q", "a"]], [["q", None, 1]], [["q", "a", "1"]], [], {"q": "a"}):
+        (tmp_path / "train" / "questions.json").write_text(json.dumps(rows))
+        with pytest.raises(DataError, match=r"a list of \[question, answer, image number\]"):
+            easy_vqa_source("questions", root)
 
 
 def no_image(key: str) -> Image.Image:

@@ -1,0 +1,123 @@
+"""Objects and rows of files, read as streams: JSON arrays, JSON lines, CSV."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+from codecs import BOM_UTF8
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from dynmoe.data.vl.conversations import text_digest
+from dynmoe.errors import DataError
+from dynmoe.questions.files import json_lines, reading
+
+log = logging.getLogger(__name__)
+
+FIRST = 1 << 16  # bytes in which the first character of a file is looked for
+
+
+def json_entries(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that is one array of objects, or has one object a line.
+
+    The file is read as a stream: memory holds one object and the parser's buffer.
+
+    Raises:
+        DataError: no such file, not UTF-8, not JSON, cut off, or something else than objects.
+    """
+    with reading(path), path.open("rb") as file:
+        start = file.read(FIRST).removeprefix(BOM_UTF8).lstrip()
+        lines = ((f"{path}, line {number}", entry) for number, entry in json_lines(path))
+        numbered = _array(path, file) if start.startswith(b"[") else lines
+        for where, entry in numbered:
+            if not isinstance(entry, dict):
+                raise DataError(f"{where}: expected an object, found {type(entry).__name__}.")
+            yield entry
+
+
+def _array(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    import ijson  # of the extra vision-language
+
+    file.seek(0)
+    if file.read(len(BOM_UTF8)) != BOM_UTF8:
+        file.seek(0)
+    number = 0
+    try:
+        for entry in ijson.items(file, "item", use_float=True):
+            yield f"{path}, entry {number}", entry
+            number += 1
+    except (ijson.JSONError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]  # the others show the place in the parser's buffer
+        wrong = f"not JSON, or cut off: {reason}."
+        if "UTF8" in reason:
+            wrong = "not UTF-8. Convert it to UTF-8."
+        raise DataError(f"{path}, entry {number}: {wrong}") from None
+
+
+def file_digest(*paths: Path) -> str:
+    """16 hexadecimal digits of the files' bytes; a gigabyte takes about a second."""
+    digests = []
+    for path in paths:
+        with reading(path), path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return text_digest("\n".join(digests))
+
+
+QUOTES = (
+    'A cell with the delimiter, a line end or a quote in it stands in quotes, with each " as "".'
+)
+
+
+def csv_entries(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table by the names in its header, read as a stream; `answers` are JSON.
+
+    Warns of a cell that looks like several rows, as two stray quotes make it.
+
+    Raises:
+        DataError: not UTF-8, or a row with other cells than the header, as a stray quote makes it.
+    """
+    try:
+        with reading(path), path.open(encoding="utf-8-sig", newline="") as lines:
+            rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+            header = [name.strip() for name in next(rows, [])]
+            twice = [name for name, count in Counter(header).items() if count > 1]
+            if twice:
+                raise DataError(f"{path}: several columns are called {', '.join(twice)!r}.")
+            before = rows.line_num
+            for row in rows:
+                first, before = before + 1, rows.line_num
+                if not row:
+                    continue
+                where = f"{path}, line {first}"
+                if len(row) != len(header):
+                    raise DataError(
+                        f"{where}: expected {len(header)} cells, as in the header, found "
+                        f"{len(row)}. {QUOTES}"
+                    )
+                if _has_rows(row, len(header), delimiter):
+                    log.warning("%s: a cell looks like several rows. %s", where, QUOTES)
+                yield _with_answers(dict(zip(header, row, strict=True)), where)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.line_num}: {error}. {QUOTES}") from None
+
+
+def _has_rows(row: Sequence[str], columns: int, delimiter: str) -> bool:
+    """Whether a cell goes over lines and has the delimiters of as many rows: a stray quote."""
+    return columns > 1 and any(
+        lines and cell.count(delimiter) == lines * (columns - 1)
+        for cell in row
+        if (lines := cell.strip().count("\n"))
+    )
+
+
+def _with_answers(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    if not entry.get("answers"):
+        return {key: cell for key, cell in entry.items() if key != "answers"}
+    try:
+        return {**entry, "answers": json.loads(entry["answers"])}
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {error}. Expected CSV whose answers are JSON lists.") from None

@@ -1,0 +1,104 @@
+"""Values in the files of others: which are text, and which keys look like a known one."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal, TypeGuard
+
+Kind = Literal["text", "text or null", "id", "whole number", "list", "list of texts", "object"]
+
+ALIKE = 0.85
+"""Share of equal characters from which on a key looks like another one; question_type is not
+question, nor image_size images."""
+LONGEST = 200  # characters of a value in a message
+PICTURES = ("image", "img", "picture", "photo")
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether it is text that can be written as UTF-8: JSON may hold halves of surrogate pairs."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def plain_text(value: Any) -> str | None:
+    """A text, number or boolean as text; None for all else: null, NaN, lists, objects."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, bool | int | float) or is_text(value):
+        return str(value)
+    return None
+
+
+def shown(value: Any) -> str:
+    """A value for a message, long ones cut."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _is_id(value: Any) -> bool:
+    return is_text(value) or isinstance(value, int)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+KINDS: dict[Kind, Callable[[Any], bool]] = {
+    "text": is_text,
+    "text or null": lambda value: value is None or is_text(value),
+    "id": _is_id,
+    "whole number": _is_number,
+    "list": lambda value: isinstance(value, list),
+    "list of texts": lambda value: isinstance(value, list) and all(map(is_text, value)),
+    "object": lambda value: isinstance(value, dict),
+}
+
+
+Fields = Mapping[str, Kind] | Collection[str]
+"""The fields that every object of a file has, and of what kind their values are, if not any."""
+
+
+def wrong_fields(row: Mapping[str, Any], fields: Fields) -> list[str]:
+    """Return what is wrong with an object: "has no image", "has label=[], which is no text"."""
+    kinds: Mapping[str, Kind] = fields if isinstance(fields, Mapping) else {}
+    lacking = [field for field in fields if field not in row]
+    wrong = [
+        f"has {field}={shown(row[field])}, which is no {kind}"
+        for field, kind in kinds.items()
+        if field in row and not KINDS[kind](row[field])
+    ]
+    return [*([f"has no {', '.join(lacking)}"] if lacking else []), *wrong]
+
+
+def other_spellings(keys: Iterable[Any], known: Collection[str]) -> dict[str, str]:
+    """The keys that are not known and look like a known one, with that one."""
+    bare = {_bare(name): name for name in known}
+    found = {}
+    for key in keys:
+        if not isinstance(key, str) or key in known:
+            continue
+        near = difflib.get_close_matches(_bare(key), bare, n=1, cutoff=ALIKE)
+        if near:
+            found[key] = bare[near[0]]
+    return found
+
+
+def picture_keys(keys: Iterable[Any]) -> list[str]:
+    """The keys that name pictures in any way: image_path, img, photos, imgae."""
+    named = [key for key in keys if isinstance(key, str)]
+    return [
+        key
+        for key in named
+        if any(word in _bare(key) for word in PICTURES) or sorted(_bare(key)) == sorted("image")
+    ]
+
+
+def _bare(key: str) -> str:
+    return "".join(key.split()).replace("_", "").replace("-", "").casefold()
