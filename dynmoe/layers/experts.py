@@ -7,12 +7,14 @@ D model width, H hidden neurons.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
@@ -83,9 +85,8 @@ def _sparse_forward(
     else:
         runs = dispatch.gather(x_TD, p).split(p.counts)
         # NOTE: an expert without rows is not called: its Parameters stay out of the graph.
-        out_RD = torch.cat(
-            [expert(run) for expert, run in zip(experts, runs, strict=True) if len(run)]
-        )
+        called = [(expert, run) for expert, run in zip(experts, runs, strict=True) if len(run)]
+        out_RD = torch.cat([same_rows(expert(run), run) for expert, run in called])
     return dispatch.combine(out_RD, routing.weights_TE, p)
 
 
@@ -95,7 +96,8 @@ def _traceable_forward(experts: Sequence[nn.Module], x_TD: Tensor, routing: Rout
     # NOTE: every expert is called, without rows too: a branch on their number is not exportable.
     for e, expert in enumerate(experts):
         token_N = routing.dispatch_TE[:, e].nonzero().squeeze(1)
-        out_ND = expert(x_TD.index_select(0, token_N))
+        run_ND = x_TD.index_select(0, token_N)
+        out_ND = same_rows(expert(run_ND), run_ND)
         weight_N1 = routing.weights_TE[:, e].index_select(0, token_N)[:, None]
         y_TD = y_TD.index_add(0, token_N, (weight_N1 * out_ND).to(y_TD.dtype))
     return y_TD
@@ -112,6 +114,83 @@ def naive_forward(experts: Experts, x_TD: Tensor, routing: Routing, live: Sequen
                 y_D = y_D + routing.weights_TE[t, e].to(out_D.dtype) * out_D
         y_TD.append(y_D)
     return torch.stack(y_TD)
+
+
+def check_ffn(mlp: nn.Module, dim: int) -> None:
+    """Refuse an FFN that does not map rows [N, ``dim``] to rows of the same shape and dtype.
+
+    A copy without data is called: no computation, no random number, nothing in ``mlp`` changes. An
+    FFN that needs data is copied and called on zeros. One that cannot be called before the model is
+    used (lazy, kernels of another device) is checked as it runs (``same_rows``).
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    tensors = [*mlp.parameters(), *mlp.buffers()]
+    if any(is_lazy(t) for t in tensors):
+        return
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+    # FFNs of several types run under autocast alone; their shapes do not depend on it.
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    device = tensors[0].device if tensors else torch.device("cpu")
+    try:
+        rows, out = _call(_without_data(mlp).to(dtype), dim, dtype, torch.device("meta"))
+    except Exception:  # whatever a foreign module raises where there is no data
+        if device.type == "meta":
+            return
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                rows, out = _call(copy.deepcopy(mlp).to(dtype), dim, dtype, device)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and re.search("shape|size", str(error)):
+                raise ValueError(
+                    f"expected an FFN that maps rows [N, {dim}] to rows [N, {dim}], but "
+                    f"{type(mlp).__name__} refuses rows [{ROWS}, {dim}]: {error}"
+                ) from error
+            return
+    same_rows(out, rows)
+    if out.dtype != dtype:
+        raise ValueError(
+            f"expected an FFN that keeps the dtype of its rows, but {type(mlp).__name__} makes "
+            f"{out.dtype} of {dtype}"
+        )
+
+
+ROWS = 3
+"""Rows that ``check_ffn`` tries an FFN with."""
+
+
+@torch.no_grad()
+def _call(
+    mlp: nn.Module, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    rows = torch.zeros(ROWS, dim, dtype=dtype, device=device)
+    return rows, mlp.eval()(rows)
+
+
+def _without_data(mlp: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in mlp.parameters()
+    }
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in mlp.buffers()}
+    return copy.deepcopy(mlp, memo)
+
+
+def same_rows(out: Tensor, rows: Tensor) -> Tensor:
+    """Return ``out``.
+
+    Raises:
+        ValueError: it has not the shape of ``rows``.
+    """
+    found = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+    if found != list(rows.shape):
+        width = rows.shape[1]
+        raise ValueError(
+            f"expected an FFN that maps rows [N, {width}] to rows [N, {width}], but it makes "
+            f"{found} of {list(rows.shape)}"
+        )
+    return out
 
 
 @torch.no_grad()
