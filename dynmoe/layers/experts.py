@@ -18,7 +18,13 @@ from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
-from dynmoe.layers.dispatch import compute_dtype, grouped_ffn, read_ffn, row_multiple
+from dynmoe.layers.dispatch import (
+    compute_dtype,
+    grouped_ffn,
+    is_plain_linear,
+    read_ffn,
+    row_multiple,
+)
 from dynmoe.layers.routers import Routing
 
 Init = Literal["copy", "cluster", "random", "fresh"]
@@ -63,7 +69,7 @@ class Experts(nn.Module):
     @torch.no_grad()
     def mean_keys(self, live: Sequence[int]) -> Tensor:
         """Return the mean row of each expert's first matrix, fp32, [E, D]."""
-        return torch.stack([linears(self.slots[slot])[0].weight.float().mean(0) for slot in live])
+        return torch.stack([_weight(linears(self.slots[slot])[0]).mean(0) for slot in live])
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
@@ -135,14 +141,14 @@ def check_ffn(mlp: nn.Module, dim: int) -> None:
     device = tensors[0].device if tensors else torch.device("cpu")
     try:
         rows, out = _call(_without_data(mlp).to(dtype), dim, dtype, torch.device("meta"))
-    except Exception:  # whatever a foreign module raises where there is no data
-        if device.type == "meta":
-            return
+    except Exception as without_data:  # whatever a foreign module raises where there is none
         try:
+            if device.type == "meta":
+                raise without_data
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 rows, out = _call(copy.deepcopy(mlp).to(dtype), dim, dtype, device)
         except Exception as error:
-            if isinstance(error, RuntimeError) and re.search("shape|size", str(error)):
+            if isinstance(error, RuntimeError) and re.search("shape|size|dim", str(error)):
                 raise ValueError(
                     f"expected an FFN that maps rows [N, {dim}] to rows [N, {dim}], but "
                     f"{type(mlp).__name__} refuses rows [{ROWS}, {dim}]: {error}"
@@ -216,8 +222,8 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
 
     A neuron's row of the first matrix is its key: neurons with near keys answer the same tokens.
     ``cluster``: neurons grouped by balanced k-means on their keys; ``random``: contiguous slices.
-    ``mlp`` has linear layers from D to H (one, or a gate and more), then one from H to D without a
-    bias, and nothing else that has parameters.
+    ``mlp`` has plain linear layers from D to H (one, or a gate and more), then one from H to D
+    without a bias, and nothing else that has parameters.
 
     Raises:
         ConfigError: H does not divide into ``parts``, or ``mlp`` is of another form.
@@ -225,13 +231,14 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
     *inner, outer = linears(mlp)
     hidden = outer.in_features
     plain = all(linear.out_features == hidden for linear in inner)
+    plain &= all(is_plain_linear(linear) for linear in (*inner, outer))
     others = len(list(mlp.parameters())) - sum(
         len(list(linear.parameters())) for linear in (*inner, outer)
     )
     if others or not plain or outer.bias is not None:
         raise ConfigError(
-            f"moe.init={how}: expected an FFN of linear layers to and from its hidden neurons, "
-            f"without output bias, found {type(mlp).__name__}. Set moe.init=copy."
+            f"moe.init={how}: expected an FFN of plain linear layers to and from its hidden "
+            f"neurons, without output bias, found {type(mlp).__name__}. Set moe.init=copy."
         )
     if hidden % parts:
         raise ConfigError(
@@ -243,6 +250,12 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
     else:
         groups_EN = torch.arange(hidden).view(parts, -1)
     return [_part(mlp, neurons_N.to(outer.weight.device)) for neurons_N in groups_EN]
+
+
+def _weight(linear: nn.Linear) -> Tensor:
+    """The weight of a linear layer as numbers, fp32."""
+    weight_OI = linear.weight
+    return (weight_OI if is_plain_linear(linear) else weight_OI.dequantize()).float()
 
 
 def linears(mlp: nn.Module) -> list[nn.Linear]:

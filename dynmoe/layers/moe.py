@@ -131,9 +131,7 @@ class MoELayer(nn.Module):
             mask = routing.mask_TE.view(*x.shape[:-1], routing.mask_TE.shape[1])
             if token_mask_T is not None:
                 token_mask = token_mask_T.view(x.shape[:-1])
-            self.tape.append(
-                Routed(_of_some(routing.aux, x_TD, token_mask_T), stats, mask, token_mask)
-            )
+            self.tape.append(Routed(routing.aux, stats, mask, token_mask))
         return y_TD.view(x.shape)
 
     def _route(self, x_TD: Tensor, live: tuple[int, ...], token_mask_T: Tensor | None) -> Routing:
@@ -141,7 +139,8 @@ class MoELayer(nn.Module):
             raise ValueError("no expert is alive: active_E is False for all slots")
         self.router.prepare(self.experts, live)
         routing: Routing = self.router(x_TD, live, token_mask_T)
-        return routing
+        # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
+        return routing._replace(aux=_of_some(routing.aux, x_TD, token_mask_T))
 
     @torch.compiler.disable  # as the experts' code is in any case: no further graph break
     def _serve(
