@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from dynmoe.errors import ConfigError
+from dynmoe.layers.dispatch import is_plain_linear
 from dynmoe.layers.experts import Init, linears
 from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.routers import Router
@@ -302,10 +303,20 @@ class GatedFFN(nn.Module):
 
 
 def linear(layer: Any, bias: bool) -> nn.Linear:
-    """Make an ``nn.Linear`` of the weights of one, or of GPT-2's transposed ``Conv1D``."""
+    """Make an ``nn.Linear`` of the weights of one, or of GPT-2's transposed ``Conv1D``.
+
+    Raises:
+        ConfigError: it is neither, so that its weights alone do not say what it computes.
+    """
     weight_OI = layer.weight.detach()
-    if not isinstance(layer, nn.Linear):
+    if type(layer).__name__ == "Conv1D":
         weight_OI = weight_OI.t().contiguous()
+    elif not is_plain_linear(layer):
+        raise ConfigError(
+            f"backbone: an MoE layer needs plain linear layers in the FFN it replaces, found "
+            f"{type(layer).__name__} with weights of type {type(layer.weight).__name__}. Merge "
+            "adapters, remove parametrizations and hooks, and load weights that are not quantised."
+        )
     made = nn.Linear(weight_OI.shape[1], len(weight_OI), bias=False, device="meta")
     made.weight = nn.Parameter(weight_OI)
     if bias:

@@ -83,6 +83,21 @@ def parts_add_up(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+def options_that_need_others(cfg: DictConfig) -> Iterator[str]:
+    """Options of a router that do nothing, or fail, without another of its options."""
+    router = read(cfg, "moe.router", dict) or {}
+    if router.get("min_capacity") and router.get("capacity_factor") is None:
+        yield (
+            f"moe.router.min_capacity: {router['min_capacity']} needs a moe.router.capacity_factor "
+            "(1.5): without one no token is dropped. Set it, or min_capacity=0."
+        )
+    if router.get("aux") == "importance_load" and router.get("noise") == 0:
+        yield (
+            "moe.router.aux: importance_load needs moe.router.noise above 0, which smooths it. "
+            "Set noise=1.0, or aux=load_balance."
+        )
+
+
 def expert_layers(cfg: DictConfig) -> Iterator[str]:
     layers = read(cfg, "moe.layers", list)
     if layers is not None and all(isinstance(index, int) for index in layers):
@@ -409,7 +424,8 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
 
 # In the order of their messages.
 RULES: tuple[Rule, ...] = (
-    *(top_k_within_experts, expert_bounds, parts_add_up, expert_layers, adaptation_there),
+    *(top_k_within_experts, expert_bounds, parts_add_up, options_that_need_others),
+    *(expert_layers, adaptation_there),
     *(same_modality, test_environments, batch_divides, ranges, pretrained_weights, data_folder),
     *(text_run, stage_is_chosen, dense_before_moe, start_is_a_run, trained_parts),
     *(scratch_is_trained, there_is_training_data, folders, libraries),

@@ -144,6 +144,7 @@ aten = torch.ops.aten
 
 # Classes whose forward applies their children in order. By name: the layers need torch alone.
 CHAINS = (("torch.nn.modules.container", "Sequential"), ("timm.layers.mlp", "Mlp"))
+PLAIN = (nn.Parameter, Tensor, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -187,7 +188,8 @@ def read_ffn(mlp: nn.Module) -> FFN | None:
     """Return the parts of an FFN of two plain linear layers, None if ``mlp`` is anything else.
 
     Known are timm's ``Mlp``, and ``nn.Sequential`` of Linear, activation, [Dropout], Linear,
-    [Dropout], with GELU, ReLU or SiLU. Hooks, adapters and parametrizations make it something else.
+    [Dropout], with GELU, ReLU or SiLU. Hooks, adapters, parametrizations and quantised weights make
+    it something else.
     """
     # NOTE: read anew in every forward. Nothing says when a hook, an adapter or a parametrization
     # was put on a module, FSDP exchanges the weights around each forward, and a dropout follows
@@ -204,7 +206,7 @@ def read_ffn(mlp: nn.Module) -> FFN | None:
             dropouts[place] = module.p if module.training else 0.0
         elif type(module) is not nn.Identity:
             layers.append(module)
-    if [type(layer) for layer in layers[::2]] != [nn.Linear, nn.Linear] or len(layers) != 3:
+    if len(layers) != 3 or not all(is_plain_linear(layer) for layer in layers[::2]):
         return None
     fc1, act, fc2 = layers
     activation = ACTIVATIONS.get((type(act), getattr(act, "approximate", None)))
@@ -212,6 +214,19 @@ def read_ffn(mlp: nn.Module) -> FFN | None:
         return None
     return FFN(
         fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, *(p or 0.0 for p in dropouts)
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes ``F.linear`` of plain tensors, which may then be read directly.
+
+    Not so: subclasses (adapters, parametrizations), hooks, and weights of a subclass of tensors
+    (quantised by torchao or bitsandbytes, ``DTensor``).
+    """
+    return (
+        type(module) is nn.Linear
+        and not _has_hooks(module)
+        and all(type(w) in PLAIN for w in (module.weight, module.bias))
     )
 
 
@@ -327,13 +342,21 @@ def grouped_ffn(x_TD: Tensor, p: Pairs, ffns: Sequence[FFN], recompute: bool) ->
     """
     dtype = compute_dtype(x_TD)
     first = ffns[0]
-    grouped = uses_grouped_mm(x_TD, len(first.w1_HD))
+    # NOTE: products write into slices of one tensor, whose shape must be right: PyTorch would
+    # resize another slice, with a warning, and leave memory as it was in the output.
+    hidden, dim = len(first.w1_HD), x_TD.shape[1]
+    if (*first.w1_HD.shape, *first.w2_DH.shape) != (hidden, dim, dim, hidden):
+        raise ValueError(
+            f"expected FFNs from {dim} to {dim} columns, found matrices {list(first.w1_HD.shape)} "
+            f"and {list(first.w2_DH.shape)}"
+        )
+    grouped = uses_grouped_mm(x_TD, hidden)
     keep = torch.is_grad_enabled()
-    hidden_bytes = len(first.w1_HD) * dtype.itemsize
+    hidden_bytes = hidden * dtype.itemsize
     setting = _Setting(
         p.counts,
         _chunks(p.counts, sum(p.counts) if grouped else CHUNK // hidden_bytes),
-        len(first.w1_HD),
+        hidden,
         first.activation,
         first.hidden_dropout,
         keep,

@@ -7,16 +7,24 @@ D model width, H hidden neurons.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
-from dynmoe.layers.dispatch import compute_dtype, grouped_ffn, read_ffn, row_multiple
+from dynmoe.layers.dispatch import (
+    compute_dtype,
+    grouped_ffn,
+    is_plain_linear,
+    read_ffn,
+    row_multiple,
+)
 from dynmoe.layers.routers import Routing
 
 Init = Literal["copy", "cluster", "random", "fresh"]
@@ -61,7 +69,7 @@ class Experts(nn.Module):
     @torch.no_grad()
     def mean_keys(self, live: Sequence[int]) -> Tensor:
         """Return the mean row of each expert's first matrix, fp32, [E, D]."""
-        return torch.stack([linears(self.slots[slot])[0].weight.float().mean(0) for slot in live])
+        return torch.stack([_weight(linears(self.slots[slot])[0]).mean(0) for slot in live])
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
@@ -83,9 +91,8 @@ def _sparse_forward(
     else:
         runs = dispatch.gather(x_TD, p).split(p.counts)
         # NOTE: an expert without rows is not called: its Parameters stay out of the graph.
-        out_RD = torch.cat(
-            [expert(run) for expert, run in zip(experts, runs, strict=True) if len(run)]
-        )
+        called = [(expert, run) for expert, run in zip(experts, runs, strict=True) if len(run)]
+        out_RD = torch.cat([same_rows(expert(run), run) for expert, run in called])
     return dispatch.combine(out_RD, routing.weights_TE, p)
 
 
@@ -95,7 +102,8 @@ def _traceable_forward(experts: Sequence[nn.Module], x_TD: Tensor, routing: Rout
     # NOTE: every expert is called, without rows too: a branch on their number is not exportable.
     for e, expert in enumerate(experts):
         token_N = routing.dispatch_TE[:, e].nonzero().squeeze(1)
-        out_ND = expert(x_TD.index_select(0, token_N))
+        run_ND = x_TD.index_select(0, token_N)
+        out_ND = same_rows(expert(run_ND), run_ND)
         weight_N1 = routing.weights_TE[:, e].index_select(0, token_N)[:, None]
         y_TD = y_TD.index_add(0, token_N, (weight_N1 * out_ND).to(y_TD.dtype))
     return y_TD
@@ -112,6 +120,83 @@ def naive_forward(experts: Experts, x_TD: Tensor, routing: Routing, live: Sequen
                 y_D = y_D + routing.weights_TE[t, e].to(out_D.dtype) * out_D
         y_TD.append(y_D)
     return torch.stack(y_TD)
+
+
+def check_ffn(mlp: nn.Module, dim: int) -> None:
+    """Refuse an FFN that does not map rows [N, ``dim``] to rows of the same shape and dtype.
+
+    A copy without data is called: no computation, no random number, nothing in ``mlp`` changes. An
+    FFN that needs data is copied and called on zeros. One that cannot be called before the model is
+    used (lazy, kernels of another device) is checked as it runs (``same_rows``).
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    tensors = [*mlp.parameters(), *mlp.buffers()]
+    if any(is_lazy(t) for t in tensors):
+        return
+    dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+    # FFNs of several types run under autocast alone; their shapes do not depend on it.
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    device = tensors[0].device if tensors else torch.device("cpu")
+    try:
+        rows, out = _call(_without_data(mlp).to(dtype), dim, dtype, torch.device("meta"))
+    except Exception as without_data:  # whatever a foreign module raises where there is none
+        try:
+            if device.type == "meta":
+                raise without_data
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                rows, out = _call(copy.deepcopy(mlp).to(dtype), dim, dtype, device)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and re.search("shape|size|dim", str(error)):
+                raise ValueError(
+                    f"expected an FFN that maps rows [N, {dim}] to rows [N, {dim}], but "
+                    f"{type(mlp).__name__} refuses rows [{ROWS}, {dim}]: {error}"
+                ) from error
+            return
+    same_rows(out, rows)
+    if out.dtype != dtype:
+        raise ValueError(
+            f"expected an FFN that keeps the dtype of its rows, but {type(mlp).__name__} makes "
+            f"{out.dtype} of {dtype}"
+        )
+
+
+ROWS = 3
+"""Rows that ``check_ffn`` tries an FFN with."""
+
+
+@torch.no_grad()
+def _call(
+    mlp: nn.Module, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    rows = torch.zeros(ROWS, dim, dtype=dtype, device=device)
+    return rows, mlp.eval()(rows)
+
+
+def _without_data(mlp: nn.Module) -> nn.Module:
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in mlp.parameters()
+    }
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in mlp.buffers()}
+    return copy.deepcopy(mlp, memo)
+
+
+def same_rows(out: Tensor, rows: Tensor) -> Tensor:
+    """Return ``out``.
+
+    Raises:
+        ValueError: it has not the shape of ``rows``.
+    """
+    found = list(out.shape) if isinstance(out, Tensor) else f"a {type(out).__name__}"
+    if found != list(rows.shape):
+        width = rows.shape[1]
+        raise ValueError(
+            f"expected an FFN that maps rows [N, {width}] to rows [N, {width}], but it makes "
+            f"{found} of {list(rows.shape)}"
+        )
+    return out
 
 
 @torch.no_grad()
@@ -137,8 +222,8 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
 
     A neuron's row of the first matrix is its key: neurons with near keys answer the same tokens.
     ``cluster``: neurons grouped by balanced k-means on their keys; ``random``: contiguous slices.
-    ``mlp`` has linear layers from D to H (one, or a gate and more), then one from H to D without a
-    bias, and nothing else that has parameters.
+    ``mlp`` has plain linear layers from D to H (one, or a gate and more), then one from H to D
+    without a bias, and nothing else that has parameters.
 
     Raises:
         ConfigError: H does not divide into ``parts``, or ``mlp`` is of another form.
@@ -146,13 +231,14 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
     *inner, outer = linears(mlp)
     hidden = outer.in_features
     plain = all(linear.out_features == hidden for linear in inner)
+    plain &= all(is_plain_linear(linear) for linear in (*inner, outer))
     others = len(list(mlp.parameters())) - sum(
         len(list(linear.parameters())) for linear in (*inner, outer)
     )
     if others or not plain or outer.bias is not None:
         raise ConfigError(
-            f"moe.init={how}: expected an FFN of linear layers to and from its hidden neurons, "
-            f"without output bias, found {type(mlp).__name__}. Set moe.init=copy."
+            f"moe.init={how}: expected an FFN of plain linear layers to and from its hidden "
+            f"neurons, without output bias, found {type(mlp).__name__}. Set moe.init=copy."
         )
     if hidden % parts:
         raise ConfigError(
@@ -164,6 +250,12 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
     else:
         groups_EN = torch.arange(hidden).view(parts, -1)
     return [_part(mlp, neurons_N.to(outer.weight.device)) for neurons_N in groups_EN]
+
+
+def _weight(linear: nn.Linear) -> Tensor:
+    """The weight of a linear layer as numbers, fp32."""
+    weight_OI = linear.weight
+    return (weight_OI if is_plain_linear(linear) else weight_OI.dequantize()).float()
 
 
 def linears(mlp: nn.Module) -> list[nn.Linear]:

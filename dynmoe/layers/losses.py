@@ -1,6 +1,9 @@
 """Auxiliary losses of the routers, as pure functions.
 
-Shape suffixes: T tokens, E living experts, D model width. All take fp32 and return a scalar.
+All take fp32 and return a scalar. ``real_T`` (bool) is False on tokens that count nowhere; None:
+all of them count. Nothing here waits for the device.
+
+Shape suffixes: T tokens, E living experts, D model width.
 """
 
 from __future__ import annotations
@@ -33,32 +36,41 @@ def simplicity(directions_ED: Tensor) -> Tensor:
     return torch.linalg.vector_norm(directions_ED, dim=1).mean()
 
 
-def load_balance(probs_TE: Tensor, first_TE: Tensor, num_experts: int) -> Tensor:
+def load_balance(
+    probs_TE: Tensor, first_TE: Tensor, num_experts: int, real_T: Tensor | None = None
+) -> Tensor:
     """``E * sum_e mean_t(p_te) * mean_t(first_te)``: GShard (arXiv 2006.16668, sec. 2.2), Switch.
 
     ``first_TE`` marks each token's first choice. 1.0 when probabilities and choices are uniform.
     """
     # NOTE: choices have no gradient: the loss moves the router by the probabilities alone.
-    tokens = max(len(probs_TE), 1)  # a batch of padding alone has none
-    return num_experts * (probs_TE.sum(0) * first_TE.to(probs_TE.dtype).sum(0)).sum() / tokens**2
+    first_TE = first_TE.to(probs_TE.dtype)
+    probs_E, first_E = _sum(probs_TE, real_T), _sum(first_TE, real_T)
+    return num_experts * (probs_E * first_E).sum() / _count(probs_TE, real_T) ** 2
 
 
 def top_any_balance(gate_TE: Tensor, mask_TE: Tensor, num_slots: int) -> Tensor:
     """Balance over tokens that chose some expert; DynMoE's DeepSpeed code since January 2025
-    (``deepspeed/moe/sharded_moe.py``, function ``topanygating_opt``)."""
+    (``deepspeed/moe/sharded_moe.py``, function ``topanygating_opt``).
+
+    Every token's gates are divided by their sum, which has a gradient too: a token with one expert
+    moves nothing, the others move gates against each other.
+    """
     some_T = mask_TE.any(1)
     served = some_T.sum().clamp(min=1)
-    share_TE = gate_TE / mask_TE.sum(1, keepdim=True).clamp(min=1)
+    share_TE = gate_TE / torch.where(some_T, gate_TE.sum(1), 1.0)[:, None]
     load_E = mask_TE.to(gate_TE.dtype).sum(0) / served
     return num_slots * ((share_TE * some_T[:, None]).sum(0) / served * load_E).sum()
 
 
-def efficiency(gate_TE: Tensor, num_slots: int) -> Tensor:
+def efficiency(gate_TE: Tensor, num_slots: int, real_T: Tensor | None = None) -> Tensor:
     """Mean k as a share of the pool, differentiable through the gate; from the same code."""
-    return gate_TE.sum() / (max(len(gate_TE), 1) * num_slots)
+    return _sum(gate_TE, real_T).sum() / (_count(gate_TE, real_T) * num_slots)
 
 
-def importance_and_load(probs_TE: Tensor, kth_logit_T: Tensor, noise_std: float) -> Tensor:
+def importance_and_load(
+    probs_TE: Tensor, kth_logit_T: Tensor, noise_std: float, real_T: Tensor | None = None
+) -> Tensor:
     """Half the sum of the squared coefficients of variation of importance and load over experts.
 
     Shazeer et al. (arXiv 1701.06538, App. A) as Tutel computes it for GMoE
@@ -66,7 +78,16 @@ def importance_and_load(probs_TE: Tensor, kth_logit_T: Tensor, noise_std: float)
     *probabilities* with the noisy *logit* of the last chosen expert. Kept for fidelity.
     """
     load_TE = torch.special.ndtr((probs_TE - kth_logit_T[:, None]) / noise_std)
-    return (_squared_cv(probs_TE.sum(0)) + _squared_cv(load_TE.sum(0))) / 2
+    return (_squared_cv(_sum(probs_TE, real_T)) + _squared_cv(_sum(load_TE, real_T))) / 2
+
+
+def _sum(x_TE: Tensor, real_T: Tensor | None) -> Tensor:
+    return x_TE.sum(0) if real_T is None else (x_TE * real_T[:, None]).sum(0)
+
+
+def _count(x_TE: Tensor, real_T: Tensor | None) -> Tensor | int:
+    """The number of tokens that count, at least 1."""
+    return max(len(x_TE), 1) if real_T is None else real_T.sum().clamp(min=1)
 
 
 def _squared_cv(x_E: Tensor) -> Tensor:

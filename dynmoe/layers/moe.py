@@ -13,14 +13,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynmoe.layers.experts import Experts, Init, redraw
+from dynmoe.layers.experts import Experts, Init, check_ffn, redraw
 from dynmoe.layers.routers import Router, Routing
 
 NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
 
 
 class RoutingStats(NamedTuple):
-    """Sums over the real tokens of one forward pass, detached."""
+    """Sums over the real, finite tokens of one forward pass, detached."""
 
     load_E: Tensor
     """Tokens of each living expert."""
@@ -38,7 +38,8 @@ class Routed(NamedTuple):
     mask: Tensor
     """Bool, the input's shape with E for D: who was served by whom. All False on padding."""
     token_mask: Tensor | None
-    """Bool, the input's shape without D: False on padding. None where nothing is padding."""
+    """Bool, the input's shape without D: False on padding and on tokens that are not finite. None
+    where all tokens count."""
 
 
 class MoELayer(nn.Module):
@@ -49,12 +50,20 @@ class MoELayer(nn.Module):
     nor vanish during training, so optimizers and checkpoints keep working. The layer knows its
     router by the methods of ``Router`` alone.
 
+    ``active_E`` alone decides which experts there are, whoever wrote it: a checkpoint, an average
+    of weights, a broadcast between ranks.
+
+    A token with a NaN or an infinite value (or whose norm is too large for fp32) is treated like
+    padding, in training and evaluation: no expert serves it, it comes out as 0, and it is in no
+    loss and in no count. The residual connection around an FFN keeps it visible in the output.
+
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
     inside experts again in the backward pass instead of keeping them (dynmoe/layers/dispatch.py).
 
     Raises:
-        ValueError: ``num_experts`` is not 1 to ``max_experts``.
+        ValueError: ``num_experts`` is not 1 to ``max_experts``, or ``mlp`` does not map rows
+            [N, ``dim``] to rows of the same shape and dtype.
         ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``).
     """
 
@@ -80,6 +89,7 @@ class MoELayer(nn.Module):
         max_experts = num_experts if max_experts is None else max_experts
         if not 1 <= num_experts <= max_experts:
             raise ValueError(f"expected 1 <= num_experts ({num_experts}) <= max ({max_experts})")
+        check_ffn(mlp, dim)
         self.dim = dim
         self.router = router(dim, max_experts)
         self.experts = Experts(mlp, max_experts, init, recompute)
@@ -87,6 +97,7 @@ class MoELayer(nn.Module):
         self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None
         self.register_buffer("active_E", torch.arange(max_experts) < num_experts)
         self._live = tuple(range(num_experts))
+        self._live_of: tuple[Tensor, int, int] | None = None
         self.tape: list[Routed] | None = None
         self.token_mask: Tensor | None = None
 
@@ -97,23 +108,53 @@ class MoELayer(nn.Module):
         the one of ``mask_padding`` holds.
 
         Raises:
-            ValueError: the last dimension of x is not the layer's.
+            ValueError: the last dimension of x is not the layer's, no expert is alive, or an expert
+                returns rows of another shape.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"expected x of shape [..., {self.dim}], found {list(x.shape)}")
         token_mask = self.token_mask if token_mask is None else token_mask
-        self.router.prepare(self.experts, self.live)
-        x_TD = x.reshape(-1, self.dim)
         token_mask_T = None if token_mask is None else token_mask.reshape(-1)
-        routing = self.router(x_TD, self.live, token_mask_T)
-        y_TD = self.experts(x_TD, routing, self.live)
+        x_TD, token_mask_T = set_aside(x.reshape(-1, self.dim), token_mask_T)
+        # Compiled code knows the experts that it was made for, and asks for them in `_serve`.
+        compiling = torch.compiler.is_compiling()
+        live = self._live if compiling else self.live
+        routing = self._route(x_TD, live, token_mask_T)
+        if torch.compiler.is_exporting():
+            y_TD = self.experts(x_TD, routing, live)
+        else:
+            routing, y_TD = self._serve(x_TD, routing, live, token_mask_T, compiling)
         if self.tape is not None:
             # NOTE: aux keeps its graph, because the task adds it to the loss; all else on the tape
             # is detached and may be kept beyond the step.
             stats = routing_stats(x_TD, routing, token_mask_T)
-            mask = routing.mask_TE.view(*x.shape[:-1], -1)
+            mask = routing.mask_TE.view(*x.shape[:-1], routing.mask_TE.shape[1])
+            if token_mask_T is not None:
+                token_mask = token_mask_T.view(x.shape[:-1])
             self.tape.append(Routed(routing.aux, stats, mask, token_mask))
         return y_TD.view(x.shape)
+
+    def _route(self, x_TD: Tensor, live: tuple[int, ...], token_mask_T: Tensor | None) -> Routing:
+        if not live:
+            raise ValueError("no expert is alive: active_E is False for all slots")
+        self.router.prepare(self.experts, live)
+        routing: Routing = self.router(x_TD, live, token_mask_T)
+        # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
+        return routing._replace(aux=_of_some(routing.aux, x_TD, token_mask_T))
+
+    @torch.compiler.disable  # as the experts' code is in any case: no further graph break
+    def _serve(
+        self,
+        x_TD: Tensor,
+        routing: Routing,
+        live: tuple[int, ...],
+        token_mask_T: Tensor | None,
+        compiled: bool,
+    ) -> tuple[Routing, Tensor]:
+        if compiled and self.live != live:  # written to since: the next call compiles anew
+            live = self.live
+            routing = self._route(x_TD, live, token_mask_T)
+        return routing, self.experts(x_TD, routing, live)
 
     @property
     def max_experts(self) -> int:
@@ -126,17 +167,39 @@ class MoELayer(nn.Module):
 
     @property
     def live(self) -> tuple[int, ...]:
-        """The slots that hold an expert, ascending."""
-        return self._live
+        """The slots that hold an expert, ascending: those that ``active_E`` marks now.
 
-    def _read_live(self) -> None:
-        # The slots are kept on the host: reading the buffer at each forward would be a sync.
-        if not self.active_E.is_meta:
-            self._live = tuple(self.active_E.nonzero().flatten().tolist())
+        On a GPU the buffer is read, and the device waited for, only where the tensor is another one
+        than at the last time, or was written to in place. One way of writing does not show there:
+        in place through ``active_E.data``, whose version counter PyTorch starts anew. A tensor made
+        in inference mode has no counter and is read every time.
+        """
+        active_E = self.active_E
+        # Shapes without data (meta, fake tensors in an export) have those that were read last.
+        if active_E.is_meta or type(active_E) not in (Tensor, nn.Parameter):
+            return self._live
+        if not self._on_host() and not active_E.is_inference():
+            now = (active_E, active_E.data_ptr(), active_E._version)
+            last = self._live_of
+            if last is not None and last[0] is active_E and last[1:] == now[1:]:
+                return self._live
+            self._live_of = now
+        self._live = tuple(slot for slot, on in enumerate(active_E.tolist()) if on)
+        return self._live
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._read_live()  # a checkpoint may have another pool than the layer was made with
+        _ = self.live  # a model may be exported before it is called
+
+    def _on_host(self) -> bool:
+        return self.active_E.device.type == "cpu"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's buffer is another tensor, whose versions count from 0.
+        return {**self.__dict__, "_live_of": None}
+
+    def extra_repr(self) -> str:
+        return f"experts={list(self.live)} of {self.max_experts} slots, dim={self.dim}"
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
         """Return the parameters of one slot: the router's own for it, and the FFN's."""
@@ -153,7 +216,7 @@ class MoELayer(nn.Module):
         # NOTE: the slot keeps its Parameters. Nothing reads them, so they have no gradient, and
         # optimizers and checkpoints need not know.
         self.active_E[slot] = False
-        self._read_live()
+        _ = self.live
 
     @torch.no_grad()
     def add_expert(
@@ -171,13 +234,15 @@ class MoELayer(nn.Module):
         the ``pretrained`` FFN that the experts were made from, or a ``fresh`` draw with ``seed``.
 
         Raises:
-            ValueError: the router is not adaptive, the slot is taken, or ``pretrained`` without
-                ``keep_origin``.
+            ValueError: the router is not adaptive, the slot is taken, the direction is not finite,
+                or ``pretrained`` without ``keep_origin``.
         """
         if not self.adaptive:
             raise ValueError(f"a {type(self.router).__name__} has a fixed pool of experts")
         if slot in self.live:
             raise ValueError(f"cannot add to slot {slot}: the living experts are {self.live}")
+        if not direction_D.isfinite().all():
+            raise ValueError(f"cannot add to slot {slot}: its direction is not finite")
         # NOTE: values are copied into the slot's Parameters: new ones would be unknown to the
         # optimizer and to DDP, which list them once.
         target = self.experts.slots[slot]
@@ -203,17 +268,43 @@ class MoELayer(nn.Module):
             redraw(target, torch.Generator(device).manual_seed(seed))
         self.router.point(slot, direction_D)
         self.active_E[slot] = True
-        self._read_live()
+        _ = self.live
 
     def compact(self) -> MoELayer:
         """Return a copy without the empty slots: equal outputs, fewer parameters. For export."""
-        layer = copy.deepcopy(self)
-        layer.experts.keep(self.live)
-        layer.router.keep(self.live)
+        layer, live = copy.deepcopy(self), self.live
+        layer.experts.keep(live)
+        layer.router.keep(live)
         layer.origin = None
-        layer.active_E = self.active_E[list(self.live)].clone()
-        layer._read_live()
+        layer.active_E = self.active_E[list(live)].clone()
+        _ = layer.live
         return layer
+
+
+def set_aside(x_TD: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Put 0 in the place of tokens that are not finite, and take them out of the mask.
+
+    One pass over [T, D], and a copy of it where there is no host to ask: 0 times NaN would be NaN
+    in the gradients of routers, which sum over all tokens.
+    """
+    norm_T = torch.linalg.vector_norm(
+        x_TD.detach(), dim=1, dtype=torch.promote_types(x_TD.dtype, torch.float32)
+    )
+    finite_T = norm_T.isfinite()
+    if x_TD.device.type == "cpu" and not torch.compiler.is_compiling() and bool(finite_T.all()):
+        return x_TD, token_mask_T
+    return (
+        x_TD.masked_fill(~finite_T[:, None], 0),
+        finite_T if token_mask_T is None else token_mask_T & finite_T,
+    )
+
+
+def _of_some(aux: Tensor, x_TD: Tensor, token_mask_T: Tensor | None) -> Tensor:
+    """Return ``aux``, or 0 of the same graph where no token counts: ranks that have some agree with
+    those that have none on which parameters get gradients."""
+    if token_mask_T is None:
+        return aux if len(x_TD) else aux.nan_to_num() * 0
+    return torch.where(token_mask_T.any(), aux, 0)
 
 
 def routing_stats(x_TD: Tensor, routing: Routing, token_mask_T: Tensor | None) -> RoutingStats:

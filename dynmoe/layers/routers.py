@@ -20,9 +20,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dynmoe.layers import losses
+from dynmoe.layers.dispatch import is_plain_linear
 
 if TYPE_CHECKING:
     from dynmoe.layers.experts import Experts
+
+
+FP32 = torch.float32
 
 
 class Routing(NamedTuple):
@@ -55,10 +59,10 @@ class Router(nn.Module):
     go, and overrides ``slot_parameters``, ``point`` and ``keep``.
 
     State that moves from step to step (a bias per expert, a controlled threshold) belongs into
-    persistent fp32 buffers. ``forward`` must not change it: activation checkpointing runs it twice,
-    and gradient accumulation several times a step. Such a router will need one more method here,
-    called once after the optimizer step with sums over micro-batches and ranks, which
-    ``DynMoECallback`` takes of ``RoutingStats`` already.
+    persistent fp32 buffers, which stay fp32 under ``model.to(torch.bfloat16)``. ``forward`` must
+    not change it: activation checkpointing runs it twice, and gradient accumulation several times a
+    step. Such a router will need one more method here, called once after the optimizer step with
+    sums over micro-batches and ranks, which ``DynMoECallback`` takes of ``RoutingStats`` already.
     """
 
     adaptive: ClassVar[bool] = False
@@ -104,6 +108,17 @@ class Router(nn.Module):
         None if they are not known: then costs of the whole model have no FLOPs.
         """
         return None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        # NOTE: sums and controllers would stagnate in bf16, whose steps at 256 are 2: fp32 buffers
+        # are moved, not rounded.
+        kept = {key: b for key, b in self._buffers.items() if b is not None and b.dtype == FP32}
+        super()._apply(fn, recurse)
+        for key, before in kept.items():
+            after = self._buffers[key]
+            if after is not None and after.dtype != FP32:
+                self._buffers[key] = before.to(after.device)
+        return self
 
 
 def hide_padding(where: Tensor, token_mask_T: Tensor | None) -> Tensor:
@@ -263,13 +278,9 @@ class TopAnyRouter(Router):
         self, gate_TE: Tensor, mask_TE: Tensor, directions_ED: Tensor, token_mask_T: Tensor | None
     ) -> Tensor:
         num_slots = len(self.directions)
-        # NOTE: padding is taken out, not set to 0: the losses divide by the number of tokens.
-        if token_mask_T is not None:
-            gate_TE, mask_TE = gate_TE[token_mask_T], mask_TE[token_mask_T]
         if self.aux == "gshard":
-            # Chosen experts have no order: the first is that of the lowest slot.
-            first_TE = mask_TE & (mask_TE.cumsum(1) == 1)
-            return losses.load_balance(gate_TE, first_TE, num_experts=gate_TE.shape[1])
+            first_TE = self._first(mask_TE)
+            return losses.load_balance(gate_TE, first_TE, gate_TE.shape[1], token_mask_T)
         normalised = self.columns == "normalised"
         every_SD = (
             directions_ED
@@ -281,8 +292,24 @@ class TopAnyRouter(Router):
         if self.balance_weight:
             aux = aux + self.balance_weight * losses.top_any_balance(gate_TE, mask_TE, num_slots)
         if self.efficiency_weight:
-            aux = aux + self.efficiency_weight * losses.efficiency(gate_TE, num_slots)
+            efficiency = losses.efficiency(gate_TE, num_slots, token_mask_T)
+            aux = aux + self.efficiency_weight * efficiency
         return aux
+
+    def _first(self, mask_TE: Tensor) -> Tensor:
+        """Mark one of each token's experts as its first choice, for GShard's loss; bool, [T, E]."""
+        # NOTE: top-any gates are all 1, so the official first choice is the order in which
+        # torch.topk returns equal values, which is not defined. A fixed order would hold some slots
+        # back and not others: one is drawn in training, and the lowest taken in evaluation.
+        order_TE = torch.rand_like(mask_TE, dtype=torch.float) if self.training else mask_TE.float()
+        best_T = order_TE.masked_fill(~mask_TE, -1).argmax(1)
+        return mask_TE & F.one_hot(best_T, mask_TE.shape[1]).bool()
+
+    def extra_repr(self) -> str:
+        return (
+            f"k=any of {len(self.directions)} slots, gate_grad={self.gate_grad}, "
+            f"combine={self.combine}, aux={self.aux}"
+        )
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
         """Return the slot's direction and threshold."""
@@ -291,7 +318,10 @@ class TopAnyRouter(Router):
     @torch.no_grad()
     def point(self, slot: int, direction_D: Tensor) -> None:
         """Give a new expert the unit vector of ``direction_D`` and threshold 0 (Algorithm 1)."""
-        self.directions[slot].copy_(F.normalize(direction_D.float(), dim=0))
+        direction_D = direction_D.float()
+        # Scaled first: the square of a long sum overflows, and its unit vector would be 0.
+        direction_D = direction_D / direction_D.abs().amax().clamp(min=1e-30)
+        self.directions[slot].copy_(F.normalize(direction_D, dim=0))
         self.thresholds[slot].zero_()
 
     @torch.no_grad()
@@ -320,6 +350,7 @@ class TopKRouter(Router):
     ``capacity_factor``: None is dropless; else each expert takes at most
     ``k * int(capacity_factor * ceil(T / E))`` of the T real tokens, the most confident first
     (Tutel's batch-prioritised routing), and the overflow gets nothing from it, in evaluation too.
+    ``min_capacity``: it takes at least so many, however few tokens there are (DeepSpeed's is 4).
     """
 
     def __init__(
@@ -331,9 +362,11 @@ class TopKRouter(Router):
         aux: Literal["load_balance", "importance_load"] = "load_balance",
         capacity_factor: float | None = None,
         weights_sum: Literal["one", "k"] = "one",
+        min_capacity: int = 0,
     ) -> None:
         super().__init__()
         _check_top_k(top_k, num_slots)
+        _check_capacity(capacity_factor, min_capacity)
         if aux == "importance_load" and noise <= 0:
             raise ValueError("aux=importance_load needs noise > 0: its load term is smoothed by it")
         self.num_slots = num_slots
@@ -341,6 +374,7 @@ class TopKRouter(Router):
         self.noise = noise
         self.aux = aux
         self.capacity_factor = capacity_factor
+        self.min_capacity = min_capacity
         self.weights_sum = weights_sum
         self._build_scorer(dim)
 
@@ -375,7 +409,10 @@ class TopKRouter(Router):
             # want must not look balanced because the overflow was dropped.
             aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
             if self.capacity_factor is not None:
-                mask_TE = self._within_capacity(mask_TE, probs_TE, choice_TK, token_mask_T)
+                places = capacity(
+                    choice_TK, self.num_slots, self.capacity_factor, self.min_capacity, token_mask_T
+                )
+                mask_TE = within_capacity(mask_TE, probs_TE.amax(1), choice_TK, places)
                 weights_TE = weights_TE * mask_TE
             unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         return Routing(weights_TE, mask_TE, probs_TE, unserved_T, aux, mask_TE)
@@ -386,41 +423,70 @@ class TopKRouter(Router):
     def _aux(
         self, clean_TE: Tensor, noisy_TE: Tensor, choice_TK: Tensor, token_mask_T: Tensor | None
     ) -> Tensor:
-        if token_mask_T is not None:
-            clean_TE, noisy_TE, choice_TK = (
-                t[token_mask_T] for t in (clean_TE, noisy_TE, choice_TK)
-            )
         probs_TE = clean_TE.softmax(1)
         if self.aux == "load_balance":
             first_TE = F.one_hot(choice_TK[:, 0], self.num_slots)
-            return losses.load_balance(probs_TE, first_TE, self.num_slots)
+            return losses.load_balance(probs_TE, first_TE, self.num_slots, token_mask_T)
         kth_logit_T = noisy_TE.gather(1, choice_TK[:, -1:]).squeeze(1)
-        return losses.importance_and_load(probs_TE, kth_logit_T, self.noise / self.num_slots)
+        std = self.noise / self.num_slots
+        return losses.importance_and_load(probs_TE, kth_logit_T, std, token_mask_T)
 
-    def _within_capacity(
-        self, mask_TE: Tensor, probs_TE: Tensor, choice_TK: Tensor, token_mask_T: Tensor | None
-    ) -> Tensor:
-        """Keep the pairs that find a place: first choices before second ones, and within a choice
-        the tokens with the largest probability first."""
-        assert self.capacity_factor is not None
-        # NOTE: int() waits for the device; only with padding and a capacity.
-        tokens = len(mask_TE) if token_mask_T is None else int(token_mask_T.sum())
-        places = self.top_k * int(self.capacity_factor * math.ceil(tokens / self.num_slots))
-        order_T = probs_TE.amax(1).argsort(descending=True, stable=True)
-        kept_TE = torch.zeros_like(mask_TE)
-        taken_E = torch.zeros(self.num_slots, dtype=torch.long, device=mask_TE.device)
-        for choice_T in choice_TK.unbind(1):
-            wanted_TE = F.one_hot(choice_T[order_T], self.num_slots) * mask_TE[order_T]
-            place_TE = taken_E + wanted_TE.cumsum(0)
-            kept_TE[order_T] |= (wanted_TE > 0) & (place_TE <= places)
-            # Choices without a place count too, which changes nothing: that expert is full.
-            taken_E = taken_E + wanted_TE.sum(0)
-        return kept_TE
+    def extra_repr(self) -> str:
+        return f"k={self.top_k} of {self.num_slots}" + _capacity_repr(self)
 
 
 def _check_top_k(top_k: int, num_slots: int) -> None:
     if not 1 <= top_k <= num_slots:
         raise ValueError(f"top_k is {top_k}: expected 1 to the number of experts, {num_slots}")
+
+
+def _check_capacity(factor: float | None, least: int) -> None:
+    if factor is not None and not factor > 0:
+        raise ValueError(f"capacity_factor is {factor}: expected a number > 0, or null: dropless")
+    if least < 0:
+        raise ValueError(f"min_capacity is {least}: expected 0 or more tokens")
+    if least and factor is None:
+        raise ValueError(
+            f"min_capacity={least} needs a capacity_factor: without it none is dropped"
+        )
+
+
+def _capacity_repr(router: Any) -> str:
+    if router.capacity_factor is None:
+        return ""
+    least = f", min_capacity={router.min_capacity}" if router.min_capacity else ""
+    return f", capacity_factor={router.capacity_factor}{least}"
+
+
+def capacity(
+    choice_TK: Tensor, num_experts: int, factor: float, least: int, token_mask_T: Tensor | None
+) -> int | Tensor:
+    """Return how many tokens an expert takes: ``K * int(factor * ceil(T / E))``, or ``least``."""
+    tokens, top_k = choice_TK.shape
+    if token_mask_T is None:
+        return max(least, top_k * int(factor * math.ceil(tokens / num_experts)))
+    # NOTE: on the device, which counts the real tokens without being waited for.
+    share = (token_mask_T.sum() + num_experts - 1) // num_experts
+    # Apple's GPUs have no float64, in which int() above computes.
+    precise = share.float() if share.device.type == "mps" else share.double()
+    return (top_k * (factor * precise).long()).clamp(min=least)
+
+
+def within_capacity(
+    mask_TE: Tensor, confidence_T: Tensor, choice_TK: Tensor, places: int | Tensor
+) -> Tensor:
+    """Keep the pairs that find a place: first choices before second ones, and within a choice the
+    tokens with the largest confidence first."""
+    order_T = confidence_T.argsort(descending=True, stable=True)
+    kept_TE = torch.zeros_like(mask_TE)
+    taken_E = torch.zeros(mask_TE.shape[1], dtype=torch.long, device=mask_TE.device)
+    for choice_T in choice_TK.unbind(1):
+        wanted_TE = F.one_hot(choice_T[order_T], mask_TE.shape[1]) * mask_TE[order_T]
+        place_TE = taken_E + wanted_TE.cumsum(0)
+        kept_TE[order_T] |= (wanted_TE > 0) & (place_TE <= places)
+        # Choices without a place count too, which changes nothing: that expert is full.
+        taken_E = taken_E + wanted_TE.sum(0)
+    return kept_TE
 
 
 def _largest(scores_TE: Tensor, top_k: int, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -448,10 +514,13 @@ class CosineTopKRouter(TopKRouter):
         projection: int = 256,
         init_temperature: float = 0.5,
         weights_sum: Literal["one", "k"] = "one",
+        min_capacity: int = 0,
     ) -> None:
         self.projection = projection
         self.init_temperature = init_temperature
-        super().__init__(dim, num_slots, top_k, noise, aux, capacity_factor, weights_sum)
+        super().__init__(
+            dim, num_slots, top_k, noise, aux, capacity_factor, weights_sum, min_capacity
+        )
 
     def _build_scorer(self, dim: int) -> None:
         self.project = nn.Linear(dim, self.projection)
@@ -461,7 +530,11 @@ class CosineTopKRouter(TopKRouter):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / self.init_temperature)))
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        projected_TP = F.linear(x_TD, self.project.weight.float(), self.project.bias.float())
+        if is_plain_linear(self.project):
+            weight_PD, bias_P = self.project.weight.float(), self.project.bias.float()
+            projected_TP = F.linear(x_TD, weight_PD, bias_P)
+        else:  # an adapter around it, quantised weights: it alone knows what it computes
+            projected_TP = self.project(x_TD.to(self.project.weight.dtype)).float()
         scale = self.log_scale.float().clamp(max=math.log(100)).exp()
         return cosine(projected_TP, self.embeddings.float()) * scale
 
@@ -476,8 +549,12 @@ class AverageKeyRouter(Router):
     ``weights_sum``: EMoE's is ``k``, weight 1 each, for experts that are parts of one FFN
     (``moe.init=cluster`` or ``random``): all of them together are that FFN.
 
+    Its code passes two more settings of Tutel on, which are off here: ``noise`` = 1 adds Gaussian
+    noise of standard deviation noise / E to the scores in training, and ``capacity_factor`` = 1.5
+    drops tokens beyond it; this and ``min_capacity`` are ``TopKRouter``'s.
+
     Raises:
-        ValueError: ``top_k`` is not 1 to ``num_slots``.
+        ValueError: ``top_k`` is not 1 to ``num_slots``, or a capacity is impossible.
     """
 
     keys_ED: Tensor
@@ -488,11 +565,19 @@ class AverageKeyRouter(Router):
         num_slots: int,
         top_k: int = 16,
         weights_sum: Literal["one", "k"] = "one",
+        noise: float = 0.0,
+        capacity_factor: float | None = None,
+        min_capacity: int = 0,
     ) -> None:
         super().__init__()
         _check_top_k(top_k, num_slots)
+        _check_capacity(capacity_factor, min_capacity)
+        self.num_slots = num_slots
         self.top_k = top_k
         self.weights_sum = weights_sum
+        self.noise = noise
+        self.capacity_factor = capacity_factor
+        self.min_capacity = min_capacity
         # Not in checkpoints: it follows from the experts.
         self.register_buffer("keys_ED", torch.zeros(num_slots, dim), persistent=False)
 
@@ -506,11 +591,25 @@ class AverageKeyRouter(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             # Detached: scores only rank the experts, no gradient of the weights could use them.
             scores_TE = F.linear(x_TD.detach().float(), self.keys_ED)
-        _, mask_TE = _largest(scores_TE, self.top_k, token_mask_T)
-        weights_TE = mask_TE.float() if self.weights_sum == "k" else mask_TE / self.top_k
-        unserved_T = torch.zeros(len(x_TD), dtype=torch.bool, device=x_TD.device)
+            if self.training and self.noise > 0:
+                scores_TE = scores_TE + torch.randn_like(scores_TE) * (self.noise / self.num_slots)
+        choice_TK, mask_TE = _largest(scores_TE, self.top_k, token_mask_T)
+        if self.capacity_factor is not None:
+            places = capacity(
+                choice_TK, self.num_slots, self.capacity_factor, self.min_capacity, token_mask_T
+            )
+            # Tutel's confidence is the largest probability, of a softmax over all scores.
+            confidence_T = scores_TE.softmax(1).amax(1)
+            mask_TE = within_capacity(mask_TE, confidence_T, choice_TK, places)
+        # NOTE: not ``mask / k``: the type of an integer division follows the default type, which is
+        # bf16 in runs of ``trainer.precision=bf16-true``.
+        weights_TE = mask_TE.float() if self.weights_sum == "k" else mask_TE.float() / self.top_k
+        unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         aux = scores_TE.new_zeros(())
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, mask_TE)
+
+    def extra_repr(self) -> str:
+        return f"k={self.top_k} of {self.num_slots}" + _capacity_repr(self)
 
     def flops(self, dim: int) -> tuple[int, int]:
         return 2 * dim, 0

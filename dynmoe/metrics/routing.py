@@ -57,7 +57,8 @@ class RoutingMeter:
         label_B: Tensor | None = None,
         part_BN: Sequence[Tensor] | None = None,
     ) -> None:
-        """Add the calls of all layers on a tape of ``record_routing``. Padding counts nowhere.
+        """Add the calls of all layers on a tape of ``record_routing``. Padding and tokens that are
+        not finite count nowhere.
 
         ``label_B``: the classes of the samples, of which the layers saw [B, N, D]; ``part_BN``: for
         each call of a layer the indices in ``parts`` of its tokens.
@@ -130,14 +131,14 @@ class RoutingMeter:
 
 
 def _add_parts(part_PS: Tensor, call: Routed, live: list[int], part_BN: Tensor) -> None:
-    mask_TE = call.mask.flatten(0, 1)
-    part_T = part_BN.flatten()
-    if call.token_mask is not None:
-        real_T = call.token_mask.flatten()
-        mask_TE, part_T = mask_TE[real_T], part_T[real_T]
-    load_PE = torch.zeros_like(part_PS[:, live]).index_add_(0, part_T, mask_TE.long())
-    part_PS[:, live] += load_PE
-    part_PS[:, -1] += torch.bincount(part_T, minlength=len(part_PS))
+    # NOTE: tokens that do not count are added as zeros: to take them out, a device would be waited
+    # for. Their mask is False already.
+    counts = call.token_mask
+    real_BN1 = (torch.ones_like(part_BN) if counts is None else counts.to(part_BN.dtype))[..., None]
+    rows_TS = torch.cat([call.mask.long(), real_BN1.long()], dim=-1).flatten(0, 1)
+    columns = [*live, part_PS.shape[1] - 1]
+    added_PS = torch.zeros_like(part_PS[:, columns])
+    part_PS[:, columns] += added_PS.index_add_(0, part_BN.flatten(), rows_TS)
 
 
 def _record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from transformers import get_cosine_schedule_with_warmup
 
 from dynmoe.errors import DataError
@@ -71,6 +71,15 @@ class MoETask(L.LightningModule):
         self._scores: Scores = {}
         # Not a buffer: DDP would overwrite it with rank 0's at every forward.
         self._losses = torch.zeros(0, 2)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MoETask:
+        """Metrics stay in fp32 when the model is converted to bf16 or fp16 (bf16-true, 16-true)."""
+        super()._apply(fn, recurse)
+        for module in self.modules():
+            if isinstance(module, Metric):
+                # NOTE: a sum of losses in bf16 stops growing after a few hundred steps.
+                module._apply(_widened)
+        return self
 
     def routed_forward(self, *inputs: Any, **named: Any) -> tuple[Any, dict[str, list[Routed]]]:
         """The backbone's output and the routing of every MoE layer on the way."""
@@ -193,6 +202,10 @@ class MoETask(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 Decode = Callable[[Sequence[int]], str]

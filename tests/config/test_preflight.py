@@ -30,6 +30,8 @@ def test_three_mistakes_are_three_messages() -> None:
     ]
 
 
+CAPACITY = "moe.router.min_capacity: 4 needs a moe.router.capacity_factor (1.5)"
+NOISE = "moe.router.aux: importance_load needs moe.router.noise above 0"
 SLOTS = "moe: max_experts (8) != num_experts (4): without moe.adaptation the pool never changes."
 CASES = {
     # keys
@@ -136,6 +138,21 @@ def test_outputs_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert problems(TASK, f"paths.outputs={tmp_path}/a/b") == [
         f"paths.outputs: no right to write to '{tmp_path}'. Choose another: paths.outputs=FOLDER"
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("moe=topk", "moe.router.min_capacity=4"), CAPACITY),
+        (("moe=gmoe", "moe.router.min_capacity=4"), CAPACITY),
+        (("moe=emoe", "moe.router.min_capacity=4"), CAPACITY),
+        (("moe=gmoe", "moe.router.noise=0"), NOISE),
+        (("moe=topk", "moe.router.aux=importance_load"), NOISE),
+    ],
+)
+def test_options_of_a_router_that_need_others(overrides: tuple[str, ...], message: str) -> None:
+    (found,) = problems(TASK, *overrides)
+    assert found.startswith(message)
 
 
 def test_clipping_in_mixed_precision_needs_a_plain_optimizer() -> None:

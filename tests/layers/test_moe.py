@@ -236,6 +236,13 @@ def test_router_factory_gets_the_pool_size() -> None:
     assert layer.router.num_slots == 4
 
 
+def test_repr_says_which_experts_live() -> None:
+    layer = make_layer()
+    layer.remove_expert(1)
+    assert "experts=[0, 2] of 5 slots, dim=12" in repr(layer)
+    assert "k=any of 5 slots" in repr(layer)
+
+
 def test_input_of_another_width_is_refused() -> None:
     layer = MoELayer(nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 8)), 8, TopAnyRouter, 2)
     with pytest.raises(ValueError, match=r"expected x of shape \[\.\.\., 8\], found \[2, 4\]"):

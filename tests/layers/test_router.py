@@ -24,6 +24,7 @@ ROUTERS = {
     "gmoe": CosineTopKRouter,
     "gmoe with capacity": partial(CosineTopKRouter, capacity_factor=1.5),
     "emoe": partial(AverageKeyRouter, top_k=2),
+    "emoe as its code": partial(AverageKeyRouter, top_k=2, noise=1.0, capacity_factor=1.5),
 }
 
 
@@ -96,6 +97,41 @@ def test_flops_are_those_of_pytorchs_counter(name: str, x_TD: torch.Tensor) -> N
         totals.append(counter.get_total_flops())
     each, fixed = router.flops(DIM)
     assert totals[0] - totals[1] == 30 * (SLOTS * each + fixed)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_gate_is_fp32_in_a_model_of_bf16(name: str, x_TD: torch.Tensor) -> None:
+    """Lightning's bf16-true converts the weights and makes bf16 the default type meanwhile."""
+    router = ROUTERS[name](DIM, SLOTS).to(torch.bfloat16)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        routing = router(x_TD.bfloat16(), LIVE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert routing.weights_TE.dtype == routing.scores_TE.dtype == torch.float32
+    assert routing.aux.dtype == torch.float32
+
+
+def test_state_of_a_router_stays_fp32() -> None:
+    class Controlled(TopKRouter):
+        def __init__(self, dim: int, num_slots: int) -> None:
+            super().__init__(dim, num_slots)
+            self.register_buffer("threshold", torch.tensor(1 / 3))
+            self.register_buffer("steps", torch.tensor(7))
+
+    router = torch.nn.Sequential(Controlled(DIM, SLOTS))
+    for change in ("bfloat16", "half"):
+        getattr(router, change)()
+        assert router[0].threshold.equal(torch.tensor(1 / 3)) and router[0].steps.item() == 7
+        assert router[0].weight.dtype == getattr(torch, change)
+    assert router.to("meta")[0].threshold.is_meta
+
+
+def test_repr_says_k_and_capacity() -> None:
+    router = TopKRouter(DIM, SLOTS, top_k=2, capacity_factor=1.5, min_capacity=4)
+    assert "k=2 of 4, capacity_factor=1.5, min_capacity=4" in repr(router)
+    assert "k=3 of 4" in repr(AverageKeyRouter(DIM, SLOTS, top_k=3))
+    assert "k=any of 4 slots" in repr(TopAnyRouter(DIM, SLOTS))
 
 
 # Top-any gating (DynMoE, Eq. 2-6).
@@ -270,6 +306,54 @@ def test_capacity_serves_the_most_confident_first(x_TD: torch.Tensor) -> None:
         wanted = (choice_T == e).nonzero().flatten().tolist()
         kept = sorted(wanted, key=lambda t: -best_T[t].item())[: int(0.5 * math.ceil(50 / SLOTS))]
         assert routing.mask_TE[:, e].nonzero().flatten().tolist() == sorted(kept)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("factor", "least", "expected"), [(0.5, 0, 6), (0.5, 4, 6), (0.05, 0, 0), (0.05, 4, 4)]
+)
+@pytest.mark.parametrize("make", [TopKRouter, AverageKeyRouter])
+def test_least_capacity(make, masked: bool, factor: float, least: int, expected: int) -> None:  # type: ignore[no-untyped-def]
+    """DeepSpeed's min_capacity: places where the share of few tokens rounds to none."""
+    router = make(DIM, SLOTS, top_k=1, capacity_factor=factor, min_capacity=least).eval()
+    router.keys_ED = torch.eye(SLOTS, DIM)
+    x_TD = torch.ones(50, DIM)  # equal tokens: all want one expert
+    mask_T = torch.arange(60) < 50 if masked else None
+    if masked:
+        x_TD = torch.cat([x_TD, torch.randn(10, DIM)])
+    assert router(x_TD, LIVE, mask_T).mask_TE.sum() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity_factor": 0.0}, "capacity_factor is 0.0: expected a number > 0"),
+        ({"capacity_factor": 1.0, "min_capacity": -1}, "min_capacity is -1"),
+        ({"min_capacity": 4}, "needs a capacity_factor"),
+    ],
+)
+@pytest.mark.parametrize("make", [TopKRouter, CosineTopKRouter, AverageKeyRouter])
+def test_impossible_capacity_is_refused(make, options: dict[str, float], message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        make(DIM, SLOTS, top_k=2, **options)
+
+
+def test_emoe_with_the_noise_and_capacity_of_its_code(x_TD: torch.Tensor) -> None:
+    router = AverageKeyRouter(DIM, SLOTS, top_k=1, noise=2.0, capacity_factor=0.5)
+    router.keys_ED = torch.randn(SLOTS, DIM)
+    clean_TE = x_TD @ router.keys_ED.t()
+    torch.manual_seed(3)
+    noisy_TE = clean_TE + torch.randn(50, SLOTS) * 2.0 / SLOTS
+    torch.manual_seed(3)
+    routing = router(x_TD, LIVE)
+    torch.testing.assert_close(routing.scores_TE, noisy_TE)
+    best_T, choice_T = noisy_TE.softmax(1).max(1)
+    for e in LIVE:
+        wanted = (choice_T == e).nonzero().flatten().tolist()
+        kept = sorted(wanted, key=lambda t: -best_T[t].item())[: int(0.5 * math.ceil(50 / SLOTS))]
+        assert routing.mask_TE[:, e].nonzero().flatten().tolist() == sorted(kept)
+    assert routing.unserved_T.equal(~routing.mask_TE.any(1))
+    assert torch.equal(router.eval()(x_TD, LIVE).scores_TE, clean_TE)  # none in evaluation
 
 
 def test_gmoe_aux_against_a_slow_reference(x_TD: torch.Tensor) -> None:

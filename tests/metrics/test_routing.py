@@ -184,3 +184,40 @@ def test_without_parts_none_are_recorded() -> None:
     feed(model, meter, "train", 5)
     (train,) = meter.records(["train"], reduce=lambda t: t)
     assert "parts" not in train
+
+
+def test_tokens_that_are_not_finite_count_nowhere() -> None:
+    """Neither in the totals nor by position, class or part, in training and evaluation."""
+    found = []
+    part_BN = torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]])
+    for bad in (float("nan"), float("inf"), None):
+        model = make_model()
+        meter = RoutingMeter(model, classes=2, parts=("image", "text"))
+        x_BND = torch.randn(2, 4, DIM, generator=torch.Generator().manual_seed(0))
+        mask_BN = torch.ones(2, 4, dtype=torch.bool)
+        if bad is None:  # as if it were padding
+            mask_BN[0, 2] = False
+        else:
+            x_BND[0, 2, 3] = bad
+        for source in ("train", "env0"):
+            model.train(source == "train")
+            with record_routing(model) as tape, mask_padding(model, mask_BN):
+                model(x_BND)
+            label_B = None if source == "train" else torch.tensor([0, 1])
+            meter.update(source, tape, label_B, [part_BN])
+        found.append(meter.records(["train", "env0"], reduce=lambda t: t))
+    assert found[0] == found[1] == found[2]
+    assert [record["tokens"] for record in found[0]] == [7, 7]
+    assert [part["tokens"] for part in found[0][0]["parts"].values()] == [4, 3]
+
+
+def test_no_token() -> None:
+    model = make_model()
+    meter = RoutingMeter(model, classes=2, parts=("image", "text"))
+    with record_routing(model) as tape:
+        model(torch.zeros(2, 0, DIM))
+    nothing_BN = torch.zeros(2, 0, dtype=torch.long)
+    meter.update("env0", tape, torch.tensor([0, 1]), [nothing_BN])
+    (env0,) = meter.records(["env0"], reduce=lambda t: t)
+    assert env0["tokens"] == env0["mean_k"] == 0 and env0["k_by_position"] == []
+    assert env0["load_by_class"] == [[0, 0], [0, 0]]
