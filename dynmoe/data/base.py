@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+log = logging.getLogger(__name__)
 
 K = TypeVar("K")
 
@@ -95,11 +98,22 @@ class TaskData(LightningDataModule):
     name: str
     test_envs: list[int]
     """Indices of the `env_names` that results are reported for."""
+    skip_invalid: bool = False
+    """Leave out, and count, what would otherwise be refused: images that cannot be read, entries
+    that break a rule."""
+    left_out: dict[str, int]
+    """Counts of what is there but not used, by what it is; `run.json` holds it."""
     _plan: StepPlan
     _repeated_step: int | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.left_out = {}
+
+    def leave_out(self, what: str, count: int) -> None:
+        """Note, and say, that `count` files or entries are not used."""
+        self.left_out[what] = count
+        log.warning("data %s: left out: %s: %d", self.name, what, count)
 
     def connect(self, plan: StepPlan) -> None:
         """Take the plan of the run, before `setup`."""

@@ -277,13 +277,14 @@ class MmBench(Unscored):
         self._table = table
 
     def load_image(self, key: str) -> PIL.Image.Image:
-        from PIL import Image
+        from dynmoe.image_files import decode_image
 
+        where = f"{self._table}, row {key}"
         try:
-            with Image.open(io.BytesIO(base64.b64decode(self._images[key]))) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, binascii.Error) as error:
-            raise DataError(f"{self._table}: no image in row {key}: {error}.") from None
+            content = base64.b64decode(self._images[key])
+        except binascii.Error as error:
+            raise DataError(f"{where}: no image: {error}.") from None
+        return decode_image(content, where)
 
     def write(self, folder: Path, answers: Sequence[str]) -> list[Path]:
         """The table that LLaVA's convert_mmbench_for_submission.py makes, tab separated."""

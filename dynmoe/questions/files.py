@@ -66,18 +66,14 @@ def check_images(title: str, folder: Path, keys: Iterable[str]) -> None:
 
 
 def load_image(path: Path) -> PIL.Image.Image:
-    """An image file in RGB.
+    """An image file in RGB: see `image_files`.
 
     Raises:
-        DataError: no such file, or not an image.
+        BadImage: no such file, or not an image.
     """
-    from PIL import Image
+    from dynmoe.image_files import read_image
 
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a damaged file
-        raise DataError(f"{path}: cannot be read as an image: {error}.") from None
+    return read_image(path)
 
 
 @contextmanager

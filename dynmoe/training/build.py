@@ -233,6 +233,7 @@ def facts(
         "batch_size": cfg.data.batch_size,
         "data_hash": data.data_hash,
         "sizes": data.sizes,
+        "left_out": data.left_out,
         **data.facts,
         "config": flat(cfg),
         "costs": costs,

@@ -148,5 +148,5 @@ def test_mmbench_refusals(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{file}: expected 7 columns, found 2 in row 3"):
         read_mmbench(str(tmp_path))
     put(file, "index\tquestion\tA\tB\tC\tD\timage\n1\t?\tx\ty\t\t\tabc\n")
-    with pytest.raises(DataError, match=f"{file}: no image in row 1"):
+    with pytest.raises(DataError, match=f"{file}, row 1: no image"):
         read_mmbench(str(tmp_path)).load_image("1")

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile
-from rich.console import Console
-from rich.progress import track
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
+from dynmoe import image_files
 from dynmoe.errors import DataError
+from dynmoe.image_files import in_threads, read_image
 from dynmoe.seeding import IntArray
 
 
@@ -81,10 +76,6 @@ def data_hash(
 
 
 # Image folders: environment/class/image, the layout of DomainBed's photograph sets.
-
-UNREADABLE = (OSError, SyntaxError, ValueError)  # Pillow raises these on a damaged file
-
-_truncated_lock = threading.Lock()
 
 
 @dataclass(eq=False)
@@ -153,26 +144,6 @@ def image_folders(
     return built
 
 
-def read_image(path: Path) -> Image.Image:
-    """Read a file as RGB. A truncated file gives the part that is there, as in DomainBed.
-
-    Raises:
-        OSError, SyntaxError, ValueError: not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UNREADABLE:
-        with _truncated_lock:  # the switch is global to the process: on for this file only
-            before = ImageFile.LOAD_TRUNCATED_IMAGES
-            ImageFile.LOAD_TRUNCATED_IMAGES = True
-            try:
-                with Image.open(path) as image:
-                    return image.convert("RGB")
-            finally:
-                ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
 def _environment(tree: Path, name: str, dropped: Collection[str]) -> FolderEnvironment:
     classes = _subfolders(tree / name)
     labels = {class_name: label for label, class_name in enumerate(classes)}
@@ -215,47 +186,23 @@ def _read_drop_list(drop_list: str | None) -> frozenset[str]:
 
 # Passes over all photographs before training: are they readable, do they fit in memory?
 
-LISTED = 10  # unreadable files named in a message
-LONG_PASS = 5000  # files from which a progress bar is shown
-BLOCK = 256  # files handed to a thread at once
-
-T = TypeVar("T")
-
 
 def survey(
     environments: Sequence[FolderEnvironment], *, decode: bool
-) -> tuple[list[IntArray], list[str]]:
-    """Return sizes [N, 2] in pixels (width, height) per environment, and unreadable files.
+) -> tuple[list[IntArray], dict[Path, str]]:
+    """Return sizes [N, 2] in pixels (width, height) per environment, and bad images with reasons.
 
     Reads the header of every file; with `decode` all of it, which finds truncated files too (they
-    can be trained on, as in DomainBed). An unreadable file has size 0, 0.
+    can be trained on, as in DomainBed). A bad image has size 0, 0.
     """
     sizes: list[IntArray] = []
-    unreadable: list[str] = []
-
-    def measure(environment: FolderEnvironment, index: int) -> tuple[int, int]:
-        path = environment.folder / environment.files[index]
-        try:
-            with Image.open(path) as image:
-                if decode:
-                    image.load()
-                return image.size
-        except UNREADABLE:
-            unreadable.append(str(path))
-            return 0, 0
-
+    bad: dict[Path, str] = {}
     for e in environments:
-        measured = list(_in_threads(partial(measure, e), len(e), f"checking {e.name}"))
-        sizes.append(np.array(measured, dtype=np.int64).reshape(-1, 2))
-    if not unreadable:
-        return sizes, []
-    listing = sorted(unreadable)[:LISTED]
-    rest = len(unreadable) - len(listing)
-    problem = "\n    ".join(
-        [f"unreadable images: {len(unreadable)}. Replace or remove them:", *listing]
-        + ([f"and {rest} more"] if rest else [])
-    )
-    return sizes, [problem]
+        paths = [e.folder / file for file in e.files]
+        found = image_files.survey(paths, decode=decode, description=f"checking {e.name}")
+        sizes.append(found.sizes)
+        bad |= {paths[index]: reason for index, reason in found.bad.items()}
+    return sizes, bad
 
 
 def decoded_bytes(sizes: Sequence[IntArray]) -> int:
@@ -306,21 +253,6 @@ def cached(environment: Environment, sizes: IntArray) -> CachedEnvironment:
         pixels=np.empty(decoded_bytes([sizes]), dtype=np.uint8),
         ends=3 * sizes.prod(axis=1).cumsum(),
     )
-    for _ in _in_threads(cache.fill, len(cache), f"decoding {cache.name}"):
+    for _ in in_threads(cache.fill, len(cache), f"decoding {cache.name}"):
         pass
     return cache
-
-
-def _in_threads(function: Callable[[int], T], n: int, description: str) -> Iterator[T]:
-    """function(0), ..., function(n - 1), in order; Pillow releases the lock while it works."""
-    blocks = [range(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
-    with ThreadPoolExecutor(4 * (os.cpu_count() or 1)) as pool:
-        for results in track(
-            pool.map(lambda block: [function(i) for i in block], blocks),
-            description,
-            total=len(blocks),
-            console=Console(stderr=True),
-            transient=True,
-            disable=n < LONG_PASS,
-        ):
-            yield from results

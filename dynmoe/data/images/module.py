@@ -36,6 +36,7 @@ from dynmoe.data.images.environments import (
     survey,
 )
 from dynmoe.errors import DataError
+from dynmoe.image_files import unreadable
 from dynmoe.seeding import IntArray, split
 
 
@@ -104,7 +105,7 @@ class DomainData(TaskData):
             split(len(each), self.trial_seed, env, self.holdout_fraction)
             for env, each in enumerate(envs)
         ]
-        sizes, unreadable = self._survey(envs)
+        sizes, bad = self._survey(envs)
         problems = [
             *role_problems(envs, self.test_envs),
             *class_problems(envs),
@@ -117,7 +118,7 @@ class DomainData(TaskData):
                 batch_size=self.batch_size,
                 parts=self._plan.accumulate * self._world_size,
             ),
-            *unreadable,
+            *bad,
         ]
         if problems:
             raise DataError(
@@ -132,8 +133,8 @@ class DomainData(TaskData):
         files = [each for each in envs if isinstance(each, FolderEnvironment)]
         if self.verify == "none" and self.cache is False:
             return [], []
-        sizes, unreadable = survey(files, decode=self.verify == "decode")
-        return sizes, [] if self.verify == "none" else unreadable
+        sizes, bad = survey(files, decode=self.verify == "decode")
+        return sizes, [unreadable(bad)] if bad and self.verify != "none" else []
 
     @property
     def train_envs(self) -> list[int]:

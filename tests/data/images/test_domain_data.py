@@ -138,8 +138,10 @@ def test_all_problems_are_reported_at_once(tree: Path) -> None:
         "  sketch has no images in class dog. Add some, or remove it.",
         "  data.batch_size: 15 is more than the in split of photo (8), sketch (8). Lower "
         "data.batch_size or add images.",
-        "  unreadable images: 1. Replace or remove them:",
-        f"    {tree / 'art' / 'cat' / '3.png'}",
+        "  unreadable images: 1. Replace or remove them, or leave them out with "
+        "data.skip_invalid=true:",
+        f"    {tree / 'art' / 'cat' / '3.png'}: not an image, or of a format that Pillow cannot "
+        "read",
     ]
 
 
@@ -147,10 +149,8 @@ def test_truncated_files_are_found_by_decoding_only(tree: Path) -> None:
     path = tree / "art" / "cat" / "3.png"
     path.write_bytes(path.read_bytes()[:-300])
     pets(tree, verify="header").setup()
-    assert problems(pets(tree, verify="decode"))[1:] == [
-        "  unreadable images: 1. Replace or remove them:",
-        f"    {path}",
-    ]
+    (_, _, found) = problems(pets(tree, verify="decode"))
+    assert str(path) in found and "truncated" in found
 
 
 def test_class_balanced_is_passed_on(tree: Path) -> None:

@@ -1,0 +1,233 @@
+"""Image files: the one place that opens them, for every task.
+
+Pixels are those that torchvision and LLaVA read, `Image.open(file).convert("RGB")`: EXIF
+orientation is not applied, transparency is dropped, and of several frames or pages the first is
+taken. Where that loses the picture the file is converted rightly, or refused:
+
+- grey of 16 bits (I;16, I): scaled to 8 bits; Pillow would clip all above 255 to white;
+- floats (F), and integers beyond 16 bits: refused, since no value is agreed to be white;
+- one colour under a varying transparency: laid on a background.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
+
+from dynmoe.errors import DataError
+from dynmoe.seeding import IntArray
+
+# An image is too large when Pillow says so with an error; its warning at half the size is noise.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+ORIENTATION = 0x0112  # tag of EXIF
+
+LISTED = 10  # bad images named in a message
+LONG_PASS = 5000  # files from which a progress bar is shown
+BLOCK = 256  # files handed to a thread at once
+
+T = TypeVar("T")
+
+_truncated_lock = threading.Lock()
+
+
+class BadImage(DataError):
+    """An image that cannot be read; `reason` says why."""
+
+    def __init__(self, name: Path | str, reason: str) -> None:
+        super().__init__(f"{name}: cannot be read as an image: {reason}.")
+        self.reason = reason
+
+
+def read_image(path: Path) -> Image.Image:
+    """A file as RGB. A truncated file gives the part that is there, as in DomainBed.
+
+    Raises:
+        BadImage: no such file, or not an image.
+    """
+    return _read(path, path)
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """The content of an image file as RGB, likewise; `name` says where it is from.
+
+    Raises:
+        BadImage: not an image.
+    """
+    return _read(content, name)
+
+
+def _read(source: Path | bytes, name: Path | str) -> Image.Image:
+    try:
+        with _opened(source, name) as image:
+            return _rgb(image)
+    except BadImage:
+        with _truncated_lock:  # the switch is global to the process: on for this file only
+            before = ImageFile.LOAD_TRUNCATED_IMAGES
+            ImageFile.LOAD_TRUNCATED_IMAGES = True
+            try:
+                with _opened(source, name) as image:
+                    return _rgb(image)
+            finally:
+                ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: Path | str) -> Iterator[Image.Image]:
+    """An open image; what goes wrong while it is open is a BadImage too."""
+    try:
+        if isinstance(source, Path):
+            check_regular(source)
+        elif not source:
+            raise ValueError("it is empty")
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            yield image
+    # NOTE: Pillow's readers of damaged files raise far more than OSError: SyntaxError, ValueError,
+    # struct.error, IndexError, TypeError, ..., and DecompressionBombError is a plain Exception.
+    except Exception as error:
+        raise BadImage(name, _reason(error)) from None
+
+
+def check_regular(path: Path) -> None:
+    """Look that a path is a file with content: a pipe would be waited for without end.
+
+    Raises:
+        OSError: it is not there, or cannot be reached.
+        ValueError: it is something else, or empty.
+    """
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise ValueError("it is a folder")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is a pipe or a device, not a file")
+    if not found.st_size:
+        raise ValueError("it is empty")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of a format that Pillow cannot read"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels. Make it smaller"
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return text.strip().rstrip(".") or type(error).__name__
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode in DEEP_GREY:
+        return _of_deep_grey(image).convert("RGB")
+    _refuse_floats(image)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    rgb = rgba.convert("RGB")
+    flat = all(low == high for low, high in rgb.getextrema())
+    low, high = rgba.getchannel("A").getextrema()
+    if not flat or low == high:
+        return rgb
+    # A drawing in black on nothing, or in white: dropping its transparency would drop the drawing.
+    white = min(rgb.getpixel((0, 0))) < 128
+    ground = Image.new("RGBA", rgba.size, "white" if white else "black")
+    return Image.alpha_composite(ground, rgba).convert("RGB")
+
+
+def _of_deep_grey(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"integers from {low} to {high}, beyond 16 bits. Convert it to 8 bits")
+    if 0 < high < 256:
+        raise ValueError(
+            f"16 bits, but no value above {high}: nearly black. Save its values with 8 bits"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _refuse_floats(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise ValueError("floats, of which none is agreed to be white. Convert it to 8 bits")
+
+
+# Passes over many files before training: can they be read, and how large are they?
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Findings about N image files."""
+
+    sizes: IntArray
+    """[N, 2] width and height in pixels; 0, 0 for a bad image."""
+    bad: dict[int, str]
+    """The reason why an image cannot be read, by its index."""
+    turned: int
+    """Images whose EXIF data ask to turn or mirror them, which is not done."""
+
+
+def survey(paths: Sequence[Path], *, decode: bool, description: str) -> Survey:
+    """Read the header of every file; with `decode` all of it, which finds truncated files too (they
+    can be read, as far as they go)."""
+
+    def measure(index: int) -> tuple[int, int, bool, str]:
+        path = paths[index]
+        try:
+            with _opened(path, path) as image:
+                width, height = image.size
+                _refuse_floats(image)
+                if decode:
+                    _rgb(image)
+                # Without the condition a PNG file would be decoded for it.
+                turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
+                return width, height, turned, ""
+        except BadImage as error:
+            return 0, 0, False, error.reason
+
+    found = list(in_threads(measure, len(paths), description))
+    return Survey(
+        sizes=np.array([each[:2] for each in found], dtype=np.int64).reshape(-1, 2),
+        bad={index: reason for index, (*_, reason) in enumerate(found) if reason},
+        turned=sum(turned for _, _, turned, _ in found),
+    )
+
+
+def unreadable(bad: Mapping[Path, str]) -> str:
+    """The problem of a data set with bad images: the first of them, each with its reason."""
+    lines = [f"{path}: {bad[path]}" for path in sorted(bad)[:LISTED]]
+    if len(bad) > LISTED:
+        lines.append(f"and {len(bad) - LISTED} more")
+    return "\n    ".join(
+        [
+            f"unreadable images: {len(bad)}. Replace or remove them, or leave them out with "
+            "data.skip_invalid=true:",
+            *lines,
+        ]
+    )
+
+
+def in_threads(function: Callable[[int], T], n: int, description: str) -> Iterator[T]:
+    """function(0), ..., function(n - 1), in order; Pillow releases the lock while it works."""
+    blocks = [range(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+    with ThreadPoolExecutor(4 * (os.cpu_count() or 1)) as pool:
+        for results in track(
+            pool.map(lambda block: [function(i) for i in block], blocks),
+            description,
+            total=len(blocks),
+            console=Console(stderr=True),
+            transient=True,
+            disable=n < LONG_PASS,
+        ):
+            yield from results
