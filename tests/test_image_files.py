@@ -184,6 +184,7 @@ def test_a_survey_finds_them_all(bad: dict[str, Path], tmp_path: Path, decode: b
         assert word in reason
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged tags
 def test_damaged_bytes_raise_nothing_else() -> None:
     rng = np.random.default_rng(1)
     refused = 0

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynmoe.errors import DataError
+from dynmoe.files import check_regular
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -78,8 +79,10 @@ def load_image(path: Path) -> PIL.Image.Image:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the operating system or the decoder raises on `path` into a DataError."""
+    """Turn what the operating system or the decoder raises on `path` into a DataError, and what is
+    no file too."""
     try:
+        check_regular(path)
         yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
