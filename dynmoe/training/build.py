@@ -75,11 +75,8 @@ def step_plan(cfg: DictConfig) -> StepPlan:
 
 
 def other_data(folder: RunFolder, data: TaskData) -> str | None:
-    """How the data, which have been set up, differ from those that `run.json` tells of, if they do.
-
-    A change of files that leaves names and sizes of image sets alone is not seen: see
-    `TaskData.data_hash`.
-    """
+    """How the data, which have been set up, differ from those that `run.json` tells of, if they do:
+    images by name and size of their files, texts by every character."""
     before = folder.read_run()
     if before["data_hash"] == data.data_hash:
         return None

@@ -88,11 +88,12 @@ def data_hash(
 class FolderEnvironment(Environment):
     """Image files: `files` [N] are paths below `folder`, in torchvision ImageFolder's order.
 
-    `left_out` counts what lies beside them and is not read.
+    `bytes_N` are their sizes. `left_out` counts what lies beside them and is not read.
     """
 
     folder: Path
     files: Sequence[str]
+    bytes_N: IntArray
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -115,15 +116,15 @@ class FolderEnvironment(Environment):
         """The environment without the images at `indices`."""
         kept = np.delete(np.arange(len(self)), list(indices))
         files = [self.files[index] for index in kept.tolist()]
-        return replace(self, labels=self.labels[kept], files=files)
+        return replace(self, labels=self.labels[kept], files=files, bytes_N=self.bytes_N[kept])
 
     def _path(self, index: int) -> Path:
         return self.folder / self.files[index]
 
     def content_hash(self) -> str:
         # Copies of a tree may differ in the Unicode form of names; bytes beyond UTF-8 are kept.
-        names = normalize("NFC", "\n".join(self.files))
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+        names = normalize("NFC", "\n".join(self.files)).encode(errors="surrogateescape")
+        return hashlib.sha256(names + self.bytes_N.tobytes()).hexdigest()
 
 
 def image_folders(
@@ -175,6 +176,7 @@ def image_folders(
             class_names=tree.class_names,
             folder=place,
             files=tree.files,
+            bytes_N=np.array(tree.sizes, dtype=np.int64),
             left_out=tree.left_out,
         )
         for tree in trees

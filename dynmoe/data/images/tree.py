@@ -33,6 +33,8 @@ class Tree:
     class_names: tuple[str, ...]
     files: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of each file; -1 for a broken link."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Counts of files and folders that are not read, by what they are."""
     too_deep: list[str] = field(default_factory=list)
@@ -111,6 +113,7 @@ def read_environment(tree: Path, name: str, folder: Path, dropped: Collection[st
             else:
                 found.files.append(file)
                 found.labels.append(label)
+                found.sizes.append(entry.stat().st_size if entry.exists() else -1)
     found.left_out = +found.left_out
     return found
 
