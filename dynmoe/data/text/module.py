@@ -83,6 +83,8 @@ class GlueData(TaskData):
     """Name of a tokenizer on the hub; without path and name: the words of the training set."""
     cache: str | None = None
     """Folder of tokenized texts, shared by all runs; None: none."""
+    skip_invalid: bool = False
+    """Leave out rows with a label that is none of the task's."""
     linear_baseline: bool = False
     """Fit TF-IDF + logistic regression to compare with."""
 
@@ -109,7 +111,10 @@ class GlueData(TaskData):
             return
         sets = self._read(LABELLED)
         for name in self.ood:
-            sets[name] = read_ood(name, self.ood_root, self.glue_task)
+            sets[name] = read_ood(name, self.ood_root, self.glue_task, self.skip_invalid)
+        for name, each in sets.items():
+            for what, count in each.left_out.items():
+                self.leave_out(f"{name}: {what}", count)
         if self.holdout_fraction:
             train = sets["train"]
             kept, held = split(len(train), self.trial_seed, 0, self.holdout_fraction)
@@ -131,7 +136,7 @@ class GlueData(TaskData):
             self.baseline = linear_text_baseline(train, sets["dev"], self.glue_task.metrics)
 
     def _read(self, names: Sequence[str]) -> dict[str, TextSet]:
-        found = read_sets(self.glue_task, self.source, self.root, names)
+        found = read_sets(self.glue_task, self.source, self.root, names, self.skip_invalid)
         for text in found.warnings:
             log.warning("%s", text)
         return found.sets
