@@ -33,7 +33,13 @@ from dynmoe.data.text.ood import read_ood
 from dynmoe.data.text.sets import TextSet
 from dynmoe.data.text.sources import Source, read_sets
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS, GlueTask
-from dynmoe.data.text.tokens import EncodedTexts, encode, load_tokenizer, word_tokenizer
+from dynmoe.data.text.tokens import (
+    EncodedTexts,
+    encode,
+    load_tokenizer,
+    vocabulary_size,
+    word_tokenizer,
+)
 from dynmoe.errors import DataError
 from dynmoe.seeding import split
 
@@ -157,12 +163,14 @@ class GlueData(TaskData):
     def backbone_arguments(self) -> dict[str, Any]:
         return {
             "num_classes": max(1, len(self.glue_task.labels)),
-            "vocab_size": len(self.tokenizer),
+            "vocab_size": vocabulary_size(self.tokenizer),
             "pad_token_id": self.tokenizer.pad_token_id,
         }
 
     def check_backbone(self, backbone: Any) -> None:
         backbone.check_length(self.max_length)
+        if self.sets["train"].second and "token_type_ids" in self.tokenizer.model_input_names:
+            backbone.check_pairs()
 
     @property
     def task_arguments(self) -> dict[str, Any]:
