@@ -49,9 +49,8 @@ _truncated_lock = threading.Lock()
 class BadImage(DataError):
     """An image that cannot be read; `reason` says why."""
 
-    def __init__(self, name: Path | str, reason: str) -> None:
-        super().__init__(f"{name}: cannot be read as an image: {reason}.")
-        self.reason = reason
+    # Not an argument: a loader's worker process raises the error again by its message alone.
+    reason = ""
 
 
 def read_image(path: Path) -> Image.Image:
@@ -100,7 +99,9 @@ def _opened(source: Path | bytes, name: Path | str) -> Iterator[Image.Image]:
     # NOTE: Pillow's readers of damaged files raise far more than OSError: SyntaxError, ValueError,
     # struct.error, IndexError, TypeError, ..., and DecompressionBombError is a plain Exception.
     except Exception as error:
-        raise BadImage(name, _reason(error)) from None
+        bad = BadImage(f"{name}: cannot be read as an image: {_reason(error)}.")
+        bad.reason = _reason(error)
+        raise bad from None
 
 
 def _reason(error: Exception) -> str:

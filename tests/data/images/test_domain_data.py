@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from dynmoe.data.images.digits import rotated_digits
 from dynmoe.data.images.environments import image_folders
 from dynmoe.data.images.module import DomainData, linear_pixel_baseline
 from dynmoe.errors import DataError
+from dynmoe.image_files import BadImage
 
 DIGITS = partial(rotated_digits, seed=0)
 
@@ -183,6 +185,21 @@ def test_bad_images_are_left_out_and_counted_if_asked(
     for place, index in enumerate(kept):
         assert data.envs[0].load(place).tobytes() == whole.envs[0].load(index).tobytes()
     assert data.data_hash != whole.data_hash
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_in_training_is_named_without_a_traceback(tree: Path, workers: int) -> None:
+    for index in range(10):
+        (tree / "photo" / "dog" / f"{index}.png").write_bytes(b"x")
+    data = pets(tree, verify="none", cache=False, workers=workers)
+    data.setup()
+    with pytest.raises(BadImage) as error:
+        list(data.train_dataloader())
+    assert re.fullmatch(
+        rf"{tree}/photo/dog/\d.png: cannot be read as an image: not an image, or of a format that "
+        r"Pillow cannot read\.",
+        str(error.value),
+    )
 
 
 def test_environments_are_named_or_counted(tree: Path) -> None:
