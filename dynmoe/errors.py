@@ -9,6 +9,13 @@ STOPPED = "stopped. The same command goes on from the last evaluation."
 class UserError(Exception):
     """Refused input. The command line prints the message and exits with 2, without a traceback."""
 
+    def __init__(self, message: str = "") -> None:
+        # PyTorch raises the error of a loader's worker again, with its traceback as the message
+        # (torch/_utils.py, ExceptionWrapper): only what was said is kept.
+        if "\nOriginal Traceback" in message:
+            message = message.rpartition(f"{type(self).__qualname__}: ")[2].rstrip()
+        super().__init__(message)
+
 
 class ConfigError(UserError):
     """The configuration cannot run: unknown keys, wrong types, impossible combinations."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dynmoe.errors import DataError
+from dynmoe.files import check_regular
 from dynmoe.seeding import IntArray
 
 # An image is too large when Pillow says so with an error; its warning at half the size is noise.
@@ -49,9 +49,8 @@ _truncated_lock = threading.Lock()
 class BadImage(DataError):
     """An image that cannot be read; `reason` says why."""
 
-    def __init__(self, name: Path | str, reason: str) -> None:
-        super().__init__(f"{name}: cannot be read as an image: {reason}.")
-        self.reason = reason
+    # Not an argument: a loader's worker process raises the error again by its message alone.
+    reason = ""
 
 
 def read_image(path: Path) -> Image.Image:
@@ -93,30 +92,16 @@ def _opened(source: Path | bytes, name: Path | str) -> Iterator[Image.Image]:
     try:
         if isinstance(source, Path):
             check_regular(source)
-        elif not source:
+        if not (source.stat().st_size if isinstance(source, Path) else source):
             raise ValueError("it is empty")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             yield image
     # NOTE: Pillow's readers of damaged files raise far more than OSError: SyntaxError, ValueError,
     # struct.error, IndexError, TypeError, ..., and DecompressionBombError is a plain Exception.
     except Exception as error:
-        raise BadImage(name, _reason(error)) from None
-
-
-def check_regular(path: Path) -> None:
-    """Look that a path is a file with content: a pipe would be waited for without end.
-
-    Raises:
-        OSError: it is not there, or cannot be reached.
-        ValueError: it is something else, or empty.
-    """
-    found = os.stat(path)
-    if stat.S_ISDIR(found.st_mode):
-        raise ValueError("it is a folder")
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is a pipe or a device, not a file")
-    if not found.st_size:
-        raise ValueError("it is empty")
+        bad = BadImage(f"{name}: cannot be read as an image: {_reason(error)}.")
+        bad.reason = _reason(error)
+        raise bad from None
 
 
 def _reason(error: Exception) -> str:
@@ -174,8 +159,11 @@ class Survey:
     """[N, 2] width and height in pixels; 0, 0 for a bad image."""
     bad: dict[int, str]
     """The reason why an image cannot be read, by its index."""
-    turned: int
+    turned: int = 0
     """Images whose EXIF data ask to turn or mirror them, which is not done."""
+
+    def without_bad(self) -> Survey:
+        return Survey(np.delete(self.sizes, list(self.bad), axis=0), {}, self.turned)
 
 
 def survey(paths: Sequence[Path], *, decode: bool, description: str) -> Survey:

@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config import runs
-from dynmoe.errors import ConfigError
+from dynmoe.errors import ConfigError, DataError
 from dynmoe.records import RunFolder
 
 WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the stage before
@@ -101,10 +101,15 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     data.setup()
+    checkpoint = folder.path / "checkpoints" / "last.ckpt"
+    if checkpoint.exists() and (change := build.other_data(folder, data)):
+        raise DataError(
+            f"data {cfg.data.name}: not those that this run was trained on before it was stopped "
+            f"({change}). Put them back to go on, or begin again: overwrite=true\n{folder.path}"
+        )
     task = build.build_task(cfg, data, settings["fused_attention"])
     callbacks = build.build_callbacks(cfg, data, folder)
     trainer = build.build_trainer(cfg, callbacks, folder, data.steps)
-    checkpoint = folder.path / "checkpoints" / "last.ckpt"
     if trainer.is_global_zero:
         folder.path.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)

@@ -125,7 +125,9 @@ def test_a_truncated_file_gives_what_is_there_and_leaves_pillow_as_it_was(tmp_pa
         read_image(path),
         load_image(path),
         ImageFolder(tmp_path).load("cut.jpg"),
-        FolderEnvironment("e", np.zeros(1, np.int64), ("c",), tmp_path, ["cut.jpg"]).load(0),
+        FolderEnvironment(
+            "e", np.zeros(1, np.int64), ("c",), tmp_path, ["cut.jpg"], np.ones(1, np.int64)
+        ).load(0),
         decode_image(path.read_bytes(), "row 1"),
     ):
         assert found.size == whole.size and found.mode == "RGB"
@@ -184,6 +186,7 @@ def test_a_survey_finds_them_all(bad: dict[str, Path], tmp_path: Path, decode: b
         assert word in reason
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged tags
 def test_damaged_bytes_raise_nothing_else() -> None:
     rng = np.random.default_rng(1)
     refused = 0

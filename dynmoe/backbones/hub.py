@@ -71,6 +71,22 @@ def positions(model: nn.Module) -> int | None:
     return None
 
 
+def check_vocabulary(found: Any, tokens: int | None, model: str | None, path: str | None) -> None:
+    """Compare the embeddings of a model with the tokens of the data.
+
+    Raises:
+        ConfigError: there are fewer embeddings.
+    """
+    embeddings = found.get_input_embeddings().num_embeddings
+    if tokens is not None and tokens > embeddings:
+        raise ConfigError(
+            f"backbone.{'path' if path else 'model'}={path or model}: its tokenizer has {tokens} "
+            f"tokens, its language model embeddings of {embeddings}. Take the tokenizer it was "
+            "trained with, or give it more embeddings (transformers' resize_token_embeddings) and "
+            "save it: backbone.path=FOLDER"
+        )
+
+
 def where(model: str | None, path: str | None) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` that say where the model is."""
     source = model if path is None else str(Path(path).expanduser())

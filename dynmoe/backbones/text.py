@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,6 +30,7 @@ class TextClassifier(nn.Module):
     def __init__(self, model: Any, grad_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model.train()  # from_pretrained leaves it in evaluation mode
+        self._arguments = frozenset(inspect.signature(model.forward).parameters)
         self._token_mask: Tensor | None = None
         if grad_checkpointing:
             # NOTE: the second is the name in early versions of transformers 5.
@@ -55,11 +57,26 @@ class TextClassifier(nn.Module):
                 f"data.max_length={places}, or choose another backbone."
             )
 
+    def check_pairs(self) -> None:
+        """Check that the two texts of a pair may be told apart by ``token_type_ids``.
+
+        Raises:
+            ConfigError: the model has an embedding for one type alone, as RoBERTa.
+        """
+        if getattr(self.config, "type_vocab_size", 2) == 1:
+            raise ConfigError(
+                "backbone: its tokenizer numbers the texts of a pair (token_type_ids), its model "
+                "has one type alone. Leave token_type_ids out of the tokenizer's model_input_names "
+                "and save it: backbone.path=FOLDER"
+            )
+
     def forward(self, tokens: Mapping[str, Tensor]) -> Tensor:
         mask = tokens.get("attention_mask")
         self._token_mask = None if mask is None else mask.bool()
         with mask_padding(self.model, self._token_mask):
-            return self.model(**tokens).logits
+            # Models without token types need not be told them by a tokenizer that writes them.
+            known = {name: each for name, each in tokens.items() if name in self._arguments}
+            return self.model(**known).logits
 
     def _forward_and_recompute(
         self,
@@ -90,8 +107,8 @@ def build_text_classifier(
     configuration of transformers (num_hidden_layers, hidden_dropout_prob, ...).
 
     Raises:
-        ConfigError: a model, folder or option that is not there, weights that do not fit, or
-            adapters that do not.
+        ConfigError: a model, folder or option that is not there, weights or adapters that do not
+            fit, or fewer embeddings than the data have tokens.
     """
     config = hub.configuration(model, path, architecture, options or {})
     config.num_labels = num_classes
@@ -111,6 +128,7 @@ def build_text_classifier(
             raise ConfigError(
                 f"backbone: transformers cannot build this {type(config).__name__}: {error}"
             ) from error
+    hub.check_vocabulary(classifier, vocab_size, model, path)
     if lora is not None:
         try:
             add_adapters(classifier, fresh, **lora)

@@ -207,14 +207,8 @@ def build_vision_language_model(
     language_model = _language_model(model, path, config, pretrained)
     _check_causal(language_model.config)
     language_model.generation_config = language_model.generation_config.__class__()
+    hub.check_vocabulary(language_model, vocab_size, model, path)
     embeddings = language_model.get_input_embeddings()
-    if vocab_size is not None and vocab_size > embeddings.num_embeddings:
-        raise ConfigError(
-            f"backbone.{'path' if path else 'model'}={path or model}: its tokenizer has "
-            f"{vocab_size} tokens, its language model embeddings of {embeddings.num_embeddings}. "
-            "Take the tokenizer it was trained with, or give it more embeddings "
-            "(transformers' resize_token_embeddings) and save it: backbone.path=FOLDER"
-        )
     # Padding is masked. Where it is the end token, that one has to learn, which nn.Embedding
     # would keep from it.
     embeddings.padding_idx = None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 
@@ -315,12 +316,24 @@ def same_modality(cfg: DictConfig) -> Iterator[str]:
 
 
 def test_environments(cfg: DictConfig) -> Iterator[str]:
-    envs = read(cfg, "data.test_envs", list)
-    if envs is None or not all(isinstance(env, int) for env in envs):
+    if read(cfg, "data.test_envs", list) is None or modality(cfg, "data") != "image":
         return
+    envs = test_indices(cfg)
     if not envs:
         yield "data.test_envs: empty: name at least one environment to test on, e.g. [0]"
-    yield from _indices("data.test_envs", envs)
+    yield from _indices("data.test_envs", [env for env in envs if isinstance(env, int)])
+    names = environment_names(cfg)
+    beyond = [
+        env for env in envs if names and (env >= len(names) if isinstance(env, int) else True)
+    ]
+    if names and beyond:
+        known = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
+        yield (
+            f"data.test_envs: there is no environment {', '.join(map(str, beyond))}. Expected "
+            f"indices or names: {known}"
+        )
+    elif names and len(set(envs)) == len(names):
+        yield f"data.test_envs: {envs} leaves no environment to train on. Leave one out"
 
 
 def batch_divides(cfg: DictConfig) -> Iterator[str]:

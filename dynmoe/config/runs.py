@@ -19,6 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dynmoe.config import options
+from dynmoe.config.environments import test_indices
 from dynmoe.config.options import device_count
 
 # Dotted keys that do not change the result of a run.
@@ -44,14 +45,14 @@ def sha8(text: str) -> str:
 
 def run_name(cfg: DictConfig) -> str:
     """`<data>_<moe>[_env<test envs>]_seed<seed>_<hash>`: `pacs_dynmoe_env0_seed0_1f3a90bc`."""
-    tests = [f"env{'-'.join(map(str, cfg.data.test_envs))}"] if "test_envs" in cfg.data else []
+    tests = [f"env{'-'.join(map(str, test_indices(cfg)))}"] if "test_envs" in cfg.data else []
     parts = (cfg.data.name, cfg.moe.name, *tests, f"seed{cfg.seed}", config_hash(cfg))
     return re.sub(r"[^a-z0-9_.-]+", "-", "_".join(str(part) for part in parts).lower())
 
 
 def config_hash(cfg: DictConfig) -> str:
     """Hash of everything that can change the result of a run."""
-    return sha8(json.dumps(_relevant(cfg, prefix=""), sort_keys=True, default=str))
+    return sha8(json.dumps(_identity(cfg), sort_keys=True, default=str))
 
 
 def flat(cfg: DictConfig) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
     A key that copies another one, `data.trial_seed: ${trial_seed}`, is left out: two runs that
     differ in one setting differ in one key here.
     """
-    return dict(_flat(_relevant(cfg, prefix=""), OmegaConf.to_container(cfg), ""))
+    return dict(_flat(_identity(cfg), OmegaConf.to_container(cfg), ""))
 
 
 def _flat(node: dict[str, Any], raw: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -72,6 +73,15 @@ def _flat(node: dict[str, Any], raw: Any, prefix: str) -> Iterator[tuple[str, An
             yield from _flat(value, written, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _identity(cfg: DictConfig) -> dict[str, Any]:
+    found = _relevant(cfg, prefix="")
+    if "test_envs" in found.get("data", {}):
+        found["data"]["test_envs"] = test_indices(
+            cfg
+        )  # an environment's name or its index: one run
+    return found
 
 
 def _relevant(cfg: DictConfig, prefix: str) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class TaskData(LightningDataModule):
     """See `StepPlan`."""
 
     name: str
-    test_envs: list[int]
+    test_envs: list[Any]
     """Indices of the `env_names` that results are reported for."""
     skip_invalid: bool = False
     """Leave out, and count, what would otherwise be refused: images that cannot be read, entries

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynmoe.errors import DataError
+from dynmoe.files import check_regular
 from dynmoe.questions.values import Fields, wrong_fields
 
 if TYPE_CHECKING:
@@ -92,10 +93,10 @@ def load_image(path: Path) -> PIL.Image.Image:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the operating system or the decoder raises on `path` into a DataError."""
+    """Turn what the operating system or the decoder raises on `path` into a DataError, and what is
+    no file too."""
     try:
-        if path.exists() and not path.is_file():  # reading a pipe would wait for its other end
-            raise DataError(f"{path}: expected a file, found a folder, pipe or device.")
+        check_regular(path)
         yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]

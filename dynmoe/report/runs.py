@@ -252,7 +252,8 @@ def _placed(entry: Absent, run: Run | None, env_names: Mapping[str, list[str]]) 
     if run is None:
         return entry
     names = env_names.get(run.problem.dataset, [])
-    tests = [index for index in run.facts["test_envs"] if index < len(names)]
+    # Names stand there only where the folders of the data were not at hand.
+    tests = [i for i in run.facts["test_envs"] if isinstance(i, int) and i < len(names)]
     return replace(
         entry,
         problem=run.problem,

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
-from torchmetrics.classification import BinaryF1Score, BinaryMatthewsCorrCoef, MulticlassAccuracy
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from dynmoe.data.text.batches import TextBatch
 from dynmoe.tasks.base import MoETask, Scores
@@ -33,13 +36,11 @@ class TextClassification(MoETask):
         super().__init__(num_classes=num_classes, **task)
         self.num_classes = num_classes
         self.sets += ["heldout"] if heldout else []
-        self.metrics: Any = nn.ModuleDict(
-            {
-                _key(each): MetricCollection(
-                    {name: _metric(name, num_classes) for name in metrics}, compute_groups=False
-                )
-                for each in self.sets
-            }
+        self.metrics = list(metrics)
+        # Not buffers, as the losses.
+        self._confusion = torch.zeros(0, num_classes, num_classes, dtype=torch.long)
+        self._pairs: Any = nn.ModuleDict(
+            {_key(each): Pairs() for each in self.sets if not num_classes}
         )
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
@@ -53,13 +54,21 @@ class TextClassification(MoETask):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        for each in self.metrics.values():
+        self._confusion = self._confusion.new_zeros(
+            len(self.sets), self.num_classes, self.num_classes, device=self.device
+        )
+        for each in self._pairs.values():
             each.reset()
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """A batch comes from one set."""
         logits, tape = self.routed_forward(batch.tokens)
-        self.metrics[_key(batch.source)].update(self.predicted(logits), batch.label)
+        if self.num_classes:
+            cells = batch.label * self.num_classes + self.predicted(logits)
+            counts = self._confusion[self.sets.index(batch.source)].view(-1)
+            counts += torch.bincount(cells, minlength=len(counts))
+        else:
+            self._pairs[_key(batch.source)].update(batch.row, logits.squeeze(1), batch.label)
         self.count_losses(batch.source, self.loss(logits.float(), batch.label, reduction="none"))
         if batch.source in self.env_names:
             self.routing.update(batch.source, tape, batch.label if self.num_classes else None)
@@ -73,11 +82,16 @@ class TextClassification(MoETask):
         return logits.argmax(1) if self.num_classes else logits.squeeze(1).float()
 
     def measures(self) -> Scores:
-        """Metrics sum over ranks themselves."""
+        samples = self.sum_over_ranks(self._losses)[:, 1].tolist()
+        confusion = self.sum_over_ranks(self._confusion).cpu().numpy()
         found = {}
-        for name in self.sets:
-            computed = self.metrics[_key(name)].compute()
-            values = {measure: value.item() for measure, value in computed.items()}
+        for name, count, counts_LP in zip(self.sets, samples, confusion, strict=True):
+            if not count:
+                continue
+            if self.num_classes:
+                values = {metric: CLASSIFICATION[metric](counts_LP) for metric in self.metrics}
+            else:
+                values = dict(zip(self.metrics, self._pairs[_key(name)].compute(), strict=True))
             found[name] = {**values, "score": sum(values.values()) / len(values)}
         return found
 
@@ -87,13 +101,74 @@ def _key(name: str) -> str:
     return f"set {name}"
 
 
-def _metric(name: str, num_classes: int) -> Metric:
-    made: dict[str, Any] = {
-        "accuracy": lambda: MulticlassAccuracy(max(2, num_classes), average="micro"),
-        "f1": BinaryF1Score,
-        "matthews": BinaryMatthewsCorrCoef,
-        "pearson": PearsonCorrCoef,
-        "spearman": SpearmanCorrCoef,
-    }
-    metric: Metric = made[name]()
-    return metric
+# Metrics of GLUE, from counts and sums that do not depend on how a set is cut into batches. Where
+# a prediction is constant they are 0, as GLUE's and scikit-learn's are.
+#
+# L labels, P predictions, both classes.
+
+
+Counts = npt.NDArray[np.int64]
+
+
+def accuracy(counts_LP: Counts) -> float:
+    return float(np.trace(counts_LP) / max(1, counts_LP.sum()))
+
+
+def f1(counts_LP: Counts) -> float:
+    """F1 of class 1 of two; 0 where it is neither a label nor predicted."""
+    (_, false_positive), (false_negative, positive) = counts_LP.tolist()
+    return 2 * positive / max(1, 2 * positive + false_positive + false_negative)
+
+
+def matthews(counts_LP: Counts) -> float:
+    """Matthews correlation (Gorodkin 2004, which is R_K for any number of classes).
+
+    NOTE: torchmetrics adds a small number to a denominator of 0, and so gives a constant prediction
+    up to 0.03 of either sign on CoLA.
+    """
+    labels, predictions = counts_LP.sum(1).tolist(), counts_LP.sum(0).tolist()
+    total = sum(labels)
+    covariance = int(np.trace(counts_LP)) * total - sum(map(int.__mul__, labels, predictions))
+    spread = [total**2 - sum(n**2 for n in numbers) for numbers in (labels, predictions)]
+    return covariance / (spread[0] * spread[1]) ** 0.5 if all(spread) else 0.0
+
+
+CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+
+
+class Pairs(Metric):
+    """Predicted and true numbers of a set over all ranks, for Pearson's and Spearman's correlation.
+
+    They are compared in the order of the set's rows. Predictions that differ by rounding alone
+    count as constant: their correlation would be that of the noise, which changes with the batch.
+    """
+
+    full_state_update = False
+    rows: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        self.add_state("rounding", default=torch.tensor(0.0), dist_reduce_fx="max")
+
+    def update(self, row: Tensor, predicted: Tensor, label: Tensor) -> None:
+        """All [B]."""
+        self.rounding.fill_(max(1e-5, 2 * torch.finfo(predicted.dtype).eps))
+        self.rows.append(torch.stack([row.float(), predicted.float(), label.float()], 1))
+
+    def compute(self) -> tuple[float, float]:
+        """Pearson's and Spearman's correlation; 0 where one side is constant."""
+        found = dim_zero_cat(self.rows).double().cpu().numpy()
+        _, predicted, label = found[np.argsort(found[:, 0], kind="stable")].T
+        constant = np.ptp(predicted) <= float(self.rounding) * np.abs(predicted).max()
+        if constant or np.ptp(label) == 0:
+            return 0.0, 0.0
+        spearman = np.corrcoef(_ranks(predicted), _ranks(label))[0, 1]
+        return float(np.corrcoef(predicted, label)[0, 1]), float(spearman)
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Ranks from 1, equal values sharing their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: npt.NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[inverse]
+    return ranks

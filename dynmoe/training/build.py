@@ -74,6 +74,18 @@ def step_plan(cfg: DictConfig) -> StepPlan:
     )
 
 
+def other_data(folder: RunFolder, data: TaskData) -> str | None:
+    """How the data, which have been set up, differ from those that `run.json` tells of, if they do:
+    images by name and size of their files, texts by every character."""
+    before = folder.read_run()
+    if before["data_hash"] == data.data_hash:
+        return None
+    sizes = {name: (before["sizes"].get(name), size) for name, size in data.sizes.items()}
+    changed = [f"{name} {old} -> {new}" for name, (old, new) in sizes.items() if old != new]
+    counts = f"; examples: {', '.join(changed)}" if changed else ""
+    return f"data hash {before['data_hash']} -> {data.data_hash}{counts}"
+
+
 def settle_runtime(cfg: DictConfig) -> dict[str, Any]:
     """Apply ``runtime`` for the device of ``trainer``. Returns the settings in effect."""
     on_gpu = {"gpu": True, "cuda": True, "auto": torch.cuda.is_available()}

@@ -137,6 +137,8 @@ def _load(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, An
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     data.setup("validate")
+    if data.modality != "vision-language" and (change := build.other_data(folder, data)):
+        print(f"The data are not those of this run, so scores differ: {change}")
     task, step = build.load(cfg, data, settings["fused_attention"], checkpoint)
     return data, task, step, build.build_trainer(cfg, [], folder, max_steps=1)
 

@@ -230,6 +230,27 @@ def test_the_architecture_of_a_folder_alone(folder: str) -> None:
     assert not torch.equal(weight, classifier("bert").model.bert.embeddings.word_embeddings.weight)
 
 
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_fewer_embeddings_than_tokens_are_refused(folder: str, pretrained: bool) -> None:
+    words = build_text_classifier(None, 2, path=folder).model.get_input_embeddings().num_embeddings
+    build_text_classifier(None, 2, vocab_size=words, path=folder, pretrained=pretrained)
+    with pytest.raises(ConfigError, match=f"backbone.path={folder}: .*{words + 1} tokens") as error:
+        build_text_classifier(None, 2, vocab_size=words + 1, path=folder, pretrained=pretrained)
+    assert "resize_token_embeddings" in str(error.value)
+
+
+def test_token_types_go_to_the_models_that_know_them() -> None:
+    batch = tokens()
+    types = {**batch, "token_type_ids": torch.ones_like(batch["input_ids"])}
+    known, unknown = (classifier(name).eval() for name in ("bert", "distilbert"))
+    assert not torch.equal(known(types), known(batch))
+    assert torch.equal(unknown(types), unknown(batch))
+    known.check_pairs()
+    unknown.check_pairs()
+    with pytest.raises(ConfigError, match=r"token_type_ids.*backbone.path=FOLDER"):
+        classifier("roberta", {"type_vocab_size": 1}).check_pairs()
+
+
 def test_weights_are_fp32_whatever_the_folder_says(tmp_path: Path) -> None:
     classifier("bert").model.bfloat16().save_pretrained(tmp_path)
     for pretrained in (False, True):

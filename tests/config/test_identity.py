@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hydra import compose
 from omegaconf import DictConfig
 
 from dynmoe.config.compose import search_path
-from dynmoe.config.runs import config_hash, run_name
+from dynmoe.config.runs import config_hash, flat, run_name
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,6 +35,19 @@ def test_the_name_is_readable_and_safe(plain: str) -> None:
     assert re.fullmatch(r"rotateddigits_dynmoe_env0_seed0_[0-9a-f]{8}", plain)
     odd = run_name(config("data.name='My: Set/2'", "moe=topk", "data.test_envs=[0,2]", "seed=7"))
     assert re.fullmatch(r"my-set-2_topk_env0-2_seed7_[0-9a-f]{8}", odd)
+
+
+def test_an_environment_is_the_same_by_index_and_by_name(tmp_path: Path) -> None:
+    def names(data: str, *sets: str) -> set[str]:
+        return {
+            run_name(config(data, f"data.root={tmp_path}", f"data.test_envs={e}")) for e in sets
+        }
+
+    assert len(names("data=pacs", "[3,0]", "[sketch,art_painting]", "[3,art_painting]")) == 1
+    for folder in ("b", "a"):
+        (tmp_path / folder).mkdir()
+    assert len(names("data=image_folder", "[1]", "[b]")) == 1
+    assert flat(config("data.test_envs=['15']"))["data.test_envs"] == [1]
 
 
 def test_order_and_spelled_out_defaults_do_not_matter(plain: str) -> None:

@@ -107,6 +107,12 @@ CASES = {
     "data.test_envs=[]": "data.test_envs: empty: name at least one environment to test on",
     "data.test_envs=[1,1]": "data.test_envs: expected distinct indices, found [1, 1]",
     "data.test_envs=[-1]": "data.test_envs: expected indices from 0, found [-1]",
+    "data.test_envs=[sketch,9]": (
+        "data.test_envs: there is no environment sketch, 9. Expected indices or names: 0 (0), "
+    ),
+    "data.test_envs=['0','15',2,3,4,5]": (
+        "data.test_envs: [0, 1, 2, 3, 4, 5] leaves no environment to train on."
+    ),
     "trainer.accumulate_grad_batches=5": (
         "data.batch_size: 32 does not divide into 1 devices x 5 accumulated parts. "
         "Choose a multiple of 5."

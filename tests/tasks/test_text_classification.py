@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from dynmoe.data.text.batches import TextBatch
 from dynmoe.errors import DataError
-from dynmoe.tasks.text import TextClassification
+from dynmoe.tasks.text import TextClassification, accuracy, f1, matthews
 
 
 class GivenLogits(nn.Module):
@@ -46,8 +47,9 @@ def evaluated(
     """The scores of (logits [N, C], label [N]), given in batches."""
     made.on_validation_epoch_start()
     for source, (logits, label) in sets.items():
-        for part, own in zip(logits.split(batch), label.split(batch), strict=True):
-            made.validation_step(TextBatch({"logits": part}, own, source, torch.arange(0)), 0)
+        # The long ones first, as loaders give them.
+        for rows in torch.arange(len(label)).flip(0).split(batch):
+            made.validation_step(TextBatch({"logits": logits[rows]}, label[rows], source, rows), 0)
     made.on_validation_epoch_end()
     return made.scores()
 
@@ -92,12 +94,56 @@ def test_regression_against_scipy() -> None:
     assert scores["dev"]["score"] == pytest.approx((pearson + spearman) / 2, abs=1e-5)
 
 
-def test_one_class_predicted_is_0_and_no_error() -> None:
-    label = torch.tensor([0, 1, 0, 1])
-    logits = torch.tensor([[1.0, 0.0]] * 4)
-    scores = evaluated(task(("matthews",), 2), dev=(logits, label))
-    assert scores["dev"]["matthews"] == 0 == matthews_corrcoef(label, logits.argmax(1))
-    assert evaluated(task(("accuracy", "f1"), 2), dev=(logits, label))["dev"]["f1"] == 0
+@pytest.mark.parametrize("predicted", [0, 1])
+def test_one_class_predicted_for_the_labels_of_cola_is_0(predicted: int) -> None:
+    label = torch.tensor([1] * 721 + [0] * 322)
+    logits = F.one_hot(torch.full_like(label, predicted), 2).float()
+    scores = evaluated(task(("matthews", "f1"), 2), batch=128, dev=(logits, label))["dev"]
+    assert scores["matthews"] == 0 == matthews_corrcoef(label, logits.argmax(1))
+    assert scores["f1"] == pytest.approx(predicted * 2 * 721 / (721 + 1043))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # scikit-learn's, of one class
+@pytest.mark.parametrize("classes", [2, 3])
+def test_small_tables_are_scored_as_by_sklearn(classes: int) -> None:
+    rng = np.random.default_rng(0)
+    tables = [*product(range(3), repeat=4)][1:]  # all but the empty one
+    if classes == 3:
+        tables = [rng.integers(3, size=9) * (rng.random(9) < 0.4) for _ in range(80)]
+    for counts in (np.reshape(cells, (classes, classes)) for cells in tables if np.any(cells)):
+        label, predicted = np.repeat(list(np.ndindex(counts.shape)), counts.ravel(), axis=0).T
+        assert matthews(counts) == pytest.approx(matthews_corrcoef(label, predicted))
+        assert accuracy(counts) == pytest.approx(accuracy_score(label, predicted))
+        if classes == 2:
+            expected = f1_score(label, predicted, labels=[1], average="macro", zero_division=0)
+            assert f1(counts) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_constant_up_to_rounding_correlates_with_nothing(dtype: torch.dtype) -> None:
+    """Whatever the size of the batches, which decides the rounding."""
+    label = torch.randint(0, 26, (100,), generator=torch.Generator().manual_seed(0)) / 5
+    for steps in (0, 1):
+        noise = steps * torch.finfo(dtype).eps * (torch.arange(100) % 2)
+        logits = (2.7 + 2.7 * noise).to(dtype)[:, None]
+        for batch in (1, 7, 100):
+            made = task(("pearson", "spearman"), 0)
+            scores = evaluated(made, batch, dev=(logits, label))["dev"]
+            assert (scores["pearson"], scores["spearman"], scores["score"]) == (0, 0, 0)
+    flat = torch.full_like(label, 2.0)
+    logits = torch.randn(100, 1, generator=torch.Generator().manual_seed(1))
+    assert evaluated(task(("pearson", "spearman"), 0), dev=(logits, flat))["dev"]["score"] == 0
+
+
+def test_correlations_do_not_depend_on_the_batches() -> None:
+    generator = torch.Generator().manual_seed(2)
+    label = torch.randint(0, 26, (100,), generator=generator) / 5
+    logits = torch.randn(100, 1, generator=generator)
+    found = [
+        evaluated(task(("pearson", "spearman"), 0), batch, dev=(logits, label))["dev"]["score"]
+        for batch in (1, 7, 100)
+    ]
+    assert len(set(found)) == 1
 
 
 def test_sets_are_measured_apart_and_anew() -> None:
@@ -109,6 +155,14 @@ def test_sets_are_measured_apart_and_anew() -> None:
         assert first[name].keys() == {"accuracy", "score", "loss"}
         assert first[name]["score"] == pytest.approx(accuracy_score(label, logits.argmax(1)))
     assert evaluated(made, **sets) == first
+
+
+@pytest.mark.parametrize("classes", [0, 2])
+def test_a_set_without_samples_has_no_score(classes: int) -> None:
+    metrics = ("accuracy",) if classes else ("pearson", "spearman")
+    made = task(metrics, classes, env_names=["dev", "other"])
+    label = torch.arange(4) % 2
+    assert list(evaluated(made, dev=(torch.randn(4, max(1, classes)), label))) == ["dev"]
 
 
 def test_losses() -> None:

@@ -13,9 +13,10 @@ import torch
 from tiny_runs import NO_DROPOUT, Run, Trained, tiny_config
 
 from dynmoe import job
-from dynmoe.errors import ConfigError, UserError
+from dynmoe.errors import ConfigError, DataError, UserError
 from dynmoe.records import RunFolder
 from dynmoe.selection import selected
+from dynmoe.training import evaluate
 
 MEASURED = {"step_time", "eval_time", "mem_gb"}  # differ from run to run
 SLOW = pytest.mark.slow
@@ -275,3 +276,25 @@ def test_a_damaged_checkpoint_is_named(copied: RunFolder, run: Run) -> None:
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"last\.ckpt: cannot be read.*overwrite=true"):
         run()
+
+
+def test_other_data_than_before_are_refused_and_said(
+    copied: RunFolder, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = copied.read_run()
+    sizes = facts["sizes"] | {"0/in": facts["sizes"]["0/in"] + 1}
+    copied.write_run(facts | {"data_hash": "0123456789abcdef", "sizes": sizes})
+    checkpoint = copied.path / "checkpoints" / "last.ckpt"
+    evaluate.evaluate(copied, checkpoint, tiny_config())
+    change = (
+        f"data hash 0123456789abcdef -> {facts['data_hash']}; examples: 0/in {sizes['0/in']} ->"
+    )
+    assert f"The data are not those of this run, so scores differ: {change}" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+    (copied.path / "done").unlink()
+    before = everything(copied)
+    with pytest.raises(DataError, match=r"RotatedDigits: not those .*overwrite=true") as error:
+        run()
+    assert change in str(error.value)
+    assert everything(copied) == before

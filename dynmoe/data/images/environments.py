@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from dynmoe import image_files
+from dynmoe.data.images.tree import (
+    check_depth,
+    read_drop_list,
+    read_environment,
+    subfolders,
+    tree_folder,
+)
 from dynmoe.errors import DataError
-from dynmoe.image_files import in_threads, read_image
+from dynmoe.image_files import Survey, in_threads, read_image, survey
 from dynmoe.seeding import IntArray
 
 
@@ -75,25 +81,50 @@ def data_hash(
     return digest.hexdigest()[:16]
 
 
-# Image folders: environment/class/image, the layout of DomainBed's photograph sets.
+# Image folders.
 
 
 @dataclass(eq=False)
 class FolderEnvironment(Environment):
-    """Image files: `files` [N] are paths below `folder`, in torchvision ImageFolder's order."""
+    """Image files: `files` [N] are paths below `folder`, in torchvision ImageFolder's order.
+
+    `bytes_N` are their sizes. `left_out` counts what lies beside them and is not read.
+    """
 
     folder: Path
     files: Sequence[str]
+    bytes_N: IntArray
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def channels(self) -> int:
         return 3
 
     def load(self, index: int) -> Image.Image:
-        return read_image(self.folder / self.files[index])
+        return read_image(self._path(index))
+
+    def survey(self, *, decode: bool) -> Survey:
+        """Look at every file: see `image_files.survey`."""
+        paths = list(map(self._path, range(len(self))))
+        return survey(paths, decode=decode, description=f"checking {self.name}")
+
+    def unreadable(self, found: Survey) -> dict[Path, str]:
+        """The reasons why files are bad, by path."""
+        return {self._path(index): reason for index, reason in found.bad.items()}
+
+    def without(self, indices: Collection[int]) -> FolderEnvironment:
+        """The environment without the images at `indices`."""
+        kept = np.delete(np.arange(len(self)), list(indices))
+        files = [self.files[index] for index in kept.tolist()]
+        return replace(self, labels=self.labels[kept], files=files, bytes_N=self.bytes_N[kept])
+
+    def _path(self, index: int) -> Path:
+        return self.folder / self.files[index]
 
     def content_hash(self) -> str:
-        return hashlib.sha256("\n".join(self.files).encode()).hexdigest()
+        # Copies of a tree may differ in the Unicode form of names; bytes beyond UTF-8 are kept.
+        names = normalize("NFC", "\n".join(self.files)).encode(errors="surrogateescape")
+        return hashlib.sha256(names + self.bytes_N.tobytes()).hexdigest()
 
 
 def image_folders(
@@ -109,100 +140,50 @@ def image_folders(
     tree per line: images to leave out (DomainNet's duplicates).
 
     Raises:
-        DataError: the tree, its environments or the drop list are not there, or an environment
-            holds no class folders with images.
+        DataError: the tree, its environments or the drop list are not there, an environment holds
+            no class folders with images, or images lie deeper.
     """
-    tree = Path(root) / folder if folder and (Path(root) / folder).is_dir() else Path(root)
-    if not tree.is_dir():
-        wanted = f", or one that holds {folder}/" if folder else ""
-        raise DataError(
-            f"data.root: no folder {tree}. Give the folder of the environments{wanted}."
-        )
-    found = _subfolders(tree)
-    layout = f"Expected {tree}/environment/class/image"
+    place = tree_folder(root, folder)
+    found = subfolders(place)
+    layout = f"Expected {place}/environment/class/image"
     if environments is None and not found:
-        raise DataError(f"data.root: {tree} holds no environments. {layout}.")
-    if environments is not None and sorted(environments) != found:
+        raise DataError(f"data.root: {place} holds no environments. {layout}.")
+    environments = environments and sorted(normalize("NFC", name) for name in environments)
+    if environments is not None and environments != [*found]:
         missing = sorted(set(environments) - set(found))
         others = sorted(set(found) - set(environments))
         raise DataError(
-            f"data.root: {tree} does not hold the environments of this data set.\n"
+            f"data.root: {place} does not hold the environments of this data set.\n"
             f"  expected: {', '.join(sorted(environments))}\n"
             f"  found:    {', '.join(found) or 'no folders'}\n"
             + (f"  missing:  {', '.join(missing)}\n" if missing else "")
             + (f"  not part of it: {', '.join(others)}\n" if others else "")
             + "Rename or move the folders; their sorted order is what data.test_envs counts."
         )
-    dropped = _read_drop_list(drop_list)
-    built: list[Environment] = [_environment(tree, name, dropped) for name in found]
-    empty = [str(tree / e.name) for e in built if not len(e)]
+    dropped = read_drop_list(drop_list)
+    trees = [read_environment(place, name, below, dropped) for name, below in found.items()]
+    check_depth(place, trees)
+    empty = [str(found[tree.name]) for tree in trees if not tree.files]
     if empty:
         raise DataError(
             f"data.root: no images in class folders below {', '.join(empty)}. {layout}; "
             "what is no environment does not belong there."
         )
-    return built
-
-
-def _environment(tree: Path, name: str, dropped: Collection[str]) -> FolderEnvironment:
-    classes = _subfolders(tree / name)
-    labels = {class_name: label for label, class_name in enumerate(classes)}
-    found = (
-        make_dataset(str(tree / name), labels, extensions=IMG_EXTENSIONS, allow_empty=True)
-        if labels  # make_dataset refuses none
-        else []
-    )
-    examples = [
-        (file, label)
-        for path, label in found
-        if (file := Path(path).relative_to(tree).as_posix()) not in dropped
+    return [
+        FolderEnvironment(
+            name=tree.name,
+            labels=np.array(tree.labels, dtype=np.int64),
+            class_names=tree.class_names,
+            folder=place,
+            files=tree.files,
+            bytes_N=np.array(tree.sizes, dtype=np.int64),
+            left_out=tree.left_out,
+        )
+        for tree in trees
     ]
-    return FolderEnvironment(
-        name=name,
-        labels=np.array([label for _, label in examples], dtype=np.int64),
-        class_names=tuple(classes),
-        folder=tree,
-        files=[file for file, _ in examples],
-    )
 
 
-def _subfolders(folder: Path) -> list[str]:
-    """Names in order, without folders that tools create: .git, __MACOSX, __pycache__."""
-    return sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() and not entry.name.startswith((".", "__"))
-    )
-
-
-def _read_drop_list(drop_list: str | None) -> frozenset[str]:
-    if drop_list is None:
-        return frozenset()
-    try:
-        return frozenset(Path(drop_list).read_text().split("\n"))
-    except OSError as error:
-        raise DataError(f"data.environments.drop_list: cannot read {drop_list}: {error}") from None
-
-
-# Passes over all photographs before training: are they readable, do they fit in memory?
-
-
-def survey(
-    environments: Sequence[FolderEnvironment], *, decode: bool
-) -> tuple[list[IntArray], dict[Path, str]]:
-    """Return sizes [N, 2] in pixels (width, height) per environment, and bad images with reasons.
-
-    Reads the header of every file; with `decode` all of it, which finds truncated files too (they
-    can be trained on, as in DomainBed). A bad image has size 0, 0.
-    """
-    sizes: list[IntArray] = []
-    bad: dict[Path, str] = {}
-    for e in environments:
-        paths = [e.folder / file for file in e.files]
-        found = image_files.survey(paths, decode=decode, description=f"checking {e.name}")
-        sizes.append(found.sizes)
-        bad |= {paths[index]: reason for index, reason in found.bad.items()}
-    return sizes, bad
+# Images kept in memory.
 
 
 def decoded_bytes(sizes: Sequence[IntArray]) -> int:

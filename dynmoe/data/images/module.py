@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader, Sampler
@@ -33,11 +36,12 @@ from dynmoe.data.images.environments import (
     cached,
     data_hash,
     decoded_bytes,
-    survey,
 )
 from dynmoe.errors import DataError
 from dynmoe.image_files import unreadable
 from dynmoe.seeding import IntArray, split
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -59,8 +63,8 @@ class DomainData(TaskData):
     """Reads the environments, in `setup`."""
     root: str | None = None
     """Folder that configurations pass on to `environments`; not read here."""
-    test_envs: list[int]
-    """Environments kept for testing, by index."""
+    test_envs: list[int | str]
+    """Environments kept for testing, by index or name; indices after `setup`."""
     image_size: int
     """Pixels; images are squeezed to a square."""
     batch_size: int
@@ -83,6 +87,10 @@ class DomainData(TaskData):
     """Keep decoded images in memory; auto: if they need no more than `cache_gb`."""
     cache_gb: float = 2.0
     """GiB per device."""
+    skip_invalid: bool = False
+    """Decode every image before training, and leave out those that cannot be read."""
+    class_union: bool = False
+    """Accept environments that lack classes of others: the classes are those of all."""
     linear_baseline: bool = False
     """Fit a linear classifier on pixels to compare with."""
 
@@ -101,24 +109,27 @@ class DomainData(TaskData):
         if self.envs:
             return
         envs = self.environments()
+        test_envs, unknown = positions(self.test_envs, [e.name for e in envs])
+        envs, sizes, unreadable = self._survey(envs)
+        if self.class_union:
+            envs = unite_classes(envs)
         splits = [
             split(len(each), self.trial_seed, env, self.holdout_fraction)
             for env, each in enumerate(envs)
         ]
-        sizes, bad = self._survey(envs)
         problems = [
-            *role_problems(envs, self.test_envs),
-            *class_problems(envs),
+            *(unknown or role_problems(envs, test_envs)),
+            *class_problems(envs, union=self.class_union),
             *batch_problems(
                 {
                     each.name: len(in_indices)
                     for env, (each, (in_indices, _)) in enumerate(zip(envs, splits, strict=True))
-                    if env not in self.test_envs
+                    if env not in test_envs
                 },
                 batch_size=self.batch_size,
                 parts=self._plan.accumulate * self._world_size,
             ),
-            *bad,
+            *unreadable,
         ]
         if problems:
             raise DataError(
@@ -127,14 +138,42 @@ class DomainData(TaskData):
         fits = decoded_bytes(sizes) <= self.cache_gb * 2**30
         if sizes and (fits if self.cache == "auto" else self.cache):
             envs = list(map(cached, envs, sizes))
-        self.envs, self.splits = envs, splits
+        self.envs, self.splits, self.test_envs = envs, splits, [*test_envs]
+        for text in lacking_classes(envs, self.train_envs):
+            log.warning("data %s: %s", self.name, text)
 
-    def _survey(self, envs: Sequence[Environment]) -> tuple[list[IntArray], list[str]]:
-        files = [each for each in envs if isinstance(each, FolderEnvironment)]
-        if self.verify == "none" and self.cache is False:
-            return [], []
-        sizes, bad = survey(files, decode=self.verify == "decode")
-        return sizes, [unreadable(bad)] if bad and self.verify != "none" else []
+    def _survey(
+        self, envs: list[Environment]
+    ) -> tuple[list[Environment], list[IntArray], list[str]]:
+        """The environments, those of files without what is left out; sizes [N, 2] of the images of
+        those; problems."""
+        for e in envs:
+            for what, count in (e.left_out if isinstance(e, FolderEnvironment) else {}).items():
+                self.leave_out(f"{e.name}: {what}", count)
+        if self.verify == "none" and self.cache is False and not self.skip_invalid:
+            return envs, [], []
+        kept: list[Environment] = []
+        sizes: list[IntArray] = []
+        bad: dict[Path, str] = {}
+        turned = 0
+        for e in envs:
+            if isinstance(e, FolderEnvironment):
+                found = e.survey(decode=self.verify == "decode" or self.skip_invalid)
+                turned += found.turned
+                if found.bad and self.skip_invalid:
+                    self.leave_out(f"{e.name}: images that cannot be read", len(found.bad))
+                    e, found = e.without(found.bad), found.without_bad()
+                bad |= e.unreadable(found)
+                sizes.append(found.sizes)
+            kept.append(e)
+        if turned:
+            log.warning(
+                "data %s: %d images have an EXIF orientation, which is not applied, as in "
+                "torchvision",
+                self.name,
+                turned,
+            )
+        return kept, sizes, [unreadable(bad)] if bad and self.verify != "none" else []
 
     @property
     def train_envs(self) -> list[int]:
@@ -202,14 +241,19 @@ class DomainData(TaskData):
         table = Table(title=f"{self.name}, data {self.data_hash}")
         table.add_column("")
         for env, name in enumerate(self.env_names):
-            table.add_column(f"{env} {name}", justify="right")
+            table.add_column(f"{env} {escape(name)}", justify="right")
+        table.add_column("all", justify="right")
         roles = ["test" if env in self.test_envs else "train" for env in range(len(self.splits))]
         table.add_row("role", *roles)
+
+        def add(name: str, counts: Sequence[int], end: bool = False) -> None:
+            table.add_row(name, *map(str, [*counts, sum(counts)]), end_section=end)
+
         for part in ("in", "out"):
-            sizes = [str(self.sizes[f"{name}/{part}"]) for name in self.env_names]
-            table.add_row(part, *sizes, end_section=part == "out")
+            add(part, [self.sizes[f"{name}/{part}"] for name in self.env_names])
+        add("images", list(map(len, self.envs)), end=True)
         for label, name in enumerate(self.class_names):
-            table.add_row(name, *[str((e.labels == label).sum()) for e in self.envs])
+            add(escape(name), [int((e.labels == label).sum()) for e in self.envs])
         (console or Console()).print(table)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -251,24 +295,86 @@ class DomainData(TaskData):
 # Checks before training. Each returns its problems; all are reported together.
 
 
-def class_problems(environments: Sequence[Environment]) -> list[str]:
-    """Environments must share two or more classes, each with images in every environment."""
-    every_class = sorted({name for e in environments for name in e.class_names})
+def positions(test_envs: Sequence[int | str], names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The indices of environments given by index or name, and what is neither."""
+    found = [names.index(env) if env in names else env for env in test_envs]
+    unknown = [env for env in found if isinstance(env, str)]
+    if not unknown:
+        return [env for env in found if not isinstance(env, str)], []
+    return [], [f"data.test_envs: there is no environment {_join(unknown)}; {_listing(names)}"]
+
+
+def class_problems(environments: Sequence[Environment], *, union: bool) -> list[str]:
+    """Environments must share two or more classes, each with images in every environment; with
+    `union` in one of them."""
+    every_class = _classes_of(environments)
     problems = []
     if len(every_class) < 2:
         problems.append(f"two or more classes are needed; found {_counted(every_class)}")
+    if union:
+        missing = [_missing(e) for e in environments]
+        empty = [name for name in every_class if all(name in each for each in missing)]
+        if empty:
+            problems.append(
+                f"no environment has images in {_classes(empty)}. Add some, or remove it."
+            )
+        return problems
     for e in environments:
         lacking = [name for name in every_class if name not in e.class_names]
         if lacking:
+            other_case = {name.casefold(): name for name in e.class_names}
+            alike = [
+                other_case[name.casefold()] for name in lacking if name.casefold() in other_case
+            ]
             problems.append(
-                f"{e.name} lacks {_classes(lacking)} of the other environments. Add images of "
-                "it here, or remove its folder everywhere."
+                f"{e.name} lacks {_classes(lacking)} of the other environments. "
+                + (f"It has {_join(alike)}: give both one spelling. " if alike else "")
+                + "Add images of it here, remove its folder everywhere, or take the classes of all "
+                "with data.class_union=true."
             )
-        counts = np.bincount(e.labels, minlength=len(e.class_names))
-        empty = [name for name, count in zip(e.class_names, counts, strict=True) if count == 0]
-        if empty:
-            problems.append(f"{e.name} has no images in {_classes(empty)}. Add some, or remove it.")
+        if empty := [name for name in _missing(e) if name not in lacking]:
+            problems.append(
+                f"{e.name} has no images in {_classes(empty)}. Add some, remove it, or accept that "
+                "with data.class_union=true."
+            )
     return problems
+
+
+def _classes_of(environments: Sequence[Environment]) -> list[str]:
+    return sorted({name for e in environments for name in e.class_names})
+
+
+def _missing(environment: Environment) -> list[str]:
+    counts = np.bincount(environment.labels, minlength=len(environment.class_names))
+    return [n for n, count in zip(environment.class_names, counts, strict=True) if count == 0]
+
+
+def unite_classes(environments: Sequence[Environment]) -> list[Environment]:
+    """The environments with labels that index the classes of all."""
+    every_class = _classes_of(environments)
+    place = {name: label for label, name in enumerate(every_class)}
+    united = []
+    for e in environments:
+        labels = np.array([place[name] for name in e.class_names], dtype=np.int64)[e.labels]
+        united.append(replace(e, labels=labels, class_names=tuple(every_class)))
+    return united
+
+
+def lacking_classes(
+    environments: Sequence[Environment], train_envs: Sequence[int]
+) -> Iterator[str]:
+    """Warnings where classes of all are not in an environment, or not in any that is trained on."""
+    missing = [_missing(e) for e in environments]
+    for e, names in zip(environments, missing, strict=True):
+        if names:
+            yield f"{e.name} has no images of {_classes(names)}; it is measured on the others"
+    unseen = [
+        name
+        for name in environments[0].class_names
+        if all(name in missing[env] for env in train_envs)
+    ]
+    if unseen:
+        yield f"no training environment has images of {_classes(unseen)}: it cannot be learnt"
 
 
 def role_problems(environments: Sequence[Environment], test_envs: Sequence[int]) -> list[str]:
@@ -279,7 +385,7 @@ def role_problems(environments: Sequence[Environment], test_envs: Sequence[int])
             "two or more environments are needed: one to test on, others to train on; "
             f"found {found}"
         ]
-    listing = "the data set has " + _join([f"{i} ({e.name})" for i, e in enumerate(environments)])
+    listing = _listing([e.name for e in environments])
     beyond = [env for env in test_envs if not 0 <= env < len(environments)]
     if beyond:
         return [f"data.test_envs: there is no environment {_join(beyond)}; {listing}"]
@@ -311,6 +417,10 @@ def batch_problems(in_sizes: Mapping[str, int], *, batch_size: int, parts: int) 
             "Lower data.batch_size or add images."
         )
     return problems
+
+
+def _listing(names: Sequence[str]) -> str:
+    return "the data set has " + _join([f"{i} ({name})" for i, name in enumerate(names)])
 
 
 def _classes(names: Sequence[str]) -> str:

@@ -33,7 +33,13 @@ from dynmoe.data.text.ood import read_ood
 from dynmoe.data.text.sets import TextSet
 from dynmoe.data.text.sources import Source, read_sets
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS, GlueTask
-from dynmoe.data.text.tokens import EncodedTexts, encode, load_tokenizer, word_tokenizer
+from dynmoe.data.text.tokens import (
+    EncodedTexts,
+    encode,
+    load_tokenizer,
+    vocabulary_size,
+    word_tokenizer,
+)
 from dynmoe.errors import DataError
 from dynmoe.seeding import split
 
@@ -83,6 +89,8 @@ class GlueData(TaskData):
     """Name of a tokenizer on the hub; without path and name: the words of the training set."""
     cache: str | None = None
     """Folder of tokenized texts, shared by all runs; None: none."""
+    skip_invalid: bool = False
+    """Leave out rows with a label that is none of the task's."""
     linear_baseline: bool = False
     """Fit TF-IDF + logistic regression to compare with."""
 
@@ -109,7 +117,10 @@ class GlueData(TaskData):
             return
         sets = self._read(LABELLED)
         for name in self.ood:
-            sets[name] = read_ood(name, self.ood_root, self.glue_task)
+            sets[name] = read_ood(name, self.ood_root, self.glue_task, self.skip_invalid)
+        for name, each in sets.items():
+            for what, count in each.left_out.items():
+                self.leave_out(f"{name}: {what}", count)
         if self.holdout_fraction:
             train = sets["train"]
             kept, held = split(len(train), self.trial_seed, 0, self.holdout_fraction)
@@ -131,7 +142,7 @@ class GlueData(TaskData):
             self.baseline = linear_text_baseline(train, sets["dev"], self.glue_task.metrics)
 
     def _read(self, names: Sequence[str]) -> dict[str, TextSet]:
-        found = read_sets(self.glue_task, self.source, self.root, names)
+        found = read_sets(self.glue_task, self.source, self.root, names, self.skip_invalid)
         for text in found.warnings:
             log.warning("%s", text)
         return found.sets
@@ -152,12 +163,14 @@ class GlueData(TaskData):
     def backbone_arguments(self) -> dict[str, Any]:
         return {
             "num_classes": max(1, len(self.glue_task.labels)),
-            "vocab_size": len(self.tokenizer),
+            "vocab_size": vocabulary_size(self.tokenizer),
             "pad_token_id": self.tokenizer.pad_token_id,
         }
 
     def check_backbone(self, backbone: Any) -> None:
         backbone.check_length(self.max_length)
+        if self.sets["train"].second and "token_type_ids" in self.tokenizer.model_input_names:
+            backbone.check_pairs()
 
     @property
     def task_arguments(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ The sets are those of GLUE-X (Yang et al., ACL 2023). Each is read from its publ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -97,21 +97,25 @@ OOD = {
 }
 
 
-def read_ood(name: str, root: str | None, task: GlueTask) -> TextSet:
+def read_ood(name: str, root: str | None, task: GlueTask, skip_invalid: bool = False) -> TextSet:
     """A set of `OOD`, or the file `<root>/<name>.tsv` or `.jsonl` with the task's columns + label.
+
+    `skip_invalid` leaves out rows with unknown labels.
 
     Raises:
         DataError: no such file, damaged, or a set that does not fit the task.
     """
-    if root is None or not Path(root).is_dir():
+    if root is None or not Path(root).expanduser().is_dir():
         raise DataError(
             f"data.ood_root: {'not given' if root is None else f'no folder {root}'}. "
             f"Give the folder that holds the files of {name}."
         )
-    own = [Path(root) / f"{name}{suffix}" for suffix in (".tsv", ".jsonl")]
+    above = Path(root).expanduser()
+    own = [above / f"{name}{suffix}" for suffix in (".tsv", ".jsonl")]
     if file := first_file(own):
         table = read_table(file, (*task.columns, "label"))
-        return text_set(table.texts(file, task.columns, "label"), task, labelled=True)
+        raw = table.texts(file, task.columns, "label")
+        return text_set(raw, task, labelled=True, skip_invalid=skip_invalid)
     if name not in OOD:
         raise DataError(
             f"data.ood: {name} is neither one of {', '.join(OOD)} nor a file: no {own[0]} or "
@@ -127,15 +131,15 @@ def read_ood(name: str, root: str | None, task: GlueTask) -> TextSet:
             f"{' or '.join(filter(None, choices))}."
         )
     # SciTailV1.1/ or snli_1.0/ below `root`, then `root` itself.
-    below = [entry for entry in sorted(Path(root).iterdir()) if entry.is_dir()]
-    folders = [*(each for each in below if each.name.lower().startswith(name)), Path(root)]
+    below = [entry for entry in sorted(above.iterdir()) if entry.is_dir()]
+    folders = [*(each for each in below if each.name.lower().startswith(name)), above]
     file = first_file([folder / each for folder, each in product(folders, published.files)])
     if file is None:
         raise DataError(
             f"data.ood_root: no file {' or '.join(published.files)} of {name} in "
             f"{' or '.join(map(str, folders))}."
         )
-    return _published(published, file, task)
+    return _published(published, file, task, skip_invalid)
 
 
 def _misfit(published: OodSet, task: GlueTask) -> str:
@@ -145,7 +149,7 @@ def _misfit(published: OodSet, task: GlueTask) -> str:
     return "its labels mean something else"
 
 
-def _published(published: OodSet, file: Path, task: GlueTask) -> TextSet:
+def _published(published: OodSet, file: Path, task: GlueTask, skip_invalid: bool) -> TextSet:
     *text_columns, label = published.columns
     only = published.only
     optional = (only[0],) if only else ()
@@ -156,11 +160,8 @@ def _published(published: OodSet, file: Path, task: GlueTask) -> TextSet:
         if classes
     }
     undecided = published.labels.keys() - numbers.keys()
-    keep = [
-        row
-        for row, word in enumerate(table.columns[label])
-        if word not in undecided
-        and (only is None or only[0] not in table.columns or table.columns[only[0]][row] == only[1])
-    ]
-    raw = table.chosen(keep).texts(file, text_columns, label)
-    return text_set(raw, task, labelled=True, known=numbers)
+    if only is not None and only[0] in table.columns:
+        table = table.chosen([i for i, v in enumerate(table.columns[only[0]]) if v == only[1]])
+    raw = table.texts(file, text_columns, label)
+    decided = replace(task, undecided=tuple(undecided))
+    return text_set(raw, decided, labelled=True, known=numbers, skip_invalid=skip_invalid)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,8 @@ class TextSet:
     second: list[str] | None
     label: LabelArray
     index: IntArray
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Counts of rows that the file has beside these, by what they are."""
 
     def __len__(self) -> int:
         return len(self.first)
@@ -61,7 +64,7 @@ class RawTexts:
 
     where: str
     texts: Sequence[list[str]]
-    labels: Sequence[object] | None
+    labels: Sequence[str] | None
     index: Sequence[int]
     dropped: int = 0  # rows with missing fields
 
@@ -69,59 +72,111 @@ class RawTexts:
 Loader = Callable[[], RawTexts]  # raises DataError
 
 
+def as_text(value: object, where: str) -> str | None:
+    """A field of a file as text; None where it is missing: null, or NaN, which pandas writes.
+
+    A number counts as the text that it is written with, 1.0 as 1: pandas makes a column of integers
+    one of floats where a value is missing.
+
+    Raises:
+        DataError: a list, an object or a truth value.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{where}: expected text or a number, found {value!r:.80}")
+    if isinstance(value, float):
+        return None if math.isnan(value) else f"{value:.15g}"
+    return str(value)
+
+
 def text_set(
-    raw: RawTexts, task: GlueTask, *, labelled: bool, known: Mapping[str, int] | None = None
+    raw: RawTexts,
+    task: GlueTask,
+    *,
+    labelled: bool,
+    known: Mapping[str, int] | None = None,
+    skip_invalid: bool = False,
 ) -> TextSet:
     """Labels become numbers; `known` maps the file's words to them, by default the task's.
+
+    Rows whose annotators did not agree are left out; with `skip_invalid` rows with an unknown label
+    too.
 
     Raises:
         DataError: no rows, a label outside the task, or none where `labelled` asks for them.
     """
-    if not raw.index:
-        raise DataError(f"{raw.where}: no rows. Expected {' and '.join(task.columns)} with labels.")
     if labelled and raw.labels is None:
         raise DataError(f"{raw.where}: no label column.")
-    words = None if raw.labels is None else [str(label) for label in raw.labels]
+    texts, index = raw.texts, raw.index
+    words = raw.labels
+    left_out = {"rows with missing fields": raw.dropped}
     # Files of different sources name a class or number it.
     own = {word: label for label, name in enumerate(task.labels) for word in (name, str(label))}
+    known = known or own
+    if labelled and words is not None:
+
+        def leave_out(what: str, unwanted: Callable[[str], bool]) -> None:
+            nonlocal texts, index, words
+            assert words is not None
+            kept = [row for row, word in enumerate(words) if not unwanted(word)]
+            left_out[what] = len(words) - len(kept)
+            texts = [[column[row] for row in kept] for column in texts]
+            index, words = [index[row] for row in kept], [words[row] for row in kept]
+
+        leave_out("rows without an agreed label", lambda word: word in task.undecided)
+        if skip_invalid:
+            is_known = _is_score if task.regression else known.__contains__
+            leave_out("rows with an unknown label", lambda word: not is_known(word))
+    if not index:
+        raise DataError(f"{raw.where}: no rows. Expected {' and '.join(task.columns)} with labels.")
     label = (
-        _scores(words, raw, labelled=labelled)
+        _scores(words, raw.where, len(index), labelled=labelled)
         if task.regression
-        else _classes(words, raw, known or own, labelled=labelled)
+        else _classes(words, raw.where, len(index), known, labelled=labelled)
     )
     return TextSet(
-        first=raw.texts[0],
-        second=raw.texts[1] if len(raw.texts) > 1 else None,
+        first=texts[0],
+        second=texts[1] if len(texts) > 1 else None,
         label=label,
-        index=np.array(raw.index, dtype=np.int64),
+        index=np.array(index, dtype=np.int64),
+        left_out={what: count for what, count in left_out.items() if count},
     )
+
+
+def _is_score(word: str) -> bool:
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
 
 
 def _classes(
-    words: list[str] | None, raw: RawTexts, known: Mapping[str, int], *, labelled: bool
+    words: Sequence[str] | None, where: str, rows: int, known: Mapping[str, int], *, labelled: bool
 ) -> LabelArray:
     if words is None:
-        return np.full(len(raw.index), -1, dtype=np.int64)
+        return np.full(rows, -1, dtype=np.int64)
     if not labelled:  # published test sets say -1
         known = {**known, "-1": -1}
     unknown = sorted({word for word in words if word not in known})
     if unknown:
         raise DataError(
-            f"{raw.where}: unknown labels {', '.join(map(repr, unknown[:LISTED]))}. "
-            f"Expected {', '.join(known)}."
+            f"{where}: unknown labels {', '.join(map(repr, unknown[:LISTED]))}. "
+            f"Expected {', '.join(known)}. Rows of other labels are left out with "
+            "data.skip_invalid=true."
         )
     return np.array([known[word] for word in words], dtype=np.int64)
 
 
-def _scores(words: list[str] | None, raw: RawTexts, *, labelled: bool) -> LabelArray:
+def _scores(words: Sequence[str] | None, where: str, rows: int, *, labelled: bool) -> LabelArray:
     if words is None:
-        return np.full(len(raw.index), np.nan, dtype=np.float32)
+        return np.full(rows, np.nan, dtype=np.float32)
     try:
         scores = np.array([float(word) for word in words], dtype=np.float32)
     except ValueError as error:
-        raise DataError(f"{raw.where}: a score is not a number: {error}.") from None
+        raise DataError(f"{where}: a score is not a number: {error}.") from None
     if not labelled:  # published test sets say -1
         scores[scores == -1] = np.nan
     elif not np.isfinite(scores).all():
-        raise DataError(f"{raw.where}: a score is not a finite number.")
+        raise DataError(f"{where}: a score is not a finite number.")
     return scores

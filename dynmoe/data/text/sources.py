@@ -13,9 +13,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dynmoe.data.text.sets import Loader, RawTexts, TextSet, text_set
+from dynmoe.data.text.sets import Loader, RawTexts, TextSet, as_text, text_set
 from dynmoe.data.text.tasks import LABELLED, TESTS, GlueTask
 from dynmoe.errors import DataError
+from dynmoe.files import check_regular
 from dynmoe.questions.files import reading
 
 if TYPE_CHECKING:
@@ -36,8 +37,11 @@ def read_sets(
     source: Source,
     root: str | None,
     names: Sequence[str] = (*LABELLED, *TESTS),
+    skip_invalid: bool = False,
 ) -> Sets:
     """The sets `names` of a task, and warnings where their sizes are not the published ones.
+
+    `skip_invalid` leaves out rows with unknown labels.
 
     Raises:
         DataError: lists every problem of every set.
@@ -49,16 +53,11 @@ def read_sets(
         if name not in names:
             continue
         try:
-            raw = load()
-            sets[name] = text_set(raw, task, labelled=name in LABELLED)
+            labelled = name in LABELLED
+            sets[name] = text_set(load(), task, labelled=labelled, skip_invalid=skip_invalid)
         except DataError as error:
             problems.append(str(error))
             continue
-        if raw.dropped:
-            rows = "row" if raw.dropped == 1 else "rows"
-            warnings.append(
-                f"{task.title} {name}: dropped {raw.dropped:,} {rows} with missing fields"
-            )
         if len(sets[name]) != task.sizes[name]:
             warnings.append(
                 f"{task.title} {name}: expected {task.sizes[name]:,} rows, "
@@ -79,12 +78,12 @@ def _loaders(task: GlueTask, source: Source, root: str | None) -> dict[str, Load
         return {name: partial(_read_glosses, name) for name in ("train", "dev")}
     if source == "hub":
         return hub_loaders(task)
-    if root is None or not Path(root).is_dir():
+    if root is None or not Path(root).expanduser().is_dir():
         raise DataError(
             f"data.root: {'not given' if root is None else f'no folder {root}'}. "
             f"Give the folder of {task.title}'s files, or one that holds {task.title}/."
         )
-    return (tsv_loaders if source == "tsv" else parquet_loaders)(task, Path(root))
+    return (tsv_loaders if source == "tsv" else parquet_loaders)(task, Path(root).expanduser())
 
 
 # Columns of a TSV or JSONL file, plain or .gz, without any quoting.
@@ -117,12 +116,21 @@ class TextTable:
 
 
 def first_file(candidates: Sequence[Path]) -> Path | None:
-    """The first candidate that exists, itself or with .gz after its name."""
+    """The first candidate that exists, itself or with .gz after its name, in any case."""
     for path in candidates:
-        for file in (path, path.with_name(path.name + ".gz")):
-            if file.is_file():
-                return file
+        listed = {each.name: each for each in _listed(path.parent)}
+        names = {name.lower(): name for name in reversed(sorted(listed))}
+        for name in (path.name, f"{path.name}.gz"):
+            if found := listed.get(name) or listed.get(names.get(name.lower(), "")):
+                return found
     return None
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder but folders: a pipe is refused when it is read."""
+    return (
+        [each for each in sorted(folder.iterdir()) if not each.is_dir()] if folder.is_dir() else []
+    )
 
 
 def read_table(
@@ -142,7 +150,7 @@ def read_table(
     rows: Iterable[dict[str, Any]]
     with reading(path):
         try:
-            if ".jsonl" in path.suffixes:
+            if ".jsonl" in path.name.lower():
                 rows = list(_json_objects(path))
                 names = list(rows[0]) if rows else []
             else:
@@ -156,14 +164,14 @@ def read_table(
                     f"{path}: no column {', '.join(missing)}. "
                     f"Found {', '.join(names) or 'an empty file'}."
                 )
-            return _table([*required, *(name for name in optional if name in names)], rows)
+            return _table(path, [*required, *(name for name in optional if name in names)], rows)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise DataError(f"{path}: damaged gzip file. Fetch or pack it again.") from None
 
 
 def _lines(path: Path) -> Iterator[str]:
     """Non-blank lines without their end; only a line feed ends one, as texts may hold others."""
-    opened = gzip.open if path.suffix == ".gz" else open
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
         for line in lines:
             if stripped := line.rstrip("\r\n"):
@@ -178,12 +186,12 @@ def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
             raise DataError(f"{path}: not one JSON object per line: {error}.") from None
 
 
-def _table(names: Sequence[str], rows: Iterable[dict[str, Any]]) -> TextTable:
+def _table(where: Path, names: Sequence[str], rows: Iterable[dict[str, Any]]) -> TextTable:
     columns: list[list[str]] = [[] for _ in names]
     numbers: list[int] = []
     number = -1
     for number, row in enumerate(rows):
-        values = [row.get(name) for name in names]
+        values = [as_text(row.get(name), f"{where}, row {number}, {name}") for name in names]
         if None not in values:
             numbers.append(number)
             for column, value in zip(columns, values, strict=True):
@@ -352,8 +360,10 @@ def _splits(task: GlueTask) -> dict[str, str]:
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    """All shards of a split: train-00000-of-00001.parquet, or one train.parquet."""
-    return sorted(folder.glob(f"{split}-*.parquet")) or sorted(folder.glob(f"{split}.parquet"))
+    """All shards of a split: train-00000-of-00001.parquet, or one train.parquet; in any case."""
+    files = [file for file in _listed(folder) if file.suffix.lower() == ".parquet"]
+    shards = [file for file in files if file.stem.lower().startswith(f"{split}-")]
+    return shards or [file for file in files if file.stem.lower() == split]
 
 
 def _read_parquet(task: GlueTask, folder: Path, split: str, files: list[Path]) -> RawTexts:
@@ -366,6 +376,8 @@ def _read_parquet(task: GlueTask, folder: Path, split: str, files: list[Path]) -
             f"Give the folder of {task.title}'s files, or one that holds {task.name}/."
         )
     try:
+        for file in files:
+            check_regular(file)
         table = pyarrow.concat_tables([pyarrow.parquet.read_table(file) for file in files])
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{files[0]}: cannot be read as Parquet: {error}") from None
@@ -380,12 +392,18 @@ def _raw_parquet(task: GlueTask, where: str, table: pyarrow.Table) -> RawTexts:
         )
     if "idx" not in table.column_names:
         table = table.append_column("idx", [range(len(table))])
-    complete = table.select([*task.columns, "label", "idx"]).drop_null()
+    columns = [
+        [as_text(v, f"{where}, row {n}, {name}") for n, v in enumerate(table[name].to_pylist())]
+        for name in (*task.columns, "label")
+    ]
+    rows = zip(*columns, table["idx"].to_pylist(), strict=True)
+    complete = [row for row in rows if None not in row]
+    *texts, labels, index = map(list, zip(*complete, strict=True)) if complete else [[]] * 4
     return RawTexts(
         where=where,
-        texts=[complete[name].to_pylist() for name in task.columns],
-        labels=complete["label"].to_pylist(),
-        index=complete["idx"].to_pylist(),
+        texts=texts[: len(task.columns)],
+        labels=labels,
+        index=index,
         dropped=len(table) - len(complete),
     )
 

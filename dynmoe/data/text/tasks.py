@@ -28,7 +28,8 @@ class GlueTask:
 
     `columns` are the hub's: one text or two. `labels` are class names in label order, empty for a
     regression. `sizes` counts the rows of every set as published. `text_labels`: the files that
-    the GLUE server expects hold class names, not numbers.
+    the GLUE server expects hold class names, not numbers. `undecided`: labels that mean that the
+    annotators did not agree, as MultiNLI's own files have them.
     """
 
     name: str
@@ -38,6 +39,7 @@ class GlueTask:
     sizes: Mapping[str, int]
     metrics: tuple[str, ...] = ("accuracy",)
     text_labels: bool = False
+    undecided: tuple[str, ...] = ()
 
     @property
     def regression(self) -> bool:
@@ -123,6 +125,7 @@ TASKS = {
                 "ax": 1104,
             },
             text_labels=True,
+            undecided=("-", "-1"),
         ),
         GlueTask(
             name="qnli",

@@ -78,6 +78,7 @@ def encode(
 def kept_or_made(file: Path, read: Callable[[Path], T], make: Callable[[Path], T]) -> T:
     """Return what `read` finds in `file`, a file of the cache, or else what `make` writes there.
 
+    A checksum beside the file tells whether it is as it was made: not all damage shows in reading.
     `read` raises OSError or ValueError where there is no file or a damaged one. Processes that ask
     for the same file wait for the first.
 
@@ -87,15 +88,30 @@ def kept_or_made(file: Path, read: Callable[[Path], T], make: Callable[[Path], T
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
+            checksum = Path(f"{file}.blake2b")
             try:
+                if checksum.read_text() != _digest(file):
+                    raise ValueError(f"{file}: another checksum")
                 return read(file)
             except (OSError, ValueError):
-                return make(file)
+                made = make(file)
+                checksum.write_text(_digest(file))
+                return made
     except OSError as error:
         raise ConfigError(
             f"paths.cache: cannot write to {file.parent}: {error.strerror or error}. "
             "Choose another folder: paths.cache=FOLDER, or keep none: data.cache=null"
         ) from error
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "blake2b").hexdigest()
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Embeddings that a model needs for the tokens: the largest id and 1, as ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, content: Any) -> str:
@@ -126,6 +142,11 @@ def load_tokenizer(path: str | None, name: str | None) -> PreTrainedTokenizerBas
         ) from error
     if tokenizer.pad_token is None:  # decoders
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            f"{key}={place}: its tokenizer has no token for padding, and no end token to take "
+            "instead. Set tokenizer.pad_token and save it: backbone.path=FOLDER"
+        )
     tokenizer.padding_side = "right"
     return tokenizer
 

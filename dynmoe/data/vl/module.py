@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data.base import TaskData
 from dynmoe.data.text.batches import EpochDraw, EvalBatches, steps_per_epoch
+from dynmoe.data.text.tokens import vocabulary_size
 from dynmoe.data.vl import chat
 from dynmoe.data.vl.batches import (
     AskedQuestions,
@@ -265,7 +266,7 @@ class VisionLanguageData(TaskData):
     @property
     def backbone_arguments(self) -> dict[str, Any]:
         return {
-            "vocab_size": len(self.tokenizer),
+            "vocab_size": vocabulary_size(self.tokenizer),
             "pad_token_id": self.tokenizer.pad_token_id,
             "eos_token_id": chat.end_id(self.tokenizer, self.question_template),
         }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dynmoe.config import environments
 from dynmoe.data.images.digits import (
     ANGLES,
     colored,
@@ -17,6 +18,12 @@ from dynmoe.data.images.digits import (
 )
 from dynmoe.data.images.environments import ArrayEnvironment, Environment
 from dynmoe.errors import DataError
+
+
+def test_the_check_of_a_command_knows_the_names_of_the_environments() -> None:
+    images, labels = grey(100)
+    assert tuple(e.name for e in rotated(images, labels, 0)) == environments.ANGLES
+    assert tuple(e.name for e in colored(images, labels, 0)) == environments.COLOURS
 
 
 def grey(n: int) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -21,6 +24,7 @@ from dynmoe.data.images.digits import rotated_digits
 from dynmoe.data.images.environments import image_folders
 from dynmoe.data.images.module import DomainData, linear_pixel_baseline
 from dynmoe.errors import DataError
+from dynmoe.image_files import BadImage
 
 DIGITS = partial(rotated_digits, seed=0)
 
@@ -80,7 +84,10 @@ def test_data_hash_changes_with_split_and_files(tree: Path) -> None:
     assert data_hash() != data_hash(trial_seed=1)
     before = data_hash()
     (tree / "art" / "cat" / "0.png").rename(tree / "art" / "cat" / "00.png")
-    assert data_hash() != before
+    renamed = data_hash()
+    assert renamed != before
+    Image.new("RGB", (8, 8)).save(tree / "art" / "cat" / "00.png")
+    assert data_hash() not in (before, renamed)
 
 
 def test_loaders_are_equal_with_and_without_cache_and_workers(tree: Path) -> None:
@@ -133,9 +140,10 @@ def test_all_problems_are_reported_at_once(tree: Path) -> None:
         "data Test: 5 problem(s)",
         "  data.test_envs: there is no environment 3; the data set has 0 (art), 1 (photo), "
         "2 (sketch)",
-        "  photo lacks class dog of the other environments. Add images of it here, or remove its "
-        "folder everywhere.",
-        "  sketch has no images in class dog. Add some, or remove it.",
+        "  photo lacks class dog of the other environments. Add images of it here, remove its "
+        "folder everywhere, or take the classes of all with data.class_union=true.",
+        "  sketch has no images in class dog. Add some, remove it, or accept that with "
+        "data.class_union=true.",
         "  data.batch_size: 15 is more than the in split of photo (8), sketch (8). Lower "
         "data.batch_size or add images.",
         "  unreadable images: 1. Replace or remove them, or leave them out with "
@@ -151,6 +159,92 @@ def test_truncated_files_are_found_by_decoding_only(tree: Path) -> None:
     pets(tree, verify="header").setup()
     (_, _, found) = problems(pets(tree, verify="decode"))
     assert str(path) in found and "truncated" in found
+
+
+def test_bad_images_are_left_out_and_counted_if_asked(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Truncated files too, although training would read them without the switch."""
+    whole = pets(tree)
+    whole.setup()
+    cut = tree / "art" / "cat" / "3.png"
+    cut.write_bytes(cut.read_bytes()[:-300])
+    (tree / "art" / "dog" / "9.png").write_bytes(b"")
+    (tree / "sketch" / "dog" / "note.gif").write_bytes(b"GIF")
+    data = pets(tree, skip_invalid=True, cache=True)
+    data.setup()
+    assert data.left_out == {
+        "art: images that cannot be read": 2,
+        "sketch: files with suffix .gif": 1,
+    }
+    assert "left out: art: images that cannot be read: 2" in caplog.text
+    assert [len(e) for e in data.envs] == [18, 20, 20]
+    assert [(e.labels == 0).sum() for e in data.envs] == [9, 10, 10]
+    files = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(10)]
+    kept = [i for i, file in enumerate(files) if file not in ("cat/3.png", "dog/9.png")]
+    for place, index in enumerate(kept):
+        assert data.envs[0].load(place).tobytes() == whole.envs[0].load(index).tobytes()
+    assert data.data_hash != whole.data_hash
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_in_training_is_named_without_a_traceback(tree: Path, workers: int) -> None:
+    for index in range(10):
+        (tree / "photo" / "dog" / f"{index}.png").write_bytes(b"x")
+    data = pets(tree, verify="none", cache=False, workers=workers)
+    data.setup()
+    with pytest.raises(BadImage) as error:
+        list(data.train_dataloader())
+    assert re.fullmatch(
+        rf"{tree}/photo/dog/\d.png: cannot be read as an image: not an image, or of a format that "
+        r"Pillow cannot read\.",
+        str(error.value),
+    )
+
+
+def test_environments_are_named_or_counted(tree: Path) -> None:
+    for test_envs in (["sketch", "art"], [2, "art"], [2, 0]):
+        data = pets(tree, test_envs=test_envs)
+        data.setup()
+        assert data.test_envs == [2, 0] and data.train_envs == [1]
+    digits = domain_data(DIGITS, test_envs=["15"])
+    digits.setup()
+    assert digits.test_envs == [1]
+
+
+def test_a_union_of_classes_keeps_the_labels_of_all(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(tree / "photo" / "cat")
+    (tree / "art" / "dog").rename(tree / "art" / "bird")
+    data = pets(tree, class_union=True, class_balanced=True, cache=True)
+    data.setup()
+    assert data.class_names == ["bird", "cat", "dog"] and data.num_classes == 3
+    found = [np.bincount(e.labels, minlength=3).tolist() for e in data.envs]
+    assert found == [[10, 10, 0], [0, 0, 10], [0, 10, 10]]
+    assert "art has no images of class dog" in caplog.text
+    assert "photo has no images of classes bird, cat" in caplog.text
+    assert "no training environment has images of class bird" in caplog.text
+    labels = torch.cat([batch.label for batch in data.train_dataloader()])
+    assert set(labels.tolist()) == {1, 2}
+    (tree / "art" / "fish").mkdir()
+    message = "no environment has images in class fish"
+    assert message in problems(pets(tree, class_union=True))[1]
+
+
+def test_names_that_differ_in_case_alone_are_pointed_out(tree: Path) -> None:
+    (tree / "photo" / "dog").rename(tree / "photo" / "Dog")
+    assert "It has dog: give both one spelling" in problems(pets(tree))[1]
+
+
+def test_orientations_are_said_not_to_be_applied(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 4)).save(tree / "art" / "cat" / "turned.jpg", exif=exif)
+    pets(tree).setup()
+    assert "1 images have an EXIF orientation, which is not applied" in caplog.text
 
 
 def test_class_balanced_is_passed_on(tree: Path) -> None:
@@ -174,6 +268,10 @@ def test_class_balanced_is_passed_on(tree: Path) -> None:
             {"test_envs": [0, 1, 2]},
             "data.test_envs: [0, 1, 2] leaves no environment to train on; the data set has 0 "
             "(art), 1 (photo), 2 (sketch). Leave at least one out of data.test_envs.",
+        ),
+        (
+            {"test_envs": ["scetch", 1]},
+            "data.test_envs: there is no environment scetch; the data set has 0 (art), 1 (photo)",
         ),
         ({"test_envs": [-1]}, "data.test_envs: there is no environment -1; the data set has 0 ("),
         (
@@ -205,9 +303,10 @@ def test_check_table(tree: Path) -> None:
     data.print_check(console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
-    assert ["role", "test", "train", "train"] in rows
-    assert ["in", "16", "16", "16"] in rows and ["out", "4", "4", "4"] in rows
-    assert ["dog", "10", "10", "10"] in rows
+    assert ["role", "test", "train", "train"] in [row[:4] for row in rows]
+    assert ["in", "16", "16", "16", "48"] in rows and ["out", "4", "4", "4", "12"] in rows
+    assert ["images", "20", "20", "20", "60"] in rows
+    assert ["dog", "10", "10", "10", "30"] in rows
 
 
 def test_linear_baseline_learns_the_training_angles() -> None:

@@ -37,11 +37,86 @@ def test_two_environments_are_enough(tree: Path) -> None:
 
 
 def test_what_tools_leave_behind_is_no_environment_and_no_class(tree: Path) -> None:
-    for name in ("__MACOSX", ".git", "art/__pycache__"):
+    for name in ("__MACOSX", ".git", "art/__pycache__", "art/cat/.ipynb_checkpoints"):
         (tree / name).mkdir()
+        (tree / name / "0.png").touch()
+    for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tree / "art" / "cat" / name).touch()
     environments = image_folders(str(tree))
     assert [e.name for e in environments] == ["art", "photo", "sketch"]
     assert environments[0].class_names == ("cat", "dog")
+    assert isinstance(environments[0], FolderEnvironment)
+    assert len(environments[0]) == 20 and environments[0].left_out == {
+        "folders in class folders": 1
+    }
+
+
+def test_what_is_not_read_is_counted(tree: Path) -> None:
+    cat = tree / "art" / "cat"
+    for index, name in enumerate(("a.GIF", "b.gif", "c.heic", "notes", "readme.txt")):
+        (cat / f"{index}.png").rename(cat / name)
+    (cat / "9.png").rename(cat / "9.PNG")
+    (tree / "art" / "loose.jpg").touch()
+    (cat / "album.jpg").mkdir()
+    art = image_folders(str(tree))[0]
+    assert isinstance(art, FolderEnvironment)
+    assert art.left_out == {
+        "images outside of class folders": 1,
+        "folders in class folders": 1,
+        "files with suffix .gif": 2,
+        "files with suffix .heic": 1,
+        "files with suffix .txt": 1,
+        "files without suffix": 1,
+    }
+    assert len(art) == 15 and "art/cat/9.PNG" in art.files
+
+
+@pytest.mark.parametrize("place", ["art/cat/train", "sketch/dog/a/b"])
+def test_images_below_class_folders_are_refused(tree: Path, place: str) -> None:
+    (tree / place).mkdir(parents=True)
+    (tree / "art" / "cat" / "0.png").rename(tree / place / "x.jpg")
+    message = f"1 images lie deeper than a class folder: {place}/x.jpg. Expected {tree}/environment"
+    with pytest.raises(DataError, match=message):
+        image_folders(str(tree))
+
+
+def test_a_folder_of_splits_in_every_environment_is_refused(tree: Path) -> None:
+    for environment in ("art", "photo", "sketch"):
+        for split in ("train", "val"):
+            (tree / environment / split).mkdir()
+        (tree / environment / "cat").rename(tree / environment / "train" / "cat")
+        (tree / environment / "dog").rename(tree / environment / "val" / "dog")
+    with pytest.raises(DataError, match="60 images lie deeper than a class folder: art/train/cat/"):
+        image_folders(str(tree))
+
+
+def test_unicode_forms_of_a_name_are_one_name(tree: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for environment in ("art", "photo", "sketch"):
+        form = decomposed if environment == "sketch" else composed
+        (tree / environment / "dog").rename(tree / environment / form)
+    (tree / "photo").rename(tree / decomposed)
+    found = image_folders(str(tree), environments=["art", composed, "sketch"])
+    assert [e.name for e in found] == ["art", composed, "sketch"]
+    assert {e.class_names for e in found} == {(composed, "cat")}
+    assert found[2].load(0).mode == "RGB"
+    before = found[2].content_hash()
+    (tree / "sketch" / decomposed).rename(tree / "sketch" / composed)
+    assert image_folders(str(tree))[2].content_hash() == before
+    (tree / "sketch" / decomposed).mkdir()
+    with pytest.raises(DataError, match=f"two folders in {tree}/sketch are called {composed}"):
+        image_folders(str(tree))
+
+
+def test_names_that_are_no_text_are_refused(tree: Path) -> None:
+    (tree / "art" / "dog").rename(tree / "art" / b"caf\xe9".decode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=r"folder called 'caf.*Rename it"):
+        image_folders(str(tree))
+
+
+def test_a_home_folder_may_be_written_short(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tree.parent))
+    assert len(image_folders("~/Pets")) == len(image_folders("~", "Pets")) == 3
 
 
 def test_an_environment_without_images_in_class_folders(tree: Path) -> None:
@@ -69,7 +144,13 @@ def test_drop_list_leaves_images_out(tree: Path, tmp_path: Path) -> None:
     drop_list.write_text("art/cat/0.png\nart/dog/9.png\nart/dog/long_gone.png\n")
     art, photo, _ = image_folders(str(tree), drop_list=str(drop_list))
     assert (len(art), len(photo)) == (18, 20)
-    with pytest.raises(DataError, match=r"data.environments.drop_list: cannot read nowhere.txt"):
+    drop_list.write_bytes(b"\xef\xbb\xbfart/cat/0.png\r\n./art/dog/9.png \r\n")
+    art = image_folders(str(tree), drop_list=str(drop_list))[0]
+    assert isinstance(art, FolderEnvironment)
+    assert art.left_out == {"images of data.environments.drop_list": 2}
+    with pytest.raises(
+        DataError, match=r"data.environments.drop_list: nowhere.txt: cannot be read"
+    ):
         image_folders(str(tree), drop_list="nowhere.txt")
 
 

@@ -7,15 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dynmoe.data.text.sets import RawTexts, TextSet, text_set
-from dynmoe.data.text.tasks import TASKS
+from dynmoe.data.text.sets import RawTexts, TextSet, as_text, text_set
+from dynmoe.data.text.tasks import TASKS, GlueTask
 from dynmoe.errors import DataError
 
 RTE, STSB = TASKS["rte"], TASKS["stsb"]
 
 
 def raw(labels: list[object] | None) -> RawTexts:
-    return RawTexts("rte.tsv", (["a", "b"], ["c", "d"]), labels, range(2))
+    words = None if labels is None else list(map(str, labels))
+    return RawTexts("rte.tsv", (["a", "b"], ["c", "d"]), words, range(2))
 
 
 def pairs() -> TextSet:
@@ -59,6 +60,31 @@ def test_a_labelled_set_must_have_the_labels_of_its_task(task, labels, message) 
     with pytest.raises(DataError) as error:
         text_set(raw(labels), task, labelled=True)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("word", ["-", "-1"])
+def test_rows_without_an_agreed_label_are_left_out_of_mnli(word: str) -> None:
+    made = text_set(raw([word, "neutral"]), TASKS["mnli"], labelled=True)
+    assert (made.first, made.second, made.label.tolist()) == (["b"], ["d"], [1])
+    assert made.index.tolist() == [1]
+    assert made.left_out == {"rows without an agreed label": 1}
+    with pytest.raises(DataError, match="no rows"):
+        text_set(raw([word, word]), TASKS["mnli"], labelled=True)
+
+
+@pytest.mark.parametrize(("task", "labels"), [(RTE, ["maybe", 1]), (STSB, ["good", 1])])
+def test_rows_of_unknown_labels_are_left_out_if_asked(task: GlueTask, labels: list[object]) -> None:
+    made = text_set(raw(labels), task, labelled=True, skip_invalid=True)
+    assert (made.first, made.label.tolist()) == (["b"], [1])
+    assert made.left_out == {"rows with an unknown label": 1}
+
+
+def test_fields_are_text_or_numbers_or_missing() -> None:
+    found = [as_text(value, "row 0") for value in ("", "0", 0, 1.0, 2.5, None, float("nan"))]
+    assert found == ["", "0", "0", "1", "2.5", None, None]
+    for value in (["a"], {"text": "a"}, True):
+        with pytest.raises(DataError, match="row 0: expected text or a number, found "):
+            as_text(value, "row 0")
 
 
 def test_no_rows() -> None:

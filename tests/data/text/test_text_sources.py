@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import datasets
@@ -113,9 +114,9 @@ def test_parquet_of_single_files_without_index_drops_rows_with_nulls(tmp_path: P
     for name in ("train", "validation"):
         table = pyarrow.table({"sentence": ["a", None, "b"], "label": [0, 1, 1]})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
-    sets, warnings = read_sets(TASKS["sst2"], "parquet", str(tmp_path))
+    sets = read_sets(TASKS["sst2"], "parquet", str(tmp_path)).sets
     assert (sets["dev"].first, sets["dev"].index.tolist()) == (["a", "b"], [0, 2])
-    assert "SST-2 train: dropped 1 row with missing fields" in warnings
+    assert sets["train"].left_out == {"rows with missing fields": 1}
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "mnli"])
@@ -198,8 +199,8 @@ def test_dropped_rows_are_told(tmp_path: Path) -> None:
     write_rte(tmp_path)
     with (tmp_path / "train.tsv").open("a") as file:
         file.write("2\tbroken\n3\tbroken\n")
-    warnings = read_sets(TASKS["rte"], "tsv", str(tmp_path)).warnings
-    assert warnings[0] == "RTE train: dropped 2 rows with missing fields"
+    sets = read_sets(TASKS["rte"], "tsv", str(tmp_path)).sets
+    assert sets["train"].left_out == {"rows with missing fields": 2}
 
 
 def test_the_published_sizes_give_no_warning(tmp_path: Path) -> None:
@@ -217,8 +218,8 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         read_sets(TASKS["rte"], "tsv", str(tmp_path))
     assert str(error.value).splitlines() == [
         "RTE cannot be read:",
-        f"{tmp_path}/train.tsv: unknown labels 'perhaps'. "
-        "Expected entailment, 0, not_entailment, 1.",
+        f"{tmp_path}/train.tsv: unknown labels 'perhaps'. Expected entailment, 0, not_entailment, "
+        "1. Rows of other labels are left out with data.skip_invalid=true.",
         f"data.root: no file {tmp_path}/dev.tsv or dev.tsv.gz. "
         "Give the folder of RTE's files, or one that holds RTE/.",
         f"{tmp_path}/test.tsv: no column sentence2. Found index, sentence1.",
@@ -234,6 +235,30 @@ def test_parquet_problems(tmp_path: Path) -> None:
     assert column.endswith(".parquet: no column sentence2. Found sentence1, label.")
     assert file.startswith(f"data.root: no file {tmp_path}/rte/validation-*.parquet or ")
     assert damaged.startswith(f"{tmp_path}/rte/test.parquet: cannot be read as Parquet: ")
+
+
+def test_parquet_of_pandas_with_a_missing_label(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its labels are floats, its missing ones NaN; files may be called in capitals, below ~."""
+    for name in ("TRAIN", "Validation-0"):
+        labels = pyarrow.array([1.0, float("nan"), 0.0])
+        table = pyarrow.table({"sentence": ["a", "b", ""], "label": labels})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.PARQUET")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    dev = read_sets(TASKS["sst2"], "parquet", "~").sets["dev"]
+    assert (dev.first, dev.label.tolist(), dev.index.tolist()) == (["a", ""], [1, 0], [0, 2])
+    assert dev.left_out == {"rows with missing fields": 1}
+
+
+def test_parquet_of_lists_and_a_pipe(tmp_path: Path) -> None:
+    table = pyarrow.table({"sentence": [["a"]], "label": [1]})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    os.mkfifo(tmp_path / "validation.parquet")
+    with pytest.raises(DataError) as error:
+        read_sets(TASKS["sst2"], "parquet", str(tmp_path))
+    assert "row 0, sentence: expected text or a number, found ['a']" in str(error.value)
+    assert "it is a pipe or a device" in str(error.value)
 
 
 def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,30 @@ def test_damaged_files(tmp_path: Path, name: str, content: str | bytes, message:
     with pytest.raises(DataError) as error:
         read_table(file, ("text",))
     assert str(error.value).startswith(f"{file}: {message}")
+
+
+def test_json_fields_keep_what_is_there(tmp_path: Path) -> None:
+    """A 0 and an empty text are values; NaN, which pandas writes, is none; a list is no text."""
+    rows = ['{"text": "", "label": 0}', '{"text": "x", "label": NaN}', '{"text": 7, "label": 1.0}']
+    file = written(tmp_path / "a.JSONL", "\n".join(rows))
+    table = read_table(file, ("text", "label"))
+    assert table == TextTable({"text": ["", "7"], "label": ["0", "1"]}, [0, 2], 1)
+    written(file, '{"text": ["x", "y"]}')
+    with pytest.raises(DataError, match=r"a.JSONL, row 0, text: expected text or a number, found"):
+        read_table(file, ("text",))
+
+
+def test_suffixes_in_any_case_and_pipes(tmp_path: Path) -> None:
+    file = written(tmp_path / "Train.TSV.GZ", gzip.compress(b"text\nx\n"))
+    assert first_file([tmp_path / "train.tsv"]) == file
+    assert read_table(file, ("text",)).columns == {"text": ["x"]}
+    exact = written(tmp_path / "train.tsv", "text\n")
+    assert first_file([tmp_path / "train.tsv"]) == exact
+    os.mkfifo(tmp_path / "dev.tsv")
+    pipe = first_file([tmp_path / "dev.tsv"])
+    assert pipe is not None
+    with pytest.raises(DataError, match=r"dev.tsv: cannot be read: it is a pipe or a device"):
+        read_table(pipe, ("text",))
 
 
 def test_the_first_file_plain_before_packed(tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from dynmoe.data.text import tokens
 from dynmoe.data.text.sets import TextSet
-from dynmoe.data.text.tokens import encode, load_tokenizer, word_tokenizer
+from dynmoe.data.text.tokens import encode, load_tokenizer, vocabulary_size, word_tokenizer
 from dynmoe.errors import ConfigError, DataError
 
 FIRST = ["the cat sat on the mat", "a dog", "the end of the long story of the cat", ""]
@@ -93,15 +96,20 @@ def test_each_of_texts_tokenizer_and_length_has_its_own_file(tmp_path: Path) -> 
         lambda content: b"",
         lambda content: b"garbage" * 99,
         lambda content: content[: -len(content) // 2],
+        lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+        lambda content: content[: len(content) // 2] + bytes(len(content) - len(content) // 2),
+        lambda content: content.replace(bytes([5, 0, 0, 0]), bytes([6, 0, 0, 0])),  # a token's id
     ],
-    ids=["empty", "garbage", "cut"],
+    ids=["empty", "garbage", "cut", "one bit", "half zeroed", "another token"],
 )
 def test_a_damaged_file_is_made_anew(
     tmp_path: Path, damage: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = encode(texts(), tokenizer(), 8, tmp_path).rows([0, 1, 2, 3])
     (file,) = tmp_path.glob("*.arrow")
-    file.write_bytes(damage(file.read_bytes()))
+    content = file.read_bytes()
+    file.write_bytes(damage(content))
+    assert file.read_bytes() != content
     assert encode(texts(), tokenizer(), 8, tmp_path).rows([0, 1, 2, 3]) == rows
     forbid_tokenizing(monkeypatch)
     encode(texts(), tokenizer(), 8, tmp_path)
@@ -139,6 +147,22 @@ def test_deberta_v3_has_a_sentencepiece_model_alone(tmp_path: Path) -> None:
     made = load_tokenizer(str(tmp_path), None)
     row = encode(texts(None), made, 128, None).rows([0])[0]["input_ids"]
     assert made.decode(row, skip_special_tokens=True) == FIRST[0]
+
+
+def test_a_tokenizer_without_a_token_for_padding_is_refused(tmp_path: Path) -> None:
+    made = tokenizer()
+    made.pad_token = None
+    made.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match=f"backbone.path={tmp_path}: .*no token for padding"):
+        load_tokenizer(str(tmp_path), None)
+
+
+def test_ids_with_gaps_need_embeddings_up_to_the_largest() -> None:
+    made = tokenizer()
+    assert vocabulary_size(made) == len(made)
+    model = WordLevel({"[PAD]": 0, "[UNK]": 1, "cat": 9}, "[UNK]")
+    assert vocabulary_size(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))) == 10
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

@@ -1,0 +1,164 @@
+"""Image trees on disk, environment/class/image, the layout of DomainBed's photograph sets.
+
+Only what lies exactly there is read: images elsewhere are refused or counted. Names that differ in
+their Unicode form alone (composed, as Linux writes them, or decomposed, as macOS did) are one name.
+PyTorch is not needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from unicodedata import normalize
+
+from dynmoe.errors import DataError
+
+# torchvision's list, by which DomainBed reads (torchvision/datasets/folder.py).
+IMAGE_SUFFIXES = (*(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),)
+
+# Files that systems leave behind in folders of images.
+JUNK = ("thumbs.db", "desktop.ini", ".ds_store", "._")
+
+SHOWN = 3  # misplaced images named in a message
+
+
+@dataclass
+class Tree:
+    """The images of one environment: `files` are paths below the tree, in torchvision's order."""
+
+    name: str
+    class_names: tuple[str, ...]
+    files: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of each file; -1 for a broken link."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Counts of files and folders that are not read, by what they are."""
+    too_deep: list[str] = field(default_factory=list)
+    """Images in folders below a class folder."""
+
+
+def tree_folder(root: str, folder: str | None) -> Path:
+    """`root`, or `folder` in it if that is there.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    above = Path(root).expanduser()
+    tree = above / folder if folder and (above / folder).is_dir() else above
+    if not tree.is_dir():
+        wanted = f", or one that holds {folder}/" if folder else ""
+        raise DataError(
+            f"data.root: no folder {tree}. Give the folder of the environments{wanted}."
+        )
+    return tree
+
+
+def subfolders(folder: Path) -> dict[str, Path]:
+    """Folders by name, in order, without those that tools create: .git, __MACOSX, __pycache__.
+
+    Raises:
+        DataError: names that look alike or are not UTF-8, or a folder that cannot be read.
+    """
+    found: dict[str, Path] = {}
+    for entry in _entries(folder):
+        if not entry.is_dir() or entry.name.startswith((".", "__")):
+            continue
+        name = normalize("NFC", entry.name)
+        if name in found:
+            raise DataError(
+                f"data.root: two folders in {folder} are called {name}: their names look alike, "
+                "but are written in different Unicode forms. Move the images into one of them."
+            )
+        if not name.isprintable():
+            raise DataError(
+                f"data.root: {folder} holds a folder called {entry.name!a}, which cannot be "
+                "written in a table. Rename it."
+            )
+        found[name] = entry
+    return dict(sorted(found.items()))
+
+
+def read_environment(tree: Path, name: str, folder: Path, dropped: Collection[str] = ()) -> Tree:
+    """The images in the class folders of one environment but those `dropped`.
+
+    Raises:
+        DataError: as `subfolders`.
+    """
+    classes = subfolders(folder)
+    found = Tree(name, tuple(classes))
+    for entry in _entries(folder):
+        if not entry.is_dir() and _is_image(entry.name):
+            found.left_out["images outside of class folders"] += 1
+    for label, below in enumerate(classes.values()):
+        for entry in _entries(below):
+            if entry.name.lower().startswith(JUNK):
+                continue
+            # Anything that can be no folder counts as a file: broken links and pipes are reported
+            # when images are opened.
+            if entry.is_dir():
+                images = [] if entry.name.startswith((".", "__")) else [*_images_below(entry)]
+                found.too_deep += [file.relative_to(tree).as_posix() for file in images]
+                found.left_out["folders in class folders"] += not images
+            elif not _is_image(entry.name):
+                suffix = entry.suffix.lower()
+                found.left_out[
+                    f"files with suffix {suffix}" if suffix else "files without suffix"
+                ] += 1
+            elif (file := entry.relative_to(tree).as_posix()) in dropped:
+                found.left_out["images of data.environments.drop_list"] += 1
+            else:
+                found.files.append(file)
+                found.labels.append(label)
+                found.sizes.append(entry.stat().st_size if entry.exists() else -1)
+    found.left_out = +found.left_out
+    return found
+
+
+def check_depth(tree: Path, environments: Sequence[Tree]) -> None:
+    """Raises DataError if there are images below the class folders: another tree was meant."""
+    deep = [file for each in environments for file in each.too_deep]
+    if deep:
+        shown = ", ".join(deep[:SHOWN])
+        more = f" and {len(deep) - SHOWN} more" if len(deep) > SHOWN else ""
+        raise DataError(
+            f"data.root: {len(deep)} images lie deeper than a class folder: {shown}{more}. "
+            f"Expected {tree}/environment/class/image. Give the folder that holds the "
+            "environments, and move images out of folders of splits or groups."
+        )
+
+
+def read_drop_list(drop_list: str | None) -> frozenset[str]:
+    """The paths of a text file, one a line; none for None.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if drop_list is None:
+        return frozenset()
+    from dynmoe.questions.files import read_text
+
+    try:
+        lines = read_text(Path(drop_list).expanduser()).splitlines()
+    except DataError as error:
+        raise DataError(f"data.environments.drop_list: {error}") from None
+    return frozenset(line.strip().removeprefix("./") for line in lines)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"data.root: {folder} cannot be read: {error.strerror}.") from None
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name) for name in sorted(names) if _is_image(name))
