@@ -163,7 +163,12 @@ class Adaptation:
                 )
 
     def _saw_call(self, layer: MoELayer, call: Routed) -> None:
-        name = self._names[layer]
+        name = self._names.get(layer)
+        if name is None:
+            raise ConfigError(
+                "adaptation: nn.DataParallel trains copies of the layers, in which no expert can "
+                "come or go. Use DistributedDataParallel, or one device."
+            )
         self._calls += 1
         self._aux.saw(call.aux, layer)
         before = self._pending.get(name)
