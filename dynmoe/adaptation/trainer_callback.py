@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 from dynmoe.adaptation.decision import Schedule
 from dynmoe.adaptation.process import Adaptation, Event
 from dynmoe.errors import ConfigError
-from dynmoe.layers.moe import NewExpert, Routed, aux_loss, record_routing
+from dynmoe.layers.moe import NewExpert, Routed, aux_loss, mask_padding, record_routing
 
 
 class DynMoETrainerCallback(TrainerCallback, ExportableState):
@@ -27,9 +27,9 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
 
     In training, ``aux_weight`` times the auxiliary loss of all MoE layers is added to the loss in
     the model's output; in evaluation the loss stays the model's own. With None add it in your own
-    ``Trainer.compute_loss``. Windows count optimizer steps; the other arguments are those of
-    ``Adaptation``. The state is in ``trainer_state.json``: a resumed training goes on in the middle
-    of a window.
+    ``Trainer.compute_loss``. Padding (``attention_mask`` of ``input_ids``) routes nowhere. Windows
+    count optimizer steps; the other arguments are those of ``Adaptation``. The state is in
+    ``trainer_state.json``: a resumed training goes on in the middle of a window.
 
     Raises:
         ConfigError: a window that cannot be; at the start of training a model that cannot be
@@ -59,7 +59,7 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
         self.on_event = on_event
         self._adaptation: Adaptation | None = None
         self._hooks: list[RemovableHandle] = []
-        self._recording: AbstractContextManager[dict[str, list[Routed]]] | None = None
+        self._forward: ExitStack | None = None  # what holds during one forward in training
         self._tape: dict[str, list[Routed]] = {}
         self._loss: Tensor | None = None
         self._share = 1.0  # of an auxiliary loss where the Trainer does not take the mean
@@ -95,11 +95,10 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step:
             self._restore(saved, state.global_step)
-        if self.aux_weight is not None:
-            self._hooks = [
-                model.register_forward_pre_hook(self._open, with_kwargs=True),
-                model.register_forward_hook(self._close, with_kwargs=True, always_call=True),
-            ]
+        self._hooks = [
+            model.register_forward_pre_hook(self._open, with_kwargs=True),
+            model.register_forward_hook(self._close, with_kwargs=True, always_call=True),
+        ]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -148,24 +147,26 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
             hook.remove()
         self._hooks = []
 
-    # The auxiliary loss: a callback does not see the loss, the model's output has it.
+    # A callback does not see the loss: the model's output has it.
 
     @torch.compiler.disable
     def _open(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if model.training:
-            self._recording = record_routing(model)
-            self._tape = self._recording.__enter__()
+        if not model.training:
+            return
+        self._forward = ExitStack()
+        self._forward.enter_context(mask_padding(model, _token_mask(model, kwargs)))
+        if self.aux_weight is not None:
+            self._tape = self._forward.enter_context(record_routing(model))
 
     @torch.compiler.disable
     def _close(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if self._recording is None:
+        if self._forward is None:
             return None
-        self._recording.__exit__(None, None, None)
-        self._recording = None
-        if output is None:  # the forward failed
+        self._forward.close()
+        self._forward = None
+        if output is None or self.aux_weight is None:  # None: the forward failed
             return None
         share = self._share if kwargs.get("num_items_in_batch") is not None else 1.0
-        assert self.aux_weight is not None
         aux = self.aux_weight * share * aux_loss(self._tape)
         named = isinstance(output, Mapping)
         loss = output.get("loss") if named else output[0]
@@ -181,3 +182,13 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
             output["loss"] = loss
             return output
         return (loss, *output[1:])
+
+
+def _token_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return False on padding, [B, N], where the blocks see just these tokens."""
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    two_lengths = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if mask is None or ids is None or mask.shape != ids.shape or two_lengths:
+        return None
+    found: Tensor = mask.bool()
+    return found
