@@ -47,7 +47,7 @@ def show(event):
 
 data = torch.utils.data.TensorDataset(torch.randn(160, 3, 32, 32), torch.randint(10, (160,)))
 trainer = L.Trainer(
-    max_epochs=3,
+    max_epochs=2,
     callbacks=[DynMoECallback(start=0, length=5, period=5, on_event=show)],
     accelerator="cpu",
     logger=False,

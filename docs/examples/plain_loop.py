@@ -30,12 +30,12 @@ for block in (model[1], model[2]):
     block.mlp = MoELayer(block.mlp, WIDTH, TopAnyRouter, num_experts=4, max_experts=8)
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)  # after the layers, of all parameters
-adaptation = Adaptation(model, optimizer, Schedule(start=0, length=20, period=20))
+adaptation = Adaptation(model, optimizer, Schedule(start=0, length=10, period=10))
 
 centres = torch.randn(10, 16)
-for step in range(100):
-    y = torch.randint(10, (256,))
-    x = centres[y] + torch.randn(256, 16)
+for step in range(60):
+    y = torch.randint(10, (128,))
+    x = centres[y] + torch.randn(128, 16)
     with record_routing(model) as tape:
         loss = F.cross_entropy(model(x), y)
     (loss + 0.01 * aux_loss(tape)).backward()
