@@ -1,6 +1,34 @@
-"""How experts come and go: a schedule, a pure decision, and the callback that applies it."""
+"""How experts come and go: schedule, pure decision, and the process in any training loop."""
 
-from dynmoe.adaptation.callback import Decision, DynMoECallback, Schedule, decide
-from dynmoe.adaptation.fsdp import MoEFSDPStrategy
+from typing import TYPE_CHECKING
 
-__all__ = ["Decision", "DynMoECallback", "MoEFSDPStrategy", "Schedule", "decide"]
+from dynmoe.lazy import lazy
+
+if TYPE_CHECKING:
+    from dynmoe.adaptation.callback import DynMoECallback
+    from dynmoe.adaptation.decision import Decision, Schedule, decide
+    from dynmoe.adaptation.fsdp import MoEFSDPStrategy
+    from dynmoe.adaptation.process import Adaptation
+    from dynmoe.adaptation.trainer_callback import DynMoETrainerCallback
+
+__all__ = [
+    "Adaptation",
+    "Decision",
+    "DynMoECallback",
+    "DynMoETrainerCallback",
+    "MoEFSDPStrategy",
+    "Schedule",
+    "decide",
+]
+
+# A plain loop needs neither Lightning nor transformers.
+__getattr__ = lazy(
+    __name__,
+    {
+        "callback": "DynMoECallback",
+        "decision": "Decision Schedule decide",
+        "fsdp": "MoEFSDPStrategy",
+        "process": "Adaptation",
+        "trainer_callback": "DynMoETrainerCallback",
+    },
+)

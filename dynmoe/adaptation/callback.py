@@ -1,111 +1,42 @@
-"""How experts come and go: when, which ones, and the Lightning callback that changes them."""
+"""The adaptive process as a callback of Lightning."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning as L
-from torch import Tensor
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from dynmoe.adaptation.fsdp import whole
+from dynmoe.adaptation.decision import Schedule
+from dynmoe.adaptation.process import Adaptation, Event, adaptive_layers
 from dynmoe.errors import ConfigError
-from dynmoe.layers.moe import MoELayer, NewExpert, RoutingStats, moe_layers
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When routing is recorded and experts are updated, in optimizer steps.
-
-    Windows of ``length`` steps begin at ``start`` and then every ``period``; the update follows a
-    window's last step. ``unit="epoch"`` gives all three as fractions of an epoch: the
-    paper's language runs record from 1/3 to 2/3 of every epoch (start 1/3, length 1/3, period 1).
-
-    Raises:
-        ValueError: a window that is empty, or longer than the period.
-    """
-
-    start: float
-    length: float
-    period: float
-    unit: Literal["step", "epoch"] = "step"
-
-    def __post_init__(self) -> None:
-        if not (self.start >= 0 and 0 < self.length <= self.period):
-            raise ValueError(
-                f"expected start >= 0 and 0 < length <= period, found start={self.start}, "
-                f"length={self.length}, period={self.period}"
-            )
-
-    def in_steps(self, steps_per_epoch: int) -> Schedule:
-        """Return the same schedule in whole optimizer steps, at least one step long.
-
-        The period of an epoch schedule is rounded to whole steps once, so that all windows are
-        equally far apart.
-        """
-        if self.unit == "step":
-            return self
-        length = max(1, round(self.length * steps_per_epoch))
-        return Schedule(
-            start=round(self.start * steps_per_epoch),
-            length=length,
-            period=max(length, round(self.period * steps_per_epoch)),
-        )
-
-    def records(self, step: int) -> bool:
-        """Tell whether 0-based optimizer step ``step`` lies in a window."""
-        return step >= self.start and (step - self.start) % self.period < self.length
-
-    def updates_after(self, step: int) -> bool:
-        """Tell whether ``step`` is the last one of a window."""
-        return step >= self.start and (step - self.start) % self.period == self.length - 1
-
-
-class Decision(NamedTuple):
-    """Slots to empty, and the slot that gets a new expert."""
-
-    remove: tuple[int, ...]
-    add: int | None
-
-
-def decide(
-    load: Mapping[int, int], unserved: int, num_slots: int, min_experts: int = 1
-) -> Decision:
-    """Make one update of DynMoE's Algorithm 1 (arXiv 2405.14297) for one layer.
-
-    A pure function of one window's counts.
-
-    ``load`` maps every living slot to the tokens that chose it in the window; ``unserved`` is the
-    number of tokens that chose none. Experts without a token go, except that ``min_experts`` stay
-    (lowest slots first). One expert is added if any token was unserved and a slot is free, in the
-    lowest free slot, those just emptied included. A window without any token decides nothing.
-    """
-    if sum(load.values()) + unserved == 0:
-        return Decision((), None)
-    idle = [slot for slot in sorted(load) if load[slot] == 0]
-    must_stay = max(0, min_experts - (len(load) - len(idle)))
-    remove = tuple(idle[must_stay:])
-    free = [slot for slot in range(num_slots) if slot not in load or slot in remove]
-    add = free[0] if unserved > 0 and free else None
-    return Decision(remove, add)
+from dynmoe.layers.moe import MoELayer, NewExpert, moe_layers
 
 
 class DynMoECallback(L.Callback):
     """DynMoE's adaptive process (arXiv 2405.14297, Algorithm 1) on every adaptive MoE layer.
 
-    It reads ``outputs["routing"]`` of ``training_step`` (``{layer name: [RoutingStats, ...]}``, by
-    the names in ``pl_module.backbone``), so evaluation can never reach it; acts after the optimizer
-    step, so masks never change between a forward and its backward; counts optimizer steps, so
-    gradient accumulation does not move it. Windows are summed over all data-parallel ranks before
-    the decision: every rank makes the same change. Its state is in the checkpoint.
+    It works with any ``LightningModule``: the layers themselves report what they route in training,
+    and evaluation never counts. ``training_step`` adds the auxiliary loss to its own::
 
-    ``reset_moments`` starts all parameters of a new expert's slot without optimizer state;
-    the official code keeps the old. ``on_event`` gets one dict per layer and update, on rank 0.
+        with record_routing(self) as tape:
+            loss = F.cross_entropy(self.net(x), y)
+        return loss + 0.01 * aux_loss(tape)
+
+    ``model`` names the attribute whose layers are adapted (``"net"``, ``"student.encoder"``); None
+    finds them anywhere in the module. Events call a layer by its name in that attribute, or in the
+    only one that has MoE layers. Experts change after the optimizer step, never between a forward
+    and its backward; windows count optimizer steps, so gradient accumulation does not move them;
+    all ranks make the same change (``Adaptation``, which has the other arguments). Averages of
+    weights that Lightning's callbacks keep follow the experts. The state is in the checkpoint.
+
+    Raises:
+        ConfigError: a window that cannot be; at the start of ``fit`` a model that cannot be adapted
+            (``Adaptation``).
     """
 
     def __init__(
@@ -117,7 +48,8 @@ class DynMoECallback(L.Callback):
         min_experts: int = 1,
         init: NewExpert = "copy_most_used",
         reset_moments: bool = True,
-        on_event: Callable[[dict[str, Any]], None] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        model: str | None = None,
     ) -> None:
         try:
             self.schedule = Schedule(start, length, period, unit)
@@ -127,103 +59,99 @@ class DynMoECallback(L.Callback):
         self.init: NewExpert = init
         self.reset_moments = reset_moments
         self.on_event = on_event
+        self.model = model
+        self._adaptation: Adaptation | None = None
+        self._restored: dict[str, Any] | None = None
         self._step = 0
-        self._window: dict[str, dict[str, Tensor]] = {}
+        self._loss: Tensor | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        adaptive_layers(self._part(pl_module))  # a wrong model is refused before data are read
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._adaptation is not None:
+            self._adaptation.close()
         if self.schedule.unit == "epoch":
             self.schedule = self.schedule.in_steps(_steps_per_epoch(trainer))
+        self._adaptation = Adaptation(
+            self._part(pl_module),
+            trainer.optimizers,
+            self.schedule,
+            self.min_experts,
+            self.init,
+            self.reset_moments,
+            self.on_event,
+            averages=[self._part(average) for average in _averages(trainer)],
+            root=trainer.model,
+        )
+        if self._restored is not None:
+            self._adaptation.load_state_dict(self._restored)
+            self._restored = None
+        else:
+            self._adaptation.steps = trainer.global_step
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        # The optimizer step this batch contributes to: at the batch's end it may have been taken.
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
-        if self.schedule.records(self._step):
-            for name, calls in outputs["routing"].items():
-                for stats in calls:
-                    self._add_to_window(name, stats)
-        # NOTE: the update waits for the last micro-batch of the window's last step.
-        stepped = trainer.global_step > self._step
-        if stepped and self.schedule.updates_after(self._step):
-            for index, (name, layer) in enumerate(moe_layers(pl_module.backbone).items()):
-                # The seed is the same on all ranks, and in a run that is resumed.
-                if layer.adaptive:
-                    self._update(trainer, name, layer, seed=self._step * 1000 + index)
-            self._window = {}
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):  # a sum: one micro-batch spoils the whole step
+            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        if trainer.global_step > self._step and self._adaptation is not None:
+            self._adaptation.step(self._loss)
+            self._loss = None
 
-    def _add_to_window(self, name: str, stats: RoutingStats) -> None:
-        # NOTE: sums stay on the device; the host waits for them once a window, in `_update`.
-        new = stats._asdict()
-        window = self._window.get(name)
-        if window is not None:  # a resumed window comes from the CPU
-            new = {key: window[key].to(value.device) + value for key, value in new.items()}
-        self._window[name] = new
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._adaptation is not None:
+            self._adaptation.close()
 
-    def _update(self, trainer: L.Trainer, name: str, layer: MoELayer, seed: int) -> None:
-        total = _sum_over_ranks(trainer, self._window[name])
-        load = dict(zip(layer.live, total["load_E"].tolist(), strict=True))
-        k_hist = total["k_hist"].tolist()
-        before = len(layer.live)
-        # NOTE: tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0.
-        unserved = k_hist[0] if total["unserved_D"].any() else 0
-        change = decide(load, unserved, layer.max_experts, self.min_experts)
-        for slot in change.remove:
-            layer.remove_expert(slot)
-        if change.add is not None:
-            # NOTE: trainer.model is the module as the strategy wraps it, which knows the shares.
-            with whole(layer, trainer.model):
-                layer.add_expert(change.add, total["unserved_D"], self.init, load, seed)
-            if self.reset_moments:
-                _forget_moments(trainer, layer, change.add)
-        event = {
-            "step": self._step,
-            "layer": name,
-            "removed": list(change.remove),
-            "added": change.add,
-            "before": before,
-            "after": len(layer.live),
-            "unrouted": k_hist[0] / max(1, sum(k_hist)),
-            "tokens": sum(k_hist),
-        }
-        if not trainer.is_global_zero:
-            return
-        log.info(
-            "step %d, %s: removed %s, added %s, %d -> %d experts",
-            *(event[key] for key in ("step", "layer", "removed", "added", "before", "after")),
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._adaptation is None else self._adaptation.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def _part(self, module: nn.Module) -> nn.Module:
+        owners = {name.partition(".")[0] for name in moe_layers(module)}
+        path = self.model
+        if path is None:
+            # Short names where there is one model, whatever its attribute is called.
+            (path,) = owners if len(owners) == 1 else ("",)
+            if isinstance(getattr(module, path, None), MoELayer):
+                path = ""
+        part: Any = module
+        for word in path.split(".") if path else ():
+            part = getattr(part, word, None)
+        if isinstance(part, nn.Module):
+            return part
+        raise ConfigError(
+            f"DynMoECallback(model={path!r}): {type(module).__name__} has no such module. Its MoE "
+            f"layers are in {', '.join(sorted(owners)) or 'none'}; leave `model` out to find them."
         )
-        if self.on_event is not None:
-            self.on_event(event)
-
-    # NOTE: every rank sums its own window. A checkpoint holds their total, which rank 0 alone takes
-    # back: the next sum over ranks would count it once for each of them.
-
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint["dynmoe_window"] = {
-            name: _sum_over_ranks(trainer, window) for name, window in self._window.items()
-        }
-
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._window = checkpoint["dynmoe_window"] if trainer.is_global_zero else {}
 
 
-def _sum_over_ranks(trainer: L.Trainer, window: dict[str, Tensor]) -> dict[str, Tensor]:
-    # A copy, because reduce() may write into its argument.
-    return {
-        key: trainer.strategy.reduce(value.clone(), reduce_op="sum")
-        for key, value in window.items()
-    }
+def _averages(trainer: L.Trainer) -> list[nn.Module]:
+    """The averaged copies of the LightningModule that other callbacks keep.
 
-
-def _forget_moments(trainer: L.Trainer, layer: MoELayer, slot: int) -> None:
-    for optimizer in trainer.optimizers:
-        for parameter in layer.slot_parameters(slot):
-            # NOTE: without state Adam also counts its steps, for the bias correction, anew.
-            optimizer.state.pop(parameter, None)
+    Raises:
+        ConfigError: one of them averages the set of experts itself, which PyTorch cannot.
+    """
+    found: list[nn.Module] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            continue
+        average = callback._average_model
+        if isinstance(average, AveragedModel):
+            if average.use_buffers and average.avg_fn is None:
+                # torch/optim/swa_utils.py subtracts them: there is no difference of bool tensors.
+                raise ConfigError(
+                    f"{type(callback).__name__}: the buffers of MoE layers say which experts live "
+                    "and have no mean. Set use_buffers=False, which copies buffers."
+                )
+            average = average.module
+        if average is not None:
+            found.append(average)
+    return found
 
 
 def _steps_per_epoch(trainer: L.Trainer) -> int:

@@ -96,20 +96,3 @@ def full_state(optimizer: Optimizer) -> Iterator[None]:
     yield
     for p in missing:
         del optimizer.state[p]
-
-
-@contextmanager
-def whole(layer: nn.Module, model: Any) -> Iterator[None]:
-    """Make the parameters of ``layer``, a part of ``model``, whole on every rank within the block.
-
-    What is written to them goes into their shares. Without FSDP nothing happens.
-    """
-    units = FullyShardedDataParallel.fsdp_modules(model)
-    around = [unit for unit in units if any(module is layer for module in unit.modules())]
-    if not around:
-        yield
-        return
-    # Only the block that holds the layer's shares is gathered, not the model around it.
-    innermost = min(around, key=lambda unit: sum(1 for _ in unit.modules()))
-    with FullyShardedDataParallel.summon_full_params(innermost, recurse=False):
-        yield

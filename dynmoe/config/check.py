@@ -108,6 +108,10 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
                     found.append(f"{dotted}: {wrong}")
             if isinstance(value, DictConfig):
                 _walk(value, dotted, direct, indirect)
+            elif is_list:
+                for number, each in enumerate(value):
+                    if isinstance(each, DictConfig):
+                        _walk(each, f"{dotted}[{number}]", direct, indirect)
 
 
 def _known_keys(cfg: DictConfig, path: str, direct: list[str]) -> Signature | None:

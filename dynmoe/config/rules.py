@@ -435,6 +435,59 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+ELSEWHERE = {
+    "trainer.logger": "logger=csv, tensorboard, wandb, mlflow or none",
+    "trainer.default_root_dir": "paths.outputs=FOLDER, and name=NAME for the folder in it",
+}
+"""Arguments of Lightning's Trainer that a run sets itself, and the keys for what they do."""
+
+UNFIT = {
+    "StochasticWeightAveraging": "its average is neither evaluated nor saved. Take "
+    "lightning.pytorch.callbacks.EMAWeightAveraging, or WeightAveraging with use_buffers: false",
+    "EarlyStopping": "records would not say that the run ended early. Set task.patience=N",
+    "Timer": "records would not say that the run ended early. Set task.steps=N",
+    "GradientAccumulationScheduler": "set trainer.accumulate_grad_batches=N",
+    "BatchSizeFinder": "it trains before the run does. Set data.batch_size=N",
+    "LearningRateFinder": "it trains before the run does. Set task.optimizer.lr=X",
+    "TQDMProgressBar": "a run has its own progress bar. trainer.enable_progress_bar=false hides it",
+    "RichProgressBar": "a run has its own progress bar. trainer.enable_progress_bar=false hides it",
+    "DynMoECallback": "a run makes its own. Set moe.adaptation.start=N and its other keys",
+}
+"""Callbacks that a run cannot have, by the name of their class: the reason and the fix."""
+
+
+def set_elsewhere(cfg: DictConfig) -> Iterator[str]:
+    given = read(cfg, "trainer", dict) or {}
+    for key, fix in ELSEWHERE.items():
+        if key.removeprefix("trainer.") in given:
+            yield f"{key}: a run sets this itself. Leave it out, and set {fix}"
+
+
+def own_callbacks(cfg: DictConfig) -> Iterator[str]:
+    """``trainer.callbacks``, a list of nodes or one node, joins those of a run."""
+    given = read(cfg, "trainer.callbacks", object)
+    for number, node in enumerate(given if isinstance(given, list) else [given]):
+        key = f"trainer.callbacks[{number}]" if isinstance(given, list) else "trainer.callbacks"
+        if node is None and not isinstance(given, list):
+            continue
+        if not isinstance(node, dict) or "_target_" not in node:
+            yield (
+                f"{key}: expected a callback, found {node!r}. "
+                "Write '+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.NAME}]'"
+            )
+            continue
+        name = str(node["_target_"]).rpartition(".")[2]
+        if name in UNFIT:
+            yield f"{key}: {name} cannot be added to a run: {UNFIT[name]}"
+        averages = {"avg_fn", "multi_avg_fn"} & set(node)
+        if name == "WeightAveraging" and not averages and node.get("use_buffers") is not False:
+            # torch/optim/swa_utils.py subtracts buffers, and bool tensors have no difference.
+            yield (
+                f"{key}: the buffers of MoE layers say which experts live and have no mean. Set "
+                "use_buffers: false, which copies them"
+            )
+
+
 # In the order of their messages.
 RULES: tuple[Rule, ...] = (
     *(top_k_within_experts, expert_bounds, parts_add_up, options_that_need_others),
@@ -443,5 +496,6 @@ RULES: tuple[Rule, ...] = (
     *(text_run, stage_is_chosen, dense_before_moe, start_is_a_run, trained_parts),
     *(scratch_is_trained, there_is_training_data, folders, libraries),
     *(only_of_one_modality, protocol_fits, selection_fits, run_folder, clipping_optimizer),
+    *(set_elsewhere, own_callbacks),
 )
 SWEEP_RULES: tuple[Rule, ...] = (one_device_per_job,)

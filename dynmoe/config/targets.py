@@ -133,7 +133,9 @@ def _only_python_can_tell() -> Iterator[None]:
 
 def _follow(package: str, rest: list[str]) -> Located:
     if _spec(package) is None:
-        raise TargetError(f"no package '{package}' is installed.")
+        raise TargetError(
+            f"no package '{package}' is installed. The folder of a module of your own: PYTHONPATH"
+        )
     return reduce(_member, rest, Located(None, package))
 
 

@@ -1,7 +1,7 @@
 """The MoE layer: routers, experts, dispatch and auxiliary losses. Needs PyTorch alone."""
 
 from dynmoe.layers.experts import Experts
-from dynmoe.layers.moe import MoELayer, mask_padding, moe_layers, record_routing
+from dynmoe.layers.moe import MoELayer, aux_loss, mask_padding, moe_layers, record_routing
 from dynmoe.layers.routers import (
     AverageKeyRouter,
     CosineTopKRouter,
@@ -20,6 +20,7 @@ __all__ = [
     "Routing",
     "TopAnyRouter",
     "TopKRouter",
+    "aux_loss",
     "mask_padding",
     "moe_layers",
     "record_routing",

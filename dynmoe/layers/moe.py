@@ -6,7 +6,7 @@ Shape suffixes: T tokens, E living experts, D model width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,9 @@ from dynmoe.layers.experts import Experts, Init, check_ffn, redraw
 from dynmoe.layers.routers import Router, Routing
 
 NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
+
+WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+"""Names under which PyTorch's wrappers hold the module that they wrap."""
 
 
 class RoutingStats(NamedTuple):
@@ -71,6 +74,8 @@ class MoELayer(nn.Module):
     """Bool: the slots that hold an expert. In checkpoints."""
     tape: list[Routed] | None
     """Gets one entry a call within ``record_routing``; None elsewhere."""
+    observer: Callable[[MoELayer, Routed], None] | None
+    """Called with every call in training, whoever records it (``dynmoe.adaptation``)."""
     token_mask: Tensor | None
     """Padding of the next call's input within ``mask_padding``, for blocks that pass x alone."""
 
@@ -99,7 +104,13 @@ class MoELayer(nn.Module):
         self._live = tuple(range(num_experts))
         self._live_of: tuple[Tensor, int, int] | None = None
         self.tape: list[Routed] | None = None
+        self.observer: Callable[[MoELayer, Routed], None] | None = None
         self.token_mask: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and saved layers belong to no recording: an averaged model is no second student.
+        # Their buffer is another tensor, whose versions count from 0.
+        return {**self.__dict__, "tape": None, "observer": None, "_live_of": None}
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """Route x to its experts and sum their outputs. ``[..., D] -> [..., D]``.
@@ -124,14 +135,19 @@ class MoELayer(nn.Module):
             y_TD = self.experts(x_TD, routing, live)
         else:
             routing, y_TD = self._serve(x_TD, routing, live, token_mask_T, compiling)
-        if self.tape is not None:
+        observed = self.observer is not None and self.training
+        if self.tape is not None or observed:
             # NOTE: aux keeps its graph, because the task adds it to the loss; all else on the tape
             # is detached and may be kept beyond the step.
             stats = routing_stats(x_TD, routing, token_mask_T)
             mask = routing.mask_TE.view(*x.shape[:-1], routing.mask_TE.shape[1])
             if token_mask_T is not None:
                 token_mask = token_mask_T.view(x.shape[:-1])
-            self.tape.append(Routed(routing.aux, stats, mask, token_mask))
+            call = Routed(routing.aux, stats, mask, token_mask)
+            if self.tape is not None:
+                self.tape.append(call)
+            if observed:
+                self._tell(call)
         return y_TD.view(x.shape)
 
     def _route(self, x_TD: Tensor, live: tuple[int, ...], token_mask_T: Tensor | None) -> Routing:
@@ -155,6 +171,13 @@ class MoELayer(nn.Module):
             live = self.live
             routing = self._route(x_TD, live, token_mask_T)
         return routing, self.experts(x_TD, routing, live)
+
+    # Whether a backward pass is under way is known when the call is made, not when it is compiled.
+    @torch.compiler.disable
+    def _tell(self, call: Routed) -> None:
+        # NOTE: activation checkpointing runs a forward again within backward; each counts once.
+        if self.observer is not None and torch._C._current_graph_task_id() == -1:
+            self.observer(self, call)
 
     @property
     def max_experts(self) -> int:
@@ -193,10 +216,6 @@ class MoELayer(nn.Module):
 
     def _on_host(self) -> bool:
         return self.active_E.device.type == "cpu"
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy's buffer is another tensor, whose versions count from 0.
-        return {**self.__dict__, "_live_of": None}
 
     def extra_repr(self) -> str:
         return f"experts={list(self.live)} of {self.max_experts} slots, dim={self.dim}"
@@ -328,13 +347,24 @@ def routing_stats(x_TD: Tensor, routing: Routing, token_mask_T: Tensor | None) -
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """Return all MoE layers of a model by their dotted names, in the model's order.
 
-    The names are the same under FSDP, which wraps blocks in other modules.
+    The names are the same under DDP, FSDP, ``torch.compile`` and activation checkpointing, which
+    wrap a model or its blocks in other modules.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
     return {
-        name.replace("_fsdp_wrapped_module.", ""): module
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): module
         for name, module in model.named_modules()
         if isinstance(module, MoELayer)
     }
+
+
+def aux_loss(tape: Mapping[str, Sequence[Routed]]) -> Tensor:
+    """Return the sum of the auxiliary losses on a tape of ``record_routing``, a scalar in fp32.
+
+    Add it to the loss of a training step, times a small weight (DynMoE: 0.01). 0 for an empty tape.
+    """
+    return sum((call.aux for calls in tape.values() for call in calls), torch.zeros(()))
 
 
 @contextmanager

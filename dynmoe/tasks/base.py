@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric, Metric
 from transformers import get_cosine_schedule_with_warmup
 
 from dynmoe.errors import DataError
-from dynmoe.layers.moe import Routed, record_routing
+from dynmoe.layers.moe import Routed, aux_loss, record_routing
 from dynmoe.metrics.routing import TRAIN, RoutingMeter
 from dynmoe.seeding import seed_hash
 
@@ -95,19 +95,15 @@ class MoETask(L.LightningModule):
     ) -> dict[str, Any]:
         """Task loss + ``aux_weight`` * the sum of auxiliary losses; what training_step returns.
 
-        ``routing`` goes to the callbacks that record or adapt. ``part_BN``: see ``RoutingMeter``.
+        ``part_BN``: see ``RoutingMeter``.
         """
-        aux = torch.zeros((), device=loss.device)
-        for calls in tape.values():
-            for call in calls:
-                aux = aux + call.aux
+        aux = aux_loss(tape).to(loss.device)
         self.routing.update(TRAIN, tape, part_BN=part_BN)
         self.mean_loss.update(loss.detach())
         self.mean_aux.update(aux.detach())
         self.log("train/loss", loss.detach())
         self.log("train/aux", aux.detach())
-        routing = {name: [call.stats for call in calls] for name, calls in tape.items()}
-        return {"loss": loss + self.aux_weight * aux, "routing": routing}
+        return {"loss": loss + self.aux_weight * aux}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         micro = batch_idx % self.trainer.accumulate_grad_batches

@@ -24,6 +24,7 @@ import dynmoe
 from dynmoe import runtime, selection
 from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.config.rules import UNFIT
 from dynmoe.config.runs import flat, start_folder
 from dynmoe.data.base import StepPlan, TaskData
 from dynmoe.errors import ConfigError
@@ -142,10 +143,16 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
 
 
 def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:
-    """The adaptation of experts, if any; records, checkpoints and early stop; progress bar."""
+    """The adaptation of experts, if any; those of ``trainer.callbacks``; records, checkpoints and
+    early stop; progress bar.
+
+    Raises:
+        ConfigError: one that a run cannot have.
+    """
     callbacks: list[L.Callback] = []
     if cfg.moe.adaptation is not None:
         callbacks.append(instantiate(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
+    callbacks += own_callbacks(cfg)
     callbacks.append(
         RunRecorder(
             folder,
@@ -158,6 +165,24 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
     )
     if cfg.trainer.enable_progress_bar:
         callbacks.append(RunProgress())
+    return callbacks
+
+
+def own_callbacks(cfg: DictConfig) -> list[L.Callback]:
+    """The callbacks of ``trainer.callbacks``, a list or one."""
+    given: Any = instantiate(cfg.trainer.get("callbacks"))
+    callbacks = [given] if isinstance(given, L.Callback) else list(given or ())
+    for callback in callbacks:
+        if not isinstance(callback, L.Callback):
+            raise ConfigError(
+                f"trainer.callbacks: expected callbacks of Lightning, found {type(callback)}"
+            )
+        # The check of the command knows a class by its own name alone.
+        if unfit := {cls.__name__ for cls in type(callback).__mro__} & set(UNFIT):
+            reasons = "; ".join(f"{name}: {UNFIT[name]}" for name in unfit)
+            raise ConfigError(
+                f"trainer.callbacks: {type(callback).__name__} cannot be added to a run. {reasons}"
+            )
     return callbacks
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dynmoe.adaptation import DynMoECallback
-from dynmoe.layers import MoELayer, TopAnyRouter, record_routing
-from dynmoe.layers.moe import RoutingStats
+from dynmoe.errors import ConfigError
+from dynmoe.layers import MoELayer, TopAnyRouter, TopKRouter, aux_loss, record_routing
 
 DIM, START, SLOTS = 6, 3, 5
 
@@ -33,15 +39,14 @@ class Model(L.LightningModule):
     def layer(self) -> MoELayer:
         return self.backbone[0]
 
-    def training_step(self, x: Tensor, _: int) -> dict[str, Any]:
+    def training_step(self, x: Tensor, _: int) -> Tensor:
         self.live_at_forward.append(self.layer.live)
         with record_routing(self.backbone) as tape:
             if self.checkpointing:
                 y = torch.utils.checkpoint.checkpoint(self.backbone, x, use_reentrant=False)
             else:
                 y = self.backbone(x)
-        loss = y.square().mean() + sum(call.aux for call in tape["0"])
-        return {"loss": loss, "routing": {"0": [call.stats for call in tape["0"]]}}
+        return y.square().mean() + aux_loss(tape)
 
     def on_after_backward(self) -> None:
         self.live_at_backward.append(self.layer.live)
@@ -58,12 +63,13 @@ def tokens(num: int, seed: int = 0) -> Tensor:
 
 
 def fit(
-    model: Model,
-    callback: DynMoECallback,
+    model: L.LightningModule,
+    callback: L.Callback,
     batches: list[Tensor],
     val: list[Tensor] | None = None,
     ckpt_path: str | None = None,
     max_epochs: int = 1,
+    others: Sequence[L.Callback] = (),
     **options: Any,
 ) -> L.Trainer:
     trainer = L.Trainer(
@@ -72,7 +78,7 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[callback],
+        callbacks=[callback, *others],
         num_sanity_val_steps=0,
         max_epochs=max_epochs,
         **options,
@@ -199,15 +205,6 @@ def test_resuming_in_the_middle_of_a_window(tmp_path) -> None:  # type: ignore[n
         assert torch.equal(got, expected)
 
 
-def test_a_window_resumed_on_another_device() -> None:
-    """Checkpoints are loaded to the CPU; the next batches are counted where the model is."""
-    callback = make_callback()
-    cpu = RoutingStats(torch.ones(3), torch.ones(4), torch.ones(DIM))
-    callback._add_to_window("0", cpu)
-    callback._add_to_window("0", RoutingStats(*(t.to("meta") for t in cpu)))
-    assert {t.device.type for t in callback._window["0"].values()} == {"meta"}
-
-
 def test_tokens_that_cancel_add_nobody() -> None:
     """R_S = 0 points nowhere: an expert for it would never fire."""
     model, events = Model(), []
@@ -220,3 +217,197 @@ def test_epoch_schedule_counts_the_loader() -> None:
     callback = make_callback(events, start=0.5, length=0.25, period=1, unit="epoch")
     fit(Model(), callback, [tokens(12, seed) for seed in range(8)])
     assert [event["step"] for event in events] == [5] and events[0]["tokens"] == 24
+
+
+# Any LightningModule.
+
+
+class Own(L.LightningModule):
+    """Models under names of the user's, and a ``training_step`` that returns the loss alone."""
+
+    def __init__(self, router: Any = TopAnyRouter, **models: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in ("net", *models):
+            mlp = nn.Sequential(nn.Linear(DIM, 8), nn.GELU(), nn.Linear(8, DIM))
+            layer = MoELayer(mlp, DIM, router, START, SLOTS if router is TopAnyRouter else START)
+            setattr(self, name, nn.Sequential(nn.Identity(), layer))
+        self.names = ("net", *models)
+
+    def training_step(self, x: Tensor, _: int) -> Tensor:
+        return sum((getattr(self, name)(x).square().mean() for name in self.names), x.sum() * 0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Checkpointed(Own):
+    def training_step(self, x: Tensor, _: int) -> Tensor:
+        y: Tensor = torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+        return y.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "names"),
+    [
+        (Own(), None, ["1"]),
+        (Checkpointed(), None, ["1"]),
+        (Own(), "net", ["1"]),
+        (Own(other=nn.Identity()), None, ["net.1", "other.1"]),
+        (Own(other=nn.Identity()), "other", ["1"]),
+    ],
+)
+def test_a_training_step_that_returns_the_loss(
+    model: Own, part: str | None, names: list[str]
+) -> None:
+    events: list[dict[str, Any]] = []
+    fit(model, make_callback(events, model=part), [tokens(12, seed) for seed in range(2)])
+    assert [event["layer"] for event in events] == names
+    assert {event["tokens"] for event in events} == {24}
+
+
+def test_the_auxiliary_loss_is_missed_once(caplog: pytest.LogCaptureFixture) -> None:
+    fit(Own(), make_callback(), [tokens(12, seed) for seed in range(3)])
+    assert caplog.text.count("aux_loss(tape)") == 1
+    caplog.clear()
+    fit(Model(), make_callback(), [tokens(12, seed) for seed in range(3)])
+    assert "aux_loss" not in caplog.text
+
+
+class Plain(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(DIM, DIM)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "message"),
+    [
+        (Plain(), None, "no MoE layer in Plain"),
+        (Own(TopKRouter), None, "TopKRouter: use an adaptive one"),
+        (Own(), "nett", "model='nett'.*layers are in net"),
+    ],
+)
+def test_modules_that_cannot_be_adapted(model: Own, part: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit(model, make_callback(model=part), [tokens(12)])
+
+
+def test_a_micro_batch_whose_loss_is_not_finite_spoils_its_step() -> None:
+    events: list[dict[str, Any]] = []
+
+    class Guarded(Own):
+        def training_step(self, x: Tensor, index: int) -> Tensor:
+            loss = super().training_step(x, index)
+            return loss * (float("nan") if index == 1 else 1.0)
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.nan_to_num_(0.0)
+
+    batches = [tokens(12, seed) for seed in range(4)]
+    fit(Guarded(), make_callback(events), batches, accumulate_grad_batches=2)
+    assert [event["tokens"] for event in events] == [24]
+
+
+def test_it_serves_one_training_after_another() -> None:
+    callback = make_callback(events := [])
+    for _ in range(2):
+        model = Own()
+        fit(model, callback, [tokens(12, seed) for seed in range(2)])
+        assert model.net[1].observer is None
+    assert [event["step"] for event in events] == [1, 1]
+
+
+# Averages of the weights.
+
+
+class Watch(L.Callback):
+    """Keeps the weights at the end of every step, after experts have changed."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.states.append({name: v.clone() for name, v in pl_module.state_dict().items()})
+
+
+OLD = "backbone.0.experts.slots.0.0.weight"  # of an expert that stays
+NEW = "backbone.0.experts.slots.1.0.weight"  # of one that comes at the end of step 1
+
+
+def averaged(*callbacks: L.Callback | None, max_epochs: int = 1) -> Any:
+    """Four steps, after the second of which expert 1 gives way to a new one. Returns the average of
+    both experts, and their weights at the end of each step."""
+    model, watch = Model(), Watch()
+    batch = torch.cat([only_expert_0(model.layer), nobody(model.layer)]).detach()
+    first, *others = (make_callback(period=10) if c is None else c for c in callbacks)
+    fit(model, first, [batch] * (4 // max_epochs), max_epochs=max_epochs, others=[*others, watch])
+    assert model.layer.live == (0, 1)
+    assert watch.states[1][NEW].ne(watch.states[3][NEW]).any()
+    now = model.state_dict()  # Lightning's callbacks leave the average in the model
+    return [(now[name], [state[name] for state in watch.states]) for name in (OLD, NEW)]
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_moving_averages(ours_first: bool, use_buffers: bool) -> None:
+    """A new expert's average starts at its weights."""
+    ema = EMAWeightAveraging(decay=0.5, use_buffers=use_buffers)
+    old, new = averaged(*((None, ema) if ours_first else (ema, None)))
+    average, (zero, one, two, three) = old
+    torch.testing.assert_close(average, zero / 8 + one / 8 + two / 4 + three / 2)
+    average, (_, one, two, three) = new
+    torch.testing.assert_close(average, one / 4 + two / 4 + three / 2)
+
+
+def test_mean_of_the_weights() -> None:
+    old, new = averaged(None, WeightAveraging(use_buffers=False))
+    average, states = old
+    torch.testing.assert_close(average, sum(states) / 4)
+    average, (_, one, two, three) = new
+    torch.testing.assert_close(average, (2 * one + two + three) / 4)
+
+
+def test_mean_of_the_buffers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="use_buffers=False"):
+        averaged(None, WeightAveraging())
+
+
+def test_stochastic_weight_averaging() -> None:
+    """It averages at the starts of epochs 1, 2 and 3: it counts them from 1."""
+    swa = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=2, annealing_epochs=1)
+    old, new = averaged(None, swa, max_epochs=4)
+    average, (zero, one, two, _) = old
+    torch.testing.assert_close(average, (zero + one + two) / 3)
+    average, (_, one, two, _) = new
+    torch.testing.assert_close(average, (2 * one + two) / 3)
+
+
+def test_a_moving_average_resumes(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    batches = [tokens(12, seed) for seed in range(3)]
+    straight = Model()
+    fit(straight, make_callback(), batches, max_epochs=2, others=[ema()])
+
+    trainer = fit(Model(), make_callback(), batches, others=[Saved(tmp_path), ema()])
+    resumed = Model()
+    path = str(tmp_path / "last.ckpt")
+    fit(resumed, make_callback(), batches, ckpt_path=path, max_epochs=2, others=[ema()])
+    assert trainer.global_step == 3 and resumed.layer.live == straight.layer.live
+    for got, expected in zip(resumed.parameters(), straight.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def ema() -> EMAWeightAveraging:
+    return EMAWeightAveraging(decay=0.5)
+
+
+class Saved(L.Callback):
+    """Saves before the average replaces the weights at the end of training."""
+
+    def __init__(self, folder: Any) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / "last.ckpt")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynmoe.adaptation.callback import Decision, decide
+from dynmoe.adaptation import Decision, decide
 
 TABLE = {
     # name: (load by slot, unserved, slots, min_experts) -> plan

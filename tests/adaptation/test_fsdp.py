@@ -17,9 +17,10 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
 
 from dynmoe.adaptation import DynMoECallback
-from dynmoe.adaptation.fsdp import MoEFSDPStrategy, blocks, full_state, whole
+from dynmoe.adaptation.fsdp import MoEFSDPStrategy, blocks, full_state
+from dynmoe.adaptation.process import whole
 from dynmoe.data.text.batches import EvalBatches
-from dynmoe.layers import MoELayer, TopAnyRouter, record_routing
+from dynmoe.layers import MoELayer, TopAnyRouter, aux_loss, record_routing
 
 DIM, STEPS = 6, 6
 
@@ -59,12 +60,10 @@ class Model(L.LightningModule):
         torch.manual_seed(0)
         self.backbone = Net()
 
-    def training_step(self, x: Tensor, _: int) -> dict[str, Any]:
+    def training_step(self, x: Tensor, _: int) -> Tensor:
         with record_routing(self.backbone) as tape:
             loss = self.backbone(x).square().mean()
-        aux = sum(call.aux for calls in tape.values() for call in calls)
-        routing = {name: [call.stats for call in calls] for name, calls in tape.items()}
-        return {"loss": loss + 0.01 * aux, "routing": routing}
+        return loss + 0.01 * aux_loss(tape)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trained = [p for p in self.parameters() if p.requires_grad]

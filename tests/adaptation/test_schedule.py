@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynmoe.adaptation.callback import Schedule
+from dynmoe.adaptation import Schedule
 
 
 def windows(schedule: Schedule, steps: int) -> tuple[list[int], list[int]]:

@@ -129,6 +129,28 @@ CASES = {
         "found 'none.txt'"
     ),
     "backbone.pretrained=none.pth": "backbone.pretrained: no file 'none.pth'",
+    # Lightning's callbacks, and what a run sets itself
+    "+trainer.logger=false": "trainer.logger: a run sets this itself. Leave it out, and set logger",
+    "+trainer.default_root_dir=x": (
+        "trainer.default_root_dir: a run sets this itself. Leave it out, and set paths.outputs="
+    ),
+    "+trainer.callbacks=[{a: 1}]": "trainer.callbacks[0]: expected a callback, found {'a': 1}",
+    "+trainer.callbacks=[EMA]": "trainer.callbacks[0]: expected a callback, found 'EMA'",
+    "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EMAWeightAveragin}]": (
+        "trainer.callbacks[0]._target_: lightning.pytorch.callbacks has no 'EMAWeightAveragin'. "
+        "Did you mean 'EMAWeightAveraging'?"
+    ),
+    "+trainer.callbacks={_target_: lightning.pytorch.callbacks.Timer, durations: 1}": (
+        "trainer.callbacks.durations: unknown key. Did you mean 'duration'?"
+    ),
+    "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: x}]": (
+        "trainer.callbacks[0]: EarlyStopping cannot be added to a run: records would not say that "
+        "the run ended early. Set task.patience=N"
+    ),
+    "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.WeightAveraging}]": (
+        "trainer.callbacks[0]: the buffers of MoE layers say which experts live and have no mean. "
+        "Set use_buffers: false"
+    ),
     "+data.root=/no/such": "data.root: no folder '/no/such'. Give the folder of the data set:",
 }
 

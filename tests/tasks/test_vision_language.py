@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 from vl_models import GATED, add_experts, widen
 
-from dynmoe.adaptation.callback import DynMoECallback
+from dynmoe.adaptation import DynMoECallback
 from dynmoe.backbones.vision import build_vision_tower
 from dynmoe.backbones.vlm import build_vision_language_model
 from dynmoe.data.base import StepPlan

@@ -1,0 +1,84 @@
+"""When experts come and go, and which: a schedule and a pure decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When routing is recorded and experts are updated, in optimizer steps.
+
+    Windows of ``length`` steps begin at ``start`` and then every ``period``; the update follows a
+    window's last step. ``unit="epoch"`` gives all three as fractions of an epoch: the
+    paper's language runs record from 1/3 to 2/3 of every epoch (start 1/3, length 1/3, period 1).
+
+    Raises:
+        ValueError: a window that is empty, or longer than the period.
+    """
+
+    start: float
+    length: float
+    period: float
+    unit: Literal["step", "epoch"] = "step"
+
+    def __post_init__(self) -> None:
+        if not (self.start >= 0 and 0 < self.length <= self.period):
+            raise ValueError(
+                f"expected start >= 0 and 0 < length <= period, found start={self.start}, "
+                f"length={self.length}, period={self.period}"
+            )
+
+    def in_steps(self, steps_per_epoch: int) -> Schedule:
+        """Return the same schedule in whole optimizer steps, at least one step long.
+
+        The period of an epoch schedule is rounded to whole steps once, so that all windows are
+        equally far apart.
+        """
+        if self.unit == "step":
+            return self
+        length = max(1, round(self.length * steps_per_epoch))
+        return Schedule(
+            start=round(self.start * steps_per_epoch),
+            length=length,
+            period=max(length, round(self.period * steps_per_epoch)),
+        )
+
+    def records(self, step: int) -> bool:
+        """Tell whether 0-based optimizer step ``step`` lies in a window."""
+        return step >= self.start and (step - self.start) % self.period < self.length
+
+    def updates_after(self, step: int) -> bool:
+        """Tell whether ``step`` is the last one of a window."""
+        return step >= self.start and (step - self.start) % self.period == self.length - 1
+
+
+class Decision(NamedTuple):
+    """Slots to empty, and the slot that gets a new expert."""
+
+    remove: tuple[int, ...]
+    add: int | None
+
+
+def decide(
+    load: Mapping[int, int], unserved: int, num_slots: int, min_experts: int = 1
+) -> Decision:
+    """Make one update of DynMoE's Algorithm 1 (arXiv 2405.14297) for one layer.
+
+    A pure function of one window's counts.
+
+    ``load`` maps every living slot to the tokens that chose it in the window; ``unserved`` is the
+    number of tokens that chose none. Experts without a token go, except that ``min_experts`` stay
+    (lowest slots first). One expert is added if any token was unserved and a slot is free, in the
+    lowest free slot, those just emptied included. A window without any token decides nothing.
+    """
+    if sum(load.values()) + unserved == 0:
+        return Decision((), None)
+    idle = [slot for slot in sorted(load) if load[slot] == 0]
+    must_stay = max(0, min_experts - (len(load) - len(idle)))
+    remove = tuple(idle[must_stay:])
+    free = [slot for slot in range(num_slots) if slot not in load or slot in remove]
+    add = free[0] if unserved > 0 and free else None
+    return Decision(remove, add)

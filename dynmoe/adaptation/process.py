@@ -1,0 +1,437 @@
+"""DynMoE's adaptive process on a model, for any training loop: one object with a step method."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from dynmoe.adaptation.decision import Schedule, decide
+from dynmoe.errors import ConfigError
+from dynmoe.layers.moe import MoELayer, NewExpert, Routed, RoutingStats, moe_layers
+
+log = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+"""One update of one layer, as in ``events.jsonl``: step, layer, removed, added, before, after,
+unrouted (share of tokens that no expert served), tokens."""
+
+ADD_AUX = (
+    "Record the forward and add it: `with record_routing(model) as tape: loss = ...`, then "
+    "`loss + 0.01 * aux_loss(tape)` (both in dynmoe.layers)"
+)
+
+
+class Adaptation:
+    """DynMoE's adaptive process (arXiv 2405.14297, Algorithm 1) on every adaptive MoE layer.
+
+    ::
+
+        adaptation = Adaptation(model, optimizer, Schedule(start=0, length=100, period=100))
+        for x, y in loader:
+            with record_routing(model) as tape:
+                loss = F.cross_entropy(model(x), y)
+            (loss + 0.01 * aux_loss(tape)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            adaptation.step(loss)
+
+    The layers themselves report every forward in training mode, once, activation checkpointing
+    included; evaluation never counts. ``step`` is called after each optimizer step, on every rank:
+    what a step recorded is summed over the ranks of ``torch.distributed``, so that all make the
+    same change and ``state_dict`` is the same everywhere. A step that a ``GradScaler`` skipped or
+    whose ``loss`` is not finite enters no window.
+
+    ``model`` may be wrapped (DDP, FSDP, ``torch.compile``, peft); ``root`` is the module as FSDP
+    wraps it where ``model`` is a part of that. ``averages`` are copies of the model that hold an
+    average of its weights (``torch.optim.swa_utils.AveragedModel``): their experts come and go with
+    the model's, and a new expert's average starts at its weights. ``reset_moments`` starts all
+    parameters of a new expert's slot without optimizer state; the official code keeps the old.
+    ``on_event`` gets one dict per layer and update, on rank 0.
+
+    Raises:
+        ConfigError: no MoE layer, none whose experts may change, layers that share parameters or
+            are sharded by FSDP2, an optimizer that does not hold them, or an average of another
+            model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        schedule: Schedule,
+        min_experts: int = 1,
+        init: NewExpert = "copy_most_used",
+        reset_moments: bool = True,
+        on_event: Callable[[Event], None] | None = None,
+        averages: Iterable[nn.Module] = (),
+        root: nn.Module | None = None,
+    ) -> None:
+        if schedule.unit == "epoch":
+            raise ConfigError("schedule: give it in steps, schedule.in_steps(steps_per_epoch)")
+        self.schedule = schedule
+        self.min_experts = min_experts
+        self.init: NewExpert = init
+        self.reset_moments = reset_moments
+        self.on_event = on_event
+        self.steps = 0
+        self.root = model if root is None else root
+        self.layers = adaptive_layers(model)
+        # The number of a layer among all of them seeds its new experts.
+        self._numbers = {name: number for number, name in enumerate(moe_layers(model))}
+        self._names = {layer: name for name, layer in self.layers.items()}
+        given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+        self.optimizers = [_torch_optimizer(each) for each in _as_list(given)]
+        _check_optimizers(self.layers, self.optimizers)
+        self._twins = [_twins(self.layers, average) for average in averages]
+        self._window: Tensor | None = None  # all layers' sums in one, see `_flat`
+        self._pending: dict[str, RoutingStats] = {}
+        self._calls = 0  # of layers since the window began
+        self._stepped: bool | Tensor = False
+        self._aux = _AuxCheck()
+        self._hooks = [each.register_step_post_hook(self._saw_step) for each in self.optimizers]
+        self._observe()
+
+    def step(self, loss: Tensor | None = None) -> list[Event]:
+        """Count one optimizer step; after the last one of a window change the experts.
+
+        Call it once after each ``optimizer.step()``, with gradient accumulation too. ``loss`` is
+        the step's, or the sum of its micro-batches' losses.
+        """
+        self._check_observed()
+        self._aux.conclude()
+        if self.schedule.records(self.steps):
+            self._add_to_window(loss)
+        self._pending, self._stepped = {}, False
+        events = []
+        if self.schedule.updates_after(self.steps):
+            events = self._update()
+        self.steps += 1
+        self._observe()
+        return events
+
+    def close(self) -> None:
+        """Stop watching the layers and optimizers. For the end of training."""
+        for layer in self.layers.values():
+            if layer.observer == self._saw_call:
+                layer.observer = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps and the window under way, the same on every rank."""
+        window = {} if self._window is None else self._by_layer(self._window)
+        return {
+            "steps": self.steps,
+            "window": {name: stats._asdict() for name, stats in window.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict``; the model's own state is loaded before."""
+        window = {name: RoutingStats(**stats) for name, stats in state["window"].items()}
+        if window and list(window) != list(self.layers):
+            raise ConfigError(
+                f"adaptation: the state is of layers {list(window)}, the model has "
+                f"{list(self.layers)}"
+            )
+        self.steps = state["steps"]
+        self._window = self._flat(window) if window else None
+        self._observe()
+
+    # Watching: layers report their calls, optimizers the steps that they have taken.
+
+    def _observe(self) -> None:
+        # The sums cost a pass over the tokens: outside of windows nobody asks for them.
+        wanted = self.schedule.records(self.steps) or not self._aux.is_known
+        for layer in self.layers.values():
+            layer.observer = self._saw_call if wanted else None
+
+    def _check_observed(self) -> None:
+        for name, layer in self.layers.items():
+            if layer.observer not in (None, self._saw_call):
+                raise ConfigError(
+                    f"adaptation of {name}: another callback or Adaptation has taken over this "
+                    "layer. Keep one for each layer, and close() the one before."
+                )
+
+    def _saw_call(self, layer: MoELayer, call: Routed) -> None:
+        name = self._names.get(layer)
+        if name is None:
+            raise ConfigError(
+                "adaptation: nn.DataParallel trains copies of the layers, in which no expert can "
+                "come or go. Use DistributedDataParallel, or one device."
+            )
+        self._calls += 1
+        self._aux.saw(call.aux, layer)
+        before = self._pending.get(name)
+        self._pending[name] = (
+            call.stats if before is None else RoutingStats(*map(torch.add, before, call.stats))
+        )
+
+    def _saw_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # NOTE: GradScaler does not call an optimizer whose gradients overflowed, but a fused one,
+        # which gets `found_inf` and leaves the parameters as they are.
+        overflowed = getattr(optimizer, "found_inf", None)
+        self._stepped = True if overflowed is None else self._stepped | (overflowed.sum() == 0)
+
+    # Windows. NOTE: sums stay on the device; the host waits for them once a window.
+
+    def _add_to_window(self, loss: Tensor | None) -> None:
+        layers = self.layers.items()
+        sums = self._flat({name: self._pending.get(name) or _none(layer) for name, layer in layers})
+        good = sums.isfinite().all() & self._stepped
+        if loss is not None:
+            good = good & loss.detach().isfinite().all().to(sums.device)
+        sums = sums.where(good, 0)
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            sums = torch.cat([sums, (~good).to(sums.dtype)[None]])
+            distributed.all_reduce(sums)
+            sums, bad_ranks = sums[:-1], sums[-1]
+            sums = sums.where(bad_ranks == 0, 0)  # gradients are averaged: none has a good step
+        self._window = sums if self._window is None else self._window + sums
+
+    def _flat(self, stats: Mapping[str, RoutingStats]) -> Tensor:
+        """One tensor: a step costs a few kernels and one message, whatever the number of layers."""
+        device = next(iter(self.layers.values())).active_E.device
+        # float64 holds counts exactly; Apple's GPUs do not have it.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return torch.cat([part.to(device, dtype) for name in self.layers for part in stats[name]])
+
+    def _by_layer(self, sums: Tensor) -> dict[str, RoutingStats]:
+        zeros = [_none(layer) for layer in self.layers.values()]
+        parts = iter(sums.split([len(part) for stats in zeros for part in stats]))
+        return {
+            name: RoutingStats(*(next(parts).to(zero.dtype) for zero in stats))
+            for name, stats in zip(self.layers, zeros, strict=True)
+        }
+
+    def _update(self) -> list[Event]:
+        assert self._window is not None  # a window's last step is one of its steps
+        totals, self._window = self._by_layer(self._window), None
+        calls, self._calls = self._calls, 0
+        if not calls and not any(stats.k_hist.any() for stats in totals.values()):
+            raise ConfigError(
+                f"adaptation: no MoE layer ran in training mode in the {self.schedule.length:g} "
+                f"optimizer steps up to step {self.steps}: {', '.join(self.layers)}. Call "
+                "model.train(), and give the model that is trained."
+            )
+        events = [self._change(name, stats) for name, stats in totals.items()]
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            for event in events:
+                log.info(
+                    "step %d, %s: removed %s, added %s, %d -> %d experts",
+                    *(event[k] for k in ("step", "layer", "removed", "added", "before", "after")),
+                )
+                if self.on_event is not None:
+                    self.on_event(event)
+        return events
+
+    def _change(self, name: str, total: RoutingStats) -> Event:
+        layer = self.layers[name]
+        load = dict(zip(layer.live, total.load_E.tolist(), strict=True))
+        k_hist = total.k_hist.tolist()
+        before = len(layer.live)
+        # NOTE: tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0.
+        direction_D = total.unserved_D
+        points = bool(direction_D.any() & direction_D.isfinite().all())
+        change = decide(load, k_hist[0] if points else 0, layer.max_experts, self.min_experts)
+        for slot in change.remove:
+            layer.remove_expert(slot)
+        if change.add is not None:
+            # The seed is the same on all ranks, and in a run that is resumed.
+            seed = self.steps * 1000 + self._numbers[name]
+            with whole(layer, self.root):
+                layer.add_expert(change.add, direction_D, self.init, load, seed)
+            if self.reset_moments:
+                _forget_moments(self.optimizers, layer, change.add)
+        for twins in self._twins:
+            _follow(twins[name], layer, change.add)
+        return {
+            "step": self.steps,
+            "layer": name,
+            "removed": list(change.remove),
+            "added": change.add,
+            "before": before,
+            "after": len(layer.live),
+            "unrouted": k_hist[0] / max(1, sum(k_hist)),
+            "tokens": sum(k_hist),
+        }
+
+
+class _AuxCheck:
+    """Whether a backward pass reaches the auxiliary losses, which are easily left out."""
+
+    def __init__(self) -> None:
+        self.is_known = False
+        self._calls = 0
+        self._with_graph = 0
+        self._reached = False
+        self._trained = False
+
+    def saw(self, aux: Tensor, layer: MoELayer) -> None:
+        if self.is_known:
+            return
+        self._calls += 1
+        self._trained |= any(p.requires_grad for p in layer.router.parameters())
+        if aux.requires_grad:
+            self._with_graph += 1
+            aux.register_hook(self._mark)
+
+    def _mark(self, _: Tensor) -> None:
+        self._reached = True
+
+    def conclude(self) -> None:
+        """Warn after the first optimizer step in which layers ran."""
+        if self.is_known or not self._calls:
+            return
+        self.is_known = True
+        if self._reached or not self._trained:
+            return
+        if self._with_graph:
+            log.warning(
+                "The auxiliary loss of the MoE layers is not in the loss that is trained. %s.",
+                ADD_AUX,
+            )
+        else:
+            log.warning(
+                "The MoE layers run without gradients in training, so their auxiliary loss has "
+                "none: activation checkpointing must be of the other kind, use_reentrant=False."
+            )
+
+
+def adaptive_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """Return the MoE layers of a model whose experts may come and go, by name.
+
+    A layer without a trained parameter (a frozen teacher) is left out.
+
+    Raises:
+        ConfigError: there is none, or they cannot be changed.
+    """
+    owner = type(model).__name__
+    layers = moe_layers(model)
+    if not layers:
+        raise ConfigError(
+            f"adaptation: no MoE layer in {owner}. Put MoELayer in the place of FFNs before "
+            "training; models in a plain list or dict are not found: nn.ModuleList, nn.ModuleDict."
+        )
+    found = {
+        name: layer
+        for name, layer in layers.items()
+        if layer.adaptive and any(p.requires_grad for p in layer.parameters())
+    }
+    if not found:
+        routers = sorted({type(layer.router).__name__ for layer in layers.values()})
+        raise ConfigError(
+            f"adaptation: the experts of no MoE layer in {owner} may change. Their routers are "
+            f"{', '.join(routers)}: use an adaptive one (TopAnyRouter) with trained parameters, or "
+            "leave the callback out."
+        )
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in found.items():
+        for parameter in layer.parameters():
+            if owners.setdefault(parameter, name) != name:
+                raise ConfigError(
+                    f"adaptation: {owners[parameter]} and {name} share parameters: a new expert of "
+                    "one would overwrite the other's. Share the whole layer, or copy the parts."
+                )
+            if isinstance(parameter, DTensor):
+                raise ConfigError(
+                    f"adaptation: {name} is sharded by FSDP2 (fully_shard), in which a slot cannot "
+                    "be rewritten. Use FullyShardedDataParallel, or leave MoE layers unsharded."
+                )
+    return found
+
+
+def _as_list(optimizers: Any) -> list[Any]:
+    return list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
+
+
+def _torch_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer of PyTorch within accelerate's and Lightning's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"adaptation: expected a torch.optim.Optimizer, found {type(optimizer).__name__}"
+        )
+    return optimizer
+
+
+def _check_optimizers(layers: Mapping[str, MoELayer], optimizers: Sequence[Optimizer]) -> None:
+    held = {p for each in optimizers for group in each.param_groups for p in group["params"]}
+    for name, layer in layers.items():
+        if held.isdisjoint(layer.parameters()):
+            raise ConfigError(
+                f"adaptation: the optimizer holds no parameter of {name}. Make the optimizer after "
+                "the MoE layers, of all parameters, those of empty slots included."
+            )
+
+
+def _twins(layers: Mapping[str, MoELayer], average: nn.Module) -> dict[str, MoELayer]:
+    """The layers of an averaged copy, which are named alike but for a prefix, ``module.``"""
+    copies = moe_layers(average)
+    prefix = next(
+        (name for name in ("", "module.") if {name + x for x in layers} <= {*copies}), None
+    )
+    if prefix is None:
+        raise ConfigError(
+            f"averages: expected copies of the model, with MoE layers {list(layers)}, found "
+            f"{list(copies)}"
+        )
+    return {name: copies[prefix + name] for name in layers}
+
+
+@torch.no_grad()
+def _follow(twin: MoELayer, layer: MoELayer, added: int | None) -> None:
+    """Give an averaged copy the layer's set of experts; new ones start at their weights."""
+    new = {slot for slot in layer.live if slot not in twin.live or slot == added}
+    for slot in new:
+        if slot not in twin.live:
+            twin.add_expert(slot, torch.ones(layer.dim), "slot")
+        pairs = zip(twin.slot_parameters(slot), layer.slot_parameters(slot), strict=True)
+        for average, parameter in pairs:
+            average.copy_(parameter)
+    for slot in set(twin.live) - set(layer.live):
+        twin.remove_expert(slot)
+
+
+def _forget_moments(optimizers: Sequence[Optimizer], layer: MoELayer, slot: int) -> None:
+    for optimizer in optimizers:
+        for parameter in layer.slot_parameters(slot):
+            # NOTE: without state Adam also counts its steps, for the bias correction, anew.
+            optimizer.state.pop(parameter, None)
+
+
+def _none(layer: MoELayer) -> RoutingStats:
+    """The sums of a layer that was not called."""
+    zeros, experts = layer.active_E.new_zeros, len(layer.live)
+    return RoutingStats(
+        load_E=zeros(experts, dtype=torch.long),
+        k_hist=zeros(experts + 1, dtype=torch.long),
+        unserved_D=zeros(layer.dim, dtype=torch.float),
+    )
+
+
+@contextmanager
+def whole(layer: nn.Module, model: Any) -> Iterator[None]:
+    """Make the parameters of ``layer``, a part of ``model``, whole on every rank within the block.
+
+    What is written to them goes into their shares. Without FSDP nothing happens.
+    """
+    units = FullyShardedDataParallel.fsdp_modules(model)
+    around = [unit for unit in units if any(module is layer for module in unit.modules())]
+    if not around:
+        yield
+        return
+    # Only the block that holds the layer's shares is gathered, not the model around it.
+    innermost = min(around, key=lambda unit: sum(1 for _ in unit.modules()))
+    with FullyShardedDataParallel.summon_full_params(innermost, recurse=False):
+        yield

@@ -1,0 +1,194 @@
+"""The adaptive process as a callback of transformers' ``Trainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from dynmoe.adaptation.decision import Schedule
+from dynmoe.adaptation.process import Adaptation, Event
+from dynmoe.errors import ConfigError
+from dynmoe.layers.moe import NewExpert, Routed, aux_loss, mask_padding, record_routing
+
+
+class DynMoETrainerCallback(TrainerCallback, ExportableState):
+    """DynMoE's adaptive process on a model that transformers' ``Trainer`` trains.
+
+    ::
+
+        Trainer(model, args, train_dataset=data, callbacks=[DynMoETrainerCallback(0, 100, 100)])
+
+    In training, ``aux_weight`` times the auxiliary loss of all MoE layers is added to the loss in
+    the model's output; in evaluation the loss stays the model's own. With None add it in your own
+    ``Trainer.compute_loss``. Padding (``attention_mask`` of ``input_ids``) routes nowhere. Windows
+    count optimizer steps; the other arguments are those of ``Adaptation``. The state is in
+    ``trainer_state.json``: a resumed training goes on in the middle of a window.
+
+    Raises:
+        ConfigError: a window that cannot be; at the start of training a model that cannot be
+            adapted (``Adaptation``); in its first step an output without a loss.
+    """
+
+    def __init__(
+        self,
+        start: float,
+        length: float,
+        period: float,
+        unit: Literal["step", "epoch"] = "step",
+        min_experts: int = 1,
+        init: NewExpert = "copy_most_used",
+        reset_moments: bool = True,
+        aux_weight: float | None = 0.01,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        try:
+            self.schedule = Schedule(start, length, period, unit)
+        except ValueError as error:
+            raise ConfigError(f"DynMoETrainerCallback: {error}") from error
+        self.min_experts = min_experts
+        self.init: NewExpert = init
+        self.reset_moments = reset_moments
+        self.aux_weight = aux_weight
+        self.on_event = on_event
+        self._adaptation: Adaptation | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._forward: ExitStack | None = None  # what holds during one forward in training
+        self._tape: dict[str, list[Routed]] = {}
+        self._loss: Tensor | None = None
+        self._share = 1.0  # of an auxiliary loss where the Trainer does not take the mean
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        self._stop()
+        parts = args.gradient_accumulation_steps
+        # NOTE: with `num_items_in_batch` the Trainer adds the losses of micro-batches and ranks,
+        # which are then parts of one mean (Trainer.compute_loss and training_step).
+        ranks = args.world_size if args.average_tokens_across_devices else 1
+        self._share = 1 / (parts * ranks)
+        schedule = self.schedule
+        if schedule.unit == "epoch":
+            schedule = schedule.in_steps(max(1, -(-len(train_dataloader) // parts)))
+        self._adaptation = Adaptation(
+            model,
+            optimizer,
+            schedule,
+            self.min_experts,
+            self.init,
+            self.reset_moments,
+            self.on_event,
+        )
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step:
+            self._restore(saved, state.global_step)
+        self._hooks = [
+            model.register_forward_pre_hook(self._open, with_kwargs=True),
+            model.register_forward_hook(self._close, with_kwargs=True, always_call=True),
+        ]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._adaptation is not None:
+            self._adaptation.step(self._loss)
+            self._loss = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._stop()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, in JSON: the Trainer asks for it on rank 0 alone."""
+        arguments = {
+            "start": self.schedule.start,
+            "length": self.schedule.length,
+            "period": self.schedule.period,
+            "unit": self.schedule.unit,
+            "min_experts": self.min_experts,
+            "init": self.init,
+            "reset_moments": self.reset_moments,
+            "aux_weight": self.aux_weight,
+        }
+        now = None if self._adaptation is None else self._adaptation.state_dict()
+        if now is not None:
+            window = now["window"].items()
+            now["window"] = {n: {k: v.tolist() for k, v in sums.items()} for n, sums in window}
+        return {"args": arguments, "attributes": {"progress": now}}
+
+    def _restore(self, saved: Any, step: int) -> None:
+        assert self._adaptation is not None
+        progress = saved["attributes"]["progress"] if isinstance(saved, Mapping) else None
+        if progress is None:  # a checkpoint from before the callback was there
+            self._adaptation.load_state_dict({"steps": step, "window": {}})
+            return
+        window = progress["window"].items()
+        sums = {n: {k: torch.tensor(v) for k, v in of.items()} for n, of in window}
+        self._adaptation.load_state_dict({"steps": progress["steps"], "window": sums})
+
+    def _stop(self) -> None:
+        if self._adaptation is not None:
+            self._adaptation.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    # A callback does not see the loss: the model's output has it.
+
+    @torch.compiler.disable
+    def _open(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if not model.training:
+            return
+        self._forward = ExitStack()
+        self._forward.enter_context(mask_padding(model, _token_mask(model, kwargs)))
+        if self.aux_weight is not None:
+            self._tape = self._forward.enter_context(record_routing(model))
+
+    @torch.compiler.disable
+    def _close(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if self._forward is None:
+            return None
+        self._forward.close()
+        self._forward = None
+        if output is None or self.aux_weight is None:  # None: the forward failed
+            return None
+        share = self._share if kwargs.get("num_items_in_batch") is not None else 1.0
+        aux = self.aux_weight * share * aux_loss(self._tape)
+        named = isinstance(output, Mapping)
+        loss = output.get("loss") if named else output[0]
+        if loss is None or loss.numel() != 1:
+            raise ConfigError(
+                "DynMoETrainerCallback: the model's output has no loss (label smoothing and "
+                "compute_loss_func take it outside of the model). Set aux_weight=None and add "
+                "0.01 * aux_loss(tape) in your own compute_loss."
+            )
+        loss = loss + aux
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        if named:
+            output["loss"] = loss
+            return output
+        return (loss, *output[1:])
+
+
+def _token_mask(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return False on padding, [B, N], where the blocks see just these tokens."""
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    two_lengths = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if mask is None or ids is None or mask.shape != ids.shape or two_lengths:
+        return None
+    found: Tensor = mask.bool()
+    return found
