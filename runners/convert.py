@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from dynmoe import process
 from dynmoe.convert.checkpoints import from_official, to_official
-from dynmoe.errors import ConfigError, UserError
+from dynmoe.errors import ConfigError
 
 HELP = """dynmoe-convert turns MoE-LLaVA and DynMoE-LLaVA checkpoints into run folders, and back.
 
@@ -31,15 +32,12 @@ ONLY_WITH = {"checkpoint": "run", "tokenizer": "from", "vision": "from"}
 def main() -> None:
     """Exit 0, or 2 with a message that names what is wrong."""
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(HELP)
-        return
-    try:
+    with process.command("dynmoe-convert", "The same command with overwrite=true begins again."):
+        if {"-h", "--help"} & set(arguments):
+            print(HELP)
+            return
         given = parse(arguments)
         (from_official if "from" in given else to_official)(given)
-    except UserError as error:
-        print(f"dynmoe-convert: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def parse(arguments: list[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     "errors seeding lazy",
+    "process",
     "layers questions runtime",
     "records selection metrics adaptation backbones",
     "data",

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dynmoe import process
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.records import RunFolder
 from dynmoe.selection import judged, selected
@@ -73,6 +74,8 @@ class RunRecorder(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_save = trainer.global_step
+        if not process.is_worker():
+            process.catch_signals()  # Lightning has just put its own handlers in place
         # A run that was killed after its last evaluation must not resume training.
         trainer.should_stop = trainer.should_stop or self._is_over()
 
