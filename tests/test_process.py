@@ -28,7 +28,8 @@ def keep_handlers() -> Iterator[None]:
 def python(body: str, *, shell: str = "{}", **env: str) -> subprocess.CompletedProcess[bytes]:
     """Run `body` as the command dynmoe-test, in a process without our variables."""
     lines = "\n".join(f"    {line}" for line in body.splitlines())
-    code = f"import os, signal, sys\nfrom dynmoe import process\nwith process.command('dynmoe-test', 'After.'):\n{lines}\n"
+    code = "import os, signal, sys\nfrom dynmoe import process\n"
+    code += f"with process.command('dynmoe-test', 'After.'):\n{lines}\n"
     clean = {k: v for k, v in os.environ.items() if k not in process.WAITING}
     return subprocess.run(
         shell.format(f'{sys.executable} -c "$CODE"'),

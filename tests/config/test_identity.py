@@ -53,6 +53,7 @@ def test_order_and_spelled_out_defaults_do_not_matter(plain: str) -> None:
         "logger=none",
         "trainer.enable_progress_bar=false",
         "data.workers=2",
+        "runtime.progress_every=5",
         "hydra.verbose=true",
         "protocol.datasets.DomainNet.eval_every=7",
     ],
