@@ -66,11 +66,23 @@ def test_layers_need_torch_alone() -> None:
     assert out.stdout.strip() == "[]"
 
 
+def test_a_run_installs_no_developer_tools() -> None:
+    """What make would do in a fresh clone."""
+    first = {}
+    for target in ("demo", "test"):
+        dry = ["make", "--dry-run", "--always-make", target, "VENV=/nowhere"]
+        done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True)
+        first[target] = [line for line in done.stdout.splitlines() if "--editable" in line]
+    assert len(first["demo"]) == 1 and "[dev]" not in first["demo"][0]
+    assert len(first["test"]) == 2 and "'.[dev]'" in first["test"][1]
+
+
 @pytest.mark.slow
 def test_wheel_works_from_any_folder(tmp_path: Path) -> None:
     """Build the wheel, compare it with conf/, and run the command from it in an empty folder."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
-    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    done = subprocess.run([*build, str(ROOT)], check=True, capture_output=True, text=True)
+    assert "absent from the `packages` configuration" not in done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
