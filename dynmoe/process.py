@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TextIO
 
 from dynmoe.errors import UserError
+from dynmoe.version import version
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Variables that say how a thread of OpenMP waits for the others: OpenMP's, GNU's and Intel's."""
@@ -37,17 +38,20 @@ _is_command = False
 def command(prog: str, after: str = "") -> Iterator[None]:
     """Run the body as the command `prog`, and end with one message where it cannot go on.
 
-    `after`: a sentence for who stopped it.
+    `--version` on the command line is answered here. `after`: a sentence for who stopped it.
 
     Raises:
-        SystemExit: with 2 on a UserError; on Ctrl-C, SIGTERM or SIGHUP with 128 + the signal's
-            number, as shells count.
+        SystemExit: with 0 after `--version`, 2 on a UserError, 128 + the number of the signal, as
+            shells count, on Ctrl-C, SIGTERM or SIGHUP.
     """
     global _is_command, _ended_by
     _is_command, _ended_by = True, None
     settle()
     catch_signals()
     try:
+        if "--version" in sys.argv[1:]:
+            print(f"{prog} {version()}")
+            raise SystemExit(0)
         yield
     except UserError as error:
         raise refusal(prog, error) from None

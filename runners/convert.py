@@ -23,6 +23,7 @@ run=FOLDER        a converted model, or a run of task=vl on StableLM, Qwen2 or P
                   to/model.safetensors and to/config.json, which the official code reads.
 checkpoint=       the checkpoint to convert (default: last).
 overwrite=true    replaces files that exist.
+--version         prints the version and the commit.
 """
 
 KEYS = ("from", "run", "to", "checkpoint", "tokenizer", "vision", "overwrite")

@@ -21,6 +21,7 @@ mode=answer    task=vl: answers the questions of the run's sets, or of the publi
 mode=submit    GLUE tasks: predicts the test sets and writes FOLDER/submission/*.tsv in the format
                of the GLUE server.
 checkpoint=    the checkpoint to load (default: selected).
+--version      prints the version and the commit.
 
 Keys of the configuration that may be given: {keys}
 """

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="print DomainBed's own result tables of the records in FOLDER, and save them there",
     )
+    parser.add_argument("--version", action="store_true", help="print the version and the commit")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes")
     return parser
 

@@ -21,7 +21,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor, nn
 
-import dynmoe
 from dynmoe import process, runtime, selection
 from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import add_moe_layers
@@ -35,6 +34,7 @@ from dynmoe.tasks.base import MoETask
 from dynmoe.training.callbacks import RunRecorder
 from dynmoe.training.progress import RunLines, RunProgress
 from dynmoe.training.trained import checkpoint_of
+from dynmoe.version import version as dynmoe_version
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
 for _name in ("lightning.pytorch", "lightning.fabric"):
@@ -250,7 +250,7 @@ def facts(
         "costs": costs,
         "start_experts": {n: len(m.live) for n, m in moe_layers(task.backbone).items()},
         "versions": {
-            "dynmoe": dynmoe.__version__,
+            "dynmoe": dynmoe_version(),
             "torch": torch.__version__,
             "lightning": L.__version__,
             **{name: version(name) for name in data.libraries},
