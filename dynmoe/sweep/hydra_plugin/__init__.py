@@ -90,6 +90,8 @@ class DynMoESweeper(Sweeper):
         todo = [job for job in jobs if again or job.state not in ("done", "running")]
         counts = f"{len(jobs) - len(todo)} done or running, {len(todo)} to do"
         print(f"{len(jobs)} job{'s' * (len(jobs) != 1)} in {folder}: {counts}")
+        for job in todo:
+            print(f"  {job.name}: {job.label}")
         returns = self._launch(todo)
         _print_outcome(folder, jobs)
         return returns
