@@ -155,8 +155,14 @@ def _step_of(checkpoint: Path) -> int:
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, UnpicklingError) as error:
+        selected = checkpoint.with_name("selected.ckpt")
+        sooner = (
+            f"To go on from an earlier evaluation: cp {selected} {checkpoint}. "
+            if selected.exists()
+            else ""
+        )
         raise ConfigError(
-            f"{checkpoint}: cannot be read ({error}); overwrite=true starts the run again"
+            f"{checkpoint}: cannot be read ({error}). {sooner}overwrite=true starts the run again"
         ) from error
     return state["global_step"] - 1
 
