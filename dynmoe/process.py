@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from dynmoe.errors import UserError
 from dynmoe.version import version
@@ -113,7 +113,7 @@ codecs.register_error("dynmoe.plain", _plain)
 class _Lasting(io.FileIO):
     """A file descriptor that drops what cannot be written to it."""
 
-    def write(self, data: bytes, /) -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         try:
             written = super().write(data)
         except OSError:

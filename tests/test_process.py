@@ -88,6 +88,25 @@ def test_what_is_ignored_stays_ignored() -> None:
     assert (done.returncode, done.stdout) == (0, b"goes on\n")
 
 
+def test_a_worker_leaves_ctrl_c_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_ended_by", None)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    process.follow_command()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    with pytest.raises(process.Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_launchers_own_handling_of_preemption_stays() -> None:
+    def bypass(*_: object) -> None:
+        pass
+
+    signal.signal(signal.SIGTERM, bypass)
+    before = signal.getsignal(signal.SIGINT)
+    process.follow_command()
+    assert signal.getsignal(signal.SIGTERM) is bypass and signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_fork_does_not_end_as_the_command() -> None:
     body = "pid = os.fork()\nif not pid: os.kill(os.getpid(), signal.SIGTERM)\n"
     done = python(body + "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))")

@@ -76,7 +76,7 @@ def _differences(cfg: DictConfig) -> Iterator[str]:
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    plain = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    plain: Any = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
     for key, value in plain.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
