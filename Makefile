@@ -4,9 +4,17 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 RUN    := $(BIN)/dynmoe-run
 DATA   ?= data
+# PyTorch's own builds instead of PyPI's: TORCH=cpu has no CUDA (2 GB instead of 6), TORCH=cu126 an older one.
+TORCH  ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+# Of pip's hundreds of lines those that take time: large downloads, building, installing.
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install
+SHOW   := awk '/^ *(Downloading|Using cached) .*[MG]B\)$$|^ *Building|^Installing|^Successfully/ { print; fflush() }'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-language demo-vl test test-all lint bench smoke reproduce-vision reproduce-vision-small \
+.PHONY: help install install-dev demo demo-language demo-vl test test-all lint bench smoke reproduce-vision reproduce-vision-small \
 	reproduce-language reproduce-language-small reproduce-vl reproduce-vl-small clean
 
 help:  ## Show this list
@@ -15,11 +23,20 @@ help:  ## Show this list
 $(BIN)/dynmoe-run: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("dynmoe needs Python >= 3.11, found %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(PIP) --quiet --upgrade pip
+	@echo 'Installing PyTorch, dynmoe and what its runs need: some minutes'
+	@$(if $(TORCH),$(PIP) torch torchvision --index-url https://download.pytorch.org/whl/$(TORCH) | $(SHOW))
+	@$(PIP) --editable '.[joblib,vision-language]' | $(SHOW)
 	@touch $@
 
-install: $(BIN)/dynmoe-run  ## Make .venv and install dynmoe into it (about 6 GB with PyTorch)
+$(BIN)/pytest: $(BIN)/dynmoe-run
+	@echo 'Installing what tests and lint need'
+	@$(PIP) --editable '.[dev]' | $(SHOW)
+	@touch $@
+
+install: $(BIN)/dynmoe-run  ## Make .venv and install dynmoe into it (about 6 GB with PyTorch and CUDA; TORCH=cpu: 2 GB)
+
+install-dev: $(BIN)/pytest  ## Add what tests and lint need
 
 demo: install  ## Train DynMoE on rotated digits: 2 to 3 minutes on 2 CPU cores
 	$(RUN) task=vit_domainbed
@@ -30,13 +47,13 @@ demo-language: install  ## Train DynMoE on WordNet's glosses: 1 to 2 minutes on 
 demo-vl: install  ## Train a small LLaVA with DynMoE on rendered scenes, all three stages: about 5 minutes on 2 CPU cores
 	$(RUN) task=vl
 
-test: install  ## Run the tests (about 5 minutes on 2 CPU cores)
+test: install-dev  ## Run the tests (about 5 minutes on 2 CPU cores)
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist loadfile
 
-test-all: install lint  ## Run lint and all tests, as CI does
+test-all: install-dev lint  ## Run lint and all tests, as CI does
 	$(BIN)/python -m pytest
 
-lint: install  ## Check format, lint and types
+lint: install-dev  ## Check format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

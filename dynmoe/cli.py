@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import sys
 import traceback
@@ -22,10 +21,11 @@ from hydra.types import RunMode
 from hydra_plugins.dynmoe_sweeper import DynMoESweeper
 from omegaconf import DictConfig
 
+from dynmoe import process
 from dynmoe.config import options, runs
 from dynmoe.config.check import check, report
 from dynmoe.config.compose import preflight, search_path
-from dynmoe.errors import STOPPED, UserError
+from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import Held, RunFolder
 
 Job = Callable[[DictConfig], float | None]
@@ -42,8 +42,14 @@ def run(job: Job, *, prog: str) -> None:
     """Run `job` on the configuration of the command line.
 
     A wrong command is refused with every problem it has, exit status 2. A UserError from the job
-    does the same in a single run; in a sweep it ends that job only. Ctrl-C ends both with 130.
+    does the same in a single run; in a sweep it ends that job only. Ctrl-C ends both with 130,
+    SIGTERM with 143.
     """
+    with process.command(prog, process.GOES_ON):
+        _run(job, prog)
+
+
+def _run(job: Job, prog: str) -> None:
     args = get_args_parser().parse_args()
     if args.help:
         print(help_text())
@@ -53,7 +59,7 @@ def run(job: Job, *, prog: str) -> None:
     if not shows_only and not own_tree:
         verdict = preflight(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
         if verdict.problems:
-            raise _refusal(prog, report(verdict.problems))
+            raise ConfigError(report(verdict.problems))
         sys.argv[1:] = [verdict.instead.get(text, text) for text in sys.argv[1:]]
     # Hydra looks through installed packages for its plugins, and overlooks editable ones.
     Plugins.instance().register(DynMoESweeper)
@@ -76,13 +82,15 @@ def _guarded(job: Job, prog: str) -> Job:
     def guarded(cfg: DictConfig) -> float | None:
         hydra_cfg = HydraConfig.get()
         sweep = hydra_cfg.mode == RunMode.MULTIRUN
+        if process.is_worker():  # of a launcher
+            process.follow_command()
         folder = Path(hydra_cfg.runtime.output_dir)
         try:
             check(cfg, multirun=sweep)
             result = job(cfg)
         except Held as error:
             if not sweep:
-                raise _refusal(prog, str(error)) from None
+                raise process.refusal(prog, error) from None
             print(f"{prog}: job {hydra_cfg.job.num} is left to the process that is running it")
             return None
         except Exception as error:
@@ -92,14 +100,9 @@ def _guarded(job: Job, prog: str) -> Job:
             if refused is None:
                 raise
             _remove_unused(folder)
-            raise _refusal(prog, str(refused)) from None
-        except (KeyboardInterrupt, SystemExit) as error:
-            # NOTE: Lightning's trainer answers Ctrl-C with sys.exit(1) (trainer/call.py).
-            if not any(isinstance(e, KeyboardInterrupt) for e in (error, error.__context__)):
-                raise
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # of data-parallel processes, one speaks
-                print(f"{prog}: {STOPPED}", file=sys.stderr)
-            raise SystemExit(130) from None  # 128 + SIGINT, as shells count
+            raise process.refusal(prog, refused) from None
+        except SystemExit as error:  # an interruption, as one that a worker can send
+            raise process.interruption(error) or error from None
         if cfg.get("mode") in ("check", "plan"):
             _remove_unused(folder)
         return result
@@ -141,8 +144,3 @@ def _remove_unused(folder: Path) -> None:
             shutil.rmtree(folder / ".hydra", ignore_errors=True)
             (folder / "run.log").unlink(missing_ok=True)
             folder.rmdir()
-
-
-def _refusal(prog: str, message: str) -> SystemExit:
-    print(f"{prog}: {message}", file=sys.stderr)
-    return SystemExit(2)

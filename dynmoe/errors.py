@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-# After Ctrl-C.
-STOPPED = "stopped. The same command goes on from the last evaluation."
-
 
 class UserError(Exception):
     """Refused input. The command line prints the message and exits with 2, without a traceback."""

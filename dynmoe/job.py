@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe import process
 from dynmoe.config import runs
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.records import RunFolder
@@ -36,7 +37,7 @@ def job(cfg: DictConfig) -> float | None:
             _clear(folder.path)
         folder.forget_failure()
         if folder.is_done:
-            print("This run was finished before; nothing is trained (overwrite=true repeats it).")
+            folder.say("finished before; nothing is trained (overwrite=true repeats it)")
         else:
             complete_stage_before(cfg)
             if not train(cfg, folder):
@@ -53,7 +54,7 @@ def complete_stage_before(cfg: DictConfig) -> None:
     with folder.hold(wait=WAIT):
         folder.forget_failure()
         if folder.is_done:
-            print(f"stage {earlier.stage.name}: done before, {folder.path}")
+            folder.say(f"stage {earlier.stage.name}: done before, {folder.path}")
             return
         if runs.is_distributed(cfg):
             raise ConfigError(
@@ -62,10 +63,10 @@ def complete_stage_before(cfg: DictConfig) -> None:
                 "without moe and name first."
             )
         complete_stage_before(earlier)
-        print(f"stage {earlier.stage.name}: {folder.path}")
+        folder.say(f"stage {earlier.stage.name}")
         train(earlier, folder)
         score = show(folder, quiet=True)
-        print(f"stage {earlier.stage.name}: done, score {100 * score:.1f}")
+        folder.say(f"stage {earlier.stage.name}: done, score {100 * score:.1f}")
 
 
 def check_data(cfg: DictConfig) -> None:
@@ -96,6 +97,8 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
 
 def train(cfg: DictConfig, folder: RunFolder) -> bool:
     """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0."""
+    if not _is_child():
+        folder.say(f"run folder: {folder.path}")  # at once: loading PyTorch and the data takes time
     from dynmoe.training import build
 
     settings = build.settle_runtime(cfg)
@@ -113,8 +116,13 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     if trainer.is_global_zero:
         folder.path.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
-        folder.write_run(build.facts(cfg, data, task, trainer, settings))
-        folder.truncate_after(_step_of(checkpoint))
+        facts = build.facts(cfg, data, task, trainer, settings)
+        folder.write_run(facts)
+        step = _step_of(checkpoint)
+        folder.truncate_after(step)
+        begin = build.announcement(facts, step)
+        for line in [", ".join(begin)] if process.is_worker() else begin:
+            folder.say(line)
     trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
     return trainer.is_global_zero
 
@@ -131,7 +139,9 @@ def show(folder: RunFolder, quiet: bool = False) -> float:
         figures.draw_all(run)
         (folder.path / "summary.md").write_text(summary.to_markdown(run), encoding="utf-8")
         folder.mark_done()
-    if not quiet:
+    if process.is_worker():
+        folder.say("finished")
+    elif not quiet:
         Console().print(summary.to_console(run))
         print(f"Run folder, with figures/ and summary.md:\n{folder.path}")  # one line, to be copied
     return run.outcome.validation
@@ -150,8 +160,14 @@ def _step_of(checkpoint: Path) -> int:
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, UnpicklingError) as error:
+        selected = checkpoint.with_name("selected.ckpt")
+        sooner = (
+            f"To go on from an earlier evaluation: cp {selected} {checkpoint}. "
+            if selected.exists()
+            else ""
+        )
         raise ConfigError(
-            f"{checkpoint}: cannot be read ({error}); overwrite=true starts the run again"
+            f"{checkpoint}: cannot be read ({error}). {sooner}overwrite=true starts the run again"
         ) from error
     return state["global_step"] - 1
 

@@ -34,11 +34,13 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
+from dynmoe import process
 from dynmoe.errors import UserError
 
 # A folder beside the run folders.
@@ -124,6 +126,18 @@ class RunFolder:
                 "run again with overwrite=true"
             )
         return facts
+
+    def say(self, line: str) -> None:
+        """Print a line and note it; beside other jobs it begins with the name of the run."""
+        name = f"{self.path.name}: " if process.is_worker() else ""
+        print(f"{name}{line}", flush=True)
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        """Add a line, with date and time, to `run.log`, which Hydra writes to as well."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "run.log").open("a", encoding="utf-8", errors="replace") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def mark_done(self) -> None:
         """Mark the run as complete. Call it after everything else is written."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynmoe import process
+
 # malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 KEPT = 2**31 - 1
@@ -31,7 +33,8 @@ def apply(runtime: Mapping[str, Any], device_type: str) -> dict[str, Any]:
 
     Returns:
         The settings that hold now:
-        ``{"matmul_precision": str, "malloc": "tuned" or "system", "fused_attention": bool}``.
+        ``{"matmul_precision": str, "malloc": "tuned" or "system", "fused_attention": bool,
+        "wait": str}``; the last as ``dynmoe.process.waiting`` says it.
     """
     on_cpu = device_type == "cpu"
     malloc, precision, fused = (
@@ -45,7 +48,12 @@ def apply(runtime: Mapping[str, Any], device_type: str) -> dict[str, Any]:
     torch.set_float32_matmul_precision(precision)
     if fused == "auto":
         fused = not on_cpu
-    return {"matmul_precision": precision, "malloc": malloc, "fused_attention": fused}
+    return {
+        "matmul_precision": precision,
+        "malloc": malloc,
+        "fused_attention": fused,
+        "wait": process.waiting(),
+    }
 
 
 def medium_is_exact() -> bool:

@@ -6,25 +6,19 @@ import os
 import sys
 from collections.abc import Sequence
 
+from dynmoe import process
 from dynmoe.benchmark import options
-from dynmoe.errors import UserError
 
 
 def main() -> None:
-    """Exit 0, 2 with a message that names what is wrong, or 130 when interrupted."""
+    """Exit 0, 2 with a message that names what is wrong, or as `process.command` when stopped."""
     # PyTorch's profiler, which counts allocations, reports every start and stop, and memory that
     # it saw freed but not allocated: a text's mask of the step before.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
+    with process.command("dynmoe-bench", "The --json file holds what was finished."):
         args = options.parser().parse_args(_overrides_first(sys.argv[1:]))
         getattr(options, args.command)(args)
-    except UserError as error:
-        print(f"dynmoe-bench: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("dynmoe-bench: stopped; the --json file holds what was finished", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _overrides_first(arguments: Sequence[str]) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from dynmoe import process
 from dynmoe.convert.checkpoints import from_official, to_official
-from dynmoe.errors import ConfigError, UserError
+from dynmoe.errors import ConfigError
 
 HELP = """dynmoe-convert turns MoE-LLaVA and DynMoE-LLaVA checkpoints into run folders, and back.
 
@@ -22,6 +23,7 @@ run=FOLDER        a converted model, or a run of task=vl on StableLM, Qwen2 or P
                   to/model.safetensors and to/config.json, which the official code reads.
 checkpoint=       the checkpoint to convert (default: last).
 overwrite=true    replaces files that exist.
+--version         prints the version and the commit.
 """
 
 KEYS = ("from", "run", "to", "checkpoint", "tokenizer", "vision", "overwrite")
@@ -31,15 +33,12 @@ ONLY_WITH = {"checkpoint": "run", "tokenizer": "from", "vision": "from"}
 def main() -> None:
     """Exit 0, or 2 with a message that names what is wrong."""
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(HELP)
-        return
-    try:
+    with process.command("dynmoe-convert", "The same command with overwrite=true begins again."):
+        if {"-h", "--help"} & set(arguments):
+            print(HELP)
+            return
         given = parse(arguments)
         (from_official if "from" in given else to_official)(given)
-    except UserError as error:
-        print(f"dynmoe-convert: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 def parse(arguments: list[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dynmoe.errors import UserError
+from dynmoe import process
 from dynmoe.training.evaluate import OVERRIDES, answer, evaluate, parse, submit
 
 HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
@@ -21,6 +21,7 @@ mode=answer    task=vl: answers the questions of the run's sets, or of the publi
 mode=submit    GLUE tasks: predicts the test sets and writes FOLDER/submission/*.tsv in the format
                of the GLUE server.
 checkpoint=    the checkpoint to load (default: selected).
+--version      prints the version and the commit.
 
 Keys of the configuration that may be given: {keys}
 """
@@ -29,15 +30,12 @@ Keys of the configuration that may be given: {keys}
 def main() -> None:
     """Exit 0, or 2 with a message that names what is wrong."""
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(HELP.format(keys=", ".join(OVERRIDES)))
-        return
-    try:
+    with process.command("dynmoe-eval", "The same command begins again."):
+        if {"-h", "--help"} & set(arguments):
+            print(HELP.format(keys=", ".join(OVERRIDES)))
+            return
         mode, folder, checkpoint, cfg = parse(arguments)
         {"evaluate": evaluate, "answer": answer, "submit": submit}[mode](folder, checkpoint, cfg)
-    except UserError as error:
-        print(f"dynmoe-eval: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from dynmoe import process
 from dynmoe.errors import UserError
 from dynmoe.records import RecordError
 from dynmoe.report.run import Run
@@ -25,23 +25,27 @@ NO_OUT = "--out: expected with a report of sweeps, found with {}; leave it out"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exit 0, or 2 with a message that names what is wrong."""
-    args = _parser().parse_args(arguments)
-    try:
-        if args.domainbed is not None:
-            if args.out is not None:
-                raise UserError(NO_OUT.format("--domainbed, whose tables go into its folder"))
-            from dynmoe.report import domainbed
+    with process.command("dynmoe-report", "The same command begins again."):
+        args = _parser().parse_args(arguments)
+        try:
+            _write(args)
+        except OSError as error:  # of --out, say: it names the folder
+            raise UserError(str(error)) from None
 
-            print(domainbed.write(args.domainbed), end="")
-        elif len(args.folders) == 2 and all((each / "run.json").exists() for each in args.folders):
-            if args.out is not None:
-                raise UserError(NO_OUT.format("two runs, which are compared on the console"))
-            _compare(*args.folders)
-        else:
-            _report(args.folders, args.out or args.folders[0] / "report")
-    except (UserError, OSError) as error:  # an OSError of --out, say, names the folder
-        print(f"dynmoe-report: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+
+def _write(args: argparse.Namespace) -> None:
+    if args.domainbed is not None:
+        if args.out is not None:
+            raise UserError(NO_OUT.format("--domainbed, whose tables go into its folder"))
+        from dynmoe.report import domainbed
+
+        print(domainbed.write(args.domainbed), end="")
+    elif len(args.folders) == 2 and all((each / "run.json").exists() for each in args.folders):
+        if args.out is not None:
+            raise UserError(NO_OUT.format("two runs, which are compared on the console"))
+        _compare(*args.folders)
+    else:
+        _report(args.folders, args.out or args.folders[0] / "report")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="print DomainBed's own result tables of the records in FOLDER, and save them there",
     )
+    parser.add_argument("--version", action="store_true", help="print the version and the commit")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes")
     return parser
 

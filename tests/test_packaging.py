@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    "errors files seeding lazy",
-    "image_files",
+    "errors files seeding lazy version",
+    "image_files process",
     "layers questions runtime",
     "records selection metrics adaptation backbones",
     "data",

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from dynmoe import runtime
+from dynmoe import process, runtime
 
 AUTO = {"matmul_precision": "auto", "malloc": "auto", "fused_attention": "auto"}
 
@@ -27,14 +27,16 @@ def test_auto_on_a_cpu(exact: bool, precision: str, monkeypatch: pytest.MonkeyPa
         runtime, "tune_malloc", lambda: monkeypatch.setattr(runtime, "_tuned", True)
     )
     settings = runtime.apply(AUTO, "cpu")
-    assert settings == {"matmul_precision": precision, "malloc": "tuned", "fused_attention": False}
+    expected = {"matmul_precision": precision, "malloc": "tuned", "fused_attention": False}
+    assert settings == {**expected, "wait": process.waiting()}
     assert torch.get_float32_matmul_precision() == precision
 
 
 def test_auto_elsewhere_is_pytorchs_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "_tuned", False)
     settings = runtime.apply(AUTO, "cuda")
-    assert settings == {"matmul_precision": "highest", "malloc": "system", "fused_attention": True}
+    expected = {"matmul_precision": "highest", "malloc": "system", "fused_attention": True}
+    assert settings == {**expected, "wait": process.waiting()}
 
 
 def test_a_tuned_process_stays_tuned_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def add_adapters(
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(
-            "backbone.lora: needs the package peft: pip install 'dynmoe[lora]', or set "
+            "backbone.lora: needs the package peft: pip install -e '.[lora]', or set "
             "backbone.lora=null"
         ) from error
     conv1d = model.config.model_type == "gpt2"

@@ -198,6 +198,7 @@ data.root=FOLDER."""
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands. The result names the chosen one as ``command``."""
     top = argparse.ArgumentParser(prog="dynmoe-bench", description="Measure the speed of dynmoe.")
+    top.add_argument("--version", action="store_true", help="print the version and the commit")
     commands = top.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     def new(

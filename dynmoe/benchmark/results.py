@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,8 @@ from dynmoe.errors import ConfigError
 
 Facts = dict[str, Any]
 Row = dict[str, Any]
+BUSY = 0.25
+"""A machine with more runnable processes per core than this was busy before the measurement."""
 Advance = Callable[[int, int], None]
 """Called with the number of samples that are done, and of all."""
 
@@ -63,6 +67,7 @@ class Output:
         if self.file.is_dir():
             raise ConfigError(f"--json {self.file}: expected a file to write, this is a folder")
         self.rows: list[Row] = []
+        self._load = _load_average()
         self._date = f"{now:%Y-%m-%d %H:%M:%S}"
         self._conditions = Conditions({}, {}, {})
         self._console = Console(highlight=False)
@@ -96,13 +101,14 @@ class Output:
             yield new_bar
 
     def add(self, rows: Sequence[Row], conditions: Conditions) -> None:
-        """Write one object: ``command``, ``date``, ``machine``, ``settings``, ``workload``,
-        ``rows``."""
+        """Write one object: ``command``, ``date``, ``load_average``, ``machine``, ``settings``,
+        ``workload``, ``rows``."""
         self.rows += rows
         self._conditions = conditions
         content = {
             "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "date": self._date,
+            "load_average": {"before": self._load, "after": _load_average()},
             **dataclasses.asdict(conditions),
             "rows": self.rows,
         }
@@ -110,8 +116,27 @@ class Output:
 
     def show(self, *parts: Table | str) -> None:
         """Print the conditions, then the parts, then where the file is."""
-        for part in (str(self._conditions), *parts, f"Written to {self.file}"):
+        load = load_note(self._load, _load_average(), os.cpu_count() or 1)
+        for part in (str(self._conditions), load, *parts, f"Written to {self.file}"):
             self._console.print(part)
+
+
+def _load_average() -> float:
+    """Mean number of runnable processes in the last minute; NaN where the system has none."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+
+
+def load_note(before: float, after: float, cores: int) -> str:
+    """The load beside the cores, and a warning where others computed: after it, the benchmark's own
+    threads count too."""
+    text = f"load average of a minute {before:.1f} before, {after:.1f} after, on {cores} cores"
+    if before <= BUSY * cores:
+        return text
+    return (
+        f"{text}\nWARNING: the machine was busy before the measurement. Times are longer than "
+        "on an idle one; ratios are of interleaved samples, but threads that wait for a core slow "
+        "some cases more than others. Measure again when nothing else runs."
+    )
 
 
 # Tables.

@@ -88,7 +88,7 @@ def _missing_plugin(message: str) -> str:
         return ""
     group, name, family, rest = asked.groups()
     if family in EXTRAS:
-        return f'{group}={name}: not installed. It comes with pip install "dynmoe[{family}]"'
+        return f'{group}={name}: not installed. It comes with pip install -e ".[{family}]"'
     listed = re.search(r"Available options in '[^']*': (.*?) Config search path", rest)
     known = listed[1].split() if listed else []
     return f"{group}: no option '{name}'.{did_you_mean(name, known)} Options: {', '.join(known)}"

@@ -265,7 +265,7 @@ def folders(cfg: DictConfig) -> Iterator[str]:
 
 def libraries(cfg: DictConfig) -> Iterator[str]:
     if modality(cfg, "task.module") == "vision-language" and find_spec("transformers") is None:
-        yield 'task: needs transformers: pip install "dynmoe[language]"'
+        yield 'task: needs transformers: pip install -e ".[language]"'
 
 
 # Text runs.
@@ -279,7 +279,7 @@ def text_run(cfg: DictConfig) -> Iterator[str]:
         return
     missing = [name for name in ("transformers", "datasets") if find_spec(name) is None]
     if missing:
-        yield f'task: needs {" and ".join(missing)}: pip install "dynmoe[language]"'
+        yield f'task: needs {" and ".join(missing)}: pip install -e ".[language]"'
     source, root = read(cfg, "data.source", str), read(cfg, "data.root", str)
     if source in ("tsv", "parquet") and root is None:
         yield f"data.root: data.source={source} needs the folder of the files: data.root=FOLDER"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dynmoe.config.options import device_count
 NOT_IN_IDENTITY = (
     *("hydra", "logger", "mode", "name", "overwrite", "paths", "plan", "sweep"),
     *("protocol.datasets", "protocol.defaults", "protocol.stages"),  # other keys copy those in use
-    *("runtime.malloc", "task.save_every", "moe.recompute"),
+    *("runtime.malloc", "runtime.progress_every", "task.save_every", "moe.recompute"),
     "backbone.grad_checkpointing",  # the same numbers, computed twice
     "data.question_sets",  # more of them are answered by dynmoe-eval
     *("data.cache", "data.cache_gb", "data.eval_batch_size", "data.examples", "data.verify"),
@@ -34,8 +35,11 @@ NOT_IN_IDENTITY = (
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps"),
 )
 
+LONGEST, SHORT = 80, 16  # characters of all differences in a folder's name, and of one value
+
 # `${a.b}`, another key; `${recipe:lr}` computes something.
 COPY = re.compile(r"\$\{[\w.]+\}")
+FROM_RECIPE = re.compile(r"\$\{recipe:(\w+)\}")
 
 
 def sha8(text: str) -> str:
@@ -44,10 +48,54 @@ def sha8(text: str) -> str:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """`<data>_<moe>[_env<test envs>]_seed<seed>_<hash>`: `pacs_dynmoe_env0_seed0_1f3a90bc`."""
+    """`<data>_<moe>[_<differences>][_env<test envs>]_seed<seed>_<hash>`, such as
+    `pacs_topk_num_experts4-top_k1_env0_seed0_1f3a90bc`. The hash keeps apart what is cut off."""
     tests = [f"env{'-'.join(map(str, test_indices(cfg)))}"] if "test_envs" in cfg.data else []
-    parts = (cfg.data.name, cfg.moe.name, *tests, f"seed{cfg.seed}", config_hash(cfg))
+    own = ["-".join(_differences(cfg))[:LONGEST]]
+    parts = (cfg.data.name, cfg.moe.name, *filter(None, own), *tests, f"seed{cfg.seed}")
+    parts += (config_hash(cfg),)
     return re.sub(r"[^a-z0-9_.-]+", "-", "_".join(str(part) for part in parts).lower())
+
+
+def _differences(cfg: DictConfig) -> Iterator[str]:
+    """Settings of mixture and task that are not those of their files and of the protocol."""
+    for seed in ("trial_seed", "hparams_seed"):
+        if cfg[seed] != 0:
+            yield f"{seed}{cfg[seed]}"
+    files = {
+        "moe": options.own("moe", cfg.moe.name),
+        "data": {"batch_size": RECIPE["data.batch_size"]},
+    }
+    files["task"] = options.own("task", cfg.task.name).get("task", {})
+    for node, file in files.items():
+        for key, written in _leaves(file, f"{node}."):
+            value = OmegaConf.select(cfg, key)
+            if key in NOT_IN_IDENTITY or value is None or value == _meant(cfg, written, value):
+                continue
+            text = str(value).rpartition(".")[2] if key.endswith("._target_") else str(value)
+            yield f"{key.rpartition('.')[2]}{text.strip('[]').replace(' ', '')[:SHORT]}"
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    plain: Any = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _meant(cfg: DictConfig, written: Any, otherwise: Any) -> Any:
+    """The value that a file asks for: itself, a copy of another key, or the protocol's;
+    `otherwise` where it is computed."""
+    if not isinstance(written, str):
+        return written
+    if COPY.fullmatch(written):
+        return OmegaConf.select(cfg, written[2:-1])
+    if asked := FROM_RECIPE.fullmatch(written):
+        with suppress(KeyError):
+            return recipe(asked[1], _root_=cfg)
+    return otherwise if "${" in written else written
 
 
 def config_hash(cfg: DictConfig) -> str:

@@ -109,6 +109,7 @@ class Runtime:
     matmul_precision: Literal["auto", "highest", "high", "medium"]
     malloc: Literal["auto", "tuned", "system"]
     fused_attention: Literal["auto"] | bool
+    progress_every: float
 
 
 @dataclass

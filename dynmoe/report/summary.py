@@ -169,9 +169,10 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     attention, optimizer = (
         "fused" if settings[key] else "plain" for key in ("fused_attention", "fused_optimizer")
     )
+    waits = f" ({settings['wait']})" if "wait" in settings else ""  # of older runs nobody knows
     yield (
         "runtime",
-        f"{facts['threads']} threads, {settings['precision']}, "
+        f"{facts['threads']} threads{waits}, {settings['precision']}, "
         f"matmul {settings['matmul_precision']}, malloc {settings['malloc']}, "
         f"{attention} attention, {optimizer} optimizer",
     )

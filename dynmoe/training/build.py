@@ -18,10 +18,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
+from rich.console import Console
 from torch import Tensor, nn
 
-import dynmoe
-from dynmoe import runtime, selection
+from dynmoe import process, runtime, selection
 from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.rules import UNFIT
@@ -32,8 +32,10 @@ from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.records import RunFolder
 from dynmoe.tasks.base import MoETask
-from dynmoe.training.callbacks import RunProgress, RunRecorder
+from dynmoe.training.callbacks import RunRecorder
+from dynmoe.training.progress import RunLines, RunProgress
 from dynmoe.training.trained import checkpoint_of
+from dynmoe.version import version as dynmoe_version
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
 for _name in ("lightning.pytorch", "lightning.fabric"):
@@ -49,6 +51,8 @@ warnings.filterwarnings("ignore", message=r".*in eval mode at the start.*")  # f
 TOWER = "vision."
 
 REASON = 300  # characters of a reason that are shown: PyTorch names every weight that differs
+
+SETS = 6  # that are listed one by one
 
 # Settings of a language model that change its output but not the shapes of its weights.
 UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rms_norm_eps", "rope_parameters")
@@ -144,7 +148,7 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
 
 def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:
     """The adaptation of experts, if any; those of ``trainer.callbacks``; records, checkpoints and
-    early stop; progress bar.
+    early stop; progress.
 
     Raises:
         ConfigError: one that a run cannot have.
@@ -153,17 +157,18 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
     if cfg.moe.adaptation is not None:
         callbacks.append(instantiate(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
     callbacks += own_callbacks(cfg)
-    callbacks.append(
-        RunRecorder(
-            folder,
-            judging(cfg, data),
-            constants(cfg, data),
-            data.epoch_at,
-            cfg.task.get("save_every"),
-            cfg.task.get("patience"),
-        )
+    recorder = RunRecorder(
+        folder,
+        judging(cfg, data),
+        constants(cfg, data),
+        data.epoch_at,
+        cfg.task.get("save_every"),
+        cfg.task.get("patience"),
     )
-    if cfg.trainer.enable_progress_bar:
+    has_bar = shows_bar(cfg)
+    quiet = not cfg.trainer.enable_progress_bar
+    callbacks += [recorder, RunLines(recorder, cfg.runtime.progress_every, has_bar, quiet)]
+    if has_bar:
         callbacks.append(RunProgress())
     return callbacks
 
@@ -186,6 +191,12 @@ def own_callbacks(cfg: DictConfig) -> list[L.Callback]:
     return callbacks
 
 
+def shows_bar(cfg: DictConfig) -> bool:
+    """Whether progress is a bar: on a terminal that this process has for itself."""
+    on_terminal = Console().is_interactive and not process.is_worker()
+    return bool(cfg.trainer.enable_progress_bar) and on_terminal
+
+
 def build_trainer(
     cfg: DictConfig, callbacks: list[L.Callback], folder: RunFolder, max_steps: int
 ) -> L.Trainer:
@@ -200,6 +211,7 @@ def build_trainer(
             cfg.trainer,
             max_steps=max_steps,
             callbacks=callbacks,
+            enable_progress_bar=shows_bar(cfg),
             logger=loggers,
             default_root_dir=str(folder.path),
         )
@@ -276,7 +288,7 @@ def facts(
         "costs": costs,
         "start_experts": {n: len(m.live) for n, m in moe_layers(task.backbone).items()},
         "versions": {
-            "dynmoe": dynmoe.__version__,
+            "dynmoe": dynmoe_version(),
             "torch": torch.__version__,
             "lightning": L.__version__,
             **{name: version(name) for name in data.libraries},
@@ -286,11 +298,34 @@ def facts(
         "device": _device_name(trainer),
         "threads": torch.get_num_threads(),
         "runtime": {
+            "threads": torch.get_num_threads(),
             **settings,
             "precision": str(cfg.trainer.precision),
             "fused_optimizer": bool(cfg.task.optimizer.get("fused")),
         },
     }
+
+
+def announcement(facts: Mapping[str, Any], resumed: int) -> list[str]:
+    """The lines before the first step: model, data, steps, device. ``resumed``: the last step of
+    the checkpoint that the run goes on from, -1 without one."""
+    threads = facts["threads"]
+    experts = ", ".join(map(str, facts["start_experts"].values()))
+    layers = f"MoE layers with {experts} experts" if experts else "no MoE layer"
+    before = f", resumed after step {resumed}" if resumed >= 0 else ""
+    return [
+        f"model: {facts['algorithm']}, {facts['backbone']}, {facts['weights']}; {layers}",
+        f"data: {facts['dataset']}, {_sizes(facts['sizes'])}",
+        f"steps: {facts['steps']} with batch size {facts['batch_size']}, an evaluation every "
+        f"{facts['eval_every']}{before}",
+        f"device: {facts['device']}, {threads} thread{'s' * (threads != 1)}",
+    ]
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    if len(sizes) > SETS:
+        return f"{sum(sizes.values()):,} examples in {len(sizes)} sets"
+    return ", ".join(f"{name} {size:,}" for name, size in sizes.items())
 
 
 def _backbone_name(backbone: DictConfig) -> str:

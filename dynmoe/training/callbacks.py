@@ -1,4 +1,4 @@
-"""Callbacks: a run's records, checkpoints and early stop at every evaluation; its progress bar."""
+"""A run's records, checkpoints and early stop, at every evaluation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from lightning.pytorch.callbacks import Checkpoint
 
+from dynmoe import process
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.records import RunFolder
 from dynmoe.selection import judged, selected
@@ -54,6 +54,7 @@ class RunRecorder(Checkpoint):
         self.patience = patience
         self.constants = constants
         self.epoch_at = epoch_at
+        self.result: dict[str, Any] | None = None  # of the last evaluation
         self._clock = 0.0
         self._training = 0.0
         self._first_step = 0
@@ -73,6 +74,8 @@ class RunRecorder(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_save = trainer.global_step
+        if not process.is_worker():
+            process.catch_signals()  # Lightning has just put its own handlers in place
         # A run that was killed after its last evaluation must not resume training.
         trainer.should_stop = trainer.should_stop or self._is_over()
 
@@ -110,6 +113,7 @@ class RunRecorder(Checkpoint):
             "mem_gb": _memory_gb(),
             **self.constants,
         }
+        self.result = result
         # Scores are the same on all ranks, and so is the decision.
         self._compare(result)
         _log(trainer, "validation", judged(result, self.facts).validation, step)
@@ -170,72 +174,3 @@ def _memory_gb() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class RunProgress(ProgressBar):
-    """One progress bar for the whole run: steps done, time left, loss, the evaluation under way.
-
-    Lightning's own bars start again at each epoch; here an epoch is the stretch up to the next
-    evaluation, so they never show how far the run is.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._progress: Progress | None = None
-        self._enabled = True
-
-    def disable(self) -> None:
-        """Lightning calls this on ranks other than 0."""
-        self._enabled = False
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._enabled:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("steps,"),
-                TimeRemainingColumn(),
-                TextColumn("left  {task.fields[state]}"),
-            )
-            self._task = self._progress.add_task(
-                "training", total=trainer.max_steps, completed=trainer.global_step, state=""
-            )
-            self._progress.start()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
-    ) -> None:
-        self._show(f"loss {outputs['loss']:.3f}", completed=trainer.global_step)
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._show(f"evaluating, batch {batch_idx + 1}")
-
-    def on_validation_end(self, *_: Any) -> None:
-        self._show("")
-
-    def on_train_end(self, *_: Any) -> None:
-        self._stop()
-
-    def on_exception(self, *_: Any) -> None:
-        self._stop()
-
-    def _show(self, state: str, **fields: Any) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, state=state, **fields)
-
-    def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None

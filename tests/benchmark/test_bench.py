@@ -11,7 +11,7 @@ import pytest
 from command_line import Refused, Run
 
 from dynmoe.benchmark.options import LAYER_CASES
-from dynmoe.benchmark.results import noise
+from dynmoe.benchmark.results import load_note, noise
 
 TINY = ["layer", "--shape", "64,16,32,4", "--device", "cpu", "--malloc", "system"]
 TINY += ["--threads", "1", "--rounds", "2"]
@@ -27,6 +27,7 @@ def test_measures_all_cases(
     assert content["command"].startswith("dynmoe-bench layer --shape 64,16,32,4")
     assert content["machine"]["threads"] == 1
     assert content["settings"]["malloc"] == "system"
+    assert content["load_average"].keys() == {"before", "after"}
     rows = content["rows"]
     cases = {k: [row["case"] for row in rows if row["k"] == k] for k in (1, 1.5)}
     assert cases[1] == list(LAYER_CASES)
@@ -45,7 +46,12 @@ def test_measures_all_cases(
 
     shown = capsys.readouterr().out
     assert all(case in shown for case in LAYER_CASES)
-    assert "Summary" in shown and str(file) in shown
+    assert "load average" in shown and "Summary" in shown and str(file) in shown
+
+
+def test_a_busy_machine_is_said() -> None:
+    assert load_note(0.5, 2.1, 2) == "load average of a minute 0.5 before, 2.1 after, on 2 cores"
+    assert "WARNING: the machine was busy" in load_note(0.6, 2.1, 2)
 
 
 def test_one_round_has_no_spread_to_judge_by() -> None:

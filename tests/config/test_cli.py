@@ -168,10 +168,10 @@ def test_help_lists_groups_and_needs_no_task(tmp_path: Path) -> None:
     [
         (["--cfg", "job", "--resolve", TASK], "steps: 501"),
         (["--info", "defaults", TASK], "task/vit_domainbed"),
-        (["--version"], "Hydra 1."),
+        (["--version"], "dynmoe-run 0.1.0"),
     ],
 )
-def test_what_only_shows_goes_to_hydra(tmp_path: Path, arguments: list[str], expected: str) -> None:
+def test_what_only_shows(tmp_path: Path, arguments: list[str], expected: str) -> None:
     done = call(tmp_path, *arguments)
     assert done.returncode == 0
     assert expected in done.stdout

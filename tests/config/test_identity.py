@@ -58,6 +58,29 @@ def test_order_and_spelled_out_defaults_do_not_matter(plain: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "shown"),
+    [
+        (("moe=topk", "moe.num_experts=4", "moe.top_k=1"), "topk_num_experts4-top_k1"),
+        (("moe=topk", "moe.num_experts=8", "moe.top_k=2"), "topk"),  # those of its file
+        (("task.optimizer.lr=0.01", "trial_seed=2"), "dynmoe_trial_seed2-lr0.01"),
+        (("task.optimizer.lr=1e-3",), "dynmoe"),  # that of the protocol
+        (("moe.layers=[2,4]", "moe.router.gate_grad=all"), "dynmoe_layers2-4-gate_gradall"),
+        (("data.batch_size=8", "task.steps=7"), "dynmoe_batch_size8-steps7"),
+    ],
+)
+def test_a_folder_names_what_differs(overrides: tuple[str, ...], shown: str) -> None:
+    name = run_name(config(*overrides))
+    assert re.fullmatch(rf"rotateddigits_{re.escape(shown)}_env0_seed0_[0-9a-f]{{8}}", name)
+
+
+def test_what_is_cut_off_a_folders_name_still_tells_it_apart() -> None:
+    adaptation = ("start", "length", "period", "min_experts")
+    long = [f"moe.adaptation.{key}=1{'0' * 30}" for key in adaptation]
+    one, two = (run_name(config(*long, f"moe.adaptation.period={n}{'0' * 30}")) for n in (1, 2))
+    assert one != two and len(one) == len(two) < 140
+
+
+@pytest.mark.parametrize(
     "override",
     [
         "overwrite=true",
@@ -67,6 +90,7 @@ def test_order_and_spelled_out_defaults_do_not_matter(plain: str) -> None:
         "logger=none",
         "trainer.enable_progress_bar=false",
         "data.workers=2",
+        "runtime.progress_every=5",
         "hydra.verbose=true",
         "protocol.datasets.DomainNet.eval_every=7",
     ],

@@ -233,7 +233,7 @@ def test_a_launcher_that_is_not_installed_names_its_extra() -> None:
     if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher"):
         pytest.skip("it is installed")
     (found,) = problems(TASK, "hydra/launcher=ray", "seed=0,1", multirun=True)
-    assert found == ('hydra/launcher=ray: not installed. It comes with pip install "dynmoe[ray]"')
+    assert found == ('hydra/launcher=ray: not installed. It comes with pip install -e ".[ray]"')
 
 
 def test_every_value_of_a_sweep_is_checked() -> None:

@@ -95,7 +95,7 @@ moe: adaptation algorithm aux_weight expert_dropout init layers max_experts name
 moe: recompute router
 paths: cache outputs
 protocol: holdout_fraction name
-runtime: fused_attention malloc matmul_precision
+runtime: fused_attention malloc matmul_precision progress_every
 task: eval_every module name optimizer placement selection steps
 trainer: _target_ accelerator accumulate_grad_batches devices enable_model_summary
 trainer: enable_progress_bar gradient_clip_val log_every_n_steps max_epochs max_steps

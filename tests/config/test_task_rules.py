@@ -131,6 +131,6 @@ def test_wrong_commands(overrides: tuple[str, ...]) -> None:
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rules, "find_spec", lambda name: None)
-    assert problems(TASK) == ['task: needs transformers: pip install "dynmoe[language]"']
-    both = 'task: needs transformers and datasets: pip install "dynmoe[language]"'
+    assert problems(TASK) == ['task: needs transformers: pip install -e ".[language]"']
+    both = 'task: needs transformers and datasets: pip install -e ".[language]"'
     assert problems(TEXTS) == [both]

@@ -22,7 +22,7 @@ from rich.console import Console
 from dynmoe.config.check import problems, report
 from dynmoe.config.runs import flat, run_name
 from dynmoe.config.sweeps import read_sweep
-from dynmoe.errors import STOPPED, ConfigError, UserError
+from dynmoe.errors import ConfigError, UserError
 from dynmoe.sweep import manifest
 from dynmoe.sweep.manifest import Job
 
@@ -56,16 +56,13 @@ class DynMoESweeper(Sweeper):
         """Launch the unfinished jobs, and end with a line for each job that has no result.
 
         Raises:
-            SystemExit: with 2 for an error of the user, 1 if some jobs failed, 130 on Ctrl-C.
+            SystemExit: with 2 for an error of the user, 1 if some jobs failed.
         """
         try:
             return self._sweep(arguments)
         except (UserError, OSError) as error:  # which Hydra would show with a traceback
             print(f"dynmoe-run: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print(f"dynmoe-run: {STOPPED}", file=sys.stderr)
-            raise SystemExit(130) from None
 
     def _sweep(self, arguments: list[str]) -> list[JobReturn]:
         assert self.config is not None
@@ -93,6 +90,8 @@ class DynMoESweeper(Sweeper):
         todo = [job for job in jobs if again or job.state not in ("done", "running")]
         counts = f"{len(jobs) - len(todo)} done or running, {len(todo)} to do"
         print(f"{len(jobs)} job{'s' * (len(jobs) != 1)} in {folder}: {counts}")
+        for job in todo:
+            print(f"  {job.name}: {job.label}")
         returns = self._launch(todo)
         _print_outcome(folder, jobs)
         return returns

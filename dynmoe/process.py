@@ -1,0 +1,197 @@
+"""The process of a command: how its threads wait, where its output goes, how it ends.
+
+PyTorch is not imported here: OpenMP reads its settings when PyTorch is loaded, once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, TextIO
+
+from dynmoe.errors import UserError
+from dynmoe.version import version
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+"""Variables that say how a thread of OpenMP waits for the others: OpenMP's, GNU's and Intel's."""
+
+# SIGHUP: the terminal was closed. Windows has none.
+ENDING = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+GOES_ON = "The same command goes on from the last evaluation."
+
+_ended_by: int | None = None
+_pid = 0  # of the process that catches signals: its forks (loaders of data) do not
+_is_command = False
+
+
+@contextmanager
+def command(prog: str, after: str = "") -> Iterator[None]:
+    """Run the body as the command `prog`, and end with one message where it cannot go on.
+
+    `--version` on the command line is answered here. `after`: a sentence for who stopped it.
+
+    Raises:
+        SystemExit: with 0 after `--version`, 2 on a UserError, 128 + the number of the signal, as
+            shells count, on Ctrl-C, SIGTERM or SIGHUP.
+    """
+    global _is_command, _ended_by
+    _is_command, _ended_by = True, None
+    settle()
+    catch_signals()
+    try:
+        if "--version" in sys.argv[1:]:
+            print(f"{prog} {version()}")
+            raise SystemExit(0)
+        yield
+    except UserError as error:
+        raise refusal(prog, error) from None
+    except (KeyboardInterrupt, SystemExit) as error:
+        ended = interruption(error)
+        if ended is None:
+            raise
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # of data-parallel processes, one speaks
+            by = "" if ended.signum == signal.SIGINT else f" by {signal.Signals(ended.signum).name}"
+            print(f"{prog}: stopped{by}. {after}".rstrip(), file=sys.stderr)
+        raise SystemExit(128 + ended.signum) from None
+
+
+def refusal(prog: str, error: UserError) -> SystemExit:
+    """Print the message, and return the end of the command."""
+    print(f"{prog}: {error}", file=sys.stderr)
+    return SystemExit(2)
+
+
+def settle() -> None:
+    """Choose how threads wait, and let no output fail the work; safe to call again.
+
+    A command does this before PyTorch is loaded, and so does every process of a launcher.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
+        # GNU's OpenMP spins at every barrier: on a machine that is not idle a thread then waits for
+        # one that its own spinning keeps off the processor (docs/performance.md).
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    sys.stdout = _lasting(sys.stdout, sys.__stdout__)
+    sys.stderr = _lasting(sys.stderr, sys.__stderr__)
+
+
+def waiting() -> str:
+    """How threads wait in this process: the variables that say it, else `default`."""
+    return " ".join(f"{k}={os.environ[k]}" for k in WAITING if k in os.environ) or "default"
+
+
+def is_worker() -> bool:
+    """Whether a launcher started this process for some jobs of a command, which runs elsewhere."""
+    return not _is_command
+
+
+# Output. A terminal may know few characters, a pipe may close, a disk may be full: the results are
+# in files by then, and a finished run must not count as failed.
+
+PLAIN = {"→": "->", "−": "-", "–": "-", "…": "...", "±": "+-", "×": "x", "✓": "yes", "✗": "no"}
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(PLAIN.get(character, "?") for character in text), error.end
+
+
+codecs.register_error("dynmoe.plain", _plain)
+
+
+class _Lasting(io.FileIO):
+    """A file descriptor that drops what cannot be written to it."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return len(data) if written is None else written  # None: a full pipe that does not block
+
+
+def _lasting(stream: TextIO | None, original: TextIO | None) -> TextIO:
+    """The stream in a form that raises nothing; one that is not the process's own as it is."""
+    if stream is None:  # closed by the shell: >&-
+        return open(os.devnull, "w", encoding="utf-8")
+    if stream is not original or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    with suppress(OSError):
+        stream.reconfigure(errors="dynmoe.plain")  # handlers of the logging module may hold it
+    raw = _Lasting(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors="dynmoe.plain",
+        line_buffering=True,  # in a file, too, lines can be followed
+    )
+
+
+# Signals.
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, or a signal that asks the process to end. Libraries clean up as on Ctrl-C."""
+
+    def __init__(self, signum: int = signal.SIGINT) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def interruption(error: BaseException | None) -> Stopped | None:
+    """The interruption that `error` is, or that a library turned into an exit."""
+    # NOTE: Lightning's trainer answers Ctrl-C with sys.exit(1) (trainer/call.py).
+    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+        error = error.__context__
+    if isinstance(error, Stopped):
+        return error
+    return Stopped() if isinstance(error, KeyboardInterrupt) else None
+
+
+def catch_signals() -> None:
+    """Raise Stopped on Ctrl-C, SIGTERM and SIGHUP, and end at once on a second one.
+
+    What is ignored stays ignored (nohup). Call it again where a library has put its own handler in
+    place: Lightning's waits for the other ranks, which may wait for this one.
+    """
+    global _pid
+    _pid = os.getpid()
+    if threading.current_thread() is threading.main_thread():
+        for signum in ENDING:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, _stop)
+
+
+def follow_command() -> None:
+    """Prepare a process that a launcher started: Ctrl-C is for the command, which ends this one.
+
+    A launcher that handles SIGTERM itself (Slurm's preemption by submitit) keeps its handlers.
+    """
+    settle()
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if on_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        catch_signals()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    global _ended_by
+    if os.getpid() != _pid:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+        return
+    if _ended_by is not None:  # some library holds the process up
+        os._exit(128 + signum)
+    _ended_by = signum
+    raise Stopped(signum)
