@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
@@ -14,13 +15,32 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from dynmoe.config.ranges import outside
 from dynmoe.config.rules import RULES, SWEEP_RULES, protocol_fits, same_modality, stage_is_chosen
 from dynmoe.config.schema import schema
-from dynmoe.config.targets import Signature, TargetError, did_you_mean, mismatch, signature
+from dynmoe.config.targets import (
+    Parameter,
+    Signature,
+    TargetError,
+    did_you_mean,
+    mismatches,
+    shown,
+    signature,
+)
 from dynmoe.errors import ConfigError
 
-# Keys of hydra.utils.instantiate, which are no parameters of the target.
-INSTANTIATE = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+# Keys of hydra.utils.instantiate, which are no parameters of the target: type, and in words.
+INSTANTIATE = {
+    "_target_": ("str", "a dotted path such as torch.optim.Adam"),
+    "_partial_": ("bool", "true or false"),
+    "_recursive_": ("bool", "true or false"),
+    "_convert_": ("Literal['none', 'partial', 'object', 'all']", "none, partial, object or all"),
+    "_args_": ("list", "a list"),
+}
+
+# Nodes that are functions of what a run knows only later, and nodes that are made as they stand.
+MADE_LATER = ("data.content", "data.environments", "moe.router", "task.optimizer", "task.scheduler")
+MADE_AT_ONCE = ("backbone", "backbone.vision", "data", "moe.adaptation", "task.module", "trainer")
 
 # Groups that leave no key in the configuration.
 GROUPS = ("experiment", "schedule", "sweep")
@@ -78,6 +98,8 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
     known = _known_keys(cfg, path, direct)
     if known is not None:
         direct += _key_problems(cfg, path, known)
+    if "_target_" in cfg:
+        direct += _instantiate_problems(cfg, path)
     for key in map(str, cfg):
         dotted = f"{path}.{key}" if path else key
         if dotted == "hydra" or key in INSTANTIATE:
@@ -97,17 +119,44 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
             indirect.append(f"{dotted}: {_first_line(error)}")
         else:
             parameter = known.parameters.get(key) if known is not None else None
-            is_object = isinstance(value, DictConfig) and "_target_" in value  # once it is passed
-            if parameter is not None and not is_object:
-                types = parameter.annotation, parameter.module
-                wrong = mismatch(plain, *types)
-                if wrong:
-                    if isinstance(plain, int | float | str) and not mismatch([plain], *types):
-                        wrong += f". A list is written '{dotted}=[{plain}]', with the quotes"
-                    found = indirect if OmegaConf.is_interpolation(cfg, key) else direct
-                    found.append(f"{dotted}: {wrong}")
+            found = indirect if OmegaConf.is_interpolation(cfg, key) else direct
+            found += _value_problems(dotted, plain, parameter)
             if isinstance(value, DictConfig):
                 _walk(value, dotted, direct, indirect)
+
+
+def _value_problems(key: str, value: Any, parameter: Parameter | None) -> list[str]:
+    """A value of the wrong type, or the numbers in it that are out of their range."""
+    is_object = isinstance(value, DictConfig) and "_target_" in value  # once it is passed
+    fits = parameter is None or is_object or (value is None and parameter.nullable)
+    if parameter is not None and not fits:
+        wrong = mismatches(key, value, parameter.annotation, parameter.module)
+        if wrong:
+            return wrong
+    return [
+        f"{place}: {text}" for place, each in _leaves(key, value) if (text := outside(place, each))
+    ]
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Plain values, those in lists with their index; nodes are walked by themselves."""
+    if isinstance(value, list):
+        for index, each in enumerate(value):
+            yield from _leaves(f"{key}.{index}", each)
+    elif not isinstance(value, Mapping):
+        yield key, value
+
+
+def _instantiate_problems(cfg: DictConfig, path: str) -> Iterator[str]:
+    """Keys of hydra.utils.instantiate: their types, and whether the node is made at once."""
+    for key, (annotation, words) in INSTANTIATE.items():
+        value = None if OmegaConf.is_missing(cfg, key) else cfg.get(key)
+        if key in cfg and mismatches(key, value, annotation, __name__):
+            yield f"{path}.{key}: expected {words}, found {shown(value)}"
+        elif key == "_partial_" and path in MADE_LATER and value is not True:
+            yield f"{path}._partial_: expected true: the run makes it later, found {shown(value)}"
+        elif key == "_partial_" and path in MADE_AT_ONCE and value is True:
+            yield f"{path}._partial_: expected false: it is made at once, found true"
 
 
 def _known_keys(cfg: DictConfig, path: str, direct: list[str]) -> Signature | None:
@@ -130,13 +179,36 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
         for key in map(str, cfg):
             if not path and key in GROUPS:
                 yield f"{key}: the file of this group has to begin with '# @package _global_'"
-            elif key not in known.parameters.keys() | INSTANTIATE | {"hydra"}:
+            elif key not in known.parameters.keys() | INSTANTIATE.keys() | {"hydra"}:
                 hint = ELSEWHERE.get(f"{dot}{key}") or did_you_mean(key, words)
+                hint = hint or _elsewhere(key, cfg)
                 yield f"{dot}{key}: unknown key.{hint}"
     if "_target_" not in cfg:
         for key, parameter in known.parameters.items():
             if key not in set(cfg) and not parameter.has_default:
                 yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"
+
+
+def _elsewhere(key: str, cfg: DictConfig) -> str:
+    """Keys of this name at another place: ` Did you mean task.optimizer.lr?` for lr."""
+    root = cfg._get_root()
+    found = [place for place in _places(root, "") if place != key and place.endswith(f".{key}")]
+    return f" Did you mean {' or '.join(found[:3])}?" if found else ""
+
+
+def _places(node: Any, path: str) -> Iterator[str]:
+    """Dotted keys, those nearest to the root first; recipes are what other keys copy."""
+    below = []
+    for key in map(str, node):
+        dotted = f"{path}.{key}" if path else key
+        if dotted in ("hydra", "protocol") or key in INSTANTIATE:
+            continue
+        yield dotted
+        child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            below.append((child, dotted))
+    for child, dotted in below:
+        yield from _places(child, dotted)
 
 
 def _first_line(error: Exception) -> str:

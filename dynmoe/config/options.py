@@ -78,7 +78,7 @@ def read(cfg: DictConfig, key: str, kind: type[T]) -> T | None:
     if isinstance(value, bool) and kind not in (bool, object):
         return None
     if isinstance(value, int) and kind is float:
-        value = float(value)
+        value = float(value) if abs(value) < 2**63 else None  # float() raises on large ones
     return value if isinstance(value, kind) else None
 
 

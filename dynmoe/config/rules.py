@@ -32,8 +32,6 @@ def top_k_within_experts(cfg: DictConfig) -> Iterator[str]:
     if "top_k" not in (read(cfg, "moe.router", dict) or {}):
         name = read(cfg, "moe.name", str)
         yield f"moe.top_k: the router of moe={name} takes no top_k. Choose moe=topk or moe=gmoe."
-    if top_k < 1:
-        yield f"moe.top_k: expected 1 or more, found {top_k}"
     if top_k > experts:
         yield (
             f"moe: top_k ({top_k}) > num_experts ({experts}): a token cannot choose more experts "
@@ -319,22 +317,11 @@ def batch_divides(cfg: DictConfig) -> Iterator[str]:
         )
 
 
-def ranges(cfg: DictConfig) -> Iterator[str]:
-    for key in (
-        *("moe.num_experts", "moe.adaptation.min_experts", "trainer.max_steps"),
-        *("task.steps", "task.epochs", "task.eval_every", "task.save_every", "task.patience"),
-        *("data.batch_size", "data.eval_batch_size", "data.max_length"),
-    ):
-        count = read(cfg, key, int)
-        endless = count == -1 and key in ("task.steps", "trainer.max_steps")
-        if count is not None and count < 1 and not endless:
-            yield f"{key}: expected 1 or more, found {count}"
-    if read(cfg, "trainer.max_steps", int) == -1 and read(cfg, "task.epochs", int) is None:
+def shares_and_lengths(cfg: DictConfig) -> Iterator[str]:
+    """Ranges that depend on the task; dynmoe/config/ranges.py has those of one key."""
+    no_epochs = "task" in cfg and read(cfg, "task", dict) is not None and read(cfg, "task.epochs", object) is None
+    if read(cfg, "trainer.max_steps", int) == -1 and no_epochs:
         yield "task.steps: -1 takes the length from task.epochs, but this task has no epochs"
-    for key in ("seed", "trial_seed", "hparams_seed"):
-        seed = read(cfg, key, int)
-        if seed is not None and seed < 0:
-            yield f"{key}: expected 0 or more, found {seed}"
     share = read(cfg, "protocol.holdout_fraction", float)
     may_be_none = share == 0 and modality(cfg, "task.module") != "image"
     if share is not None and not (0 < share < 1 or may_be_none):
@@ -410,7 +397,7 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
 # In the order of their messages.
 RULES: tuple[Rule, ...] = (
     *(top_k_within_experts, expert_bounds, parts_add_up, expert_layers, adaptation_there),
-    *(same_modality, test_environments, batch_divides, ranges, pretrained_weights, data_folder),
+    *(same_modality, test_environments, batch_divides, shares_and_lengths, pretrained_weights, data_folder),
     *(text_run, stage_is_chosen, dense_before_moe, start_is_a_run, trained_parts),
     *(scratch_is_trained, there_is_training_data, folders, libraries),
     *(only_of_one_modality, protocol_fits, selection_fits, run_folder, clipping_optimizer),

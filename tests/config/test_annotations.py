@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynmoe.config.targets import mismatch
+from dynmoe.config.targets import mismatches
 
 
 @pytest.mark.parametrize(
