@@ -23,6 +23,7 @@ from hydra_plugins.dynmoe_sweeper import DynMoESweeper
 from omegaconf import DictConfig
 
 from dynmoe.config import options, runs
+from dynmoe.config.arguments import read_arguments
 from dynmoe.config.check import check, report
 from dynmoe.config.compose import preflight, search_path
 from dynmoe.errors import STOPPED, UserError
@@ -44,16 +45,18 @@ def run(job: Job, *, prog: str) -> None:
     A wrong command is refused with every problem it has, exit status 2. A UserError from the job
     does the same in a single run; in a sweep it ends that job only. Ctrl-C ends both with 130.
     """
-    args = get_args_parser().parse_args()
+    args, sys.argv[1:], astray = read_arguments(get_args_parser(), sys.argv[1:])
     if args.help:
         print(help_text())
         return
     shows_only = args.hydra_help or args.cfg or args.info or args.shell_completion
     own_tree = args.config_path or args.config_name or args.experimental_rerun
+    if astray and (shows_only or own_tree):
+        raise _refusal(prog, report(astray))
     if not shows_only and not own_tree:
         verdict = preflight(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
-        if verdict.problems:
-            raise _refusal(prog, report(verdict.problems))
+        if astray or verdict.problems:
+            raise _refusal(prog, report([*astray, *verdict.problems]))
         sys.argv[1:] = [verdict.instead.get(text, text) for text in sys.argv[1:]]
     # Hydra looks through installed packages for its plugins, and overlooks editable ones.
     Plugins.instance().register(DynMoESweeper)

@@ -15,8 +15,10 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from dynmoe.config.options import written
 from dynmoe.config.ranges import outside
 from dynmoe.config.rules import RULES, SWEEP_RULES, protocol_fits, same_modality, stage_is_chosen
+from dynmoe.config.runs import names_once, previous
 from dynmoe.config.schema import schema
 from dynmoe.config.targets import (
     Parameter,
@@ -41,6 +43,9 @@ INSTANTIATE = {
 # Nodes that are functions of what a run knows only later, and nodes that are made as they stand.
 MADE_LATER = ("data.content", "data.environments", "moe.router", "task.optimizer", "task.scheduler")
 MADE_AT_ONCE = ("backbone", "backbone.vision", "data", "moe.adaptation", "task.module", "trainer")
+
+# Nodes that nothing else is passed to, and that therefore need each parameter without a default.
+COMPLETE = ("backbone.vision", "data", "data.content", "data.environments")
 
 # Groups that leave no key in the configuration.
 GROUPS = ("experiment", "schedule", "sweep")
@@ -78,16 +83,29 @@ def report(found: list[str]) -> str:
 
 
 def problems(cfg: DictConfig, *, multirun: bool = False) -> list[str]:
-    """Reasons why `cfg` cannot run, one message each; `multirun` adds the rules of sweeps."""
-    with _hydra_config_of(cfg):
-        direct: list[str] = []
-        indirect: list[str] = []
-        _walk(cfg, "", direct, indirect)
-        # Image data copy keys that text backbones and protocols lack: rules name the cause.
-        if any(any(rule(cfg)) for rule in (same_modality, protocol_fits, stage_is_chosen)):
-            direct = [text for text in direct if "Interpolation key" not in text]
-        for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
-            direct.extend(rule(cfg))
+    """Reasons why `cfg` cannot run, one message each; `multirun` adds the rules of sweeps.
+
+    The runs of earlier stages, which a run starts if need be, are checked with it.
+    """
+    with _hydra_config_of(cfg), names_once():
+        found = _own_problems(cfg, multirun)
+        earlier = None if found else previous(cfg)
+        while earlier is not None and not found:
+            name = earlier.stage.name
+            found = [f"stage {name}: {text}" for text in _own_problems(earlier, multirun)]
+            earlier = previous(earlier)
+    return found
+
+
+def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
+    direct: list[str] = []
+    indirect: list[str] = []
+    _walk(cfg, "", direct, indirect)
+    # Image data copy keys that text backbones and protocols lack: rules name the cause.
+    if any(any(rule(cfg)) for rule in (same_modality, protocol_fits, stage_is_chosen)):
+        direct = [text for text in direct if "Interpolation key" not in text]
+    for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
+        direct.extend(rule(cfg))
     # A wrong value shows again in everything computed from it; this is reported only where nothing
     # else explains it.
     return list(dict.fromkeys(direct or indirect))
@@ -100,6 +118,8 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
         direct += _key_problems(cfg, path, known)
     if "_target_" in cfg:
         direct += _instantiate_problems(cfg, path)
+    elif path in {*MADE_LATER, *MADE_AT_ONCE} - {"moe.adaptation"} or path.startswith("logger."):
+        direct.append(f"{path}._target_: missing: the class or function that makes it")
     for key in map(str, cfg):
         dotted = f"{path}.{key}" if path else key
         if dotted == "hydra" or key in INSTANTIATE:
@@ -114,7 +134,8 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
         except InterpolationToMissingValueError:
             pass  # reported at the key that is missing
         except InterpolationKeyError as error:
-            direct.append(f"{dotted}: {_first_line(error)}")
+            is_here = str(error).partition("'")[2].partition("'")[0] in str(written(cfg, key))
+            (direct if is_here else indirect).append(f"{dotted}: {_first_line(error)}")
         except OmegaConfBaseException as error:
             indirect.append(f"{dotted}: {_first_line(error)}")
         else:
@@ -183,7 +204,7 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
                 hint = ELSEWHERE.get(f"{dot}{key}") or did_you_mean(key, words)
                 hint = hint or _elsewhere(key, cfg)
                 yield f"{dot}{key}: unknown key.{hint}"
-    if "_target_" not in cfg:
+    if "_target_" not in cfg or path in COMPLETE:
         for key, parameter in known.parameters.items():
             if key not in set(cfg) and not parameter.has_default:
                 yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"

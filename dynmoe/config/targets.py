@@ -40,10 +40,10 @@ class Located:
     module: str
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
     """` Did you mean 'num_experts'?`, or nothing where no known word is near."""
-    near = difflib.get_close_matches(word, sorted(known), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    near = difflib.get_close_matches(word, sorted(known), n=most)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 # From a dotted name to its definition.
@@ -389,7 +389,10 @@ def _elements(
         types = _element_types(member, len(value))
         return [(f"{key}.{i}", *each) for i, each in enumerate(zip(value, types))]
     if word == "a mapping" and isinstance(value, Mapping) and len(_arguments(member)) == 2:
-        return [(f"{key}.{name}", each, _arguments(member)[1]) for name, each in value.items()]
+        tree = _arguments(member)[1]
+        if _name(tree) == "Any":  # their values may be interpolations that fail
+            return []
+        return [(f"{key}.{name}", each, tree) for name, each in value.items()]
     return None
 
 
