@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 import sys
@@ -33,6 +34,9 @@ Job = Callable[[DictConfig], float | None]
 
 # Files that Hydra puts into the folder of a run before the job starts (conf/hydra/job_logging).
 HYDRAS_FILES = {".hydra", "run.log"}
+
+# Below every score that runs are judged by: accuracies, correlations.
+WORST = -1.0
 
 # At import, not in run(): a parallel launcher's processes import this module with the job, and have
 # to resolve the same configuration.
@@ -83,6 +87,8 @@ def _guarded(job: Job, prog: str) -> Job:
         try:
             check(cfg, multirun=sweep)
             result = job(cfg)
+            if sweep and result is not None and math.isnan(result):
+                result = WORST  # Optuna refuses NaN, and would end at this job each time
         except Held as error:
             if not sweep:
                 raise _refusal(prog, str(error)) from None

@@ -26,7 +26,8 @@ def read_arguments(
         action = _action(parser, word)
         if action is not None:
             options.append(word)
-            if action.nargs != 0 and "=" not in word and rest:
+            may_stand_alone = action.nargs == "?" and bool(rest) and _is_key(rest[0])
+            if action.nargs != 0 and "=" not in word and rest and not may_stand_alone:
                 options.append(rest.pop(0))
         elif word.startswith("-") and word != "--":
             meant = re.sub("^-+", "", word)

@@ -54,9 +54,7 @@ def timm_models() -> dict[str, bool]:
     found: dict[str, bool] = {}
     for file in _folder("timm", "models").glob("*.py"):
         source = file.read_text(encoding="utf-8")
-        is_vit = "VisionTransformer" in source or (
-            "self.blocks" in source and "img_size" in source
-        )
+        is_vit = "VisionTransformer" in source or ("self.blocks" in source and "img_size" in source)
         names = re.findall(r"^@register_model\s*\ndef (\w+)\(", source, re.M)
         for renamed in re.findall(
             r"^register_model_deprecations\(__name__, \{(.*?)^\}\)", source, re.M | re.S

@@ -380,9 +380,7 @@ def _mismatches(key: str, value: Any, tree: ast.expr, module: str) -> Iterator[s
     yield text
 
 
-def _elements(
-    key: str, value: Any, member: ast.expr
-) -> list[tuple[str, Any, ast.expr]] | None:
+def _elements(key: str, value: Any, member: ast.expr) -> list[tuple[str, Any, ast.expr]] | None:
     """Key, value and annotation of each element; None where `value` is not such a container."""
     word = _WORDS.get(_name(member))
     if word == "a list" and isinstance(value, Sequence) and not isinstance(value, str):
