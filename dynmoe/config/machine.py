@@ -85,12 +85,12 @@ def loggers(cfg: DictConfig) -> Iterator[str]:
         package, install = LOGGERS.get(target.rpartition(".")[2], ("", ""))
         if package and find_spec(package) is None:
             yield f"logger.{name}: needs the package {package}: {install}"
-        elif package == "wandb" and read(cfg, "mode", str) == "train":
-            if node.get("offline") is not True and not _has_wandb_key():
-                yield (
-                    f"logger.{name}: no key of wandb on this machine. Run `wandb login`, set "
-                    f"WANDB_API_KEY, or write to files alone: logger.{name}.offline=true"
-                )
+        goes_online = package == "wandb" and read(cfg, "mode", str) == "train"
+        if goes_online and node.get("offline") is not True and not _has_wandb_key():
+            yield (
+                f"logger.{name}: no key of wandb on this machine. Run `wandb login`, set "
+                f"WANDB_API_KEY, or write to files alone: logger.{name}.offline=true"
+            )
 
 
 def _has_wandb_key() -> bool:

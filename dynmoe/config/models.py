@@ -117,7 +117,7 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
     if kind is None:
         kind, key = folder_config(cfg).get("model_type"), "backbone.path"
     elif any(given):
-        yield f"{key}: found with backbone.model or backbone.path. Set one of them, the other to null"
+        yield f"{key}: found beside backbone.model or backbone.path. Set all but one to null"
     known = transformers_types()
     if kind is None or not known:
         return

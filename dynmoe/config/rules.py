@@ -6,7 +6,6 @@ keys stays silent.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec

@@ -73,7 +73,7 @@ def hint(override: Override) -> str:
     value = override.value()
     if isinstance(value, RangeSweep):
         return " (a search draws the end of a range too)"
-    if isinstance(value, IntervalSweep) and isinstance(value.start, float):
-        if value.start.is_integer() and value.end.is_integer():
-            return f" (of integers: int(interval({value.start:g},{value.end:g})))"
+    of_floats = isinstance(value, IntervalSweep) and isinstance(value.start, float)
+    if of_floats and value.start.is_integer() and value.end.is_integer():
+        return f" (of integers: int(interval({value.start:g},{value.end:g})))"
     return ""

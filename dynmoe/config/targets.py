@@ -385,7 +385,7 @@ def _elements(key: str, value: Any, member: ast.expr) -> list[tuple[str, Any, as
     word = _WORDS.get(_name(member))
     if word == "a list" and isinstance(value, Sequence) and not isinstance(value, str):
         types = _element_types(member, len(value))
-        return [(f"{key}.{i}", *each) for i, each in enumerate(zip(value, types))]
+        return [(f"{key}.{i}", *each) for i, each in enumerate(zip(value, types, strict=False))]
     if word == "a mapping" and isinstance(value, Mapping) and len(_arguments(member)) == 2:
         tree = _arguments(member)[1]
         if _name(tree) == "Any":  # their values may be interpolations that fail

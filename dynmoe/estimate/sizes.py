@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +30,7 @@ from dynmoe.estimate import formulas
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.training.build import add_layers, build_data
+from dynmoe.training.instantiation import make
 
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
 LLAVA = {"align": 558_128, "instruct": 964_000, "moe": 665_298}
@@ -112,7 +112,7 @@ def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:
     ``arguments``: those of a backbone that the data determine.
     """
     with _sizes_alone(cfg.backbone) as backbone, torch.device("meta"):
-        model: VisionLanguageModel = instantiate(backbone, **arguments)
+        model: VisionLanguageModel = make(backbone, "backbone", **arguments)
         init = "random" if cfg.moe.init in SPLITS else "copy"  # equal shapes, without the k-means
         add_layers(cfg.moe, model, init=init)
     train_only(model, cfg.task.module.trains)

@@ -8,6 +8,8 @@ import pytest
 
 from dynmoe.config.targets import mismatches
 
+LIST = "A list is written 'key"
+
 
 @pytest.mark.parametrize(
     ("value", "annotation"),
@@ -68,7 +70,9 @@ def test_values_that_fit(value: object, annotation: str | None) -> None:
     ],
 )
 def test_values_that_do_not(value: object, annotation: str, message: str) -> None:
-    assert mismatches("key", value, annotation, __name__) == [f"key{message}"]
+    assert mismatches("key", value, annotation, __name__) == [
+        "key" + message.replace("{LIST}", LIST)
+    ]
 
 
 def test_an_alias_is_followed_to_the_module_that_defines_it() -> None:
