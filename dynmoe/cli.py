@@ -22,12 +22,13 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra_plugins.dynmoe_sweeper import DynMoESweeper
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from dynmoe.config import options, runs
 from dynmoe.config.arguments import read_arguments
 from dynmoe.config.check import check, report
 from dynmoe.config.compose import preflight, search_path
-from dynmoe.errors import STOPPED, UserError
+from dynmoe.errors import STOPPED, ConfigError, UserError
 from dynmoe.records import Held, RunFolder
 
 Job = Callable[[DictConfig], float | None]
@@ -117,9 +118,12 @@ def _guarded(job: Job, prog: str) -> Job:
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-    """Return `error`, or the cause that Hydra's instantiate wrapped, if it is a UserError."""
+    """Return `error`, or the cause that Hydra's instantiate wrapped, if a user can mend it."""
     while isinstance(error, InstantiationException):
         error = error.__cause__
+    if isinstance(error, OmegaConfBaseException):  # a key that the check does not know of
+        text = " ".join(str(error.msg or error).split("\n")[0].split())
+        return ConfigError(f"{error.full_key or 'configuration'}: {text}")
     return error if isinstance(error, UserError) else None
 
 

@@ -28,6 +28,7 @@ from dynmoe.config.targets import (
     mismatches,
     shown,
     signature,
+    takes_objects,
 )
 from dynmoe.errors import ConfigError
 
@@ -46,6 +47,19 @@ MADE_AT_ONCE = ("backbone", "backbone.vision", "data", "moe.adaptation", "task.m
 
 # Nodes that nothing else is passed to, and that therefore need each parameter without a default.
 COMPLETE = ("backbone.vision", "data", "data.content", "data.environments")
+
+# Keys that a run reads itself, beside passing them on.
+READ = {
+    "backbone": ("model", "options", "pretrained"),
+    "backbone.vision": ("image_size", "model", "patch_size", "path", "pretrained"),
+    "data": ("batch_size", "name"),
+    "moe.adaptation": ("init",),
+    "task.optimizer": ("lr", "weight_decay"),
+    "trainer": (
+        *("accelerator", "accumulate_grad_batches", "devices", "enable_progress_bar", "max_epochs"),
+        *("max_steps", "num_sanity_val_steps", "precision", "strategy", "use_distributed_sampler"),
+    ),
+}
 
 # Groups that leave no key in the configuration.
 GROUPS = ("experiment", "schedule", "sweep")
@@ -118,7 +132,7 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
         direct += _key_problems(cfg, path, known)
     if "_target_" in cfg:
         direct += _instantiate_problems(cfg, path)
-    elif path in {*MADE_LATER, *MADE_AT_ONCE} - {"moe.adaptation"} or path.startswith("logger."):
+    elif path in {*MADE_LATER, *MADE_AT_ONCE} - {"moe.adaptation"} or _is_logger(path):
         direct.append(f"{path}._target_: missing: the class or function that makes it")
     for key in map(str, cfg):
         dotted = f"{path}.{key}" if path else key
@@ -148,15 +162,29 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
 
 def _value_problems(key: str, value: Any, parameter: Parameter | None) -> list[str]:
     """A value of the wrong type, or the numbers in it that are out of their range."""
-    is_object = isinstance(value, DictConfig) and "_target_" in value  # once it is passed
-    fits = parameter is None or is_object or (value is None and parameter.nullable)
-    if parameter is not None and not fits:
+    is_node = isinstance(value, DictConfig)
+    is_object = is_node and "_target_" in value
+    is_made = _is_logger(key) or (key in MADE_AT_ONCE and not (value is None and parameter))
+    if is_made and not is_node:
+        return [f"{key}: expected an object with a _target_, found {shown(value)}"]
+    if parameter is None:
+        is_right = is_node or schema(key) is None
+        wrong = [] if is_right else [f"{key}: expected a mapping, found {shown(value)}"]
+    elif (is_object and takes_objects(parameter.annotation, parameter.module)) or (
+        value is None and parameter.nullable
+    ):
+        wrong = []
+    else:
         wrong = mismatches(key, value, parameter.annotation, parameter.module)
-        if wrong:
-            return wrong
+    if wrong:
+        return wrong
     return [
         f"{place}: {text}" for place, each in _leaves(key, value) if (text := outside(place, each))
     ]
+
+
+def _is_logger(key: str) -> bool:
+    return key.startswith("logger.") and key.count(".") == 1
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -204,10 +232,12 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
                 hint = ELSEWHERE.get(f"{dot}{key}") or did_you_mean(key, words)
                 hint = hint or _elsewhere(key, cfg)
                 yield f"{dot}{key}: unknown key.{hint}"
+    needed = dict.fromkeys(READ.get(path, ()) if "_target_" in cfg else ())
     if "_target_" not in cfg or path in COMPLETE:
-        for key, parameter in known.parameters.items():
-            if key not in set(cfg) and not parameter.has_default:
-                yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"
+        needed |= {key: None for key, each in known.parameters.items() if not each.has_default}
+    for key in needed:
+        if key not in set(map(str, cfg)):
+            yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"
 
 
 def _elsewhere(key: str, cfg: DictConfig) -> str:

@@ -318,16 +318,18 @@ class Composer:
 
     def unknown_options(self, override: Override) -> list[str]:
         """A message for each option that its group does not have."""
-        names = self.options(override)
-        if not names or override.is_delete():
+        names, group = self.options(override), override.key_or_group
+        if not names:
             return []
-        group = override.key_or_group
+        if override.is_delete():
+            no_name = override.value() and not isinstance(override.value(), str)
+            return [f"~{group}: takes no value. Write ~{group}"] if no_name else []
         chosen: list[str] = []
         for single in single_values(override):
             value = single.value()
             if value is None:
                 return [f"{group}: null is no option; ~{group} leaves the group out"]
-            chosen += map(str, value if isinstance(value, list) else [value] if value else [])
+            chosen += map(str, value if isinstance(value, list) else [value])
         return [
             f"{group}: no option '{name}'."
             f"{ELSEWHERE.get(f'{group}={name}') or did_you_mean(name, names)} "

@@ -352,6 +352,13 @@ def mismatches(key: str, value: Any, annotation: str | None, module: str) -> lis
     return [] if tree is None else list(_mismatches(key, value, tree, module))
 
 
+def takes_objects(annotation: str | None, module: str) -> bool:
+    """Whether a parameter may be an object: it is of a class, a mapping, or says nothing."""
+    tree = _parse(annotation) if annotation is not None else None
+    names = [_name(member) for member, _ in _members(tree, module)] if tree is not None else [""]
+    return any(name in _MAPPINGS or name not in {*_WORDS, "Literal"} for name in names)
+
+
 def _mismatches(key: str, value: Any, tree: ast.expr, module: str) -> Iterator[str]:
     """One message for the value, or one for each of its elements that does not fit."""
     if _accepts(tree, value, module):
