@@ -167,15 +167,13 @@ def _value_problems(key: str, value: Any, parameter: Parameter | None) -> list[s
     is_made = _is_logger(key) or (key in MADE_AT_ONCE and not (value is None and parameter))
     if is_made and not is_node:
         return [f"{key}: expected an object with a _target_, found {shown(value)}"]
+    wrong: list[str] = []
     if parameter is None:
-        is_right = is_node or schema(key) is None
-        wrong = [] if is_right else [f"{key}: expected a mapping, found {shown(value)}"]
-    elif (is_object and takes_objects(parameter.annotation, parameter.module)) or (
-        value is None and parameter.nullable
-    ):
-        wrong = []
-    else:
-        wrong = mismatches(key, value, parameter.annotation, parameter.module)
+        if not is_node and schema(key) is not None:
+            wrong = [f"{key}: expected a mapping, found {shown(value)}"]
+    elif not (is_object and takes_objects(parameter.annotation, parameter.module)):
+        if value is not None or not parameter.nullable:
+            wrong = mismatches(key, value, parameter.annotation, parameter.module)
     if wrong:
         return wrong
     return [

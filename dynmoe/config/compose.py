@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from dynmoe.config import options, runs
 from dynmoe.config.check import ELSEWHERE, MEANING, problems
+from dynmoe.config.options import written
 from dynmoe.config.searches import draws, empty_range, hint, search_problems
 from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_problems
 from dynmoe.config.targets import did_you_mean
@@ -275,7 +276,13 @@ class Composition:
         with suppress(OmegaConfBaseException):
             parent = OmegaConf.select(self.cfg, above) if above else self.cfg
         there = name in _keys(parent)
-        if override.is_delete() and there:
+        if override.is_delete() and value is not None and value != "":
+            self.found.append(f"~{key}: takes no value. Write ~{key}")
+        elif override.is_delete() and there and written(self.cfg, key) is None:
+            self.found.append(
+                f"~{key}: it is null already. Leave it out"
+            )  # Hydra would not find it
+        elif override.is_delete() and there:
             with open_dict(parent):
                 del parent[name]
         elif override.is_delete():
@@ -342,14 +349,17 @@ class Composer:
         """Raises MissingGroup, or HydraException where the groups do not go together."""
         groups: list[str] = []
         values: list[Override] = []
+        found: list[str] = []
         for override in overrides:
             if override.key_or_group == "hydra.searchpath":
                 continue
-            if override.is_hydra_override() or self.options(override):
+            if override.is_hydra_override() and override.value() == "???":
+                found.append(f"{override.key_or_group}: expected a value, found ???")
+            elif override.is_hydra_override() or self.options(override):
                 groups.append(str(override.input_line))
             else:
                 values.append(override)
-        made = Composition(copy.deepcopy(self._groups((*self.search, *groups))))
+        made = Composition(copy.deepcopy(self._groups((*self.search, *groups))), found)
         for override in values:
             made.set(override)
         return made

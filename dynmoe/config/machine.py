@@ -12,9 +12,13 @@ from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe.config.options import modality, read
+from dynmoe.config.options import modality, read, written
 
 LONGEST = 255  # bytes of a file's name, on the usual file systems
+
+# Folders of Hydra, and where conf/config.yaml puts them: below paths.outputs.
+HYDRAS = ("hydra.run.dir", "hydra.sweep.dir")
+SHIPPED = (None, "${paths.outputs}/${name}/${run_name:}", "${paths.outputs}/${name}")
 
 # Loggers by the end of their target: the package, and the way to get it.
 LOGGERS = {
@@ -46,30 +50,31 @@ def run_folder(cfg: DictConfig) -> Iterator[str]:
             f"name: expected a folder below paths.outputs, found '{name}'. "
             "Another place is chosen by paths.outputs=FOLDER."
         )
-    for key, folder in (("name", name), ("paths.outputs", outputs)):
+    own = {key: read(cfg, key, str) for key in HYDRAS if written(cfg, key) not in SHIPPED}
+    for key, folder in {"name": name, "paths.outputs": outputs, **own}.items():
         if folder is None:
             continue
         if not folder.strip() or "\0" in folder:
             yield f"{key}: expected the name of a folder, found '{folder}'"
         elif any(len(part.encode()) > LONGEST for part in Path(folder).parts):
             yield f"{key}: longer than the {LONGEST} bytes that a folder's name may have"
-        elif key == "paths.outputs":
-            yield from _unwritable(folder)
+        elif key != "name":
+            yield from _unwritable(key, folder)
 
 
-def _unwritable(outputs: str) -> Iterator[str]:
+def _unwritable(key: str, outputs: str) -> Iterator[str]:
     """Tries it: rights alone do not tell, of /proc or of a file system that is read-only."""
     path = Path(outputs)
     parent = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
     if not parent.is_dir():
-        yield f"paths.outputs: '{parent}' is not a folder, found '{outputs}'"
+        yield f"{key}: '{parent}' is not a folder, found '{outputs}'"
         return
     try:
         os.rmdir(tempfile.mkdtemp(dir=parent))
     except OSError as error:
         yield (
-            f"paths.outputs: '{parent}' cannot be written to ({error.strerror}). "
-            "Choose another: paths.outputs=FOLDER"
+            f"{key}: '{parent}' cannot be written to ({error.strerror}). "
+            f"Choose another: {key}=FOLDER"
         )
 
 
