@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import sys
 import traceback
@@ -20,9 +21,11 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra_plugins.dynmoe_sweeper import DynMoESweeper
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from dynmoe import process
 from dynmoe.config import options, runs
+from dynmoe.config.arguments import read_arguments
 from dynmoe.config.check import check, report
 from dynmoe.config.compose import preflight, search_path
 from dynmoe.errors import ConfigError, UserError
@@ -32,6 +35,9 @@ Job = Callable[[DictConfig], float | None]
 
 # Files that Hydra puts into the folder of a run before the job starts (conf/hydra/job_logging).
 HYDRAS_FILES = {".hydra", "run.log"}
+
+# Below every score that runs are judged by: accuracies, correlations.
+WORST = -1.0
 
 # At import, not in run(): a parallel launcher's processes import this module with the job, and have
 # to resolve the same configuration.
@@ -50,16 +56,18 @@ def run(job: Job, *, prog: str) -> None:
 
 
 def _run(job: Job, prog: str) -> None:
-    args = get_args_parser().parse_args()
+    args, sys.argv[1:], astray = read_arguments(get_args_parser(), sys.argv[1:])
     if args.help:
         print(help_text())
         return
     shows_only = args.hydra_help or args.cfg or args.info or args.shell_completion
     own_tree = args.config_path or args.config_name or args.experimental_rerun
+    if astray and (shows_only or own_tree):
+        raise ConfigError(report(astray))
     if not shows_only and not own_tree:
         verdict = preflight(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
-        if verdict.problems:
-            raise ConfigError(report(verdict.problems))
+        if astray or verdict.problems:
+            raise ConfigError(report([*astray, *verdict.problems]))
         sys.argv[1:] = [verdict.instead.get(text, text) for text in sys.argv[1:]]
     # Hydra looks through installed packages for its plugins, and overlooks editable ones.
     Plugins.instance().register(DynMoESweeper)
@@ -88,6 +96,8 @@ def _guarded(job: Job, prog: str) -> Job:
         try:
             check(cfg, multirun=sweep)
             result = job(cfg)
+            if sweep and result is not None and math.isnan(result):
+                result = WORST  # Optuna refuses NaN, and would end at this job each time
         except Held as error:
             if not sweep:
                 raise process.refusal(prog, error) from None
@@ -111,9 +121,12 @@ def _guarded(job: Job, prog: str) -> Job:
 
 
 def _user_error(error: BaseException | None) -> UserError | None:
-    """Return `error`, or the cause that Hydra's instantiate wrapped, if it is a UserError."""
+    """Return `error`, or the cause that Hydra's instantiate wrapped, if a user can mend it."""
     while isinstance(error, InstantiationException):
         error = error.__cause__
+    if isinstance(error, OmegaConfBaseException):  # a key that the check does not know of
+        text = " ".join(str(error.msg or error).split("\n")[0].split())
+        return ConfigError(f"{error.full_key or 'configuration'}: {text}")
     return error if isinstance(error, UserError) else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class UserError(Exception):
     """Refused input. The command line prints the message and exits with 2, without a traceback."""
@@ -20,3 +22,15 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """The data on disk are not what the data set's layout asks for."""
+
+
+REASON = 300  # characters of a reason that are shown: PyTorch names every weight that differs
+
+
+def reason_of(error: BaseException) -> str:
+    """The text of a library's error; of an assertion without one, the line that asserts."""
+    text = " ".join(str(error).split())
+    trace = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, KeyError):
+        text = f"there is no {text}"
+    return (text or (trace[-1].line if trace else "") or type(error).__name__)[:REASON]

@@ -62,6 +62,7 @@ def complete_stage_before(cfg: DictConfig) -> None:
                 f"run one by one: run the same command with stage={earlier.stage.name} and "
                 "without moe and name first."
             )
+        check_model(cfg)
         complete_stage_before(earlier)
         folder.say(f"stage {earlier.stage.name}")
         train(earlier, folder)
@@ -69,15 +70,28 @@ def complete_stage_before(cfg: DictConfig) -> None:
         folder.say(f"stage {earlier.stage.name}: done, score {100 * score:.1f}")
 
 
+def check_model(cfg: DictConfig) -> None:
+    """Build the model of a later stage without its weights, before an earlier stage is trained.
+
+    Raises:
+        ConfigError: it cannot be built.
+    """
+    from dynmoe.training.build import build_data, shell
+
+    shell(cfg, build_data(cfg), {})
+
+
 def check_data(cfg: DictConfig) -> None:
-    """Read and check the data, every image in full, and print counts; train nothing."""
-    from dynmoe.training.build import build_data
+    """Read and check the data, every image in full, and print counts and the model; train
+    nothing."""
+    from dynmoe.training.build import build_data, description, shell
 
     if "verify" in cfg.data:
         cfg.data.verify = "decode"
     data = build_data(cfg)
     data.setup()
     data.print_check()
+    print(description(cfg, shell(cfg, data, data.backbone_arguments)))
 
 
 def show_plan(cfg: DictConfig, folder: RunFolder) -> None:

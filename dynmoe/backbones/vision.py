@@ -6,6 +6,7 @@ Shape suffixes: I images, P patches, V width of the vision tower.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import timm
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from dynmoe.backbones import hub
-from dynmoe.errors import ConfigError
+from dynmoe.errors import ConfigError, reason_of
 
 modality = "image"
 
-REASON = 300  # characters of a reason: PyTorch names every weight that does not fit
+VIT_NEEDED = "a Vision Transformer with blocks is needed, e.g. vit_small_patch16_224"
 
 
 def build_vit(
@@ -42,8 +43,9 @@ def build_vit(
         ConfigError: an unknown model, or weights that cannot be loaded or do not fit.
     """
     if not timm.is_model(model):
-        near = timm.list_models(f"*{model.split('_')[0]}*")[:8]
-        raise ConfigError(f"backbone.model={model}: timm knows no such model. Near: {near}")
+        near = get_close_matches(model.partition(".")[0], timm.list_models(), n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ConfigError(f"backbone.model={model}: timm knows no such model.{hint}")
     overlay = {"file": pretrained} if isinstance(pretrained, str) else None
     try:
         vit = timm.create_model(
@@ -57,9 +59,14 @@ def build_vit(
             **(options or {}),
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:REASON]
+        reason = reason_of(error)
+        if isinstance(error, TypeError) and "img_size" in reason:
+            raise ConfigError(f"backbone.model={model}: {VIT_NEEDED}") from error
         if not pretrained:
-            raise ConfigError(f"backbone: timm cannot build {model}: {reason}") from error
+            raise ConfigError(
+                f"backbone: timm cannot build {model} with backbone.options={dict(options or {})}: "
+                f"{reason}"
+            ) from error
         raise ConfigError(
             f"backbone.pretrained={pretrained}: the weights of {model} could not be loaded "
             f"({type(error).__name__}: {reason}). Without network give a file that fits the model, "
@@ -67,7 +74,7 @@ def build_vit(
             "backbone.pretrained=false."
         ) from error
     if not hasattr(vit, "blocks"):
-        raise ConfigError(f"backbone.model={model}: expected a Vision Transformer with blocks")
+        raise ConfigError(f"backbone.model={model}: {VIT_NEEDED}")
     if grad_checkpointing:
         vit.set_grad_checkpointing()  # type: ignore[operator]
     return vit

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra import compose
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config import options
 from dynmoe.config.check import report
 from dynmoe.config.compose import preflight, search_path
-from dynmoe.errors import ConfigError, UserError
+from dynmoe.errors import ConfigError
 from dynmoe.report.run import Problem, Run
 from dynmoe.report.runs import read_runs
 from dynmoe.training import trained
@@ -151,20 +148,3 @@ def keys(overrides: Sequence[str]) -> set[str]:
 def modality(cfg: DictConfig) -> str | None:
     """Return the modality of the task: ``image``, ``text`` or ``vision-language``."""
     return options.modality(cfg, "task.module")
-
-
-def built(node: DictConfig, **arguments: Any) -> Any:
-    """Return ``instantiate(node)``, its errors ``unwrapped``."""
-    with unwrapped():
-        return instantiate(node, **arguments)
-
-
-@contextmanager
-def unwrapped() -> Iterator[None]:
-    """Raise errors that the user can correct without Hydra's wrapping."""
-    try:
-        yield
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise

@@ -26,7 +26,7 @@ from transformers import (
 
 from dynmoe import runtime
 from dynmoe.benchmark import results
-from dynmoe.benchmark.candidates import DTYPES, built, unwrapped
+from dynmoe.benchmark.candidates import DTYPES
 from dynmoe.benchmark.models import data_of, model_name
 from dynmoe.benchmark.options import EPOCH_NOTE
 from dynmoe.benchmark.results import RATIO, ROUNDS, Column, Row
@@ -38,6 +38,7 @@ from dynmoe.data.text.tokens import EncodedTexts, encode
 from dynmoe.seeding import IntArray
 from dynmoe.tasks.base import MoETask
 from dynmoe.training import build
+from dynmoe.training.instantiation import make
 
 EPOCH_COLUMNS = (
     Column("case", "case"),
@@ -72,8 +73,7 @@ def run(args: argparse.Namespace, output: results.Output, cfg: DictConfig) -> No
     settings = runtime.apply(cfg.runtime, device.type)
     data: Any = build.build_data(cfg)
     data.setup()
-    with unwrapped():
-        task = build.build_task(cfg, data, settings["fused_attention"])
+    task = build.build_task(cfg, data, settings["fused_attention"])
     steps = min(args.steps or data.steps_per_epoch, data.steps_per_epoch)
     loops, work = _loops(cfg, data, task, steps)
     facts = {
@@ -112,7 +112,7 @@ def _loops(
         return plain_loader(texts, data.tokenizer, cfg.data.batch_size, cfg.seed)
 
     def trainer() -> Any:
-        return built(cfg.trainer, max_steps=steps, limit_val_batches=0, **silent)
+        return make(cfg.trainer, max_steps=steps, limit_val_batches=0, **silent)
 
     ours: Any = data.train_dataloader().batch_sampler
     work = {

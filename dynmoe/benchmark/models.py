@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynmoe.backbones.surgery import blocks_of
-from dynmoe.benchmark.candidates import Candidate, built, unwrapped
+from dynmoe.benchmark.candidates import Candidate
 from dynmoe.benchmark.layer import fit_thresholds, naive_loop
 from dynmoe.benchmark.results import Facts
 from dynmoe.data.base import TaskData
@@ -43,6 +43,7 @@ from dynmoe.layers import (
 from dynmoe.metrics.efficiency import Costs, count
 from dynmoe.runtime import set_fused_attention
 from dynmoe.training import build as training
+from dynmoe.training.instantiation import make
 
 BATCHES = 8
 """They differ, and with them the loads of the experts, as in training."""
@@ -120,8 +121,7 @@ def data_of(cfg: DictConfig, workers: int = 0) -> TaskData:
     """
     if "workers" in cfg.data:
         cfg.data.workers = workers
-    with unwrapped():
-        return training.build_data(cfg, steps=ENDLESS, eval_every=ENDLESS, accumulate=1)
+    return training.build_data(cfg, steps=ENDLESS, eval_every=ENDLESS, accumulate=1)
 
 
 def training_batches(data: TaskData, device: torch.device) -> list[Any]:
@@ -295,7 +295,7 @@ def fresh(
         ConfigError: a backbone that cannot be built, MoE layers nowhere or that do not fit.
     """
     torch.manual_seed(0)
-    dense: nn.Module = built(cfg.backbone, **work.backbone_arguments)
+    dense: nn.Module = make(cfg.backbone, **work.backbone_arguments)
     set_fused_attention(dense, fused_attention)
     device = work.batches[0].label.device
     dense.to(device)
@@ -356,7 +356,7 @@ def build_models(
     """
     moe, device = cfg.moe, next(dense.parameters()).device
     is_fresh = moe.init == "fresh" or (moe.init == "auto" and not cfg.backbone.pretrained)
-    top_any: Any = built(moe.router) if moe.router else None
+    top_any: Any = make(moe.router) if moe.router else None
     if getattr(top_any, "func", None) is not TopAnyRouter:
         raise ConfigError(
             f"moe={moe.name}: expected the top-any router, as in moe=dynmoe; top-1 and top-2 are"

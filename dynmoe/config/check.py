@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
@@ -14,13 +15,51 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from dynmoe.config.options import written
+from dynmoe.config.ranges import outside
 from dynmoe.config.rules import RULES, SWEEP_RULES, protocol_fits, same_modality, stage_is_chosen
+from dynmoe.config.runs import names_once, previous
 from dynmoe.config.schema import schema
-from dynmoe.config.targets import Signature, TargetError, did_you_mean, mismatch, signature
+from dynmoe.config.targets import (
+    Parameter,
+    Signature,
+    TargetError,
+    did_you_mean,
+    mismatches,
+    shown,
+    signature,
+    takes_objects,
+)
 from dynmoe.errors import ConfigError
 
-# Keys of hydra.utils.instantiate, which are no parameters of the target.
-INSTANTIATE = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+# Keys of hydra.utils.instantiate, which are no parameters of the target: type, and in words.
+INSTANTIATE = {
+    "_target_": ("str", "a dotted path such as torch.optim.Adam"),
+    "_partial_": ("bool", "true or false"),
+    "_recursive_": ("bool", "true or false"),
+    "_convert_": ("Literal['none', 'partial', 'object', 'all']", "none, partial, object or all"),
+    "_args_": ("list", "a list"),
+}
+
+# Nodes that are functions of what a run knows only later, and nodes that are made as they stand.
+MADE_LATER = ("data.content", "data.environments", "moe.router", "task.optimizer", "task.scheduler")
+MADE_AT_ONCE = ("backbone", "backbone.vision", "data", "moe.adaptation", "task.module", "trainer")
+
+# Nodes that nothing else is passed to, and that therefore need each parameter without a default.
+COMPLETE = ("backbone.vision", "data", "data.content", "data.environments")
+
+# Keys that a run reads itself, beside passing them on.
+READ = {
+    "backbone": ("model", "options", "pretrained"),
+    "backbone.vision": ("image_size", "model", "patch_size", "path", "pretrained"),
+    "data": ("batch_size", "name"),
+    "moe.adaptation": ("init",),
+    "task.optimizer": ("lr", "weight_decay"),
+    "trainer": (
+        *("accelerator", "accumulate_grad_batches", "devices", "enable_progress_bar", "max_epochs"),
+        *("max_steps", "num_sanity_val_steps", "precision", "strategy", "use_distributed_sampler"),
+    ),
+}
 
 # Groups that leave no key in the configuration.
 GROUPS = ("experiment", "schedule", "sweep")
@@ -58,16 +97,29 @@ def report(found: list[str]) -> str:
 
 
 def problems(cfg: DictConfig, *, multirun: bool = False) -> list[str]:
-    """Reasons why `cfg` cannot run, one message each; `multirun` adds the rules of sweeps."""
-    with _hydra_config_of(cfg):
-        direct: list[str] = []
-        indirect: list[str] = []
-        _walk(cfg, "", direct, indirect)
-        # Image data copy keys that text backbones and protocols lack: rules name the cause.
-        if any(any(rule(cfg)) for rule in (same_modality, protocol_fits, stage_is_chosen)):
-            direct = [text for text in direct if "Interpolation key" not in text]
-        for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
-            direct.extend(rule(cfg))
+    """Reasons why `cfg` cannot run, one message each; `multirun` adds the rules of sweeps.
+
+    The runs of earlier stages, which a run starts if need be, are checked with it.
+    """
+    with _hydra_config_of(cfg), names_once():
+        found = _own_problems(cfg, multirun)
+        earlier = None if found else previous(cfg)
+        while earlier is not None and not found:
+            name = earlier.stage.name
+            found = [f"stage {name}: {text}" for text in _own_problems(earlier, multirun)]
+            earlier = previous(earlier)
+    return found
+
+
+def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
+    direct: list[str] = []
+    indirect: list[str] = []
+    _walk(cfg, "", direct, indirect)
+    # Image data copy keys that text backbones and protocols lack: rules name the cause.
+    if any(any(rule(cfg)) for rule in (same_modality, protocol_fits, stage_is_chosen)):
+        direct = [text for text in direct if "Interpolation key" not in text]
+    for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
+        direct.extend(rule(cfg))
     # A wrong value shows again in everything computed from it; this is reported only where nothing
     # else explains it.
     return list(dict.fromkeys(direct or indirect))
@@ -78,6 +130,10 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
     known = _known_keys(cfg, path, direct)
     if known is not None:
         direct += _key_problems(cfg, path, known)
+    if "_target_" in cfg:
+        direct += _instantiate_problems(cfg, path)
+    elif path in {*MADE_LATER, *MADE_AT_ONCE} - {"moe.adaptation"} or _is_logger(path):
+        direct.append(f"{path}._target_: missing: the class or function that makes it")
     for key in map(str, cfg):
         dotted = f"{path}.{key}" if path else key
         if dotted == "hydra" or key in INSTANTIATE:
@@ -92,26 +148,68 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
         except InterpolationToMissingValueError:
             pass  # reported at the key that is missing
         except InterpolationKeyError as error:
-            direct.append(f"{dotted}: {_first_line(error)}")
+            is_here = str(error).partition("'")[2].partition("'")[0] in str(written(cfg, key))
+            (direct if is_here else indirect).append(f"{dotted}: {_first_line(error)}")
         except OmegaConfBaseException as error:
             indirect.append(f"{dotted}: {_first_line(error)}")
         else:
             parameter = known.parameters.get(key) if known is not None else None
-            is_object = isinstance(value, DictConfig) and "_target_" in value  # once it is passed
-            if parameter is not None and not is_object:
-                types = parameter.annotation, parameter.module
-                wrong = mismatch(plain, *types)
-                if wrong:
-                    if isinstance(plain, int | float | str) and not mismatch([plain], *types):
-                        wrong += f". A list is written '{dotted}=[{plain}]', with the quotes"
-                    found = indirect if OmegaConf.is_interpolation(cfg, key) else direct
-                    found.append(f"{dotted}: {wrong}")
+            found = indirect if OmegaConf.is_interpolation(cfg, key) else direct
+            found += _value_problems(dotted, plain, parameter)
             if isinstance(value, DictConfig):
                 _walk(value, dotted, direct, indirect)
             elif is_list:
                 for number, each in enumerate(value):
                     if isinstance(each, DictConfig):
                         _walk(each, f"{dotted}[{number}]", direct, indirect)
+
+
+def _value_problems(key: str, value: Any, parameter: Parameter | None) -> list[str]:
+    """A value of the wrong type, or the numbers in it that are out of their range."""
+    is_node = isinstance(value, DictConfig)
+    is_object = is_node and "_target_" in value
+    is_made = _is_logger(key) or (key in MADE_AT_ONCE and not (value is None and parameter))
+    if is_made and not is_node:
+        return [f"{key}: expected an object with a _target_, found {shown(value)}"]
+    wrong: list[str] = []
+    if parameter is None and not is_node and schema(key) is not None:
+        wrong = [f"{key}: expected a mapping, found {shown(value)}"]
+    elif (
+        parameter is not None
+        and not (is_object and takes_objects(parameter.annotation, parameter.module))
+        and (value is not None or not parameter.nullable)
+    ):
+        wrong = mismatches(key, value, parameter.annotation, parameter.module)
+    if wrong:
+        return wrong
+    return [
+        f"{place}: {text}" for place, each in _leaves(key, value) if (text := outside(place, each))
+    ]
+
+
+def _is_logger(key: str) -> bool:
+    return key.startswith("logger.") and key.count(".") == 1
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Plain values, those in lists with their index; nodes are walked by themselves."""
+    if isinstance(value, list):
+        for index, each in enumerate(value):
+            yield from _leaves(f"{key}.{index}", each)
+    elif not isinstance(value, Mapping):
+        yield key, value
+
+
+def _instantiate_problems(cfg: DictConfig, path: str) -> Iterator[str]:
+    """Keys of hydra.utils.instantiate: their types, and whether the node is made at once."""
+    for key, (annotation, words) in INSTANTIATE.items():
+        value = None if OmegaConf.is_missing(cfg, key) else cfg.get(key)
+        if key in cfg and mismatches(key, value, annotation, __name__):
+            yield f"{path}.{key}: expected {words}, found {shown(value)}"
+        elif key == "_partial_" and path in MADE_LATER and value is not True:
+            yield f"{path}._partial_: expected true: the run makes it later, found {shown(value)}"
+        elif key == "_partial_" and path in MADE_AT_ONCE and value is True:
+            yield f"{path}._partial_: expected false: it is made at once, found true"
 
 
 def _known_keys(cfg: DictConfig, path: str, direct: list[str]) -> Signature | None:
@@ -134,13 +232,38 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
         for key in map(str, cfg):
             if not path and key in GROUPS:
                 yield f"{key}: the file of this group has to begin with '# @package _global_'"
-            elif key not in known.parameters.keys() | INSTANTIATE | {"hydra"}:
+            elif key not in known.parameters.keys() | INSTANTIATE.keys() | {"hydra"}:
                 hint = ELSEWHERE.get(f"{dot}{key}") or did_you_mean(key, words)
+                hint = hint or _elsewhere(key, cfg)
                 yield f"{dot}{key}: unknown key.{hint}"
-    if "_target_" not in cfg:
-        for key, parameter in known.parameters.items():
-            if key not in set(cfg) and not parameter.has_default:
-                yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"
+    needed = dict.fromkeys(READ.get(path, ()) if "_target_" in cfg else ())
+    if "_target_" not in cfg or path in COMPLETE:
+        needed |= {key: None for key, each in known.parameters.items() if not each.has_default}
+    for key in needed:
+        if key not in set(map(str, cfg)):
+            yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"
+
+
+def _elsewhere(key: str, cfg: DictConfig) -> str:
+    """Keys of this name at another place: ` Did you mean task.optimizer.lr?` for lr."""
+    root = cfg._get_root()
+    found = [place for place in _places(root, "") if place != key and place.endswith(f".{key}")]
+    return f" Did you mean {' or '.join(found[:3])}?" if found else ""
+
+
+def _places(node: Any, path: str) -> Iterator[str]:
+    """Dotted keys, those nearest to the root first; recipes are what other keys copy."""
+    below = []
+    for key in map(str, node):
+        dotted = f"{path}.{key}" if path else key
+        if dotted in ("hydra", "protocol") or key in INSTANTIATE:
+            continue
+        yield dotted
+        child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            below.append((child, dotted))
+    for child, dotted in below:
+        yield from _places(child, dotted)
 
 
 def _first_line(error: Exception) -> str:

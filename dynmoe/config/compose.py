@@ -21,6 +21,8 @@ from yaml import YAMLError
 
 from dynmoe.config import options, runs
 from dynmoe.config.check import ELSEWHERE, MEANING, problems
+from dynmoe.config.options import written
+from dynmoe.config.searches import draws, empty_range, hint, search_problems
 from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_problems
 from dynmoe.config.targets import did_you_mean
 
@@ -68,7 +70,7 @@ def preflight(
             if not any(text.startswith(f"{group}: no option") for text in found):
                 names = ", ".join(options.options(group, composer.search))
                 found.append(f"{group}: required, {MEANING[group]}. Options: {names}")
-            found += _problems_for_every_option(group, composer, known, multirun)
+            found += _problems_for_every_option(group, composer, known, multirun) if known else []
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             found.append(_missing_plugin(str(error)) or " ".join(str(error).split()))
         instead = {
@@ -118,13 +120,29 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
         ]
     node, name = cfg.hydra.sweeper, cfg.hydra.runtime.choices.get("sweep")
     ours = node._target_ == SWEEPER
-    wrong = list(sweeper_problems(node)) if ours else []
-    if ours and not wrong:
-        for values in (node.params or {}, *node.settings):
-            wrong += parse([f"{key}={value}" for key, value in values.items()])[1]
+    wrong = list(sweeper_problems(node) if ours else search_problems(node))
+    for values in () if wrong else _swept(node):
+        wrong += parse([f"{key}={value}" for key, value in values.items()])[1]
     if wrong:
         return [f"sweep={name}: {text}" if name else text for text in wrong]
-    sweep = read_sweep(parser(), node, overrides)
+    if ours:
+        return _grid_problems(composer, node, overrides)
+    if OmegaConf.select(cfg, "mode") == "plan":
+        return ["mode: a search draws its jobs one after another and cannot list them first"]
+    given = [f"{key}={value}" for values in _swept(node) for key, value in values.items()]
+    return _draws_problems(composer, [*parse(given)[0], *overrides])
+
+
+def _swept(node: DictConfig) -> list[DictConfig]:
+    """The parameters and settings of a sweeper's node."""
+    return [node.get("params") or OmegaConf.create(), *(node.get("settings") or ())]
+
+
+def _grid_problems(
+    composer: Composer, node: DictConfig, overrides: Sequence[Override]
+) -> list[str]:
+    """Problems of a sweep whose jobs are known."""
+    sweep, name = read_sweep(parser(), node, overrides), _choice(overrides, "sweep")
     found: list[str] = []
     for index, (own, axes) in enumerate(zip(sweep.settings, sweep.axes, strict=True)):
         # Values that settings share are tried beside the first; the sweeper checks every job.
@@ -135,15 +153,31 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
         found.append(f"{key}: sweep={name} sets it. Leave it out, or write another sweep")
     if "name" not in given and any(len(axes.get("task", ())) > 1 for axes in sweep.axes):
         found.append(f"name: a sweep over tasks has to name {MEANING['name']}")
-    if ours:
+    return found + [
+        f"{override.input_line}: only a search draws from an interval: sweep=optuna"
+        for override in overrides
+        if override.is_sweep_override() and not override.is_discrete_sweep()
+    ]
+
+
+def _draws_problems(composer: Composer, overrides: Sequence[Override]) -> list[str]:
+    """Problems of a search: the first value of every key, and each other that it can draw."""
+    last = {override.key_or_group: override for override in overrides}
+    values = {key: draws(override) for key, override in last.items()}
+    found: list[str] = []
+    for key, override in sorted(last.items(), key=lambda item: not hint(item[1])):
+        tried = {**{name: each[:1] for name, each in values.items()}, key: values[key]}
+        more = hint(override)
         found += [
-            f"{override.input_line}: only a search draws from an interval: sweep=optuna"
-            for override in overrides
-            if override.is_sweep_override() and not override.is_discrete_sweep()
+            f"{override.input_line}: {text}{more}" if more else text
+            for text in _axes_problems(composer, tried)
+            if not any(text in known for known in found)
         ]
-    elif OmegaConf.select(cfg, "mode") == "plan":
-        found.append("mode: a search draws its jobs one after another and cannot list them first")
     return found
+
+
+def _choice(overrides: Sequence[Override], group: str) -> Any:
+    return next((each.value() for each in overrides if each.key_or_group == group), None)
 
 
 def _axes_problems(composer: Composer, axes: Axes) -> list[str]:
@@ -174,6 +208,9 @@ def _problems_for_every_option(
 # accepts any key after a `+`; here groups are composed first and values set one by one.
 
 
+NO_KEY = "expected key=value or group=option."
+
+
 def parser() -> OverridesParser:
     """Hydra's parser, which knows the groups."""
     return OverridesParser.create(config_loader=options.loader())
@@ -185,12 +222,25 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     found: list[str] = []
     for text in texts:
         try:
-            parsed += parser().parse_overrides([text])
-        except OverrideParseException:
-            found.append(
-                f"{text}: cannot be read as key=value. Quote special characters: 'k=\"v\"'"
-            )
+            (override,) = parser().parse_overrides([text])
+            wrong = empty_range(override)
+        except (OverrideParseException, ValueError):  # of range(), which Python makes
+            wrong = _unreadable(text)
+        if wrong or not override.key_or_group:
+            found.append(f"{text}: {wrong or NO_KEY}")
+        else:
+            parsed.append(override)
     return parsed, found
+
+
+def _unreadable(text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not equals:
+        groups = [group for group, names in options.groups().items() if text in names]
+        meant = f" Did you mean {' or '.join(f'{each}={text}' for each in groups)}?"
+        return NO_KEY + meant * bool(groups)
+    quoted = value.replace('"', "")
+    return f"cannot be read as key=value. Quote special characters: '{key}=\"{quoted}\"'"
 
 
 def single_values(override: Override) -> list[Override]:
@@ -226,7 +276,13 @@ class Composition:
         with suppress(OmegaConfBaseException):
             parent = OmegaConf.select(self.cfg, above) if above else self.cfg
         there = name in _keys(parent)
-        if override.is_delete() and there:
+        if override.is_delete() and value is not None and value != "":
+            self.found.append(f"~{key}: takes no value. Write ~{key}")
+        elif override.is_delete() and there and written(self.cfg, key) is None:
+            self.found.append(
+                f"~{key}: it is null already. Leave it out"
+            )  # Hydra would not find it
+        elif override.is_delete() and there:
             with open_dict(parent):
                 del parent[name]
         elif override.is_delete():
@@ -269,16 +325,18 @@ class Composer:
 
     def unknown_options(self, override: Override) -> list[str]:
         """A message for each option that its group does not have."""
-        names = self.options(override)
-        if not names or override.is_delete():
+        names, group = self.options(override), override.key_or_group
+        if not names:
             return []
-        group = override.key_or_group
+        if override.is_delete():
+            no_name = override.value() and not isinstance(override.value(), str)
+            return [f"~{group}: takes no value. Write ~{group}"] if no_name else []
         chosen: list[str] = []
         for single in single_values(override):
             value = single.value()
             if value is None:
                 return [f"{group}: null is no option; ~{group} leaves the group out"]
-            chosen += map(str, value if isinstance(value, list) else [value] if value else [])
+            chosen += map(str, value if isinstance(value, list) else [value])
         return [
             f"{group}: no option '{name}'."
             f"{ELSEWHERE.get(f'{group}={name}') or did_you_mean(name, names)} "
@@ -291,14 +349,17 @@ class Composer:
         """Raises MissingGroup, or HydraException where the groups do not go together."""
         groups: list[str] = []
         values: list[Override] = []
+        found: list[str] = []
         for override in overrides:
             if override.key_or_group == "hydra.searchpath":
                 continue
-            if override.is_hydra_override() or self.options(override):
+            if override.is_hydra_override() and override.value() == "???":
+                found.append(f"{override.key_or_group}: expected a value, found ???")
+            elif override.is_hydra_override() or self.options(override):
                 groups.append(str(override.input_line))
             else:
                 values.append(override)
-        made = Composition(copy.deepcopy(self._groups((*self.search, *groups))))
+        made = Composition(copy.deepcopy(self._groups((*self.search, *groups))), found)
         for override in values:
             made.set(override)
         return made

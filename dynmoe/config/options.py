@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ConfigDefault
@@ -78,8 +79,18 @@ def read(cfg: DictConfig, key: str, kind: type[T]) -> T | None:
     if isinstance(value, bool) and kind not in (bool, object):
         return None
     if isinstance(value, int) and kind is float:
-        value = float(value)
+        value = float(value) if abs(value) < 2**63 else None  # float() raises on large ones
     return value if isinstance(value, kind) else None
+
+
+def written(cfg: DictConfig, key: str) -> Any:
+    """The value at `key` as it is written, interpolations as text; None if there is none."""
+    above, _, name = key.rpartition(".")
+    with suppress(OmegaConfBaseException):
+        parent = OmegaConf.select(cfg, above) if above else cfg
+        if isinstance(parent, DictConfig) and name in set(map(str, parent)):
+            return parent._get_node(name)._value()  # type: ignore[union-attr]
+    return None
 
 
 def modality(cfg: DictConfig, node: str = "") -> str | None:

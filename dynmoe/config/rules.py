@@ -6,7 +6,6 @@ keys stays silent.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -14,16 +13,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from dynmoe.config import machine, models
 from dynmoe.config.environments import environment_names, test_indices
-from dynmoe.config.options import device_count, modality, options_with, read
+from dynmoe.config.options import device_count, modality, options_with, read, written
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 
 Rule = Callable[[DictConfig], Iterator[str]]
 
 # The mixture.
-
-# The number of blocks, in timm's options and in those of transformers' families.
-DEPTHS = ("depth", "num_hidden_layers", "n_layer", "n_layers")
 
 
 def top_k_within_experts(cfg: DictConfig) -> Iterator[str]:
@@ -33,8 +30,6 @@ def top_k_within_experts(cfg: DictConfig) -> Iterator[str]:
     if "top_k" not in (read(cfg, "moe.router", dict) or {}):
         name = read(cfg, "moe.name", str)
         yield f"moe.top_k: the router of moe={name} takes no top_k. Choose moe=topk or moe=gmoe."
-    if top_k < 1:
-        yield f"moe.top_k: expected 1 or more, found {top_k}"
     if top_k > experts:
         yield (
             f"moe: top_k ({top_k}) > num_experts ({experts}): a token cannot choose more experts "
@@ -103,13 +98,11 @@ def expert_layers(cfg: DictConfig) -> Iterator[str]:
     layers = read(cfg, "moe.layers", list)
     if layers is not None and all(isinstance(index, int) for index in layers):
         yield from _indices("moe.layers", layers)
-        for key in DEPTHS:
-            depth = read(cfg, f"backbone.options.{key}", int)
-            if depth is not None and any(index >= depth for index in layers):
-                yield (
-                    f"moe.layers: expected block indices below {depth} (backbone.options.{key}), "
-                    f"found {layers}"
-                )
+        known = models.depth(cfg)
+        if known is not None and any(index >= known[1] for index in layers):
+            yield (
+                f"moe.layers: expected block indices below {known[1]} ({known[0]}), found {layers}"
+            )
     wanted = layers if layers is not None else read(cfg, "moe.layers", str)
     if wanted is None or "router" not in cfg.get("moe", {}):
         return
@@ -215,9 +208,7 @@ def dense_before_moe(cfg: DictConfig) -> Iterator[str]:
 
 def start_is_a_run(cfg: DictConfig) -> Iterator[str]:
     """A folder that the user gives has to exist; a derived one is trained first."""
-    node = cfg.get("stage")
-    start = None if node is None else DictConfig._get_node(node, "start")  # not resolved
-    raw = None if start is None else start._value()
+    raw = written(cfg, "stage.start")
     if isinstance(raw, str) and raw != DERIVED:
         folder = Path(raw).expanduser()
         if not (folder / "config.yaml").is_file():
@@ -254,18 +245,6 @@ def there_is_training_data(cfg: DictConfig) -> Iterator[str]:
             f"data: {name} has no training data. dynmoe-eval run=FOLDER mode=answer asks its "
             "questions; to train choose data=scenes, easy_vqa, llava, ..."
         )
-
-
-def folders(cfg: DictConfig) -> Iterator[str]:
-    for key in ("backbone.path", "backbone.vision.path"):
-        path = read(cfg, key, str)
-        if path is not None and not (Path(path).expanduser() / "config.json").is_file():
-            yield f"{key}: expected a folder with a config.json, found none in '{path}'"
-
-
-def libraries(cfg: DictConfig) -> Iterator[str]:
-    if modality(cfg, "task.module") == "vision-language" and find_spec("transformers") is None:
-        yield 'task: needs transformers: pip install -e ".[language]"'
 
 
 # Text runs.
@@ -347,22 +326,11 @@ def batch_divides(cfg: DictConfig) -> Iterator[str]:
         )
 
 
-def ranges(cfg: DictConfig) -> Iterator[str]:
-    for key in (
-        *("moe.num_experts", "moe.adaptation.min_experts", "trainer.max_steps"),
-        *("task.steps", "task.epochs", "task.eval_every", "task.save_every", "task.patience"),
-        *("data.batch_size", "data.eval_batch_size", "data.max_length"),
-    ):
-        count = read(cfg, key, int)
-        endless = count == -1 and key in ("task.steps", "trainer.max_steps")
-        if count is not None and count < 1 and not endless:
-            yield f"{key}: expected 1 or more, found {count}"
-    if read(cfg, "trainer.max_steps", int) == -1 and read(cfg, "task.epochs", int) is None:
+def shares_and_lengths(cfg: DictConfig) -> Iterator[str]:
+    """Ranges that depend on the task; dynmoe/config/ranges.py has those of one key."""
+    has_epochs = written(cfg, "task.epochs") is not None
+    if read(cfg, "trainer.max_steps", int) == -1 and not has_epochs:
         yield "task.steps: -1 takes the length from task.epochs, but this task has no epochs"
-    for key in ("seed", "trial_seed", "hparams_seed"):
-        seed = read(cfg, key, int)
-        if seed is not None and seed < 0:
-            yield f"{key}: expected 0 or more, found {seed}"
     share = read(cfg, "protocol.holdout_fraction", float)
     may_be_none = share == 0 and modality(cfg, "task.module") != "image"
     if share is not None and not (0 < share < 1 or may_be_none):
@@ -381,34 +349,6 @@ def pretrained_weights(cfg: DictConfig) -> Iterator[str]:
         yield (
             "moe.adaptation.init: 'pretrained' copies the backbone's trained FFN, but "
             "backbone.pretrained is false. Set backbone.pretrained=true or another init."
-        )
-
-
-def data_folder(cfg: DictConfig) -> Iterator[str]:
-    if read(cfg, "mode", str) == "plan":  # reads no data
-        return
-    for key in ("data.root", "data.ood_root"):
-        root = read(cfg, key, str)
-        if root is not None and not Path(root).expanduser().is_dir():
-            yield f"{key}: no folder '{root}'. Give the folder of the data set: {key}=FOLDER"
-
-
-def run_folder(cfg: DictConfig) -> Iterator[str]:
-    name, outputs = read(cfg, "name", str), read(cfg, "paths.outputs", str)
-    if name is not None and (Path(name).is_absolute() or ".." in Path(name).parts):
-        yield (
-            f"name: expected a folder below paths.outputs, found '{name}'. "
-            "Another place is chosen by paths.outputs=FOLDER."
-        )
-    if outputs is None:
-        return
-    path = Path(outputs)
-    parent = next(p for p in (path, *path.parents) if os.path.exists(p))
-    if not parent.is_dir():
-        yield f"paths.outputs: '{parent}' is not a folder, found '{outputs}'"
-    elif not os.access(parent, os.W_OK | os.X_OK):
-        yield (
-            f"paths.outputs: no right to write to '{parent}'. Choose another: paths.outputs=FOLDER"
         )
 
 
@@ -492,10 +432,11 @@ def own_callbacks(cfg: DictConfig) -> Iterator[str]:
 RULES: tuple[Rule, ...] = (
     *(top_k_within_experts, expert_bounds, parts_add_up, options_that_need_others),
     *(expert_layers, adaptation_there),
-    *(same_modality, test_environments, batch_divides, ranges, pretrained_weights, data_folder),
-    *(text_run, stage_is_chosen, dense_before_moe, start_is_a_run, trained_parts),
-    *(scratch_is_trained, there_is_training_data, folders, libraries),
-    *(only_of_one_modality, protocol_fits, selection_fits, run_folder, clipping_optimizer),
-    *(set_elsewhere, own_callbacks),
+    *(same_modality, test_environments, batch_divides, shares_and_lengths, pretrained_weights),
+    *(machine.data_folder, models.known_vits, models.whole_patches, models.data_fit_backbone),
+    *(text_run, models.language_model, stage_is_chosen, dense_before_moe, start_is_a_run),
+    *(trained_parts, scratch_is_trained, there_is_training_data, machine.folders),
+    *(machine.libraries, machine.loggers, only_of_one_modality, protocol_fits, selection_fits),
+    *(machine.run_folder, clipping_optimizer, set_elsewhere, own_callbacks),
 )
 SWEEP_RULES: tuple[Rule, ...] = (one_device_per_job,)

@@ -8,12 +8,11 @@ folder, an edited YAML file gives another one.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ def previous(cfg: DictConfig) -> DictConfig | None:
     stage = cfg.get("stage")
     if stage is None or stage.after is None or not OmegaConf.is_interpolation(stage, "start"):
         return None
-    earlier = copy.deepcopy(cfg)
+    earlier = OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key != "hydra"])
     with open_dict(earlier):
         earlier.stage = options.own("stage", stage.after).stage
         earlier.moe = options.own("moe", "dense")
@@ -185,9 +184,9 @@ def previous(cfg: DictConfig) -> DictConfig | None:
     return earlier
 
 
-def previous_run(*, _root_: DictConfig) -> str | None:
+def previous_run(cfg: DictConfig) -> str | None:
     """`<name>/<run>` of the run before, below `paths.outputs`."""
-    earlier = previous(_root_)
+    earlier = previous(cfg)
     return None if earlier is None else f"{earlier.name}/{run_name(earlier)}"
 
 
@@ -216,11 +215,37 @@ def start_folder(cfg: DictConfig) -> Path | None:
 SAMPLED = ("lr", "batch_size", "weight_decay")
 
 
+_names: dict[tuple[Any, int], tuple[DictConfig, Any]] | None = None
+
+
+@contextmanager
+def names_once() -> Iterator[None]:
+    """Inside, no configuration changes: names, which many keys contain, are computed once."""
+    global _names
+    before, _names = _names, {}
+    try:
+        yield
+    finally:
+        _names = before
+
+
+def _kept(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    if _names is None:
+        return function(cfg)
+    if (function, id(cfg)) not in _names:
+        _names[function, id(cfg)] = cfg, function(cfg)  # with cfg, so that its id stays its own
+    return _names[function, id(cfg)][1]
+
+
 def register() -> None:
     """Make the resolvers known to OmegaConf; safe to call again."""
     OmegaConf.register_new_resolver("recipe", recipe, replace=True)
-    OmegaConf.register_new_resolver("previous_run", previous_run, replace=True)
-    OmegaConf.register_new_resolver("run_name", lambda *, _root_: run_name(_root_), replace=True)
+    OmegaConf.register_new_resolver(
+        "previous_run", lambda *, _root_: _kept(previous_run, _root_), replace=True
+    )
+    OmegaConf.register_new_resolver(
+        "run_name", lambda *, _root_: _kept(run_name, _root_), replace=True
+    )
 
 
 def recipe(key: str, *, _root_: DictConfig) -> Any:

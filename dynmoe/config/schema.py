@@ -114,7 +114,7 @@ class Runtime:
 
 @dataclass
 class EstimateSettings:
-    tflops: float
+    tflops: float | None
     utilisation: float
     mean_k: float | None
     mean_tokens: float | None

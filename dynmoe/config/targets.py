@@ -40,10 +40,10 @@ class Located:
     module: str
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
     """` Did you mean 'num_experts'?`, or nothing where no known word is near."""
-    near = difflib.get_close_matches(word, sorted(known), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    near = difflib.get_close_matches(word, sorted(known), n=most)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 # From a dotted name to its definition.
@@ -204,6 +204,8 @@ class Parameter:
     module: str
     """Where the names of the annotation are defined."""
     has_default: bool
+    nullable: bool = False
+    """The default is None, whether the annotation says so or not."""
 
 
 @dataclass
@@ -252,7 +254,8 @@ def _class_signature(cls: Located) -> Signature:
             if isinstance(node, Function) and node.name == "__init__":
                 if fields:  # the __init__ that a dataclass below this base got hides it
                     return Signature(fields)
-                return _function_signature(node, owner.module, bound=True)
+                own = _function_signature(node, owner.module, bound=True)
+                return _with_inherited(own, node, owner)
         assert isinstance(owner.node, ast.ClassDef)
         if _is_decorated(owner.node, "dataclass"):
             # Depth first meets a subclass before its bases, whose fields come first.
@@ -262,9 +265,32 @@ def _class_signature(cls: Located) -> Signature:
     return Signature(fields)
 
 
+def _with_inherited(own: Signature, init: Function, owner: Located) -> Signature:
+    """The parameters of the base too, where `init` hands its **kwargs on to the base's."""
+    taken = init.args.kwarg.arg if init.args.kwarg else None
+    for call in ast.walk(init):
+        if not isinstance(call, ast.Call) or ast.unparse(call.func) != "super().__init__":
+            continue
+        passed = {ast.unparse(each.value) for each in call.keywords if each.arg is None}
+        if taken is None or taken not in passed:
+            continue
+        assert isinstance(owner.node, ast.ClassDef)
+        base = ast.unparse(owner.node.bases[0])
+        with suppress(TargetError, Unreadable):
+            above = reduce(_member, base.split("."), Located(None, owner.module))
+            if isinstance(above.node, ast.ClassDef):
+                inherited = _class_signature(above)
+                given = {each.arg for each in call.keywords}
+                rest = {k: v for k, v in inherited.parameters.items() if k not in given}
+                return Signature({**rest, **own.parameters}, open=inherited.open)
+    return own
+
+
 def _fields(body: list[ast.stmt], module: str) -> dict[str, Parameter]:
     return {
-        item.target.id: Parameter(ast.unparse(item.annotation), module, item.value is not None)
+        item.target.id: Parameter(
+            ast.unparse(item.annotation), module, item.value is not None, _is_none(item.value)
+        )
         for item in body
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
         if "ClassVar" not in ast.unparse(item.annotation)
@@ -282,7 +308,10 @@ def _function_signature(node: Function, module: str, bound: bool = False) -> Sig
     )
     parameters = {
         arg.arg: Parameter(
-            ast.unparse(arg.annotation) if arg.annotation else None, module, default is not None
+            ast.unparse(arg.annotation) if arg.annotation else None,
+            module,
+            default is not None,
+            _is_none(default),
         )
         for arg, default in given
     }
@@ -291,38 +320,106 @@ def _function_signature(node: Function, module: str, bound: bool = False) -> Sig
     return Signature(parameters, open=names.kwarg is not None)
 
 
+def _is_none(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
 def _is_decorated(node: Definition, word: str) -> bool:
     return any(word in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 # A light type check of plain values. Understood: int, float, bool, str, None, Literal, unions,
-# Optional, lists, tuples and mappings; everything else (classes, ...) is taken on trust.
+# Optional, lists, tuples and mappings. A class takes strings alone (an enum's member, a path, a
+# device): it cannot be written in YAML, but as a node with a `_target_`. The rest is trusted.
 
+_MAPPINGS = ("dict", "Dict", "Mapping", "MutableMapping")
 _WORDS = {
     "int": "an integer",
     "float": "a number",
     "bool": "true or false",
     "str": "a string",
     "None": "null",
-    **dict.fromkeys(("dict", "Dict", "Mapping", "MutableMapping"), "a mapping"),
+    **dict.fromkeys(_MAPPINGS, "a mapping"),
     **dict.fromkeys(("list", "List", "Sequence", "Iterable", "tuple", "Tuple", "set"), "a list"),
 }
+_OBJECT = "an object with a _target_"
 
 
-def mismatch(value: Any, annotation: str | None, module: str) -> str | None:
-    """`"expected an integer, found 'abc'"`, or None where `value` may pass as `annotation`.
+def mismatches(key: str, value: Any, annotation: str | None, module: str) -> list[str]:
+    """`["data.mean.0: expected a number, found 'a'"]`; empty where `value` fits `annotation`.
 
     `module` is where the annotation is written; its names are looked up there.
     """
     tree = _parse(annotation) if annotation is not None else None
-    if tree is None or _accepts(tree, value, module):
-        return None
+    return [] if tree is None else list(_mismatches(key, value, tree, module))
+
+
+def takes_objects(annotation: str | None, module: str) -> bool:
+    """Whether a parameter may be an object: it is of a class, a mapping, or says nothing."""
+    tree = _parse(annotation) if annotation is not None else None
+    names = [_name(member) for member, _ in _members(tree, module)] if tree is not None else [""]
+    return any(name in _MAPPINGS or name not in {*_WORDS, "Literal"} for name in names)
+
+
+def _mismatches(key: str, value: Any, tree: ast.expr, module: str) -> Iterator[str]:
+    """One message for the value, or one for each of its elements that does not fit."""
+    if _accepts(tree, value, module):
+        return
+    members = list(_members(tree, module))
+    for member, there in members:
+        elements = _elements(key, value, member)
+        if elements is not None:
+            wrong = [text for each in elements for text in _mismatches(*each, there)]
+            if wrong:
+                yield from wrong
+                return
     words: list[str] = []
-    for member, _ in _members(tree, module):
+    for member, there in members:
         name = _name(member)
-        is_literal = name == "Literal"
-        words += map(shown, _choices(member)) if is_literal else [_WORDS.get(name, name)]
-    return f"expected {' or '.join(dict.fromkeys(words))}, found {shown(value)}"
+        if name == "Literal":
+            words += map(shown, _choices(member))
+        elif name in _WORDS:
+            words.append(_list_of(member) if _WORDS[name] == "a list" else _WORDS[name])
+        elif not _is_class(name, there):
+            words.append(name)
+    expected = " or ".join(dict.fromkeys(words)) or _OBJECT
+    text = f"{key}: expected {expected}, found {shown(value)}"
+    if isinstance(value, int | float | str) and _accepts(tree, [value], module):
+        text += f". A list is written '{key}=[{value}]', with the quotes"
+    yield text
+
+
+def _elements(key: str, value: Any, member: ast.expr) -> list[tuple[str, Any, ast.expr]] | None:
+    """Key, value and annotation of each element; None where `value` is not such a container."""
+    word = _WORDS.get(_name(member))
+    if word == "a list" and isinstance(value, Sequence) and not isinstance(value, str):
+        types = _element_types(member, len(value))
+        return [(f"{key}.{i}", *each) for i, each in enumerate(zip(value, types, strict=False))]
+    if word == "a mapping" and isinstance(value, Mapping) and len(_arguments(member)) == 2:
+        tree = _arguments(member)[1]
+        if _name(tree) == "Any":  # their values may be interpolations that fail
+            return []
+        return [(f"{key}.{name}", each, tree) for name, each in value.items()]
+    return None
+
+
+def _element_types(node: ast.expr, count: int) -> list[ast.expr]:
+    """The annotation of each of `count` elements: `tuple[int, str]` has one for each of two."""
+    items = _arguments(node)
+    if _is_fixed(node):
+        return items
+    return items[:1] * count
+
+
+def _is_fixed(node: ast.expr) -> bool:
+    """`tuple[float, float]`, but not `tuple[float, ...]`."""
+    items = _arguments(node)
+    is_tuple = _name(node) in ("tuple", "Tuple")
+    return is_tuple and bool(items) and "..." not in {ast.unparse(each) for each in items}
+
+
+def _list_of(node: ast.expr) -> str:
+    return f"a list of {len(_arguments(node))}" if _is_fixed(node) else "a list"
 
 
 def shown(value: Any) -> str:
@@ -385,17 +482,31 @@ def _member_accepts(node: ast.expr, value: Any, module: str) -> bool:
             return isinstance(value, str)
         case "null":
             return value is None
-        case "a mapping":
-            return isinstance(value, Mapping)
-        case "a list":
-            if isinstance(value, str) or not isinstance(value, Sequence):
+        case "a mapping" | "a list":
+            if not isinstance(value, Mapping if name in _MAPPINGS else Sequence):
                 return False
-            items = _arguments(node)[:1]  # the rest is a tuple's ellipsis, or taken on trust
-            return all(_accepts(item, element, module) for item in items for element in value)
+            if isinstance(value, str) or (_is_fixed(node) and len(value) != len(_arguments(node))):
+                return False
+            elements = _elements("", value, node) or []
+            return all(_accepts(tree, each, module) for _, each, tree in elements)
         case "Literal":
             return any(type(value) is type(choice) and value == choice for choice in _choices(node))
+        case "Callable" | "Tensor" | "type" | "Type":
+            return False
         case _:
-            return True
+            return isinstance(value, str) or not _is_class(name, module)
+
+
+@lru_cache
+def _is_class(name: str, module: str) -> bool:
+    """Whether an annotation is the name of a class, or of what only Python can make."""
+    if name in ("Callable", "Tensor", "type", "Type"):
+        return True
+    if name in ("Any", "object"):
+        return False
+    with suppress(TargetError, Unreadable):
+        return isinstance(_in_module(module, name).node, ast.ClassDef)
+    return False
 
 
 def _name(node: ast.expr) -> str:

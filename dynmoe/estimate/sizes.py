@@ -8,6 +8,7 @@ docs/estimate.md explains the arithmetic and its assumptions.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -31,9 +31,13 @@ from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.questions.base import ANSWER_TOKENS
 from dynmoe.training.build import add_layers, build_data
+from dynmoe.training.instantiation import make
 
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
 LLAVA = {"align": 558_128, "instruct": 964_000, "moe": 665_298}
+
+A100 = 312.0  # TFLOP/s in bf16
+PRODUCT = 1024  # rows and columns of the product that measures a CPU
 
 # Ways to make experts that are parts of the FFN.
 SPLITS = ("cluster", "random")
@@ -109,7 +113,7 @@ def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:
     ``arguments``: those of a backbone that the data determine.
     """
     with _sizes_alone(cfg.backbone) as backbone, torch.device("meta"):
-        model: VisionLanguageModel = instantiate(backbone, **arguments)
+        model: VisionLanguageModel = make(backbone, "backbone", **arguments)
         init = "random" if cfg.moe.init in SPLITS else "copy"  # equal shapes, without the k-means
         add_layers(cfg.moe, model, init=init)
     train_only(model, cfg.task.module.trains)
@@ -282,14 +286,31 @@ def _work(cfg: DictConfig, sizes: RunSizes) -> Table:
         sizes.trained_share,
         bool(cfg.backbone.grad_checkpointing),
     )
-    time = formulas.seconds(steps * step, devices, plan.tflops, plan.utilisation)
+    tflops = peak(cfg)
+    duration = formulas.seconds(steps * step, devices, tflops, plan.utilisation)
     table.add_row("FLOPs of a forward pass", f"{sizes.flops:.3g}")
     table.add_row("FLOPs of an optimizer step", f"{step:.3g}")
     table.add_row("FLOPs of the training", f"{steps * step:.3g}")
-    machine = f"{devices} x {plan.tflops:g} TFLOP/s x {plan.utilisation:.0%}"
-    shown = f"{time / HOUR:.1f} h" if time > HOUR else f"{time:.3g} s"
+    machine = f"{devices} x {tflops:.3g} TFLOP/s x {plan.utilisation:.0%}"
+    shown = f"{duration / HOUR:.1f} h" if duration > HOUR else f"{duration:.3g} s"
     table.add_row(f"time at {machine}", shown, style="bold")
     return table
+
+
+def peak(cfg: DictConfig) -> float:
+    """TFLOP/s of a device: as given, an A100's, or on a CPU those of a large product here."""
+    if cfg.plan.tflops is not None:
+        return float(cfg.plan.tflops)
+    accelerator = cfg.trainer.accelerator
+    if accelerator != "cpu" and (accelerator != "auto" or torch.cuda.is_available()):
+        return A100
+    a = torch.randn(PRODUCT, PRODUCT)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * PRODUCT**3 / min(seconds) / 1e12
 
 
 def _devices(cfg: DictConfig) -> int:

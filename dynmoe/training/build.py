@@ -14,10 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -27,12 +24,13 @@ from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.rules import UNFIT
 from dynmoe.config.runs import flat, start_folder
 from dynmoe.data.base import StepPlan, TaskData
-from dynmoe.errors import ConfigError
+from dynmoe.errors import REASON, ConfigError, reason_of
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.records import RunFolder
 from dynmoe.tasks.base import MoETask
 from dynmoe.training.callbacks import RunRecorder
+from dynmoe.training.instantiation import make
 from dynmoe.training.progress import RunLines, RunProgress
 from dynmoe.training.trained import checkpoint_of
 from dynmoe.version import version as dynmoe_version
@@ -50,8 +48,6 @@ warnings.filterwarnings("ignore", message=r".*in eval mode at the start.*")  # f
 
 TOWER = "vision."
 
-REASON = 300  # characters of a reason that are shown: PyTorch names every weight that differs
-
 SETS = 6  # that are listed one by one
 
 # Settings of a language model that change its output but not the shapes of its weights.
@@ -63,7 +59,7 @@ def build_data(cfg: DictConfig, **plan: Any) -> TaskData:
 
     Nothing is read from disk before ``setup``.
     """
-    data: TaskData = instantiate(cfg.data)
+    data: TaskData = make(cfg.data)
     data.connect(replace(step_plan(cfg), **plan))
     return data
 
@@ -108,7 +104,7 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
             lacks blocks that are named; an earlier stage whose weights do not fit.
     """
     L.seed_everything(cfg.seed, verbose=False)
-    backbone = instantiate(cfg.backbone, **data.backbone_arguments)
+    backbone = make(cfg.backbone, **data.backbone_arguments)
     start = start_folder(cfg)
     if start is not None:
         load_backbone(backbone, start)
@@ -119,14 +115,35 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
         init = "copy" if cfg.backbone.pretrained or start is not None else "fresh"
     keep_origin = adaptation is not None and adaptation.init == "pretrained"
     add_layers(cfg.moe, backbone, init=init, keep_origin=keep_origin)
-    return instantiate(
+    return make(
         cfg.task.module,
         **data.task_arguments,
         backbone=backbone,
-        optimizer=instantiate(cfg.task.optimizer),
-        scheduler=instantiate(cfg.task.get("scheduler")),
+        **build_optimizer(cfg),
         seed=cfg.seed,
     )
+
+
+def build_optimizer(cfg: DictConfig) -> dict[str, Any]:
+    """The makers of optimizer and schedule, tried on one parameter: PyTorch checks their values
+    when the training begins.
+
+    Raises:
+        ConfigError: values that they refuse.
+    """
+    makers = {"optimizer": make(cfg.task.optimizer), "scheduler": make(cfg.task.get("scheduler"))}
+    node = "task.optimizer"
+    try:
+        optimizer = makers["optimizer"]([nn.Parameter(torch.zeros(1))])
+        node = "task.scheduler"
+        if makers["scheduler"] is not None:
+            makers["scheduler"](optimizer=optimizer, num_training_steps=1)
+    except Exception as error:
+        raise ConfigError(
+            f"{node}: {cfg.task[node.partition('.')[2]]._target_} does not take these values: "
+            f"{reason_of(error)}"
+        ) from error
+    return makers
 
 
 def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
@@ -142,7 +159,7 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
         **settings,
     }
     if "router" not in given:
-        given["router"] = instantiate(moe.router)
+        given["router"] = make(moe.router)
     add_moe_layers(backbone, **given)
 
 
@@ -155,7 +172,7 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
     """
     callbacks: list[L.Callback] = []
     if cfg.moe.adaptation is not None:
-        callbacks.append(instantiate(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
+        callbacks.append(make(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
     callbacks += own_callbacks(cfg)
     recorder = RunRecorder(
         folder,
@@ -175,7 +192,7 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
 
 def own_callbacks(cfg: DictConfig) -> list[L.Callback]:
     """The callbacks of ``trainer.callbacks``, a list or one."""
-    given: Any = instantiate(cfg.trainer.get("callbacks"))
+    given: Any = make(cfg.trainer.get("callbacks"), "trainer.callbacks")
     callbacks = [given] if isinstance(given, L.Callback) else list(given or ())
     for callback in callbacks:
         if not isinstance(callback, L.Callback):
@@ -205,9 +222,9 @@ def build_trainer(
     Raises:
         ConfigError: options that Lightning refuses together, or a missing device.
     """
-    loggers = [instantiate(node) for node in (cfg.logger or {}).values()]
+    loggers = [make(node) for node in (cfg.logger or {}).values()]
     try:
-        return instantiate(
+        return make(
             cfg.trainer,
             max_steps=max_steps,
             callbacks=callbacks,
@@ -215,10 +232,8 @@ def build_trainer(
             logger=loggers,
             default_root_dir=str(folder.path),
         )
-    except InstantiationException as error:
-        if isinstance(error.__cause__, MisconfigurationException):
-            raise ConfigError(f"trainer: {error.__cause__} (trainer=cpu runs anywhere)") from error
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"{error} (trainer=cpu runs anywhere)") from error
 
 
 def judging(cfg: DictConfig, data: TaskData) -> dict[str, Any]:
@@ -398,6 +413,41 @@ def _check_language_model(backbone: nn.Module, start: Path) -> None:
             f"stage.start={start}: its language model has another {', '.join(wrong)} than this "
             f"backbone. Take its own: backbone.path={folder} backbone.pretrained=false"
         )
+
+
+def shell(cfg: DictConfig, data: TaskData, arguments: Mapping[str, Any]) -> nn.Module:
+    """The model of a run without its weights, on the meta device, with its MoE layers.
+
+    ``arguments``: those of the backbone that the data determine.
+
+    Raises:
+        ConfigError: a backbone that cannot be built, or lacks blocks that are named.
+    """
+    node = OmegaConf.create(OmegaConf.to_container(cfg.backbone, resolve=True))
+    for each in (node, node.get("vision")):
+        if each is not None:
+            each.pretrained = False
+    with torch.device("meta"):
+        backbone: nn.Module = make(node, "backbone", **arguments)
+        data.check_backbone(backbone)
+        # Parts have the shapes of copies of a smaller FFN, without the k-means.
+        init = "random" if cfg.moe.init in ("cluster", "random") else "copy"
+        add_layers(cfg.moe, backbone, init=init)
+    return backbone
+
+
+def description(cfg: DictConfig, backbone: nn.Module) -> str:
+    """A model in one line: its name, its MoE layers, its parameters."""
+    layers = moe_layers(backbone)
+    first = next(iter(layers.values()), None)
+    mixture = f"{len(layers)} MoE layers" if first else "no MoE layers"
+    if first is not None:
+        mixture += f" of {len(first.live)} experts, up to {cfg.moe.max_experts}"
+    number = sum(p.numel() for p in backbone.parameters())
+    return (
+        f"model: {_backbone_name(cfg.backbone)}, {_weights(cfg.backbone)}; {mixture}; "
+        f"{number / 1e6:.1f} M parameters"
+    )
 
 
 def load(

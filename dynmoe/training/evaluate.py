@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe.config.machine import folders
 from dynmoe.config.options import modality
-from dynmoe.config.rules import folders, text_run
+from dynmoe.config.rules import text_run
 from dynmoe.config.targets import TargetError, signature
 from dynmoe.errors import ConfigError
 from dynmoe.records import Record, RunFolder

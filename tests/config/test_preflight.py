@@ -59,6 +59,7 @@ CASES = {
     "overwrite=1": "overwrite: expected true or false, found 1",
     "task.selection=best": "task.selection: expected 'training_domain_validation' or 'oracle' or",
     "moe.layers=some": "moe.layers: expected 'last_two' or 'every_two' or 'sparse' or ",
+    "data.test_envs=[sketch]": "data.test_envs.0: expected an integer, found 'sketch'",
     "data.test_envs=0": (
         "data.test_envs: expected a list, found 0. "
         "A list is written 'data.test_envs=[0]', with the quotes"
@@ -117,9 +118,9 @@ CASES = {
         "data.batch_size: 32 does not divide into 1 devices x 5 accumulated parts. "
         "Choose a multiple of 5."
     ),
-    "task.steps=0": "task.steps: expected 1 or more, found 0",
+    "task.steps=0": "task.steps: expected 1 or more, or -1 for no end, found 0",
     "task.eval_every=0": "task.eval_every: expected 1 or more, found 0",
-    "seed=-1": "seed: expected 0 or more, found -1",
+    "seed=-1": "seed: expected from 0 to 4294967295, found -1",
     "protocol.holdout_fraction=1": (
         "protocol.holdout_fraction: expected a share between 0 and 1, found 1.0"
     ),
@@ -162,9 +163,17 @@ def test_the_message_of(override: str) -> None:
 
 
 def test_outputs_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    """Tried, because rights do not tell: root may write to /proc by its rights."""
+
+    def refuse(dir: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    assert problems(TASK, f"paths.outputs={tmp_path}/a/b") == []
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     assert problems(TASK, f"paths.outputs={tmp_path}/a/b") == [
-        f"paths.outputs: no right to write to '{tmp_path}'. Choose another: paths.outputs=FOLDER"
+        f"paths.outputs: '{tmp_path}' cannot be written to (Permission denied). "
+        "Choose another: paths.outputs=FOLDER"
     ]
 
 

@@ -76,7 +76,8 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_options(command: list[str], tmp_path: Path) -> None:
+def test_options(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "of this machine")
     found = preflight(command).problems
     if any(text.startswith("data.root: required") for text in found):
         found = preflight([*command, f"data.root={tmp_path}"]).problems

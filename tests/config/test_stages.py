@@ -51,13 +51,13 @@ def test_stages_follow_one_another(plain: str) -> None:
     assert instruct is not None
     align = previous(instruct)
     assert align is not None
-    assert previous(align) is None and previous_run(_root_=align) is None
+    assert previous(align) is None and previous_run(align) is None
     assert [each.stage.name for each in (align, instruct, last)] == ["align", "instruct", "moe"]
     assert [each.moe.name for each in (align, instruct, last)] == ["dense", "dense", "dynmoe_vl"]
     assert [each.name for each in (align, instruct, last)] == ["vl_align", "vl_instruct", "vl"]
     assert align.stage.start is None and align.stage.template == "plain"
-    assert instruct.stage.start == previous_run(_root_=instruct)
-    assert plain == previous_run(_root_=last) == f"vl_instruct/{run_name(instruct)}"
+    assert instruct.stage.start == previous_run(instruct)
+    assert plain == previous_run(last) == f"vl_instruct/{run_name(instruct)}"
     assert run_folder(instruct) == Path("outputs") / plain == start_folder(last)
     assert start_folder(align) is None
 
@@ -145,7 +145,7 @@ def test_the_first_stage_of_all_makes_a_difference_to_the_last() -> None:
 
 def test_a_start_of_ones_own(tmp_path: Path) -> None:
     given = config(f"stage.start={tmp_path}")
-    assert previous(given) is None and previous_run(_root_=given) is None
+    assert previous(given) is None and previous_run(given) is None
     assert start_folder(given) == tmp_path
     assert run_name(given) != run_name(config())
     home = start_folder(config("stage.start='~'"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.config import rules
+from dynmoe.config import machine, rules
 from dynmoe.config.compose import preflight
 
 TASK, TEXTS = "task=vl", "task=glue"
@@ -114,7 +114,7 @@ ON_TEXTS = {
     ("task.selection=oracle",): "task.selection: oracle is not for a task on text. Choose protocol",
     ("task.selection=heldout",): "protocol.holdout_fraction: 0 leaves no examples to select by.",
     ("task.epochs=0",): "task.epochs: expected 1 or more, found 0",
-    ("task.steps=0",): "task.steps: expected 1 or more, found 0",
+    ("task.steps=0",): "task.steps: expected 1 or more, or -1",
     ("moe=dense", "schedule=glue_code"): "schedule: moe=dense does not adapt its experts.",
     ("data=rotated_digits",): "data: task.module works on text, this data on image. Choose data=c",
     ("backbone=vit_small",): "backbone: task.module works on text, this backbone on image. Choose",
@@ -130,7 +130,8 @@ def test_wrong_commands(overrides: tuple[str, ...]) -> None:
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "find_spec", lambda name: None)
+    for module in (machine, rules):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert problems(TASK) == ['task: needs transformers: pip install -e ".[language]"']
     both = 'task: needs transformers and datasets: pip install -e ".[language]"'
     assert problems(TEXTS) == [both]
