@@ -284,7 +284,7 @@ def text_run(cfg: DictConfig) -> Iterator[str]:
 
 # Any run.
 
-WEIGHT_FILES = (".safetensors", ".pth", ".bin")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 def same_modality(cfg: DictConfig) -> Iterator[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import dynmoe
 from dynmoe import runtime, selection
-from dynmoe.backbones import hub
+from dynmoe.backbones import hub, weights
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.runs import flat, start_folder
 from dynmoe.data.base import StepPlan, TaskData
@@ -46,8 +46,6 @@ warnings.filterwarnings("ignore", message=r".*in eval mode at the start.*")  # f
 
 
 TOWER = "vision."
-
-REASON = 300  # characters of a reason that are shown: PyTorch names every weight that differs
 
 # Settings of a language model that change its output but not the shapes of its weights.
 UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rms_norm_eps", "rope_parameters")
@@ -221,6 +219,7 @@ def facts(
         "stage": cfg.stage.name if cfg.get("stage") else None,
         "backbone": _backbone_name(cfg.backbone),
         "weights": _weights(cfg.backbone),
+        "loaded": weights.loaded_parts(task.backbone),
         "dataset": cfg.data.name,
         "env_names": data.env_names,
         "class_names": data.class_names,
@@ -301,16 +300,19 @@ def load_backbone(backbone: nn.Module, start: Path) -> None:
         )
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     prefix = "backbone."
-    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if not _has_tower(weights, TOWER):
-        weights |= {k: v for k, v in backbone.state_dict().items() if k.startswith(TOWER)}
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"stage.start={start}: its weights are not those of this backbone before it gets MoE "
-            f"layers: {' '.join(str(error).split())[:REASON]}"
-        ) from error
+    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    whole = found
+    own = {k: v for k, v in backbone.state_dict().items() if k.startswith(TOWER)}
+    if own and not _has_tower(found, TOWER):
+        if not any(part.startswith(TOWER[:-1]) for part in weights.loaded_parts(backbone)):
+            raise ConfigError(
+                f"stage.start={start}: has no vision tower, and this backbone's has random "
+                "weights. Set backbone.vision.pretrained=true or a file"
+            )
+        whole = found | own
+    place = f"stage.start={start}, for the backbone before it gets MoE layers"
+    weights.load_whole(backbone, whole, place)
+    weights.remember(backbone, weights.Loaded(tensors=len(found), part="stage.start"))
     _check_language_model(backbone, start)
 
 
@@ -342,13 +344,7 @@ def load(
     task = build_task(cfg, data, fused_attention)
     if keeps_tower:
         state |= {k: v for k, v in task.state_dict().items() if k.startswith(tower)}
-    try:
-        task.load_state_dict(state)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{checkpoint}: its weights are not those of this run's configuration and data: "
-            f"{' '.join(str(error).split())[:REASON]}"
-        ) from error
+    weights.load_whole(task, state, f"{checkpoint}, for this run's configuration and data")
     return task, saved["global_step"] - 1
 
 
