@@ -16,3 +16,7 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """The data on disk are not what the data set's layout asks for."""
+
+
+class Diverged(UserError):
+    """A run whose loss or weights are no longer finite."""

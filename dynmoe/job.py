@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config import runs
-from dynmoe.errors import ConfigError
+from dynmoe.errors import ConfigError, Diverged
 from dynmoe.records import RunFolder
 
 WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the stage before
@@ -95,7 +95,11 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
 
 
 def train(cfg: DictConfig, folder: RunFolder) -> bool:
-    """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0."""
+    """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0.
+
+    Raises:
+        Diverged: the loss or the weights are not finite; the folder says so in `failed.txt`.
+    """
     from dynmoe.training import build
 
     settings = build.settle_runtime(cfg)
@@ -110,7 +114,12 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
         folder.write_run(build.facts(cfg, data, task, trainer, settings))
         folder.truncate_after(_step_of(checkpoint))
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    except Diverged as error:
+        if trainer.is_global_zero:
+            folder.mark_failed(str(error))
+        raise
     return trainer.is_global_zero
 
 

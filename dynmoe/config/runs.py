@@ -25,7 +25,7 @@ from dynmoe.config.options import device_count
 NOT_IN_IDENTITY = (
     *("hydra", "logger", "mode", "name", "overwrite", "paths", "plan", "sweep"),
     *("protocol.datasets", "protocol.defaults", "protocol.stages"),  # other keys copy those in use
-    *("runtime.malloc", "task.save_every", "moe.recompute"),
+    *("runtime.malloc", "task.save_every", "task.on_nonfinite", "moe.recompute"),
     "backbone.grad_checkpointing",  # the same numbers, computed twice
     "data.question_sets",  # more of them are answered by dynmoe-eval
     *("data.cache", "data.cache_gb", "data.eval_batch_size", "data.examples", "data.verify"),

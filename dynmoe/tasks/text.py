@@ -74,8 +74,9 @@ class TextClassification(MoETask):
 
     def measures(self) -> Scores:
         """Metrics sum over ranks themselves."""
+        samples_S = self.sum_over_ranks(self._losses)[:, 1].tolist()
         found = {}
-        for name in self.sets:
+        for name in (name for name, n in zip(self.sets, samples_S, strict=True) if n):
             computed = self.metrics[_key(name)].compute()
             values = {measure: value.item() for measure, value in computed.items()}
             found[name] = {**values, "score": sum(values.values()) / len(values)}

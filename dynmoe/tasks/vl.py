@@ -114,10 +114,8 @@ class VisionLanguage(MoETask):
         return F.cross_entropy(logits.float(), target_M, reduction="none")
 
     def measures(self) -> Scores:
-        return {
-            name: self.score(name, self._from_all_ranks(self.answers[name]))
-            for name in self.env_names
-        }
+        answers = {name: self._from_all_ranks(self.answers[name]) for name in self.env_names}
+        return {name: self.score(name, given) for name, given in answers.items() if given}
 
     def example_records(self) -> list[dict[str, Any]]:
         """The first questions of the first set as the model answered them in the last evaluation,

@@ -32,6 +32,7 @@ from dynmoe.metrics import efficiency
 from dynmoe.records import RunFolder
 from dynmoe.tasks.base import MoETask
 from dynmoe.training.callbacks import RunProgress, RunRecorder
+from dynmoe.training.finite import FiniteLoss
 from dynmoe.training.trained import checkpoint_of
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
@@ -128,8 +129,9 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
 
 
 def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:
-    """The adaptation of experts, if any; records, checkpoints and early stop; progress bar."""
-    callbacks: list[L.Callback] = []
+    """The end of a run that diverges; the adaptation of experts, if any; records, checkpoints and
+    early stop; progress bar."""
+    callbacks: list[L.Callback] = [FiniteLoss(folder, cfg.task.get("on_nonfinite", "stop"))]
     if cfg.moe.adaptation is not None:
         callbacks.append(instantiate(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
     callbacks.append(
