@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config import runs
-from dynmoe.errors import ConfigError, Diverged
+from dynmoe.errors import ConfigError, Diverged, UserError
 from dynmoe.records import RunFolder
 
 WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the stage before
@@ -99,6 +99,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
 
     Raises:
         Diverged: the loss or the weights are not finite; the folder says so in `failed.txt`.
+        UserError: something ended training before its last step.
     """
     from dynmoe.training import build
 
@@ -120,6 +121,13 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
         if trainer.is_global_zero:
             folder.mark_failed(str(error))
         raise
+    if trainer.is_global_zero and trainer.global_step < data.steps:
+        results = folder.read("results")
+        if not (results and results[-1].get("stopped_early")):
+            raise UserError(
+                f"{folder.path}: training ended after {trainer.global_step} of {data.steps} steps. "
+                "The same command goes on"
+            )
     return trainer.is_global_zero
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dynmoe.config.options import device_count, modality, options_with, read
+from dynmoe.config.trainer import several_devices, trainer_options
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 
 Rule = Callable[[DictConfig], Iterator[str]]
@@ -414,5 +415,6 @@ RULES: tuple[Rule, ...] = (
     *(text_run, stage_is_chosen, dense_before_moe, start_is_a_run, trained_parts),
     *(scratch_is_trained, there_is_training_data, folders, libraries),
     *(only_of_one_modality, protocol_fits, selection_fits, run_folder, clipping_optimizer),
+    *(trainer_options, several_devices),
 )
 SWEEP_RULES: tuple[Rule, ...] = (one_device_per_job,)

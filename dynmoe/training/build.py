@@ -155,11 +155,12 @@ def build_trainer(
     """The Lightning trainer.
 
     Raises:
-        ConfigError: options that Lightning refuses together, or a missing device.
+        ConfigError: options that Lightning refuses together, a missing device, or several that
+            only this machine could tell.
     """
     loggers = [instantiate(node) for node in (cfg.logger or {}).values()]
     try:
-        return instantiate(
+        trainer: L.Trainer = instantiate(
             cfg.trainer,
             max_steps=max_steps,
             callbacks=callbacks,
@@ -170,6 +171,12 @@ def build_trainer(
         if isinstance(error.__cause__, MisconfigurationException):
             raise ConfigError(f"trainer: {error.__cause__} (trainer=cpu runs anywhere)") from error
         raise
+    if trainer.world_size > 1 and cfg.trainer.strategy == "auto":
+        raise ConfigError(
+            f"trainer: several devices need trainer=ddp, found {trainer.world_size} of them for "
+            f"devices={cfg.trainer.devices}. Set trainer=ddp or trainer.devices=1"
+        )
+    return trainer
 
 
 def judging(cfg: DictConfig, data: TaskData) -> dict[str, Any]:
