@@ -24,6 +24,10 @@ class DataError(UserError):
     """The data on disk are not what the data set's layout asks for."""
 
 
+class Diverged(UserError):
+    """A run whose loss or weights are no longer finite."""
+
+
 REASON = 300  # characters of a reason that are shown: PyTorch names every weight that differs
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dynmoe import process
 from dynmoe.config import runs
-from dynmoe.errors import ConfigError, DataError
+from dynmoe.errors import ConfigError, DataError, Diverged, UserError
 from dynmoe.records import RunFolder
 
 WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the stage before
@@ -110,7 +110,12 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
 
 
 def train(cfg: DictConfig, folder: RunFolder) -> bool:
-    """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0."""
+    """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0.
+
+    Raises:
+        Diverged: the loss or the weights are not finite; the folder says so in `failed.txt`.
+        UserError: something ended training before its last step.
+    """
     if not _is_child():
         folder.say(f"run folder: {folder.path}")  # at once: loading PyTorch and the data takes time
     from dynmoe.training import build
@@ -137,7 +142,19 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
         begin = build.announcement(facts, step)
         for line in [", ".join(begin)] if process.is_worker() else begin:
             folder.say(line)
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    except Diverged as error:
+        if trainer.is_global_zero:
+            folder.mark_failed(str(error))
+        raise
+    if trainer.is_global_zero and trainer.global_step < data.steps:
+        results = folder.read("results")
+        if not (results and results[-1].get("stopped_early")):
+            raise UserError(
+                f"{folder.path}: training ended after {trainer.global_step} of {data.steps} steps. "
+                "The same command goes on"
+            )
     return trainer.is_global_zero
 
 

@@ -17,11 +17,14 @@
 - `args` and `hparams`, and of images `env0_in_acc`, `env0_out_acc`, ...: DomainBed's names, so that
   DomainBed's own scripts read the file. Keys are sorted as in domainbed/scripts/train.py. Their
   reader cuts off the last character of each line (domainbed/lib/reporting.py); therefore every line
-  ends with a newline. A measure that is not a number is written as NaN, as DomainBed writes it,
-  and read back as NaN.
+  ends with a newline.
+- `nonfinite_step`: the first optimizer step whose loss was not finite, in this line and later ones.
 
 `run.json` has the facts of the run: configuration, data, costs, machine, and the rule, `selection`,
-with the `selects` and `reported` of every line.
+with the `selects` and `reported` of every line; `nonfinite_step` if a loss was not finite.
+
+Numbers that are not finite are null in all files, as JSON has no others; `read` gives NaN for the
+measures and losses of a result.
 
 `routing.jsonl` has a line for each evaluation, MoE layer and `source`: `train`, or the name of an
 environment or evaluation set (`dynmoe.metrics.routing`). `events.jsonl` has the changes of experts,
@@ -31,6 +34,7 @@ environment or evaluation set (`dynmoe.metrics.routing`). `events.jsonl` has the
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,7 +92,8 @@ class RunFolder:
             return []
         # Bytes: a cut may fall inside a character.
         whole_lines = file.read_bytes().split(b"\n")[:-1]
-        return [_record(file, number, line) for number, line in enumerate(whole_lines, start=1)]
+        found = [_record(file, number, line) for number, line in enumerate(whole_lines, start=1)]
+        return [_with_nan(record) for record in found] if kind == "results" else found
 
     @property
     def torn(self) -> list[Path]:
@@ -104,7 +109,12 @@ class RunFolder:
 
     def write_run(self, facts: Mapping[str, Any]) -> None:
         """Write `run.json`: the facts that are known before the first step."""
-        replace_file(self.path / "run.json", json.dumps(facts, indent=2) + "\n")
+        text = json.dumps(_finite(facts), indent=2, allow_nan=False)
+        replace_file(self.path / "run.json", text + "\n")
+
+    def add_facts(self, **facts: Any) -> None:
+        """Add what became known later to `run.json`."""
+        self.write_run({**self.read_run(), **facts})
 
     def read_run(self) -> Record:
         """The facts in `run.json`. Raises RecordError when there is none, or damage."""
@@ -217,7 +227,27 @@ def stretches(results: Iterable[Record]) -> Iterator[tuple[int, Record]]:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, sort_keys=True) + "\n"
+    return json.dumps(_finite(record), sort_keys=True, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """A copy in which numbers that are not finite are None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _with_nan(result: Record) -> Record:
+    """A result whose measures and losses are NaN where they are null."""
+    found = {key: math.nan if value is None else value for key, value in result.items()}
+    if isinstance(scores := found.get("scores"), dict):
+        found["scores"] = {
+            name: {key: math.nan if value is None else value for key, value in measures.items()}
+            for name, measures in scores.items()
+        }
+    return found
 
 
 def _is_torn(file: Path) -> bool:

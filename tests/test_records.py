@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -35,9 +35,27 @@ def test_lines_are_as_domainbed_writes_and_reads_them(folder: RunFolder) -> None
     assert json.loads(lines[0][:-1])["step"] == 0
 
 
-def test_nan_is_kept(folder: RunFolder) -> None:
-    folder.append("results", {"step": 0, "loss": math.nan})
-    assert math.isnan(folder.read("results")[0]["loss"])
+def only_json(text: str) -> Any:
+    """NaN and Infinity are no JSON, although Python reads them."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_files_are_json_whatever_was_measured(folder: RunFolder, number: float) -> None:
+    for kind in get_args(Kind):
+        folder.append(kind, {"step": 0, "loss": number, "scores": {"dev": {"f1": number, "n": 1}}})
+        (line,) = (folder.path / f"{kind}.jsonl").read_text().splitlines()
+        assert only_json(line) == {"step": 0, "loss": None, "scores": {"dev": {"f1": None, "n": 1}}}
+    (result,) = folder.read("results")
+    assert math.isnan(result["loss"]) and math.isnan(result["scores"]["dev"]["f1"])
+    folder.write_run({"costs": [{"flops": number}]})
+    folder.add_facts(nonfinite_step=3)
+    facts = only_json((folder.path / "run.json").read_text())
+    assert facts == {"costs": [{"flops": None}], "nonfinite_step": 3}
 
 
 def test_a_line_cut_short_is_ignored_and_taken_away_on_resume(folder: RunFolder) -> None:

@@ -6,7 +6,7 @@ Also low-rank adapters for their attention (LoRA, arXiv 2106.09685), by the peft
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
+from dynmoe.backbones import weights
 from dynmoe.errors import ConfigError
 
 # transformers would announce new heads, and draw a bar for the weights that it reads.
@@ -48,6 +49,11 @@ def configuration(
     if path is not None and not (Path(path).expanduser() / "config.json").is_file():
         raise ConfigError(
             f"{node}.path={path}: expected a folder with config.json, weights and tokenizer"
+        )
+    if path is not None and (Path(path).expanduser() / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{node}.path={path}: holds adapters of peft. Merge them into the model first "
+            "(merge_and_unload), and save that"
         )
     try:
         if architecture is not None:
@@ -124,24 +130,48 @@ def with_weights(
         )
     except (OSError, ValueError) as error:
         raise not_found(model, path, None, error, node) from error
-    refuse_absent(absent_keys(loaded), model, path, node)
+    check_loaded(found, loaded, model, path, node)
     return found
+
+
+def check_loaded(
+    found: Any,
+    loaded: Mapping[str, Any],
+    model: str | None,
+    path: str | None,
+    node: str = "backbone",
+    may_be_new: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Compare a model with its file by the report of ``from_pretrained``, and keep the result.
+
+    ``may_be_new`` names the tensors of its head.
+
+    Raises:
+        ConfigError: tensors of the model, or of the file, that are left over.
+    """
+    buffers = {name for name, _ in found.named_buffers()}
+    new = absent_keys(loaded)
+    weights.refuse(
+        f"{node}.{'path' if path else 'model'}={path or model}",
+        missing=[name for name in new if not may_be_new(name)],
+        unused=[
+            name
+            for name in sorted(loaded["unexpected_keys"])
+            if not (
+                name in buffers
+                or may_be_new(name)
+                or weights.is_computed(name)
+                or weights.is_other_part(name)
+            )
+        ],
+    )
+    tensors = len(found.state_dict().keys() - set(new))
+    weights.remember(found, weights.Loaded(tensors=tensors, fresh=tuple(new)))
 
 
 def absent_keys(loaded: Mapping[str, Any]) -> list[str]:
     """Return the parameters that stay randomly drawn, by the report of ``from_pretrained``."""
     return sorted([*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])])
-
-
-def refuse_absent(
-    absent: Sequence[str], model: str | None, path: str | None, node: str = "backbone"
-) -> None:
-    if absent:
-        raise ConfigError(
-            f"{node}.{'path' if path else 'model'}={path or model}: the weights do not fit the "
-            f"configuration; absent or of another size: {', '.join(absent[:3])}"
-            f"{' ...' if len(absent) > 3 else ''} ({len(absent)} in all)"
-        )
 
 
 def not_found(

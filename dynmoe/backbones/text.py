@@ -163,8 +163,14 @@ def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any
         raise hub.not_found(model, path, None, error) from error
     body = f"{classifier.base_model_prefix}."
     fresh = hub.absent_keys(loaded)
-    absent = [key for key in fresh if key.startswith(body) and "pooler" not in key]
-    hub.refuse_absent(absent, model, path)
+    base = classifier.base_model
+
+    def is_head(name: str) -> bool:
+        """Heads lie outside the body, whose names may lack its prefix in a file."""
+        inside = name.startswith(body) or hasattr(base, name.split(".")[0])
+        return not inside or "pooler" in name
+
+    hub.check_loaded(classifier, loaded, model, path, may_be_new=is_head)
     head = {name for name, _ in classifier.named_parameters() if not name.startswith(body)}
     for name in head.difference(fresh):  # of another task, of as many classes
         classifier.get_parameter(name)._is_hf_initialized = False

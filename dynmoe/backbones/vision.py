@@ -5,8 +5,11 @@ Shape suffixes: I images, P patches, V width of the vision tower.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import timm
@@ -14,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
-from dynmoe.backbones import hub
-from dynmoe.errors import ConfigError, reason_of
+from dynmoe.backbones import hub, weights
+from dynmoe.errors import REASON, ConfigError, reason_of
 
 modality = "image"
 
@@ -34,10 +37,11 @@ def build_vit(
 ) -> nn.Module:
     """A timm ViT with a new classification head; ``[B, in_chans, H, W] -> [B, num_classes]``.
 
-    ``pretrained``: False, True (timm downloads the model's own weights), or a ``.safetensors``,
-    ``.pth`` or ``.bin`` file, which needs no network. Position embeddings are resized to
-    ``image_size`` (pixels). ``grad_checkpointing`` recomputes blocks in the backward pass: less
-    memory, a third more time. ``options`` go to ``timm.create_model`` (embed_dim, depth, ...).
+    ``pretrained``: False, True (timm downloads the model's own weights), or a file of safetensors
+    or PyTorch, which needs no network: see ``weights.read`` and ``weights.align`` for the forms
+    that are understood. Every tensor but the head's has to come from it. Position embeddings are
+    resampled to ``image_size`` (pixels). ``grad_checkpointing`` recomputes blocks in the backward
+    pass: less memory, a third more time. ``options`` go to ``timm.create_model`` (embed_dim, ...).
 
     Raises:
         ConfigError: an unknown model, or weights that cannot be loaded or do not fit.
@@ -46,37 +50,65 @@ def build_vit(
         near = get_close_matches(model.partition(".")[0], timm.list_models(), n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"backbone.model={model}: timm knows no such model.{hint}")
-    overlay = {"file": pretrained} if isinstance(pretrained, str) else None
+    create = partial(
+        timm.create_model,
+        model,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        img_size=image_size,
+        drop_path_rate=drop_path,
+        **(options or {}),
+    )
     try:
-        vit = timm.create_model(
-            model,
-            pretrained=bool(pretrained),
-            pretrained_cfg_overlay=overlay,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            img_size=image_size,
-            drop_path_rate=drop_path,
-            **(options or {}),
-        )
+        with torch.device("meta") if pretrained else nullcontext():
+            vit = create()
     except Exception as error:
         reason = reason_of(error)
         if isinstance(error, TypeError) and "img_size" in reason:
             raise ConfigError(f"backbone.model={model}: {VIT_NEEDED}") from error
-        if not pretrained:
-            raise ConfigError(
-                f"backbone: timm cannot build {model} with backbone.options={dict(options or {})}: "
-                f"{reason}"
-            ) from error
         raise ConfigError(
-            f"backbone.pretrained={pretrained}: the weights of {model} could not be loaded "
-            f"({type(error).__name__}: {reason}). Without network give a file that fits the model, "
-            "backbone.pretrained=/path/to/weights.safetensors, or train from scratch with "
-            "backbone.pretrained=false."
+            f"backbone: timm cannot build {model} with backbone.options={dict(options or {})}: "
+            f"{reason}"
         ) from error
     if not hasattr(vit, "blocks"):
         raise ConfigError(f"backbone.model={model}: {VIT_NEEDED}")
+    if pretrained:
+        vit = _pretrained_vit(create, vit, pretrained)
     if grad_checkpointing:
         vit.set_grad_checkpointing()  # type: ignore[operator]
+    return vit
+
+
+def _pretrained_vit(
+    create: Callable[..., nn.Module], shapes: Any, pretrained: bool | str
+) -> nn.Module:
+    """The model with its weights; ``shapes`` is the same model without any.
+
+    Raises:
+        ConfigError: weights that cannot be loaded, or that leave a tensor of the model or of the
+            file over.
+    """
+    place, file, overlay = f"backbone.pretrained={pretrained}", None, None
+    head = shapes.pretrained_cfg["classifier"]
+    heads = [f"{name}." for name in ((head,) if isinstance(head, str) else head or ())]
+    try:
+        if isinstance(pretrained, str):
+            names = [name for name in shapes.state_dict() if not name.startswith(tuple(heads))]
+            file = weights.align(weights.read(Path(pretrained).expanduser()), names)
+            overlay = {"state_dict": file.tensors}
+        with weights.checked_loading(place, heads, file) as loaded:
+            vit = create(pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as error:
+        reason = " ".join(str(error).removeprefix(f"{place}: ").split())[:REASON]
+        raise ConfigError(
+            f"{place}: the weights of {shapes.pretrained_cfg['architecture']} could not be loaded "
+            f"({reason}). Give a file that fits the model and backbone.options, "
+            "backbone.pretrained=/path/to/weights.safetensors, or train from scratch with "
+            "backbone.pretrained=false."
+        ) from error
+    vit.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr,operator]
+    if loaded:  # not of the archives that timm reads itself, name by name
+        weights.remember(vit, loaded[-1])
     return vit
 
 

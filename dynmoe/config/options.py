@@ -111,4 +111,6 @@ def device_count(cfg: DictConfig) -> int | None:
     if isinstance(devices, list):
         return len(devices)
     text = str(devices)
+    if "," in text:  # "0,2": the devices themselves
+        return len([part for part in text.split(",") if part.strip()])
     return int(text) if text.isdigit() else None

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from dynmoe.config import machine, models
 from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read, written
+from dynmoe.config.trainer import several_devices, trainer_options
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 
 Rule = Callable[[DictConfig], Iterator[str]]
@@ -279,7 +280,7 @@ def text_run(cfg: DictConfig) -> Iterator[str]:
 
 # Any run.
 
-WEIGHT_FILES = (".safetensors", ".pth", ".bin")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 def same_modality(cfg: DictConfig) -> Iterator[str]:
@@ -375,12 +376,6 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
         )
 
 
-ELSEWHERE = {
-    "trainer.logger": "logger=csv, tensorboard, wandb, mlflow or none",
-    "trainer.default_root_dir": "paths.outputs=FOLDER, and name=NAME for the folder in it",
-}
-"""Arguments of Lightning's Trainer that a run sets itself, and the keys for what they do."""
-
 UNFIT = {
     "StochasticWeightAveraging": "its average is neither evaluated nor saved. Take "
     "lightning.pytorch.callbacks.EMAWeightAveraging, or WeightAveraging with use_buffers: false",
@@ -394,13 +389,6 @@ UNFIT = {
     "DynMoECallback": "a run makes its own. Set moe.adaptation.start=N and its other keys",
 }
 """Callbacks that a run cannot have, by the name of their class: the reason and the fix."""
-
-
-def set_elsewhere(cfg: DictConfig) -> Iterator[str]:
-    given = read(cfg, "trainer", dict) or {}
-    for key, fix in ELSEWHERE.items():
-        if key.removeprefix("trainer.") in given:
-            yield f"{key}: a run sets this itself. Leave it out, and set {fix}"
 
 
 def own_callbacks(cfg: DictConfig) -> Iterator[str]:
@@ -437,6 +425,7 @@ RULES: tuple[Rule, ...] = (
     *(text_run, models.language_model, stage_is_chosen, dense_before_moe, start_is_a_run),
     *(trained_parts, scratch_is_trained, there_is_training_data, machine.folders),
     *(machine.libraries, machine.loggers, only_of_one_modality, protocol_fits, selection_fits),
-    *(machine.run_folder, clipping_optimizer, set_elsewhere, own_callbacks),
+    *(machine.run_folder, clipping_optimizer, own_callbacks),
+    *(trainer_options, several_devices),
 )
 SWEEP_RULES: tuple[Rule, ...] = (one_device_per_job,)

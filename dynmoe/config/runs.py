@@ -26,7 +26,8 @@ from dynmoe.config.options import device_count
 NOT_IN_IDENTITY = (
     *("hydra", "logger", "mode", "name", "overwrite", "paths", "plan", "sweep"),
     *("protocol.datasets", "protocol.defaults", "protocol.stages"),  # other keys copy those in use
-    *("runtime.malloc", "runtime.progress_every", "task.save_every", "moe.recompute"),
+    *("runtime.malloc", "runtime.progress_every", "moe.recompute"),
+    *("task.save_every", "task.on_nonfinite"),
     "backbone.grad_checkpointing",  # the same numbers, computed twice
     "data.question_sets",  # more of them are answered by dynmoe-eval
     *("data.cache", "data.cache_gb", "data.eval_batch_size", "data.examples", "data.verify"),

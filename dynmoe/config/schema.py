@@ -101,6 +101,7 @@ class Task:
     epochs: int | None = None
     save_every: int | None = None
     patience: int | None = None
+    on_nonfinite: Literal["stop", "continue"] = "stop"
     scheduler: dict[str, Any] | None = None
 
 

@@ -149,8 +149,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         DataError: no weights, or a shard that is missing though the folder's index names it.
     """
-    import torch
-    from safetensors.torch import load_file
+    from dynmoe.backbones.weights import read, shortened
 
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
@@ -159,12 +158,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         named = set(read_json(index)["weight_map"].values())
         if absent := sorted(named.difference(file.name for file in files)):
             raise DataError(f"{index}: names shards that are not there: {', '.join(absent)}")
+        files = [file for file in files if file.name in named]
     state: dict[str, Tensor] = {}
     for file in files:
-        if file.suffix == ".bin":
-            state.update(torch.load(file, map_location="cpu", weights_only=True))
-        else:
-            state.update(load_file(file))
+        tensors = read(file)
+        if twice := sorted(state.keys() & tensors.keys()):
+            raise DataError(
+                f"{folder}: several files hold {shortened(twice)}. Leave those of one model"
+            )
+        state.update(tensors)
     return state
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dynmoe.backbones import hub
+from dynmoe.backbones.weights import align, shortened
 from dynmoe.errors import ConfigError, DataError
 
 LANGUAGE = "language_model."
@@ -45,6 +46,9 @@ def to_dynmoe(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[
     """
     vision = f"{NAMES[settings['family']].body}.image_tower.image_tower.vision_model."
     every = [(piece.official, piece.ours, piece.to_ours) for piece in _pieces(settings)]
+    state, _, others = align(state, {name for names, _, _ in every for name in names})
+    if others:
+        raise DataError(f"the weights do not fit the configuration; unknown: {shortened(others)}")
     unread = _unread([name for name in state if name.startswith(vision)], settings)
     read = {name: tensor for name, tensor in state.items() if name not in unread}
     return _convert(read, every, vision, "vision.model.")
@@ -83,11 +87,7 @@ def _convert(
     missing = [name for name in expected if name not in state]
     unknown = [name for name in kept if name not in expected and not name.startswith(vision_from)]
     wrong = {"missing": missing, "unknown": unknown}
-    if problems := [
-        f"{word}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} in all)"
-        for word, names in wrong.items()
-        if names
-    ]:
+    if problems := [f"{word}: {shortened(names)}" for word, names in wrong.items() if names]:
         raise DataError(f"the weights do not fit the configuration; {'; '.join(problems)}")
     converted = {vision_to + name.removeprefix(vision_from): state[name] for name in vision}
     for names, targets, function in pieces:

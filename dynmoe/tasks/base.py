@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from transformers import get_cosine_schedule_with_warmup
 
 from dynmoe.errors import DataError
@@ -39,6 +39,8 @@ class MoETask(L.LightningModule):
     All randomness of a step (dropout, stochastic depth, routing noise) is seeded by (``seed``,
     step, micro-batch, rank). No generator state has to be saved: a resumed run continues as if it
     had never stopped.
+
+    ``nonfinite_step`` is the first optimizer step whose loss was not finite, if there was one.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class MoETask(L.LightningModule):
         self.env_names = list(env_names)
         self.sets = list(env_names)
         self.routing = RoutingMeter(backbone, num_classes, parts)
-        self.mean_loss = MeanMetric()
-        self.mean_aux = MeanMetric()
         self._scores: Scores = {}
-        # Not a buffer: DDP would overwrite it with rank 0's at every forward.
+        # Not buffers: DDP would overwrite them with rank 0's at every forward, and a model in bf16
+        # would sum in bf16.
         self._losses = torch.zeros(0, 2)
+        self._window = torch.zeros(3)  # sums of losses and auxiliary losses, and their number
+        self.nonfinite_step: int | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoETask:
         """Metrics stay in fp32 when the model is converted to bf16 or fp16 (bf16-true, 16-true)."""
@@ -99,8 +102,7 @@ class MoETask(L.LightningModule):
         """
         aux = aux_loss(tape).to(loss.device)
         self.routing.update(TRAIN, tape, part_BN=part_BN)
-        self.mean_loss.update(loss.detach())
-        self.mean_aux.update(aux.detach())
+        self._add_to_window(loss.detach(), aux.detach())
         self.log("train/loss", loss.detach())
         self.log("train/aux", aux.detach())
         return {"loss": loss + self.aux_weight * aux}
@@ -110,10 +112,26 @@ class MoETask(L.LightningModule):
         torch.manual_seed(seed_hash(self.seed, "step", self.global_step, micro, self.global_rank))
 
     def on_validation_epoch_start(self) -> None:
+        self._losses = self._sums(len(self.sets), 2)
+
+    def _sums(self, *shape: int) -> Tensor:
         # NOTE: float64, so that the order in which batches are added does not show in the mean.
         # Apple's GPUs do not have it.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self._losses = torch.zeros(len(self.sets), 2, dtype=dtype, device=self.device)
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _add_to_window(self, loss: Tensor, aux: Tensor) -> None:
+        # NOTE: a loss that is not finite stays in the sum. torchmetrics' MeanMetric drops it.
+        sums = self._sums(3)
+        self._window = self._window.to(sums) + torch.stack([loss, aux, torch.ones_like(loss)])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was summed since the last evaluation, by all ranks."""
+        checkpoint["loss_window"] = self.sum_over_ranks(self._window.to(self._sums(3))).tolist()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.global_rank == 0:
+            self._window = torch.tensor(checkpoint.get("loss_window", [0, 0, 0]))
 
     def count_losses(self, name: str, losses: Tensor) -> None:
         """Add the losses [M] of single samples or tokens of a set, float32."""
@@ -122,13 +140,8 @@ class MoETask(L.LightningModule):
         self._losses[self.sets.index(name)] += torch.stack([total, count])
 
     def on_validation_epoch_end(self) -> None:
-        means = {
-            name: total / count
-            for name, (total, count) in zip(
-                self.sets, self.sum_over_ranks(self._losses).tolist(), strict=True
-            )
-            if count
-        }
+        sums = dict(zip(self.sets, self.sum_over_ranks(self._losses).tolist(), strict=True))
+        means = {name: total / count for name, (total, count) in sums.items() if count}
         found = self.measures()
         self._scores = {}
         for name in self.sets:
@@ -149,7 +162,8 @@ class MoETask(L.LightningModule):
         )
 
     def measures(self) -> Scores:
-        """Measures of the evaluation that just ended but its loss, over all ranks."""
+        """Measures of the evaluation that just ended but its loss, over all ranks; none of a set
+        without a sample."""
         raise NotImplementedError
 
     def scores(self) -> Scores:
@@ -175,14 +189,13 @@ class MoETask(L.LightningModule):
         return []
 
     def losses_since_last(self) -> dict[str, float]:
-        """Mean losses since the last call, over all ranks."""
-        means = {
-            "loss": self.mean_loss.compute().item(),
-            "aux_loss": self.mean_aux.compute().item(),
+        """Mean losses since the last call, over all ranks; NaN if one was, or without a step."""
+        loss, aux, count = self.sum_over_ranks(self._window.to(self._sums(3))).tolist()
+        self._window = self._sums(3)
+        return {
+            "loss": loss / count if count else math.nan,
+            "aux_loss": aux / count if count else math.nan,
         }
-        self.mean_loss.reset()
-        self.mean_aux.reset()
-        return means
 
     def new_optimizer(self) -> Optimizer:
         return self.make_optimizer(p for p in self.parameters() if p.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -50,8 +51,9 @@ class DomainGeneralization(MoETask):
     def measures(self) -> Scores:
         counts = self.sum_over_ranks(self._counts).tolist()
         return {
-            name: {"accuracy": correct / max(1, total)}
+            name: {"accuracy": correct / total}
             for name, (correct, total) in zip(self.sets, counts, strict=True)
+            if total
         }
 
     def result(self) -> dict[str, Any]:
@@ -62,5 +64,7 @@ class DomainGeneralization(MoETask):
             for index, env in enumerate(self.env_names)
             for split in SPLITS.values()
         }
-        accuracies = {key: scores[name]["accuracy"] for key, name in names.items()}
+        accuracies = {
+            key: scores.get(name, {}).get("accuracy", math.nan) for key, name in names.items()
+        }
         return {"scores": scores, **accuracies}

@@ -127,10 +127,8 @@ class VisionLanguage(MoETask):
         self.cut = {
             name: len(set().union(*self._from_ranks(rows))) for name, rows in self._unended.items()
         }
-        return {
-            name: self.score(name, self._from_all_ranks(self.answers[name]))
-            for name in self.env_names
-        }
+        answers = {name: self._from_all_ranks(self.answers[name]) for name in self.env_names}
+        return {name: self.score(name, given) for name, given in answers.items() if given}
 
     def result(self) -> dict[str, Any]:
         return {**super().result(), "cut_answers": dict(self.cut)}

@@ -19,17 +19,18 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dynmoe import process, runtime, selection
-from dynmoe.backbones import hub
+from dynmoe.backbones import hub, weights
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.rules import UNFIT
 from dynmoe.config.runs import flat, start_folder
 from dynmoe.data.base import StepPlan, TaskData
-from dynmoe.errors import REASON, ConfigError, reason_of
+from dynmoe.errors import ConfigError, reason_of
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.records import RunFolder
 from dynmoe.tasks.base import MoETask
 from dynmoe.training.callbacks import RunRecorder
+from dynmoe.training.finite import FiniteLoss
 from dynmoe.training.instantiation import make
 from dynmoe.training.progress import RunLines, RunProgress
 from dynmoe.training.trained import checkpoint_of
@@ -164,13 +165,13 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
 
 
 def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:
-    """The adaptation of experts, if any; those of ``trainer.callbacks``; records, checkpoints and
-    early stop; progress.
+    """The end of a run that diverges; the adaptation of experts, if any; those of
+    ``trainer.callbacks``; records, checkpoints and early stop; progress.
 
     Raises:
         ConfigError: one that a run cannot have.
     """
-    callbacks: list[L.Callback] = []
+    callbacks: list[L.Callback] = [FiniteLoss(folder, cfg.task.get("on_nonfinite", "stop"))]
     if cfg.moe.adaptation is not None:
         callbacks.append(make(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
     callbacks += own_callbacks(cfg)
@@ -220,11 +221,12 @@ def build_trainer(
     """The Lightning trainer.
 
     Raises:
-        ConfigError: options that Lightning refuses together, or a missing device.
+        ConfigError: options that Lightning refuses together, a missing device, or several that
+            only this machine could tell.
     """
     loggers = [make(node) for node in (cfg.logger or {}).values()]
     try:
-        return make(
+        trainer: L.Trainer = make(
             cfg.trainer,
             max_steps=max_steps,
             callbacks=callbacks,
@@ -234,6 +236,12 @@ def build_trainer(
         )
     except ConfigError as error:
         raise ConfigError(f"{error} (trainer=cpu runs anywhere)") from error
+    if trainer.world_size > 1 and cfg.trainer.strategy == "auto":
+        raise ConfigError(
+            f"trainer: several devices need trainer=ddp, found {trainer.world_size} of them for "
+            f"devices={cfg.trainer.devices}. Set trainer=ddp or trainer.devices=1"
+        )
+    return trainer
 
 
 def judging(cfg: DictConfig, data: TaskData) -> dict[str, Any]:
@@ -285,6 +293,7 @@ def facts(
         "stage": cfg.stage.name if cfg.get("stage") else None,
         "backbone": _backbone_name(cfg.backbone),
         "weights": _weights(cfg.backbone),
+        "loaded": weights.loaded_parts(task.backbone),
         "dataset": cfg.data.name,
         "env_names": data.env_names,
         "class_names": data.class_names,
@@ -389,16 +398,19 @@ def load_backbone(backbone: nn.Module, start: Path) -> None:
         )
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     prefix = "backbone."
-    weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if not _has_tower(weights, TOWER):
-        weights |= {k: v for k, v in backbone.state_dict().items() if k.startswith(TOWER)}
-    try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"stage.start={start}: its weights are not those of this backbone before it gets MoE "
-            f"layers: {' '.join(str(error).split())[:REASON]}"
-        ) from error
+    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    whole = found
+    own = {k: v for k, v in backbone.state_dict().items() if k.startswith(TOWER)}
+    if own and not _has_tower(found, TOWER):
+        if not any(part.startswith(TOWER[:-1]) for part in weights.loaded_parts(backbone)):
+            raise ConfigError(
+                f"stage.start={start}: has no vision tower, and this backbone's has random "
+                "weights. Set backbone.vision.pretrained=true or a file"
+            )
+        whole = found | own
+    place = f"stage.start={start}, for the backbone before it gets MoE layers"
+    weights.load_whole(backbone, whole, place)
+    weights.remember(backbone, weights.Loaded(tensors=len(found), part="stage.start"))
     _check_language_model(backbone, start)
 
 
@@ -465,13 +477,7 @@ def load(
     task = build_task(cfg, data, fused_attention)
     if keeps_tower:
         state |= {k: v for k, v in task.state_dict().items() if k.startswith(tower)}
-    try:
-        task.load_state_dict(state)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{checkpoint}: its weights are not those of this run's configuration and data: "
-            f"{' '.join(str(error).split())[:REASON]}"
-        ) from error
+    weights.load_whole(task, state, f"{checkpoint}, for this run's configuration and data")
     return task, saved["global_step"] - 1
 
 

@@ -74,6 +74,8 @@ class RunRecorder(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_save = trainer.global_step
+        # A run that goes on within an epoch has no start of that epoch.
+        self._clock, self._first_step = time.perf_counter(), trainer.global_step
         if not process.is_worker():
             process.catch_signals()  # Lightning has just put its own handlers in place
         # A run that was killed after its last evaluation must not resume training.
@@ -104,7 +106,7 @@ class RunRecorder(Checkpoint):
         result = {
             "step": step,
             "epoch": self.epoch_at(step),
-            "step_time": self._training / max(1, steps),
+            "step_time": self._training / steps if steps else math.nan,
             "eval_time": time.perf_counter() - self._clock,
             **pl_module.losses_since_last(),
             **pl_module.result(),
@@ -113,6 +115,8 @@ class RunRecorder(Checkpoint):
             "mem_gb": _memory_gb(),
             **self.constants,
         }
+        if pl_module.nonfinite_step is not None:
+            result["nonfinite_step"] = pl_module.nonfinite_step
         self.result = result
         # Scores are the same on all ranks, and so is the decision.
         self._compare(result)

@@ -126,8 +126,8 @@ CASES = {
     ),
     "moe.adaptation.init=pretrained": "moe.adaptation.init: 'pretrained' copies the backbone's",
     "backbone.pretrained=none.txt": (
-        "backbone.pretrained: expected true, false or a file ending in .safetensors, .pth, .bin, "
-        "found 'none.txt'"
+        "backbone.pretrained: expected true, false or a file ending in .safetensors, .pth, "
+        ".pt, .bin, .ckpt, found 'none.txt'"
     ),
     "backbone.pretrained=none.pth": "backbone.pretrained: no file 'none.pth'",
     # Lightning's callbacks, and what a run sets itself

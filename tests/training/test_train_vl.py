@@ -215,17 +215,17 @@ def fails(cfg: Any, message: str) -> None:
 
 def test_weights_that_do_not_fit_are_refused(outputs: Path, tmp_path: Path) -> None:
     folders = each_stage(outputs)
-    unfit = "its weights are not those of this backbone before it gets MoE layers: .*"
+    unfit = "for the backbone before it gets MoE layers: the weights do not fit .*"
     instruct = folders["instruct"].path
     for change, found in (
-        ("backbone.projector=linear", "Unexpected .*projector.2"),
-        ("backbone.options.intermediate_size=32", "size mismatch for language_model"),
-        ("backbone.options.num_hidden_layers=5", "Missing key.*layers.4"),
+        ("backbone.projector=linear", "not in the model: projector.2"),
+        ("backbone.options.intermediate_size=32", r"another size: language_model.* for \["),
+        ("backbone.options.num_hidden_layers=5", "missing in the weights: .*layers.4"),
     ):
         cfg = configuration(tmp_path, f"stage.start={instruct}", change)
-        fails(cfg, f"^stage.start={instruct}: {unfit}{found}")
+        fails(cfg, f"^stage.start={instruct}, {unfit}{found}")
     moe = folders["moe"].path
-    fails(configuration(tmp_path, f"stage.start={moe}"), f"^stage.start={moe}: {unfit}layers.0.mlp")
+    fails(configuration(tmp_path, f"stage.start={moe}"), f"^stage.start={moe}, {unfit}layers.0.mlp")
     for start in (tmp_path, tmp_path / "nowhere"):
         message = "expected the folder of a finished run with checkpoints/last.ckpt$"
         fails(configuration(tmp_path, f"stage.start={start}"), f"{start.name}: {message}")

@@ -1,0 +1,95 @@
+"""Options of Lightning's ``Trainer``: those a run may set, and the one value that others must have.
+
+A run's records rest on how it is cut into steps and evaluations. Options that change this without
+the rest of the run knowing would give numbers of a part of the data, or mark a short run as done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig
+
+from dynmoe.config.options import device_count, read
+
+FREE = (
+    *("accelerator", "strategy", "devices", "num_nodes", "precision", "plugins", "sync_batchnorm"),
+    *("max_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("deterministic", "benchmark", "detect_anomaly", "inference_mode", "profiler"),
+    *("log_every_n_steps", "enable_progress_bar", "enable_model_summary", "enable_autolog_hparams"),
+    "callbacks",
+)
+
+
+class Fixed(NamedTuple):
+    """Values that leave a run as it is, and the key that does what the option is used for."""
+
+    values: tuple[Any, ...]
+    instead: str
+
+
+_WHOLE = "evaluations are whole; fewer of them: task.eval_every=N, a short try: trainer=smoke"
+_STEPS = "the length of a run is task.steps=N, or task.epochs=N where the task has epochs"
+_EVERY = "evaluations are task.eval_every=N steps apart"
+
+FIXED = {
+    "fast_dev_run": Fixed((False, 0), "a short try is trainer=smoke"),
+    "max_epochs": Fixed((-1,), _STEPS),
+    "min_epochs": Fixed((0,), _STEPS),
+    "min_steps": Fixed((0,), _STEPS),
+    "max_time": Fixed((), f"{_STEPS}; a run that is stopped goes on by the same command"),
+    "limit_train_batches": Fixed((1.0,), _STEPS),
+    "limit_val_batches": Fixed((1.0,), _WHOLE),
+    "limit_test_batches": Fixed((1.0,), _WHOLE),
+    "limit_predict_batches": Fixed((1.0,), _WHOLE),
+    "overfit_batches": Fixed((0, 0.0), "give a small data set"),
+    "val_check_interval": Fixed((1.0,), _EVERY),
+    "check_val_every_n_epoch": Fixed((1,), _EVERY),
+    "num_sanity_val_steps": Fixed((0,), "trainer=smoke runs an evaluation after three steps"),
+    "reload_dataloaders_every_n_epochs": Fixed((0,), "batches follow from seed"),
+    "use_distributed_sampler": Fixed((False,), "data are split over ranks already"),
+    "enable_checkpointing": Fixed((True,), "checkpoints between evaluations: task.save_every=N"),
+    "barebones": Fixed((False,), "dynmoe-bench measures speed"),
+    "logger": Fixed((), "loggers are logger=csv, tensorboard, wandb, mlflow or none"),
+    "default_root_dir": Fixed((), "folders are paths.outputs=FOLDER, and name=NAME in it"),
+    "model_registry": Fixed((), "runs are kept below paths.outputs"),
+}
+
+
+def trainer_options(cfg: DictConfig) -> Iterator[str]:
+    node = read(cfg, "trainer", dict) or {}
+    for key, value in node.items():
+        if key in FREE or str(key).startswith("_"):
+            continue
+        fixed = FIXED.get(str(key))
+        if fixed is None:
+            yield f"trainer.{key}: not known to keep a run's records right. Leave it out"
+        # NOTE: to Lightning 1 is one batch, and 1.0 all of them.
+        elif value is not None and not any(
+            type(value) is type(right) and value == right for right in fixed.values
+        ):
+            expected = fixed.values[0] if fixed.values else "null"
+            yield f"trainer.{key}: expected {expected}, found {value}; {fixed.instead}"
+
+
+def several_devices(cfg: DictConfig) -> Iterator[str]:
+    """DDP waits for the gradients of experts that no token of a rank chose."""
+    devices, nodes = device_count(cfg), read(cfg, "trainer.num_nodes", int) or 1
+    strategy = read(cfg, "trainer.strategy", str)
+    if nodes == 1 and devices in (None, 1):
+        return
+    count = f"devices={read(cfg, 'trainer.devices', object)}, num_nodes={nodes}"
+    if strategy == "auto":
+        yield f"trainer: several devices need trainer=ddp (or trainer=fsdp), found {count}"
+    target = str(read(cfg, "trainer.strategy._target_", str))
+    waits = (
+        not read(cfg, "trainer.strategy.find_unused_parameters", bool)
+        if target.endswith("DDPStrategy")
+        else strategy in ("ddp", "ddp_spawn", "ddp_fork", "ddp_notebook")
+    )
+    if waits and read(cfg, "moe.layers", object) not in (None, "none"):
+        yield (
+            f"trainer.strategy: with {count} DDP waits for experts that no token of a device "
+            "chose. Choose trainer=ddp, which sets find_unused_parameters=true"
+        )
