@@ -131,9 +131,11 @@ CASES = {
     ),
     "backbone.pretrained=none.pth": "backbone.pretrained: no file 'none.pth'",
     # Lightning's callbacks, and what a run sets itself
-    "+trainer.logger=false": "trainer.logger: a run sets this itself. Leave it out, and set logger",
+    "+trainer.logger=false": (
+        "trainer.logger: expected null, found False; loggers are logger=csv, tensorboard"
+    ),
     "+trainer.default_root_dir=x": (
-        "trainer.default_root_dir: a run sets this itself. Leave it out, and set paths.outputs="
+        "trainer.default_root_dir: expected null, found x; folders are paths.outputs=FOLDER"
     ),
     "+trainer.callbacks=[{a: 1}]": "trainer.callbacks[0]: expected a callback, found {'a': 1}",
     "+trainer.callbacks=[EMA]": "trainer.callbacks[0]: expected a callback, found 'EMA'",
