@@ -42,6 +42,16 @@ def test_scores_with_what_shuffled_means_and_what_comes_without_images(tmp_path:
     assert "- length: 12.5 tokens per conversation, its image included, on average" in text
 
 
+def test_answers_that_were_cut_off(tmp_path: Path) -> None:
+    folder = write_vl_run(tmp_path)
+    assert "cut answers" not in shown(folder)
+    *_, last = folder.read("results")
+    folder.append("results", {**last, "cut_answers": {"test": 3, "shuffled": 0}})
+    assert "- cut answers: 3 of 50 on test (data.max_new_tokens allows longer ones)" in shown(
+        folder
+    )
+
+
 def test_kinds_of_questions(tmp_path: Path) -> None:
     assert (
         "## Scores by kind of question on test, %\n\n"
