@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypeGuard
 
 Kind = Literal["text", "text or null", "id", "whole number", "list", "list of texts", "object"]
@@ -77,27 +78,33 @@ def wrong_fields(row: Mapping[str, Any], fields: Fields) -> list[str]:
     return [*([f"has no {', '.join(lacking)}"] if lacking else []), *wrong]
 
 
-def other_spellings(keys: Iterable[Any], known: Collection[str]) -> dict[str, str]:
+def other_spellings(keys: Iterable[Any], known: Sequence[str]) -> dict[str, str]:
     """The keys that are not known and look like a known one, with that one."""
-    bare = {_bare(name): name for name in known}
-    found = {}
-    for key in keys:
-        if not isinstance(key, str) or key in known:
-            continue
-        near = difflib.get_close_matches(_bare(key), bare, n=1, cutoff=ALIKE)
-        if near:
-            found[key] = bare[near[0]]
-    return found
+    found = {key: _near(key, tuple(known)) for key in keys if isinstance(key, str)}
+    return {key: name for key, name in found.items() if name is not None}
 
 
 def picture_keys(keys: Iterable[Any]) -> list[str]:
     """The keys that name pictures in any way: image_path, img, photos, imgae."""
-    named = [key for key in keys if isinstance(key, str)]
-    return [
-        key
-        for key in named
-        if any(word in _bare(key) for word in PICTURES) or sorted(_bare(key)) == sorted("image")
-    ]
+    return [key for key in keys if isinstance(key, str) and _names_pictures(key)]
+
+
+# The same few keys stand in each of a million turns.
+
+
+@lru_cache(maxsize=1024)
+def _near(key: str, known: tuple[str, ...]) -> str | None:
+    bare = {_bare(name): name for name in known}
+    if key in known:
+        return None
+    near = difflib.get_close_matches(_bare(key), bare, n=1, cutoff=ALIKE)
+    return bare[near[0]] if near else None
+
+
+@lru_cache(maxsize=1024)
+def _names_pictures(key: str) -> bool:
+    bare = _bare(key)
+    return any(word in bare for word in PICTURES) or sorted(bare) == sorted("image")
 
 
 def _bare(key: str) -> str:

@@ -164,6 +164,10 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "length", f"{facts['mean_tokens']:.1f} tokens per {run.words.example}, on average"
     loss = format_number(run.results[-1].get("loss", float("nan")), ".4f")
     yield "training loss", f"{loss} (mean over the last window)"
+    cut = {name: count for name, count in run.reported.get("cut_answers", {}).items() if count}
+    if cut:
+        shown = [f"{count} of {facts['sizes'][name]} on {name}" for name, count in cut.items()]
+        yield "cut answers", f"{', '.join(shown)} (data.max_new_tokens allows longer ones)"
     yield "speed", f"{1 / run.step_seconds:.2f} steps/s on {facts['device']}"
     settings = facts["runtime"]
     attention, optimizer = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ def test_scores_with_what_shuffled_means_and_what_comes_without_images(tmp_path:
         "most frequent answer of all: 20.0 %\n"
     ) in text
     assert "- length: 12.5 tokens per conversation, its image included, on average" in text
+
+
+def test_answers_that_were_cut_off(tmp_path: Path) -> None:
+    folder = write_vl_run(tmp_path)
+    assert "cut answers" not in shown(folder)
+    file = folder.path / "results.jsonl"
+    lines = [{**line, "cut_answers": {"test": 3, "shuffled": 0}} for line in folder.read("results")]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "- cut answers: 3 of 50 on test (data.max_new_tokens allows longer ones)" in shown(
+        folder
+    )
 
 
 def test_kinds_of_questions(tmp_path: Path) -> None:

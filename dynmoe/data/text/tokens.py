@@ -28,6 +28,9 @@ LONG_PASS = 20_000  # texts from which a progress bar is shown
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep")
 
 TokenRow = dict[str, list[int]]
+PLAIN = {"split_special_tokens": True}
+"""[SEP] or </s> in a text is text: it does not divide sentences, nor end them."""
+
 T = TypeVar("T")
 
 
@@ -70,7 +73,7 @@ def encode(
     make = partial(_tokenized, texts, tokenizer, max_length)
     if cache is None:
         return EncodedTexts(make(None))
-    settings = [tokenizer.model_input_names, tokenizer.truncation_side, max_length]
+    settings = [tokenizer.model_input_names, tokenizer.truncation_side, max_length, PLAIN]
     name = f"tokens-{fingerprint(tokenizer, [texts.digest, settings])}.arrow"
     return EncodedTexts(kept_or_made(cache / name, partial(_kept, len(texts)), make))
 
@@ -224,7 +227,7 @@ def _tokenized(
         columns["second"] = texts.second
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return dict(tokenizer(*batch.values(), truncation=True, max_length=max_length))
+        return dict(tokenizer(*batch.values(), truncation=True, max_length=max_length, **PLAIN))
 
     (enable_progress_bars if len(texts) >= LONG_PASS else disable_progress_bars)()
     return Dataset.from_dict(columns).map(

@@ -72,6 +72,15 @@ def test_rows_are_what_the_tokenizer_gives(
     assert encoded.lengths.max() == 8
 
 
+def test_control_tokens_in_a_text_are_text() -> None:
+    made = tokenizer()
+    said = TextSet(["The [SEP] cat [PAD]"], ["[CLS]"], np.zeros(1, dtype=np.int64), np.arange(1))
+    (row,) = encode(said, made, 32, None).rows([0])
+    words = made.convert_ids_to_tokens(row["input_ids"])
+    assert words.count("[SEP]") == 2 and words.count("[CLS]") == 1 and "[PAD]" not in words
+    assert sum(row["token_type_ids"]) == 1 + len(made.tokenize("[CLS]", split_special_tokens=True))
+
+
 def test_a_kept_file_is_read_again_after_the_tokenizer_was_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
