@@ -120,15 +120,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
-    rgb = rgba.convert("RGB")
-    flat = all(low == high for low, high in rgb.getextrema())
-    low, high = rgba.getchannel("A").getextrema()
-    if not flat or low == high:
-        return rgb
-    # A drawing in black on nothing, or in white: dropping its transparency would drop the drawing.
-    white = min(rgb.getpixel((0, 0))) < 128
-    ground = Image.new("RGBA", rgba.size, "white" if white else "black")
-    return Image.alpha_composite(ground, rgba).convert("RGB")
+    pixels = np.asarray(rgba)
+    *is_flat, alpha_is_flat = pixels.min(axis=(0, 1)) == pixels.max(axis=(0, 1))
+    if all(is_flat) and not alpha_is_flat:
+        # A drawing in black on nothing, or in white: without transparency nothing would be seen.
+        ground = "white" if pixels[0, 0, :3].min() < 128 else "black"
+        rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba)
+    return rgba.convert("RGB")
 
 
 def _of_deep_grey(image: Image.Image) -> Image.Image:
