@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from dynmoe.data.base import TaskData
 from dynmoe.data.images.batches import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     IN,
     OUT,
     EnvironmentDraw,
@@ -75,6 +77,10 @@ class DomainData(TaskData):
     """Seed of the in/out splits."""
     holdout_fraction: float = 0.2
     """Share of an environment that is its out split."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel of photographs, in [0, 1], for the backbone's normalisation."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel, likewise."""
     augment_eval: bool = True
     """Evaluate training environments on augmented images, as DomainBed does."""
     class_balanced: bool = False
@@ -118,6 +124,7 @@ class DomainData(TaskData):
             for env, each in enumerate(envs)
         ]
         problems = [
+            *([] if min(self.std) > 0 else [f"data.std: expected more than 0, found {self.std}"]),
             *(unknown or role_problems(envs, test_envs)),
             *class_problems(envs, union=self.class_union),
             *batch_problems(
@@ -279,7 +286,7 @@ class DomainData(TaskData):
         return self._image_loader(batches, keep_workers=False)
 
     def _image_loader(self, batches: Sampler[Any], keep_workers: bool) -> DataLoader[Any]:
-        examples = ImageExamples(self.envs, self.image_size)
+        examples = ImageExamples(self.envs, self.image_size, self.mean, self.std)
         return self._loader(examples, batches, collate, self.num_workers, keep_workers)
 
     @property
