@@ -29,7 +29,14 @@ NOT_IN_IDENTITY = (
     *("runtime.malloc", "task.save_every", "moe.recompute"),
     "backbone.grad_checkpointing",  # the same numbers, computed twice
     "data.question_sets",  # more of them are answered by dynmoe-eval
-    *("data.cache", "data.cache_gb", "data.eval_batch_size", "data.examples", "data.verify"),
+    *(
+        "data.cache",
+        "data.checks",
+        "data.cache_gb",
+        "data.eval_batch_size",
+        "data.examples",
+        "data.verify",
+    ),
     *("data.workers", "trainer.default_root_dir", "trainer.enable_model_summary"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.logger"),
 )
