@@ -11,13 +11,15 @@ taken. Where that loses the picture the file is converted rightly, or refused:
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -120,15 +122,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
-    rgb = rgba.convert("RGB")
-    flat = all(low == high for low, high in rgb.getextrema())
-    low, high = rgba.getchannel("A").getextrema()
-    if not flat or low == high:
-        return rgb
-    # A drawing in black on nothing, or in white: dropping its transparency would drop the drawing.
-    white = min(rgb.getpixel((0, 0))) < 128
-    ground = Image.new("RGBA", rgba.size, "white" if white else "black")
-    return Image.alpha_composite(ground, rgba).convert("RGB")
+    pixels = np.asarray(rgba)
+    *is_flat, alpha_is_flat = pixels.min(axis=(0, 1)) == pixels.max(axis=(0, 1))
+    if all(is_flat) and not alpha_is_flat:
+        # A drawing in black on nothing, or in white: without transparency nothing would be seen.
+        ground = "white" if pixels[0, 0, :3].min() < 128 else "black"
+        rgba = Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba)
+    return rgba.convert("RGB")
 
 
 def _of_deep_grey(image: Image.Image) -> Image.Image:
@@ -166,10 +166,59 @@ class Survey:
         return Survey(np.delete(self.sizes, list(self.bad), axis=0), {}, self.turned)
 
 
-def survey(paths: Sequence[Path], *, decode: bool, description: str) -> Survey:
+def survey(
+    paths: Sequence[Path], *, decode: bool, description: str, kept: Path | None = None
+) -> Survey:
     """Read the header of every file; with `decode` all of it, which finds truncated files too (they
-    can be read, as far as they go)."""
+    can be read, as far as they go).
 
+    `kept` is a folder that keeps what was found: while all files have the same names, sizes and
+    times of change, only bad ones are opened again, since a disk may have failed for a moment.
+    """
+    if kept is None:
+        return _look(paths, decode, description)
+    state = [(os.path.abspath(path), *_size_and_time(path)) for path in paths]
+    what = json.dumps([decode, Image.__version__, state])
+    file = kept / f"images-{hashlib.sha256(what.encode(errors='replace')).hexdigest()[:16]}.json"
+    try:
+        found = _read_survey(file)
+        again = _look([paths[index] for index in found.bad], decode, description)
+        if len(again.bad) == len(found.bad):
+            return found
+    except (OSError, ValueError, KeyError, TypeError, IndexError):  # not there, or damaged
+        pass
+    found = _look(paths, decode, description)
+    with suppress(OSError):  # it is looked again next time
+        _write_survey(file, found)
+    return found
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_survey(file: Path) -> Survey:
+    checksum, _, text = file.read_text(encoding="utf-8").partition("\n")
+    if checksum != hashlib.sha256(text.encode()).hexdigest():
+        raise ValueError(f"{file}: another checksum")
+    found = json.loads(text)
+    bad = {int(index): reason for index, reason in found["bad"].items()}
+    return Survey(np.array(found["sizes"], dtype=np.int64).reshape(-1, 2), bad, found["turned"])
+
+
+def _write_survey(file: Path, found: Survey) -> None:
+    text = json.dumps({"sizes": found.sizes.tolist(), "bad": found.bad, "turned": found.turned})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}.part")  # ranks write the same one
+    part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
+    part.replace(file)
+
+
+def _look(paths: Sequence[Path], decode: bool, description: str) -> Survey:
     def measure(index: int) -> tuple[int, int, bool, str]:
         path = paths[index]
         try:

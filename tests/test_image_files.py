@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from dynmoe import image_files
 from dynmoe.data.images.environments import FolderEnvironment
 from dynmoe.data.vl.conversations import ImageFolder
-from dynmoe.image_files import BadImage, decode_image, read_image, survey
+from dynmoe.image_files import BadImage, Survey, decode_image, read_image, survey
 from dynmoe.questions.files import load_image
 
 RAMP = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(4, 0)  # 257 apart
@@ -184,6 +185,41 @@ def test_a_survey_finds_them_all(bad: dict[str, Path], tmp_path: Path, decode: b
     assert sorted(found.bad) == list(range(1, 1 + len(bad)))
     for word, reason in zip(bad, found.bad.values(), strict=True):
         assert word in reason
+
+
+def test_kept_findings_hold_while_the_files_are_as_they_were(
+    bad: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = tmp_path / "good.png"
+    Image.new("RGB", (7, 5)).save(good)
+    paths, kept = [good, *bad.values()], tmp_path / "kept"
+    looked: list[int] = []
+    look = image_files._look
+
+    def counted(paths: list[Path], decode: bool, description: str) -> Survey:
+        looked.append(len(paths))
+        return look(paths, decode, description)
+
+    monkeypatch.setattr(image_files, "_look", counted)
+
+    def files_looked_at(decode: bool = True) -> list[int]:
+        looked.clear()
+        found = survey(paths, decode=decode, description="", kept=kept)
+        assert (found.sizes.tolist(), sorted(found.bad)) == (sizes, [*range(1, len(paths))])
+        return [*looked]
+
+    sizes = [[7, 5], *[[0, 0]] * len(bad)]
+    assert files_looked_at() == [len(paths)]
+    assert files_looked_at() == [len(bad)]
+    (file,) = kept.iterdir()
+    file.write_text(file.read_text().replace("[7, 5]", "[7, 6]"))
+    assert files_looked_at() == [len(paths)]
+    assert files_looked_at(decode=False) == [len(paths)]
+    os.utime(good, ns=(0, 1))
+    assert files_looked_at() == [len(paths)]
+    # A disk that failed for a moment: one of the bad files can be read after all.
+    monkeypatch.setattr(image_files, "_look", lambda paths, *_: Survey(np.ones((1, 2), int), {}))
+    assert survey(paths, decode=True, description="", kept=kept).bad == {}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged tags

@@ -149,18 +149,18 @@ class Pairs(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.add_state("rows", default=[], dist_reduce_fx="cat")
-        self.add_state("rounding", default=torch.tensor(0.0), dist_reduce_fx="max")
+        self.rounding = 0.0
 
     def update(self, row: Tensor, predicted: Tensor, label: Tensor) -> None:
         """All [B]."""
-        self.rounding.fill_(max(1e-5, 2 * torch.finfo(predicted.dtype).eps))
+        self.rounding = max(1e-5, 2 * torch.finfo(predicted.dtype).eps)
         self.rows.append(torch.stack([row.float(), predicted.float(), label.float()], 1))
 
     def compute(self) -> tuple[float, float]:
         """Pearson's and Spearman's correlation; 0 where one side is constant."""
         found = dim_zero_cat(self.rows).double().cpu().numpy()
         _, predicted, label = found[np.argsort(found[:, 0], kind="stable")].T
-        constant = np.ptp(predicted) <= float(self.rounding) * np.abs(predicted).max()
+        constant = np.ptp(predicted) <= self.rounding * np.abs(predicted).max()
         if constant or np.ptp(label) == 0:
             return 0.0, 0.0
         spearman = np.corrcoef(_ranks(predicted), _ranks(label))[0, 1]

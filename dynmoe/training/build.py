@@ -27,7 +27,7 @@ from dynmoe.data.base import StepPlan, TaskData
 from dynmoe.errors import ConfigError, reason_of
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
-from dynmoe.records import RunFolder
+from dynmoe.records import RecordError, RunFolder
 from dynmoe.tasks.base import MoETask
 from dynmoe.training.callbacks import RunRecorder
 from dynmoe.training.finite import FiniteLoss
@@ -79,13 +79,17 @@ def step_plan(cfg: DictConfig) -> StepPlan:
 def other_data(folder: RunFolder, data: TaskData) -> str | None:
     """How the data, which have been set up, differ from those that `run.json` tells of, if they do:
     images by name and size of their files, texts by every character."""
-    before = folder.read_run()
-    if before["data_hash"] == data.data_hash:
+    try:
+        before = folder.read_run()
+    except RecordError:
+        return None  # damaged or lost: nothing to compare with, and written anew in training
+    if before.get("data_hash") == data.data_hash:
         return None
-    sizes = {name: (before["sizes"].get(name), size) for name, size in data.sizes.items()}
+    known = before.get("sizes", {})
+    sizes = {name: (known.get(name), size) for name, size in data.sizes.items()}
     changed = [f"{name} {old} -> {new}" for name, (old, new) in sizes.items() if old != new]
     counts = f"; examples: {', '.join(changed)}" if changed else ""
-    return f"data hash {before['data_hash']} -> {data.data_hash}{counts}"
+    return f"data hash {before.get('data_hash')} -> {data.data_hash}{counts}"
 
 
 def settle_runtime(cfg: DictConfig) -> dict[str, Any]:

@@ -111,7 +111,7 @@ protocol: augment_eval datasets defaults
 """,
     "text": """
 backbone: architecture lora path
-data: cache holdout_fraction linear_baseline max_length ood ood_root root source task
+data: cache holdout_fraction linear_baseline max_length ood ood_root root skip_invalid source task
 data: tokenizer_name tokenizer_path trial_seed
 protocol: datasets defaults patience searched selection
 task: epochs patience scheduler

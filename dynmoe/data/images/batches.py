@@ -23,6 +23,9 @@ from dynmoe.seeding import IntArray, seed_hash
 
 IN, OUT = 0, 1
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 class ImageKey(NamedTuple):
     """Names one example of a batch; `draw_seed` seeds its augmentation, None: not augmented."""
@@ -63,11 +66,17 @@ def collate(examples: list[ImageExample]) -> ImageBatch:
 class ImageExamples(Dataset[ImageExample]):
     """All environments in one dataset, so that one pool of workers serves them all."""
 
-    def __init__(self, environments: Sequence[Environment], image_size: int) -> None:
+    def __init__(
+        self,
+        environments: Sequence[Environment],
+        image_size: int,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
         self.environments = environments
         self.image_size = image_size
-        self.augmented = augmented(image_size)
-        self.plain = plain(image_size)
+        self.augmented = augmented(image_size, mean, std)
+        self.plain = plain(image_size, mean, std)
 
     def __getitem__(self, key: ImageKey) -> ImageExample:
         environment = self.environments[key.env]
@@ -178,11 +187,10 @@ def class_balanced_weights(labels: IntArray) -> npt.NDArray[np.float64]:
 
 Transform = Callable[[Any], Tensor]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
-def augmented(image_size: int) -> Transform:
+def augmented(
+    image_size: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Transform:
     """Random crop, flip, colour jitter and grey-scale, then normalised: PIL RGB -> [3, S, S]."""
     return transforms.Compose(
         [
@@ -190,14 +198,17 @@ def augmented(image_size: int) -> Transform:
             transforms.RandomHorizontalFlip(),
             transforms.ColorJitter(0.3, 0.3, 0.3, 0.3),
             transforms.RandomGrayscale(),
-            *_normalised(),
+            *_normalised(mean, std),
         ]
     )
 
 
-def plain(image_size: int) -> Transform:
+def plain(
+    image_size: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Transform:
     """Squeezed to a square without a crop, then normalised: PIL RGB -> [3, S, S]."""
-    return transforms.Compose([transforms.Resize((image_size, image_size)), *_normalised()])
+    resize = transforms.Resize((image_size, image_size))
+    return transforms.Compose([resize, *_normalised(mean, std)])
 
 
 def scaled(image: Tensor, image_size: int) -> Tensor:
@@ -208,5 +219,5 @@ def scaled(image: Tensor, image_size: int) -> Tensor:
     return functional.resize(pixels, [image_size, image_size], antialias=True)
 
 
-def _normalised() -> list[Any]:
-    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+def _normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
+    return [transforms.ToTensor(), transforms.Normalize(mean, std)]

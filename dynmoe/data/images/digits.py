@@ -97,7 +97,12 @@ def _mnist(root: str) -> tuple[Tensor, Tensor]:
 
     try:
         parts = [MNIST(root, train=train, download=False) for train in (True, False)]
-    except RuntimeError:
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        if "not found" not in str(error):  # torchvision's word; its reader has many for damage
+            raise DataError(
+                f"data.root: MNIST's files in {Path(root) / 'MNIST' / 'raw'} are damaged "
+                f"({error or type(error).__name__}). Fetch them again."
+            ) from None
         raise DataError(
             f"data.root: expected MNIST's four files in {Path(root) / 'MNIST' / 'raw'}, found none "
             "or not all. Point data.root at the folder that holds MNIST/raw, or fetch them once: "

@@ -103,10 +103,10 @@ class FolderEnvironment(Environment):
     def load(self, index: int) -> Image.Image:
         return read_image(self._path(index))
 
-    def survey(self, *, decode: bool) -> Survey:
+    def survey(self, *, decode: bool, kept: Path | None = None) -> Survey:
         """Look at every file: see `image_files.survey`."""
         paths = list(map(self._path, range(len(self))))
-        return survey(paths, decode=decode, description=f"checking {self.name}")
+        return survey(paths, decode=decode, description=f"checking {self.name}", kept=kept)
 
     def unreadable(self, found: Survey) -> dict[Path, str]:
         """The reasons why files are bad, by path."""

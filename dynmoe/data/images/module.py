@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from dynmoe.data.base import TaskData
 from dynmoe.data.images.batches import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     IN,
     OUT,
     EnvironmentDraw,
@@ -28,6 +30,14 @@ from dynmoe.data.images.batches import (
     ImageKey,
     class_balanced_weights,
     collate,
+)
+from dynmoe.data.images.checks import (
+    batch_problems,
+    class_problems,
+    lacking_classes,
+    positions,
+    role_problems,
+    unite_classes,
 )
 from dynmoe.data.images.environments import (
     ArrayEnvironment,
@@ -75,6 +85,10 @@ class DomainData(TaskData):
     """Seed of the in/out splits."""
     holdout_fraction: float = 0.2
     """Share of an environment that is its out split."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Mean of each channel of photographs, in [0, 1], for the backbone's normalisation."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Standard deviation of each channel, likewise."""
     augment_eval: bool = True
     """Evaluate training environments on augmented images, as DomainBed does."""
     class_balanced: bool = False
@@ -89,6 +103,8 @@ class DomainData(TaskData):
     """GiB per device."""
     skip_invalid: bool = False
     """Decode every image before training, and leave out those that cannot be read."""
+    checks: str | None = None
+    """Folder that keeps which images `skip_invalid` found, shared by all runs; None: none."""
     class_union: bool = False
     """Accept environments that lack classes of others: the classes are those of all."""
     linear_baseline: bool = False
@@ -118,6 +134,7 @@ class DomainData(TaskData):
             for env, each in enumerate(envs)
         ]
         problems = [
+            *([] if min(self.std) > 0 else [f"data.std: expected more than 0, found {self.std}"]),
             *(unknown or role_problems(envs, test_envs)),
             *class_problems(envs, union=self.class_union),
             *batch_problems(
@@ -158,7 +175,9 @@ class DomainData(TaskData):
         turned = 0
         for e in envs:
             if isinstance(e, FolderEnvironment):
-                found = e.survey(decode=self.verify == "decode" or self.skip_invalid)
+                anew = self.checks is None or not self.skip_invalid or self.verify == "decode"
+                kept_in = None if anew else Path(str(self.checks))
+                found = e.survey(decode=self.verify == "decode" or self.skip_invalid, kept=kept_in)
                 turned += found.turned
                 if found.bad and self.skip_invalid:
                     self.leave_out(f"{e.name}: images that cannot be read", len(found.bad))
@@ -279,7 +298,7 @@ class DomainData(TaskData):
         return self._image_loader(batches, keep_workers=False)
 
     def _image_loader(self, batches: Sampler[Any], keep_workers: bool) -> DataLoader[Any]:
-        examples = ImageExamples(self.envs, self.image_size)
+        examples = ImageExamples(self.envs, self.image_size, self.mean, self.std)
         return self._loader(examples, batches, collate, self.num_workers, keep_workers)
 
     @property
@@ -290,149 +309,6 @@ class DomainData(TaskData):
         if isinstance(self.envs[0], ArrayEnvironment):
             return 0
         return min(8, (os.cpu_count() or 1) - 1)
-
-
-# Checks before training. Each returns its problems; all are reported together.
-
-
-def positions(test_envs: Sequence[int | str], names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """The indices of environments given by index or name, and what is neither."""
-    found = [names.index(env) if env in names else env for env in test_envs]
-    unknown = [env for env in found if isinstance(env, str)]
-    if not unknown:
-        return [env for env in found if not isinstance(env, str)], []
-    return [], [f"data.test_envs: there is no environment {_join(unknown)}; {_listing(names)}"]
-
-
-def class_problems(environments: Sequence[Environment], *, union: bool) -> list[str]:
-    """Environments must share two or more classes, each with images in every environment; with
-    `union` in one of them."""
-    every_class = _classes_of(environments)
-    problems = []
-    if len(every_class) < 2:
-        problems.append(f"two or more classes are needed; found {_counted(every_class)}")
-    if union:
-        missing = [_missing(e) for e in environments]
-        empty = [name for name in every_class if all(name in each for each in missing)]
-        if empty:
-            problems.append(
-                f"no environment has images in {_classes(empty)}. Add some, or remove it."
-            )
-        return problems
-    for e in environments:
-        lacking = [name for name in every_class if name not in e.class_names]
-        if lacking:
-            other_case = {name.casefold(): name for name in e.class_names}
-            alike = [
-                other_case[name.casefold()] for name in lacking if name.casefold() in other_case
-            ]
-            problems.append(
-                f"{e.name} lacks {_classes(lacking)} of the other environments. "
-                + (f"It has {_join(alike)}: give both one spelling. " if alike else "")
-                + "Add images of it here, remove its folder everywhere, or take the classes of all "
-                "with data.class_union=true."
-            )
-        if empty := [name for name in _missing(e) if name not in lacking]:
-            problems.append(
-                f"{e.name} has no images in {_classes(empty)}. Add some, remove it, or accept that "
-                "with data.class_union=true."
-            )
-    return problems
-
-
-def _classes_of(environments: Sequence[Environment]) -> list[str]:
-    return sorted({name for e in environments for name in e.class_names})
-
-
-def _missing(environment: Environment) -> list[str]:
-    counts = np.bincount(environment.labels, minlength=len(environment.class_names))
-    return [n for n, count in zip(environment.class_names, counts, strict=True) if count == 0]
-
-
-def unite_classes(environments: Sequence[Environment]) -> list[Environment]:
-    """The environments with labels that index the classes of all."""
-    every_class = _classes_of(environments)
-    place = {name: label for label, name in enumerate(every_class)}
-    united = []
-    for e in environments:
-        labels = np.array([place[name] for name in e.class_names], dtype=np.int64)[e.labels]
-        united.append(replace(e, labels=labels, class_names=tuple(every_class)))
-    return united
-
-
-def lacking_classes(
-    environments: Sequence[Environment], train_envs: Sequence[int]
-) -> Iterator[str]:
-    """Warnings where classes of all are not in an environment, or not in any that is trained on."""
-    missing = [_missing(e) for e in environments]
-    for e, names in zip(environments, missing, strict=True):
-        if names:
-            yield f"{e.name} has no images of {_classes(names)}; it is measured on the others"
-    unseen = [
-        name
-        for name in environments[0].class_names
-        if all(name in missing[env] for env in train_envs)
-    ]
-    if unseen:
-        yield f"no training environment has images of {_classes(unseen)}: it cannot be learnt"
-
-
-def role_problems(environments: Sequence[Environment], test_envs: Sequence[int]) -> list[str]:
-    """Test environments must exist, and at least one environment must be left to train on."""
-    if len(environments) < 2:
-        found = _counted([e.name for e in environments])
-        return [
-            "two or more environments are needed: one to test on, others to train on; "
-            f"found {found}"
-        ]
-    listing = _listing([e.name for e in environments])
-    beyond = [env for env in test_envs if not 0 <= env < len(environments)]
-    if beyond:
-        return [f"data.test_envs: there is no environment {_join(beyond)}; {listing}"]
-    if not test_envs:
-        return [f"data.test_envs: empty: name at least one environment; {listing}"]
-    if len(set(test_envs)) == len(environments):
-        return [
-            f"data.test_envs: {list(test_envs)} leaves no environment to train on; {listing}. "
-            "Leave at least one out of data.test_envs."
-        ]
-    return []
-
-
-def batch_problems(in_sizes: Mapping[str, int], *, batch_size: int, parts: int) -> list[str]:
-    """A batch must divide evenly, and fit in the in split of every training environment.
-
-    DomainBed drops incomplete batches and starts over: with a smaller environment it hangs.
-    """
-    problems = []
-    if batch_size % parts:
-        problems.append(
-            f"data.batch_size: {batch_size} images per environment do not divide into {parts} "
-            f"parts (devices x trainer.accumulate_grad_batches). Use a multiple of {parts}."
-        )
-    small = [f"{name} ({size})" for name, size in in_sizes.items() if size < batch_size]
-    if small:
-        problems.append(
-            f"data.batch_size: {batch_size} is more than the in split of {_join(small)}. "
-            "Lower data.batch_size or add images."
-        )
-    return problems
-
-
-def _listing(names: Sequence[str]) -> str:
-    return "the data set has " + _join([f"{i} ({name})" for i, name in enumerate(names)])
-
-
-def _classes(names: Sequence[str]) -> str:
-    return f"{'class' if len(names) == 1 else 'classes'} {_join(names)}"
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"{len(names)}: {_join(names)}" if names else "none"
-
-
-def _join(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items))
 
 
 # The baseline that a network must beat: a linear classifier on pixels.

@@ -79,9 +79,17 @@ def as_text(value: object, where: str) -> str | None:
     one of floats where a value is missing.
 
     Raises:
-        DataError: a list, an object or a truth value.
+        DataError: a list, an object, a truth value, or what cannot be written as UTF-8.
     """
-    if value is None or isinstance(value, str):
+    if value is None:
+        return None
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{where}: half of a surrogate pair is no text: {value!r:.80}"
+            ) from None
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"{where}: expected text or a number, found {value!r:.80}")

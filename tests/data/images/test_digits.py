@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from dynmoe.data.images.digits import (
     colored_mnist,
     rotated,
     rotated_digits,
+    rotated_mnist,
 )
 from dynmoe.data.images.environments import ArrayEnvironment, Environment
 from dynmoe.errors import DataError
@@ -103,3 +106,14 @@ def test_missing_mnist_says_where_it_belongs(tmp_path) -> None:  # type: ignore[
     with pytest.raises(DataError) as error:
         colored_mnist(str(tmp_path), seed=0)
     assert f"expected MNIST's four files in {tmp_path / 'MNIST' / 'raw'}" in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\x08\x03\0\0", b"\0\0\x08\x01\0\0\0\x09ab"])
+def test_damaged_files_of_mnist_are_named(tmp_path: Path, content: bytes) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(content)
+    with pytest.raises(DataError, match=f"{raw} are damaged .*Fetch them again"):
+        rotated_mnist(str(tmp_path), seed=0)

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dynmoe.data.base import StepBatches, StepPlan
-from dynmoe.data.images.batches import EnvironmentDraw, ImageBatch
+from dynmoe.data.images.batches import IMAGENET_MEAN, IMAGENET_STD, EnvironmentDraw, ImageBatch
 from dynmoe.data.images.digits import rotated_digits
 from dynmoe.data.images.environments import image_folders
 from dynmoe.data.images.module import DomainData, linear_pixel_baseline
@@ -120,6 +120,20 @@ def test_training_environments_are_evaluated_augmented_only_if_asked(tree: Path)
 
     augmented, plain = images(True), images(False)
     assert [torch.equal(augmented[env], plain[env]) for env in range(3)] == [True, False, False]
+
+
+def test_photographs_are_normalised_as_the_backbone_was_trained(tree: Path) -> None:
+    def images(**changes: Any) -> Tensor:
+        data = pets(tree, **changes)
+        data.setup()
+        return torch.cat([batch.image for batch in data.val_dataloader()])
+
+    mean, std = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    ours = (
+        torch.tensor(IMAGENET_STD)[:, None, None] * images()
+        + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    )
+    torch.testing.assert_close(images(mean=mean, std=std) * 0.5 + 0.5, ours)
 
 
 def test_loaders_leave_the_global_generator_alone(tree: Path) -> None:
@@ -273,6 +287,7 @@ def test_class_balanced_is_passed_on(tree: Path) -> None:
             {"test_envs": ["scetch", 1]},
             "data.test_envs: there is no environment scetch; the data set has 0 (art), 1 (photo)",
         ),
+        ({"std": (0.2, 0.2, 0.0)}, "data.std: expected more than 0, found (0.2, 0.2, 0.0)"),
         ({"test_envs": [-1]}, "data.test_envs: there is no environment -1; the data set has 0 ("),
         (
             {"batch_size": 6, "accumulate": 4},

@@ -85,6 +85,8 @@ def test_fields_are_text_or_numbers_or_missing() -> None:
     for value in (["a"], {"text": "a"}, True):
         with pytest.raises(DataError, match="row 0: expected text or a number, found "):
             as_text(value, "row 0")
+    with pytest.raises(DataError, match="row 0: half of a surrogate pair"):
+        as_text("a \ud83d", "row 0")
 
 
 def test_no_rows() -> None:
