@@ -23,7 +23,7 @@ from dynmoe.report.claim_figures import (
 )
 from dynmoe.report.costs import Timing, Timings
 from dynmoe.report.document import Picture
-from dynmoe.report.drawing import Point, front, name_points, save, scatter, set_apart
+from dynmoe.report.drawing import Point, front, name_points, scatter, set_apart
 from dynmoe.report.routing_figures import (
     draw_experts,
     draw_k,
@@ -265,11 +265,11 @@ def test_points_of_almost_the_same_x_are_set_apart() -> None:
 
 def test_names_with_dollar_signs_are_no_mathematics(tmp_path: Path) -> None:
     names = {"env_names": [r"$\frac{$", "15", "30"], "class_names": ["$_", "$^$"]}
-    runs = runs_in(write_sweep(tmp_path / "sweep", SWEEP, facts=names))
-    for draw in DRAWINGS:
+    runs = runs_in(write_sweep(tmp_path / "sweep", {"DynMoE": {"0": [0.5]}}, facts=names))
+    for draw in (draw_load_by_class, draw_overlap, draw_curves):
         picture = draw(runs)
         assert picture is not None
-        save(picture.figure, tmp_path / "figure.svg")
+        picture.figure.draw_without_rendering()
     figure = Figure()
     axes = figure.subplots()
     points = [
