@@ -59,7 +59,7 @@ def draw_all(run: Run) -> list[Path]:
 
 def figures_of(run: Run) -> dict[str, Figure]:
     """The figures of a run that have something to show, by name."""
-    training = [line for line in run.routing if line["source"] == "train"]
+    training = run.training_routing
     thresholds = [line for line in training if line.get("thresholds") is not None]
     examples = [each for each in run.folder.read("examples") if each["step"] == run.outcome.step]
     slots = {line["layer"]: line["slots"] for line in on_tests(run)}

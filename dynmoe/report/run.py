@@ -189,8 +189,9 @@ class Run:
         return {name: found[name] for name in sorted(found, key=place)}
 
     @cached_property
-    def routing(self) -> list[Record]:
-        return self.folder.read("routing")
+    def training_routing(self) -> list[Record]:
+        """The routing records of training, at every step; those of sets are most of the file."""
+        return [line for line in self.folder.read("routing") if line.get("source") == "train"]
 
     @cached_property
     def routing_at_outcome(self) -> list[Record]:

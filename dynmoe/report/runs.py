@@ -377,7 +377,7 @@ def check_routing(run: Run) -> None:
     """
     file = run.folder.path / "routing.jsonl"
     try:
-        lines = [*run.routing_at_outcome, *(run.routing if run.kind == "adaptive" else [])]
+        lines = [*run.routing_at_outcome, *(run.training_routing if run.kind == "adaptive" else [])]
     except ValueError:  # it does not know the line; reading all of them does
         lines = run.folder.read("routing")
     for line in lines:

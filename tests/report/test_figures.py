@@ -153,7 +153,7 @@ def test_a_loss_that_was_not_finite_is_marked(run: Run) -> None:
 
 def test_thresholds_of_many_slots_have_looks_and_names_of_their_own(run: Run) -> None:
     figure = figures_of(run)["thresholds"]
-    slots = {slot for line in run.routing for slot in line["slots"]}
+    slots = {slot for line in run.training_routing for slot in line["slots"]}
     assert legend(figure) == [str(slot) for slot in sorted(slots)]
     looks = {(line.get_color(), line.get_linestyle()) for line in curves(figure)}
     assert len(slots) > 14 and len(looks) == len(slots)
@@ -175,8 +175,7 @@ def test_experts_end_with_the_run_below_the_pool(run: Run) -> None:
 
 
 def test_layers_are_listed_from_the_first_down(run: Run) -> None:
-    training = [line for line in run.routing if line["source"] == "train"]
-    figure = draw_k_over_steps(run, training)
+    figure = draw_k_over_steps(run, run.training_routing)
     layers = ["blocks.0.mlp", "blocks.1.mlp"]
     assert legend(figure) == layers
     heat_map = figure.axes[1]

@@ -383,5 +383,7 @@ def test_a_job_whose_configuration_says_nothing_is_named(tmp_path: Path) -> None
 def test_routing_at_the_outcome_is_that_of_the_full_records(tmp_path: Path) -> None:
     write_run(tmp_path)
     (run,) = read_runs([tmp_path]).runs
-    assert run.routing_at_outcome == [line for line in run.routing if line["step"] == SELECTED]
+    assert run.routing_at_outcome == [
+        line for line in run.folder.read("routing") if line["step"] == SELECTED
+    ]
     assert len(run.routing_at_outcome) == 8
