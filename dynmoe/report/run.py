@@ -104,7 +104,7 @@ class Run:
     def nonfinite_step(self) -> int | None:
         """Step at which the loss was first seen not to be finite; None if it always was."""
         for record in (self.facts, *self.results):
-            if record.get("nonfinite_step") is not None:
+            if isinstance(record.get("nonfinite_step"), int):
                 return int(record["nonfinite_step"])
         losses = ((record["step"], record.get("loss")) for record in self.results)
         return next((n for n, loss in losses if loss is not None and not math.isfinite(loss)), None)

@@ -281,7 +281,7 @@ def different_conditions(runs: Sequence[Run]) -> list[str]:
     for problem in dict.fromkeys(run.problem for run in runs):
         members = [run for run in runs if run.problem == problem]
         facts = [
-            {key: run.facts.get(key) for key in ("device", "threads", "commit")}
+            {key: run.facts.get(key) for key in ("device", "threads")}
             | run.facts["runtime"]
             | run.facts["versions"]
             for run in members

@@ -28,11 +28,14 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_a_report_of_a_sweep_needs_neither_torch_nor_pyplot(sweep: Path) -> None:
+def test_a_report_of_a_sweep_is_light(sweep: Path) -> None:
+    """It needs neither PyTorch nor pyplot, nor all of SciPy's distributions."""
     failed = write_run(sweep, "top-1 of 2", seed=2, state="failed")
     code = (
-        "import sys; from runners.report import main; main(sys.argv[1:]);"
-        "print({'torch', 'lightning', 'hydra', 'matplotlib.pyplot'} & set(sys.modules))"
+        "import resource, sys; from runners.report import main; main(sys.argv[1:]);"
+        "heavy = {'torch', 'lightning', 'hydra', 'matplotlib.pyplot', 'scipy.stats'};"
+        "print(heavy & set(sys.modules));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 250 * 1024)"  # KiB on Linux
     )
     command = [sys.executable, "-c", code, str(sweep)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -40,7 +43,7 @@ def test_a_report_of_a_sweep_needs_neither_torch_nor_pyplot(sweep: Path) -> None
     assert out.startswith("DynMoE on RotatedDigits, test environment 0: 0.0 points from")
     assert f"Without a result:\n  {failed.path.name}: failed, DataError: no such folder" in out
     report = sweep / "report"
-    assert out.endswith(f"\n6 runs reported:\n{report / 'report.html'}\nset()\n")
+    assert out.endswith(f"\n6 runs reported:\n{report / 'report.html'}\nset()\nTrue\n")
     assert done.stderr == ""
     assert {"report.html", "report.md", "tables", "figures"} == {f.name for f in report.iterdir()}
     assert not read_runs([sweep]).warnings  # its own output is no run
