@@ -341,6 +341,8 @@ def test_tables(tmp_path: Path) -> None:
     assert "4 in the mean of environments, 4 in the single environments" in table.note
     assert "in 15: the same difference in every repetition" in table.note
     assert len(table.rows) == 3 * 6 and table.rows[12][1] == MEAN
+    best = [row[2] for row in accuracy_table(collection, claim.problem).rows]
+    assert [isinstance(cell, Strong) for cell in best] == [True, False, False, False]
     assert accuracy_table(collection, claim.problem).rows[-1] == (
         "DynMoE",
         "64.0 +/- 5.2",

@@ -311,6 +311,17 @@ def test_curves_are_means_over_seeds_with_a_panel_for_each_environment(tmp_path:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "DynMoE"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_steps_without_a_number_are_no_part_of_a_curve(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "dense", 0.4)
+    first, *others = folder.read("results")
+    first["scores"]["0/in"]["accuracy"] = math.nan
+    lines = [json.dumps(line) + "\n" for line in (first, *others)]
+    (folder.path / "results.jsonl").write_text("".join(lines))
+    dense = figure_of(draw_curves(runs_in(tmp_path))).axes[0].lines[0]
+    assert list(dense.get_xdata()) == [50, 100, 150]
+
+
 def test_a_dense_run_has_no_picture_of_routing(tmp_path: Path) -> None:
     write_run(tmp_path, "dense")
     runs = runs_in(tmp_path)
