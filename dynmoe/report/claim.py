@@ -241,7 +241,7 @@ def _compare(
         ]
     if grid and validates:
         picks = [
-            max(grid, key=lambda name: scores[name][index].validation)
+            max(grid, key=lambda name: _known(scores[name][index].validation))
             for index in range(len(repetitions))
         ]
         picked = [accuracies[name][index] for index, name in enumerate(picks)]
@@ -271,6 +271,11 @@ def _compare(
             _rank(last[setting], last.values()),
         ),
     )
+
+
+def _known(validation: float) -> float:
+    """NaN is lowest."""
+    return -math.inf if math.isnan(validation) else validation
 
 
 # Accuracies by setting, environment and repetition, and which of them may be compared.

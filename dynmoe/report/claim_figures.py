@@ -178,11 +178,15 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
 def _draw_curve(axes: Axes, runs: Sequence[Run], look: Style) -> None:
     """Draw the mean over the runs of a setting; outside the grid also their range and selection."""
     curves = [{r["step"]: judged(r, run.facts).test for r in run.results} for run in runs]
-    steps = sorted(set().union(*curves))
+    steps = np.array(sorted(set().union(*curves)))
     # NOTE: after its end a curve keeps its last value, else the mean would be of other runs.
     values = np.array(
         [[curve.get(min(step, max(curve)), math.nan) for step in steps] for curve in curves]
     )
+    known = np.isfinite(values).any(axis=0)
+    steps, values = steps[known], values[:, known]
+    if not known.any():
+        return
     mean = np.nanmean(values, axis=0)
     in_grid = runs[0].kind == "fixed"
     axes.plot(

@@ -210,14 +210,14 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
         found = [score.accuracy for score in cells[name, place].values()]
         return sum(found) / len(found) if found else -math.inf
 
-    best = {place: max(names, key=lambda name: mean(name, place)) for place in places}
+    best = {place: max(mean(name, place) for name in names) for place in places}
 
     def cell(name: str, place: str) -> str:
         found = cells[name, place]
         text = format_mean([found[repetition].accuracy for repetition in sorted(found)])
         gaps = lacks(name, place, found, repetitions, absent)
         text = f"{text} ({gaps})" if gaps else text
-        return Strong(text) if found and name == best[place] else text
+        return Strong(text) if found and mean(name, place) == best[place] else text
 
     return Table(
         f"{capital(words.measure)} of every setting on {problem.dataset}, {words.scale}",

@@ -59,7 +59,7 @@ def draw_all(run: Run) -> list[Path]:
 
 def figures_of(run: Run) -> dict[str, Figure]:
     """The figures of a run that have something to show, by name."""
-    training = [line for line in run.routing if line["source"] == "train"]
+    training = run.training_routing
     thresholds = [line for line in training if line.get("thresholds") is not None]
     examples = [each for each in run.folder.read("examples") if each["step"] == run.outcome.step]
     slots = {line["layer"]: line["slots"] for line in on_tests(run)}
@@ -145,53 +145,57 @@ WIDE = 50
 def _draw_sets(axes: Axes, run: Run, value: Value) -> list[Line2D]:
     """Draw a curve for each set that has values; return lines for the legend."""
     steps = [record["step"] for record in run.results]
+    curves = {name: [value(record, name) for record in run.results] for name in run.scores}
     places: dict[str, list[str]] = {}
-    curves = {}
-    for name in run.scores:
-        values = [value(record, name) for record in run.results]
+    for name, values in curves.items():
         if np.isfinite(values).any():
-            place, _, split = name.rpartition("/")
-            places.setdefault(place or split, []).append(name)
-            curves[name] = values
-    main, colours, splits = [], [], {}
-    palette = itertools.cycle(OTHERS)
+            places.setdefault(name.rpartition("/")[0] or name, []).append(name)
+    reported, palette = run.facts["reported"]["sets"], itertools.cycle(OTHERS)
+    selects = run.problem.validates and run.facts["selects"]["sets"] == reported
+    chosen = "reported, selects" if selects else "reported"
+    main, others, splits = [], [], dict[str, Any]()
     for index, (place, names) in enumerate(places.items()):
-        is_split = names != [place]
-        colour = "black" if place in run.tested else next(palette)
-        own: dict[str, Any] = {"color": colour, "linewidth": OTHER}
-        if not is_split:
-            own |= {"linestyle": DASHES[index % len(DASHES)]}
-        rest = 0
+        is_split, is_tested = names != [place], place in run.tested
+        own = {
+            "color": "black" if is_tested else next(palette),
+            "linewidth": OTHER,
+            "linestyle": DASHES[0] if is_split else DASHES[index % len(DASHES)],
+            **_mark(steps),
+        }
         for name, dash in zip(names, itertools.cycle(DASHES)):
             look = own | ({"linestyle": dash} if is_split else {})
-            if name in run.facts["reported"]["sets"]:
-                look |= {"linewidth": MAIN, "zorder": 4}
-                main.append(Line2D([], [], label=f"{name} (reported)", **look))
-            else:
-                rest += 1
             if is_split:
                 splits[name.rpartition("/")[2]] = dash
-            mark = "o" if len(steps) == 1 else None
-            axes.plot(steps, curves[name], marker=mark, markersize=3, **look)
-        if rest:
-            label = f"{place} ({run.words.mark})" if place in run.tested else place
-            colours.append(Line2D([], [], label=label, **own))
+            if name in reported:
+                look |= {"linewidth": MAIN, "zorder": 4}
+                main.append(Line2D([], [], label=f"{name} ({chosen})", **look))
+            axes.plot(steps, curves[name], **look)
+        if set(names) - set(reported):
+            label = f"{place} ({run.words.mark})" if is_tested else place
+            others.append(Line2D([], [], label=label, **own))
     dashes = [
         Line2D([], [], color=GREY, linestyle=dash, linewidth=OTHER, label=f"{split} split")
         for split, dash in splits.items()
     ]
-    return [*main, *colours, *dashes]
+    return [*main, *others, *dashes]
 
 
 def _second(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str) -> list[Line2D]:
-    look: dict[str, Any] = {"color": SECOND, "linestyle": "-.", "linewidth": MAIN, "zorder": 5}
-    mark = "o" if len(steps) == 1 else None
-    axes.plot(steps, values, marker=mark, **look)
+    """Draw the curve beside those of sets: validation, or training."""
+    look = {"color": SECOND, "linestyle": "-.", "linewidth": MAIN, "zorder": 5, **_mark(steps)}
+    axes.plot(steps, values, **look)
     return [Line2D([], [], label=label, **look)]
+
+
+def _mark(steps: Sequence[int]) -> dict[str, Any]:
+    """A curve of one point has no line to see."""
+    return {"marker": "o", "markersize": 5} if len(steps) == 1 else {}
 
 
 def _finish(figure: Figure, axes: Axes, run: Run, legend: Sequence[Line2D]) -> None:
     over_steps(axes)
+    if len(run.results) == 1:
+        axes.set_xlim(left=0)
     _add_epochs(axes, run.results)
     figure.legend(handles=legend, loc="outside right center", frameon=False)
 
@@ -216,7 +220,7 @@ def _number(value: float | None) -> float:
 def _marks(axes: Axes, run: Run) -> list[Line2D]:
     """Lines for the selected step and the baseline, for the legend."""
     lines = []
-    if run.outcome.is_selected:
+    if run.outcome.is_selected and len(run.results) > 1:
         line = axes.axvline(run.outcome.step, color=GREY, linewidth=1, linestyle="-.", zorder=1)
         line.set_label(f"selected step ({run.outcome.step})")
         lines.append(line)

@@ -354,7 +354,6 @@ CONDITIONS: dict[str, CellText] = {
     "weights": _fact("weights"),
     "data hash": lambda runs: every(sorted({run.facts["data_hash"] for run in runs})),
     "versions": _fact("versions"),
-    "commit": _fact("commit", ABSENT),
     "machine": _fact("machine"),
     "device, threads": _each(lambda run: f"{run.facts['device']}, {run.facts['threads']}"),
     "runtime": _fact("runtime"),

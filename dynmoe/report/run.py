@@ -104,7 +104,7 @@ class Run:
     def nonfinite_step(self) -> int | None:
         """Step at which the loss was first seen not to be finite; None if it always was."""
         for record in (self.facts, *self.results):
-            if record.get("nonfinite_step") is not None:
+            if isinstance(record.get("nonfinite_step"), int):
                 return int(record["nonfinite_step"])
         losses = ((record["step"], record.get("loss")) for record in self.results)
         return next((n for n, loss in losses if loss is not None and not math.isfinite(loss)), None)
@@ -189,8 +189,9 @@ class Run:
         return {name: found[name] for name in sorted(found, key=place)}
 
     @cached_property
-    def routing(self) -> list[Record]:
-        return self.folder.read("routing")
+    def training_routing(self) -> list[Record]:
+        """The routing records of training, at every step; those of sets are most of the file."""
+        return [line for line in self.folder.read("routing") if line.get("source") == "train"]
 
     @cached_property
     def routing_at_outcome(self) -> list[Record]:

@@ -282,7 +282,7 @@ def different_conditions(runs: Sequence[Run]) -> list[str]:
     for problem in dict.fromkeys(run.problem for run in runs):
         members = [run for run in runs if run.problem == problem]
         facts = [
-            {key: run.facts.get(key) for key in ("device", "threads", "commit")}
+            {key: run.facts.get(key) for key in ("device", "threads")}
             | run.facts["runtime"]
             | run.facts["versions"]
             for run in members
@@ -378,7 +378,7 @@ def check_routing(run: Run) -> None:
     """
     file = run.folder.path / "routing.jsonl"
     try:
-        lines = [*run.routing_at_outcome, *(run.routing if run.kind == "adaptive" else [])]
+        lines = [*run.routing_at_outcome, *(run.training_routing if run.kind == "adaptive" else [])]
     except ValueError:  # it does not know the line; reading all of them does
         lines = run.folder.read("routing")
     for line in lines:

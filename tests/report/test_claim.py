@@ -129,6 +129,14 @@ def test_the_pick_is_by_validation_and_the_best_by_test(tmp_path: Path) -> None:
     }
 
 
+def test_a_validation_that_is_not_known_is_not_picked(tmp_path: Path) -> None:
+    write_run(tmp_path, "top-1 of 2", 0.6, validation=math.nan)
+    write_run(tmp_path, "top-2 of 4", 0.5, validation=0.7)
+    write_run(tmp_path, "DynMoE", 0.65)
+    _, (claim,) = read(tmp_path)
+    assert claim.overall.against("pick")[0].setting == "top-2 of 4"
+
+
 def test_every_repetition_picks_anew(tmp_path: Path) -> None:
     for seed, validation in enumerate(([0.9, 0.8], [0.7, 0.8])):
         write_run(tmp_path, "top-1 of 2", 0.5, validation=validation[0], seed=seed)
@@ -341,6 +349,8 @@ def test_tables(tmp_path: Path) -> None:
     assert "4 in the mean of environments, 4 in the single environments" in table.note
     assert "in 15: the same difference in every repetition" in table.note
     assert len(table.rows) == 3 * 6 and table.rows[12][1] == MEAN
+    best = [row[2] for row in accuracy_table(collection, claim.problem).rows]
+    assert [isinstance(cell, Strong) for cell in best] == [True, False, False, False]
     assert accuracy_table(collection, claim.problem).rows[-1] == (
         "DynMoE",
         "64.0 +/- 5.2",

@@ -26,7 +26,7 @@ ALL = ["experts", "k_per_layer", "load", "loss", "scores", "thresholds"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("figures") / "run"
-    return read_run(write_synthetic_run(folder, layers=3, max_experts=40))
+    return read_run(write_synthetic_run(folder, layers=2, max_experts=40))
 
 
 def changed(run: Run, folder: Path, change: Callable[[RunFolder], object]) -> Run:
@@ -153,7 +153,7 @@ def test_a_loss_that_was_not_finite_is_marked(run: Run) -> None:
 
 def test_thresholds_of_many_slots_have_looks_and_names_of_their_own(run: Run) -> None:
     figure = figures_of(run)["thresholds"]
-    slots = {slot for line in run.routing for slot in line["slots"]}
+    slots = {slot for line in run.training_routing for slot in line["slots"]}
     assert legend(figure) == [str(slot) for slot in sorted(slots)]
     looks = {(line.get_color(), line.get_linestyle()) for line in curves(figure)}
     assert len(slots) > 14 and len(looks) == len(slots)
@@ -175,9 +175,8 @@ def test_experts_end_with_the_run_below_the_pool(run: Run) -> None:
 
 
 def test_layers_are_listed_from_the_first_down(run: Run) -> None:
-    training = [line for line in run.routing if line["source"] == "train"]
-    figure = draw_k_over_steps(run, training)
-    layers = ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]
+    figure = draw_k_over_steps(run, run.training_routing)
+    layers = ["blocks.0.mlp", "blocks.1.mlp"]
     assert legend(figure) == layers
     heat_map = figure.axes[1]
     assert [text.get_text() for text in heat_map.get_yticklabels()] == layers

@@ -71,7 +71,7 @@ def test_the_figure_of_scores_has_epochs_and_every_set(tmp_path: Path) -> None:
     folder = write_language_run(tmp_path, dataset="MNLI", others=["mismatched"])
     figure = draw_scores(read_run(folder))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["dev (reported)", "mismatched", "selected step (100)"]
+    assert labels == ["dev (reported, selects)", "mismatched", "selected step (100)"]
     assert figure.axes[0].get_ylabel() == "accuracy, %"
     epochs = figure.axes[0].child_axes[0]
     assert epochs.get_xlabel() == "epoch"

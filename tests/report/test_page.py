@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
 import pytest
-from sweeps import write_run, write_sweep
+from sweeps import save_nothing, write_run, write_sweep
 
 from dynmoe.report import page
-from dynmoe.report.document import Code, Document, Picture, Section, Sheet
+from dynmoe.report.costs import read_timings
+from dynmoe.report.document import Code, Document, Picture, Section, Sheet, write
 from dynmoe.report.runs import read_runs
 from dynmoe.report.tables import Strong
 
@@ -47,8 +49,25 @@ def build(folder: Path) -> Document:
     return page.build(read_runs([folder]))
 
 
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete sweep, not measured."""
+    return write_sweep(tmp_path_factory.mktemp("page") / "sweep", SWEEP)
+
+
+@pytest.fixture(scope="module")
+def document(sweep: Path) -> Document:
+    return build(sweep)
+
+
+def made(folder: Path) -> Section:
+    """The section on how the runs were made, without drawing the others."""
+    collection = read_runs([folder])
+    return page.how_it_was_made(collection, read_timings(collection).values())
+
+
 def commands_of(folder: Path) -> list[str]:
-    code = build(folder).sections[-2].blocks[1]
+    code = made(folder).blocks[1]
     assert isinstance(code, Code)
     return code.text.splitlines()
 
@@ -101,35 +120,28 @@ def test_what_is_missing_has_its_reason(tmp_path: Path) -> None:
     assert "broken" in warnings.lines[0]  # type: ignore[union-attr]
 
 
-def test_nothing_is_missing_of_a_complete_sweep(tmp_path: Path) -> None:
-    document = build(write_sweep(tmp_path, SWEEP))
+def test_nothing_is_missing_of_a_complete_sweep(document: Document) -> None:
     assert [section.name for section in document.sections[-2:]] == ["made", "every-run"]
 
 
 def test_every_run_can_be_worked_out_again(tmp_path: Path) -> None:
     write_sweep(tmp_path, {"dense": {"0": [0.5]}, "DynMoE": {"0": [0.6, 0.7015625]}})
-    (sheet,) = build(tmp_path).sections[-1].blocks
-    assert isinstance(sheet, Sheet)
-    assert sheet.table.rows == (
+    collection = read_runs([tmp_path])
+    assert page.every_run(collection, collection.problems[0]).rows == (
         ("dense", "0", "0", "0", "100", "50.00", "50.00", "51.00"),
         ("DynMoE", "0", "0", "0", "100", "60.00", "60.00", "61.00"),
         ("DynMoE", "0", "1", "0", "100", "70.16", "70.16", "71.16"),
     )
 
 
-def test_without_a_measurement_a_sentence_says_so(tmp_path: Path) -> None:
-    cost = build(write_sweep(tmp_path, SWEEP)).sections[1]
-    assert cost.blocks[2] == (
-        f"Times and memory are not measured: dynmoe-bench step --runs {tmp_path} does it."
+def test_without_a_measurement_a_sentence_says_so(document: Document, sweep: Path) -> None:
+    assert document.sections[1].blocks[2] == (
+        f"Times and memory are not measured: dynmoe-bench step --runs {sweep} does it."
     )
 
 
-def test_a_picture_of_time_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    section = next(
-        part
-        for part in build(write_sweep(tmp_path, SWEEP)).sections
-        if part.name == "accuracy-by-cost"
-    )
+def test_a_picture_of_time_is_left_out_with_the_reason(document: Document) -> None:
+    section = next(part for part in document.sections if part.name == "accuracy-by-cost")
     assert section.blocks[1] == "Accuracy against time is left out: not measured."
 
 
@@ -137,7 +149,7 @@ def test_conditions_name_every_value(tmp_path: Path) -> None:
     sizes = {"0/in": 240, "0/out": 60}
     write_run(tmp_path, "dense", seed=0, facts={"sizes": sizes})
     write_run(tmp_path, "top-1 of 2", seed=1, facts={"batch_size": 16})
-    sheet = build(tmp_path).sections[-2].blocks[0]
+    sheet = made(tmp_path).blocks[0]
     assert isinstance(sheet, Sheet) and sheet.table.in_words
     assert dict(sheet.table.rows) == {
         "measure": "accuracy",
@@ -210,7 +222,7 @@ def test_every_problem_has_a_section_and_files_of_its_own(tmp_path: Path) -> Non
     assert isinstance(overview, Sheet)
     assert overview.table.rows[0] == (
         *("Other <Set>", "DynMoE", "60.0", "40.0", "40.0"),
-        *("unknown", "unknown"),
+        *["no verdict: one repetition proves nothing"] * 2,
     )
 
 
@@ -231,17 +243,26 @@ def test_contrast_is_a_setting_whose_tokens_choose(tmp_path: Path) -> None:
     assert titles == ["DynMoE", "DynMoE", "top-1 of 4", "top-1 of 4"]
 
 
-def test_all_forms_hold_all_tables_and_the_same_bytes(tmp_path: Path) -> None:
-    sweep = write_sweep(tmp_path / "sweep", SWEEP)
-    collection = read_runs([sweep])
-    first = page.write(collection, tmp_path / "first")
-    second = page.write(read_runs([sweep]), tmp_path / "second")
+def test_the_same_runs_give_the_same_bytes(document: Document, sweep: Path, tmp_path: Path) -> None:
+    first, second = (
+        # The claim, with a figure; that of all figures would take long.
+        write(replace(each, sections=each.sections[:1]), tmp_path / name)
+        for each, name in ((document, "first"), (build(sweep), "second"))
+    )
+    assert {".png", ".svg", ".html", ".md", ".csv", ".tex"} == {path.suffix for path in first}
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_all_forms_hold_all_tables(
+    document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynmoe.report.document.save", save_nothing)
+    write(document, tmp_path / "first")
     html = unescape((tmp_path / "first" / "report.html").read_text())
     markdown = (tmp_path / "first" / "report.md").read_text()
     assert "http" not in html and "<script" not in html
     pictures = 0
-    for section in page.build(collection).sections:
+    for section in document.sections:
         for block in section.blocks:
             if isinstance(block, Picture):
                 pictures += 1
@@ -257,5 +278,5 @@ def test_all_forms_hold_all_tables_and_the_same_bytes(tmp_path: Path) -> None:
                     assert cell in html and cell in markdown
                 assert latex.count(r"\\") == len(rows)
     assert html.count("<img ") == html.count(' alt="') == pictures
-    for number in ("62.5 +/- 5.3", "70.0 +/- 7.1", "+10.0"):
+    for number in ("62.5 +/- 5.3", "70.0 +/- 7.1", "−7.5"):
         assert number in html and number in markdown

@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from sweeps import write_run, write_sweep
+from sweeps import save_nothing, write_run, write_sweep
 
+from dynmoe.report import document
 from dynmoe.report.runs import read_runs
 from runners.report import main
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    accuracies = {"0": [0.5, 0.6], "15": [0.7, 0.8]}
-    names = ("dense", "top-1 of 2", "top-2 of 4", "DynMoE")
-    return write_sweep(tmp_path / "small", dict.fromkeys(names, accuracies))
+    names = ("dense", "top-1 of 2", "DynMoE")
+    return write_sweep(tmp_path / "small", {name: {"0": [0.5, 0.6]} for name in names})
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -28,26 +28,32 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
-def test_a_report_of_a_sweep_needs_neither_torch_nor_pyplot(sweep: Path) -> None:
-    failed = write_run(sweep, "top-2 of 4", seed=2, state="failed")
+def test_a_report_of_a_sweep_is_light(sweep: Path) -> None:
+    """It needs neither PyTorch nor pyplot, nor all of SciPy's distributions."""
+    failed = write_run(sweep, "top-1 of 2", seed=2, state="failed")
     code = (
-        "import sys; from runners.report import main; main(sys.argv[1:]);"
-        "print({'torch', 'lightning', 'hydra', 'matplotlib.pyplot'} & set(sys.modules))"
+        "import resource, sys; from runners.report import main; main(sys.argv[1:]);"
+        "heavy = {'torch', 'lightning', 'hydra', 'matplotlib.pyplot', 'scipy.stats'};"
+        "print(heavy & set(sys.modules));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 250 * 1024)"  # KiB on Linux
     )
     command = [sys.executable, "-c", code, str(sweep)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     out = done.stdout
-    assert out.startswith("DynMoE on RotatedDigits, mean of 2 test environments, is not signif")
+    assert out.startswith("DynMoE on RotatedDigits, test environment 0: 0.0 points from")
     assert f"Without a result:\n  {failed.path.name}: failed, DataError: no such folder" in out
     report = sweep / "report"
-    assert out.endswith(f"\n16 runs reported:\n{report / 'report.html'}\nset()\n")
+    assert out.endswith(f"\n6 runs reported:\n{report / 'report.html'}\nset()\nTrue\n")
     assert done.stderr == ""
     assert {"report.html", "report.md", "tables", "figures"} == {f.name for f in report.iterdir()}
     assert not read_runs([sweep]).warnings  # its own output is no run
 
 
-def test_out_and_several_folders(sweep: Path, tmp_path: Path) -> None:
-    write_sweep(tmp_path / "more", {"DynMoE-tutel": {"0": [0.5], "15": [0.5]}})
+def test_out_and_several_folders(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document, "save", save_nothing)
+    write_sweep(tmp_path / "more", {"DynMoE-tutel": {"0": [0.5]}})
     main([str(sweep), str(tmp_path / "more"), "--out", str(tmp_path / "page")])
     assert "DynMoE-tutel" in (tmp_path / "page" / "report.md").read_text()
     assert not (sweep / "report").exists()

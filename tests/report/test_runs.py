@@ -194,7 +194,10 @@ def test_pairs_of_test_environments_only_select(tmp_path: Path) -> None:
         ({"threads": 1}, "threads (2; 1)"),
         ({"runtime": {"precision": "bf16-mixed"}}, "precision (32-true; bf16-mixed)"),
         ({"versions": {"dynmoe": "0.1.0", "torch": "2.14.1"}}, "torch (2.11.0; 2.14.1)"),
-        ({"commit": "abc"}, "commit (unknown; abc)"),
+        (
+            {"versions": {"dynmoe": "0.1.0+abc", "torch": "2.11.0"}},
+            "dynmoe (0.1.0; 0.1.0+abc)",
+        ),
         (
             {"start_experts": {"blocks.2.mlp": 2, "blocks.3.mlp": 2}},
             "MoE layers (blocks.2.mlp blocks.4.mlp; blocks.2.mlp blocks.3.mlp)",
@@ -383,5 +386,7 @@ def test_a_job_whose_configuration_says_nothing_is_named(tmp_path: Path) -> None
 def test_routing_at_the_outcome_is_that_of_the_full_records(tmp_path: Path) -> None:
     write_run(tmp_path)
     (run,) = read_runs([tmp_path]).runs
-    assert run.routing_at_outcome == [line for line in run.routing if line["step"] == SELECTED]
+    lines = run.folder.read("routing")
+    assert run.routing_at_outcome == [line for line in lines if line["step"] == SELECTED]
+    assert run.training_routing == [line for line in lines if line["source"] == "train"]
     assert len(run.routing_at_outcome) == 8
