@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -98,6 +101,16 @@ def saved(layer: MoELayer) -> MoELayer:
     return loaded
 
 
+def distributed_checkpoint(layer: MoELayer) -> MoELayer:
+    """It reads into the tensors of a state, and leaves the module alone."""
+    other = make_layer()
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(layer.state_dict(), checkpoint_id=folder, no_dist=True)
+        dcp.load(other.state_dict(), checkpoint_id=folder, no_dist=True)
+    return other
+
+
 def in_inference_mode(layer: MoELayer) -> MoELayer:
     """Tensors made there have no version counter."""
     with torch.inference_mode():
@@ -120,6 +133,7 @@ WAYS = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
     "torch.save": saved,
+    "distributed checkpoint": distributed_checkpoint,
     "inference mode": in_inference_mode,
     "to": lambda layer: copy.deepcopy(layer).to(torch.float64).to(torch.float32),
 }
