@@ -47,6 +47,7 @@ class Blocks(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_one_graph_break_a_layer() -> None:
     assert torch._dynamo.explain(make_layer())(torch.randn(3, 5, DIM)).graph_break_count == 1
     options = {"patch_size": 4, "embed_dim": DIM, "depth": 3, "num_heads": 2}
@@ -58,6 +59,7 @@ def test_one_graph_break_a_layer() -> None:
     assert len(reasons) == 2
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager_and_new_loads_compile_nothing() -> None:
     model, counter = Blocks(), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)

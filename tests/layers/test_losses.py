@@ -181,11 +181,18 @@ OFFICIAL = {
 }
 
 
+def flat_grad(value: Tensor, by: list[Tensor]) -> Tensor:
+    grads = torch.autograd.grad(value, by, allow_unused=True)
+    parts = [torch.zeros_like(t) if g is None else g for t, g in zip(by, grads, strict=True)]
+    return torch.cat([part.flatten() for part in parts])
+
+
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_gradient_of_official_losses(name: str, x_TD: Tensor) -> None:
     preset_name, _, other = name.partition(", ")
     router = preset(preset_name, **({"aux": "diverse_simple"} if other else {}))
-    parameters = list(router.parameters())
+    x_TD = x_TD.clone().requires_grad_()  # the loss moves the layers before, too
+    parameters = [x_TD, *router.parameters()]
     found = []
     for loss in (
         lambda: router(x_TD, LIVE if isinstance(router, TopAnyRouter) else range(4)).aux,
@@ -193,15 +200,27 @@ def test_gradient_of_official_losses(name: str, x_TD: Tensor) -> None:
     ):
         torch.manual_seed(7)
         value = loss()
-        grads = torch.autograd.grad(value, parameters, allow_unused=True)
-        grads = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)
-        ]
-        found.append((value.detach(), torch.cat([g.flatten() for g in grads])))
+        found.append((value.detach(), flat_grad(value, parameters)))
     (value, grad), (expected, expected_grad) = found
     torch.testing.assert_close(value, expected, rtol=1e-4, atol=0)
     assert expected_grad.norm() > 1e-4
     assert (grad - expected_grad).norm() < 1e-4 * expected_grad.norm()
+
+
+@pytest.mark.parametrize("name", ["dynmoe_official_deepspeed", "dynmoe_official_tutel"])
+def test_gradient_of_official_weights(name: str, x_TD: Tensor) -> None:
+    """1/k is a constant in DeepSpeed's head; tutel divides by the sum of gates, which moves."""
+    router = preset(name)
+    c_TE = torch.randn(40, 3, generator=torch.Generator().manual_seed(3))
+    gate, mask = gates(router, x_TD)
+    by = (gate if name == "dynmoe_official_tutel" else mask).sum(1, keepdim=True)
+    expected = gate[:, LIVE] / torch.where(mask.any(1, keepdim=True), by, 1.0)
+    assert (mask.sum(1) > 1).any() and not mask.any(1).all()
+    found = router(x_TD, LIVE).weights_TE
+    torch.testing.assert_close(found, expected)
+    parameters = list(router.parameters())
+    mine, official = (flat_grad((w_TE * c_TE).sum(), parameters) for w_TE in (found, expected))
+    assert (mine - official).norm() < 1e-4 * official.norm()
 
 
 def test_losses_of_masked_tokens_are_those_of_the_others(x_TD: Tensor) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dynmoe.layers import MoELayer, TopAnyRouter, record_routing
@@ -98,6 +102,16 @@ def saved(layer: MoELayer) -> MoELayer:
     return loaded
 
 
+def distributed_checkpoint(layer: MoELayer) -> MoELayer:
+    """It reads into the tensors of a state, and leaves the module alone."""
+    other = make_layer()
+    with TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(layer.state_dict(), checkpoint_id=folder, no_dist=True)
+        dcp.load(other.state_dict(), checkpoint_id=folder, no_dist=True)
+    return other
+
+
 def in_inference_mode(layer: MoELayer) -> MoELayer:
     """Tensors made there have no version counter."""
     with torch.inference_mode():
@@ -120,6 +134,7 @@ WAYS = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
     "torch.save": saved,
+    "distributed checkpoint": distributed_checkpoint,
     "inference mode": in_inference_mode,
     "to": lambda layer: copy.deepcopy(layer).to(torch.float64).to(torch.float32),
 }
@@ -198,3 +213,23 @@ def test_a_device_is_read_only_where_the_buffer_was_written(
     twin = copy.deepcopy(changed)
     twin.active_E[2] = False
     assert twin.live == (3, 4) and changed.live == (2, 3, 4)
+
+
+def _broadcast(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    layer = make_layer()
+    model = nn.parallel.DistributedDataParallel(layer, find_unused_parameters=True)
+    x = torch.randn(9, DIM)
+    model(x).sum().backward()
+    if rank == 0:
+        layer.remove_expert(0)
+        layer.add_expert(4, torch.ones(DIM))
+    model(x)  # rank 0's buffers go to all others before it
+    torch.save(layer.live, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_buffers_broadcast_by_ddp(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_broadcast, args=(str(tmp_path),), nprocs=2)
+    assert torch.load(tmp_path / "1.pt") == torch.load(tmp_path / "0.pt") == (1, 4)

@@ -194,3 +194,29 @@ def test_a_loss_that_is_not_a_number_stays_one() -> None:
 def test_a_set_may_not_be_called_as_the_training_data_is() -> None:
     with pytest.raises(DataError, match="called train"):
         task(("accuracy",), 2, env_names=["dev", "train"])
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "half", "to"])
+def test_sums_stay_fp32_whatever_the_precision(change: str) -> None:
+    """In bf16 a sum of losses stops growing at some hundreds, correlations lose their digits."""
+    made = task(("pearson", "spearman"), 0)
+    made = made.to(torch.bfloat16) if change == "to" else getattr(made, change)()
+    losses = 1 + torch.rand(600, generator=torch.Generator().manual_seed(0))
+    for loss in losses:
+        made.mean_loss.update(loss)
+    assert made.losses_since_last()["loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+    predicted = torch.randn(400, 1, generator=torch.Generator().manual_seed(1))
+    label = predicted[:, 0] + torch.randn(400, generator=torch.Generator().manual_seed(2))
+    scores = evaluated(made, dev=(predicted, label))["dev"]
+    assert scores["pearson"] == pytest.approx(pearsonr(predicted[:, 0], label)[0], abs=1e-6)
+    assert scores["spearman"] == pytest.approx(spearmanr(predicted[:, 0], label)[0], abs=1e-6)
+
+
+def test_counts_stay_integers_in_half_precision() -> None:
+    made = task(("accuracy", "matthews"), 2).to(torch.bfloat16)
+    states = [
+        getattr(metric, key)
+        for metric in made.metrics["set dev"].values()
+        for key in metric._defaults
+    ]
+    assert {state.dtype for state in states} == {torch.long}

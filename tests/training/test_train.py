@@ -16,6 +16,7 @@ from dynmoe import job
 from dynmoe.errors import ConfigError, DataError, UserError
 from dynmoe.records import RunFolder
 from dynmoe.selection import selected
+from dynmoe.tasks.base import MoETask
 from dynmoe.training import evaluate
 
 MEASURED = {"step_time", "eval_time", "mem_gb"}  # differ from run to run
@@ -243,6 +244,26 @@ def test_bf16_stays_near_fp32(run: Run, trained: Trained) -> None:
     mixed = run("trainer.precision=bf16-mixed", name="mixed").read("results")
     for a, b in zip(mixed, full, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.05) and a["loss"] != b["loss"]
+
+
+@pytest.mark.slow
+def test_recorded_loss_is_the_mean_of_the_logged_ones_in_pure_bf16(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[float] = []
+    log = MoETask.log
+
+    def kept(self: MoETask, name: str, value: Any, **options: Any) -> None:
+        if name == "train/loss":
+            logged.append(float(value))
+        log(self, name, value, **options)
+
+    monkeypatch.setattr(MoETask, "log", kept)
+    results = run("trainer.precision=bf16-true").read("results")
+    parts = [logged[:1], logged[1:5], logged[5:]]
+    assert [line["loss"] for line in results] == pytest.approx(
+        [sum(part) / len(part) for part in parts], rel=1e-5
+    )
 
 
 @pytest.mark.slow
