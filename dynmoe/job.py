@@ -98,6 +98,7 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
 def train(cfg: DictConfig, folder: RunFolder) -> bool:
     """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0."""
     if not _is_child():
+        folder.path.mkdir(parents=True, exist_ok=True)
         folder.say(f"run folder: {folder.path}")  # at once: loading PyTorch and the data takes time
     from dynmoe.training import build
 
@@ -109,7 +110,6 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     trainer = build.build_trainer(cfg, callbacks, folder, data.steps)
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
     if trainer.is_global_zero:
-        folder.path.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
         facts = build.facts(cfg, data, task, trainer, settings)
         folder.write_run(facts)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from dynmoe.errors import UserError
 from dynmoe.version import version
@@ -31,7 +31,8 @@ GOES_ON = "The same command goes on from the last evaluation."
 
 _ended_by: int | None = None
 _pid = 0  # of the process that catches signals: its forks (loaders of data) do not
-_is_command = False
+_caught: list[int] = []
+_role: Literal["", "command", "worker"] = ""  # none: our modules are used by other code
 
 
 @contextmanager
@@ -44,8 +45,8 @@ def command(prog: str, after: str = "") -> Iterator[None]:
         SystemExit: with 0 after `--version`, 2 on a UserError, 128 + the number of the signal, as
             shells count, on Ctrl-C, SIGTERM or SIGHUP.
     """
-    global _is_command, _ended_by
-    _is_command, _ended_by = True, None
+    global _role, _ended_by
+    _role, _ended_by = "command", None
     settle()
     catch_signals()
     try:
@@ -89,9 +90,14 @@ def waiting() -> str:
     return " ".join(f"{k}={os.environ[k]}" for k in WAITING if k in os.environ) or "default"
 
 
+def is_command() -> bool:
+    """Whether `command` runs in this process."""
+    return _role == "command"
+
+
 def is_worker() -> bool:
     """Whether a launcher started this process for some jobs of a command, which runs elsewhere."""
-    return not _is_command
+    return _role == "worker"
 
 
 # Output. A terminal may know few characters, a pipe may close, a disk may be full: the results are
@@ -162,15 +168,20 @@ def interruption(error: BaseException | None) -> Stopped | None:
 def catch_signals() -> None:
     """Raise Stopped on Ctrl-C, SIGTERM and SIGHUP, and end at once on a second one.
 
-    What is ignored stays ignored (nohup). Call it again where a library has put its own handler in
-    place: Lightning's waits for the other ranks, which may wait for this one.
+    What is ignored stays ignored (nohup).
     """
     global _pid
     _pid = os.getpid()
     if threading.current_thread() is threading.main_thread():
-        for signum in ENDING:
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, _stop)
+        _caught[:] = [s for s in ENDING if signal.getsignal(s) is not signal.SIG_IGN]
+        catch_signals_again()
+
+
+def catch_signals_again() -> None:
+    """Take back what a library has put its own handlers on: Lightning's waits for the other ranks,
+    which may wait for this one."""
+    for signum in _caught:
+        signal.signal(signum, _stop)
 
 
 def follow_command() -> None:
@@ -178,11 +189,13 @@ def follow_command() -> None:
 
     A launcher that handles SIGTERM itself (Slurm's preemption by submitit) keeps its handlers.
     """
+    global _role
+    _role = "worker"
     settle()
     on_main_thread = threading.current_thread() is threading.main_thread()
     if on_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        catch_signals()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        catch_signals()
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -90,6 +90,7 @@ def test_what_is_ignored_stays_ignored() -> None:
 
 def test_a_worker_leaves_ctrl_c_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_ended_by", None)
+    monkeypatch.setattr(process, "_role", "")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     process.follow_command()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -97,7 +98,9 @@ def test_a_worker_leaves_ctrl_c_to_the_command(monkeypatch: pytest.MonkeyPatch) 
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_launchers_own_handling_of_preemption_stays() -> None:
+def test_a_launchers_own_handling_of_preemption_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_role", "")
+
     def bypass(*_: object) -> None:
         pass
 

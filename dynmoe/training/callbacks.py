@@ -74,8 +74,7 @@ class RunRecorder(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_save = trainer.global_step
-        if not process.is_worker():
-            process.catch_signals()  # Lightning has just put its own handlers in place
+        process.catch_signals_again()  # Lightning has just put its own handlers in place
         # A run that was killed after its last evaluation must not resume training.
         trainer.should_stop = trainer.should_stop or self._is_over()
 
