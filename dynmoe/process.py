@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -27,9 +28,13 @@ ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 
+PATIENCE = 3.0
+"""Seconds after a signal in which further ones are ignored: libraries end their own processes."""
+
 GOES_ON = "The same command goes on from the last evaluation."
 
-_ended_by: int | None = None
+_ended_at: float | None = None
+_last_words = ""
 _pid = 0  # of the process that catches signals: its forks (loaders of data) do not
 _caught: list[int] = []
 _role: Literal["", "command", "worker"] = ""  # none: our modules are used by other code
@@ -45,8 +50,9 @@ def command(prog: str, after: str = "") -> Iterator[None]:
         SystemExit: with 0 after `--version`, 2 on a UserError, 128 + the number of the signal, as
             shells count, on Ctrl-C, SIGTERM or SIGHUP.
     """
-    global _role, _ended_by
-    _role, _ended_by = "command", None
+    global _role, _ended_at, _last_words
+    _role, _ended_at = "command", None
+    _last_words = f"{prog}: stopped{{}}. {after}".rstrip()
     settle()
     catch_signals()
     try:
@@ -60,10 +66,17 @@ def command(prog: str, after: str = "") -> Iterator[None]:
         ended = interruption(error)
         if ended is None:
             raise
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # of data-parallel processes, one speaks
-            by = "" if ended.signum == signal.SIGINT else f" by {signal.Signals(ended.signum).name}"
-            print(f"{prog}: stopped{by}. {after}".rstrip(), file=sys.stderr)
+        _say_stopped(ended.signum)
         raise SystemExit(128 + ended.signum) from None
+
+
+def _say_stopped(signum: int) -> None:
+    """Say once, of data-parallel processes by one, that the command was stopped."""
+    global _last_words
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and _last_words:
+        by = "" if signum == signal.SIGINT else f" by {signal.Signals(signum).name}"
+        print(_last_words.format(by), file=sys.stderr, flush=True)
+    _last_words = ""
 
 
 def refusal(prog: str, error: UserError) -> SystemExit:
@@ -166,7 +179,7 @@ def interruption(error: BaseException | None) -> Stopped | None:
 
 
 def catch_signals() -> None:
-    """Raise Stopped on Ctrl-C, SIGTERM and SIGHUP, and end at once on a second one.
+    """Raise Stopped on Ctrl-C, SIGTERM and SIGHUP, and end at once on another one that comes later.
 
     What is ignored stays ignored (nohup).
     """
@@ -199,12 +212,15 @@ def follow_command() -> None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    global _ended_by
+    global _ended_at
     if os.getpid() != _pid:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return
-    if _ended_by is not None:  # some library holds the process up
+    now = time.monotonic()
+    if _ended_at is None:
+        _ended_at = now
+        raise Stopped(signum)
+    if now - _ended_at >= PATIENCE:  # some library holds the process up
+        _say_stopped(signum)
         os._exit(128 + signum)
-    _ended_by = signum
-    raise Stopped(signum)
