@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 import shutil
@@ -90,7 +91,7 @@ def _guarded(job: Job, prog: str) -> Job:
     def guarded(cfg: DictConfig) -> float | None:
         hydra_cfg = HydraConfig.get()
         sweep = hydra_cfg.mode == RunMode.MULTIRUN
-        if process.is_worker():  # of a launcher
+        if not process.is_command():  # a launcher's process
             process.follow_command()
         folder = Path(hydra_cfg.runtime.output_dir)
         try:
@@ -104,7 +105,7 @@ def _guarded(job: Job, prog: str) -> Job:
             print(f"{prog}: job {hydra_cfg.job.num} is left to the process that is running it")
             return None
         except Exception as error:
-            refused = _user_error(error)
+            refused = _user_error(error) or _full_disk(error, folder)
             if sweep:
                 raise _job_failed(prog, hydra_cfg, cfg, refused or error) from None
             if refused is None:
@@ -130,6 +131,13 @@ def _user_error(error: BaseException | None) -> UserError | None:
     return error if isinstance(error, UserError) else None
 
 
+def _full_disk(error: Exception, folder: Path) -> UserError | None:
+    if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return None
+    place = error.filename or folder
+    return UserError(f"{place}: the disk is full. Make room on it. {process.GOES_ON}")
+
+
 def _job_failed(prog: str, hydra_cfg: HydraConf, cfg: DictConfig, error: Exception) -> RuntimeError:
     """Print the error now, because Hydra's launchers do not, and note it in the run's folder.
 
@@ -145,7 +153,8 @@ def _job_failed(prog: str, hydra_cfg: HydraConf, cfg: DictConfig, error: Excepti
         print(trace, file=sys.stderr)
     if cfg.get("mode") == "train":
         line = " ".join(message.split())
-        RunFolder(hydra_cfg.runtime.output_dir).mark_failed(line, trace)
+        with suppress(OSError):  # a full disk
+            RunFolder(hydra_cfg.runtime.output_dir).mark_failed(line, trace)
     return RuntimeError(message)
 
 

@@ -117,6 +117,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
         UserError: something ended training before its last step.
     """
     if not _is_child():
+        folder.path.mkdir(parents=True, exist_ok=True)
         folder.say(f"run folder: {folder.path}")  # at once: loading PyTorch and the data takes time
     from dynmoe.training import build
 
@@ -133,7 +134,6 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     callbacks = build.build_callbacks(cfg, data, folder)
     trainer = build.build_trainer(cfg, callbacks, folder, data.steps)
     if trainer.is_global_zero:
-        folder.path.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
         facts = build.facts(cfg, data, task, trainer, settings)
         folder.write_run(facts)

@@ -11,10 +11,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from dynmoe.errors import UserError
 from dynmoe.version import version
@@ -27,11 +28,16 @@ ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 
+PATIENCE = 3.0
+"""Seconds after a signal in which further ones are ignored: libraries end their own processes."""
+
 GOES_ON = "The same command goes on from the last evaluation."
 
-_ended_by: int | None = None
+_ended_at: float | None = None
+_last_words = ""
 _pid = 0  # of the process that catches signals: its forks (loaders of data) do not
-_is_command = False
+_caught: list[int] = []
+_role: Literal["", "command", "worker"] = ""  # none: our modules are used by other code
 
 
 @contextmanager
@@ -44,8 +50,9 @@ def command(prog: str, after: str = "") -> Iterator[None]:
         SystemExit: with 0 after `--version`, 2 on a UserError, 128 + the number of the signal, as
             shells count, on Ctrl-C, SIGTERM or SIGHUP.
     """
-    global _is_command, _ended_by
-    _is_command, _ended_by = True, None
+    global _role, _ended_at, _last_words
+    _role, _ended_at = "command", None
+    _last_words = f"{prog}: stopped{{}}. {after}".rstrip()
     settle()
     catch_signals()
     try:
@@ -59,10 +66,17 @@ def command(prog: str, after: str = "") -> Iterator[None]:
         ended = interruption(error)
         if ended is None:
             raise
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # of data-parallel processes, one speaks
-            by = "" if ended.signum == signal.SIGINT else f" by {signal.Signals(ended.signum).name}"
-            print(f"{prog}: stopped{by}. {after}".rstrip(), file=sys.stderr)
+        _say_stopped(ended.signum)
         raise SystemExit(128 + ended.signum) from None
+
+
+def _say_stopped(signum: int) -> None:
+    """Say once, of data-parallel processes by one, that the command was stopped."""
+    global _last_words
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and _last_words:
+        by = "" if signum == signal.SIGINT else f" by {signal.Signals(signum).name}"
+        print(_last_words.format(by), file=sys.stderr, flush=True)
+    _last_words = ""
 
 
 def refusal(prog: str, error: UserError) -> SystemExit:
@@ -89,9 +103,14 @@ def waiting() -> str:
     return " ".join(f"{k}={os.environ[k]}" for k in WAITING if k in os.environ) or "default"
 
 
+def is_command() -> bool:
+    """Whether `command` runs in this process."""
+    return _role == "command"
+
+
 def is_worker() -> bool:
     """Whether a launcher started this process for some jobs of a command, which runs elsewhere."""
-    return not _is_command
+    return _role == "worker"
 
 
 # Output. A terminal may know few characters, a pipe may close, a disk may be full: the results are
@@ -160,17 +179,22 @@ def interruption(error: BaseException | None) -> Stopped | None:
 
 
 def catch_signals() -> None:
-    """Raise Stopped on Ctrl-C, SIGTERM and SIGHUP, and end at once on a second one.
+    """Raise Stopped on Ctrl-C, SIGTERM and SIGHUP, and end at once on another one that comes later.
 
-    What is ignored stays ignored (nohup). Call it again where a library has put its own handler in
-    place: Lightning's waits for the other ranks, which may wait for this one.
+    What is ignored stays ignored (nohup).
     """
     global _pid
     _pid = os.getpid()
     if threading.current_thread() is threading.main_thread():
-        for signum in ENDING:
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, _stop)
+        _caught[:] = [s for s in ENDING if signal.getsignal(s) is not signal.SIG_IGN]
+        catch_signals_again()
+
+
+def catch_signals_again() -> None:
+    """Take back what a library has put its own handlers on: Lightning's waits for the other ranks,
+    which may wait for this one."""
+    for signum in _caught:
+        signal.signal(signum, _stop)
 
 
 def follow_command() -> None:
@@ -178,20 +202,25 @@ def follow_command() -> None:
 
     A launcher that handles SIGTERM itself (Slurm's preemption by submitit) keeps its handlers.
     """
+    global _role
+    _role = "worker"
     settle()
     on_main_thread = threading.current_thread() is threading.main_thread()
     if on_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        catch_signals()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        catch_signals()
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    global _ended_by
+    global _ended_at
     if os.getpid() != _pid:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return
-    if _ended_by is not None:  # some library holds the process up
+    now = time.monotonic()
+    if _ended_at is None:
+        _ended_at = now
+        raise Stopped(signum)
+    if now - _ended_at >= PATIENCE:  # some library holds the process up
+        _say_stopped(signum)
         os._exit(128 + signum)
-    _ended_by = signum
-    raise Stopped(signum)

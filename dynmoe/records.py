@@ -37,7 +37,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -144,9 +144,12 @@ class RunFolder:
         self.note(line)
 
     def note(self, line: str) -> None:
-        """Add a line, with date and time, to `run.log`, which Hydra writes to as well."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "run.log").open("a", encoding="utf-8", errors="replace") as file:
+        """Add a line, with date and time, to `run.log`, which Hydra writes to as well.
+
+        A line that cannot be written is no reason to end the run.
+        """
+        log = self.path / "run.log"
+        with suppress(OSError), log.open("a", encoding="utf-8", errors="replace") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def mark_done(self) -> None:

@@ -75,10 +75,15 @@ def test_other_ends_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 7
 
 
-def test_a_second_signal_ends_at_once() -> None:
-    body = "try: os.kill(os.getpid(), signal.SIGTERM)\nexcept KeyboardInterrupt: pass\n"
-    done = python(body + "os.kill(os.getpid(), signal.SIGINT)\nprint('not reached')")
-    assert (done.returncode, done.stdout) == (130, b"")
+@pytest.mark.parametrize(("patience", "status", "shown"), [(0, 130, b""), (60, 0, b"goes on\n")])
+def test_another_signal_ends_at_once_when_it_comes_later(
+    patience: int, status: int, shown: bytes
+) -> None:
+    body = f"process.PATIENCE = {patience}\n"
+    body += "try: os.kill(os.getpid(), signal.SIGTERM)\nexcept KeyboardInterrupt: pass\n"
+    done = python(body + "os.kill(os.getpid(), signal.SIGINT)\nprint('goes on')")
+    assert (done.returncode, done.stdout) == (status, shown)
+    assert done.stderr == (b"" if shown else b"dynmoe-test: stopped. After.\n")
 
 
 def test_what_is_ignored_stays_ignored() -> None:
@@ -89,7 +94,8 @@ def test_what_is_ignored_stays_ignored() -> None:
 
 
 def test_a_worker_leaves_ctrl_c_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_ended_by", None)
+    monkeypatch.setattr(process, "_ended_at", None)
+    monkeypatch.setattr(process, "_role", "")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     process.follow_command()
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -97,7 +103,9 @@ def test_a_worker_leaves_ctrl_c_to_the_command(monkeypatch: pytest.MonkeyPatch) 
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_launchers_own_handling_of_preemption_stays() -> None:
+def test_a_launchers_own_handling_of_preemption_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_role", "")
+
     def bypass(*_: object) -> None:
         pass
 

@@ -76,8 +76,7 @@ class RunRecorder(Checkpoint):
         self._last_save = trainer.global_step
         # A run that goes on within an epoch has no start of that epoch.
         self._clock, self._first_step = time.perf_counter(), trainer.global_step
-        if not process.is_worker():
-            process.catch_signals()  # Lightning has just put its own handlers in place
+        process.catch_signals_again()  # Lightning has just put its own handlers in place
         # A run that was killed after its last evaluation must not resume training.
         trainer.should_stop = trainer.should_stop or self._is_over()
 

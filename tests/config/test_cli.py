@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dynmoe.errors import DataError
+from dynmoe.process import GOES_ON
 from dynmoe.records import RunFolder
 
 TASK = "task=vit_domainbed"
@@ -43,6 +45,8 @@ def job(cfg: DictConfig) -> None:
             raise KeyboardInterrupt
         case 17:
             trainer_fit()
+        case 18:
+            raise OSError(errno.ENOSPC, "No space left on device", "/disk/last.ckpt")
     folder = HydraConfig.get().runtime.output_dir
     print("folder", folder, cfg.seed)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -101,6 +105,7 @@ def test_one_command_has_one_folder_alone_or_in_a_sweep(tmp_path: Path) -> None:
     [
         (13, "data.root: PACS lacks the folder 'sketch'"),
         (15, "data.root: no images"),  # raised inside of Hydra's instantiate
+        (18, f"/disk/last.ckpt: the disk is full. Make room on it. {GOES_ON}"),
     ],
 )
 def test_a_user_error_ends_a_single_run_with_its_message(

@@ -60,8 +60,8 @@ def test_lines_of_a_run(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(process, "_is_command", True)
-    folder = RunFolder(tmp_path / "run")
+    monkeypatch.setattr(process, "_role", "command")
+    folder = RunFolder(tmp_path)
     lines, trainer = lines_of(folder, **options)
     lines.on_train_start(trainer, None)
     step = {"loss": torch.tensor(1.5)}
@@ -89,7 +89,7 @@ def test_lines_of_a_run(
 def test_beside_other_jobs_a_line_names_its_run(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "_is_command", False)
+    monkeypatch.setattr(process, "_role", "worker")
     RunFolder(tmp_path / "digits_topk_seed0").say("evaluated")
     assert capsys.readouterr().out == "digits_topk_seed0: evaluated\n"
 

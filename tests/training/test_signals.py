@@ -25,7 +25,7 @@ def stopped(tmp_path: Path, *overrides: str, runs: int) -> tuple[int, str, str]:
         # ascii: neither the end nor the lines before it may fail
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
         process = subprocess.Popen(command, stdout=out, stderr=err, env=env)
-        for _ in range(1200):
+        for _ in range(4000):
             if len(list(tmp_path.glob("*/*/checkpoints/last.ckpt"))) == runs:
                 break
             assert process.poll() is None, (tmp_path / "err").read_text()
