@@ -140,7 +140,7 @@ def _averages(trainer: L.Trainer) -> list[nn.Module]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             continue
-        average = callback._average_model
+        average: nn.Module | None = callback._average_model
         if isinstance(average, AveragedModel):
             if average.use_buffers and average.avg_fn is None:
                 # torch/optim/swa_utils.py subtracts them: there is no difference of bool tensors.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -224,7 +225,7 @@ class Adaptation:
                 "model.train(), and give the model that is trained."
             )
         events = [self._change(name, stats) for name, stats in totals.items()]
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
+        if _is_first_rank():
             for event in events:
                 log.info(
                     "step %d, %s: removed %s, added %s, %d -> %d experts",
@@ -239,9 +240,11 @@ class Adaptation:
         load = dict(zip(layer.live, total.load_E.tolist(), strict=True))
         k_hist = total.k_hist.tolist()
         before = len(layer.live)
-        # NOTE: tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0.
+        # NOTE: tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0. Nor
+        # does a sum whose length is not finite, or rounds to 0.
         direction_D = total.unserved_D
-        points = bool(direction_D.any() & direction_D.isfinite().all())
+        length = torch.linalg.vector_norm(direction_D).item()
+        points = math.isfinite(length) and length > 0
         change = decide(load, k_hist[0] if points else 0, layer.max_experts, self.min_experts)
         for slot in change.remove:
             layer.remove_expert(slot)
@@ -293,7 +296,7 @@ class _AuxCheck:
         if self.is_known or not self._calls:
             return
         self.is_known = True
-        if self._reached or not self._trained:
+        if self._reached or not self._trained or not _is_first_rank():
             return
         if self._with_graph:
             log.warning(
@@ -401,6 +404,10 @@ def _follow(twin: MoELayer, layer: MoELayer, added: int | None) -> None:
             average.copy_(parameter)
     for slot in set(twin.live) - set(layer.live):
         twin.remove_expert(slot)
+
+
+def _is_first_rank() -> bool:
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _forget_moments(optimizers: Sequence[Optimizer], layer: MoELayer, slot: int) -> None:

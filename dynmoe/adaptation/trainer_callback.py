@@ -92,9 +92,9 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
             self.reset_moments,
             self.on_event,
         )
-        saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step:
-            self._restore(saved, state.global_step)
+            known: Any = state.stateful_callbacks or {}
+            self._restore(known.get(type(self).__name__), state.global_step)
         self._hooks = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._close, with_kwargs=True, always_call=True),

@@ -137,6 +137,9 @@ class MoELayer(nn.Module):
         if self.observer is not None and torch._C._current_graph_task_id() == -1:
             self.observer(self, call)
 
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, experts {list(self.live)} of {self.max_experts} slots alive"
+
     @property
     def max_experts(self) -> int:
         return len(self.active_E)

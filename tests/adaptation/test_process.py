@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -181,14 +182,22 @@ def test_wrapped_models_have_the_same_names() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model_counts_the_same() -> None:
+def test_a_compiled_model_counts_the_same_and_is_not_compiled_again() -> None:
+    """Windows of two steps of three: recorded steps and others are compiled once each."""
     torch._dynamo.reset()
-    batches = [tokens(seed) for seed in range(4)]
+    batches = [tokens(seed) for seed in range(9)]
     plain, inner = Net(), Net()
-    compiled = torch.compile(inner, backend="eager")
-    expected = train(adapted(plain), plain, batches)
-    assert train(adapted(compiled), compiled, batches) == expected
-    assert any(event["added"] is not None for event in expected)
+    counter = CompileCounterWithBackend("eager")
+    compiled: Any = torch.compile(inner, backend=counter)
+    schedule = Schedule(0, 2, 3)
+    expected = train(adapted(plain, schedule=schedule, min_experts=3), plain, batches)
+    adaptation, events, frames = adapted(compiled, schedule=schedule, min_experts=3), [], []
+    for batch in batches:
+        events += train(adaptation, compiled, [batch])
+        frames.append((counter.frame_count, [each.live for each in inner.layers]))
+    assert events == expected
+    same_pool = [count for count, live in frames if live == frames[-1][1]]
+    assert len(same_pool) > 3 and same_pool[-1] == same_pool[3]
 
 
 # Steps that do not count.
@@ -243,6 +252,13 @@ def test_a_step_whose_loss_is_not_finite_does_not_count() -> None:
         adaptation.optimizers[0].step()
         events = adaptation.step(loss)
     assert [event["tokens"] for event in events] == [12, 12]
+
+
+def test_no_expert_points_to_a_sum_without_a_length() -> None:
+    """1e30 squared is no number in fp32: normalised, the sum would be a row of zeros."""
+    moe = layer()
+    (event,) = train(adapted(moe), moe, [1e30 * unserved(moe), unserved(moe)])
+    assert event["unrouted"] == 1.0 and event["added"] is None
 
 
 def test_no_expert_points_to_a_token_that_is_not_finite() -> None:

@@ -151,3 +151,30 @@ def test_unserved_tokens_get_an_expert(tmp_path: Path) -> None:
     run.train_dataset = Lost()
     run.train()
     assert [(event["step"], event["added"]) for event in events] == [(2, 1)]
+
+
+def test_padding_routes_nowhere(tmp_path: Path) -> None:
+    """Every row has 4 tokens, the last row % 3 of which are padding."""
+
+    class Reader(Classifier):
+        def __init__(self, *layers: Any) -> None:
+            super().__init__(*layers)
+            self.embed = torch.nn.Embedding(10, DIM)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+            logits = Net.forward(self, self.embed(input_ids)).mean(1)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+            return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+    class Texts(Rows):
+        def __getitem__(self, row: int) -> dict[str, Tensor]:
+            mask = (torch.arange(4) < 4 - row % 3).long()
+            ids = torch.arange(4) + row % 6
+            return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(row % 2)}
+
+    events: list[Any] = []
+    callback = DynMoETrainerCallback(0, 1, 1, unit="epoch", on_event=events.append)
+    run = trainer(tmp_path, classifier(1, Reader), callback)
+    run.train_dataset = Texts()
+    run.train()
+    assert [event["tokens"] for event in events] == [24 * 4 - 8 * (0 + 1 + 2)]
