@@ -158,13 +158,15 @@ def test_a_recomputation_within_the_recording_counts_once() -> None:
     assert adaptation.step(loss)[0]["tokens"] == 12
 
 
-def test_evaluation_and_copies_do_not_count() -> None:
+def test_evaluation_copies_and_forwards_without_gradients_do_not_count() -> None:
     net, x = Net(), tokens(0)
 
     def forward(model: nn.Module) -> Tensor:
         copy.deepcopy(model)(x)
         model.eval()(x)
-        out: Tensor = model.train()(x)
+        with torch.no_grad():
+            model.train()(x)
+        out: Tensor = model(x)
         return out
 
     assert tokens_counted(net, forward) == 12
@@ -403,13 +405,19 @@ def test_a_loss_without_the_auxiliary_loss(
 
 
 def test_checkpointing_of_the_reentrant_kind(caplog: pytest.LogCaptureFixture) -> None:
-    net, x = Net(), tokens(0).requires_grad_()
-    adaptation = adapted(net)
-    with record_routing(net) as tape:
-        loss = checkpoint(net, x, use_reentrant=True).square().mean()
-    (loss + aux_loss(tape)).backward()
-    adaptation.step(loss)
+    """It counts once too, but its forward has no gradients, and neither has the auxiliary loss."""
+    x = tokens(0).requires_grad_()
+    assert tokens_counted(Net(), lambda net: checkpoint(net, x, use_reentrant=True)) == 12
     assert "use_reentrant=False" in caplog.text
+
+
+def test_copies_of_data_parallel_are_refused() -> None:
+    moe = layer()
+    adapted(moe)
+    replica: Any = moe._replicate_for_data_parallel()
+    replica.router, replica.experts, replica.active_E = moe.router, moe.experts, moe.active_E
+    with pytest.raises(ConfigError, match="DistributedDataParallel"):
+        replica(tokens(0))
 
 
 @pytest.mark.slow
