@@ -106,6 +106,9 @@ class DynMoECallback(L.Callback):
         if self._adaptation is not None:
             self._adaptation.close()
 
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # which Lightning leaves out then
+
     @property
     def state_key(self) -> str:
         return self._generate_state_key(model=self.model)  # one callback for each of two models

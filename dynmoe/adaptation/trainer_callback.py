@@ -75,6 +75,10 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
         **_: Any,
     ) -> None:
         self._stop()
+        for hook in [*model._forward_hooks.values()]:
+            # Left by a training that was stopped: two would add the auxiliary loss twice.
+            if isinstance(owner := getattr(hook, "__self__", None), DynMoETrainerCallback):
+                owner._stop()
         parts = args.gradient_accumulation_steps
         # NOTE: with `num_items_in_batch` the Trainer adds the losses of micro-batches and ranks,
         # which are then parts of one mean (Trainer.compute_loss and training_step).

@@ -333,6 +333,18 @@ def test_it_serves_one_training_after_another() -> None:
     assert [event["step"] for event in events] == [1, 1]
 
 
+def test_a_training_that_fails_leaves_no_observer() -> None:
+    class Failing(Own):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            assert self.net[1].observer is not None
+            raise ZeroDivisionError
+
+    model = Failing()
+    with pytest.raises(ZeroDivisionError):
+        fit(model, make_callback(), [tokens(12)])
+    assert model.net[1].observer is None
+
+
 # Averages of the weights.
 
 

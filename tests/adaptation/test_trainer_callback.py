@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_process import DIM, Net, layer, unserved
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dynmoe.adaptation import DynMoETrainerCallback
@@ -123,6 +123,26 @@ def test_resumed_in_the_middle_of_a_window(tmp_path: Path) -> None:
     assert resumed == straight and [event["tokens"] for event in straight] == [16, 16]
     for got, expected in zip(others, weights, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_a_stopped_training_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As after Ctrl-C in a notebook: the next training adds its own auxiliary loss alone."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args: Any, **_: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = classifier(1)
+    run = trainer(tmp_path, model, DynMoETrainerCallback(0, 9, 9))
+    run.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert len(model._forward_hooks) == 1
+    again = trainer(tmp_path, model, DynMoETrainerCallback(0, 9, 9, aux_weight=0.0))
+    again.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    assert len(model._forward_hooks) == 1
 
 
 def test_outputs_without_a_loss_are_refused(tmp_path: Path) -> None:
