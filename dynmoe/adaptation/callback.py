@@ -71,12 +71,13 @@ class DynMoECallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._adaptation is not None:
             self._adaptation.close()
-        if self.schedule.unit == "epoch":
-            self.schedule = self.schedule.in_steps(_steps_per_epoch(trainer))
+        schedule = self.schedule
+        if schedule.unit == "epoch":
+            schedule = schedule.in_steps(_steps_per_epoch(trainer))
         self._adaptation = Adaptation(
             self._part(pl_module),
             trainer.optimizers,
-            self.schedule,
+            schedule,
             self.min_experts,
             self.init,
             self.reset_moments,
@@ -104,6 +105,13 @@ class DynMoECallback(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._adaptation is not None:
             self._adaptation.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # which Lightning leaves out then
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(model=self.model)  # one callback for each of two models
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._adaptation is None else self._adaptation.state_dict()
@@ -140,7 +148,7 @@ def _averages(trainer: L.Trainer) -> list[nn.Module]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if not isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             continue
-        average = callback._average_model
+        average: nn.Module | None = callback._average_model
         if isinstance(average, AveragedModel):
             if average.use_buffers and average.avg_fn is None:
                 # torch/optim/swa_utils.py subtracts them: there is no difference of bool tensors.

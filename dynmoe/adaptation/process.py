@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,11 +44,12 @@ class Adaptation:
             optimizer.zero_grad()
             adaptation.step(loss)
 
-    The layers themselves report every forward in training mode, once, activation checkpointing
-    included; evaluation never counts. ``step`` is called after each optimizer step, on every rank:
-    what a step recorded is summed over the ranks of ``torch.distributed``, so that all make the
-    same change and ``state_dict`` is the same everywhere. A step that a ``GradScaler`` skipped or
-    whose ``loss`` is not finite enters no window.
+    The layers themselves report every forward in training mode with gradients, once, activation
+    checkpointing included; evaluation, or a forward under ``no_grad``, never counts. ``step`` is
+    called after each optimizer step, on every rank: what a step recorded is summed over the ranks
+    of ``torch.distributed``, so that all make the same change and ``state_dict`` is the same
+    everywhere. A step that a ``GradScaler`` skipped, or whose ``loss`` is not finite on some rank,
+    enters no window.
 
     ``model`` may be wrapped (DDP, FSDP, ``torch.compile``, peft); ``root`` is the module as FSDP
     wraps it where ``model`` is a part of that. ``averages`` are copies of the model that hold an
@@ -92,7 +94,8 @@ class Adaptation:
         _check_optimizers(self.layers, self.optimizers)
         self._twins = [_twins(self.layers, average) for average in averages]
         self._window: Tensor | None = None  # all layers' sums in one, see `_flat`
-        self._pending: dict[str, RoutingStats] = {}
+        self._pending: dict[str, RoutingStats] = {}  # of the step under way
+        self._recomputed: dict[str, RoutingStats] = {}  # the same, within its backward pass
         self._calls = 0  # of layers since the window began
         self._stepped: bool | Tensor = False
         self._aux = _AuxCheck()
@@ -109,7 +112,7 @@ class Adaptation:
         self._aux.conclude()
         if self.schedule.records(self.steps):
             self._add_to_window(loss)
-        self._pending, self._stepped = {}, False
+        self._pending, self._recomputed, self._stepped = {}, {}, False
         events = []
         if self.schedule.updates_after(self.steps):
             events = self._update()
@@ -169,10 +172,17 @@ class Adaptation:
                 "adaptation: nn.DataParallel trains copies of the layers, in which no expert can "
                 "come or go. Use DistributedDataParallel, or one device."
             )
+        # NOTE: activation checkpointing runs a forward again within backward. Its reentrant kind
+        # runs the first without gradients: then the second is the one that counts.
+        in_backward = torch._C._current_graph_task_id() != -1
+        if not in_backward:
+            self._aux.saw(call.aux, layer)
+        if not torch.is_grad_enabled():
+            return
         self._calls += 1
-        self._aux.saw(call.aux, layer)
-        before = self._pending.get(name)
-        self._pending[name] = (
+        sums = self._recomputed if in_backward else self._pending
+        before = sums.get(name)
+        sums[name] = (
             call.stats if before is None else RoutingStats(*map(torch.add, before, call.stats))
         )
 
@@ -185,8 +195,9 @@ class Adaptation:
     # Windows. NOTE: sums stay on the device; the host waits for them once a window.
 
     def _add_to_window(self, loss: Tensor | None) -> None:
+        found = {**self._recomputed, **self._pending}
         layers = self.layers.items()
-        sums = self._flat({name: self._pending.get(name) or _none(layer) for name, layer in layers})
+        sums = self._flat({name: found.get(name) or _none(layer) for name, layer in layers})
         good = sums.isfinite().all() & self._stepped
         if loss is not None:
             good = good & loss.detach().isfinite().all().to(sums.device)
@@ -224,7 +235,7 @@ class Adaptation:
                 "model.train(), and give the model that is trained."
             )
         events = [self._change(name, stats) for name, stats in totals.items()]
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
+        if _is_first_rank():
             for event in events:
                 log.info(
                     "step %d, %s: removed %s, added %s, %d -> %d experts",
@@ -239,9 +250,11 @@ class Adaptation:
         load = dict(zip(layer.live, total.load_E.tolist(), strict=True))
         k_hist = total.k_hist.tolist()
         before = len(layer.live)
-        # NOTE: tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0.
+        # NOTE: tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0. Nor
+        # does a sum whose length is not finite, or rounds to 0.
         direction_D = total.unserved_D
-        points = bool(direction_D.any() & direction_D.isfinite().all())
+        length = torch.linalg.vector_norm(direction_D).item()
+        points = math.isfinite(length) and length > 0
         change = decide(load, k_hist[0] if points else 0, layer.max_experts, self.min_experts)
         for slot in change.remove:
             layer.remove_expert(slot)
@@ -293,7 +306,7 @@ class _AuxCheck:
         if self.is_known or not self._calls:
             return
         self.is_known = True
-        if self._reached or not self._trained:
+        if self._reached or not self._trained or not _is_first_rank():
             return
         if self._with_graph:
             log.warning(
@@ -401,6 +414,10 @@ def _follow(twin: MoELayer, layer: MoELayer, added: int | None) -> None:
             average.copy_(parameter)
     for slot in set(twin.live) - set(layer.live):
         twin.remove_expert(slot)
+
+
+def _is_first_rank() -> bool:
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _forget_moments(optimizers: Sequence[Optimizer], layer: MoELayer, slot: int) -> None:

@@ -75,6 +75,10 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
         **_: Any,
     ) -> None:
         self._stop()
+        for hook in [*model._forward_hooks.values()]:
+            # Left by a training that was stopped: two would add the auxiliary loss twice.
+            if isinstance(owner := getattr(hook, "__self__", None), DynMoETrainerCallback):
+                owner._stop()
         parts = args.gradient_accumulation_steps
         # NOTE: with `num_items_in_batch` the Trainer adds the losses of micro-batches and ranks,
         # which are then parts of one mean (Trainer.compute_loss and training_step).
@@ -92,9 +96,9 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
             self.reset_moments,
             self.on_event,
         )
-        saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step:
-            self._restore(saved, state.global_step)
+            known: Any = state.stateful_callbacks or {}
+            self._restore(known.get(type(self).__name__), state.global_step)
         self._hooks = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._close, with_kwargs=True, always_call=True),

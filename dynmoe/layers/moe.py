@@ -172,11 +172,10 @@ class MoELayer(nn.Module):
             routing = self._route(x_TD, live, token_mask_T)
         return routing, self.experts(x_TD, routing, live)
 
-    # Whether a backward pass is under way is known when the call is made, not when it is compiled.
+    # An observer looks at the state of autograd, which compiled code would take for a constant.
     @torch.compiler.disable
     def _tell(self, call: Routed) -> None:
-        # NOTE: activation checkpointing runs a forward again within backward; each counts once.
-        if self.observer is not None and torch._C._current_graph_task_id() == -1:
+        if self.observer is not None:
             self.observer(self, call)
 
     @property

@@ -266,6 +266,19 @@ def test_a_training_step_that_returns_the_loss(
     assert {event["tokens"] for event in events} == {24}
 
 
+def test_one_callback_for_each_of_two_models() -> None:
+    events: list[dict[str, Any]] = []
+    model = Own(other=nn.Identity())
+    second = make_callback(events, model="other", length=1, period=1)
+    batches = [tokens(12, seed) for seed in range(2)]
+    fit(model, make_callback(events, model="net"), batches, others=[second])
+    assert sorted((event["step"], event["tokens"]) for event in events) == [
+        (0, 12),
+        (1, 12),
+        (1, 24),
+    ]
+
+
 def test_the_auxiliary_loss_is_missed_once(caplog: pytest.LogCaptureFixture) -> None:
     fit(Own(), make_callback(), [tokens(12, seed) for seed in range(3)])
     assert caplog.text.count("aux_loss(tape)") == 1
@@ -318,6 +331,18 @@ def test_it_serves_one_training_after_another() -> None:
         fit(model, callback, [tokens(12, seed) for seed in range(2)])
         assert model.net[1].observer is None
     assert [event["step"] for event in events] == [1, 1]
+
+
+def test_a_training_that_fails_leaves_no_observer() -> None:
+    class Failing(Own):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            assert self.net[1].observer is not None
+            raise ZeroDivisionError
+
+    model = Failing()
+    with pytest.raises(ZeroDivisionError):
+        fit(model, make_callback(), [tokens(12)])
+    assert model.net[1].observer is None
 
 
 # Averages of the weights.

@@ -10,8 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from test_callback import DIM, Model, make_callback, nobody, only_expert_0
-from torch.multiprocessing.spawn import ProcessExitedException
+from test_process import Net, tokens
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
+
+from dynmoe.adaptation import Adaptation, Schedule
+from dynmoe.layers import aux_loss, record_routing
 
 
 class OwnTokens(Model):
@@ -86,3 +90,44 @@ def test_two_processes_resume_in_the_middle_of_a_window(tmp_path: Path) -> None:
     fit_two(tmp_path, max_epochs=1, window=12)
     (resumed, _) = fit_two(tmp_path, max_epochs=2, window=12, ckpt_path=tmp_path / "last.ckpt")
     assert resumed["events"] == straight["events"] and len(straight["events"]) == 1
+
+
+def plain_loop(rank: int, folder: str) -> None:
+    """Three steps in a plain loop; the loss of rank 0 is not finite in the second."""
+    rendezvous = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = Net()
+    model = torch.nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    adaptation = Adaptation(model, optimizer, Schedule(0, 3, 3))
+    events = []
+    for step in range(3):
+        with record_routing(model) as tape:
+            loss = model(tokens(10 * rank + step, 12 + rank)).square().mean()
+        (loss + aux_loss(tape)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bad = step == 1 and rank == 0
+        if step == 2:
+            torch.save(adaptation.state_dict(), f"{folder}/middle{rank}.pt")
+        events += adaptation.step(loss * float("nan") if bad else loss)
+    torch.save((events, model.module.state_dict()), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_plain_loop_on_two_processes(tmp_path: Path) -> None:
+    try:
+        spawn(plain_loop, (str(tmp_path),), nprocs=2)
+    except ProcessExitedException:
+        (tmp_path / "rendezvous").unlink(missing_ok=True)
+        spawn(plain_loop, (str(tmp_path),), nprocs=2)
+    (one, weights), (two, others) = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
+    assert one == two and [event["tokens"] for event in one] == [50, 50]  # of steps 0 and 2
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    first, second = (torch.load(tmp_path / f"middle{r}.pt") for r in (0, 1))
+    assert first["steps"] == second["steps"] == 2
+    for name, window in first["window"].items():
+        assert window["k_hist"].sum() == 25  # of both, on either
+        assert all(torch.equal(v, second["window"][name][key]) for key, v in window.items())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -157,13 +158,15 @@ def test_a_recomputation_within_the_recording_counts_once() -> None:
     assert adaptation.step(loss)[0]["tokens"] == 12
 
 
-def test_evaluation_and_copies_do_not_count() -> None:
+def test_evaluation_copies_and_forwards_without_gradients_do_not_count() -> None:
     net, x = Net(), tokens(0)
 
     def forward(model: nn.Module) -> Tensor:
         copy.deepcopy(model)(x)
         model.eval()(x)
-        out: Tensor = model.train()(x)
+        with torch.no_grad():
+            model.train()(x)
+        out: Tensor = model(x)
         return out
 
     assert tokens_counted(net, forward) == 12
@@ -181,14 +184,22 @@ def test_wrapped_models_have_the_same_names() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_model_counts_the_same() -> None:
+def test_a_compiled_model_counts_the_same_and_is_not_compiled_again() -> None:
+    """Windows of two steps of three: recorded steps and others are compiled once each."""
     torch._dynamo.reset()
-    batches = [tokens(seed) for seed in range(4)]
+    batches = [tokens(seed) for seed in range(9)]
     plain, inner = Net(), Net()
-    compiled = torch.compile(inner, backend="eager")
-    expected = train(adapted(plain), plain, batches)
-    assert train(adapted(compiled), compiled, batches) == expected
-    assert any(event["added"] is not None for event in expected)
+    counter = CompileCounterWithBackend("eager")
+    compiled: Any = torch.compile(inner, backend=counter)
+    schedule = Schedule(0, 2, 3)
+    expected = train(adapted(plain, schedule=schedule, min_experts=3), plain, batches)
+    adaptation, events, frames = adapted(compiled, schedule=schedule, min_experts=3), [], []
+    for batch in batches:
+        events += train(adaptation, compiled, [batch])
+        frames.append((counter.frame_count, [each.live for each in inner.layers]))
+    assert events == expected
+    same_pool = [count for count, live in frames if live == frames[-1][1]]
+    assert len(same_pool) > 3 and same_pool[-1] == same_pool[3]
 
 
 # Steps that do not count.
@@ -243,6 +254,13 @@ def test_a_step_whose_loss_is_not_finite_does_not_count() -> None:
         adaptation.optimizers[0].step()
         events = adaptation.step(loss)
     assert [event["tokens"] for event in events] == [12, 12]
+
+
+def test_no_expert_points_to_a_sum_without_a_length() -> None:
+    """1e30 squared is no number in fp32: normalised, the sum would be a row of zeros."""
+    moe = layer()
+    (event,) = train(adapted(moe), moe, [1e30 * unserved(moe), unserved(moe)])
+    assert event["unrouted"] == 1.0 and event["added"] is None
 
 
 def test_no_expert_points_to_a_token_that_is_not_finite() -> None:
@@ -387,13 +405,19 @@ def test_a_loss_without_the_auxiliary_loss(
 
 
 def test_checkpointing_of_the_reentrant_kind(caplog: pytest.LogCaptureFixture) -> None:
-    net, x = Net(), tokens(0).requires_grad_()
-    adaptation = adapted(net)
-    with record_routing(net) as tape:
-        loss = checkpoint(net, x, use_reentrant=True).square().mean()
-    (loss + aux_loss(tape)).backward()
-    adaptation.step(loss)
+    """It counts once too, but its forward has no gradients, and neither has the auxiliary loss."""
+    x = tokens(0).requires_grad_()
+    assert tokens_counted(Net(), lambda net: checkpoint(net, x, use_reentrant=True)) == 12
     assert "use_reentrant=False" in caplog.text
+
+
+def test_copies_of_data_parallel_are_refused() -> None:
+    moe = layer()
+    adapted(moe)
+    replica: Any = moe._replicate_for_data_parallel()
+    replica.router, replica.experts, replica.active_E = moe.router, moe.experts, moe.active_E
+    with pytest.raises(ConfigError, match="DistributedDataParallel"):
+        replica(tokens(0))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_process import DIM, Net, layer, unserved
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dynmoe.adaptation import DynMoETrainerCallback
@@ -125,6 +125,26 @@ def test_resumed_in_the_middle_of_a_window(tmp_path: Path) -> None:
         torch.testing.assert_close(got, expected)
 
 
+def test_a_stopped_training_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As after Ctrl-C in a notebook: the next training adds its own auxiliary loss alone."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args: Any, **_: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = classifier(1)
+    run = trainer(tmp_path, model, DynMoETrainerCallback(0, 9, 9))
+    run.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert len(model._forward_hooks) == 1
+    again = trainer(tmp_path, model, DynMoETrainerCallback(0, 9, 9, aux_weight=0.0))
+    again.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    assert len(model._forward_hooks) == 1
+
+
 def test_outputs_without_a_loss_are_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, classifier(1), DynMoETrainerCallback(0, 1, 1))
     run.compute_loss_func = lambda outputs, labels, **_: outputs.logits.mean()
@@ -151,3 +171,30 @@ def test_unserved_tokens_get_an_expert(tmp_path: Path) -> None:
     run.train_dataset = Lost()
     run.train()
     assert [(event["step"], event["added"]) for event in events] == [(2, 1)]
+
+
+def test_padding_routes_nowhere(tmp_path: Path) -> None:
+    """Every row has 4 tokens, the last row % 3 of which are padding."""
+
+    class Reader(Classifier):
+        def __init__(self, *layers: Any) -> None:
+            super().__init__(*layers)
+            self.embed = torch.nn.Embedding(10, DIM)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+            logits = Net.forward(self, self.embed(input_ids)).mean(1)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+            return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+    class Texts(Rows):
+        def __getitem__(self, row: int) -> dict[str, Tensor]:
+            mask = (torch.arange(4) < 4 - row % 3).long()
+            ids = torch.arange(4) + row % 6
+            return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(row % 2)}
+
+    events: list[Any] = []
+    callback = DynMoETrainerCallback(0, 1, 1, unit="epoch", on_event=events.append)
+    run = trainer(tmp_path, classifier(1, Reader), callback)
+    run.train_dataset = Texts()
+    run.train()
+    assert [event["tokens"] for event in events] == [24 * 4 - 8 * (0 + 1 + 2)]

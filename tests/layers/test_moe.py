@@ -44,6 +44,12 @@ def test_layer_of_copies_is_the_ffn_for_every_served_token() -> None:
     assert not layer(x)[~served].any()
 
 
+def test_print_shows_the_living_experts() -> None:
+    layer = make_layer()
+    layer.remove_expert(1)
+    assert f"dim={DIM}, experts [0, 2] of 5 slots alive" in repr(layer)
+
+
 def test_gmoe_layer_with_equal_scores_is_a_sixth_of_the_ffn() -> None:
     """GMoE does not renormalise at k = 1, so it does not start at the pretrained function."""
     mlp = make_mlp()

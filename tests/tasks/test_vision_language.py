@@ -135,7 +135,7 @@ def one_step(parts: int, checkpointing: bool) -> Step:
     fit.fit(task, datamodule=data)
     assert fit.global_step == 1
     routing, losses = task.routing_records(), task.losses_since_last()
-    return Step(gradients.found, adaptation._window, routing, losses)
+    return Step(gradients.found, adaptation.state_dict()["window"], routing, losses)
 
 
 @pytest.fixture(scope="module")
