@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe.config import runs
+from dynmoe.config import places, runs
 from dynmoe.errors import ConfigError, Diverged, UserError
 from dynmoe.records import RunFolder
 
@@ -103,9 +103,11 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     """
     from dynmoe.training import build
 
+    places.make_absolute(cfg)
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     data.setup()
+    _check_same_data(folder, data.data_hash)
     task = build.build_task(cfg, data, settings["fused_attention"])
     callbacks = build.build_callbacks(cfg, data, folder)
     trainer = build.build_trainer(cfg, callbacks, folder, data.steps)
@@ -147,6 +149,22 @@ def show(folder: RunFolder, quiet: bool = False) -> float:
         Console().print(summary.to_console(run))
         print(f"Run folder, with figures/ and summary.md:\n{folder.path}")  # one line, to be copied
     return run.outcome.validation
+
+
+def _check_same_data(folder: RunFolder, data_hash: str) -> None:
+    """Refuse to go on with other data than the run began with: splits would mix.
+
+    Raises:
+        ConfigError: naming both hashes.
+    """
+    if not folder.read("results"):
+        return
+    before = folder.read_run().get("data_hash", data_hash)
+    if before != data_hash:
+        raise ConfigError(
+            f"{folder.path}: this run began on data {before}, which are now {data_hash}. Restore "
+            "them, or begin anew with overwrite=true"
+        )
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dynmoe.config import options
+from dynmoe.config import options, places
 from dynmoe.config.options import device_count
 
 # Dotted keys that do not change the result of a run.
@@ -51,7 +51,7 @@ def run_name(cfg: DictConfig) -> str:
 
 def config_hash(cfg: DictConfig) -> str:
     """Hash of everything that can change the result of a run."""
-    return sha8(json.dumps(_relevant(cfg, prefix=""), sort_keys=True, default=str))
+    return sha8(json.dumps(_relevant(cfg, cfg, prefix=""), sort_keys=True, default=str))
 
 
 def flat(cfg: DictConfig) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
     A key that copies another one, `data.trial_seed: ${trial_seed}`, is left out: two runs that
     differ in one setting differ in one key here.
     """
-    return dict(_flat(_relevant(cfg, prefix=""), OmegaConf.to_container(cfg), ""))
+    return dict(_flat(_relevant(cfg, cfg, prefix=""), OmegaConf.to_container(cfg), ""))
 
 
 def _flat(node: dict[str, Any], raw: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -74,7 +74,7 @@ def _flat(node: dict[str, Any], raw: Any, prefix: str) -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _relevant(cfg: DictConfig, prefix: str) -> dict[str, Any]:
+def _relevant(whole: DictConfig, cfg: DictConfig, prefix: str) -> dict[str, Any]:
     # Node by node, so that an interpolation below a key that is left out is never resolved.
     found: dict[str, Any] = {}
     for key in map(str, cfg):
@@ -83,10 +83,10 @@ def _relevant(cfg: DictConfig, prefix: str) -> dict[str, Any]:
             continue
         value = cfg[key]
         if isinstance(value, DictConfig):
-            value = _relevant(value, f"{dotted}.")
+            value = _relevant(whole, value, f"{dotted}.")
         elif OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
-        found[key] = value
+        found[key] = places.identity(whole, dotted, value)
     return found
 
 

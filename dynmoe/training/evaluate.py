@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config.options import modality
-from dynmoe.config.rules import folders, text_run
+from dynmoe.config.rules import data_folder, folders, text_run
 from dynmoe.config.targets import TargetError, signature
 from dynmoe.errors import ConfigError
 from dynmoe.records import Record, RunFolder
@@ -25,6 +25,7 @@ OVERRIDES = (
     "data.ood",
     "data.ood_root",
     "backbone.path",
+    "backbone.vision.path",
     "trainer.accelerator",
 )
 MODES = ("evaluate", "answer", "submit")
@@ -66,8 +67,8 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     if not checkpoint.exists():
         raise ConfigError(f"checkpoint={name}: there is no file {checkpoint}; try checkpoint=last")
     for key in given:
-        node, _, leaf = key.partition(".")
-        if leaf not in cfg[node]:
+        node, _, leaf = key.rpartition(".")
+        if leaf not in (OmegaConf.select(cfg, node) or ()):
             raise ConfigError(f"{key}: this run on {cfg.data.name} has no such key")
     # The saved configuration is resolved: some values stand there twice.
     for node in ("environments", "content"):
@@ -80,7 +81,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     values = [f"{key}={value}" for key, value in given.items()]
     overrides = OmegaConf.from_dotlist([*values, *question_sets])
     cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
-    if wrong := [*text_run(cfg), *folders(cfg)]:
+    if wrong := [*text_run(cfg), *folders(cfg), *data_folder(cfg)]:
         raise ConfigError("\n".join(wrong))
     return mode, folder, checkpoint, cfg
 
