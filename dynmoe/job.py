@@ -117,6 +117,8 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
         folder.write_run(build.facts(cfg, data, task, trainer, settings))
         folder.truncate_after(_step_of(checkpoint))
+        for file in folder.path.glob("hpc_ckpt_*.ckpt"):  # Lightning's, of an earlier version
+            file.unlink()
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
     except Diverged as error:

@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -159,9 +160,15 @@ def build_trainer(
             only this machine could tell.
     """
     loggers = [instantiate(node) for node in (cfg.logger or {}).values()]
+    # NOTE: else Lightning answers Slurm's signal with a checkpoint of its own in the run folder,
+    # and starts from it whenever there is no other.
+    plugins: dict[str, Any] = {}
+    if SLURMEnvironment.detect() and not cfg.trainer.get("plugins"):
+        plugins["plugins"] = [SLURMEnvironment(auto_requeue=False)]
     try:
         trainer: L.Trainer = instantiate(
             cfg.trainer,
+            **plugins,
             max_steps=max_steps,
             callbacks=callbacks,
             logger=loggers,
