@@ -11,7 +11,7 @@ from pickle import UnpicklingError
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe import process
-from dynmoe.config import runs
+from dynmoe.config import places, runs
 from dynmoe.errors import ConfigError, DataError, Diverged, UserError
 from dynmoe.records import RunFolder
 
@@ -121,6 +121,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
         folder.say(f"run folder: {folder.path}")  # at once: loading PyTorch and the data takes time
     from dynmoe.training import build
 
+    places.make_absolute(cfg)
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     data.setup()
@@ -139,6 +140,8 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
         folder.write_run(facts)
         step = _step_of(checkpoint)
         folder.truncate_after(step)
+        for file in folder.path.glob("hpc_ckpt_*.ckpt"):  # Lightning's, of an earlier version
+            file.unlink()
         begin = build.announcement(facts, step)
         for line in [", ".join(begin)] if process.is_worker() else begin:
             folder.say(line)

@@ -31,7 +31,10 @@ def folders(cfg: DictConfig) -> Iterator[str]:
     for key in ("backbone.path", "backbone.vision.path"):
         path = read(cfg, key, str)
         if path is not None and not (Path(path).expanduser() / "config.json").is_file():
-            yield f"{key}: expected a folder with a config.json, found none in '{path}'"
+            yield (
+                f"{key}: expected a folder with a config.json, found none in '{path}'. "
+                f"Give its place: {key}=FOLDER"
+            )
 
 
 def data_folder(cfg: DictConfig) -> Iterator[str]:

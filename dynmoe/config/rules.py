@@ -146,12 +146,21 @@ PROTOCOLS = {
 }
 
 
+OWN_DRAWS = ("gmoe", "swad")  # protocols whose code draws from other ranges than DomainBed's
+
+
 def only_of_one_modality(cfg: DictConfig) -> Iterator[str]:
     kind = modality(cfg, "task.module")
     if read(cfg, "task.patience", object) is not None and kind != "text":
         yield "task.patience: only text runs stop early. Leave it out"
     if read(cfg, "hparams_seed", int) and kind != "image":
         yield "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer.lr instead"
+    name = read(cfg, "protocol.name", str)
+    if read(cfg, "hparams_seed", int) and name in OWN_DRAWS:
+        yield (
+            f"hparams_seed: draws DomainBed's hyper-parameters, protocol={name} has its own. "
+            "Choose protocol=domainbed, or sweep task.optimizer.lr"
+        )
 
 
 def protocol_fits(cfg: DictConfig) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
@@ -229,9 +230,15 @@ def build_trainer(
             only this machine could tell.
     """
     loggers = [make(node) for node in (cfg.logger or {}).values()]
+    # NOTE: else Lightning answers Slurm's signal with a checkpoint of its own in the run folder,
+    # and starts from it whenever there is no other.
+    plugins: dict[str, Any] = {}
+    if SLURMEnvironment.detect() and not cfg.trainer.get("plugins"):
+        plugins["plugins"] = [SLURMEnvironment(auto_requeue=False)]
     try:
         trainer: L.Trainer = make(
             cfg.trainer,
+            **plugins,
             max_steps=max_steps,
             callbacks=callbacks,
             enable_progress_bar=shows_bar(cfg),

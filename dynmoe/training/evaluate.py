@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe.config.machine import folders
+from dynmoe.config.machine import data_folder, folders
 from dynmoe.config.options import modality
 from dynmoe.config.rules import text_run
 from dynmoe.config.targets import TargetError, signature
@@ -26,6 +26,7 @@ OVERRIDES = (
     "data.ood",
     "data.ood_root",
     "backbone.path",
+    "backbone.vision.path",
     "trainer.accelerator",
 )
 MODES = ("evaluate", "answer", "submit")
@@ -67,8 +68,8 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     if not checkpoint.exists():
         raise ConfigError(f"checkpoint={name}: there is no file {checkpoint}; try checkpoint=last")
     for key in given:
-        node, _, leaf = key.partition(".")
-        if leaf not in cfg[node]:
+        node, _, leaf = key.rpartition(".")
+        if leaf not in (OmegaConf.select(cfg, node) or ()):
             raise ConfigError(f"{key}: this run on {cfg.data.name} has no such key")
     # The saved configuration is resolved: some values stand there twice.
     for node in ("environments", "content"):
@@ -81,7 +82,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     values = [f"{key}={value}" for key, value in given.items()]
     overrides = OmegaConf.from_dotlist([*values, *question_sets])
     cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
-    if wrong := [*text_run(cfg), *folders(cfg)]:
+    if wrong := [*text_run(cfg), *folders(cfg), *data_folder(cfg)]:
         raise ConfigError("\n".join(wrong))
     return mode, folder, checkpoint, cfg
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hydra import compose
 from omegaconf import DictConfig
 
+from dynmoe.config import places
 from dynmoe.config.compose import search_path
 from dynmoe.config.runs import config_hash, flat, run_name
 
@@ -107,3 +109,81 @@ def test_what_does_not_change_the_result_does_not_change_the_folder(
 )
 def test_what_changes_the_result_changes_the_hash(override: str) -> None:
     assert config_hash(config(override)) != config_hash(config())
+
+
+# Places.
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    for name in ("a/dog/1.jpg", "b/dog/1.jpg", "b/cat/2.jpg"):
+        file = tmp_path / "mydata" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+    return tmp_path / "mydata"
+
+
+def name_of(*overrides: str) -> str:
+    places.fingerprint.cache_clear()
+    return run_name(compose("config", ["task=vit_domainbed", "data=image_folder", *overrides]))
+
+
+def test_the_place_of_the_data_is_not_their_identity(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(images)
+    shutil.copytree(images, tmp_path / "copy" / "of it")
+    spellings = ("mydata", "mydata/", "./mydata", images, "link", "'copy/of it'")
+    names = {name_of(f"data.root={spelling}") for spelling in spellings}
+    assert len(names) == 1
+    (images / ".DS_Store").write_text("what a desktop leaves")
+    assert {name_of("data.root=mydata")} == names
+
+
+def test_other_data_in_the_same_place_are_another_run(images: Path) -> None:
+    def named() -> str:
+        return name_of(f"data.root={images}")
+
+    first = named()
+    (images / "a/dog/1.jpg").write_text("of the same size"[: len("a/dog/1.jpg")])
+    second = named()
+    (images / "a/dog/1.jpg").rename(images / "a/dog/3.jpg")
+    assert len({first, second, named()}) == 3
+
+
+def test_runs_beside_the_data_are_no_data(images: Path) -> None:
+    settings = (f"data.root={images}", f"paths.outputs={images}/outputs")
+    before = name_of(*settings)
+    (images / "outputs" / "run").mkdir(parents=True)
+    (images / "outputs" / "run" / "results.jsonl").write_text("{}")
+    assert name_of(*settings) == before
+
+
+def test_weights_are_known_by_what_they_are(images: Path, tmp_path: Path) -> None:
+    def named(file: str) -> str:
+        return name_of(f"data.root={images}", f"backbone.pretrained={tmp_path / file}")
+
+    large = b"0" * (places.BLOCK * places.BLOCKS * 2)
+    for file, content in {"a.pth": large, "b.pth": large, "c.pth": large[:-1] + b"1"}.items():
+        (tmp_path / file).write_bytes(content)
+    assert named("a.pth") == named("b.pth") != named("c.pth")
+
+
+def test_the_configuration_remembers_absolute_paths(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.pth").write_bytes(b"x")
+    cfg = compose(
+        "config",
+        [
+            *("task=vit_domainbed", "data=image_folder", "data.root=mydata/"),
+            "backbone.pretrained=weights.pth",
+        ],
+    )
+    places.make_absolute(cfg)
+    monkeypatch.chdir("/")
+    assert cfg.data.root == cfg.data.environments.root == str(images)
+    assert cfg.backbone.pretrained == str(tmp_path / "weights.pth")
+    assert Path(cfg.paths.outputs).is_absolute()

@@ -135,3 +135,11 @@ def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problems(TASK) == ['task: needs transformers: pip install -e ".[language]"']
     both = 'task: needs transformers and datasets: pip install -e ".[language]"'
     assert problems(TEXTS) == [both]
+
+
+@pytest.mark.parametrize("protocol", ["gmoe", "swad"])
+def test_protocols_that_draw_from_other_ranges_have_no_draws_of_domainbed(protocol: str) -> None:
+    command = ("task=vit_domainbed", f"protocol={protocol}")
+    (found,) = problems(*command, "hparams_seed=1")
+    assert found.startswith("hparams_seed: ") and "protocol=domainbed" in found
+    assert problems(*command) == []

@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
 from dynmoe.data.base import StepBatches, StepPlan
@@ -324,10 +326,21 @@ def test_check_table(tree: Path) -> None:
     assert ["dog", "10", "10", "10", "30"] in rows
 
 
-def test_linear_baseline_learns_the_training_angles() -> None:
+def test_linear_baseline_learns_the_training_angles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one thread, however many there are: others add in another order."""
+    threads: list[int] = []
+    fit = LogisticRegression.fit
+
+    def noted(self: LogisticRegression, *arguments: Any) -> LogisticRegression:
+        threads.extend(library["num_threads"] for library in threadpool_info())
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(LogisticRegression, "fit", noted)
     data = domain_data(DIGITS, image_size=28)
     data.setup()
-    baseline = linear_pixel_baseline(data)
+    with threadpool_limits(2):
+        baseline = linear_pixel_baseline(data)
+    assert set(threads) == {1}
     assert baseline["name"] == "linear classifier on pixels"
     scores = {name: found["accuracy"] for name, found in baseline["scores"].items()}
     assert scores["0/out"] < 0.7 < 0.85 < scores["30/out"] and len(scores) == 2 * 6

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from dynmoe.data.text.module import linear_text_baseline
 from dynmoe.data.text.sets import TextSet
@@ -29,9 +33,20 @@ def test_no_gloss_names_its_topic() -> None:
         assert task.labels[label] not in text.lower().split()
 
 
-def test_words_alone_reach_three_quarters() -> None:
+def test_words_alone_reach_three_quarters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one thread, however many there are: others add in another order."""
+    threads: list[int] = []
+    fit = LogisticRegression.fit
+
+    def noted(self: LogisticRegression, *arguments: Any) -> LogisticRegression:
+        threads.extend(library["num_threads"] for library in threadpool_info())
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(LogisticRegression, "fit", noted)
     sets = read_sets(TASKS["glosses"], "embedded", None).sets
-    found = linear_text_baseline(sets["train"], sets["dev"], ("accuracy",))
+    with threadpool_limits(2):
+        found = linear_text_baseline(sets["train"], sets["dev"], ("accuracy",))
+    assert set(threads) == {1}
     assert found["name"] == "TF-IDF + logistic regression"
     assert 0.75 < float(found["scores"]["dev"]["score"]) < 0.82
 
