@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    "errors seeding lazy",
+    "errors seeding lazy network",
     "layers questions runtime",
     "records selection metrics adaptation backbones",
     "data",

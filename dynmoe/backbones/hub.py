@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from dynmoe.errors import ConfigError
+from dynmoe.network import go_offline_if_unreachable
 
 # transformers would announce new heads, and draw a bar for the weights that it reads.
 logging.set_verbosity_error()
@@ -73,6 +74,8 @@ def positions(model: nn.Module) -> int | None:
 
 def where(model: str | None, path: str | None) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` that say where the model is."""
+    if path is None:
+        go_offline_if_unreachable()
     source = model if path is None else str(Path(path).expanduser())
     return {"pretrained_model_name_or_path": source, "local_files_only": path is not None}
 

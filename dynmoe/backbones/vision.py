@@ -16,6 +16,7 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 
 from dynmoe.backbones import hub
 from dynmoe.errors import ConfigError, reason_of
+from dynmoe.network import go_offline_if_unreachable
 
 modality = "image"
 
@@ -47,6 +48,8 @@ def build_vit(
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(f"backbone.model={model}: timm knows no such model.{hint}")
     overlay = {"file": pretrained} if isinstance(pretrained, str) else None
+    if pretrained is True or ":" in model:
+        go_offline_if_unreachable()
     try:
         vit = timm.create_model(
             model,

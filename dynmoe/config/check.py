@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -122,7 +123,8 @@ def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
         direct.extend(rule(cfg))
     # A wrong value shows again in everything computed from it; this is reported only where nothing
     # else explains it.
-    return list(dict.fromkeys(direct or indirect))
+    once = {text.partition(": ")[2]: text for text in reversed(indirect)}
+    return list(dict.fromkeys(direct or reversed(once.values())))
 
 
 def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) -> None:
@@ -134,9 +136,12 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
         direct += _instantiate_problems(cfg, path)
     elif path in {*MADE_LATER, *MADE_AT_ONCE} - {"moe.adaptation"} or _is_logger(path):
         direct.append(f"{path}._target_: missing: the class or function that makes it")
-    for key in map(str, cfg):
-        dotted = f"{path}.{key}" if path else key
+    for key in cfg:
+        dotted = f"{path}.{key}" if path else str(key)
         if dotted == "hydra" or key in INSTANTIATE:
+            continue
+        if not isinstance(key, str):
+            direct.append(f"{dotted}: expected text as a key, found {shown(key)}")
             continue
         try:
             value = cfg[key]
@@ -171,9 +176,9 @@ def _value_problems(key: str, value: Any, parameter: Parameter | None) -> list[s
     if parameter is None:
         if not is_node and schema(key) is not None:
             wrong = [f"{key}: expected a mapping, found {shown(value)}"]
-    elif not (is_object and takes_objects(parameter.annotation, parameter.module)):
-        if value is not None or not parameter.nullable:
-            wrong = mismatches(key, value, parameter.annotation, parameter.module)
+    elif not (value is None and parameter.nullable):
+        types = parameter.annotation, parameter.module
+        wrong = [] if is_object and takes_objects(*types) else mismatches(key, value, *types)
     if wrong:
         return wrong
     return [
@@ -261,7 +266,8 @@ def _places(node: Any, path: str) -> Iterator[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    text = str(error).strip().splitlines()[0]
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
 
 
 @contextmanager

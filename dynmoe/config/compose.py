@@ -353,8 +353,11 @@ class Composer:
         for override in overrides:
             if override.key_or_group == "hydra.searchpath":
                 continue
-            if override.is_hydra_override() and override.value() == "???":
-                found.append(f"{override.key_or_group}: expected a value, found ???")
+            value, key = override.value(), override.key_or_group
+            if override.is_hydra_override() and value == "???":
+                found.append(f"{key}: expected a value, found ???")
+            elif key.startswith("hydra/") and not isinstance(value, str | list | None):
+                found.append(f"{key}: expected the name of an option, found {value}")
             elif override.is_hydra_override() or self.options(override):
                 groups.append(str(override.input_line))
             else:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from dynmoe.data.text.sets import Loader, RawTexts, TextSet, text_set
 from dynmoe.data.text.tasks import LABELLED, TESTS, GlueTask
 from dynmoe.errors import DataError
+from dynmoe.network import go_offline_if_unreachable
 from dynmoe.questions.files import reading
 
 if TYPE_CHECKING:
@@ -326,6 +327,7 @@ def hub_loaders(task: GlueTask) -> dict[str, Loader]:
     Raises:
         DataError: the task cannot be downloaded.
     """
+    go_offline_if_unreachable()
     from datasets import load_dataset
 
     def fetch(name: str) -> Mapping[str, pyarrow.Table]:
