@@ -165,14 +165,10 @@ def _draws_problems(composer: Composer, overrides: Sequence[Override]) -> list[s
     last = {override.key_or_group: override for override in overrides}
     values = {key: draws(override) for key, override in last.items()}
     found: list[str] = []
-    for key, override in sorted(last.items(), key=lambda item: not hint(item[1])):
-        tried = {**{name: each[:1] for name, each in values.items()}, key: values[key]}
-        more = hint(override)
-        found += [
-            f"{override.input_line}: {text}{more}" if more else text
-            for text in _axes_problems(composer, tried)
-            if not any(text in known for known in found)
-        ]
+    for key, text in _tried(composer, values):
+        key = key or next((each for each in last if text.startswith(f"{each}:")), "")
+        more = hint(last[key]) if key in last else ""
+        found.append(f"{last[key].input_line}: {text}{more}" if more else text)
     return found
 
 
@@ -181,16 +177,26 @@ def _choice(overrides: Sequence[Override], group: str) -> Any:
 
 
 def _axes_problems(composer: Composer, axes: Axes) -> list[str]:
-    """The first value of every key, and each other value in its place."""
-    singles = [parse(values)[0] for values in axes.values()]
-    unknown = [text for each in singles for one in each for text in composer.unknown_options(one)]
+    return [text for _, text in _tried(composer, axes)]
+
+
+def _tried(composer: Composer, axes: Axes) -> Iterator[tuple[str, str]]:
+    """Problems of the first value of every key, and of each other value in its place; each with the
+    key whose value is not the first."""
+    singles = {key: parse(values)[0] for key, values in axes.items()}
+    unknown = [
+        text for each in singles.values() for one in each for text in composer.unknown_options(one)
+    ]
+    yield from (("", text) for text in unknown)
     if unknown:
-        return unknown
-    firsts = [values[0] for values in singles]
-    jobs = [firsts]
-    for index, values in enumerate(singles):
-        jobs += [[*firsts[:index], other, *firsts[index + 1 :]] for other in values[1:]]
-    return [text for job in jobs for text in composer.compose(job).problems(multirun=True)]
+        return
+    firsts = {key: values[0] for key, values in singles.items()}
+    jobs = [("", firsts)]
+    for key, values in singles.items():
+        jobs += [(key, {**firsts, key: other}) for other in values[1:]]
+    for key, job in jobs:
+        for text in composer.compose(list(job.values())).problems(multirun=True):
+            yield key, text
 
 
 def _problems_for_every_option(
