@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -112,6 +112,19 @@ def problems(cfg: DictConfig, *, multirun: bool = False) -> list[str]:
     return found
 
 
+def value_problems(cfg: DictConfig, keys: Iterable[str]) -> list[str]:
+    """Problems of the values at `keys` alone, their types and ranges."""
+    found: list[str] = []
+    for key in keys:
+        above, _, name = key.rpartition(".")
+        parent = OmegaConf.select(cfg, above)
+        known = _known_keys(parent, above, found)
+        value = OmegaConf.select(cfg, key)
+        plain = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+        found += _value_problems(key, plain, known.parameters.get(name) if known else None)
+    return found
+
+
 def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
     direct: list[str] = []
     indirect: list[str] = []
@@ -124,7 +137,7 @@ def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
     # A wrong value shows again in everything computed from it; this is reported only where nothing
     # else explains it.
     once = {text.partition(": ")[2]: text for text in reversed(indirect)}
-    return list(dict.fromkeys(direct or reversed(once.values())))
+    return list(dict.fromkeys(direct or reversed(list(once.values()))))
 
 
 def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) -> None:
@@ -137,7 +150,7 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
     elif path in {*MADE_LATER, *MADE_AT_ONCE} - {"moe.adaptation"} or _is_logger(path):
         direct.append(f"{path}._target_: missing: the class or function that makes it")
     for key in cfg:
-        dotted = f"{path}.{key}" if path else str(key)
+        dotted = f"{path}.{key!s}" if path else str(key)
         if dotted == "hydra" or key in INSTANTIATE:
             continue
         if not isinstance(key, str):

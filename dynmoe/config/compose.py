@@ -122,14 +122,14 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
     ours = node._target_ == SWEEPER
     wrong = list(sweeper_problems(node) if ours else search_problems(node))
     for values in () if wrong else _swept(node):
-        wrong += parse([f"{key}={value}" for key, value in values.items()])[1]
+        wrong += parse([f"{key!s}={value}" for key, value in values.items()])[1]
     if wrong:
         return [f"sweep={name}: {text}" if name else text for text in wrong]
     if ours:
         return _grid_problems(composer, node, overrides)
     if OmegaConf.select(cfg, "mode") == "plan":
         return ["mode: a search draws its jobs one after another and cannot list them first"]
-    given = [f"{key}={value}" for values in _swept(node) for key, value in values.items()]
+    given = [f"{key!s}={value}" for values in _swept(node) for key, value in values.items()]
     return _draws_problems(composer, [*parse(given)[0], *overrides])
 
 

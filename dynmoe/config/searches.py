@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, cast
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
-
-from dynmoe.config.sweeps import each_value
 
 
 def search_problems(sweeper: DictConfig) -> Iterator[str]:
@@ -41,7 +40,7 @@ def _major(package: str) -> int:
 
 def empty_range(override: Override) -> str | None:
     """The message for a range or interval that has no value, or has no end."""
-    value = override.value()
+    value: Any = override.value()
     if isinstance(value, RangeSweep):
         start, stop, step = value.start or 0, value.stop, value.step
         if not (_finite(start, stop, step) and (stop - start) * step > 0):
@@ -60,17 +59,17 @@ def _finite(*numbers: object) -> bool:
 
 def draws(override: Override) -> list[str]:
     """One override for each value of a choice; of a range or interval, those at its ends."""
-    key, value = override.get_key_element(), override.value()
+    key, value = override.get_key_element(), cast(Any, override.value())
     if isinstance(value, RangeSweep) and not value.shuffle:
         steps = math.floor((value.stop - (value.start or 0)) / value.step + 1e-9)
         return [f"{key}={value.start or 0}", f"{key}={(value.start or 0) + steps * value.step}"]
     if isinstance(value, IntervalSweep):
         return [f"{key}={value.start}", f"{key}={value.end}"]
-    return each_value(override)
+    return eachoverride.value()
 
 
 def hint(override: Override) -> str:
-    value = override.value()
+    value: Any = override.value()
     if isinstance(value, RangeSweep):
         return " (a search draws the end of a range too)"
     of_floats = isinstance(value, IntervalSweep) and isinstance(value.start, float)
