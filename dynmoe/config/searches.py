@@ -65,7 +65,7 @@ def draws(override: Override) -> list[str]:
         return [f"{key}={value.start or 0}", f"{key}={(value.start or 0) + steps * value.step}"]
     if isinstance(value, IntervalSweep):
         return [f"{key}={value.start}", f"{key}={value.end}"]
-    return eachoverride.value()
+    return each_value(override)
 
 
 def hint(override: Override) -> str:
