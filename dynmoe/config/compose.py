@@ -71,7 +71,11 @@ def preflight(
                 names = ", ".join(options.options(group, composer.search))
                 found.append(f"{group}: required, {MEANING[group]}. Options: {names}")
             found += _problems_for_every_option(group, composer, known, multirun) if known else []
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        except UnicodeDecodeError as error:
+            files = [file for folder in composer.folders for file in folder.rglob("*.yaml")]
+            names = [str(file) for file in files if not _is_utf8(file)]
+            found.append(f"{', '.join(names)}: is not UTF-8 text ({error.reason})")
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
             found.append(_missing_plugin(str(error)) or " ".join(str(error).split()))
         instead = {
             str(override.input_line): f"++{override.input_line}"
@@ -80,6 +84,14 @@ def preflight(
             if not (override.is_hydra_override() or composer.options(override))
         }
     return Verdict(list(dict.fromkeys(found)), instead)
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _missing_plugin(message: str) -> str:
@@ -314,6 +326,7 @@ class Composer:
             value = override.value()
             if override.key_or_group == "hydra.searchpath" and isinstance(value, list):
                 folders += map(str, value)
+        self.folders = [Path(each.removeprefix("file://")) for each in folders]
         quoted = ",".join(f"'{folder}'" for folder in folders)
         # --config-dir and the command line's hydra.searchpath as one override.
         self.search = [f"hydra.searchpath=[{quoted}]"] if folders else []

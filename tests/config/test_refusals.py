@@ -166,6 +166,38 @@ def test_in_a_process_of_its_own_no_torch_is_loaded(line: str, tmp_path: Path) -
     assert "Traceback" not in done.stderr
 
 
+# Files of the user in --config-dir, and what is said about them.
+GLOBAL = "# @package _global_\n"
+MULTIRUN = GLOBAL + "hydra: {mode: MULTIRUN, sweeper: "
+FILES = {
+    ("experiment", GLOBAL + "task: {optimzer: {lr: 1}}"): ("task.optimzer", "'optimizer'"),
+    ("experiment", "task: {optimizer: {lr: 1}}"): ("experiment:", "# @package _global_"),
+    ("experiment", GLOBAL + "seed: [1"): ("own.yaml", "line 2"),
+    ("experiment", GLOBAL + "seed: 1\nseed: 2"): ("own.yaml", "duplicate key seed"),
+    ("experiment", GLOBAL + "name: \xe9"): ("own.yaml: is not UTF-8",),
+    ("experiment", GLOBAL + "defaults: {moe: topk}"): ("experiment/own", "defaults must be a list"),
+    ("experiment", GLOBAL + "defaults: [override /moe: dynmo]"): ("'moe/dynmo'", "dynmoe"),
+    ("data", "_target_: dynmoe.data.DomainDat"): ("data._target_", "'DomainData'"),
+    ("sweep", MULTIRUN + "{parms: {seed: '0,1'}}}"): ("hydra.sweeper.parms", "params"),
+    ("sweep", MULTIRUN + "{params: {sed: '0,1'}}}"): ("sed: unknown key", "'seed'"),
+    ("sweep", MULTIRUN + "{params: [a]}}"): ("hydra.sweeper.params: expected {key:",),
+    ("sweep", MULTIRUN + "{params: {seed: 'range(2,1)'}}}"): ("seed=range(2,1): has no value",),
+    ("sweep", MULTIRUN + "{settings: [{moe: 'topk,'}]}}"): ("sweep=own: moe=topk,: cannot be",),
+    ("sweep", MULTIRUN + "{settings: [null]}}"): ("hydra.sweeper.settings[0]: expected",),
+    ("sweep", MULTIRUN + "{params: {seed: '${nope}'}}}"): ("'nope' not found",),
+}
+
+
+@pytest.mark.parametrize(("group", "text"), FILES)
+def test_the_message_about_the_file(group: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "own.yaml").write_bytes(text.encode("latin-1"))
+    found = preflight([IMAGES, f"{group}=own"], config_dir=str(tmp_path)).problems
+    assert len(found) <= 3
+    for words in FILES[group, text]:
+        assert any(words in each for each in found), found
+
+
 def test_options_may_stand_between_overrides(tmp_path: Path) -> None:
     done = command(never, tmp_path, IMAGES, "-m", "seed=range(5,2)")
     assert "has no value" in done.stderr  # read as a sweep, not as an unknown word
