@@ -16,21 +16,13 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from dynmoe.config.annotations import mismatches, shown, takes_objects
 from dynmoe.config.options import written
 from dynmoe.config.ranges import outside
 from dynmoe.config.rules import RULES, SWEEP_RULES, protocol_fits, same_modality, stage_is_chosen
 from dynmoe.config.runs import names_once, previous
 from dynmoe.config.schema import schema
-from dynmoe.config.targets import (
-    Parameter,
-    Signature,
-    TargetError,
-    did_you_mean,
-    mismatches,
-    shown,
-    signature,
-    takes_objects,
-)
+from dynmoe.config.targets import Parameter, Signature, TargetError, did_you_mean, signature
 from dynmoe.errors import ConfigError
 
 # Keys of hydra.utils.instantiate, which are no parameters of the target: type, and in words.

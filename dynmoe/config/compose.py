@@ -73,8 +73,8 @@ def preflight(
             found += _problems_for_every_option(group, composer, known, multirun) if known else []
         except UnicodeDecodeError as error:
             files = [file for folder in composer.folders for file in folder.rglob("*.yaml")]
-            names = [str(file) for file in files if not _is_utf8(file)]
-            found.append(f"{', '.join(names)}: is not UTF-8 text ({error.reason})")
+            wrong = [str(file) for file in files if not _is_utf8(file)]
+            found.append(f"{', '.join(wrong)}: is not UTF-8 text ({error.reason})")
         except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
             found.append(_missing_plugin(str(error)) or " ".join(str(error).split()))
         instead = {
