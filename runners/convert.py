@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from dynmoe import process
-from dynmoe.convert.checkpoints import from_official, to_official
+from dynmoe.config.arguments import joined
 from dynmoe.errors import ConfigError
 
 HELP = """dynmoe-convert turns MoE-LLaVA and DynMoE-LLaVA checkpoints into run folders, and back.
@@ -38,6 +39,8 @@ def main() -> None:
             print(HELP)
             return
         given = parse(arguments)
+        from dynmoe.convert.checkpoints import from_official, to_official  # loads PyTorch
+
         (from_official if "from" in given else to_official)(given)
 
 
@@ -47,7 +50,10 @@ def parse(arguments: list[str]) -> dict[str, str]:
     Raises:
         ConfigError: an unknown key or wrong value, or not exactly one of from= and run=.
     """
-    given = {}
+    given: dict[str, str] = {}
+    arguments, astray = joined(arguments)
+    if astray:
+        raise ConfigError("\n".join(astray))
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or key not in KEYS:
@@ -59,6 +65,9 @@ def parse(arguments: list[str]) -> dict[str, str]:
     for key, other in ONLY_WITH.items():
         if key in given and other not in given:
             raise ConfigError(f"{key}= belongs to {other}=FOLDER")
+    for key, file in (("from", "config.json"), ("run", "config.yaml")):
+        if key in given and not (Path(given[key]).expanduser() / file).is_file():
+            raise ConfigError(f"{key}={given[key]}: expected a folder with a {file}, found none")
     if given.get("overwrite", "false") not in ("true", "false"):
         raise ConfigError(f"overwrite={given['overwrite']}: expected true or false")
     return given

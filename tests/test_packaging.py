@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    "errors files seeding lazy version",
+    "errors files network seeding lazy version",
     "image_files process",
     "layers questions runtime",
     "records selection metrics adaptation backbones",

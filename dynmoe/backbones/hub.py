@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from dynmoe.backbones import weights
 from dynmoe.errors import ConfigError
+from dynmoe.network import go_offline_if_unreachable
 
 # transformers would announce new heads, and draw a bar for the weights that it reads.
 logging.set_verbosity_error()
@@ -95,6 +96,8 @@ def check_vocabulary(found: Any, tokens: int | None, model: str | None, path: st
 
 def where(model: str | None, path: str | None) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` that say where the model is."""
+    if path is None:
+        go_offline_if_unreachable()
     source = model if path is None else str(Path(path).expanduser())
     return {"pretrained_model_name_or_path": source, "local_files_only": path is not None}
 

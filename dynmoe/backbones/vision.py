@@ -19,6 +19,7 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 
 from dynmoe.backbones import hub, weights
 from dynmoe.errors import REASON, ConfigError, reason_of
+from dynmoe.network import go_offline_if_unreachable
 
 modality = "image"
 
@@ -59,6 +60,8 @@ def build_vit(
         drop_path_rate=drop_path,
         **(options or {}),
     )
+    if pretrained is True or ":" in model:
+        go_offline_if_unreachable()
     try:
         with torch.device("meta") if pretrained else nullcontext():
             vit = create()

@@ -106,7 +106,9 @@ def _loops(
     optimizer = cfg.task.optimizer
     plain = PlainFineTuning(model, optimizer.lr, optimizer.weight_decay, steps)
 
-    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    silent: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar"), False
+    )
 
     def loader() -> Any:
         return plain_loader(texts, data.tokenizer, cfg.data.batch_size, cfg.seed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,21 +16,13 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from dynmoe.config.annotations import mismatches, shown, takes_objects
 from dynmoe.config.options import written
 from dynmoe.config.ranges import outside
 from dynmoe.config.rules import RULES, SWEEP_RULES, protocol_fits, same_modality, stage_is_chosen
 from dynmoe.config.runs import names_once, previous
 from dynmoe.config.schema import schema
-from dynmoe.config.targets import (
-    Parameter,
-    Signature,
-    TargetError,
-    did_you_mean,
-    mismatches,
-    shown,
-    signature,
-    takes_objects,
-)
+from dynmoe.config.targets import Parameter, Signature, TargetError, did_you_mean, signature
 from dynmoe.errors import ConfigError
 
 # Keys of hydra.utils.instantiate, which are no parameters of the target: type, and in words.
@@ -111,6 +104,19 @@ def problems(cfg: DictConfig, *, multirun: bool = False) -> list[str]:
     return found
 
 
+def value_problems(cfg: DictConfig, keys: Iterable[str]) -> list[str]:
+    """Problems of the values at `keys` alone, their types and ranges."""
+    found: list[str] = []
+    for key in keys:
+        above, _, name = key.rpartition(".")
+        parent = OmegaConf.select(cfg, above)
+        known = _known_keys(parent, above, found)
+        value = OmegaConf.select(cfg, key)
+        plain = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+        found += _value_problems(key, plain, known.parameters.get(name) if known else None)
+    return found
+
+
 def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
     direct: list[str] = []
     indirect: list[str] = []
@@ -122,7 +128,8 @@ def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
         direct.extend(rule(cfg))
     # A wrong value shows again in everything computed from it; this is reported only where nothing
     # else explains it.
-    return list(dict.fromkeys(direct or indirect))
+    once = {text.partition(": ")[2]: text for text in reversed(indirect)}
+    return list(dict.fromkeys(direct or reversed(list(once.values()))))
 
 
 def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) -> None:
@@ -134,9 +141,12 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
         direct += _instantiate_problems(cfg, path)
     elif path in {*MADE_LATER, *MADE_AT_ONCE} - {"moe.adaptation"} or _is_logger(path):
         direct.append(f"{path}._target_: missing: the class or function that makes it")
-    for key in map(str, cfg):
-        dotted = f"{path}.{key}" if path else key
+    for key in cfg:
+        dotted = f"{path}.{key!s}" if path else str(key)
         if dotted == "hydra" or key in INSTANTIATE:
+            continue
+        if not isinstance(key, str):
+            direct.append(f"{dotted}: expected text as a key, found {shown(key)}")
             continue
         try:
             value = cfg[key]
@@ -174,12 +184,9 @@ def _value_problems(key: str, value: Any, parameter: Parameter | None) -> list[s
     wrong: list[str] = []
     if parameter is None and not is_node and schema(key) is not None:
         wrong = [f"{key}: expected a mapping, found {shown(value)}"]
-    elif (
-        parameter is not None
-        and not (is_object and takes_objects(parameter.annotation, parameter.module))
-        and (value is not None or not parameter.nullable)
-    ):
-        wrong = mismatches(key, value, parameter.annotation, parameter.module)
+    elif parameter is not None and not (value is None and parameter.nullable):
+        types = parameter.annotation, parameter.module
+        wrong = [] if is_object and takes_objects(*types) else mismatches(key, value, *types)
     if wrong:
         return wrong
     return [
@@ -267,7 +274,8 @@ def _places(node: Any, path: str) -> Iterator[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    text = str(error).strip().splitlines()[0]
+    return re.sub(r"^\w+ raised while resolving interpolation: ", "", text)
 
 
 @contextmanager

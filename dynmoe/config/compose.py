@@ -71,7 +71,11 @@ def preflight(
                 names = ", ".join(options.options(group, composer.search))
                 found.append(f"{group}: required, {MEANING[group]}. Options: {names}")
             found += _problems_for_every_option(group, composer, known, multirun) if known else []
-        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        except UnicodeDecodeError as error:
+            files = [file for folder in composer.folders for file in folder.rglob("*.yaml")]
+            wrong = [str(file) for file in files if not _is_utf8(file)]
+            found.append(f"{', '.join(wrong)}: is not UTF-8 text ({error.reason})")
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
             found.append(_missing_plugin(str(error)) or " ".join(str(error).split()))
         instead = {
             str(override.input_line): f"++{override.input_line}"
@@ -80,6 +84,14 @@ def preflight(
             if not (override.is_hydra_override() or composer.options(override))
         }
     return Verdict(list(dict.fromkeys(found)), instead)
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _missing_plugin(message: str) -> str:
@@ -122,14 +134,14 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
     ours = node._target_ == SWEEPER
     wrong = list(sweeper_problems(node) if ours else search_problems(node))
     for values in () if wrong else _swept(node):
-        wrong += parse([f"{key}={value}" for key, value in values.items()])[1]
+        wrong += parse([f"{key!s}={value}" for key, value in values.items()])[1]
     if wrong:
         return [f"sweep={name}: {text}" if name else text for text in wrong]
     if ours:
         return _grid_problems(composer, node, overrides)
     if OmegaConf.select(cfg, "mode") == "plan":
         return ["mode: a search draws its jobs one after another and cannot list them first"]
-    given = [f"{key}={value}" for values in _swept(node) for key, value in values.items()]
+    given = [f"{key!s}={value}" for values in _swept(node) for key, value in values.items()]
     return _draws_problems(composer, [*parse(given)[0], *overrides])
 
 
@@ -165,14 +177,10 @@ def _draws_problems(composer: Composer, overrides: Sequence[Override]) -> list[s
     last = {override.key_or_group: override for override in overrides}
     values = {key: draws(override) for key, override in last.items()}
     found: list[str] = []
-    for key, override in sorted(last.items(), key=lambda item: not hint(item[1])):
-        tried = {**{name: each[:1] for name, each in values.items()}, key: values[key]}
-        more = hint(override)
-        found += [
-            f"{override.input_line}: {text}{more}" if more else text
-            for text in _axes_problems(composer, tried)
-            if not any(text in known for known in found)
-        ]
+    for key, text in _tried(composer, values):
+        key = key or next((each for each in last if text.startswith(f"{each}:")), "")
+        more = hint(last[key]) if key in last else ""
+        found.append(f"{last[key].input_line}: {text}{more}" if more else text)
     return found
 
 
@@ -181,16 +189,26 @@ def _choice(overrides: Sequence[Override], group: str) -> Any:
 
 
 def _axes_problems(composer: Composer, axes: Axes) -> list[str]:
-    """The first value of every key, and each other value in its place."""
-    singles = [parse(values)[0] for values in axes.values()]
-    unknown = [text for each in singles for one in each for text in composer.unknown_options(one)]
+    return [text for _, text in _tried(composer, axes)]
+
+
+def _tried(composer: Composer, axes: Axes) -> Iterator[tuple[str, str]]:
+    """Problems of the first value of every key, and of each other value in its place; each with the
+    key whose value is not the first."""
+    singles = {key: parse(values)[0] for key, values in axes.items()}
+    unknown = [
+        text for each in singles.values() for one in each for text in composer.unknown_options(one)
+    ]
+    yield from (("", text) for text in unknown)
     if unknown:
-        return unknown
-    firsts = [values[0] for values in singles]
-    jobs = [firsts]
-    for index, values in enumerate(singles):
-        jobs += [[*firsts[:index], other, *firsts[index + 1 :]] for other in values[1:]]
-    return [text for job in jobs for text in composer.compose(job).problems(multirun=True)]
+        return
+    firsts = {key: values[0] for key, values in singles.items()}
+    jobs = [("", firsts)]
+    for key, values in singles.items():
+        jobs += [(key, {**firsts, key: other}) for other in values[1:]]
+    for key, job in jobs:
+        for text in composer.compose(list(job.values())).problems(multirun=True):
+            yield key, text
 
 
 def _problems_for_every_option(
@@ -308,6 +326,7 @@ class Composer:
             value = override.value()
             if override.key_or_group == "hydra.searchpath" and isinstance(value, list):
                 folders += map(str, value)
+        self.folders = [Path(each.removeprefix("file://")) for each in folders]
         quoted = ",".join(f"'{folder}'" for folder in folders)
         # --config-dir and the command line's hydra.searchpath as one override.
         self.search = [f"hydra.searchpath=[{quoted}]"] if folders else []
@@ -353,8 +372,11 @@ class Composer:
         for override in overrides:
             if override.key_or_group == "hydra.searchpath":
                 continue
-            if override.is_hydra_override() and override.value() == "???":
-                found.append(f"{override.key_or_group}: expected a value, found ???")
+            value, key = override.value(), override.key_or_group
+            if override.is_hydra_override() and value == "???":
+                found.append(f"{key}: expected a value, found ???")
+            elif key.startswith("hydra/") and not isinstance(value, str | list | None):
+                found.append(f"{key}: expected the name of an option, found {value}")
             elif override.is_hydra_override() or self.options(override):
                 groups.append(str(override.input_line))
             else:

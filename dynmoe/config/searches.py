@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
@@ -43,15 +44,23 @@ def empty_range(override: Override) -> str | None:
     """The message for a range or interval that has no value, or has no end."""
     value = override.value()
     if isinstance(value, RangeSweep):
-        start, stop, step = value.start or 0, value.stop, value.step
+        start, stop, step = _ends(value)
         if not (_finite(start, stop, step) and (stop - start) * step > 0):
             return "has no value: expected range(start,stop,step) that leads from start to stop"
     if isinstance(value, IntervalSweep):
-        if not (_finite(value.start, value.end) and value.start < value.end):
+        low, high = _ends(value)
+        if not (_finite(low, high) and low < high):
             return "has no value: expected interval(low,high) with low below high"
-        if "log" in value.tags and value.start <= 0:
+        if "log" in value.tags and low <= 0:
             return "expected a low end above 0, as its tag is log"
     return None
+
+
+def _ends(value: RangeSweep | IntervalSweep) -> list[Any]:
+    """start, stop and step of a range; both ends of an interval."""
+    if isinstance(value, IntervalSweep):
+        return [value.start, value.end]
+    return [value.start or 0, value.stop, value.step]
 
 
 def _finite(*numbers: object) -> bool:
@@ -62,10 +71,11 @@ def draws(override: Override) -> list[str]:
     """One override for each value of a choice; of a range or interval, those at its ends."""
     key, value = override.get_key_element(), override.value()
     if isinstance(value, RangeSweep) and not value.shuffle:
-        steps = math.floor((value.stop - (value.start or 0)) / value.step + 1e-9)
-        return [f"{key}={value.start or 0}", f"{key}={(value.start or 0) + steps * value.step}"]
+        start, stop, step = _ends(value)
+        steps = math.floor((stop - start) / step + 1e-9)
+        return [f"{key}={start}", f"{key}={start + steps * step}"]
     if isinstance(value, IntervalSweep):
-        return [f"{key}={value.start}", f"{key}={value.end}"]
+        return [f"{key}={end}" for end in _ends(value)]
     return each_value(override)
 
 
@@ -73,7 +83,8 @@ def hint(override: Override) -> str:
     value = override.value()
     if isinstance(value, RangeSweep):
         return " (a search draws the end of a range too)"
-    of_floats = isinstance(value, IntervalSweep) and isinstance(value.start, float)
-    if of_floats and value.start.is_integer() and value.end.is_integer():
-        return f" (of integers: int(interval({value.start:g},{value.end:g})))"
-    return ""
+    if not isinstance(value, IntervalSweep):
+        return ""
+    low, high = _ends(value)
+    of_floats = isinstance(low, float) and low.is_integer() and high.is_integer()
+    return f" (of integers: int(interval({low:g},{high:g})))" if of_floats else ""

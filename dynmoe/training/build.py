@@ -446,7 +446,7 @@ def shell(cfg: DictConfig, data: TaskData, arguments: Mapping[str, Any]) -> nn.M
     Raises:
         ConfigError: a backbone that cannot be built, or lacks blocks that are named.
     """
-    node = OmegaConf.create(OmegaConf.to_container(cfg.backbone, resolve=True))
+    node: Any = OmegaConf.create(OmegaConf.to_container(cfg.backbone, resolve=True))
     for each in (node, node.get("vision")):
         if each is not None:
             each.pretrained = False

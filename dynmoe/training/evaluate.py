@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from dynmoe.config.arguments import joined
+from dynmoe.config.check import value_problems
 from dynmoe.config.machine import data_folder, folders
 from dynmoe.config.options import modality
 from dynmoe.config.rules import text_run
@@ -42,6 +46,9 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     """
     given: dict[str, str] = {}
     question_sets: list[str] = []
+    arguments, astray = joined(arguments)
+    if astray:
+        raise ConfigError("\n".join(astray))
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key.startswith("question_sets."):
@@ -80,9 +87,18 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     if question_sets and mode != "answer":
         raise ConfigError(f"{question_sets[0]}: questions to answer, expected with mode=answer")
     values = [f"{key}={value}" for key, value in given.items()]
-    overrides = OmegaConf.from_dotlist([*values, *question_sets])
-    cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
-    if wrong := [*text_run(cfg), *folders(cfg), *data_folder(cfg)]:
+    try:
+        overrides = OmegaConf.from_dotlist([*values, *question_sets])
+        cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
+    except (OmegaConfBaseException, YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{' '.join([*values, *question_sets])}: {reason}") from None
+    if wrong := [
+        *value_problems(cfg, given),
+        *text_run(cfg),
+        *folders(cfg),
+        *data_folder(cfg),
+    ]:
         raise ConfigError("\n".join(wrong))
     return mode, folder, checkpoint, cfg
 

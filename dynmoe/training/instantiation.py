@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from dynmoe.errors import REASON, ConfigError, UserError, reason_of
 
 
-def make(node: Any, key: str = "configuration", **arguments: Any) -> Any:
+def make(node: Any, key: str = "configuration", /, **arguments: Any) -> Any:
     """`instantiate(node, **arguments)`; `key` is the node's place, where it has left it.
 
     Raises:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
@@ -14,13 +16,12 @@ def configuration(folder: RunFolder) -> DictConfig:
     """Return the run's configuration, for one device, without loggers and token cache.
 
     Raises:
-        ConfigError: the folder is no run.
+        ConfigError: the folder is no run, or its config.yaml is damaged.
     """
     saved = folder.path / "config.yaml"
-    if not saved.exists():
+    if not saved.is_file():
         raise ConfigError(f"{folder.path}: expected a folder with a config.yaml, found none")
-    cfg = OmegaConf.load(saved)
-    assert isinstance(cfg, DictConfig)
+    cfg = _saved(saved)
     if cfg.moe.init == "cluster":  # equal shapes, without the k-means
         cfg.moe.init = "random"
     cfg.trainer.update(devices=1, strategy="auto")
@@ -32,6 +33,28 @@ def configuration(folder: RunFolder) -> DictConfig:
         cfg.stage.start = None
     if "cache" in cfg.get("data", {}):
         cfg.data.cache = None  # the folder may be on another machine
+    return cfg
+
+
+NODES = ("backbone", "data", "moe", "task", "trainer")
+
+
+def _saved(file: Path) -> DictConfig:
+    try:
+        cfg = OmegaConf.load(file)
+        if isinstance(cfg, DictConfig):
+            OmegaConf.resolve(cfg)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{file}: not the configuration of a run: {' '.join(str(error).split())[:200]}. "
+            "Give the folder outputs/<name>/<run> of a trained run"
+        ) from error
+    lacks = [key for key in NODES if not OmegaConf.is_dict(OmegaConf.select(cfg, key))]
+    if not isinstance(cfg, DictConfig) or lacks:
+        raise ConfigError(
+            f"{file}: not the configuration of a run, it lacks {', '.join(lacks)}. "
+            "Give the folder outputs/<name>/<run> of a trained run"
+        )
     return cfg
 
 

@@ -6,7 +6,7 @@ from pathlib import Path  # noqa: F401 - a class that annotations below name
 
 import pytest
 
-from dynmoe.config.targets import mismatches
+from dynmoe.config.annotations import mismatches
 
 LIST = "A list is written 'key"
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from dynmoe import job
 from dynmoe.benchmark.candidates import configuration
 from dynmoe.config.check import problems
+from dynmoe.convert.checkpoints import from_official, to_official
 from dynmoe.convert.config import describe
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
@@ -49,7 +50,7 @@ def pope(root: Path) -> Path:
 def run_convert(**given: str | Path) -> None:
     named = {key.rstrip("_"): str(value) for key, value in given.items()}
     arguments = convert.parse([f"{key}={value}" for key, value in named.items()])
-    (convert.from_official if "from" in arguments else convert.to_official)(arguments)
+    (from_official if "from" in arguments else to_official)(arguments)
 
 
 def answers_of(run: Path, benchmark: Path) -> list[str]:

@@ -17,6 +17,7 @@ from dynmoe.data.text.sets import Loader, RawTexts, TextSet, as_text, text_set
 from dynmoe.data.text.tasks import LABELLED, TESTS, GlueTask
 from dynmoe.errors import DataError
 from dynmoe.files import check_regular
+from dynmoe.network import go_offline_if_unreachable
 from dynmoe.questions.files import reading
 
 if TYPE_CHECKING:
@@ -334,6 +335,7 @@ def hub_loaders(task: GlueTask) -> dict[str, Loader]:
     Raises:
         DataError: the task cannot be downloaded.
     """
+    go_offline_if_unreachable()
     from datasets import load_dataset
 
     def fetch(name: str) -> Mapping[str, pyarrow.Table]:

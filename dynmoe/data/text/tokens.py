@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from dynmoe.data.text.sets import TextSet
 from dynmoe.errors import ConfigError, DataError
+from dynmoe.network import go_offline_if_unreachable
 from dynmoe.seeding import IntArray
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def load_tokenizer(path: str | None, name: str | None) -> PreTrainedTokenizerBas
     from transformers import AutoTokenizer
 
     key, place = ("backbone.model", name) if path is None else ("backbone.path", path)
+    if path is None:
+        go_offline_if_unreachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=path is not None)
     except Exception as error:  # transformers raises many kinds

@@ -1,0 +1,278 @@
+"""Commands as people mistype them: each ends at once, with the key or word and the fix."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import command
+from omegaconf import DictConfig
+
+from dynmoe.config import models, ranges, rules
+from dynmoe.config.arguments import joined
+from dynmoe.config.compose import preflight
+from dynmoe.data.images import digits
+
+IMAGES, TEXTS, VL = "task=vit_domainbed", "task=glue", "task=vl"
+
+# A command, and what its message says: the key or word, then what was expected or the fix.
+TABLE = {
+    # words of the command line
+    "task = vit_domainbed": ("task = vit_domainbed:", "task=vit_domainbed"),
+    "task= vit_domainbed": ("task= vit_domainbed:", "task=vit_domainbed"),
+    f"{IMAGES} --lr 1e-3": ("--lr 1e-3: no such option", "lr=1e-3", "task.optimizer.lr"),
+    f"--seed=3 {IMAGES}": ("--seed=3: no such option", "seed=3"),
+    f"{IMAGES} --overwrite": ("--overwrite: no such option", "--help"),
+    f"{IMAGES} data.test_envs=[0, 1]": ("Quote it: 'data.test_envs=[0, 1]'",),
+    f"{IMAGES} topk": ("topk: expected key=value", "moe=topk"),
+    f"{IMAGES} =3": ("=3: expected key=value",),
+    f"{IMAGES} name=é": ("name=é:", "'name=\"é\"'"),
+    # keys that live elsewhere
+    f"{IMAGES} lr=1e-3": ("lr: unknown key", "task.optimizer.lr"),
+    f"{TEXTS} epochs=3": ("epochs: unknown key", "task.epochs"),
+    f"{IMAGES} batch_size=8": ("batch_size: unknown key", "data.batch_size"),
+    f"{IMAGES} task.module.aux_wieght=1": ("task.module.aux_wieght", "'aux_weight'"),
+    # both ends of ranges
+    f"{IMAGES} seed=10000000000": ("seed:", "from 0 to 4294967295"),
+    f"{IMAGES} trial_seed=-1": ("trial_seed:", "from 0 to 4294967295"),
+    f"{IMAGES} task.optimizer.lr=-1": ("task.optimizer.lr: expected 0 or more",),
+    f"{IMAGES} task.optimizer.lr=nan": ("task.optimizer.lr: expected a finite number",),
+    f"{IMAGES} moe.aux_weight=inf": ("moe.aux_weight: expected a finite number",),
+    f"{IMAGES} data.cache_gb=-inf data=pacs data.root=.": ("data.cache_gb: expected a finite",),
+    f"{IMAGES} task.steps=99999999999999999999": (
+        "task.steps: expected at most 9223372036854775807",
+    ),
+    f"{IMAGES} moe.expert_dropout=2": ("moe.expert_dropout: expected 0 or more, below 1",),
+    f"{IMAGES} backbone.drop_path=-0.1": ("backbone.drop_path: expected 0 or more, below 1",),
+    f"{IMAGES} +task.optimizer.betas=[0.9,1.5]": ("task.optimizer.betas.1: expected 0 or more",),
+    f"{IMAGES} trainer.accumulate_grad_batches=-1": ("accumulate_grad_batches: expected 1 or",),
+    f"{IMAGES} trainer.accumulate_grad_batches=0": ("accumulate_grad_batches: expected 1 or",),
+    f"{TEXTS} backbone.options.intermediate_size=0": ("options.intermediate_size: expected 1",),
+    f"{VL} task.scheduler.warmup=1.5": ("task.scheduler.warmup: expected a share from 0 to 1",),
+    f"{VL} backbone.vision.layer=0": ("backbone.vision.layer: expected -1 or less",),
+    f"{VL} plan.utilisation=0": ("plan.utilisation: expected a share above 0",),
+    # types below targets, elements of lists
+    f"{TEXTS} task.scheduler.name=false": ("task.scheduler.name: expected a string",),
+    f"{IMAGES} task.module.aux_weight={{a:1}}": ("task.module.aux_weight: expected a number",),
+    f"{IMAGES} data.environments._partial_=null": ("data.environments._partial_: expected true",),
+    f"{IMAGES} data.environments=null": ("data.environments: expected an object with a _target_",),
+    f"{IMAGES} ~data.environments.seed": ("data.environments.seed: missing",),
+    f"{IMAGES} ~task.optimizer._target_": ("task.optimizer._target_: missing",),
+    f"{IMAGES} trainer._partial_=true": ("trainer._partial_: expected false",),
+    f"{IMAGES} logger.csv=null": ("logger.csv: expected an object with a _target_",),
+    f"{IMAGES} data.batch_size={{_target_:os.getcwd}}": ("data.batch_size: expected an integer",),
+    f"{VL} data.mean=[a,0.5,0.5]": ("data.mean.0: expected a number, found 'a'",),
+    f"{VL} data.mean=[0.5,0.5]": ("data.mean: expected a list of 3",),
+    f"{IMAGES} data.test_envs=[sketch]": ("data.test_envs.0: expected an integer",),
+    f"{TEXTS} backbone.options={{0:1}}": ("backbone.options.0: expected text as a key",),
+    f"{TEXTS} task.epochs=0.5": ("task.epochs: expected an integer or null, found 0.5",),
+    f"{VL} protocol.stages.moe=abc": ("protocol.stages.moe: expected a mapping",),
+    # models, patches, environments
+    f"{IMAGES} backbone.model=vit_smal_patch16_224": ("backbone.model:", "vit_small_patch16_224"),
+    f"{IMAGES} backbone.model=resnet50": ("backbone.model: a Vision Transformer is needed",),
+    f"{IMAGES} backbone=vit_small backbone.image_size=100": ("image_size: 100", "96 or 112"),
+    f"{IMAGES} data.image_size=32": ("data.image_size: expected backbone.image_size (28)",),
+    f"{VL} data.patch_size=4": ("data.patch_size: expected backbone.vision.patch_size (8)",),
+    f"{IMAGES} data.test_envs=[9]": ("data.test_envs: expected indices below 6",),
+    f"{IMAGES} data=pacs data.root=. data.test_envs=[4]": (
+        "data.test_envs: expected indices below 4",
+    ),
+    f"{VL} backbone.architecture=bloom": ("backbone.architecture:", "'bloom'", "moe=dense"),
+    f"{VL} backbone.architecture=lama": ("backbone.architecture:", "'llama'"),
+    # earlier stages
+    f"{VL} protocol.stages.align.datasets.Scenes.trains=[all]": (
+        "stage align: task.module.trains",
+    ),
+    # this machine
+    f"{IMAGES} logger=wandb": ("logger.wandb: no key", "wandb login", "logger.wandb.offline=true"),
+    f"{IMAGES} paths.outputs=/proc/x": ("paths.outputs: '/proc' cannot be written to",),
+    f"{IMAGES} hydra.run.dir=/proc/x": ("hydra.run.dir: '/proc' cannot be written to",),
+    f"{IMAGES} name={'x' * 300}": ("name: longer than the 255 bytes",),
+    f"{IMAGES} paths.outputs=''": ("paths.outputs: expected the name of a folder",),
+    # deletions, and Hydra's own keys
+    f"{IMAGES} ~trainer.precision=64": ("~trainer.precision: takes no value",),
+    f"{IMAGES} ~trainer.gradient_clip_val": ("~trainer.gradient_clip_val: it is null already",),
+    f"{IMAGES} ~trainer.use_distributed_sampler": ("trainer.use_distributed_sampler: missing",),
+    f"{IMAGES} data=0": ("data: no option '0'",),
+    f"{IMAGES} hydra.verbose=???": ("hydra.verbose: expected a value",),
+    f"{IMAGES} hydra/launcher=1": ("hydra/launcher: expected the name of an option",),
+    # sweeps
+    f"-m {IMAGES} seed=range(5,2)": ("seed=range(5,2): has no value",),
+    f"-m {IMAGES} seed=range(0,5,0)": ("seed=range(0,5,0): has no value",),
+    f"{IMAGES} sweep=optuna moe.num_experts=range(6,18,6)": (
+        "(18) > max_experts",
+        "end of a range",
+    ),
+    f"{IMAGES} sweep=optuna moe.num_experts=interval(2,8)": ("an integer", "int(interval(2,8))"),
+    f"{IMAGES} sweep=optuna hydra.sweeper.direction=minimize": ("direction: expected maximize",),
+    f"{IMAGES} sweep=optuna hydra.sweeper.n_trials=0": ("n_trials: expected 1 or more",),
+}
+
+
+def never(cfg: DictConfig) -> None:
+    raise AssertionError("a wrong command was run")
+
+
+def words(line: str) -> list[str]:
+    """As a shell splits it; quotes of values stay."""
+    return shlex.split(line) if "=''" not in line else line.split()
+
+
+@pytest.fixture
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("line", TABLE)
+@pytest.mark.usefixtures("no_account")
+def test_the_message_of(line: str, tmp_path: Path) -> None:
+    if "sweep=optuna" in line:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    done = command(never, tmp_path, *words(line))
+    assert done.returncode == 2
+    for text in TABLE[line]:
+        assert text in done.stderr
+    assert len(done.stderr.splitlines()) <= 4 and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line", ["task = x", f"{IMAGES} --lr 1e-3", f"{IMAGES} data.test_envs=[9]"]
+)
+def test_in_a_process_of_its_own_no_torch_is_loaded(line: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from runners.run import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'timm', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words(line)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "[]\n")
+    assert "Traceback" not in done.stderr
+
+
+# Files of the user in --config-dir, and what is said about them.
+GLOBAL = "# @package _global_\n"
+MULTIRUN = GLOBAL + "hydra: {mode: MULTIRUN, sweeper: "
+FILES = {
+    ("experiment", GLOBAL + "task: {optimzer: {lr: 1}}"): ("task.optimzer", "'optimizer'"),
+    ("experiment", "task: {optimizer: {lr: 1}}"): ("experiment:", "# @package _global_"),
+    ("experiment", GLOBAL + "seed: [1"): ("own.yaml", "line 2"),
+    ("experiment", GLOBAL + "seed: 1\nseed: 2"): ("own.yaml", "duplicate key seed"),
+    ("experiment", GLOBAL + "name: \xe9"): ("own.yaml: is not UTF-8",),
+    ("experiment", GLOBAL + "defaults: {moe: topk}"): ("experiment/own", "defaults must be a list"),
+    ("experiment", GLOBAL + "defaults: [override /moe: dynmo]"): ("'moe/dynmo'", "dynmoe"),
+    ("data", "_target_: dynmoe.data.DomainDat"): ("data._target_", "'DomainData'"),
+    ("sweep", MULTIRUN + "{parms: {seed: '0,1'}}}"): ("hydra.sweeper.parms", "params"),
+    ("sweep", MULTIRUN + "{params: {sed: '0,1'}}}"): ("sed: unknown key", "'seed'"),
+    ("sweep", MULTIRUN + "{params: [a]}}"): ("hydra.sweeper.params: expected {key:",),
+    ("sweep", MULTIRUN + "{params: {seed: 'range(2,1)'}}}"): ("seed=range(2,1): has no value",),
+    ("sweep", MULTIRUN + "{settings: [{moe: 'topk,'}]}}"): ("sweep=own: moe=topk,: cannot be",),
+    ("sweep", MULTIRUN + "{settings: [null]}}"): ("hydra.sweeper.settings[0]: expected",),
+    ("sweep", MULTIRUN + "{params: {seed: '${nope}'}}}"): ("'nope' not found",),
+}
+
+
+@pytest.mark.parametrize(("group", "text"), FILES)
+def test_the_message_about_the_file(group: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "own.yaml").write_bytes(text.encode("latin-1"))
+    found = preflight([IMAGES, f"{group}=own"], config_dir=str(tmp_path)).problems
+    assert len(found) <= 3
+    for words in FILES[group, text]:
+        assert any(words in each for each in found), found
+
+
+def test_options_may_stand_between_overrides(tmp_path: Path) -> None:
+    done = command(never, tmp_path, IMAGES, "-m", "seed=range(5,2)")
+    assert "has no value" in done.stderr  # read as a sweep, not as an unknown word
+
+
+@pytest.mark.parametrize(
+    ("given", "whole"),
+    [
+        (["a", "=", "1"], ["a=1"]),
+        (["a=", "1", "b=2"], ["a=1", "b=2"]),
+        (["a", "=1"], ["a=1"]),
+        (["a=[1,", "2]", "b=3"], ["a=[1, 2]", "b=3"]),
+    ],
+)
+def test_spaces_gone_astray(given: list[str], whole: list[str]) -> None:
+    text, found = joined(given)
+    assert text == whole and len(found) == 1 and whole[0] in found[0]
+
+
+def test_an_empty_value_is_no_stray_space() -> None:
+    assert joined(["data.content.suffix=", "moe=dense"]) == (
+        ["data.content.suffix=", "moe=dense"],
+        [],
+    )
+
+
+def test_an_account_of_wandb_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert preflight([IMAGES, "logger=wandb"]).problems == []
+    (tmp_path / ".netrc").unlink()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert preflight([IMAGES, "logger=wandb"]).problems == []
+
+
+def test_models_are_known_as_their_libraries_know_them() -> None:
+    import timm
+    from transformers import CONFIG_MAPPING
+
+    from dynmoe.backbones.surgery import FORMS
+
+    assert set(timm.list_models()) <= set(models.timm_models())
+    assert all(timm.is_model(name) for name in models.timm_models())
+    assert models.moe_types() == tuple(FORMS)
+    assert set(FORMS) <= set(models.transformers_types()) and "bloom" in CONFIG_MAPPING
+    assert set(CONFIG_MAPPING.keys()) <= set(models.transformers_types())
+
+
+def test_environments_of_the_built_in_sets() -> None:
+    rotated, colored = len(digits.ANGLES), len(digits.COLOR_FLIPS)
+    assert {
+        "rotated_digits": rotated,
+        "rotated_mnist": rotated,
+        "colored_digits": colored,
+        "colored_mnist": colored,
+    } == rules.DIGITS
+
+
+def test_a_folder_says_its_type_and_depth(tmp_path: Path) -> None:
+    folder = f"backbone.path={tmp_path}"
+    config = {"model_type": "llama", "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    base = (VL, "backbone.architecture=null", "backbone.options={}", folder)
+    found = preflight([*base, "~backbone.options.num_hidden_layers", "moe.layers=[3]"]).problems
+    assert any("block indices below 3" in text for text in found)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "bloom"}))
+    assert any("'bloom'" in text for text in preflight(base).problems)
+
+
+def test_every_pattern_is_one_of_a_number() -> None:
+    """A key listed twice would have two ranges, the first of which counts."""
+    listed = [key for keys in ranges.RANGES.values() for key in keys.split()]
+    assert len(set(listed)) == len(listed)
+    assert ast.literal_eval("1e400") == float("inf")
+    assert ranges.outside("data.std.1", 0.0) == "expected more than 0, found 0.0"
+    assert ranges.outside("data.std.1", 0.5) is None
+    assert ranges.outside("any.key", True) is None
