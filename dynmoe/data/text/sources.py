@@ -183,7 +183,7 @@ def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
     for line in _lines(path):
         try:
             yield dict(json.loads(line))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: not one JSON object per line: {error}.") from None
 
 

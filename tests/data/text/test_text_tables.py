@@ -65,6 +65,7 @@ def test_jsonl(tmp_path: Path) -> None:
         ("a.tsv.gz", gzip.compress(b"text\n" * 100, mtime=0)[:-12], "damaged gzip file"),
         ("a.jsonl", "text\n", "not one JSON object per line"),
         ("a.jsonl", "[1]\n", "not one JSON object per line"),
+        ("a.jsonl", "[" * 100_000, "not one JSON object per line"),
     ],
 )
 def test_damaged_files(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -94,7 +95,7 @@ def test_suffixes_in_any_case_and_pipes(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "dev.tsv")
     pipe = first_file([tmp_path / "dev.tsv"])
     assert pipe is not None
-    with pytest.raises(DataError, match=r"dev.tsv: cannot be read: it is a pipe or a device"):
+    with pytest.raises(DataError, match=r"dev.tsv: .*pipe"):
         read_table(pipe, ("text",))
 
 
