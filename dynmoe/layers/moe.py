@@ -199,7 +199,7 @@ class MoELayer(nn.Module):
         return {**self.__dict__, "_live_of": None}
 
     def extra_repr(self) -> str:
-        return f"experts={list(self.live)} of {self.max_experts} slots, dim={self.dim}"
+        return f"dim={self.dim}, experts {list(self.live)} of {self.max_experts} slots alive"
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
         """Return the parameters of one slot: the router's own for it, and the FFN's."""
