@@ -217,7 +217,7 @@ class MoELayer(nn.Module):
         return self.active_E.device.type == "cpu"
 
     def extra_repr(self) -> str:
-        return f"experts={list(self.live)} of {self.max_experts} slots, dim={self.dim}"
+        return f"dim={self.dim}, experts {list(self.live)} of {self.max_experts} slots alive"
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
         """Return the parameters of one slot: the router's own for it, and the FFN's."""

@@ -245,7 +245,7 @@ def test_router_factory_gets_the_pool_size() -> None:
 def test_repr_says_which_experts_live() -> None:
     layer = make_layer()
     layer.remove_expert(1)
-    assert "experts=[0, 2] of 5 slots, dim=12" in repr(layer)
+    assert "dim=12, experts [0, 2] of 5 slots alive" in repr(layer)
     assert "k=any of 5 slots" in repr(layer)
 
 
