@@ -228,11 +228,18 @@ class Adaptation:
         assert self._window is not None  # a window's last step is one of its steps
         totals, self._window = self._by_layer(self._window), None
         calls, self._calls = self._calls, 0
-        if not calls and not any(stats.k_hist.any() for stats in totals.values()):
-            raise ConfigError(
-                f"adaptation: no MoE layer ran in training mode in the {self.schedule.length:g} "
-                f"optimizer steps up to step {self.steps}: {', '.join(self.layers)}. Call "
-                "model.train(), and give the model that is trained."
+        if not any(stats.k_hist.any() for stats in totals.values()):
+            where = f"in the {self.schedule.length:g} optimizer steps up to step {self.steps}"
+            if not calls:
+                raise ConfigError(
+                    f"adaptation: no MoE layer ran in training mode, with gradients, {where}: "
+                    f"{', '.join(self.layers)}. Call model.train(), and give the model that is "
+                    "trained."
+                )
+            log.warning(
+                "No step counts %s: the optimizer took none, or loss or routing were not finite. "
+                "Call step() after optimizer.step(), of the optimizer that was given.",
+                where,
             )
         events = [self._change(name, stats) for name, stats in totals.items()]
         if _is_first_rank():

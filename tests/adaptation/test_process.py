@@ -287,6 +287,19 @@ def test_a_call_without_an_optimizer_step_does_not_count() -> None:
     assert [event["tokens"] for event in adaptation.step()] == [12, 12]
 
 
+def test_a_window_without_a_step_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net()
+    adaptation = adapted(net)
+    for _ in range(2):
+        net(tokens(0)).sum().backward()
+        events = adaptation.step()  # before the optimizer, which is too early
+    assert "after optimizer.step()" in caplog.text
+    assert [(event["tokens"], event["added"], event["removed"]) for event in events] == [
+        (0, None, []),
+        (0, None, []),
+    ]
+
+
 # Averages of the weights.
 
 
