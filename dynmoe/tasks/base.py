@@ -131,7 +131,8 @@ class MoETask(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.global_rank == 0:
-            self._window = torch.tensor(checkpoint.get("loss_window", [0, 0, 0]))
+            window = checkpoint.get("loss_window", [0, 0, 0])
+            self._window = torch.tensor(window, dtype=torch.float64)
 
     def count_losses(self, name: str, losses: Tensor) -> None:
         """Add the losses [M] of single samples or tokens of a set, float32."""

@@ -117,11 +117,31 @@ def test_a_resumed_run_remembers_the_step(tmp_path: Path) -> None:
     assert task.nonfinite_step == 1 == RunFolder(tmp_path).read_run()["nonfinite_step"]
 
 
-def test_sums_of_losses_stay_exact_in_a_model_of_few_bits() -> None:
-    task = DomainGeneralization(
+def task_alone() -> Any:
+    task: Any = DomainGeneralization(
         backbone=nn.Linear(1, 1), optimizer=None, aux_weight=0, seed=0, env_names=["a"]
-    ).to(torch.bfloat16)  # type: ignore[arg-type]
-    task._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=lambda x, reduce_op: x))
+    )
+    strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
+    task._trainer = SimpleNamespace(strategy=strategy, global_rank=0)
+    return task
+
+
+def test_a_resumed_run_goes_on_with_the_losses_since_the_last_evaluation() -> None:
+    straight, killed, resumed = task_alone(), task_alone(), task_alone()
+    first, second = torch.tensor(1 / 3), torch.tensor(2 / 7)
+    checkpoint: dict[str, Any] = {}
+    killed._add_to_window(first, second)
+    killed.on_save_checkpoint(checkpoint)
+    resumed.on_load_checkpoint(checkpoint)
+    for task in (straight, resumed):
+        if task is straight:
+            task._add_to_window(first, second)
+        task._add_to_window(second, first)
+    assert resumed.losses_since_last() == straight.losses_since_last()
+
+
+def test_sums_of_losses_stay_exact_in_a_model_of_few_bits() -> None:
+    task = task_alone().to(torch.bfloat16)
     for _ in range(1000):
         task._add_to_window(torch.tensor(1.542), torch.tensor(0.5))
     assert task.losses_since_last() == pytest.approx({"loss": 1.542, "aux_loss": 0.5})

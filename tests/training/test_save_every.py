@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from tiny_runs import tiny_config
 from tiny_vl import records, run
 
+from dynmoe import job
 from dynmoe.layers.moe import moe_layers
 from dynmoe.records import RunFolder
 from dynmoe.tasks.vl import VisionLanguage
@@ -80,3 +82,17 @@ def test_a_run_killed_in_an_evaluation_repeats_it(tmp_path: Path) -> None:
 
     assert [record["step"] for record in folder.read("results")] == [1, 3]
     assert records(folder) == straight
+
+
+def test_a_checkpoint_that_lightning_wrote_for_slurm_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would take it under Slurm in a folder without a checkpoint of ours."""
+    slurm = {"NTASKS": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in {**slurm, "JOB_ID": "1", "NODELIST": "localhost"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    folder = RunFolder(tmp_path)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of an earlier command")
+    job.train(tiny_config("task.steps=1", moe="dense"), folder)
+    assert [record["step"] for record in folder.read("results")] == [0]
+    assert not list(tmp_path.glob("hpc_ckpt_*"))
