@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from dynmoe.benchmark import options
+from dynmoe.config.arguments import joined
 from dynmoe.errors import UserError
 
 
@@ -17,7 +18,10 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        args = options.parser().parse_args(_overrides_first(sys.argv[1:]))
+        words, astray = joined(sys.argv[1:])
+        if astray:
+            raise UserError("\n".join(astray))
+        args = options.parser().parse_args(_overrides_first(words))
         getattr(options, args.command)(args)
     except UserError as error:
         print(f"dynmoe-bench: {error}", file=sys.stderr)
