@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from dynmoe import process
 from dynmoe.benchmark import options
+from dynmoe.config.arguments import joined
+from dynmoe.errors import UserError
 
 
 def main() -> None:
@@ -17,7 +19,10 @@ def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with process.command("dynmoe-bench", "The --json file holds what was finished."):
-        args = options.parser().parse_args(_overrides_first(sys.argv[1:]))
+        words, astray = joined(sys.argv[1:])
+        if astray:
+            raise UserError("\n".join(astray))
+        args = options.parser().parse_args(_overrides_first(words))
         getattr(options, args.command)(args)
 
 

@@ -36,7 +36,7 @@ def configuration(folder: RunFolder) -> DictConfig:
     return cfg
 
 
-NODES = ("backbone", "data", "moe", "task", "trainer")
+NODES = ("backbone", "data", "moe", "trainer")
 
 
 def _saved(file: Path) -> DictConfig:
@@ -49,12 +49,14 @@ def _saved(file: Path) -> DictConfig:
             f"{file}: not the configuration of a run: {' '.join(str(error).split())[:200]}. "
             "Give the folder outputs/<name>/<run> of a trained run"
         ) from error
-    lacks = [key for key in NODES if not OmegaConf.is_dict(OmegaConf.select(cfg, key))]
-    if not isinstance(cfg, DictConfig) or lacks:
+    is_mapping = isinstance(cfg, DictConfig)
+    lacks = [key for key in NODES if not (is_mapping and OmegaConf.is_dict(cfg.get(key)))]
+    if lacks:
         raise ConfigError(
             f"{file}: not the configuration of a run, it lacks {', '.join(lacks)}. "
             "Give the folder outputs/<name>/<run> of a trained run"
         )
+    assert isinstance(cfg, DictConfig)
     return cfg
 
 

@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynmoe.backbones.surgery import add_moe_layers
-from dynmoe.estimate import formulas
+from dynmoe.estimate import formulas, sizes
 from dynmoe.estimate.formulas import Blocks, DeviceBatch, DeviceMemory, ModelSizes, NumberBytes
 from dynmoe.layers import TopKRouter
 
@@ -148,3 +149,16 @@ def test_what_pytorch_keeps_of_a_block(name: str, mixed: bool, experts: int) -> 
     estimated = formulas.kept(Blocks(1, D, H), experts or 1, MIXED if mixed else FULL)
     least = 0.5 if name == "phi" and experts else 0.8
     assert least * estimated < kept < 1.1 * estimated
+
+
+def test_the_peak_of_a_device_is_its_own() -> None:
+    """An A100's rate says nothing about a CPU, which is measured."""
+
+    def peak(accelerator: str, tflops: float | None) -> float:
+        return sizes.peak(
+            OmegaConf.create({"plan": {"tflops": tflops}, "trainer": {"accelerator": accelerator}})
+        )
+
+    assert peak("cpu", 5.0) == 5.0
+    assert peak("gpu", None) == 312.0
+    assert 0.0 < peak("cpu", None) < 100.0

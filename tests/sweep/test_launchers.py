@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import command
+from omegaconf import DictConfig
 
 from dynmoe.records import RunFolder
 
@@ -54,3 +56,23 @@ def test_optuna_searches(tmp_path: Path) -> None:
     assert len({config["task.optimizer.lr"] for config in configs}) == 2
     assert all(1e-4 <= config["task.optimizer.lr"] <= 1e-2 for config in configs)
     assert all(config["moe.adaptation.period"] in (25, 50, 100) for config in configs)
+
+
+@pytest.mark.slow
+def test_a_score_that_is_no_number_is_the_worst(tmp_path: Path) -> None:
+    """Optuna refuses NaN; a search would end at this job each time."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+
+    def diverged(cfg: DictConfig) -> float:
+        return float("nan")
+
+    done = command(
+        diverged,
+        tmp_path,
+        "task=vit_domainbed",
+        "sweep=optuna",
+        "hydra.sweeper.n_trials=1",
+    )
+    assert done.returncode == 0, done.stderr
+    (found,) = tmp_path.glob("outputs/*/optimization_results.yaml")
+    assert "best_value: -1.0" in found.read_text()
