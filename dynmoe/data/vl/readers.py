@@ -146,15 +146,15 @@ def read_entry(
     An entry is {"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}, where
     `image` (or `images`) is a path, a list of paths, or missing if there is only text. OpenAI's
     {"messages": [{"role": "user" or "assistant", "content"}, ...]} is read, too; there `content`
-    may be a list of texts and images. Turns become what LLaVA's llava/train/train.py
-    (preprocess_multimodal, preprocess_v1) makes of them:
+    may be a list of texts and images. As in LLaVA's llava/train/train.py text before the first
+    human turn is left out; a question without an answer and system turns are left out too, as a
+    template has its own system text. `left_out` counts them.
 
-    - Text before the first human turn is left out, and a question without an answer too; system
-      turns are left out, as a template has its own. `left_out` counts them.
-    - With the placement "llava" a turn's only placeholder moves to its front:
-      "What is it?\\n<image>" is trained on as "<image>\\nWhat is it?". Several in a turn stay where
-      they are. With "as_is", as in MoE-LLaVA's and DynMoE's train.py, all do, and white space too.
-    - In a text-only entry "<image>" within a turn is plain text: `LITERAL`.
+    - With the placement "llava" a question's only placeholder moves to its front, as in
+      preprocess_multimodal there: "What is it?\\n<image>" is trained on as "<image>\\nWhat is it?".
+      Several in a question, of which LLaVA shows one, stay where they are.
+    - With "as_is", as in MoE-LLaVA's and DynMoE's train.py, all do, and white space too.
+    - In an answer, and in a text-only entry, "<image>" is plain text: `LITERAL`.
 
     Images without any placeholder, which LLaVA and MoE-LLaVA do not show, are put before the first
     turn.
@@ -165,7 +165,7 @@ def read_entry(
     left_out = Counter() if left_out is None else left_out
     name = _id(entry, index, where, ("id",))
     place, where = where, f"{where}, conversation {name!r}"
-    if "video" in entry:
+    if any(entry.get(key) not in (None, "", []) for key in ("video", "videos")):
         raise DataError(f"{where}: has a video; only images can be shown. Take the entry out.")
     images = image_keys(entry, where)
     messages, inner = _messages(entry, where, left_out)
