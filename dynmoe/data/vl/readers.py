@@ -547,7 +547,7 @@ def caption_of(triples: Sequence[Triple]) -> str | None:
 
 def _folder(root: str | None) -> Path:
     if root is not None:
-        return Path(root)
+        return Path(root).expanduser()
     package = find_spec("easy_vqa")
     if package is None or package.origin is None:
         raise ConfigError(
