@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from os.path import expanduser
 from typing import TYPE_CHECKING
 
 from dynmoe.errors import ConfigError
@@ -28,6 +29,8 @@ SETS = {
 def read_question_set(name: str, root: str, images: str | None = None) -> QuestionSet:
     """Read a published set from the folder `root`; `images` is its image folder if elsewhere.
 
+    Both may begin with ~.
+
     Raises:
         ConfigError: no set of this name.
         DataError: files are missing or damaged; lists every missing one.
@@ -35,5 +38,6 @@ def read_question_set(name: str, root: str, images: str | None = None) -> Questi
     if name not in SETS:
         raise ConfigError(f"no question set {name}. Choose one of {', '.join(SETS)}.")
     module = import_module(f"dynmoe.questions.{SETS[name]}")
-    found: QuestionSet = getattr(module, f"read_{name}")(root, images)
+    folder, shown = (None if each is None else expanduser(each) for each in (root, images))
+    found: QuestionSet = getattr(module, f"read_{name}")(folder, shown)
     return found

@@ -96,6 +96,15 @@ def test_images_of_a_folder_are_rgb_or_refused(tmp_path: Path) -> None:
         exported.score(["yes"])
 
 
+def test_a_folder_below_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    picture(tmp_path / "vizwiz" / "test" / "a.png")
+    put(tmp_path / "vizwiz" / "test.json", [{"image": "a.png", "question": "q"}])
+    for images in (None, "~/vizwiz/test"):
+        found = read_question_set("vizwiz", "~/vizwiz", images)
+        assert found.image_path("a.png") == tmp_path / "vizwiz" / "test" / "a.png"
+
+
 def test_every_set_says_what_is_missing_and_where_to_get_it(tmp_path: Path) -> None:
     for name in SETS:
         with pytest.raises(DataError) as error:

@@ -176,7 +176,8 @@ def vqa(
 
 def science_qa(root: str) -> Content:
     """ScienceQA's training questions, the same in all stages, and its test set."""
-    return Content(lambda: readers.science_qa(root), {"scienceqa": read_scienceqa(root)})
+    folder = str(Path(root).expanduser())
+    return Content(lambda: readers.science_qa(folder), {"scienceqa": read_scienceqa(folder)})
 
 
 def questions_only() -> Content:

@@ -150,7 +150,12 @@ class VisionLanguageData(TaskData):
         }
         own = {name: self._with_good_images(name, each) for name, each in own.items()}
         for name, each in published.items():
-            self._check_images(name, _keys(each.questions), each.image_path)
+            keys = list(_keys(each.questions))
+            self._check_images(name, keys, each.image_path)
+            if self.verify == "decode":
+                for key in keys:
+                    if each.image_path(key) is None:  # within the set's own table
+                        each.load_image(key)
         sets = {**own, **published}
         if not sets:
             raise DataError(

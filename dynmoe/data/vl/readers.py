@@ -19,7 +19,6 @@ from dynmoe.data.vl.conversations import (
     ConversationSource,
     ImageFolder,
     Message,
-    Role,
     SourceKind,
     check_conversation,
     image_keys,
@@ -27,27 +26,19 @@ from dynmoe.data.vl.conversations import (
     text_digest,
 )
 from dynmoe.data.vl.entries import csv_entries, file_digest, json_entries
+from dynmoe.data.vl.turns import read_turns
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
 from dynmoe.questions.choices import INSTRUCTION, LETTERS, prompt_text, read_problems
 from dynmoe.questions.exact import ExactMatch
 from dynmoe.questions.files import MissingImages, read_json
-from dynmoe.questions.values import is_text, other_spellings, picture_keys, plain_text, shown
+from dynmoe.questions.values import is_text, other_spellings, plain_text, shown
 
 log = logging.getLogger(__name__)
 
 # LLaVA's conversation files: the public 558k and 665k, MoE-LLaVA's, and others of their format.
 
-SPEAKERS: dict[str, Role] = {
-    **{"human": "user", "user": "user"},
-    **{"gpt": "assistant", "assistant": "assistant"},
-}
-SILENT = "system"  # a template has its own system text
 LITERAL = "<image >"
-TURNS = ("conversations", "messages")
-FORMS = {"from": "value", "role": "content"}
-"""The key of a turn's speaker, and of what it says: LLaVA's and OpenAI's."""
-
 Placement = Literal["llava", "as_is"]
 """Where a question's only placeholder stands: see `read_entry`."""
 
@@ -146,15 +137,15 @@ def read_entry(
     An entry is {"id", "image", "conversations": [{"from": "human" or "gpt", "value"}, ...]}, where
     `image` (or `images`) is a path, a list of paths, or missing if there is only text. OpenAI's
     {"messages": [{"role": "user" or "assistant", "content"}, ...]} is read, too; there `content`
-    may be a list of texts and images. Turns become what LLaVA's llava/train/train.py
-    (preprocess_multimodal, preprocess_v1) makes of them:
+    may be a list of texts and images. As in LLaVA's llava/train/train.py text before the first
+    human turn is left out; a question without an answer and system turns are left out too, as a
+    template has its own system text. `left_out` counts them.
 
-    - Text before the first human turn is left out, and a question without an answer too; system
-      turns are left out, as a template has its own. `left_out` counts them.
-    - With the placement "llava" a turn's only placeholder moves to its front:
-      "What is it?\\n<image>" is trained on as "<image>\\nWhat is it?". Several in a turn stay where
-      they are. With "as_is", as in MoE-LLaVA's and DynMoE's train.py, all do, and white space too.
-    - In a text-only entry "<image>" within a turn is plain text: `LITERAL`.
+    - With the placement "llava" a question's only placeholder moves to its front, as in
+      preprocess_multimodal there: "What is it?\\n<image>" is trained on as "<image>\\nWhat is it?".
+      Several in a question, of which LLaVA shows one, stay where they are.
+    - With "as_is", as in MoE-LLaVA's and DynMoE's train.py, all do, and white space too.
+    - In an answer, and in a text-only entry, "<image>" is plain text: `LITERAL`.
 
     Images without any placeholder, which LLaVA and MoE-LLaVA do not show, are put before the first
     turn.
@@ -165,10 +156,10 @@ def read_entry(
     left_out = Counter() if left_out is None else left_out
     name = _id(entry, index, where, ("id",))
     place, where = where, f"{where}, conversation {name!r}"
-    if "video" in entry:
+    if any(entry.get(key) not in (None, "", []) for key in ("video", "videos")):
         raise DataError(f"{where}: has a video; only images can be shown. Take the entry out.")
     images = image_keys(entry, where)
-    messages, inner = _messages(entry, where, left_out)
+    messages, inner = read_turns(entry, where, left_out)
     if inner and images:
         raise DataError(f"{where}: has images both in its turns and beside them. Keep one of them.")
     images = images or inner
@@ -185,69 +176,6 @@ def read_entry(
         left_out["questions at the end without an answer"] += asked - len(answering)
     placed = _placed(answering, len(images), where, placement)
     return check_conversation(Conversation(name, tuple(placed), images), place)
-
-
-def _messages(
-    entry: dict[str, Any], where: str, left_out: Counter[str]
-) -> tuple[list[Message], tuple[str, ...]]:
-    """The turns of an entry, and the images that stand in them."""
-    named = [key for key in TURNS if entry.get(key) is not None]
-    turns = entry[named[0]] if len(named) == 1 else None
-    if not isinstance(turns, list):
-        keys = ", ".join(map(str, entry))
-        raise DataError(
-            f"{where}: expected a list conversations, or a list messages, found the keys {keys}."
-        )
-    messages: list[Message] = []
-    images: list[str] = []
-    for place, turn in enumerate(turns):
-        here = f"{where}, turn {place}"
-        form = next((key for key in FORMS if isinstance(turn, dict) and key in turn), "from")
-        speaker = turn.get(form) if isinstance(turn, dict) else None
-        text = turn.get(FORMS[form]) if isinstance(turn, dict) else None
-        if form == "role" and isinstance(text, list):
-            text, shown_here = _parts(text, here)
-            images += shown_here
-        known = isinstance(speaker, str) and (speaker in SPEAKERS or speaker == SILENT)
-        if not known or not is_text(text):
-            raise DataError(
-                f'{here}: expected "{form}" ({", ".join([*SPEAKERS, SILENT])}) and a text '
-                f'"{FORMS[form]}", found {shown(turn)}.'
-            )
-        if pictures := [key for key in picture_keys(turn) if turn[key]]:
-            raise DataError(
-                f"{here}: the key {pictures[0]!r} is not read. Name the images of an entry in its "
-                "image, in the order of their <image>."
-            )
-        if speaker == SILENT:
-            left_out["system turns: a template has its own"] += 1
-        else:
-            messages.append(Message(SPEAKERS[str(speaker)], str(text)))
-    return messages, tuple(images)
-
-
-def _parts(parts: list[Any], where: str) -> tuple[str, list[str]]:
-    """The text of OpenAI's list of texts and images, and the paths of its images."""
-    text, images = "", []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and is_text(part.get("text")):
-            text += part["text"]
-            continue
-        path = part.get(kind) if kind in ("image", "image_url") else None
-        if kind == "image_url" and isinstance(path, dict):
-            path = path.get("url")
-        if kind in ("image", "image_url"):
-            text += f"{IMAGE_PLACEHOLDER}\n"
-        if kind == "image" and len(part) == 1:
-            continue  # its path stands beside the turns
-        if not is_text(path) or not path or ":" in path.split("/")[0]:
-            raise DataError(
-                f"{where}: expected texts, and images with a path, found {shown(part)}. Save "
-                "images as files."
-            )
-        images.append(path)
-    return text, images
 
 
 def _id(entry: Mapping[str, Any], index: int, where: str, keys: Sequence[str]) -> str:
@@ -547,7 +475,7 @@ def caption_of(triples: Sequence[Triple]) -> str | None:
 
 def _folder(root: str | None) -> Path:
     if root is not None:
-        return Path(root)
+        return Path(root).expanduser()
     package = find_spec("easy_vqa")
     if package is None or package.origin is None:
         raise ConfigError(

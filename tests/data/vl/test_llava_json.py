@@ -91,7 +91,8 @@ def test_keys_about_an_image_may_stand_beside_it() -> None:
     about = {"image_size": [3, 4], "model": "x", "image_id": 5, "images": None}
     found = read_entry(entry(*turns, image="a.jpg", **about), 0, "file")  # type: ignore[arg-type]
     assert found is not None and found.images == ("a.jpg",)
-    assert read_entry(entry(*turns, img=""), 0, "file") is not None  # type: ignore[arg-type]
+    for nothing in ({"img": ""}, {"video": None}, {"videos": []}):
+        assert read_entry(entry(*turns, **nothing), 0, "file") is not None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("id", "name"), [(0, "0"), (False, "False"), ("", "5"), (None, "5")])
