@@ -49,7 +49,7 @@ RANGES: dict[Range, str] = {
         "task.optimizer.lr task.optimizer.weight_decay task.optimizer.eps "
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
-        "moe.router.smoothing moe.adaptation.start "
+        "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
         "data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
     ),
