@@ -96,6 +96,8 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
 
 def train(cfg: DictConfig, folder: RunFolder) -> bool:
     """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from dynmoe.training import build
 
     settings = build.settle_runtime(cfg)
@@ -110,7 +112,10 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
         folder.write_run(build.facts(cfg, data, task, trainer, settings))
         folder.truncate_after(_step_of(checkpoint))
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    except MisconfigurationException as error:  # of a callback: a monitor without a logger, ...
+        raise ConfigError(f"trainer: {error}") from error
     return trainer.is_global_zero
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from dynmoe.config.options import device_count, modality, options_with, read
+from dynmoe.config.targets import did_you_mean
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 
 Rule = Callable[[DictConfig], Iterator[str]]
@@ -428,6 +429,17 @@ UNFIT = {
 """Callbacks that a run cannot have, by the name of their class: the reason and the fix."""
 
 
+AVERAGING = {
+    "WeightAveraging": ("avg_fn", "multi_avg_fn"),
+    "EMAWeightAveraging": (
+        "decay",
+        "update_every_n_steps",
+        "update_starting_at_step",
+        "update_starting_at_epoch",
+    ),
+}
+
+
 def set_elsewhere(cfg: DictConfig) -> Iterator[str]:
     given = read(cfg, "trainer", dict) or {}
     for key, fix in ELSEWHERE.items():
@@ -451,6 +463,11 @@ def own_callbacks(cfg: DictConfig) -> Iterator[str]:
         name = str(node["_target_"]).rpartition(".")[2]
         if name in UNFIT:
             yield f"{key}: {name} cannot be added to a run: {UNFIT[name]}"
+        if name in ("WeightAveraging", "EMAWeightAveraging"):
+            # They pass what they do not know on to PyTorch, when training starts.
+            words = {"device", "use_buffers", *AVERAGING[name]}
+            for word in set(map(str, node)) - words - {"_target_"}:
+                yield f"{key}.{word}: unknown key.{did_you_mean(word, words)}"
         averages = {"avg_fn", "multi_avg_fn"} & set(node)
         if name == "WeightAveraging" and not averages and node.get("use_buffers") is not False:
             # torch/optim/swa_utils.py subtracts buffers, and bool tensors have no difference.

@@ -158,7 +158,10 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
 
 def own_callbacks(cfg: DictConfig) -> list[L.Callback]:
     """The callbacks of ``trainer.callbacks``, a list or one."""
-    given: Any = instantiate(cfg.trainer.get("callbacks"))
+    try:
+        given: Any = instantiate(cfg.trainer.get("callbacks"))
+    except InstantiationException as error:
+        raise ConfigError(f"trainer.callbacks: {error.__cause__ or error}") from error
     callbacks = [given] if isinstance(given, L.Callback) else list(given or ())
     for callback in callbacks:
         if not isinstance(callback, L.Callback):
