@@ -115,10 +115,13 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     Raises:
         Diverged: the loss or the weights are not finite; the folder says so in `failed.txt`.
         UserError: something ended training before its last step.
+        ConfigError: a callback that Lightning refuses.
     """
     if not _is_child():
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.say(f"run folder: {folder.path}")  # at once: loading PyTorch and the data takes time
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from dynmoe.training import build
 
     places.make_absolute(cfg)
@@ -147,6 +150,8 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
             folder.say(line)
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+    except MisconfigurationException as error:  # of a callback: a monitor without a logger, ...
+        raise ConfigError(f"trainer: {error}") from error
     except Diverged as error:
         if trainer.is_global_zero:
             folder.mark_failed(str(error))

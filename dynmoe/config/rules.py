@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from dynmoe.config import machine, models
 from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read, written
+from dynmoe.config.targets import did_you_mean
 from dynmoe.config.trainer import several_devices, trainer_options
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 
@@ -400,6 +401,17 @@ UNFIT = {
 """Callbacks that a run cannot have, by the name of their class: the reason and the fix."""
 
 
+AVERAGING = {
+    "WeightAveraging": ("avg_fn", "multi_avg_fn"),
+    "EMAWeightAveraging": (
+        "decay",
+        "update_every_n_steps",
+        "update_starting_at_step",
+        "update_starting_at_epoch",
+    ),
+}
+
+
 def own_callbacks(cfg: DictConfig) -> Iterator[str]:
     """``trainer.callbacks``, a list of nodes or one node, joins those of a run."""
     given = read(cfg, "trainer.callbacks", object)
@@ -416,6 +428,11 @@ def own_callbacks(cfg: DictConfig) -> Iterator[str]:
         name = str(node["_target_"]).rpartition(".")[2]
         if name in UNFIT:
             yield f"{key}: {name} cannot be added to a run: {UNFIT[name]}"
+        if name in ("WeightAveraging", "EMAWeightAveraging"):
+            # They pass what they do not know on to PyTorch, when training starts.
+            words = {"device", "use_buffers", *AVERAGING[name]}
+            for word in set(map(str, node)) - words - {"_target_"}:
+                yield f"{key}.{word}: unknown key.{did_you_mean(word, words)}"
         averages = {"avg_fn", "multi_avg_fn"} & set(node)
         if name == "WeightAveraging" and not averages and node.get("use_buffers") is not False:
             # torch/optim/swa_utils.py subtracts buffers, and bool tensors have no difference.

@@ -143,6 +143,9 @@ CASES = {
         "trainer.callbacks[0]._target_: lightning.pytorch.callbacks has no 'EMAWeightAveragin'. "
         "Did you mean 'EMAWeightAveraging'?"
     ),
+    "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decai: 1}]": (
+        "trainer.callbacks[0].decai: unknown key. Did you mean 'decay'?"
+    ),
     "+trainer.callbacks={_target_: lightning.pytorch.callbacks.Timer, durations: 1}": (
         "trainer.callbacks.durations: unknown key. Did you mean 'duration'?"
     ),

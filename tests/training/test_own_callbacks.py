@@ -37,8 +37,8 @@ class Stopper(EarlyStopping):
 
 
 def node(name: str, **options: Any) -> str:
-    fields = ", ".join(f"{key}: {value}" for key, value in options.items())
-    return f"{{_target_: {__name__}.{name}, {fields}}}"
+    fields = {"_target_": f"{__name__}.{name}", **options}
+    return "{" + ", ".join(f"{key}: {value}" for key, value in fields.items()) + "}"
 
 
 @pytest.mark.slow
@@ -70,6 +70,7 @@ def test_one_callback_needs_no_list() -> None:
     [
         (node("Stopper", monitor="x"), r"Stopper cannot be .*EarlyStopping: .*task\.patience"),
         (node("Path", **{"_args_": "[x]"}), "expected callbacks of Lightning"),
+        (node("KillAt"), r"trainer\.callbacks: .*'step'"),
     ],
 )
 def test_callbacks_that_a_run_cannot_have(given: str, message: str) -> None:
