@@ -37,7 +37,9 @@ def job(cfg: DictConfig) -> float | None:
             _clear(folder.path)
         folder.forget_failure()
         if folder.is_done:
-            folder.say("finished before; nothing is trained (overwrite=true repeats it)")
+            folder.say(
+                "This run was finished before; nothing is trained (overwrite=true repeats it)."
+            )
         else:
             complete_stage_before(cfg)
             if not train(cfg, folder):
