@@ -74,3 +74,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wrong_argument_is_named(saved: Path, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse([f"run={saved}", *words])
+
+
+def test_moved_data_are_named_with_the_key_that_says_where(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "selected.ckpt").touch()
+    with search_path():
+        cfg = compose(
+            "config", ["task=vit_domainbed", "data=image_folder", "data.root=/moved/away"]
+        )
+    OmegaConf.save(cfg, tmp_path / "config.yaml", resolve=True)
+    with pytest.raises(ConfigError, match=r"no folder '/moved/away'.*data\.root=FOLDER"):
+        parse([f"run={tmp_path}"])
+    found = parse([f"run={tmp_path}", f"data.root={tmp_path}"])[-1]
+    assert found.data.root == found.data.environments.root == str(tmp_path)

@@ -14,7 +14,7 @@ from tiny_runs import Run, tiny_config
 from torch import nn
 
 from dynmoe import job
-from dynmoe.errors import Diverged
+from dynmoe.errors import Diverged, UserError
 from dynmoe.records import RunFolder
 from dynmoe.report import summary
 from dynmoe.report.run import read_run
@@ -56,6 +56,12 @@ def test_going_on_leaves_json_and_marks_the_run(run: Run) -> None:
     assert last["nonfinite_step"] == step in (1, 2)
     # One loss of the window was finite: the window has no mean all the same.
     assert strict(folder.path / "results.jsonl")[-1]["loss"] is None
+
+
+def test_a_run_that_ends_before_its_last_step_is_not_done(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(UserError, match=r"after 1 of 9 steps\. The same command"):
+        job.train(tiny_config("trainer.max_epochs=1", moe="dense"), folder)
 
 
 class Strategy:
