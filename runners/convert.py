@@ -65,11 +65,11 @@ def parse(arguments: list[str]) -> dict[str, str]:
     for key, other in ONLY_WITH.items():
         if key in given and other not in given:
             raise ConfigError(f"{key}= belongs to {other}=FOLDER")
-    for key, file in (("from", "config.json"), ("run", "config.yaml")):
-        if key in given and not (Path(given[key]).expanduser() / file).is_file():
-            raise ConfigError(f"{key}={given[key]}: expected a folder with a {file}, found none")
     if given.get("overwrite", "false") not in ("true", "false"):
         raise ConfigError(f"overwrite={given['overwrite']}: expected true or false")
+    for key, file in (("from", "config.json"), ("run", "config.yaml")):
+        if key in given and not (Path(given[key]).expanduser() / file).is_file():
+            raise ConfigError(f"{key}={given[key]}: expected a folder with {file}, found none")
     return given
 
 

@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from dynmoe.config import options, runs
 from dynmoe.config.check import ELSEWHERE, MEANING, problems
-from dynmoe.config.options import written
+from dynmoe.config.options import read
 from dynmoe.config.searches import draws, empty_range, hint, search_problems
 from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_problems
 from dynmoe.config.targets import did_you_mean
@@ -296,7 +296,7 @@ class Composition:
         there = name in _keys(parent)
         if override.is_delete() and value is not None and value != "":
             self.found.append(f"~{key}: takes no value. Write ~{key}")
-        elif override.is_delete() and there and written(self.cfg, key) is None:
+        elif override.is_delete() and there and read(self.cfg, key, object) is None:
             self.found.append(
                 f"~{key}: it is null already. Leave it out"
             )  # Hydra would not find it

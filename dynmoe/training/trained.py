@@ -49,15 +49,14 @@ def _saved(file: Path) -> DictConfig:
             f"{file}: not the configuration of a run: {' '.join(str(error).split())[:200]}. "
             "Give the folder outputs/<name>/<run> of a trained run"
         ) from error
-    is_mapping = isinstance(cfg, DictConfig)
-    lacks = [key for key in NODES if not (is_mapping and OmegaConf.is_dict(cfg.get(key)))]
+    nodes = cfg if isinstance(cfg, DictConfig) else OmegaConf.create({})
+    lacks = [key for key in NODES if not OmegaConf.is_dict(nodes.get(key))]
     if lacks:
         raise ConfigError(
             f"{file}: not the configuration of a run, it lacks {', '.join(lacks)}. "
             "Give the folder outputs/<name>/<run> of a trained run"
         )
-    assert isinstance(cfg, DictConfig)
-    return cfg
+    return nodes
 
 
 def checkpoint_of(folder: RunFolder, name: str) -> Path:

@@ -111,7 +111,7 @@ def test_files_are_not_overwritten_unasked(tmp_path: Path, run: Run, refused: Re
         (["from=a", "to=b", "checkpoint=last"], "checkpoint= belongs to run=FOLDER"),
         (["run=a", "to=b", "vision=c"], "vision= belongs to from=FOLDER"),
         (["from={0}/none", "to={0}/b"], "from={0}/none: expected a folder with config.json"),
-        (["run={0}/none", "to={0}/b"], "{0}/none: expected a folder with a config.yaml, found"),
+        (["run={0}/none", "to={0}/b"], "{0}/none: expected a folder with config.yaml, found"),
     ],
 )
 def test_refused_commands(

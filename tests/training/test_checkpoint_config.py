@@ -17,7 +17,7 @@ from dynmoe.training import build, trained
 @pytest.mark.parametrize(("saved", "loaded"), [("cluster", "random"), ("fresh", "fresh")])
 def test_experts_that_a_checkpoint_will_fill(saved: str, loaded: str, tmp_path: Path) -> None:
     """No k-means on weights that are thrown away."""
-    cfg = {"moe": {"init": saved}, "trainer": {}, "backbone": {"pretrained": True}}
+    cfg = {"moe": {"init": saved}, "trainer": {}, "data": {}, "backbone": {"pretrained": True}}
     OmegaConf.save(OmegaConf.create(cfg), tmp_path / "config.yaml")
     assert trained.configuration(RunFolder(tmp_path)).moe.init == loaded
 
