@@ -23,9 +23,12 @@ from dynmoe.version import version
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Variables that say how a thread of OpenMP waits for the others: OpenMP's, GNU's and Intel's."""
 
-# SIGHUP: the terminal was closed. Windows has none.
+# SIGHUP: the terminal was closed. SIGUSR1: asked for before a time limit (sbatch --signal). Windows
+# has neither.
 ENDING = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)
 ]
 
 PATIENCE = 3.0
@@ -48,7 +51,7 @@ def command(prog: str, after: str = "") -> Iterator[None]:
 
     Raises:
         SystemExit: with 0 after `--version`, 2 on a UserError, 128 + the number of the signal, as
-            shells count, on Ctrl-C, SIGTERM or SIGHUP.
+            shells count, on a signal of `ENDING`.
     """
     global _role, _ended_at, _last_words
     _role, _ended_at = "command", None
@@ -179,7 +182,7 @@ def interruption(error: BaseException | None) -> Stopped | None:
 
 
 def catch_signals() -> None:
-    """Raise Stopped on Ctrl-C, SIGTERM and SIGHUP, and end at once on another one that comes later.
+    """Raise Stopped on the signals of `ENDING`, and end at once on another one that comes later.
 
     What is ignored stays ignored (nohup).
     """

@@ -42,7 +42,7 @@ def python(body: str, *, shell: str = "{}", **env: str) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1"])
 def test_a_signal_ends_the_command_in_one_sentence(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

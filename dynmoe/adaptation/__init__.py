@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from dynmoe.adaptation.callback import DynMoECallback
     from dynmoe.adaptation.decision import Decision, Schedule, decide
     from dynmoe.adaptation.fsdp import MoEFSDPStrategy
-    from dynmoe.adaptation.process import Adaptation
+    from dynmoe.adaptation.adapt import Adaptation
     from dynmoe.adaptation.trainer_callback import DynMoETrainerCallback
 
 __all__ = [
@@ -25,10 +25,10 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
+        "adapt": "Adaptation",
         "callback": "DynMoECallback",
         "decision": "Decision Schedule decide",
         "fsdp": "MoEFSDPStrategy",
-        "process": "Adaptation",
         "trainer_callback": "DynMoETrainerCallback",
     },
 )

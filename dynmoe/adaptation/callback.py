@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dynmoe.adaptation.decision import Schedule
-from dynmoe.adaptation.process import Adaptation, Event, adaptive_layers
+from dynmoe.adaptation.adapt import Adaptation, Event, adaptive_layers
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import MoELayer, NewExpert, moe_layers
 

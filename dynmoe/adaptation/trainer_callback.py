@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from dynmoe.adaptation.decision import Schedule
-from dynmoe.adaptation.process import Adaptation, Event
+from dynmoe.adaptation.adapt import Adaptation, Event
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import NewExpert, Routed, aux_loss, mask_padding, record_routing
 

@@ -256,11 +256,13 @@ def test_a_step_whose_loss_is_not_finite_does_not_count() -> None:
     assert [event["tokens"] for event in events] == [12, 12]
 
 
-def test_no_expert_points_to_a_sum_without_a_length() -> None:
-    """1e30 squared is no number in fp32: normalised, the sum would be a row of zeros."""
+def test_no_expert_points_to_tokens_without_a_length() -> None:
+    """1e30 squared is no number in fp32: such tokens are set aside, the others count."""
     moe = layer()
     (event,) = train(adapted(moe), moe, [1e30 * unserved(moe), unserved(moe)])
-    assert event["unrouted"] == 1.0 and event["added"] is None
+    assert event["tokens"] == len(unserved(moe)) and event["unrouted"] == 1.0
+    direction = moe.router.directions[event["added"]]
+    assert direction.norm().item() == pytest.approx(1)
 
 
 def test_no_expert_points_to_a_token_that_is_not_finite() -> None:
