@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from dynmoe.lazy import lazy
 
 if TYPE_CHECKING:
+    from dynmoe.adaptation.adapt import Adaptation
     from dynmoe.adaptation.callback import DynMoECallback
     from dynmoe.adaptation.decision import Decision, Schedule, decide
     from dynmoe.adaptation.fsdp import MoEFSDPStrategy
-    from dynmoe.adaptation.adapt import Adaptation
     from dynmoe.adaptation.trainer_callback import DynMoETrainerCallback
 
 __all__ = [

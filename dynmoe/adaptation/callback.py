@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from dynmoe.adaptation.decision import Schedule
 from dynmoe.adaptation.adapt import Adaptation, Event, adaptive_layers
+from dynmoe.adaptation.decision import Schedule
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import MoELayer, NewExpert, moe_layers
 

@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dynmoe.adaptation.decision import Schedule
 from dynmoe.adaptation.adapt import Adaptation, Event
+from dynmoe.adaptation.decision import Schedule
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import NewExpert, Routed, aux_loss, mask_padding, record_routing
 

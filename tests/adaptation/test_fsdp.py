@@ -17,8 +17,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
 
 from dynmoe.adaptation import DynMoECallback
-from dynmoe.adaptation.fsdp import MoEFSDPStrategy, blocks, full_state
 from dynmoe.adaptation.adapt import whole
+from dynmoe.adaptation.fsdp import MoEFSDPStrategy, blocks, full_state
 from dynmoe.data.text.batches import EvalBatches
 from dynmoe.layers import MoELayer, TopAnyRouter, aux_loss, record_routing
 
