@@ -12,7 +12,7 @@ OPEN, CLOSE = "[{(", "]})"
 def read_arguments(
     parser: ArgumentParser, words: Sequence[str]
 ) -> tuple[Namespace, list[str], list[str]]:
-    """What `parser` makes of `words`, the words in an order it can read, and problems.
+    """Parse `words`: the result, the words in an order that `parser` can read, and problems.
 
     Options may stand between overrides. Words that are no override are mended where it is clear how
     they were meant, so that the values in them are checked as well.

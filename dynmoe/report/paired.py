@@ -73,7 +73,7 @@ class PairedTest:
 
     @property
     def verdict(self) -> Verdict:
-        """By the corrected p where there is one."""
+        """The verdict at 5 %, by the corrected p where there is one."""
         p = self.p if self.corrected is None else self.corrected
         if self.why or p is None:
             return "unknown"

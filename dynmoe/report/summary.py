@@ -268,7 +268,7 @@ def _warnings(a: Run, b: Run, obstacles: list[str]) -> Iterator[str]:
 
 
 def _configuration(a: Run, b: Run) -> Table:
-    """What differs among the keys that both have; the others, such as those of another router, are
+    """Differences among the keys that both have; the others, such as those of another router, are
     named once."""
     ours, theirs = (
         {key: json.dumps(value, ensure_ascii=False) for key, value in run.config.items()}

@@ -40,7 +40,7 @@ class TextClassification(MoETask):
         # Not buffers, as the losses.
         self._confusion = torch.zeros(0, num_classes, num_classes, dtype=torch.long)
         self._pairs: Any = nn.ModuleDict(
-            {_key(each): Pairs() for each in self.sets if not num_classes}
+            {_key(each): Correlations() for each in self.sets if not num_classes}
         )
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def matthews(counts_LP: Counts) -> float:
 CLASSIFICATION = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 
 
-class Pairs(Metric):
+class Correlations(Metric):
     """Predicted and true numbers of a set over all ranks, for Pearson's and Spearman's correlation.
 
     They are compared in the order of the set's rows. Predictions that differ by rounding alone

@@ -128,7 +128,7 @@ def first_file(candidates: Sequence[Path]) -> Path | None:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """What is in a folder but folders: a pipe is refused when it is read."""
+    """Everything in a folder but folders: a pipe is refused when it is read."""
     return (
         [each for each in sorted(folder.iterdir()) if not each.is_dir()] if folder.is_dir() else []
     )
