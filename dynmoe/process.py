@@ -96,7 +96,7 @@ def settle() -> None:
     if "torch" not in sys.modules and not any(name in os.environ for name in WAITING):
         # GNU's OpenMP spins at every barrier: on a machine that is not idle a thread then waits for
         # one that its own spinning keeps off the processor (docs/performance.md).
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = "0"
     sys.stdout = _lasting(sys.stdout, sys.__stdout__)
     sys.stderr = _lasting(sys.stderr, sys.__stderr__)
 

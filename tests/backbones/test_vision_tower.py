@@ -127,7 +127,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, r"^backbone.vision: library=timm takes a timm name as model"),
     ({**VIT, "path": "x"}, r"^backbone.vision: library=timm takes a timm name as model"),
     ({"model": "vit_tinny"}, r"^backbone.vision.model=vit_tinny: timm knows no such model"),
-    ({"model": "resnet18"}, r"^backbone.vision: timm cannot build resnet18"),
+    (
+        {"model": "resnet18"},
+        r"^backbone.vision.model=resnet18: a Vision Transformer",
+    ),
     (
         {**VIT, "patch_size": 8},
         r"^backbone.vision.patch_size=8: this tower makes 16 patches of 16 px. Give the size they",

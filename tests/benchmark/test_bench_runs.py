@@ -57,7 +57,8 @@ def test_times_one_run_of_each_setting(
     content: dict[str, Any] = json.loads((sweep / "timing.json").read_text())
     assert content["machine"].keys() == {"cpu", "cores", "threads", "torch", "device", "dtype"}
     assert content["machine"]["dtype"] == "fp32"
-    assert content["settings"].keys() == {"matmul_precision", "malloc", "fused_attention"}
+    settings = {"matmul_precision", "malloc", "fused_attention", "wait"}
+    assert content["settings"].keys() == settings
     assert content["workload"] == {"batch": 20}  # 4 images of 5 environments
     rows = content["rows"]
     assert [(row["mode"], row["setting"], row["run"]) for row in rows] == [

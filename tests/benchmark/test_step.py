@@ -33,7 +33,8 @@ def test_measures_all_cases_in_both_modes(
     (file,) = Path("outputs/bench").glob("step-*.json")
     content: dict[str, Any] = json.loads(file.read_text())
     assert content["machine"]["threads"] == 1
-    assert content["settings"].keys() == {"matmul_precision", "malloc", "fused_attention"}
+    settings = {"matmul_precision", "malloc", "fused_attention", "wait"}
+    assert content["settings"].keys() == settings
     assert content["workload"]["moe_layers"] == [1]
     names = ["dense", "top-1", "top-2", "dynmoe 1", "dynmoe 1.5", "loop", "all then mask"]
     rows = {(row["mode"], row["case"]): row for row in content["rows"]}
@@ -111,7 +112,7 @@ def test_baseline_may_have_other_settings_but_no_other_workload(
             ["moe.layers=[12]", "~backbone.options.depth"],
             "moe.layers=[12]: the backbone has 12 blocks",
         ),
-        (["backbone.model=nothing"], "backbone.model=nothing: timm knows no such model"),
+        (["backbone.model=nothing"], "backbone.model: timm knows no 'nothing'"),
         (["--baseline", "gone.json"], "--baseline gone.json: there is no such file"),
         (["--json", "."], "--json .: expected a file to write, this is a folder"),
     ],

@@ -14,7 +14,7 @@ import pytest
 from command_line import command
 from omegaconf import DictConfig
 
-from dynmoe.config import models, ranges, rules
+from dynmoe.config import environments, models, ranges
 from dynmoe.config.arguments import joined
 from dynmoe.config.compose import preflight
 from dynmoe.data.images import digits
@@ -69,7 +69,10 @@ TABLE = {
     f"{IMAGES} data.batch_size={{_target_:os.getcwd}}": ("data.batch_size: expected an integer",),
     f"{VL} data.mean=[a,0.5,0.5]": ("data.mean.0: expected a number, found 'a'",),
     f"{VL} data.mean=[0.5,0.5]": ("data.mean: expected a list of 3",),
-    f"{IMAGES} data.test_envs=[sketch]": ("data.test_envs.0: expected an integer",),
+    f"{IMAGES} data.test_envs=[sketch]": (
+        "data.test_envs: there is no environment sketch",
+        "0 (0), 1 (15)",
+    ),
     f"{TEXTS} backbone.options={{0:1}}": ("backbone.options.0: expected text as a key",),
     f"{TEXTS} task.epochs=0.5": ("task.epochs: expected an integer or null, found 0.5",),
     f"{VL} protocol.stages.moe=abc": ("protocol.stages.moe: expected a mapping",),
@@ -79,9 +82,9 @@ TABLE = {
     f"{IMAGES} backbone=vit_small backbone.image_size=100": ("image_size: 100", "96 or 112"),
     f"{IMAGES} data.image_size=32": ("data.image_size: expected backbone.image_size (28)",),
     f"{VL} data.patch_size=4": ("data.patch_size: expected backbone.vision.patch_size (8)",),
-    f"{IMAGES} data.test_envs=[9]": ("data.test_envs: expected indices below 6",),
+    f"{IMAGES} data.test_envs=[9]": ("data.test_envs: there is no environment 9", "5 (75)"),
     f"{IMAGES} data=pacs data.root=. data.test_envs=[4]": (
-        "data.test_envs: expected indices below 4",
+        "data.test_envs: there is no environment 4",
     ),
     f"{VL} backbone.architecture=bloom": ("backbone.architecture:", "'bloom'", "moe=dense"),
     f"{VL} backbone.architecture=lama": ("backbone.architecture:", "'llama'"),
@@ -248,13 +251,8 @@ def test_models_are_known_as_their_libraries_know_them() -> None:
 
 
 def test_environments_of_the_built_in_sets() -> None:
-    rotated, colored = len(digits.ANGLES), len(digits.COLOR_FLIPS)
-    assert {
-        "rotated_digits": rotated,
-        "rotated_mnist": rotated,
-        "colored_digits": colored,
-        "colored_mnist": colored,
-    } == rules.DIGITS
+    assert len(environments.ANGLES) == len(digits.ANGLES)
+    assert len(environments.COLOURS) == len(digits.COLOR_FLIPS)
 
 
 def test_a_folder_says_its_type_and_depth(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ RUN = {
         "fused_attention": False,
         "precision": "32-true",
         "fused_optimizer": True,
-        "wait": "OMP_WAIT_POLICY=PASSIVE",
+        "wait": "GOMP_SPINCOUNT=0",
     },
     "env_names": ["0", "15", "30"],
     "hparams_seed": 0,
@@ -203,7 +203,7 @@ all but the first at step 10.
 - activated per token: 1,181 (at the mean k on 15)
 - training loss: 0.5000 (mean over the last window)
 - speed: 2.10 steps/s on cpu
-- runtime: 2 threads (OMP_WAIT_POLICY=PASSIVE), 32-true, matmul medium, malloc tuned, plain \
+- runtime: 2 threads (GOMP_SPINCOUNT=0), 32-true, matmul medium, malloc tuned, plain \
 attention, fused optimizer
 - peak memory: 0.70 GiB
 - figures: accuracy.png

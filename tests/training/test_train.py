@@ -315,7 +315,6 @@ def test_other_data_than_before_are_refused_and_said(
     assert f"The data are not those of this run, so scores differ: {change}" in (
         " ".join(capsys.readouterr().out.split())
     )
-    (copied.path / "done").unlink()
     before = everything(copied)
     with pytest.raises(DataError, match=r"RotatedDigits: not those .*overwrite=true") as error:
         run()

@@ -190,7 +190,7 @@ def test_a_file_without_conversations(tmp_path: Path) -> None:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "mix.json")
-    with pytest.raises(DataError, match=r"mix.json: expected a file, found a folder, pipe"):
+    with pytest.raises(DataError, match=r"mix.json: cannot be read: it is a pipe"):
         read_llava("mix", [str(tmp_path / "mix.json")])
     os.mkfifo(tmp_path / "a.png")
     file = put(tmp_path, "own.json", [entry(("human", "q"), ("gpt", "a"), image="a.png")])
