@@ -51,7 +51,7 @@ def test_answers_that_were_cut_off(tmp_path: Path) -> None:
     file = folder.path / "results.jsonl"
     lines = [{**line, "cut_answers": {"test": 3, "shuffled": 0}} for line in folder.read("results")]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "- cut answers: 3 of 50 on test (data.max_new_tokens allows longer ones)" in shown(
+    assert "- cut answers: 3 of 500 on test (data.max_new_tokens allows longer ones)" in shown(
         folder
     )
 
