@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_process import DIM, Net, layer, unserved
+from test_adapt import DIM, Net, layer, unserved
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
