@@ -9,8 +9,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from test_callback import DIM, Model, make_callback, nobody, only_expert_0
 from test_adapt import Net, tokens
+from test_callback import DIM, Model, make_callback, nobody, only_expert_0
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
 
