@@ -15,6 +15,10 @@ from dynmoe.config import places, runs
 from dynmoe.errors import ConfigError, DataError, Diverged, UserError
 from dynmoe.records import RunFolder
 
+OTHER_DATA = (
+    "data {}: not those that this run was trained on ({}). Put them back, name another folder for "
+    "the run: name=NAME, or begin again: overwrite=true\n{}"
+)
 WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the stage before
 
 
@@ -37,6 +41,7 @@ def job(cfg: DictConfig) -> float | None:
             _clear(folder.path)
         folder.forget_failure()
         if folder.is_done:
+            _refuse_other_data(cfg, folder)
             folder.say(
                 "This run was finished before; nothing is trained (overwrite=true repeats it)."
             )
@@ -132,10 +137,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     data.setup()
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
     if checkpoint.exists() and (change := build.other_data(folder, data)):
-        raise DataError(
-            f"data {cfg.data.name}: not those that this run was trained on before it was stopped "
-            f"({change}). Put them back to go on, or begin again: overwrite=true\n{folder.path}"
-        )
+        raise DataError(OTHER_DATA.format(cfg.data.name, change, folder.path))
     task = build.build_task(cfg, data, settings["fused_attention"])
     callbacks = build.build_callbacks(cfg, data, folder)
     trainer = build.build_trainer(cfg, callbacks, folder, data.steps)
@@ -186,6 +188,23 @@ def show(folder: RunFolder, quiet: bool = False) -> float:
         Console().print(summary.to_console(run))
         print(f"Run folder, with figures/ and summary.md:\n{folder.path}")  # one line, to be copied
     return run.outcome.validation
+
+
+def _refuse_other_data(cfg: DictConfig, folder: RunFolder) -> None:
+    """Data from another folder of the same name may be others; from the same one they are trusted.
+
+    Raises:
+        DataError: they are.
+    """
+    saved = folder.path / "config.yaml"
+    if not saved.exists() or not places.moved(cfg, DictConfig(OmegaConf.load(saved))):
+        return
+    from dynmoe.training import build
+
+    data = build.build_data(cfg)
+    data.setup()
+    if change := build.other_data(folder, data):
+        raise DataError(OTHER_DATA.format(cfg.data.name, change, folder.path))
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -1,81 +1,64 @@
-"""Files and folders that a run reads: what identifies them is what lies there, not where.
+"""Files and folders that a run reads: what identifies them is not where they lie.
 
-A run's name has a fingerprint in the place of each path, so that a relative path, a link, another
-machine or working directory is the same run; ``config.yaml`` has absolute paths.
+In a run's name data count by their folder's own name, weights by what they are, an earlier run by
+its folder's: a relative path, a link, another machine or working directory is the same run.
+``config.yaml`` has absolute paths. Other data in a folder of the same name are told by their hash
+(``dynmoe.job``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 # Keys of paths, as far as the configuration has them.
-PLACES = (
-    *("data.root", "data.ood_root", "data.tokenizer_path"),
-    *("data.environments.root", "data.environments.drop_list", "data.content.root"),
+DATA = ("data.root", "data.ood_root", "data.environments.root", "data.content.root")
+CONTENT = (
+    *("data.tokenizer_path", "data.environments.drop_list"),
     *("backbone.path", "backbone.pretrained", "backbone.vision.path", "backbone.vision.pretrained"),
-    "stage.start",
 )
+PLACES = (*DATA, *CONTENT, "stage.start")
 
 BLOCK, BLOCKS = 1 << 16, 8
 """Bytes and number of the parts that stand for a large file: reading weights of 30 GB for a name
 would take longer than many a run."""
 
-READ = 1000
-"""Files of a folder that are looked into; of larger trees, images mostly, names and sizes count."""
 
-
-def identity(cfg: DictConfig, key: str, value: object) -> object:
+def identity(key: str, value: object) -> object:
     """The value at ``key`` as it counts in the name of a run."""
     if key not in PLACES or not isinstance(value, str):
         return value
-    place = Path(value).expanduser()
-    if key == "stage.start":  # a run is what it has learnt
-        place = place / "checkpoints" / "last.ckpt"
-    elif key.endswith(".root") or key == "data.root":
-        inside = OmegaConf.select(cfg, "data.environments.folder")
-        if isinstance(inside, str) and (place / inside).is_dir():
-            place = place / inside
-    own = (str(OmegaConf.select(cfg, f"paths.{name}")) for name in ("outputs", "cache"))
-    outside = tuple(os.path.realpath(path) for path in own)
-    return fingerprint(os.path.realpath(place), outside) if place.exists() else value
+    place = Path(os.path.realpath(Path(value).expanduser()))
+    if key in DATA:
+        return place.name
+    if key == "stage.start":  # a run's folder is named by its configuration
+        return "/".join(place.parts[-2:])
+    try:
+        return fingerprint(str(place))
+    except OSError:
+        return value  # none, or not to be read: refused elsewhere
 
 
 @lru_cache
-def fingerprint(place: str, outside: tuple[str, ...] = ()) -> str:
-    """Hash of a file, or of a folder's files by name, without hidden ones and those ``outside``."""
+def fingerprint(place: str) -> str:
+    """Hash of a file, or of the files in a folder by name, hidden ones and subfolders left out.
+
+    Raises:
+        OSError: one cannot be read.
+    """
     digest = hashlib.sha256()
-    if os.path.isfile(place):
-        digest.update(_parts(place))
-    else:
-        files = sorted(_files(place, outside))
-        for name, size in files:
-            digest.update(f"{name}\0{size}\0".encode())
-            if len(files) <= READ:
-                digest.update(_parts(os.path.join(place, name)))
-    return f"content {digest.hexdigest()[:16]}"
-
-
-def _files(folder: str, outside: tuple[str, ...]) -> Iterator[tuple[str, int]]:
-    """Relative names and sizes of all files below a folder; links are followed once."""
-    seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".")
-            and (real := os.path.realpath(os.path.join(parent, name))) not in (*outside, *seen)
-            and not seen.add(real)  # type: ignore[func-returns-value]
-        ]
-        for name in names:
-            file = os.path.join(parent, name)
+    if os.path.isdir(place):
+        for name in sorted(os.listdir(place)):
+            file = os.path.join(place, name)
             if not name.startswith(".") and os.path.isfile(file):
-                yield os.path.relpath(file, folder).replace(os.sep, "/"), os.path.getsize(file)
+                digest.update(f"{name}\0".encode() + _parts(file))
+    else:
+        digest.update(_parts(place))
+    return f"content {digest.hexdigest()[:16]}"
 
 
 def _parts(file: str) -> bytes:
@@ -88,6 +71,16 @@ def _parts(file: str) -> bytes:
             stream.seek(part * BLOCK if whole else (size - BLOCK) * part // (BLOCKS - 1))
             digest.update(stream.read(BLOCK))
     return digest.digest()
+
+
+def moved(cfg: DictConfig, saved: DictConfig) -> bool:
+    """Whether the data lie in another place than when the configuration was saved."""
+
+    def real(config: DictConfig) -> list[str]:
+        found = [OmegaConf.select(config, key) for key in DATA]
+        return [os.path.realpath(Path(each).expanduser()) for each in found if each is not None]
+
+    return real(cfg) != real(saved)
 
 
 def make_absolute(cfg: DictConfig) -> None:

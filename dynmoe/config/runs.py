@@ -124,14 +124,14 @@ def _flat(node: dict[str, Any], raw: Any, prefix: str) -> Iterator[tuple[str, An
 
 
 def _identity(cfg: DictConfig) -> dict[str, Any]:
-    found = _relevant(cfg, cfg, prefix="")
+    found = _relevant(cfg, prefix="")
     if "test_envs" in found.get("data", {}):
         # An environment's name or its index: one run.
         found["data"]["test_envs"] = test_indices(cfg)
     return found
 
 
-def _relevant(whole: DictConfig, cfg: DictConfig, prefix: str) -> dict[str, Any]:
+def _relevant(cfg: DictConfig, prefix: str) -> dict[str, Any]:
     # Node by node, so that an interpolation below a key that is left out is never resolved.
     found: dict[str, Any] = {}
     for key in map(str, cfg):
@@ -140,10 +140,10 @@ def _relevant(whole: DictConfig, cfg: DictConfig, prefix: str) -> dict[str, Any]
             continue
         value = cfg[key]
         if isinstance(value, DictConfig):
-            value = _relevant(whole, value, f"{dotted}.")
+            value = _relevant(value, f"{dotted}.")
         elif OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
-        found[key] = places.identity(whole, dotted, value)
+        found[key] = places.identity(dotted, value)
     return found
 
 

@@ -133,31 +133,24 @@ def test_the_place_of_the_data_is_not_their_identity(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(images)
-    shutil.copytree(images, tmp_path / "copy" / "of it")
-    spellings = ("mydata", "mydata/", "./mydata", images, "link", "'copy/of it'")
+    shutil.copytree(images, tmp_path / "elsewhere" / "mydata")
+    spellings = ("mydata", "mydata/", "./mydata", images, "link", "elsewhere/mydata")
     names = {name_of(f"data.root={spelling}") for spelling in spellings}
     assert len(names) == 1
-    (images / ".DS_Store").write_text("what a desktop leaves")
-    assert {name_of("data.root=mydata")} == names
+    (images / "notes.txt").write_text("beside the data")
+    assert {name_of("data.root=mydata")} == names != {name_of(f"data.root={images}/a")}
 
 
-def test_other_data_in_the_same_place_are_another_run(images: Path) -> None:
-    def named() -> str:
-        return name_of(f"data.root={images}")
+def test_an_earlier_run_is_known_by_its_folder(images: Path, tmp_path: Path) -> None:
+    def named(start: Path) -> str:
+        return run_name(compose("config", ["task=vl", f"stage.start={start}"]))
 
-    first = named()
-    (images / "a/dog/1.jpg").write_text("of the same size"[: len("a/dog/1.jpg")])
-    second = named()
-    (images / "a/dog/1.jpg").rename(images / "a/dog/3.jpg")
-    assert len({first, second, named()}) == 3
-
-
-def test_runs_beside_the_data_are_no_data(images: Path) -> None:
-    settings = (f"data.root={images}", f"paths.outputs={images}/outputs")
-    before = name_of(*settings)
-    (images / "outputs" / "run").mkdir(parents=True)
-    (images / "outputs" / "run" / "results.jsonl").write_text("{}")
-    assert name_of(*settings) == before
+    start = tmp_path / "vl_instruct" / "scenes_seed0_0123abcd"
+    before = named(start)
+    start.mkdir(parents=True)
+    shutil.copytree(tmp_path / "vl_instruct", tmp_path / "moved" / "vl_instruct")
+    moved = tmp_path / "moved" / "vl_instruct" / start.name
+    assert named(start) == named(moved) == before != named(start.with_name("scenes_seed1_0123abcd"))
 
 
 def test_weights_are_known_by_what_they_are(images: Path, tmp_path: Path) -> None:

@@ -6,15 +6,17 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from tiny_texts import DEV, TRAIN, config, pairs, write, write_rte, write_stsb
 
 from dynmoe import job
-from dynmoe.errors import ConfigError
+from dynmoe.errors import ConfigError, DataError
 from dynmoe.records import RunFolder
 from dynmoe.selection import measured_by
 from dynmoe.tasks.text import TextClassification
@@ -209,6 +211,29 @@ def test_evaluation_repeats_the_recorded_scores_and_submits(
     assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(6)]
     assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "not_entailment"}
     assert str(file) in capsys.readouterr().out
+
+
+def test_a_finished_run_of_other_data_is_not_shown(
+    trained: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of a run has the name of the data's folder alone."""
+    folder = RunFolder(shutil.copytree(trained.path, tmp_path / "run"))
+    folder.mark_done()
+    runtime = SimpleNamespace(output_dir=str(folder.path))
+    monkeypatch.setattr(HydraConfig, "get", staticmethod(lambda: SimpleNamespace(runtime=runtime)))
+    monkeypatch.setattr(job, "show", lambda folder: 0.5)
+    root = write_rte(tmp_path / "glue")
+    assert job.job(config(root, "data=rte", f"paths.outputs={root}")) == 0.5  # a copy
+    train = root / "RTE" / "train.tsv"
+    flipped = {"\tentailment": "\tnot_entailment", "\tnot_entailment": "\tentailment"}
+    lines = train.read_text().splitlines(keepends=True)
+    for label, other in flipped.items():
+        if label in lines[1]:
+            lines[1] = lines[1].replace(label, other)
+            break
+    train.write_text("".join(lines))
+    with pytest.raises(DataError, match=r"RTE: not those .*name=NAME.*overwrite=true"):
+        job.job(config(root, "data=rte", f"paths.outputs={root}"))
 
 
 @pytest.mark.parametrize(
