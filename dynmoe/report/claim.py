@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from dynmoe.report.paired import PairedTest, holm, paired
+from dynmoe.report.paired import PairedTest, corrected, paired
 from dynmoe.report.run import Problem, Repetition, Run, environments, settings
 from dynmoe.report.runs import Absent, Collection
 from dynmoe.report.words import Words
@@ -141,25 +141,22 @@ def examine(collection: Collection, problem: Problem) -> list[Claim]:
 def _corrected(claims: Iterable[Claim]) -> list[Claim]:
     """Correct the p values of a problem's claims for their number."""
     found = list(claims)
-    families: dict[bool, dict[Tested, float]] = {True: {}, False: {}}  # overall, and others
+    families: dict[bool, dict[Tested, Difference]] = {True: {}, False: {}}  # overall, and others
     for claim in found:
         for comparison in claim.comparisons:
             for each in comparison.differences:
-                if each.p is not None:
-                    family = families[comparison is claim.overall]
-                    family[_tested(claim, comparison, each)] = each.p
-    p_values = {key: p for family in families.values() for key, p in holm(family).items()}
+                families[comparison is claim.overall][_tested(claim, comparison, each)] = each
+    tests = {key: test for family in families.values() for key, test in corrected(family).items()}
 
-    def corrected(claim: Claim, comparison: SettingComparison) -> SettingComparison:
-        family = len(families[comparison is claim.overall])
-        differences = (
-            replace(each, corrected=p_values.get(_tested(claim, comparison, each)), family=family)
-            for each in comparison.differences
-        )
+    def with_tests(claim: Claim, comparison: SettingComparison) -> SettingComparison:
+        differences = []
+        for each in comparison.differences:
+            test = tests[_tested(claim, comparison, each)]  # of the same values, by another name
+            differences.append(replace(each, corrected=test.corrected, family=test.family))
         return replace(comparison, differences=tuple(differences))
 
     return [
-        replace(claim, comparisons=tuple(corrected(claim, each) for each in claim.comparisons))
+        replace(claim, comparisons=tuple(with_tests(claim, each) for each in claim.comparisons))
         for claim in found
     ]
 

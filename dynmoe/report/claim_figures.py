@@ -125,9 +125,9 @@ def draw_claim(claim: Claim) -> Picture | None:
         figure,
         f"Paired differences in {claim.words.noun}: {claim.setting} minus the mean of the grid, "
         "dense, and every setting of the grid",
-        f"Right of 0 {claim.setting} is better. Dots are matched repetitions, lines 95 % bootstrap "
-        "intervals over them, too narrow for few; where there is no test there is no line. The "
-        f"mark is by a paired t test (p < {LEVEL}), corrected by Holm's method for "
+        f"Right of 0 {claim.setting} is better. Dots are matched repetitions, lines 95 % "
+        "intervals of a paired t test, not corrected; where there is no test there is no line. The "
+        f"mark is by the test's p (< {LEVEL}), corrected by Holm's method for "
         f"{shown[0].family} comparisons.",
     )
 

@@ -17,7 +17,7 @@ from dynmoe.report.claim import (
     score_cells,
 )
 from dynmoe.report.cost_tables import taken
-from dynmoe.report.paired import FEWEST, LEVEL, RESAMPLES
+from dynmoe.report.paired import FEWEST, LEVEL
 from dynmoe.report.run import Problem, conditions, counted, environments, seeds, settings
 from dynmoe.report.runs import Collection
 from dynmoe.report.tables import Strong, Table, format_mean, format_points
@@ -38,11 +38,9 @@ GRID = (
 )
 PICK = "; its best by validation is what one could have picked, in each repetition anew"
 PAIRED = (
-    "Differences are paired: same {}, same repetition. In brackets the 95 % bootstrap "
-    f"interval of their mean (percentile, {RESAMPLES} resamples of the repetitions), which is too "
-    "narrow for few of them. p: paired t test, two-sided, not corrected; by Holm: corrected for "
-    "the number of comparisons, {}. Bold: "
-    f"by Holm < {LEVEL}."
+    "Differences are paired: same {}, same repetition. The 95 % interval of their mean (in "
+    "brackets) and p are of a paired t test, two-sided, not corrected; by Holm: p corrected for "
+    f"the number of comparisons, {{}}. Bold: by Holm < {LEVEL}."
 )
 
 

@@ -1,10 +1,10 @@
 """Paired differences between two settings: their t test, its correction, and when there is none.
 
 A repetition fixes weights, batches and splits (seed, trial seed), so a paired difference is free of
-much of the chance in either number. A paired t test knows how little a few repetitions say: of
-three, a bootstrap interval is the range of the differences, and excludes 0 in 1 of 4 cases by
-chance. There is no test without a spread to judge by: of two repetitions, of equal differences, of
-differences that one test sample explains.
+much of the chance in either number. p and the 95 % interval are of one statistic, Student's t of
+the mean difference, which knows how little a few repetitions say: the interval excludes 0 exactly
+where p < 0.05. There is no test without a spread to judge by: of two repetitions, of equal
+differences, of differences that one test sample explains.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
-from scipy.special import stdtr
+from scipy.special import stdtr, stdtrit
 
 from dynmoe.report.tables import format_points
 
 Verdict = Literal["beats", "is not significantly different from", "is below", "unknown"]
 Key = TypeVar("Key", bound=Hashable)
+Test = TypeVar("Test", bound="PairedTest")
 
-RESAMPLES = 9999
 LEVEL = 0.05
 FEWEST = 3
 """Repetitions of a test. Of two, t has one degree of freedom: p < 0.05 needs |t| > 12.7, which
@@ -47,21 +47,18 @@ class PairedTest:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % percentile bootstrap interval of the mean; None without a test."""
+        """95 % interval of the mean, by the t test and not corrected; None without a test."""
         if self._obstacle:
             return None
-        values = np.asarray(self.values)
-        picks = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-        low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
-        return float(low), float(high)
+        half = float(stdtrit(len(self.values) - 1, 1 - LEVEL / 2)) * self._error
+        return self.mean - half, self.mean + half
 
     @property
     def p(self) -> float | None:
         """Two-sided, of Student's t test that the mean is 0; None without a test."""
         if self._obstacle:
             return None
-        error = float(np.std(self.values, ddof=1)) / math.sqrt(len(self.values))
-        return float(2 * stdtr(len(self.values) - 1, -abs(self.mean) / error))
+        return float(2 * stdtr(len(self.values) - 1, -abs(self.mean) / self._error))
 
     @property
     def why(self) -> str:
@@ -104,6 +101,11 @@ class PairedTest:
         return f"{text}, by Holm {_number(self.corrected)}" if self.family > 1 else text
 
     @property
+    def _error(self) -> float:
+        """Standard error of the mean (ddof 1)."""
+        return float(np.std(self.values, ddof=1)) / math.sqrt(len(self.values))
+
+    @property
     def _obstacle(self) -> str:
         """Reason that there is no test; empty if there is one."""
         count = len(self.values)
@@ -136,7 +138,7 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     return corrected
 
 
-def corrected(tests: Mapping[Key, PairedTest]) -> dict[Key, PairedTest]:
+def corrected(tests: Mapping[Key, Test]) -> dict[Key, Test]:
     """Return the tests of one family with p values corrected for their number."""
     p_values = holm({key: test.p for key, test in tests.items() if test.p is not None})
     return {

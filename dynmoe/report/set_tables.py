@@ -286,8 +286,8 @@ def image_use_table(runs: Sequence[Run]) -> Table | None:
         tuple(rows),
         note=f"{SHUFFLED}: the questions and right answers of {name}, each about the image of "
         "another question; what a model loses there, it owes to the images. Differences are "
-        "paired by repetition; p is of a t test, two-sided; by Holm: corrected for the number of "
-        f"settings; bold: by Holm < {LEVEL}.",
+        "paired by repetition; their 95 % interval and p are of a t test, two-sided; by "
+        f"Holm: p corrected for the number of settings; bold: by Holm < {LEVEL}.",
         conditions=conditions(runs),
     )
 

@@ -86,11 +86,11 @@ def test_verdicts_follow_from_a_paired_t_test(tmp_path: Path) -> None:
     undecided = "is not significantly different from"
     verdicts = [undecided, undecided, "beats", undecided, undecided]
     assert [each.verdict for each in shown] == verdicts
-    # Of three values the 2.5 % and 97.5 % quantiles of resampled means are the outermost values:
-    # each has the chance 1/27 = 3.7 %.
+    # t of 2 degrees of freedom is 4.3027 at 97.5 %; the mean is t standard errors.
     assert [each.interval for each in shown] == [
-        pytest.approx(span)
-        for span in ((0.02, 0.06), (-0.08, -0.04), (0.12, 0.16), (-0.08, -0.04), (0.04, 0.26))
+        pytest.approx((each.mean - half, each.mean + half), rel=1e-4)
+        for each, t in zip(shown, ts, strict=True)
+        for half in [4.3027 * abs(each.mean) / t]
     ]
     (equal,) = second.against("mean")
     assert (equal.interval, equal.p, equal.verdict) == (None, None, "unknown")
@@ -282,14 +282,14 @@ def test_words_of_each_rival(tmp_path: Path) -> None:
         "of the grid (+4.0 points) nor from its best (−6.0 points; n = 3).",
         "DynMoE reaches 64.0 +/- 5.2 %: rank 2 of 4 settings by mean accuracy.",
         "It is not significantly different from the mean of the grid (2 settings), 60.0 +/- 4.7 %: "
-        "+4.0 [+2.0, +6.0] points, p = 0.074, by Holm 0.15.",
+        "+4.0 [−1.0, +9.0] points, p = 0.074, by Holm 0.15.",
         "It is not significantly different from the best of the grid (top-2 of 4), 70.0 +/- 4.7 %: "
-        "−6.0 [−8.0, −4.0] points, p = 0.035, by Holm 0.11.",
-        "It beats the worst of the grid (top-1 of 2), 50.0 +/- 4.7 %: +14.0 [+12.0, +16.0] points, "
+        "−6.0 [−11.0, −1.0] points, p = 0.035, by Holm 0.11.",
+        "It beats the worst of the grid (top-1 of 2), 50.0 +/- 4.7 %: +14.0 [+9.0, +19.0] points, "
         "p = 0.0067, by Holm 0.027.",
         "It is not significantly different from the grid's best by validation (top-2 of 4), 70.0 "
-        "+/- 4.7 %: −6.0 [−8.0, −4.0] points, p = 0.035, by Holm 0.11.",
-        "It is not significantly different from dense, 50.0 +/- 0.0 %: +14.0 [+4.0, +26.0] "
+        "+/- 4.7 %: −6.0 [−11.0, −1.0] points, p = 0.035, by Holm 0.11.",
+        "It is not significantly different from dense, 50.0 +/- 0.0 %: +14.0 [−13.7, +41.7] "
         "points, p = 0.16, by Holm 0.16.",
     ]
     assert sentences(claim)[-1] == "3 repetitions can show large differences only."
@@ -339,9 +339,9 @@ def test_tables(tmp_path: Path) -> None:
     )
     assert table.rows[:3] == (
         ("DynMoE", "0", "64.0 +/- 5.2", "", "", "", "3"),
-        ("mean of the grid", "0", "60.0 +/- 4.7", "+4.0 [+2.0, +6.0]", "0.074", "0.15", "3"),
+        ("mean of the grid", "0", "60.0 +/- 4.7", "+4.0 [−1.0, +9.0]", "0.074", "0.15", "3"),
         (
-            *("best of the grid (top-2 of 4)", "0", "70.0 +/- 4.7", "−6.0 [−8.0, −4.0]"),
+            *("best of the grid (top-2 of 4)", "0", "70.0 +/- 4.7", "−6.0 [−11.0, −1.0]"),
             *("0.035", "0.11", "3"),
         ),
     )

@@ -81,6 +81,8 @@ def test_the_figure_of_scores_has_epochs_and_every_set(tmp_path: Path) -> None:
         assert epoch == pytest.approx((step + 1) / 50)
 
 
-def test_one_evaluation_is_drawn(tmp_path: Path) -> None:
-    folder = write_language_run(tmp_path, dev=(0.5,))
-    draw_scores(read_run(folder)).draw_without_rendering()
+def test_one_evaluation_is_a_point(tmp_path: Path) -> None:
+    axes = draw_scores(read_run(write_language_run(tmp_path, dev=(0.5,)))).axes[0]
+    (curve,) = axes.lines
+    assert (curve.get_marker(), curve.get_xydata().tolist()) == ("o", [[0, 50]])
+    assert axes.get_xlim()[0] == 0

@@ -109,13 +109,13 @@ def test_what_exchanged_images_cost_is_paired(tmp_path: Path) -> None:
     assert table is not None
     assert table.columns[1:4] == ("test", "shuffled", "test minus shuffled, points")
     dense, top, own, same, majority = table.rows
-    # test 50, 51, 52; shuffled 50, 51, 50
-    assert dense[:4] == ("dense", "51.0 +/- 0.5", "50.3 +/- 0.3", "+0.7 [0.0, +2.0]")
+    # test 50, 51, 52; shuffled 50, 51, 50; 4.3027 standard errors of 0.667 are 2.87
+    assert dense[:4] == ("dense", "51.0 +/- 0.5", "50.3 +/- 0.3", "+0.7 [−2.2, +3.5]")
     assert top[:2] == ("top-2 of 4", "57.0 +/- 0.5")
     # test 60, 61, 62; shuffled 40, 41, 40; t of 20, 20, 22 is 31
     assert own == (
         *("DynMoE", "61.0 +/- 0.5", "40.3 +/- 0.3"),
-        *("+20.7 [+20.0, +22.0]", "0.001", "0.0031", "3"),
+        *("+20.7 [+17.8, +23.5]", "0.001", "0.0031", "3"),
     )
     assert isinstance(own[3], Strong) and not isinstance(dense[3], Strong)
     assert same[:2] == ("no image: most frequent answer to the same question", "35.0")
@@ -125,12 +125,12 @@ def test_what_exchanged_images_cost_is_paired(tmp_path: Path) -> None:
 def test_what_is_said_of_the_use_of_images(tmp_path: Path) -> None:
     dense, _, own = image_use_sentences(read(write_sweep(tmp_path / "three")).runs)
     assert dense == (
-        "dense is not significantly better with the right images (+0.7 [0.0, +2.0] points, "
+        "dense is not significantly better with the right images (+0.7 [−2.2, +3.5] points, "
         "p = 0.42, by Holm 0.42, n = 3)."
     )
     assert own == (
         "DynMoE is better with the right images than with others: it uses them "
-        "(+20.7 [+20.0, +22.0] points, p = 0.001, by Holm 0.0031, n = 3)."
+        "(+20.7 [+17.8, +23.5] points, p = 0.001, by Holm 0.0031, n = 3)."
     )
     once = image_use_sentences(read(write_sweep(tmp_path / "one", seeds=1)).runs)
     assert once[-1] == (
