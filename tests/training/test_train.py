@@ -220,6 +220,21 @@ def test_nothing_of_a_finished_run_is_repeated(
     assert not list(folder.path.glob("*.jsonl"))
 
 
+def test_a_kill_while_a_run_is_cleared_leaves_no_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.mark_done()
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job._clear(tmp_path)
+    assert not folder.is_done
+
+
 @pytest.mark.parametrize(
     "moe", ["dense", "topk", "gmoe", "dynmoe_official_tutel", "dynmoe_official_deepspeed"]
 )
