@@ -67,7 +67,11 @@ def complete_stage_before(cfg: DictConfig) -> None:
         check_model(cfg)
         complete_stage_before(earlier)
         folder.say(f"stage {earlier.stage.name}")
-        train(earlier, folder)
+        try:
+            train(earlier, folder)
+        except UserError:
+            folder.remove_unused()
+            raise
         score = show(folder, quiet=True)
         folder.say(f"stage {earlier.stage.name}: done, score {100 * score:.1f}")
 
