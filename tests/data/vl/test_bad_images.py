@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dynmoe import image_files
 from dynmoe.data import vqa
 from dynmoe.data.base import StepPlan
 from dynmoe.data.vl.content import llava
 from dynmoe.data.vl.module import VisionLanguageData
 from dynmoe.errors import DataError
+from dynmoe.image_files import Survey
 
 NAMES = ("whole.png", "cut.jpg", "text.png", "gone.png")
 
@@ -88,6 +90,26 @@ def test_damaged_images_are_found_before_training(
     assert f"unreadable images: {len(bad)}" in message and "data.skip_invalid=true" in message
     assert [name for name in NAMES if f"images/{name}: " in message] == bad
     data(root, table, verify="none").setup()
+
+
+def test_images_are_not_opened_again_by_the_next_start(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"cache": str(root / "cache")}
+    data(root, "some.jsonl", **settings).setup()
+    opened: list[int] = []
+    look = image_files._look
+
+    def counted(paths: list[Path], decode: bool, description: str) -> Survey:
+        opened.append(len(paths))
+        return look(paths, decode, description)
+
+    monkeypatch.setattr(image_files, "_look", counted)
+    data(root, "some.jsonl", **settings).setup()
+    assert sum(opened) == 0
+    with pytest.raises(DataError, match=r"cut\.jpg"):  # as in mode=check
+        data(root, "some.jsonl", verify="decode", **settings).setup()
+    assert sum(opened) > 0
 
 
 def test_missing_images_are_found_before_training(root: Path) -> None:
