@@ -230,7 +230,7 @@ def test_one_wrong_value_is_reported_once_however_often_it_is_used() -> None:
     ]
 
 
-def test_without_a_task_the_other_mistakes_are_told_as_well() -> None:
+def test_without_a_task_the_other_mistakes_are_reported_as_well() -> None:
     choose, other = problems("sede=1")
     assert choose.startswith("task: required, what to learn, e.g. task=vit_domainbed or ")
     assert other == "sede: unknown key. Did you mean 'seed'?"

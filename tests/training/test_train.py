@@ -316,7 +316,7 @@ def test_a_damaged_checkpoint_is_named(copied: RunFolder, run: Run) -> None:
         run()
 
 
-def test_other_data_than_before_are_refused_and_said(
+def test_a_run_does_not_go_on_with_other_data(
     copied: RunFolder, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     facts = copied.read_run()

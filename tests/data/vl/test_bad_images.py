@@ -135,7 +135,7 @@ def test_what_is_bad_is_left_out_and_counted(root: Path) -> None:
     assert made.store.images(0) == ["whole.png"]
 
 
-def test_of_conversation_files_too(root: Path) -> None:
+def test_bad_images_of_conversation_files_are_left_out(root: Path) -> None:
     content = llava("moe", str(root), {"moe": ["llava.jsonl"]}, skip_invalid=True)
     made = data(root, "", lambda: content, skip_invalid=True)
     assert [each.images for each in made._source] == [("images/whole.png",)]
