@@ -63,13 +63,13 @@ def fingerprint(place: str, outside: tuple[str, ...] = ()) -> str:
 
 def _files(folder: str, outside: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """Relative names and sizes of all files below a folder; links are followed once."""
-    seen: set[str] = set()
+    seen = {*outside}
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [
             name
             for name in folders
             if not name.startswith(".")
-            and (real := os.path.realpath(os.path.join(parent, name))) not in (*outside, *seen)
+            and (real := os.path.realpath(os.path.join(parent, name))) not in seen
             and not seen.add(real)  # type: ignore[func-returns-value]
         ]
         for name in names:

@@ -1,4 +1,4 @@
-"""Every logger is logged the same numbers."""
+"""Every logger gets the same numbers."""
 
 from __future__ import annotations
 
