@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import functools
 import math
-import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,9 +32,6 @@ from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import Held, RunFolder
 
 Job = Callable[[DictConfig], float | None]
-
-# Files that Hydra puts into the folder of a run before the job starts (conf/hydra/job_logging).
-HYDRAS_FILES = {".hydra", "run.log"}
 
 # Below every score that runs are judged by: accuracies, correlations.
 WORST = -1.0
@@ -159,10 +155,5 @@ def _job_failed(prog: str, hydra_cfg: HydraConf, cfg: DictConfig, error: Excepti
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove the folder of a run that wrote nothing: it holds only Hydra's files."""
-    # A folder that cannot be removed is no reason to hide the refusal.
     with suppress(OSError, Held), RunFolder(folder).hold(wait=0):
-        if {entry.name for entry in folder.iterdir()} <= HYDRAS_FILES:
-            shutil.rmtree(folder / ".hydra", ignore_errors=True)
-            (folder / "run.log").unlink(missing_ok=True)
-            folder.rmdir()
+        RunFolder(folder).remove_unused()

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -136,10 +136,6 @@ def _of_deep_grey(image: Image.Image) -> Image.Image:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ValueError(f"integers from {low} to {high}, beyond 16 bits. Convert it to 8 bits")
-    if 0 < high < 256:
-        raise ValueError(
-            f"16 bits, but no value above {high}: nearly black. Save its values with 8 bits"
-        )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
@@ -161,16 +157,29 @@ class Survey:
     """The reason why an image cannot be read, by its index."""
     turned: int = 0
     """Images whose EXIF data ask to turn or mirror them, which is not done."""
+    dark: int = 0
+    """Decoded images of 16 bits without a value above 255: nearly black, or of 8 bits in truth."""
 
     def without_bad(self) -> Survey:
-        return Survey(np.delete(self.sizes, list(self.bad), axis=0), {}, self.turned)
+        return replace(self, sizes=np.delete(self.sizes, list(self.bad), axis=0), bad={})
+
+
+def remarks(found: Sequence[Survey]) -> list[str]:
+    """Warnings of images that can be read, and that may look otherwise than they should."""
+    turned, dark = sum(each.turned for each in found), sum(each.dark for each in found)
+    texts = {
+        "images have an EXIF orientation, which is not applied, as in torchvision": turned,
+        "grey images of 16 bits have no value above 255 and are read as nearly black. If their "
+        "values are of 8 bits, save them with 8 bits": dark,
+    }
+    return [f"{count} {text}" for text, count in texts.items() if count]
 
 
 def survey(
     paths: Sequence[Path], *, decode: bool, description: str, kept: Path | None = None
 ) -> Survey:
     """Read the header of every file; with `decode` all of it, which finds truncated files too (they
-    can be read, as far as they go).
+    can be read, as far as they go), and dark ones.
 
     `kept` is a folder that keeps what was found: while all files have the same names, sizes and
     times of change, only bad ones are opened again, since a disk may have failed for a moment.
@@ -207,11 +216,12 @@ def _read_survey(file: Path) -> Survey:
         raise ValueError(f"{file}: another checksum")
     found = json.loads(text)
     bad = {int(index): reason for index, reason in found["bad"].items()}
-    return Survey(np.array(found["sizes"], dtype=np.int64).reshape(-1, 2), bad, found["turned"])
+    sizes = np.array(found["sizes"], dtype=np.int64).reshape(-1, 2)
+    return Survey(sizes, bad, found["turned"], found["dark"])
 
 
 def _write_survey(file: Path, found: Survey) -> None:
-    text = json.dumps({"sizes": found.sizes.tolist(), "bad": found.bad, "turned": found.turned})
+    text = json.dumps({**vars(found), "sizes": found.sizes.tolist()})
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")  # ranks write the same one
     part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
@@ -219,25 +229,27 @@ def _write_survey(file: Path, found: Survey) -> None:
 
 
 def _look(paths: Sequence[Path], decode: bool, description: str) -> Survey:
-    def measure(index: int) -> tuple[int, int, bool, str]:
+    def measure(index: int) -> tuple[int, int, bool, bool, str]:
         path = paths[index]
         try:
             with _opened(path, path) as image:
                 width, height = image.size
                 _refuse_floats(image)
-                if decode:
+                if decode or image.mode == "I":  # whose values may go beyond 16 bits
                     _rgb(image)
+                dark = decode and image.mode in DEEP_GREY and 0 < np.asarray(image).max() < 256
                 # Without the condition a PNG file would be decoded for it.
                 turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
-                return width, height, turned, ""
+                return width, height, turned, bool(dark), ""
         except BadImage as error:
-            return 0, 0, False, error.reason
+            return 0, 0, False, False, error.reason
 
     found = list(in_threads(measure, len(paths), description))
     return Survey(
         sizes=np.array([each[:2] for each in found], dtype=np.int64).reshape(-1, 2),
         bad={index: reason for index, (*_, reason) in enumerate(found) if reason},
-        turned=sum(turned for _, _, turned, _ in found),
+        turned=sum(turned for _, _, turned, _, _ in found),
+        dark=sum(dark for _, _, _, dark, _ in found),
     )
 
 

@@ -72,7 +72,11 @@ def complete_stage_before(cfg: DictConfig) -> None:
         check_model(cfg)
         complete_stage_before(earlier)
         folder.say(f"stage {earlier.stage.name}")
-        train(earlier, folder)
+        try:
+            train(earlier, folder)
+        except UserError:
+            folder.remove_unused()
+            raise
         score = show(folder, quiet=True)
         folder.say(f"stage {earlier.stage.name}: done, score {100 * score:.1f}")
 
@@ -239,8 +243,11 @@ def _is_child() -> bool:
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier run of this configuration wrote."""
+    # First what tells its end: a kill on the way must not leave a finished run without results.
+    for name in ("done", "failed.txt"):
+        (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "figures", "tensorboard", "csv"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md", "failed.txt", "done"):
+    for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md"):
         for file in folder.glob(pattern):
             file.unlink()

@@ -36,6 +36,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -49,6 +50,9 @@ from dynmoe.errors import UserError
 
 # A folder beside the run folders.
 LOCKS = ".locks"
+
+# Names in the folder of a run before it writes: Hydra's (conf/hydra/job_logging), and the log.
+UNUSED = {".hydra", "run.log"}
 
 Kind = Literal["results", "routing", "events", "examples"]
 State = Literal["done", "running", "failed", "stopped", "missing"]
@@ -162,6 +166,15 @@ class RunFolder:
 
     def forget_failure(self) -> None:
         (self.path / "failed.txt").unlink(missing_ok=True)
+
+    def remove_unused(self) -> None:
+        """Remove the folder if the run wrote nothing: it holds only Hydra's files and the log."""
+        # A folder that cannot be removed is no reason to hide a refusal.
+        with suppress(OSError):
+            if {entry.name for entry in self.path.iterdir()} <= UNUSED:
+                shutil.rmtree(self.path / ".hydra", ignore_errors=True)
+                (self.path / "run.log").unlink(missing_ok=True)
+                self.path.rmdir()
 
     @property
     def is_done(self) -> bool:

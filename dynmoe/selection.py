@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any
 
-import numpy as np
-
 Record = Mapping[str, Any]
 
 # The rules' names in tables and summaries.
@@ -223,6 +221,8 @@ def _environments(record: Record) -> list[int]:
 
 def mean(accuracies: Iterable[float]) -> float:
     """NaN of nothing."""
+    import numpy as np  # here: the command line lists the rules, and sums nothing
+
     # numpy's sum, as in DomainBed: since Python 3.12 the built-in one rounds otherwise, which
     # can decide a tie.
     values = list(accuracies)

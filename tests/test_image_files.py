@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 from dynmoe import image_files
 from dynmoe.data.images.environments import FolderEnvironment
 from dynmoe.data.vl.conversations import ImageFolder
-from dynmoe.image_files import BadImage, Survey, decode_image, read_image, survey
+from dynmoe.image_files import BadImage, Survey, decode_image, read_image, remarks, survey
 from dynmoe.questions.files import load_image
 
 RAMP = np.linspace(0, 65535, 256).round().astype(np.uint16)[None].repeat(4, 0)  # 257 apart
@@ -70,12 +70,28 @@ def test_sixteen_bits_become_the_eight_they_mean(content: bytes) -> None:
         (np.linspace(0, 1, 16, dtype=np.float32), "floats"),
         (np.arange(16, dtype=np.int32) - 1, "beyond 16 bits"),
         (np.arange(16, dtype=np.int32) * 65536, "beyond 16 bits"),
-        (np.arange(16, dtype=np.uint16), "nearly black"),
     ],
 )
 def test_values_without_an_agreed_white_are_refused(values: Any, reason: str) -> None:
     with pytest.raises(BadImage, match=f"^here: cannot be read as an image: .*{reason}"):
         decode_image(saved(Image.fromarray(values.reshape(4, 4)), ".tif"), "here")
+
+
+def test_dark_images_of_16_bits_are_read_alike_and_counted(tmp_path: Path) -> None:
+    """An image of 8 bits that was saved with 16 cannot be told from a dark one."""
+    paths = []
+    for high in (0, 1, 255, 256, 65535):
+        paths.append(tmp_path / f"{high}.png")
+        Image.fromarray(np.full((2, 2), high, np.uint16)).save(paths[-1])
+    assert [np.asarray(read_image(path)).max() for path in paths] == [0, 0, 1, 1, 255]
+    assert not survey(paths, decode=False, description="").bad
+    (text,) = remarks([survey(paths, decode=True, description="")])
+    assert text.startswith("2 grey images of 16 bits") and "save them with 8 bits" in text
+
+
+def test_integers_beyond_16_bits_are_found_by_the_header(tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 2), 65536, np.int32)).save(tmp_path / "a.tif")
+    assert "beyond 16 bits" in survey([tmp_path / "a.tif"], decode=False, description="").bad[0]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"])

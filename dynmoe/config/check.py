@@ -241,7 +241,7 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
                 yield f"{key}: the file of this group has to begin with '# @package _global_'"
             elif key not in known.parameters.keys() | INSTANTIATE.keys() | {"hydra"}:
                 hint = ELSEWHERE.get(f"{dot}{key}") or did_you_mean(key, words)
-                hint = hint or _elsewhere(key, cfg)
+                hint = hint or _elsewhere(f"{dot}{key}", cfg)
                 yield f"{dot}{key}: unknown key.{hint}"
     needed = dict.fromkeys(READ.get(path, ()) if "_target_" in cfg else ())
     if "_target_" not in cfg or path in COMPLETE:
@@ -251,10 +251,11 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
             yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"
 
 
-def _elsewhere(key: str, cfg: DictConfig) -> str:
+def _elsewhere(dotted: str, cfg: DictConfig) -> str:
     """Keys of this name at another place: ` Did you mean task.optimizer.lr?` for lr."""
-    root = cfg._get_root()
-    found = [place for place in _places(root, "") if place != key and place.endswith(f".{key}")]
+    end = f".{dotted.rpartition('.')[2]}"
+    places = _places(cfg._get_root(), "")
+    found = [place for place in places if place != dotted and place.endswith(end)]
     return f" Did you mean {' or '.join(found[:3])}?" if found else ""
 
 
@@ -287,7 +288,7 @@ def _hydra_config_of(cfg: DictConfig) -> Iterator[None]:
     before = HydraConfig.instance().cfg
     if OmegaConf.is_missing(cfg.hydra.runtime, "output_dir"):
         with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
-            cfg.hydra.runtime.output_dir = "."  # any folder: the check writes nothing
+            cfg.hydra.runtime.output_dir = "."  # any folder: the check only reads it
     HydraConfig.instance().set_config(cfg)
     try:
         yield

@@ -215,11 +215,13 @@ def _problems_for_every_option(
     group: str, composer: Composer, overrides: Sequence[Override], multirun: bool
 ) -> list[str]:
     """Problems that remain whichever option of a missing group is chosen."""
-    ways = [
-        _sweep_problems(composer, [*overrides, *parse([f"{group}={name}"])[0]], multirun)
-        for name in options.options(group, composer.search)
-    ]
-    return [text for text in ways[0] if all(text in way for way in ways)]
+    found: list[str] | None = None
+    for name in options.options(group, composer.search):
+        way = _sweep_problems(composer, [*overrides, *parse([f"{group}={name}"])[0]], multirun)
+        found = way if found is None else [text for text in found if text in way]
+        if not found:  # the other options, half a second each, can add none
+            break
+    return found or []
 
 
 # Composition that does not stop at the first mistake. Hydra refuses the first unknown key and

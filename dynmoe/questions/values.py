@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypeGuard
@@ -15,6 +16,12 @@ ALIKE = 0.85
 question, nor image_size images."""
 LONGEST = 200  # characters of a value in a message
 PICTURES = ("image", "img", "picture", "photo")
+SHOWN = re.compile(
+    r"""^data:image/ | \.(jpe?g|jfif|png|gif|bmp|webp|tiff?|p[bgp]m|avif|heic)(\?\S*)?['"\]\s]*$""",
+    re.IGNORECASE | re.VERBOSE,
+)
+ENCODED = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0")
+"""First characters of JPEG, PNG, GIF, WebP and BMP files in base64."""
 
 
 def is_text(value: Any) -> TypeGuard[str]:
@@ -84,9 +91,24 @@ def other_spellings(keys: Iterable[Any], known: Sequence[str]) -> dict[str, str]
     return {key: name for key, name in found.items() if name is not None}
 
 
-def picture_keys(keys: Iterable[Any]) -> list[str]:
-    """The keys that name pictures in any way: image_path, img, photos, imgae."""
-    return [key for key in keys if isinstance(key, str) and _names_pictures(key)]
+def picture_keys(entry: Mapping[Any, Any]) -> list[str]:
+    """The keys that name pictures in any way, and have one: image_path, img, photos, imgae.
+
+    Keys about a picture, such as image_id or photo_credit, are none of them.
+    """
+    named = [key for key in entry if isinstance(key, str) and _names_pictures(key)]
+    return [key for key in named if is_picture(entry[key])]
+
+
+def is_picture(value: Any) -> bool:
+    """Whether it is the path, address or content of an image file, or a list or object with one."""
+    if isinstance(value, str):
+        return SHOWN.search(value) is not None or (
+            len(value) > LONGEST and value.startswith(ENCODED)
+        )
+    if isinstance(value, dict):
+        return any(map(is_picture, value.values()))
+    return isinstance(value, list) and any(map(is_picture, value))
 
 
 # The same few keys stand in each of a million turns.

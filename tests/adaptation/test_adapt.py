@@ -289,7 +289,7 @@ def test_a_call_without_an_optimizer_step_does_not_count() -> None:
     assert [event["tokens"] for event in adaptation.step()] == [12, 12]
 
 
-def test_a_window_without_a_step_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_window_without_a_step_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     net = Net()
     adaptation = adapted(net)
     for _ in range(2):

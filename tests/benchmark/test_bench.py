@@ -49,7 +49,7 @@ def test_measures_all_cases(
     assert "load average" in shown and "Summary" in shown and str(file) in shown
 
 
-def test_a_busy_machine_is_said() -> None:
+def test_a_busy_machine_is_reported() -> None:
     assert load_note(0.5, 2.1, 2) == "load average of a minute 0.5 before, 2.1 after, on 2 cores"
     assert "WARNING: the machine was busy" in load_note(0.6, 2.1, 2)
 

@@ -140,7 +140,7 @@ def test_only_an_unused_folder_is_removed(tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == [".hydra", "mine.txt", "run.log"]
 
 
-def test_a_user_error_ends_one_job_of_a_sweep_and_is_told_at_once(tmp_path: Path) -> None:
+def test_a_user_error_ends_one_job_of_a_sweep_and_is_printed_at_once(tmp_path: Path) -> None:
     done = call(tmp_path, "-m", TASK, "seed=13,15,1")
     assert done.returncode == 1
     assert done.stderr.splitlines()[:2] == [

@@ -75,7 +75,7 @@ def test_a_folder_names_what_differs(overrides: tuple[str, ...], shown: str) -> 
     assert re.fullmatch(rf"rotateddigits_{re.escape(shown)}_env0_seed0_[0-9a-f]{{8}}", name)
 
 
-def test_what_is_cut_off_a_folders_name_still_tells_it_apart() -> None:
+def test_long_folder_names_stay_distinct() -> None:
     adaptation = ("start", "length", "period", "min_experts")
     long = [f"moe.adaptation.{key}=1{'0' * 30}" for key in adaptation]
     one, two = (run_name(config(*long, f"moe.adaptation.period={n}{'0' * 30}")) for n in (1, 2))

@@ -30,6 +30,11 @@ def test_three_mistakes_are_three_messages() -> None:
     ]
 
 
+def test_an_unknown_key_is_not_its_own_correction() -> None:
+    found = ["moe.router.capacity_factor: unknown key."]
+    assert problems(TASK, "++moe.router.capacity_factor=1") == found
+
+
 CAPACITY = "moe.router.min_capacity: 4 needs a moe.router.capacity_factor (1.5)"
 NOISE = "moe.router.aux: importance_load needs moe.router.noise above 0"
 SLOTS = "moe: max_experts (8) != num_experts (4): without moe.adaptation the pool never changes."
@@ -40,6 +45,7 @@ CASES = {
     "+typo=1": "typo: unknown key.",
     "++trainr.devices=1": "trainr: unknown key. Did you mean 'trainer'?",
     "experimnt=x": "experimnt: unknown key. Did you mean 'experiment'?",
+    "++moe.router.lr=1": "moe.router.lr: unknown key. Did you mean task.optimizer.lr",
     "~sed": "~sed: there is no such key to delete. Did you mean 'seed'?",
     "~seed": "seed: missing. Every run configuration has this key",
     "~moe.num_experts": "moe.num_experts: missing. Every moe configuration has this key",
@@ -224,7 +230,7 @@ def test_one_wrong_value_is_reported_once_however_often_it_is_used() -> None:
     ]
 
 
-def test_without_a_task_the_other_mistakes_are_told_as_well() -> None:
+def test_without_a_task_the_other_mistakes_are_reported_as_well() -> None:
     choose, other = problems("sede=1")
     assert choose.startswith("task: required, what to learn, e.g. task=vit_domainbed or ")
     assert other == "sede: unknown key. Did you mean 'seed'?"

@@ -120,7 +120,7 @@ def test_equals_naive(path: str, act: nn.Module, bias: bool, recompute: bool, ta
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     tokens=st.integers(1, 40),
     experts=st.sampled_from([1, 2, 5, 64]),

@@ -259,7 +259,7 @@ def test_every_setting_that_adapts_has_its_own_claim(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("seeds", [1, 2])
-def test_what_is_missing_is_said(
+def test_missing_runs_are_reported(
     tmp_path: Path, settings: list[str], missing: list[str], seeds: int
 ) -> None:
     write_sweep(tmp_path, {name: {"0": [0.5] * seeds} for name in settings})

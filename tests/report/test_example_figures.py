@@ -82,7 +82,7 @@ def test_the_legend_names_the_sets_that_were_used() -> None:
     assert labels(drawn(example())) == ["0", "1", "0,1"]
 
 
-def test_of_many_sets_the_most_frequent_have_colours_of_their_own() -> None:
+def test_only_the_most_frequent_sets_have_their_own_colours() -> None:
     many = [f"{number:04b}" for number in range(1, 13)]  # 12 sets, for one word each
     rare = example(
         tokens=[None] * 4 + ["word"] * 12,
@@ -118,7 +118,7 @@ def test_a_question_without_an_image_has_words_alone() -> None:
     assert texts(figure)[4:] == ["what", "0", "0", "red", "1", "1"]
 
 
-def test_of_a_long_prompt_the_end_is_shown() -> None:
+def test_only_the_end_of_a_long_prompt_is_shown() -> None:
     words = [f"word{number}" for number in range(200)]
     figure = drawn(
         example(

@@ -160,7 +160,7 @@ def test_load_is_a_share_of_the_rows_tokens(tmp_path: Path) -> None:
     assert axes.get_title() == "top-1 of 2\nblocks.2.mlp"
 
 
-def test_of_many_classes_those_that_differ_most_are_shown(tmp_path: Path) -> None:
+def test_the_classes_that_differ_most_are_shown(tmp_path: Path) -> None:
     names = [str(index) for index in range(30)]
     folder = write_run(tmp_path, "top-1 of 2", facts={"class_names": names})
     load = [[0, 2] if index % 3 == 0 else [1, 1] for index in range(30)]

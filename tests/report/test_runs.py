@@ -87,7 +87,7 @@ def test_names_are_made_within_a_problem(tmp_path: Path) -> None:
     assert len(read_runs([tmp_path]).problems) == 2
 
 
-def test_of_draws_the_best_by_validation_stands(tmp_path: Path) -> None:
+def test_the_best_draw_by_validation_is_reported(tmp_path: Path) -> None:
     def draw(number: int, accuracy: float, validation: float, lr: float) -> None:
         write_run(
             tmp_path,

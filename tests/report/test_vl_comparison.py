@@ -122,7 +122,7 @@ def test_what_exchanged_images_cost_is_paired(tmp_path: Path) -> None:
     assert majority[:2] == ("no image: most frequent answer of all", "20.0")
 
 
-def test_what_is_said_of_the_use_of_images(tmp_path: Path) -> None:
+def test_the_use_of_images_in_words(tmp_path: Path) -> None:
     dense, _, own = image_use_sentences(read(write_sweep(tmp_path / "three")).runs)
     assert dense == (
         "dense is not significantly better with the right images (+0.7 [−2.2, +3.5] points, "
@@ -139,7 +139,7 @@ def test_what_is_said_of_the_use_of_images(tmp_path: Path) -> None:
     )
 
 
-def test_without_exchanged_images_nothing_is_said_of_them(tmp_path: Path) -> None:
+def test_exchanged_images_are_not_mentioned_without_any(tmp_path: Path) -> None:
     write_vl_run(tmp_path, scores={"gqa": 0.6})
     runs = read(tmp_path).runs
     assert image_use_table(runs) is None and image_use_sentences(runs) == []

@@ -1,4 +1,4 @@
-"""Every logger is told the same numbers."""
+"""Every logger gets the same numbers."""
 
 from __future__ import annotations
 
@@ -83,19 +83,19 @@ def test_mlflow_shows_what_csv_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wandb_is_told_what_csv_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline; its own file format is no interface, so what the run is told is taken down."""
+def test_wandb_gets_the_numbers_of_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline; its own file format is no interface, so the calls of `log` are recorded."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    told: Numbers = {}
+    logged: Numbers = {}
     log = wandb.Run.log
 
     def spy(run: object, data: dict[str, float], *args: object, **kwargs: object) -> None:
         step = int(data["trainer/global_step"])
-        told.update({(k, step): float(v) for k, v in data.items() if k != "trainer/global_step"})
+        logged.update({(k, step): float(v) for k, v in data.items() if k != "trainer/global_step"})
         log(run, data, *args, **kwargs)
 
     monkeypatch.setattr(wandb.Run, "log", spy)
     fit(tmp_path / "run", "csv", "wandb")
     wandb.finish()
-    assert told == pytest.approx(of_csv(tmp_path / "run"), rel=1e-6)
+    assert logged == pytest.approx(of_csv(tmp_path / "run"), rel=1e-6)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from dynmoe import job
 from dynmoe.backbones import build_vit
 from dynmoe.config.compose import search_path
-from dynmoe.errors import ConfigError, reason_of
+from dynmoe.errors import ConfigError, DataError, reason_of
 from dynmoe.training import build
 from dynmoe.training.instantiation import make
 
@@ -87,6 +87,19 @@ def test_a_later_stage_is_built_before_an_earlier_one_trains(
     cfg = config("task=vl", f"paths.outputs={tmp_path}", "backbone.options.num_attention_heads=3")
     with pytest.raises(ConfigError, match="backbone"):
         job.complete_stage_before(cfg)
+
+
+def test_a_refused_earlier_stage_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(cfg: DictConfig) -> None:
+        raise DataError("no such data")
+
+    monkeypatch.setattr(job, "check_model", lambda cfg: None)
+    monkeypatch.setattr(build, "build_data", refuse)
+    with pytest.raises(DataError):
+        job.complete_stage_before(config("task=vl", f"paths.outputs={tmp_path}"))
+    assert {each.name for each in tmp_path.glob("*/*")} == {".locks"}
 
 
 def test_the_model_in_a_line() -> None:

@@ -220,6 +220,21 @@ def test_nothing_of_a_finished_run_is_repeated(
     assert not list(folder.path.glob("*.jsonl"))
 
 
+def test_a_kill_while_a_run_is_cleared_leaves_no_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.mark_done()
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job._clear(tmp_path)
+    assert not folder.is_done
+
+
 @pytest.mark.parametrize(
     "moe", ["dense", "topk", "gmoe", "dynmoe_official_tutel", "dynmoe_official_deepspeed"]
 )
@@ -301,7 +316,7 @@ def test_a_damaged_checkpoint_is_named(copied: RunFolder, run: Run) -> None:
         run()
 
 
-def test_other_data_than_before_are_refused_and_said(
+def test_a_run_does_not_go_on_with_other_data(
     copied: RunFolder, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     facts = copied.read_run()

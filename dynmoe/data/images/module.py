@@ -49,7 +49,7 @@ from dynmoe.data.images.environments import (
     decoded_bytes,
 )
 from dynmoe.errors import DataError
-from dynmoe.image_files import unreadable
+from dynmoe.image_files import Survey, remarks, unreadable
 from dynmoe.seeding import IntArray, split
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class DomainData(TaskData):
     skip_invalid: bool = False
     """Decode every image before training, and leave out those that cannot be read."""
     checks: str | None = None
-    """Folder that keeps which images `skip_invalid` found, shared by all runs; None: none."""
+    """Folder that keeps the findings about image files, shared by all runs; None: none."""
     class_union: bool = False
     """Accept environments that lack classes of others: the classes are those of all."""
     linear_baseline: bool = False
@@ -173,26 +173,21 @@ class DomainData(TaskData):
         kept: list[Environment] = []
         sizes: list[IntArray] = []
         bad: dict[Path, str] = {}
-        turned = 0
+        surveys: list[Survey] = []
         for e in envs:
             if isinstance(e, FolderEnvironment):
-                anew = self.checks is None or not self.skip_invalid or self.verify == "decode"
+                anew = self.checks is None or self.verify == "decode"
                 kept_in = None if anew else Path(str(self.checks))
                 found = e.survey(decode=self.verify == "decode" or self.skip_invalid, kept=kept_in)
-                turned += found.turned
+                surveys.append(found)
                 if found.bad and self.skip_invalid:
                     self.leave_out(f"{e.name}: images that cannot be read", len(found.bad))
                     e, found = e.without(found.bad), found.without_bad()
                 bad |= e.unreadable(found)
                 sizes.append(found.sizes)
             kept.append(e)
-        if turned:
-            log.warning(
-                "data %s: %d images have an EXIF orientation, which is not applied, as in "
-                "torchvision",
-                self.name,
-                turned,
-            )
+        for text in remarks(surveys):
+            log.warning("data %s: %s", self.name, text)
         return kept, sizes, [unreadable(bad)] if bad and self.verify != "none" else []
 
     @property

@@ -163,10 +163,10 @@ def image_keys(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
             not be shown; `where` names the entry.
     """
     given = {key: entry[key] for key in IMAGE_KEYS if entry.get(key) not in (None, "", [])}
-    others = {key: entry[key] for key in picture_keys(entry) if key not in IMAGE_KEYS}
+    others = [key for key in unread_pictures(entry) if key not in IMAGE_KEYS]
     if len(given) > 1:
         raise DataError(f"{where}: has both {' and '.join(given)}. Keep one of them.")
-    if found := [key for key, value in others.items() if value and (not given or _names(key))]:
+    if found := [key for key in others if not given or _names(key)]:
         raise DataError(
             f"{where}: the key {found[0]!r} is not read, and looks like one for images. Call it "
             "image, or take it out."
@@ -178,6 +178,12 @@ def image_keys(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
             f"{where}: expected {key} to be a path or a list of them, found {shown(value)}."
         )
     return tuple(keys)
+
+
+def unread_pictures(entry: Mapping[str, Any]) -> list[str]:
+    """The keys that have a picture, and those that spell `image` whatever they have."""
+    spelled = [key for key in entry if entry[key] and (key in IMAGE_KEYS or _names(key))]
+    return [*dict.fromkeys([*spelled, *picture_keys(entry)])]
 
 
 def _names(key: str) -> bool:

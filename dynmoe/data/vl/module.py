@@ -35,7 +35,7 @@ from dynmoe.data.vl.content import Content
 from dynmoe.data.vl.conversations import Conversation, ConversationSource
 from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import ConfigError, DataError
-from dynmoe.image_files import survey, unreadable
+from dynmoe.image_files import remarks, survey, unreadable
 from dynmoe.questions import read_question_set
 from dynmoe.questions.base import Question, QuestionSet
 from dynmoe.questions.exact import ExactMatch
@@ -98,7 +98,8 @@ class VisionLanguageData(TaskData):
     """Decode every image file before training, and leave out conversations and questions of one's
     own whose image is missing or cannot be read, and entries that break a rule."""
     cache: str | None = None
-    """Folder of tokenized conversations, shared by all runs; None: none."""
+    """Folder of tokenized conversations and of findings about image files, shared by all runs;
+    None: none."""
     workers: int = 0
     """Loader processes per device."""
 
@@ -252,7 +253,10 @@ class VisionLanguageData(TaskData):
             return frozenset()
         files = {key: path for key in dict.fromkeys(keys) if (path := image_path(key)) is not None}
         decode = self.verify == "decode" or skip
-        found = survey([*files.values()], decode=decode, description=f"checking {name}")
+        kept = None if self.cache is None or self.verify == "decode" else Path(self.cache)
+        found = survey([*files.values()], decode=decode, description=f"checking {name}", kept=kept)
+        for text in remarks([found]):
+            log.warning("data %s, %s: %s", self.name, name, text)
         paths = list(files.items())
         bad = {paths[place]: reason for place, reason in found.bad.items()}
         if bad and not skip:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from dynmoe.data.vl.conversations import IMAGE_PLACEHOLDER, Message, Role
+from dynmoe.data.vl.conversations import IMAGE_PLACEHOLDER, Message, Role, unread_pictures
 from dynmoe.errors import DataError
-from dynmoe.questions.values import is_text, picture_keys, shown
+from dynmoe.questions.values import is_text, shown
 
 SPEAKERS: dict[str, Role] = {
     **{"human": "user", "user": "user"},
@@ -50,7 +50,7 @@ def read_turns(
                 f'{here}: expected "{form}" ({", ".join([*SPEAKERS, SILENT])}) and a text '
                 f'"{FORMS[form]}", found {shown(turn)}.'
             )
-        if pictures := [key for key in picture_keys(turn) if turn[key]]:
+        if pictures := unread_pictures(turn):
             raise DataError(
                 f"{here}: the key {pictures[0]!r} is not read. Name the images of an entry in its "
                 "image, in the order of their <image>."

@@ -253,7 +253,7 @@ def test_names_that_differ_in_case_alone_are_pointed_out(tree: Path) -> None:
     assert "It has dog: give both one spelling" in problems(pets(tree))[1]
 
 
-def test_orientations_are_said_not_to_be_applied(
+def test_orientations_that_are_not_applied_are_counted(
     tree: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     exif = Image.Exif()

@@ -195,7 +195,7 @@ def test_mrpc_from_the_original_corpus(tmp_path: Path) -> None:
         read_sets(TASKS["mrpc"], "tsv", str(tmp_path))
 
 
-def test_dropped_rows_are_told(tmp_path: Path) -> None:
+def test_dropped_rows_are_counted(tmp_path: Path) -> None:
     write_rte(tmp_path)
     with (tmp_path / "train.tsv").open("a") as file:
         file.write("2\tbroken\n3\tbroken\n")

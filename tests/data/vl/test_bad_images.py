@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dynmoe import image_files
 from dynmoe.data import vqa
 from dynmoe.data.base import StepPlan
 from dynmoe.data.vl.content import llava
 from dynmoe.data.vl.module import VisionLanguageData
 from dynmoe.errors import DataError
+from dynmoe.image_files import Survey
 
 NAMES = ("whole.png", "cut.jpg", "text.png", "gone.png")
 
@@ -90,6 +92,26 @@ def test_damaged_images_are_found_before_training(
     data(root, table, verify="none").setup()
 
 
+def test_images_are_not_opened_again_by_the_next_start(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"cache": str(root / "cache")}
+    data(root, "some.jsonl", **settings).setup()
+    opened: list[int] = []
+    look = image_files._look
+
+    def counted(paths: list[Path], decode: bool, description: str) -> Survey:
+        opened.append(len(paths))
+        return look(paths, decode, description)
+
+    monkeypatch.setattr(image_files, "_look", counted)
+    data(root, "some.jsonl", **settings).setup()
+    assert sum(opened) == 0
+    with pytest.raises(DataError, match=r"cut\.jpg"):  # as in mode=check
+        data(root, "some.jsonl", verify="decode", **settings).setup()
+    assert sum(opened) > 0
+
+
 def test_missing_images_are_found_before_training(root: Path) -> None:
     with pytest.raises(DataError, match=r"all.jsonl, row 4: expected an answer"):
         data(root, "all.jsonl").setup()
@@ -113,7 +135,7 @@ def test_what_is_bad_is_left_out_and_counted(root: Path) -> None:
     assert made.store.images(0) == ["whole.png"]
 
 
-def test_of_conversation_files_too(root: Path) -> None:
+def test_bad_images_of_conversation_files_are_left_out(root: Path) -> None:
     content = llava("moe", str(root), {"moe": ["llava.jsonl"]}, skip_invalid=True)
     made = data(root, "", lambda: content, skip_invalid=True)
     assert [each.images for each in made._source] == [("images/whole.png",)]

@@ -95,6 +95,46 @@ def test_keys_about_an_image_may_stand_beside_it() -> None:
         assert read_entry(entry(*turns, **nothing), 0, "file") is not None  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"image_id": 5},
+        {"image_id": "000123"},
+        {"image_size": [3, 4]},
+        {"photo_credit": "J. Doe, Reuters/AP"},
+        {"imagenet": {"wnid": "n02084071"}},
+        {"picture_count": 0.5},
+    ],
+)
+def test_text_may_have_keys_about_images(about: dict[str, Any]) -> None:
+    turn = {"from": "gpt", "value": "a", **about}
+    turns = [{"from": "human", "value": "q"}, turn]
+    found = read_entry({"id": "0", "conversations": turns, **about}, 0, "file")
+    assert found is not None and found.images == ()
+    assert image_keys({"question": "q", "answer": "a", **about}, "file") == ()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a.JPEG",
+        "train/a.webp",
+        "https://x.org/a.png?size=9",
+        "data:image/png;base64,eA==",
+        "/9j/" + "A" * 300,
+        '["a.jpg"]',
+        ["a", "b.tif"],
+        [{"path": "a.png", "bytes": None}],
+    ],
+)
+def test_images_under_any_key_are_refused(value: Any) -> None:
+    with pytest.raises(DataError, match="the key 'photo_of_it' is not read"):
+        image_keys({"question": "q", "photo_of_it": value}, "file")
+    turn = {"from": "human", "value": "q", "photo_of_it": value}
+    with pytest.raises(DataError, match="turn 0: the key 'photo_of_it' is not read"):
+        read_entry({"conversations": [turn]}, 0, "file")
+
+
 @pytest.mark.parametrize(("id", "name"), [(0, "0"), (False, "False"), ("", "5"), (None, "5")])
 def test_only_a_missing_id_is_replaced(id: Any, name: str) -> None:
     found = read_entry(entry(("human", "q"), ("gpt", "a"), id=id), 5, "file")
