@@ -183,7 +183,8 @@ class MoETask(L.LightningModule):
         return self.routing.records([TRAIN, *self.env_names], self.sum_over_ranks)
 
     def sum_over_ranks(self, counts: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(counts, reduce_op="sum")
+        # NOTE: DDP's reduce writes the sum into the tensor that it gets.
+        return self.trainer.strategy.reduce(counts.clone(), reduce_op="sum")
 
     def example_records(self) -> list[dict[str, Any]]:
         """Single samples of the last evaluation, to be looked at."""
