@@ -107,7 +107,7 @@ def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
     two = dynmoe_run(
         tmp_path / "two",
         *(*options, "trainer=ddp", "trainer.accelerator=cpu", "overwrite=true"),
-        "task.save_every=1",
+        "+task.save_every=1",
     )
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
