@@ -54,7 +54,7 @@ class MoELayer(nn.Module):
     router by the methods of ``Router`` alone.
 
     ``active_E`` alone decides which experts there are, whoever wrote it: a checkpoint, an average
-    of weights, a broadcast between ranks.
+    of weights, DDP when it is made. ``live`` names the two ways of writing that a GPU hides.
 
     A token with a NaN or an infinite value (or whose norm is too large for fp32) is treated like
     padding, in training and evaluation: no expert serves it, it comes out as 0, and it is in no
@@ -192,9 +192,12 @@ class MoELayer(nn.Module):
         """The slots that hold an expert, ascending: those that ``active_E`` marks now.
 
         On a GPU the buffer is read, and the device waited for, only where the tensor is another one
-        than at the last time, or was written to in place. One way of writing does not show there:
-        in place through ``active_E.data``, whose version counter PyTorch starts anew. A tensor made
-        in inference mode has no counter and is read every time.
+        than at the last time, or was written to in place. Two ways of writing do not show there,
+        and the layer keeps the experts it had: through ``active_E.data``, whose version counter
+        PyTorch starts anew, and collectives into the buffer, whose counter they do not raise
+        (``torch.distributed.broadcast``, and DDP's broadcast of buffers at each forward). Receive
+        into another tensor, and ``active_E.copy_`` it. A tensor made in inference mode has no
+        counter and is read every time.
         """
         active_E = self.active_E
         # Shapes without data (meta, fake tensors in an export) have those that were read last.

@@ -126,7 +126,11 @@ class MoETask(L.LightningModule):
         self._window = self._window.to(sums) + torch.stack([loss, aux, torch.ones_like(loss)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was summed since the last evaluation, by all ranks."""
+        """Keep the sums of losses since the last evaluation, of all ranks.
+
+        All ranks come here together, or wait for ever: ``Trainer.save_checkpoint`` is called on
+        every rank, and has a barrier of its own.
+        """
         checkpoint["loss_window"] = self.sum_over_ranks(self._window.to(self._sums(3))).tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
