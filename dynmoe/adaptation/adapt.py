@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from dynmoe.adaptation.decision import Schedule, decide
@@ -130,7 +131,7 @@ class Adaptation:
         self._hooks = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps and the window under way, the same on every rank."""
+        """The number of steps and the window under way, by slot; the same on every rank."""
         window = {} if self._window is None else self._by_layer(self._window)
         return {
             "steps": self.steps,
@@ -138,13 +139,31 @@ class Adaptation:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict``; the model's own state is loaded before."""
-        window = {name: RoutingStats(**stats) for name, stats in state["window"].items()}
+        """Go on from a ``state_dict``; the model's own state is loaded before.
+
+        Raises:
+            ConfigError: it is no such state, or one of layers with other names or sizes.
+        """
+        if not {"steps", "window"} <= state.keys():
+            raise ConfigError(
+                "adaptation: expected a state of Adaptation.state_dict(), with steps and window, "
+                f"found {sorted(state) or 'nothing'}"
+            )
+        window = state["window"]
         if window and list(window) != list(self.layers):
             raise ConfigError(
                 f"adaptation: the state is of layers {list(window)}, the model has "
                 f"{list(self.layers)}"
             )
+        for name, sums in window.items():
+            expected = _sizes(_none(self.layers[name])._asdict())
+            if _sizes(sums) != expected:
+                raise ConfigError(
+                    f"adaptation of {name}: the state is of a layer of another size. Expected sums "
+                    f"of {expected}, found {_sizes(sums)}: give the layer the max_experts and the "
+                    "width that it had, or start anew without the state."
+                )
+        window = {name: RoutingStats(**sums) for name, sums in window.items()}
         self.steps = state["steps"]
         self._window = self._flat(window) if window else None
         self._observe()
@@ -181,10 +200,8 @@ class Adaptation:
             return
         self._calls += 1
         sums = self._recomputed if in_backward else self._pending
-        before = sums.get(name)
-        sums[name] = (
-            call.stats if before is None else RoutingStats(*map(torch.add, before, call.stats))
-        )
+        before, stats = sums.get(name), _by_slot(call.stats, layer)
+        sums[name] = stats if before is None else RoutingStats(*map(torch.add, before, stats))
 
     def _saw_step(self, optimizer: Optimizer, *_: Any) -> None:
         # NOTE: GradScaler does not call an optimizer whose gradients overflowed, but a fused one,
@@ -254,7 +271,8 @@ class Adaptation:
 
     def _change(self, name: str, total: RoutingStats) -> Event:
         layer = self.layers[name]
-        load = dict(zip(layer.live, total.load_E.tolist(), strict=True))
+        load_S = total.load_E.tolist()
+        load = {slot: load_S[slot] for slot in layer.live}
         k_hist = total.k_hist.tolist()
         before = len(layer.live)
         # NOTE: tokens whose sum is exactly 0 point nowhere: Algorithm 1 adds only if R_S != 0. Nor
@@ -435,13 +453,28 @@ def _forget_moments(optimizers: Sequence[Optimizer], layer: MoELayer, slot: int)
 
 
 def _none(layer: MoELayer) -> RoutingStats:
-    """The sums of a layer that was not called."""
-    zeros, experts = layer.active_E.new_zeros, len(layer.live)
+    """The sums of a layer that was not called, over all slots."""
+    zeros, slots = layer.active_E.new_zeros, layer.max_experts
     return RoutingStats(
-        load_E=zeros(experts, dtype=torch.long),
-        k_hist=zeros(experts + 1, dtype=torch.long),
+        load_E=zeros(slots, dtype=torch.long),
+        k_hist=zeros(slots + 1, dtype=torch.long),
         unserved_D=zeros(layer.dim, dtype=torch.float),
     )
+
+
+def _by_slot(stats: RoutingStats, layer: MoELayer) -> RoutingStats:
+    """The sums of one call over all slots: others may change the experts within a window."""
+    load_S = torch.zeros_like(layer.active_E, dtype=stats.load_E.dtype)
+    empty = layer.max_experts - len(stats.load_E)
+    return stats._replace(
+        # NOTE: by the mask on the device: slots' numbers would have to be sent there.
+        load_E=load_S.masked_scatter(layer.active_E, stats.load_E),
+        k_hist=F.pad(stats.k_hist, (0, empty)),
+    )
+
+
+def _sizes(sums: Mapping[str, Tensor]) -> dict[str, int]:
+    return {key: len(values) for key, values in sums.items()}
 
 
 @contextmanager

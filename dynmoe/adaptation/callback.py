@@ -85,7 +85,7 @@ class DynMoECallback(L.Callback):
             averages=[self._part(average) for average in _averages(trainer)],
             root=trainer.model,
         )
-        if self._restored is not None:
+        if self._restored:  # empty in a checkpoint from before training
             self._adaptation.load_state_dict(self._restored)
             self._restored = None
         else:

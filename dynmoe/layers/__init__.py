@@ -1,15 +1,9 @@
 """The MoE layer: routers, experts, dispatch and auxiliary losses. Needs PyTorch alone."""
 
 from dynmoe.layers.experts import Experts
+from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
 from dynmoe.layers.moe import MoELayer, aux_loss, mask_padding, moe_layers, record_routing
-from dynmoe.layers.routers import (
-    AverageKeyRouter,
-    CosineTopKRouter,
-    Router,
-    Routing,
-    TopAnyRouter,
-    TopKRouter,
-)
+from dynmoe.layers.routers import Router, Routing, TopAnyRouter
 
 __all__ = [
     "AverageKeyRouter",

@@ -54,7 +54,7 @@ class MoELayer(nn.Module):
     router by the methods of ``Router`` alone.
 
     ``active_E`` alone decides which experts there are, whoever wrote it: a checkpoint, an average
-    of weights, a broadcast between ranks.
+    of weights, DDP when it is made. ``live`` names the two ways of writing that a GPU hides.
 
     A token with a NaN or an infinite value (or whose norm is too large for fp32) is treated like
     padding, in training and evaluation: no expert serves it, it comes out as 0, and it is in no
@@ -134,20 +134,7 @@ class MoELayer(nn.Module):
         if torch.compiler.is_exporting():
             y_TD = self.experts(x_TD, routing, live)
         else:
-            routing, y_TD = self._serve(x_TD, routing, live, token_mask_T, compiling)
-        observed = self.observer is not None and self.training
-        if self.tape is not None or observed:
-            # NOTE: aux keeps its graph, because the task adds it to the loss; all else on the tape
-            # is detached and may be kept beyond the step.
-            stats = routing_stats(x_TD, routing, token_mask_T)
-            mask = routing.mask_TE.view(*x.shape[:-1], routing.mask_TE.shape[1])
-            if token_mask_T is not None:
-                token_mask = token_mask_T.view(x.shape[:-1])
-            call = Routed(routing.aux, stats, mask, token_mask)
-            if self.tape is not None:
-                self.tape.append(call)
-            if observed:
-                self._tell(call)
+            y_TD = self._serve(x_TD, routing, live, token_mask_T, x.shape[:-1], compiling)
         return y_TD.view(x.shape)
 
     def _route(self, x_TD: Tensor, live: tuple[int, ...], token_mask_T: Tensor | None) -> Routing:
@@ -158,25 +145,38 @@ class MoELayer(nn.Module):
         # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
         return routing._replace(aux=_of_some(routing.aux, x_TD, token_mask_T))
 
-    @torch.compiler.disable  # as the experts' code is in any case: no further graph break
+    # NOTE: not compiled, as the experts' code is in any case: no further graph break. Compiled code
+    # would be made anew where an observer comes or goes, and take the state of autograd, which
+    # observers look at, for a constant.
+    @torch.compiler.disable
     def _serve(
         self,
         x_TD: Tensor,
         routing: Routing,
         live: tuple[int, ...],
         token_mask_T: Tensor | None,
+        shape: torch.Size,
         compiled: bool,
-    ) -> tuple[Routing, Tensor]:
+    ) -> Tensor:
         if compiled and self.live != live:  # written to since: the next call compiles anew
             live = self.live
             routing = self._route(x_TD, live, token_mask_T)
-        return routing, self.experts(x_TD, routing, live)
-
-    # An observer looks at the state of autograd, which compiled code would take for a constant.
-    @torch.compiler.disable
-    def _tell(self, call: Routed) -> None:
-        if self.observer is not None:
-            self.observer(self, call)
+        y_TD = self.experts(x_TD, routing, live)
+        observer = self.observer if self.training else None
+        if self.tape is not None or observer is not None:
+            # NOTE: aux keeps its graph, because the task adds it to the loss; all else on the tape
+            # is detached and may be kept beyond the step.
+            call = Routed(
+                routing.aux,
+                routing_stats(x_TD, routing, token_mask_T),
+                routing.mask_TE.view(*shape, routing.mask_TE.shape[1]),
+                None if token_mask_T is None else token_mask_T.view(shape),
+            )
+            if self.tape is not None:
+                self.tape.append(call)
+            if observer is not None:
+                observer(self, call)
+        return y_TD
 
     @property
     def max_experts(self) -> int:
@@ -192,9 +192,12 @@ class MoELayer(nn.Module):
         """The slots that hold an expert, ascending: those that ``active_E`` marks now.
 
         On a GPU the buffer is read, and the device waited for, only where the tensor is another one
-        than at the last time, or was written to in place. One way of writing does not show there:
-        in place through ``active_E.data``, whose version counter PyTorch starts anew. A tensor made
-        in inference mode has no counter and is read every time.
+        than at the last time, or was written to in place. Two ways of writing do not show there,
+        and the layer keeps the experts it had: through ``active_E.data``, whose version counter
+        PyTorch starts anew, and collectives into the buffer, whose counter they do not raise
+        (``torch.distributed.broadcast``, and DDP's broadcast of buffers at each forward). Receive
+        into another tensor, and ``active_E.copy_`` it. A tensor made in inference mode has no
+        counter and is read every time.
         """
         active_E = self.active_E
         # Shapes without data (meta, fake tensors in an export) have those that were read last.

@@ -126,7 +126,11 @@ class MoETask(L.LightningModule):
         self._window = self._window.to(sums) + torch.stack([loss, aux, torch.ones_like(loss)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was summed since the last evaluation, by all ranks."""
+        """Keep the sums of losses since the last evaluation, of all ranks.
+
+        All ranks come here together, or wait for ever: ``Trainer.save_checkpoint`` is called on
+        every rank, and has a barrier of its own.
+        """
         checkpoint["loss_window"] = self.sum_over_ranks(self._window.to(self._sums(3))).tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -183,7 +187,8 @@ class MoETask(L.LightningModule):
         return self.routing.records([TRAIN, *self.env_names], self.sum_over_ranks)
 
     def sum_over_ranks(self, counts: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(counts, reduce_op="sum")
+        # NOTE: DDP's reduce writes the sum into the tensor that it gets.
+        return self.trainer.strategy.reduce(counts.clone(), reduce_op="sum")
 
     def example_records(self) -> list[dict[str, Any]]:
         """Single samples of the last evaluation, to be looked at."""

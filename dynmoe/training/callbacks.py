@@ -32,8 +32,9 @@ class RunRecorder(Checkpoint):
 
     ``constants`` (DomainBed's ``args`` and ``hparams``) are part of every result line;
     ``epoch_at`` gives the epoch of a step. With ``save_every``, ``last.ckpt`` is also written every
-    so many optimizer steps between evaluations: a run that resumes from there has the same weights,
-    but its next record's mean loss and training routing are of the steps since then.
+    so many optimizer steps between evaluations: a run that resumes from there has the same weights
+    and mean losses, but the training routing of its next record is of the steps since then, as is
+    its ``step_time``.
 
     ``mem_gb`` is the peak memory in GiB, on a GPU since the start of this stage; on the CPU it is
     the peak of the whole process, earlier stages included.

@@ -69,7 +69,10 @@ class FiniteLoss(L.Callback):
         self._look(trainer, pl_module, weights=True)
 
     def _look(self, trainer: L.Trainer, task: Any, weights: bool = False) -> None:
-        """End or note the run if something was not finite. All ranks come here together."""
+        """End or note the run if something was not finite.
+
+        All ranks come here together, or wait for ever; to save a checkpoint too.
+        """
         device = trainer.strategy.root_device
         first = torch.tensor(NEVER) if self._first is None else self._first
         found = torch.stack([first.to(device), torch.tensor(NEVER, device=device)])

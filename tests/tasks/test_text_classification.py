@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,14 @@ def task(metrics: tuple[str, ...], num_classes: int, **changes: Any) -> TextClas
         **changes,
     )
     made.log_dict = lambda scores, **_: None  # type: ignore[method-assign, assignment]
-    made.sum_over_ranks = lambda counts: counts  # type: ignore[method-assign, assignment]
+    alone = SimpleNamespace(reduce=lambda counts, reduce_op: counts)
+    made._trainer = SimpleNamespace(strategy=alone)  # type: ignore[assignment]
+    return made
+
+
+def on_two_ranks(made: TextClassification) -> TextClassification:
+    """Both have the same sums, and DDP's reduce writes into the tensor that it gets."""
+    made.trainer.strategy.reduce = lambda counts, reduce_op: counts.mul_(2)  # type: ignore[method-assign, assignment]
     return made
 
 
@@ -74,6 +82,26 @@ def test_two_classes_against_sklearn(metrics: tuple[str, ...]) -> None:
         "loss": F.cross_entropy(logits, label).item(),
     }
     assert scores["dev"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_two_ranks_give_the_scores_of_one() -> None:
+    logits, label = classified(2)
+    made = on_two_ranks(task(("accuracy", "f1"), 2))
+    assert evaluated(made, dev=(logits, label)) == evaluated(
+        task(("accuracy", "f1"), 2), dev=(logits, label)
+    )
+    assert made._losses.tolist()[0][1] == 100  # of this rank
+
+
+def test_a_checkpoint_leaves_the_losses_since_the_last_evaluation() -> None:
+    made = on_two_ranks(task(("accuracy",), 2))
+    for loss in (1.0, 3.0):
+        made._add_to_window(torch.tensor(loss), torch.tensor(loss / 2))
+        for _ in range(2):
+            checkpoint: dict[str, Any] = {}
+            made.on_save_checkpoint(checkpoint)
+    assert checkpoint["loss_window"] == [8, 4, 4]  # of two ranks with two steps each
+    assert made.losses_since_last() == {"loss": 2, "aux_loss": 1}
 
 
 def test_three_classes_against_sklearn() -> None:
