@@ -205,6 +205,14 @@ def test_resuming_in_the_middle_of_a_window(tmp_path) -> None:  # type: ignore[n
         assert torch.equal(got, expected)
 
 
+def test_a_state_from_before_training_starts_anew() -> None:
+    events: list[dict[str, Any]] = []
+    callback, model = make_callback(events, length=2, period=2), Model()
+    callback.load_state_dict(callback.state_dict())
+    fit(model, callback, [tokens(8)] * 2)
+    assert [event["step"] for event in events] == [1]
+
+
 def test_tokens_that_cancel_add_nobody() -> None:
     """R_S = 0 points nowhere: an expert for it would never fire."""
     model, events = Model(), []
