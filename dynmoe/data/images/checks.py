@@ -11,7 +11,15 @@ from dynmoe.data.images.environments import Environment
 
 
 def positions(test_envs: Sequence[int | str], names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """The indices of environments given by index or name, and what is neither."""
+    """The indices of environments given by index or name; problems of what is neither, or both."""
+    named = [env for env in test_envs if isinstance(env, int) and str(env) in names]
+    if unclear := [env for env in named if not 0 <= env < len(names) or names[env] != str(env)]:
+        quoted = ",".join(f'"{env}"' for env in unclear)
+        return [], [
+            f"data.test_envs: {_join(unclear)} without quotes is an index, and here also the name "
+            f"of an environment; {_listing(names)}. Quote names: 'data.test_envs=[{quoted}]', or "
+            "rename the folders"
+        ]
     found = [names.index(env) if env in names else env for env in test_envs]
     unknown = [env for env in found if isinstance(env, str)]
     if not unknown:
@@ -98,7 +106,7 @@ def role_problems(environments: Sequence[Environment], test_envs: Sequence[int])
         found = _counted([e.name for e in environments])
         return [
             "two or more environments are needed: one to test on, others to train on; "
-            f"found {found}"
+            f"found {found}. The layout is environment/class/image"
         ]
     listing = _listing([e.name for e in environments])
     beyond = [env for env in test_envs if not 0 <= env < len(environments)]

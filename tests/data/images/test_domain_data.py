@@ -302,13 +302,30 @@ def test_refusals(tree: Path, changes: dict[str, Any], message: str) -> None:
     assert message in problems(pets(tree, **changes))[1]
 
 
+@pytest.mark.parametrize(
+    ("test_envs", "says"),
+    [([1], '"1"'), ([10], '"10"'), ([0, 1], '"1"'), (["10"], 1), ([0], 0), ([2], 2)],
+)
+def test_a_number_that_names_another_environment_is_ambiguous(
+    tree: Path, test_envs: list[int | str], says: str | int
+) -> None:
+    for name, number in zip(("art", "photo", "sketch"), ("1", "2", "10"), strict=True):
+        (tree / name).rename(tree / number)
+    data = pets(tree, test_envs=test_envs)
+    if isinstance(says, int):
+        data.setup()
+        assert data.test_envs == [says]
+    else:
+        assert f"Quote names: 'data.test_envs=[{says}]'" in problems(data)[1]
+
+
 def test_one_environment_and_one_class_are_not_enough(tree: Path) -> None:
     for folder in ("art", "photo", "sketch/dog"):
         shutil.rmtree(tree / folder)
     assert problems(pets(tree)) == [
         "data Test: 2 problem(s)",
         "  two or more environments are needed: one to test on, others to train on; "
-        "found 1: sketch",
+        "found 1: sketch. The layout is environment/class/image",
         "  two or more classes are needed; found 1: cat",
     ]
 
