@@ -14,6 +14,7 @@ from random import Random
 from typing import Any, Literal, NamedTuple, get_args
 
 from dynmoe.data.vl.conversations import (
+    IMAGE_KEYS,
     IMAGE_PLACEHOLDER,
     Conversation,
     ConversationSource,
@@ -86,8 +87,8 @@ def _llava_conversations(
     skip_invalid: bool,
     left_out: Counter[str] | None = None,
 ) -> Iterator[Conversation]:
-    left_out = Counter() if left_out is None else left_out
-    total = 0
+    is_first, left_out = left_out is not None, Counter() if left_out is None else left_out
+    total = empty = with_images = 0
     for file in files:
         for index, entry in enumerate(json_entries(file)):
             total += 1
@@ -100,9 +101,25 @@ def _llava_conversations(
                 _count_broken(left_out, error)
                 continue
             if conversation is not None:
+                empty += _has_empty_image(entry)
+                with_images += bool(conversation.images)
                 yield conversation
     if not total:
         raise DataError(f"{', '.join(map(str, files))}: no conversations in it.")
+    if is_first:
+        _warn_of_empty_images(", ".join(map(str, files)), empty, with_images)
+
+
+def _has_empty_image(entry: Mapping[str, Any]) -> bool:
+    return any(isinstance(each := entry.get(key), str) and not each.strip() for key in IMAGE_KEYS)
+
+
+def _warn_of_empty_images(where: str, empty: int, with_images: int) -> None:
+    if empty and with_images:
+        log.warning(
+            "%s: %d rows have an empty image and are read as text alone; %d have images",
+            *(where, empty, with_images),
+        )
 
 
 def _check_images(folder: ImageFolder, keys: Iterable[str], where: str, skip_invalid: bool) -> None:
@@ -288,18 +305,20 @@ def read_rows(
     """The rows of a table of questions: JSON, JSON lines, CSV or TSV, read as a stream.
 
     Columns: `question`; `answer`, or a list `answers` of several people, of which the most frequent
-    counts (the first of equally frequent ones); optional `image` or `images` (a path below the
-    image folder, or a list of paths), `id` or `question_id`, and `kind`. Answers are texts,
-    numbers or booleans, in `answers` also objects with such an `answer`, as VQAv2 has them. In CSV
+    counts (of equally frequent ones the `answer` beside them, else the first); optional `image` or
+    `images` (a path below the image folder, or a list of paths), `id` or `question_id`, and `kind`.
+    Answers are texts, numbers or booleans, in `answers` also objects with such an `answer`, as
+    VQAv2 has them. In CSV
     and TSV `answers` is a JSON list, and an `image` one path. With `skip_invalid` broken rows are
     left out, which `left_out` counts.
 
     Raises:
         DataError: names the first broken row, and what is wrong with it; or there are no rows.
     """
-    left_out = Counter() if left_out is None else left_out
+    is_first, left_out = left_out is not None, Counter() if left_out is None else left_out
     delimiter = DELIMITERS.get(file.suffix.lower())
     entries = json_entries(file) if delimiter is None else csv_entries(file, delimiter)
+    empty = with_images = 0
     index = -1
     for index, entry in enumerate(entries):
         try:
@@ -309,9 +328,13 @@ def read_rows(
                 raise
             _count_broken(left_out, error)
             continue
+        empty += _has_empty_image(entry)
+        with_images += bool(row.images)
         yield row
     if index < 0:
         raise DataError(f"{file}: expected rows with question and answer, found none.")
+    if is_first:
+        _warn_of_empty_images(str(file), empty, with_images)
 
 
 def _row(entry: Mapping[str, Any], index: int, where: str) -> TableRow:
@@ -352,7 +375,17 @@ def _answer(entry: Mapping[str, Any], where: str) -> str:
             f"{where}: expected an answer, or a list answers, each text, a number, true or false; "
             f"found {_seen(entry)}."
         )
-    return Counter(given).most_common(1)[0][0]
+    counts = Counter(given)
+    best = counts.most_common(1)[0][0]
+    one = plain_text(entry.get("answer"))
+    if one is None or not one.strip():
+        return best
+    if counts[one.strip()] < counts[best]:
+        raise DataError(
+            f"{where}: answer {shown(one)} is not the most frequent of answers, {shown(best)}. "
+            "Keep one of the two columns."
+        )
+    return one.strip()
 
 
 def _seen(entry: Mapping[str, Any]) -> str:
