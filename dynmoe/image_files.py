@@ -37,6 +37,7 @@ from dynmoe.seeding import IntArray
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+TWELVE_BITS = 4095  # a sixteenth of the range of the 16 bits that cameras of 12 bits save in
 ORIENTATION = 0x0112  # tag of EXIF
 
 LISTED = 10  # bad images named in a message
@@ -161,9 +162,11 @@ class Survey:
     """The reason why an image cannot be read, by its index."""
     turned: int = 0
     """Images whose EXIF data ask to turn or mirror them, which is not done."""
+    dim: int = 0
+    """Decoded images of 16 bits without a value above `TWELVE_BITS`: nearly black as they are."""
 
     def without_bad(self) -> Survey:
-        return Survey(np.delete(self.sizes, list(self.bad), axis=0), {}, self.turned)
+        return Survey(np.delete(self.sizes, list(self.bad), axis=0), {}, self.turned, self.dim)
 
 
 def survey(
@@ -207,11 +210,15 @@ def _read_survey(file: Path) -> Survey:
         raise ValueError(f"{file}: another checksum")
     found = json.loads(text)
     bad = {int(index): reason for index, reason in found["bad"].items()}
-    return Survey(np.array(found["sizes"], dtype=np.int64).reshape(-1, 2), bad, found["turned"])
+    return Survey(
+        np.array(found["sizes"], dtype=np.int64).reshape(-1, 2), bad, found["turned"], found["dim"]
+    )
 
 
 def _write_survey(file: Path, found: Survey) -> None:
-    text = json.dumps({"sizes": found.sizes.tolist(), "bad": found.bad, "turned": found.turned})
+    text = json.dumps(
+        {"sizes": found.sizes.tolist(), "bad": found.bad, "turned": found.turned, "dim": found.dim}
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")  # ranks write the same one
     part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
@@ -219,7 +226,7 @@ def _write_survey(file: Path, found: Survey) -> None:
 
 
 def _look(paths: Sequence[Path], decode: bool, description: str) -> Survey:
-    def measure(index: int) -> tuple[int, int, bool, str]:
+    def measure(index: int) -> tuple[int, int, bool, bool, str]:
         path = paths[index]
         try:
             with _opened(path, path) as image:
@@ -227,17 +234,31 @@ def _look(paths: Sequence[Path], decode: bool, description: str) -> Survey:
                 _refuse_floats(image)
                 if decode:
                     _rgb(image)
+                dim = decode and image.mode in DEEP_GREY and 0 < _brightest(image) <= TWELVE_BITS
                 # Without the condition a PNG file would be decoded for it.
                 turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
-                return width, height, turned, ""
+                return width, height, turned, dim, ""
         except BadImage as error:
-            return 0, 0, False, error.reason
+            return 0, 0, False, False, error.reason
 
     found = list(in_threads(measure, len(paths), description))
     return Survey(
         sizes=np.array([each[:2] for each in found], dtype=np.int64).reshape(-1, 2),
         bad={index: reason for index, (*_, reason) in enumerate(found) if reason},
-        turned=sum(turned for _, _, turned, _ in found),
+        turned=sum(turned for _, _, turned, _, _ in found),
+        dim=sum(dim for *_, dim, _ in found),
+    )
+
+
+def _brightest(image: Image.Image) -> int:
+    return int(np.asarray(image).max())
+
+
+def dim_images(count: int) -> str:
+    """A warning of `Survey.dim` images."""
+    return (
+        f"{count} images have 16 bits and no value above {TWELVE_BITS}, a sixteenth of the range: "
+        "nearly black as they are read. Scale their values, or save them with 8 bits"
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
-from dynmoe.data.images.environments import Environment
+from dynmoe.data.images.environments import Environment, FolderEnvironment
 
 
 def positions(test_envs: Sequence[int | str], names: Sequence[str]) -> tuple[list[int], list[str]]:
@@ -98,6 +101,32 @@ def lacking_classes(
     ]
     if unseen:
         yield f"no training environment has images of {_classes(unseen)}: it cannot be learnt"
+
+
+def repeated_files(environments: Sequence[FolderEnvironment]) -> Iterator[str]:
+    """Warnings where files of equal bytes lie in several environments or classes.
+
+    Only files of equal size are read.
+    """
+    places = [
+        (e.path(index), e.name, e.class_names[e.labels[index]], size)
+        for e in environments
+        for index, size in enumerate(e.bytes_N.tolist())
+        if size > 0
+    ]
+    sizes = Counter(size for *_, size in places)
+    copies: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path, name, class_name, size in places:
+        if sizes[size] > 1:
+            with suppress(OSError), path.open("rb") as file:
+                copies[hashlib.file_digest(file, "sha256").hexdigest()].append((name, class_name))
+    for what, place in (("environments", 0), ("classes", 1)):
+        several = [each for each in copies.values() if len({one[place] for one in each}) > 1]
+        if several:
+            yield (
+                f"{sum(map(len, several))} image files are byte for byte the same as one in "
+                f"another of the {what}, e.g. {_join(['/'.join(one) for one in several[0][:2]])}"
+            )
 
 
 def role_problems(environments: Sequence[Environment], test_envs: Sequence[int]) -> list[str]:

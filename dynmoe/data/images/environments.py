@@ -106,16 +106,16 @@ class FolderEnvironment(Environment):
         return 3
 
     def load(self, index: int) -> Image.Image:
-        return read_image(self._path(index))
+        return read_image(self.path(index))
 
     def survey(self, *, decode: bool, kept: Path | None = None) -> Survey:
         """Look at every file: see `image_files.survey`."""
-        paths = list(map(self._path, range(len(self))))
+        paths = list(map(self.path, range(len(self))))
         return survey(paths, decode=decode, description=f"checking {self.name}", kept=kept)
 
     def unreadable(self, found: Survey) -> dict[Path, str]:
         """The reasons why files are bad, by path."""
-        return {self._path(index): reason for index, reason in found.bad.items()}
+        return {self.path(index): reason for index, reason in found.bad.items()}
 
     def without(self, indices: Collection[int]) -> FolderEnvironment:
         """The environment without the images at `indices`."""
@@ -123,7 +123,7 @@ class FolderEnvironment(Environment):
         files = [self.files[index] for index in kept.tolist()]
         return replace(self, labels=self.labels[kept], files=files, bytes_N=self.bytes_N[kept])
 
-    def _path(self, index: int) -> Path:
+    def path(self, index: int) -> Path:
         return self.folder / self.files[index]
 
     def content_hash(self) -> str:

@@ -37,6 +37,7 @@ from dynmoe.data.images.checks import (
     class_problems,
     lacking_classes,
     positions,
+    repeated_files,
     role_problems,
     unite_classes,
 )
@@ -49,8 +50,11 @@ from dynmoe.data.images.environments import (
     decoded_bytes,
 )
 from dynmoe.errors import DataError
-from dynmoe.image_files import unreadable
+from dynmoe.image_files import dim_images, unreadable
 from dynmoe.seeding import IntArray, split
+
+HASHED = 20_000
+"""Images of a data set of which copies are looked for."""
 
 log = logging.getLogger(__name__)
 
@@ -173,13 +177,14 @@ class DomainData(TaskData):
         kept: list[Environment] = []
         sizes: list[IntArray] = []
         bad: dict[Path, str] = {}
-        turned = 0
+        turned = dim = 0
         for e in envs:
             if isinstance(e, FolderEnvironment):
                 anew = self.checks is None or not self.skip_invalid or self.verify == "decode"
                 kept_in = None if anew else Path(str(self.checks))
                 found = e.survey(decode=self.verify == "decode" or self.skip_invalid, kept=kept_in)
                 turned += found.turned
+                dim += found.dim
                 if found.bad and self.skip_invalid:
                     self.leave_out(f"{e.name}: images that cannot be read", len(found.bad))
                     e, found = e.without(found.bad), found.without_bad()
@@ -193,6 +198,12 @@ class DomainData(TaskData):
                 self.name,
                 turned,
             )
+        if dim:
+            log.warning("data %s: %s", self.name, dim_images(dim))
+        folders = [e for e in kept if isinstance(e, FolderEnvironment)]
+        if self.verify == "decode" and sum(map(len, folders)) <= HASHED:
+            for text in repeated_files(folders):
+                log.warning("data %s: %s", self.name, text)
         return kept, sizes, [unreadable(bad)] if bad and self.verify != "none" else []
 
     @property

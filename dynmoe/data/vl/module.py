@@ -35,7 +35,7 @@ from dynmoe.data.vl.content import Content
 from dynmoe.data.vl.conversations import Conversation, ConversationSource
 from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import ConfigError, DataError
-from dynmoe.image_files import survey, unreadable
+from dynmoe.image_files import dim_images, survey, unreadable
 from dynmoe.questions import read_question_set
 from dynmoe.questions.base import Question, QuestionSet
 from dynmoe.questions.exact import ExactMatch
@@ -253,6 +253,8 @@ class VisionLanguageData(TaskData):
         files = {key: path for key in dict.fromkeys(keys) if (path := image_path(key)) is not None}
         decode = self.verify == "decode" or skip
         found = survey([*files.values()], decode=decode, description=f"checking {name}")
+        if found.dim:
+            log.warning("data %s, %s: %s", self.name, name, dim_images(found.dim))
         paths = list(files.items())
         bad = {paths[place]: reason for place, reason in found.bad.items()}
         if bad and not skip:

@@ -449,3 +449,25 @@ def test_a_killed_run_continues_exactly(tree: Path, tmp_path: Path, after: int, 
     resumed = fit(tree, resume=checkpoint)
     assert resumed.trained == [entry for entry in whole.trained if entry[0] > after]
     assert resumed.evaluated == [entry for entry in whole.evaluated if entry[0] > after]
+
+
+def test_copies_of_files_are_counted_where_every_image_is_read(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(tree / "art/cat/0.png", tree / "photo/cat/copy.png")
+    shutil.copy(tree / "art/cat/1.png", tree / "art/dog/copy.png")
+    pets(tree).setup()
+    assert "byte for byte" not in caplog.text
+    pets(tree, verify="decode").setup()
+    assert "2 image files are byte for byte the same as one in another of the environments" in (
+        caplog.text
+    )
+    assert "another of the classes, e.g. art/cat, art/dog" in caplog.text
+
+
+def test_images_of_12_bits_in_16_are_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, most in (("dim", 4095), ("full", 60000), ("black", 0)):
+        pixels = np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)
+        Image.fromarray(pixels).save(tree / "art" / "cat" / f"{name}.png")
+    pets(tree, verify="decode").setup()
+    assert "1 images have 16 bits and no value above 4095" in caplog.text
