@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dynmoe.data.vl import readers
-from dynmoe.data.vl.content import baselines
+from dynmoe.data.vl.content import baselines, trained_on
 from dynmoe.data.vl.conversations import Conversation, questions_answered
 from dynmoe.data.vl.readers import (
     caption_of,
@@ -442,3 +442,14 @@ def test_empty_images_beside_others_are_counted(
     caplog.clear()
     vqa_table("pets", table(tmp_path, "a.jsonl", rows[1:]), folder)
     assert not caplog.text
+
+
+def test_questions_that_training_asks_too_are_counted(tmp_path: Path) -> None:
+    folder = images(tmp_path / "images", "x.png", "y.png")
+    row = {"question": "what?", "image": "x.png", "answer": "cat"}
+    rows = [row, row | {"answer": "dog"}, row | {"image": "y.png"}, row | {"question": "who?"}]
+    questions = vqa_questions("pets", table(tmp_path, "test.jsonl", rows), folder, SUFFIX)
+    training = table(tmp_path, "train.csv", [row])
+    assert trained_on(questions, vqa_table("pets", training, folder, SUFFIX)) == 1
+    other = images(tmp_path / "others", "x.png")
+    assert trained_on(questions, vqa_table("pets", training, other, SUFFIX)) == 0
