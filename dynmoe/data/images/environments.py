@@ -177,9 +177,9 @@ def image_folders(
     check_depth(place, trees)
     empty = [str(found[tree.name]) for tree in trees if not tree.files]
     if empty:
-        others = sum((tree.left_out for tree in trees if not tree.files), Counter[str]())
-        counts = ", ".join(f"{count} {what}" for what, count in others.items())
-        seen = f" Found {counts}; images are {', '.join(IMAGE_SUFFIXES)}." if others else ""
+        beside = sum((tree.left_out for tree in trees if not tree.files), Counter[str]())
+        counts = ", ".join(f"{count} {what}" for what, count in beside.items())
+        seen = f" Found {counts}; images are {', '.join(IMAGE_SUFFIXES)}." if beside else ""
         raise DataError(
             f"data.root: no images in class folders below {', '.join(empty)}.{seen} {layout}; "
             "what is no environment does not belong there."

@@ -8,7 +8,7 @@ import json
 import logging
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +16,7 @@ from typing import IO, Any
 from dynmoe.data.vl.conversations import text_digest
 from dynmoe.errors import DataError
 from dynmoe.questions.files import json_lines, reading
-from dynmoe.questions.values import NotingKeys, refuse_repeated, unique_keys
+from dynmoe.questions.values import NotingKeys, plain_text, refuse_repeated, shown, unique_keys
 
 log = logging.getLogger(__name__)
 
@@ -137,3 +137,39 @@ def _with_answers(entry: dict[str, Any], where: str) -> dict[str, Any]:
         raise DataError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {error}. Expected CSV whose answers are JSON lists.") from None
+
+
+def answer_of(entry: Mapping[str, Any], where: str) -> str:
+    """The answer of a row: its `answer`, or the most frequent of its `answers`.
+
+    Raises:
+        DataError: there is none, one is no text, or the two disagree.
+    """
+    answers = entry.get("answers")
+    if answers is None or answers == []:
+        answers = [entry.get("answer")]
+    elif isinstance(answers, list):
+        answers = [each.get("answer") if isinstance(each, dict) else each for each in answers]
+    texts = list(map(plain_text, answers)) if isinstance(answers, list) else []
+    given = [text.strip() for text in texts if text is not None and text.strip()]
+    if not given or len(given) < len(texts):
+        raise DataError(
+            f"{where}: expected an answer, or a list answers, each text, a number, true or false; "
+            f"found {seen(entry)}."
+        )
+    counts = Counter(given)
+    best = counts.most_common(1)[0][0]
+    one = plain_text(entry.get("answer"))
+    if one is None or not one.strip():
+        return best
+    if counts[one.strip()] < counts[best]:
+        raise DataError(
+            f"{where}: answer {shown(one)} is not the most frequent of answers, {shown(best)}. "
+            "Keep one of the two columns."
+        )
+    return one.strip()
+
+
+def seen(entry: Mapping[str, Any]) -> str:
+    """The keys and values of a row, for a message."""
+    return ", ".join(f"{key}={shown(value)}" for key, value in entry.items()) or "nothing"

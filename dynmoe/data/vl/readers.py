@@ -14,7 +14,6 @@ from random import Random
 from typing import Any, Literal, NamedTuple, get_args
 
 from dynmoe.data.vl.conversations import (
-    IMAGE_KEYS,
     IMAGE_PLACEHOLDER,
     Conversation,
     ConversationSource,
@@ -22,11 +21,13 @@ from dynmoe.data.vl.conversations import (
     Message,
     SourceKind,
     check_conversation,
+    has_empty_image,
     image_keys,
     questions_answered,
     text_digest,
+    warn_of_empty_images,
 )
-from dynmoe.data.vl.entries import csv_entries, file_digest, json_entries
+from dynmoe.data.vl.entries import answer_of, csv_entries, file_digest, json_entries, seen
 from dynmoe.data.vl.turns import read_turns
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
@@ -101,25 +102,13 @@ def _llava_conversations(
                 _count_broken(left_out, error)
                 continue
             if conversation is not None:
-                empty += _has_empty_image(entry)
+                empty += has_empty_image(entry)
                 with_images += bool(conversation.images)
                 yield conversation
     if not total:
         raise DataError(f"{', '.join(map(str, files))}: no conversations in it.")
     if is_first:
-        _warn_of_empty_images(", ".join(map(str, files)), empty, with_images)
-
-
-def _has_empty_image(entry: Mapping[str, Any]) -> bool:
-    return any(isinstance(each := entry.get(key), str) and not each.strip() for key in IMAGE_KEYS)
-
-
-def _warn_of_empty_images(where: str, empty: int, with_images: int) -> None:
-    if empty and with_images:
-        log.warning(
-            "%s: %d rows have an empty image and are read as text alone; %d have images",
-            *(where, empty, with_images),
-        )
+        warn_of_empty_images(", ".join(map(str, files)), empty, with_images)
 
 
 def _check_images(folder: ImageFolder, keys: Iterable[str], where: str, skip_invalid: bool) -> None:
@@ -328,19 +317,19 @@ def read_rows(
                 raise
             _count_broken(left_out, error)
             continue
-        empty += _has_empty_image(entry)
+        empty += has_empty_image(entry)
         with_images += bool(row.images)
         yield row
     if index < 0:
         raise DataError(f"{file}: expected rows with question and answer, found none.")
     if is_first:
-        _warn_of_empty_images(str(file), empty, with_images)
+        warn_of_empty_images(str(file), empty, with_images)
 
 
 def _row(entry: Mapping[str, Any], index: int, where: str) -> TableRow:
     question = entry.get("question")
     if not is_text(question) or not question.strip():
-        raise DataError(f"{where}: expected a question, found {_seen(entry)}.")
+        raise DataError(f"{where}: expected a question, found {seen(entry)}.")
     if IMAGE_PLACEHOLDER in question:
         raise DataError(
             f"{where}: {IMAGE_PLACEHOLDER} in the question. Take it out: images stand before it."
@@ -356,40 +345,10 @@ def _row(entry: Mapping[str, Any], index: int, where: str) -> TableRow:
     return TableRow(
         id=_id(entry, index, where, ("id", "question_id")),
         question=question,
-        answer=_answer(entry, where),
+        answer=answer_of(entry, where),
         images=image_keys(entry, where),
         kind=kind,
     )
-
-
-def _answer(entry: Mapping[str, Any], where: str) -> str:
-    answers = entry.get("answers")
-    if answers is None or answers == []:
-        answers = [entry.get("answer")]
-    elif isinstance(answers, list):
-        answers = [each.get("answer") if isinstance(each, dict) else each for each in answers]
-    texts = list(map(plain_text, answers)) if isinstance(answers, list) else []
-    given = [text.strip() for text in texts if text is not None and text.strip()]
-    if not given or len(given) < len(texts):
-        raise DataError(
-            f"{where}: expected an answer, or a list answers, each text, a number, true or false; "
-            f"found {_seen(entry)}."
-        )
-    counts = Counter(given)
-    best = counts.most_common(1)[0][0]
-    one = plain_text(entry.get("answer"))
-    if one is None or not one.strip():
-        return best
-    if counts[one.strip()] < counts[best]:
-        raise DataError(
-            f"{where}: answer {shown(one)} is not the most frequent of answers, {shown(best)}. "
-            "Keep one of the two columns."
-        )
-    return one.strip()
-
-
-def _seen(entry: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={shown(value)}" for key, value in entry.items()) or "nothing"
 
 
 def science_qa(
