@@ -37,6 +37,7 @@ from dynmoe.seeding import IntArray
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+TWELVE_BITS = 4095  # a sixteenth of the range of the 16 bits that cameras of 12 bits save in
 ORIENTATION = 0x0112  # tag of EXIF
 
 LISTED = 10  # bad images named in a message
@@ -157,8 +158,8 @@ class Survey:
     """The reason why an image cannot be read, by its index."""
     turned: int = 0
     """Images whose EXIF data ask to turn or mirror them, which is not done."""
-    dark: int = 0
-    """Decoded images of 16 bits without a value above 255: nearly black, or of 8 bits in truth."""
+    dim: int = 0
+    """Decoded images of 16 bits without a value above `TWELVE_BITS`: nearly black as they are."""
 
     def without_bad(self) -> Survey:
         return replace(self, sizes=np.delete(self.sizes, list(self.bad), axis=0), bad={})
@@ -166,11 +167,11 @@ class Survey:
 
 def remarks(found: Sequence[Survey]) -> list[str]:
     """Warnings of images that can be read, and that may look otherwise than they should."""
-    turned, dark = sum(each.turned for each in found), sum(each.dark for each in found)
+    turned, dim = sum(each.turned for each in found), sum(each.dim for each in found)
     texts = {
         "images have an EXIF orientation, which is not applied, as in torchvision": turned,
-        "grey images of 16 bits have no value above 255 and are read as nearly black. If their "
-        "values are of 8 bits, save them with 8 bits": dark,
+        f"images have 16 bits and no value above {TWELVE_BITS}, a sixteenth of the range: nearly "
+        "black as they are read. Scale their values, or save them with 8 bits": dim,
     }
     return [f"{count} {text}" for text, count in texts.items() if count]
 
@@ -217,7 +218,7 @@ def _read_survey(file: Path) -> Survey:
     found = json.loads(text)
     bad = {int(index): reason for index, reason in found["bad"].items()}
     sizes = np.array(found["sizes"], dtype=np.int64).reshape(-1, 2)
-    return Survey(sizes, bad, found["turned"], found["dark"])
+    return Survey(sizes, bad, found["turned"], found["dim"])
 
 
 def _write_survey(file: Path, found: Survey) -> None:
@@ -237,10 +238,10 @@ def _look(paths: Sequence[Path], decode: bool, description: str) -> Survey:
                 _refuse_floats(image)
                 if decode or image.mode == "I":  # whose values may go beyond 16 bits
                     _rgb(image)
-                dark = decode and image.mode in DEEP_GREY and 0 < np.asarray(image).max() < 256
+                dim = decode and image.mode in DEEP_GREY and 0 < _brightest(image) <= TWELVE_BITS
                 # Without the condition a PNG file would be decoded for it.
                 turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
-                return width, height, turned, bool(dark), ""
+                return width, height, turned, dim, ""
         except BadImage as error:
             return 0, 0, False, False, error.reason
 
@@ -249,8 +250,12 @@ def _look(paths: Sequence[Path], decode: bool, description: str) -> Survey:
         sizes=np.array([each[:2] for each in found], dtype=np.int64).reshape(-1, 2),
         bad={index: reason for index, (*_, reason) in enumerate(found) if reason},
         turned=sum(turned for _, _, turned, _, _ in found),
-        dark=sum(dark for _, _, _, dark, _ in found),
+        dim=sum(dim for *_, dim, _ in found),
     )
+
+
+def _brightest(image: Image.Image) -> int:
+    return int(np.asarray(image).max())
 
 
 def unreadable(bad: Mapping[Path, str]) -> str:

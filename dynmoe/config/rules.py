@@ -7,7 +7,7 @@ keys stays silent.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -320,10 +320,16 @@ def test_environments(cfg: DictConfig) -> Iterator[str]:
         known = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
         yield (
             f"data.test_envs: there is no environment {', '.join(map(str, beyond))}. Expected "
-            f"indices or names: {known}"
+            f"indices or names: {known}{_quoted(beyond, names)}"
         )
     elif names and len(set(envs)) == len(names):
         yield f"data.test_envs: {envs} leaves no environment to train on. Leave one out"
+
+
+def _quoted(beyond: Sequence[int | str], names: Sequence[str]) -> str:
+    """The fix where numbers that are no index are names."""
+    meant = ",".join(f'"{env}"' for env in beyond if isinstance(env, int) and str(env) in names)
+    return f". Quote names: 'data.test_envs=[{meant}]'" if meant else ""
 
 
 def batch_divides(cfg: DictConfig) -> Iterator[str]:

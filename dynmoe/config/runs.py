@@ -249,7 +249,8 @@ def register() -> None:
 
 
 def recipe(key: str, *, _root_: DictConfig) -> Any:
-    """The protocol's value of `key` for the data set and stage: drawn, its own, or the default.
+    """The protocol's value of `key` for the data set and stage: drawn, its own, that of a model
+    without any pretrained weights, or the default.
 
     Raises KeyError where the protocol has no such key.
     """
@@ -264,8 +265,16 @@ def recipe(key: str, *, _root_: DictConfig) -> Any:
     own = recipes.datasets.get(dataset) or {}
     if key in own:
         return own[key]
+    scratch = recipes.get("scratch") or {}
+    if key in scratch and _is_from_scratch(_root_.backbone):
+        return scratch[key]
     defaults = recipes.defaults
     if key not in defaults:
         known = ", ".join(sorted(defaults))
         raise KeyError(f"protocol {_root_.protocol.name} has no '{key}'; it has {known}")
     return defaults[key]
+
+
+def _is_from_scratch(backbone: DictConfig) -> bool:
+    nodes = [backbone, *([backbone.vision] if "vision" in backbone else [])]
+    return all(node.get("pretrained") is False for node in nodes)

@@ -45,10 +45,11 @@ class Recipe:
 
 @dataclass
 class Recipes:
-    """The recipes of one stage."""
+    """The recipes of one stage; `scratch` says what differs where no weights are pretrained."""
 
     defaults: dict[str, Any]
     datasets: dict[str, Any]
+    scratch: dict[str, Any] | None = None
 
 
 @dataclass
@@ -151,6 +152,7 @@ SCHEMAS: dict[str, type] = {
     "protocol.datasets.*": Recipe,
     "protocol.stages.*.defaults": Recipe,
     "protocol.stages.*.datasets.*": Recipe,
+    "protocol.stages.*.scratch": Recipe,
     "protocol.stages.*": Recipes,
     "stage": Stage,
     "moe": MoE,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynmoe.errors import DataError
 from dynmoe.files import check_regular
-from dynmoe.questions.values import Fields, wrong_fields
+from dynmoe.questions.values import Fields, unique_keys, wrong_fields
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -129,7 +129,9 @@ def read_json(path: Path) -> Any:
 
 def _parsed(text: str, where: str, remedy: str = "") -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         raise DataError(f"{where}: not JSON: {error}.{remedy}") from None
 

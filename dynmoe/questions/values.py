@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypeGuard
+
+from dynmoe.errors import DataError
 
 Kind = Literal["text", "text or null", "id", "whole number", "list", "list of texts", "object"]
 
@@ -42,6 +45,37 @@ def plain_text(value: Any) -> str | None:
     if isinstance(value, bool | int | float) or is_text(value):
         return str(value)
     return None
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON parser's pairs; `json` keeps the last of equal keys without a word.
+
+    Raises:
+        DataError: a key stands there twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        refuse_repeated([key for key, count in Counter(k for k, _ in pairs).items() if count > 1])
+    return found
+
+
+class NotingKeys(dict[str, Any]):
+    """The object of a parser that sets key after key; `repeated` takes those that were there."""
+
+    def __init__(self, repeated: list[str]) -> None:
+        super().__init__()
+        self._repeated = repeated
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self:
+            self._repeated.append(key)
+        super().__setitem__(key, value)
+
+
+def refuse_repeated(keys: Sequence[str]) -> None:
+    """Raises DataError if there are any."""
+    if keys:
+        raise DataError(f"an object has the key {keys[0]!r} twice. Keep one of them.")
 
 
 def shown(value: Any) -> str:

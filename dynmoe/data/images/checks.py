@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 
-from dynmoe.data.images.environments import Environment
+from dynmoe.data.images.environments import Environment, FolderEnvironment
 
 
 def positions(test_envs: Sequence[int | str], names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """The indices of environments given by index or name, and what is neither."""
+    """The indices of environments given by index or name; problems of what is neither, or both."""
+    named = [env for env in test_envs if isinstance(env, int) and str(env) in names]
+    if unclear := [env for env in named if not 0 <= env < len(names) or names[env] != str(env)]:
+        quoted = ",".join(f'"{env}"' for env in unclear)
+        return [], [
+            f"data.test_envs: {_join(unclear)} without quotes is an index, and here also the name "
+            f"of an environment; {_listing(names)}. Quote names: 'data.test_envs=[{quoted}]', or "
+            "rename the folders"
+        ]
     found = [names.index(env) if env in names else env for env in test_envs]
     unknown = [env for env in found if isinstance(env, str)]
     if not unknown:
@@ -92,13 +103,39 @@ def lacking_classes(
         yield f"no training environment has images of {_classes(unseen)}: it cannot be learnt"
 
 
+def repeated_files(environments: Sequence[FolderEnvironment]) -> Iterator[str]:
+    """Warnings where files of equal bytes lie in several environments or classes.
+
+    Only files of equal size are read.
+    """
+    places = [
+        (e.path(index), e.name, e.class_names[e.labels[index]], size)
+        for e in environments
+        for index, size in enumerate(e.bytes_N.tolist())
+        if size > 0
+    ]
+    sizes = Counter(size for *_, size in places)
+    copies: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path, name, class_name, size in places:
+        if sizes[size] > 1:
+            with suppress(OSError), path.open("rb") as file:
+                copies[hashlib.file_digest(file, "sha256").hexdigest()].append((name, class_name))
+    for what, place in (("environments", 0), ("classes", 1)):
+        several = [each for each in copies.values() if len({one[place] for one in each}) > 1]
+        if several:
+            yield (
+                f"{sum(map(len, several))} image files are byte for byte the same as one in "
+                f"another of the {what}, e.g. {_join(['/'.join(one) for one in several[0][:2]])}"
+            )
+
+
 def role_problems(environments: Sequence[Environment], test_envs: Sequence[int]) -> list[str]:
     """Test environments must exist, and at least one environment must be left to train on."""
     if len(environments) < 2:
         found = _counted([e.name for e in environments])
         return [
             "two or more environments are needed: one to test on, others to train on; "
-            f"found {found}"
+            f"found {found}. The layout is environment/class/image"
         ]
     listing = _listing([e.name for e in environments])
     beyond = [env for env in test_envs if not 0 <= env < len(environments)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dynmoe.data.images.tree import (
+    IMAGE_SUFFIXES,
     check_depth,
     read_drop_list,
     read_environment,
@@ -83,6 +85,9 @@ def data_hash(
 
 # Image folders.
 
+# Names that torchvision's and other layouts give the splits of one data set.
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+
 
 @dataclass(eq=False)
 class FolderEnvironment(Environment):
@@ -101,16 +106,16 @@ class FolderEnvironment(Environment):
         return 3
 
     def load(self, index: int) -> Image.Image:
-        return read_image(self._path(index))
+        return read_image(self.path(index))
 
     def survey(self, *, decode: bool, kept: Path | None = None) -> Survey:
         """Look at every file: see `image_files.survey`."""
-        paths = list(map(self._path, range(len(self))))
+        paths = list(map(self.path, range(len(self))))
         return survey(paths, decode=decode, description=f"checking {self.name}", kept=kept)
 
     def unreadable(self, found: Survey) -> dict[Path, str]:
         """The reasons why files are bad, by path."""
-        return {self._path(index): reason for index, reason in found.bad.items()}
+        return {self.path(index): reason for index, reason in found.bad.items()}
 
     def without(self, indices: Collection[int]) -> FolderEnvironment:
         """The environment without the images at `indices`."""
@@ -118,7 +123,7 @@ class FolderEnvironment(Environment):
         files = [self.files[index] for index in kept.tolist()]
         return replace(self, labels=self.labels[kept], files=files, bytes_N=self.bytes_N[kept])
 
-    def _path(self, index: int) -> Path:
+    def path(self, index: int) -> Path:
         return self.folder / self.files[index]
 
     def content_hash(self) -> str:
@@ -141,13 +146,20 @@ def image_folders(
 
     Raises:
         DataError: the tree, its environments or the drop list are not there, an environment holds
-            no class folders with images, or images lie deeper.
+            no class folders with images, is called like a split, or images lie deeper.
     """
     place = tree_folder(root, folder)
     found = subfolders(place)
     layout = f"Expected {place}/environment/class/image"
     if environments is None and not found:
         raise DataError(f"data.root: {place} holds no environments. {layout}.")
+    if environments is None and (splits := [name for name in found if name.casefold() in SPLITS]):
+        raise DataError(
+            f"data.root: {', '.join(splits)} in {place} is called like a split of one data set, "
+            f"and would be an environment of its own. {layout}: put each environment's images "
+            "together, they are split here. Are these the environments? Then name all: "
+            f"'data.environments.environments=[{','.join(found)}]'."
+        )
     environments = environments and sorted(normalize("NFC", name) for name in environments)
     if environments is not None and environments != [*found]:
         missing = sorted(set(environments) - set(found))
@@ -165,8 +177,11 @@ def image_folders(
     check_depth(place, trees)
     empty = [str(found[tree.name]) for tree in trees if not tree.files]
     if empty:
+        beside = sum((tree.left_out for tree in trees if not tree.files), Counter[str]())
+        counts = ", ".join(f"{count} {what}" for what, count in beside.items())
+        seen = f" Found {counts}; images are {', '.join(IMAGE_SUFFIXES)}." if beside else ""
         raise DataError(
-            f"data.root: no images in class folders below {', '.join(empty)}. {layout}; "
+            f"data.root: no images in class folders below {', '.join(empty)}.{seen} {layout}; "
             "what is no environment does not belong there."
         )
     return [

@@ -37,6 +37,7 @@ from dynmoe.data.images.checks import (
     class_problems,
     lacking_classes,
     positions,
+    repeated_files,
     role_problems,
     unite_classes,
 )
@@ -51,6 +52,9 @@ from dynmoe.data.images.environments import (
 from dynmoe.errors import DataError
 from dynmoe.image_files import Survey, remarks, unreadable
 from dynmoe.seeding import IntArray, split
+
+HASHED = 20_000
+"""Images of a data set of which copies are looked for."""
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +192,10 @@ class DomainData(TaskData):
             kept.append(e)
         for text in remarks(surveys):
             log.warning("data %s: %s", self.name, text)
+        folders = [e for e in kept if isinstance(e, FolderEnvironment)]
+        if self.verify == "decode" and sum(map(len, folders)) <= HASHED:
+            for text in repeated_files(folders):
+                log.warning("data %s: %s", self.name, text)
         return kept, sizes, [unreadable(bad)] if bad and self.verify != "none" else []
 
     @property

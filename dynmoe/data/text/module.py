@@ -30,12 +30,15 @@ from dynmoe.data.text.batches import (
     TextExamples,
     steps_per_epoch,
 )
+from dynmoe.data.text.checks import text_warnings
 from dynmoe.data.text.ood import read_ood
 from dynmoe.data.text.sets import TextSet
 from dynmoe.data.text.sources import Source, read_sets
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS, GlueTask
 from dynmoe.data.text.tokens import (
     EncodedTexts,
+    check_max_length,
+    count_cut,
     encode,
     load_tokenizer,
     vocabulary_size,
@@ -102,6 +105,7 @@ class GlueData(TaskData):
         self.baseline: dict[str, Any] | None = None
         self.tokenizer: PreTrainedTokenizerBase
         self._encoded: dict[str, EncodedTexts] = {}
+        self._cut: dict[str, int] = {}
 
     @property
     def glue_task(self) -> GlueTask:
@@ -112,7 +116,7 @@ class GlueData(TaskData):
 
         Raises:
             DataError: the data cannot be trained on; lists every problem.
-            ConfigError: no such tokenizer.
+            ConfigError: no such tokenizer, or a `max_length` that leaves no text.
         """
         if self.sets:
             return
@@ -137,8 +141,18 @@ class GlueData(TaskData):
             self.tokenizer = word_tokenizer([*train.first, *(train.second or [])], VOCABULARY)
         else:
             self.tokenizer = load_tokenizer(self.tokenizer_path, self.tokenizer_name)
+        check_max_length(self.tokenizer, len(self.glue_task.columns), self.max_length)
         self._encoded = {name: self._encode(each) for name, each in sets.items()}
         self.sets = sets
+        self._cut = {
+            name: count_cut(each, self._encoded[name], self.tokenizer, self.max_length)
+            for name, each in sets.items()
+        }
+        if cut := ", ".join(f"{count} of {name}" for name, count in self._cut.items() if count):
+            text = f"texts longer than data.max_length={self.max_length} are cut: {cut}"
+            log.warning("data %s: %s", self.name, text)
+        for text in text_warnings(sets, self.glue_task):
+            log.warning("data %s: %s", self.name, text)
         if self.linear_baseline:
             self.baseline = linear_text_baseline(train, sets["dev"], self.glue_task.metrics)
 
@@ -227,7 +241,9 @@ class GlueData(TaskData):
         columns = [self._encoded[name].lengths for name in self.sets]
         table.add_row("examples", *(str(len(lengths)) for lengths in columns))
         table.add_row("mean tokens", *(f"{lengths.mean():.1f}" for lengths in columns))
-        table.add_row("longest", *(str(lengths.max()) for lengths in columns), end_section=True)
+        table.add_row("longest", *(str(lengths.max()) for lengths in columns))
+        cut = [str(self._cut.get(name, 0)) for name in self.sets]
+        table.add_row("cut by max_length", *cut, end_section=True)
         for label, class_name in enumerate(self.class_names):
             counts = [int((texts.label == label).sum()) for texts in self.sets.values()]
             table.add_row(class_name, *map(str, counts))

@@ -14,6 +14,7 @@ from dynmoe.data.text.tasks import GlueTask
 from dynmoe.errors import DataError
 from dynmoe.seeding import IntArray
 
+EMPTY = "rows with an empty text"
 LISTED = 5  # unknown labels named in a message
 
 LabelArray = npt.NDArray[np.int64] | npt.NDArray[np.float32]
@@ -108,8 +109,8 @@ def text_set(
 ) -> TextSet:
     """Labels become numbers; `known` maps the file's words to them, by default the task's.
 
-    Rows whose annotators did not agree are left out; with `skip_invalid` rows with an unknown label
-    too.
+    Labelled rows with an empty text, or whose annotators did not agree, are left out; with
+    `skip_invalid` those with an unknown label too.
 
     Raises:
         DataError: no rows, a label outside the task, or none where `labelled` asks for them.
@@ -117,21 +118,26 @@ def text_set(
     if labelled and raw.labels is None:
         raise DataError(f"{raw.where}: no label column.")
     texts, index = raw.texts, raw.index
-    words = raw.labels
+    words = None if raw.labels is None else [word.strip() for word in raw.labels]
     left_out = {"rows with missing fields": raw.dropped}
     # Files of different sources name a class or number it.
     own = {word: label for label, name in enumerate(task.labels) for word in (name, str(label))}
     known = known or own
     if labelled and words is not None:
 
-        def leave_out(what: str, unwanted: Callable[[str], bool]) -> None:
+        def keep(what: str, kept: list[int]) -> None:
             nonlocal texts, index, words
             assert words is not None
-            kept = [row for row, word in enumerate(words) if not unwanted(word)]
             left_out[what] = len(words) - len(kept)
             texts = [[column[row] for row in kept] for column in texts]
             index, words = [index[row] for row in kept], [words[row] for row in kept]
 
+        def leave_out(what: str, unwanted: Callable[[str], bool]) -> None:
+            keep(what, [row for row, word in enumerate(words or ()) if not unwanted(word)])
+
+        # Sets without labels keep theirs, since the GLUE server counts rows.
+        rows = enumerate(zip(*texts, strict=True))
+        keep(EMPTY, [row for row, cells in rows if all(map(str.strip, cells))])
         leave_out("rows without an agreed label", lambda word: word in task.undecided)
         if skip_invalid:
             is_known = _is_score if task.regression else known.__contains__

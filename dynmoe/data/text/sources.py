@@ -13,12 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dynmoe.data.text.sets import Loader, RawTexts, TextSet, as_text, text_set
+from dynmoe.data.text.sets import EMPTY, Loader, RawTexts, TextSet, as_text, text_set
 from dynmoe.data.text.tasks import LABELLED, TESTS, GlueTask
 from dynmoe.errors import DataError
 from dynmoe.files import check_regular
 from dynmoe.network import go_offline_if_unreachable
 from dynmoe.questions.files import reading
+from dynmoe.questions.values import unique_keys
 
 if TYPE_CHECKING:
     import pyarrow
@@ -59,7 +60,9 @@ def read_sets(
         except DataError as error:
             problems.append(str(error))
             continue
-        if len(sets[name]) != task.sizes[name]:
+        # Published sets have a few empty texts.
+        published = len(sets[name]) + sets[name].left_out.get(EMPTY, 0)
+        if published != task.sizes[name]:
             warnings.append(
                 f"{task.title} {name}: expected {task.sizes[name]:,} rows, "
                 f"found {len(sets[name]):,}"
@@ -157,6 +160,7 @@ def read_table(
             else:
                 lines: Iterator[list[str]] = (line.split("\t") for line in _lines(path))
                 names = next(lines, [])
+                _check_tabs(path, names, header or required)
                 if header is not None and not set(required) <= set(names):
                     names, lines = header, chain([list(names)], lines)
                 rows = (dict(zip(names, fields, strict=False)) for fields in lines)
@@ -165,9 +169,23 @@ def read_table(
                     f"{path}: no column {', '.join(missing)}. "
                     f"Found {', '.join(names) or 'an empty file'}."
                 )
+            if twice := [name for name in (*required, *optional) if list(names).count(name) > 1]:
+                raise DataError(
+                    f"{path}: several columns are called {', '.join(twice)}. Keep one of each."
+                )
             return _table(path, [*required, *(name for name in optional if name in names)], rows)
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise DataError(f"{path}: damaged gzip file. Fetch or pack it again.") from None
+
+
+def _check_tabs(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raises DataError if the first line is one cell that holds the wanted ones."""
+    cells = "".join(names).replace('"', "").split(",") if len(names) == 1 else []
+    if len(cells) > 1 and (set(wanted) & set(cells) or len(cells) >= len(wanted) > 1):
+        raise DataError(
+            f"{path}: expected columns separated by tabs, found commas: {names[0]!r:.80}. The "
+            "separator of .tsv is a tab; write the file anew with tabs."
+        )
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -182,7 +200,9 @@ def _lines(path: Path) -> Iterator[str]:
 def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
     for line in _lines(path):
         try:
-            yield dict(json.loads(line))
+            yield dict(json.loads(line, object_pairs_hook=unique_keys))
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
         except (ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: not one JSON object per line: {error}.") from None
 

@@ -79,6 +79,30 @@ def encode(
     return EncodedTexts(kept_or_made(cache / name, partial(_kept, len(texts)), make))
 
 
+def check_max_length(tokenizer: PreTrainedTokenizerBase, texts: int, max_length: int) -> None:
+    """Raises ConfigError if no token of one of an example's `texts` (1 or 2) would be left."""
+    special = tokenizer.num_special_tokens_to_add(pair=texts > 1)
+    if max_length < special + texts:
+        raise ConfigError(
+            f"data.max_length={max_length}: expected {special + texts} or more, since {special} "
+            f"special tokens stand around {texts} text{'s' * (texts > 1)}."
+        )
+
+
+def count_cut(
+    texts: TextSet, encoded: EncodedTexts, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> int:
+    """The number of examples that `encode` has cut; those of full length are tokenized again."""
+    full = np.flatnonzero(encoded.lengths >= max_length)
+    cut = 0
+    for start in range(0, len(full), BATCH):
+        chosen = texts.subset(full[start : start + BATCH])
+        columns = [chosen.first, *([] if chosen.second is None else [chosen.second])]
+        rows = tokenizer(*columns, truncation=False, verbose=False, **PLAIN)["input_ids"]
+        cut += sum(len(row) > max_length for row in rows)
+    return cut
+
+
 def kept_or_made(file: Path, read: Callable[[Path], T], make: Callable[[Path], T]) -> T:
     """Return what `read` finds in `file`, a file of the cache, or else what `make` writes there.
 

@@ -121,6 +121,26 @@ def baselines(questions: ExactMatch, training: Iterable[Conversation]) -> dict[s
     }
 
 
+def trained_on(questions: ExactMatch, source: ConversationSource) -> int:
+    """The number of questions that training asks of the same image files with the same answer."""
+
+    def row(question: str, answer: str, images: Iterable[Path | None]) -> tuple[str, ...]:
+        return (_bare(question), answer.strip(), *map(str, images))
+
+    wanted = [
+        row(question.text, answer, map(questions.image_path, question.images))
+        for question, answer in zip(questions.questions, questions.records, strict=True)
+    ]
+    if source.image_path is None:
+        return 0
+    found: set[tuple[str, ...]] = set()
+    for conversation in source:
+        turns = iter(conversation.messages)
+        images = [source.image_path(key) for key in conversation.images]
+        found |= {row(ask.text, say.text, images) for ask, say in zip(turns, turns, strict=True)}
+    return sum(each in found for each in wanted)
+
+
 def _bare(question: str) -> str:
     return question.replace(IMAGE_PLACEHOLDER, "").strip()
 

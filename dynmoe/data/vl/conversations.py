@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +17,8 @@ from dynmoe.questions.values import is_text, other_spellings, picture_keys, show
 
 if TYPE_CHECKING:
     import PIL.Image
+
+log = logging.getLogger(__name__)
 
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the place of the conversation's next image in a user's text; plain text in an answer."""
@@ -189,3 +192,17 @@ def unread_pictures(entry: Mapping[str, Any]) -> list[str]:
 def _names(key: str) -> bool:
     """Whether a key beside `image` is another spelling of it; image_size is about it."""
     return bool(other_spellings([key], IMAGE_KEYS))
+
+
+def has_empty_image(entry: Mapping[str, Any]) -> bool:
+    """Whether an image of the entry is "", which is read as none."""
+    return any(isinstance(each := entry.get(key), str) and not each for key in IMAGE_KEYS)
+
+
+def warn_of_empty_images(where: str, empty: int, with_images: int) -> None:
+    """Warn of `empty` images in a file of which other rows have images."""
+    if empty and with_images:
+        log.warning(
+            "%s: %d rows have an empty image and are read as text alone; %d have images",
+            *(where, empty, with_images),
+        )

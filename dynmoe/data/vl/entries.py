@@ -8,13 +8,15 @@ import json
 import logging
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from dynmoe.data.vl.conversations import text_digest
 from dynmoe.errors import DataError
 from dynmoe.questions.files import json_lines, reading
+from dynmoe.questions.values import NotingKeys, plain_text, refuse_repeated, shown, unique_keys
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +48,16 @@ def _array(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     if file.read(len(BOM_UTF8)) != BOM_UTF8:
         file.seek(0)
     number = 0
+    # NOTE: an exception in a map of ijson 3.6's C parser becomes a SystemError: it is raised here.
+    repeated: list[str] = []
+    made = partial(NotingKeys, repeated)
     try:
-        for entry in ijson.items(file, "item", use_float=True):
+        for entry in ijson.items(file, "item", use_float=True, map_type=made):
+            refuse_repeated(repeated)
             yield f"{path}, entry {number}", entry
             number += 1
+    except DataError as error:
+        raise DataError(f"{path}, entry {number}: {error}") from None
     except (ijson.JSONError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]  # the others show the place in the parser's buffer
         wrong = f"not JSON, or cut off: {reason}."
@@ -87,6 +95,11 @@ def csv_entries(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
             twice = [name for name, count in Counter(header).items() if count > 1]
             if twice:
                 raise DataError(f"{path}: several columns are called {', '.join(twice)!r}.")
+            if len(header) == 1 and set(",;\t") & set(header[0]):
+                raise DataError(
+                    f"{path}: expected columns separated by {delimiter!r}, as its suffix says, "
+                    f"found one, {header[0]!r}. The separator of .csv is a comma, of .tsv a tab."
+                )
             before = rows.line_num
             for row in rows:
                 first, before = before + 1, rows.line_num
@@ -118,6 +131,45 @@ def _with_answers(entry: dict[str, Any], where: str) -> dict[str, Any]:
     if not entry.get("answers"):
         return {key: cell for key, cell in entry.items() if key != "answers"}
     try:
-        return {**entry, "answers": json.loads(entry["answers"])}
+        answers = json.loads(entry["answers"], object_pairs_hook=unique_keys)
+        return {**entry, "answers": answers}
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {error}. Expected CSV whose answers are JSON lists.") from None
+
+
+def answer_of(entry: Mapping[str, Any], where: str) -> str:
+    """The answer of a row: its `answer`, or the most frequent of its `answers`.
+
+    Raises:
+        DataError: there is none, one is no text, or the two disagree.
+    """
+    answers = entry.get("answers")
+    if answers is None or answers == []:
+        answers = [entry.get("answer")]
+    elif isinstance(answers, list):
+        answers = [each.get("answer") if isinstance(each, dict) else each for each in answers]
+    texts = list(map(plain_text, answers)) if isinstance(answers, list) else []
+    given = [text.strip() for text in texts if text is not None and text.strip()]
+    if not given or len(given) < len(texts):
+        raise DataError(
+            f"{where}: expected an answer, or a list answers, each text, a number, true or false; "
+            f"found {seen(entry)}."
+        )
+    counts = Counter(given)
+    best = counts.most_common(1)[0][0]
+    one = plain_text(entry.get("answer"))
+    if one is None or not one.strip():
+        return best
+    if counts[one.strip()] < counts[best]:
+        raise DataError(
+            f"{where}: answer {shown(one)} is not the most frequent of answers, {shown(best)}. "
+            "Keep one of the two columns."
+        )
+    return one.strip()
+
+
+def seen(entry: Mapping[str, Any]) -> str:
+    """The keys and values of a row, for a message."""
+    return ", ".join(f"{key}={shown(value)}" for key, value in entry.items()) or "nothing"

@@ -31,7 +31,7 @@ from dynmoe.data.vl.batches import (
     collate_questions,
 )
 from dynmoe.data.vl.chat import tokenizer_of
-from dynmoe.data.vl.content import Content
+from dynmoe.data.vl.content import Content, trained_on
 from dynmoe.data.vl.conversations import Conversation, ConversationSource
 from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import ConfigError, DataError
@@ -131,6 +131,18 @@ class VisionLanguageData(TaskData):
                     )
         if stage != "validate" and self._has_conversations:
             _ = self.store  # tokenized now
+            self._warn_of_questions_trained_on()
+
+    def _warn_of_questions_trained_on(self) -> None:
+        """Only the data's own reported set is looked at: others have images in other folders."""
+        for name in [*self._content.sets][:1]:
+            questions = self.sets[name]
+            if isinstance(questions, ExactMatch) and (count := trained_on(questions, self._source)):
+                log.warning(
+                    "data %s: %s: %d of %d questions are in the training data too, with the same "
+                    "image and answer",
+                    *(self.name, name, count, len(questions.questions)),
+                )
 
     def setup_questions(self, folders: Mapping[str, str]) -> None:
         """Read questions alone, to answer them: `setup` without training.

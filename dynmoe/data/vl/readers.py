@@ -21,11 +21,13 @@ from dynmoe.data.vl.conversations import (
     Message,
     SourceKind,
     check_conversation,
+    has_empty_image,
     image_keys,
     questions_answered,
     text_digest,
+    warn_of_empty_images,
 )
-from dynmoe.data.vl.entries import csv_entries, file_digest, json_entries
+from dynmoe.data.vl.entries import answer_of, csv_entries, file_digest, json_entries, seen
 from dynmoe.data.vl.turns import read_turns
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
@@ -86,8 +88,8 @@ def _llava_conversations(
     skip_invalid: bool,
     left_out: Counter[str] | None = None,
 ) -> Iterator[Conversation]:
-    left_out = Counter() if left_out is None else left_out
-    total = 0
+    is_first, left_out = left_out is not None, Counter() if left_out is None else left_out
+    total = empty = with_images = 0
     for file in files:
         for index, entry in enumerate(json_entries(file)):
             total += 1
@@ -100,9 +102,13 @@ def _llava_conversations(
                 _count_broken(left_out, error)
                 continue
             if conversation is not None:
+                empty += has_empty_image(entry)
+                with_images += bool(conversation.images)
                 yield conversation
     if not total:
         raise DataError(f"{', '.join(map(str, files))}: no conversations in it.")
+    if is_first:
+        warn_of_empty_images(", ".join(map(str, files)), empty, with_images)
 
 
 def _check_images(folder: ImageFolder, keys: Iterable[str], where: str, skip_invalid: bool) -> None:
@@ -288,18 +294,20 @@ def read_rows(
     """The rows of a table of questions: JSON, JSON lines, CSV or TSV, read as a stream.
 
     Columns: `question`; `answer`, or a list `answers` of several people, of which the most frequent
-    counts (the first of equally frequent ones); optional `image` or `images` (a path below the
-    image folder, or a list of paths), `id` or `question_id`, and `kind`. Answers are texts,
-    numbers or booleans, in `answers` also objects with such an `answer`, as VQAv2 has them. In CSV
+    counts (of equally frequent ones the `answer` beside them, else the first); optional `image` or
+    `images` (a path below the image folder, or a list of paths), `id` or `question_id`, and `kind`.
+    Answers are texts, numbers or booleans, in `answers` also objects with such an `answer`, as
+    VQAv2 has them. In CSV
     and TSV `answers` is a JSON list, and an `image` one path. With `skip_invalid` broken rows are
     left out, which `left_out` counts.
 
     Raises:
         DataError: names the first broken row, and what is wrong with it; or there are no rows.
     """
-    left_out = Counter() if left_out is None else left_out
+    is_first, left_out = left_out is not None, Counter() if left_out is None else left_out
     delimiter = DELIMITERS.get(file.suffix.lower())
     entries = json_entries(file) if delimiter is None else csv_entries(file, delimiter)
+    empty = with_images = 0
     index = -1
     for index, entry in enumerate(entries):
         try:
@@ -309,15 +317,19 @@ def read_rows(
                 raise
             _count_broken(left_out, error)
             continue
+        empty += has_empty_image(entry)
+        with_images += bool(row.images)
         yield row
     if index < 0:
         raise DataError(f"{file}: expected rows with question and answer, found none.")
+    if is_first:
+        warn_of_empty_images(str(file), empty, with_images)
 
 
 def _row(entry: Mapping[str, Any], index: int, where: str) -> TableRow:
     question = entry.get("question")
     if not is_text(question) or not question.strip():
-        raise DataError(f"{where}: expected a question, found {_seen(entry)}.")
+        raise DataError(f"{where}: expected a question, found {seen(entry)}.")
     if IMAGE_PLACEHOLDER in question:
         raise DataError(
             f"{where}: {IMAGE_PLACEHOLDER} in the question. Take it out: images stand before it."
@@ -333,30 +345,10 @@ def _row(entry: Mapping[str, Any], index: int, where: str) -> TableRow:
     return TableRow(
         id=_id(entry, index, where, ("id", "question_id")),
         question=question,
-        answer=_answer(entry, where),
+        answer=answer_of(entry, where),
         images=image_keys(entry, where),
         kind=kind,
     )
-
-
-def _answer(entry: Mapping[str, Any], where: str) -> str:
-    answers = entry.get("answers")
-    if answers is None or answers == []:
-        answers = [entry.get("answer")]
-    elif isinstance(answers, list):
-        answers = [each.get("answer") if isinstance(each, dict) else each for each in answers]
-    texts = list(map(plain_text, answers)) if isinstance(answers, list) else []
-    given = [text.strip() for text in texts if text is not None and text.strip()]
-    if not given or len(given) < len(texts):
-        raise DataError(
-            f"{where}: expected an answer, or a list answers, each text, a number, true or false; "
-            f"found {_seen(entry)}."
-        )
-    return Counter(given).most_common(1)[0][0]
-
-
-def _seen(entry: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={shown(value)}" for key, value in entry.items()) or "nothing"
 
 
 def science_qa(

@@ -302,13 +302,30 @@ def test_refusals(tree: Path, changes: dict[str, Any], message: str) -> None:
     assert message in problems(pets(tree, **changes))[1]
 
 
+@pytest.mark.parametrize(
+    ("test_envs", "says"),
+    [([1], '"1"'), ([10], '"10"'), ([0, 1], '"1"'), (["10"], 1), ([0], 0), ([2], 2)],
+)
+def test_a_number_that_names_another_environment_is_ambiguous(
+    tree: Path, test_envs: list[int | str], says: str | int
+) -> None:
+    for name, number in zip(("art", "photo", "sketch"), ("1", "2", "10"), strict=True):
+        (tree / name).rename(tree / number)
+    data = pets(tree, test_envs=test_envs)
+    if isinstance(says, int):
+        data.setup()
+        assert data.test_envs == [says]
+    else:
+        assert f"Quote names: 'data.test_envs=[{says}]'" in problems(data)[1]
+
+
 def test_one_environment_and_one_class_are_not_enough(tree: Path) -> None:
     for folder in ("art", "photo", "sketch/dog"):
         shutil.rmtree(tree / folder)
     assert problems(pets(tree)) == [
         "data Test: 2 problem(s)",
         "  two or more environments are needed: one to test on, others to train on; "
-        "found 1: sketch",
+        "found 1: sketch. The layout is environment/class/image",
         "  two or more classes are needed; found 1: cat",
     ]
 
@@ -432,3 +449,25 @@ def test_a_killed_run_continues_exactly(tree: Path, tmp_path: Path, after: int, 
     resumed = fit(tree, resume=checkpoint)
     assert resumed.trained == [entry for entry in whole.trained if entry[0] > after]
     assert resumed.evaluated == [entry for entry in whole.evaluated if entry[0] > after]
+
+
+def test_copies_of_files_are_counted_where_every_image_is_read(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(tree / "art/cat/0.png", tree / "photo/cat/copy.png")
+    shutil.copy(tree / "art/cat/1.png", tree / "art/dog/copy.png")
+    pets(tree).setup()
+    assert "byte for byte" not in caplog.text
+    pets(tree, verify="decode").setup()
+    assert "2 image files are byte for byte the same as one in another of the environments" in (
+        caplog.text
+    )
+    assert "another of the classes, e.g. art/cat, art/dog" in caplog.text
+
+
+def test_images_of_12_bits_in_16_are_counted(tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, most in (("dim", 4095), ("full", 60000), ("black", 0)):
+        pixels = np.linspace(0, most, 64).astype(np.uint16).reshape(8, 8)
+        Image.fromarray(pixels).save(tree / "art" / "cat" / f"{name}.png")
+    pets(tree, verify="decode").setup()
+    assert "1 images have 16 bits and no value above 4095" in caplog.text

@@ -127,8 +127,25 @@ def test_an_environment_without_images_in_class_folders(tree: Path) -> None:
         image_folders(str(tree))
     assert str(error.value) == (
         f"data.root: no images in class folders below {tree}/empty, {tree}/loose. "
+        "Found 1 images outside of class folders; images are .jpg, .jpeg, .png, .ppm, .bmp, .pgm, "
+        ".tif, .tiff, .webp. "
         f"Expected {tree}/environment/class/image; what is no environment does not belong there."
     )
+
+
+def test_a_folder_of_other_suffixes_names_them(tree: Path) -> None:
+    for file in (tree / "art").rglob("*.png"):
+        file.rename(file.with_suffix(".GIF"))
+    with pytest.raises(DataError, match=r"20 files with suffix \.gif; images are \.jpg"):
+        image_folders(str(tree))
+
+
+@pytest.mark.parametrize("name", ["train", "Val", "validation", "test"])
+def test_folders_called_like_splits_are_refused_until_they_are_named(tree: Path, name: str) -> None:
+    (tree / "photo").rename(tree / name)
+    with pytest.raises(DataError, match=rf"{name} in .*environment/class/image.*environments=\["):
+        image_folders(str(tree))
+    assert len(image_folders(str(tree), environments=["art", name, "sketch"])) == 3
 
 
 def test_an_empty_root(tmp_path: Path) -> None:

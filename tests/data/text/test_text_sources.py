@@ -195,6 +195,20 @@ def test_mrpc_from_the_original_corpus(tmp_path: Path) -> None:
         read_sets(TASKS["mrpc"], "tsv", str(tmp_path))
 
 
+def test_empty_texts_are_left_out_with_a_count_but_of_test_sets(tmp_path: Path) -> None:
+    write_rte(tmp_path)
+    for name, rows in {
+        "train": "2\t \tb\tentailment\n3\ta\tb\t entailment \n",
+        "test": "1\t\th\n",
+    }.items():
+        with (tmp_path / f"{name}.tsv").open("a") as file:
+            file.write(rows)
+    sets = read_sets(TASKS["rte"], "tsv", str(tmp_path)).sets
+    assert sets["train"].left_out == {"rows with an empty text": 1}
+    assert sets["train"].index.tolist() == [0, 1, 3]
+    assert len(sets["test"]) == 2
+
+
 def test_dropped_rows_are_counted(tmp_path: Path) -> None:
     write_rte(tmp_path)
     with (tmp_path / "train.tsv").open("a") as file:
@@ -243,11 +257,11 @@ def test_parquet_of_pandas_with_a_missing_label(
     """Its labels are floats, its missing ones NaN; files may be called in capitals, below ~."""
     for name in ("TRAIN", "Validation-0"):
         labels = pyarrow.array([1.0, float("nan"), 0.0])
-        table = pyarrow.table({"sentence": ["a", "b", ""], "label": labels})
+        table = pyarrow.table({"sentence": ["a", "b", "c"], "label": labels})
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.PARQUET")
     monkeypatch.setenv("HOME", str(tmp_path))
     dev = read_sets(TASKS["sst2"], "parquet", "~").sets["dev"]
-    assert (dev.first, dev.label.tolist(), dev.index.tolist()) == (["a", ""], [1, 0], [0, 2])
+    assert (dev.first, dev.label.tolist(), dev.index.tolist()) == (["a", "c"], [1, 0], [0, 2])
     assert dev.left_out == {"rows with missing fields": 1}
 
 

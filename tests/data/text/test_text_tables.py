@@ -60,6 +60,9 @@ def test_jsonl(tmp_path: Path) -> None:
     [
         ("a.tsv", "", "no column text. Found an empty file."),
         ("a.tsv", "id\tlabel\n", "no column text. Found id, label."),
+        ("a.tsv", "text\ttext\tlabel\nx\ty\t1\n", "several columns are called text."),
+        ("a.jsonl", '{"text": "x", "text": "y"}\n', "an object has the key 'text' twice"),
+        ("a.tsv", "text,label\nx,1\n", "expected columns separated by tabs, found commas"),
         ("a.tsv", b"text\ncaf\xe9\n", "not UTF-8 (byte 0xe9"),
         ("a.tsv.gz", b"text\n", "damaged gzip file"),
         ("a.tsv.gz", gzip.compress(b"text\n" * 100, mtime=0)[:-12], "damaged gzip file"),

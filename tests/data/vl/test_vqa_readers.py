@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dynmoe.data.vl import readers
-from dynmoe.data.vl.content import baselines
+from dynmoe.data.vl.content import baselines, trained_on
 from dynmoe.data.vl.conversations import Conversation, questions_answered
 from dynmoe.data.vl.readers import (
     caption_of,
@@ -394,3 +394,62 @@ def test_some_questions_evenly_spread() -> None:
     some = whole.spread(3)
     assert [question.id for question in some.questions] == ["0", "2", "4"]
     assert some.records == ["a", "c", "e"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "vqa.json",
+            '[{"question": "q", "answer": "a"}, {"question": "q", "answer": 1, "answer": 2}]',
+        ),
+        ("vqa.jsonl", '{"question": "q", "answer": 1, "answer": 2}'),
+        ("vqa.jsonl", '{"question": "q", "answers": [{"answer": 1, "answer": 2}]}'),
+        ("vqa.json", '[{"question": "q", "answers": [{"answer": 1, "answer": 2}]}]'),
+    ],
+)
+def test_a_repeated_key_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match="the key 'answer' twice"):
+        list(read_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize(("name", "other"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", ",")])
+def test_a_table_with_other_separators_than_its_suffix_says(
+    tmp_path: Path, name: str, other: str
+) -> None:
+    (tmp_path / name).write_text(f"question{other}answer\nwhat?{other}red\n")
+    with pytest.raises(DataError, match=r"The separator of .csv is a comma, of .tsv a tab"):
+        list(read_rows(tmp_path / name))
+
+
+def test_answer_and_answers_agree_or_are_refused(tmp_path: Path) -> None:
+    both = {"question": "q", "answers": ["red", "blue"], "answer": "blue"}
+    file = table(tmp_path, "a.jsonl", [both, both | {"answers": [], "answer": "x"}])
+    assert [row.answer for row in read_rows(Path(file))] == ["blue", "x"]
+    file = table(tmp_path, "a.jsonl", [both | {"answers": ["red", "red", "blue"]}])
+    with pytest.raises(DataError, match=r"row 0: answer 'blue' is not the most frequent"):
+        list(read_rows(Path(file)))
+
+
+def test_empty_images_beside_others_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = images(tmp_path / "images", "x.png")
+    rows = [{"question": "q", "answer": "a", "image": name} for name in ("x.png", "", "")]
+    list(vqa_table("pets", table(tmp_path, "a.jsonl", rows), folder))
+    assert caplog.text.count("2 rows have an empty image") == 1
+    caplog.clear()
+    vqa_table("pets", table(tmp_path, "a.jsonl", rows[1:]), folder)
+    assert not caplog.text
+
+
+def test_questions_that_training_asks_too_are_counted(tmp_path: Path) -> None:
+    folder = images(tmp_path / "images", "x.png", "y.png")
+    row = {"question": "what?", "image": "x.png", "answer": "cat"}
+    rows = [row, row | {"answer": "dog"}, row | {"image": "y.png"}, row | {"question": "who?"}]
+    questions = vqa_questions("pets", table(tmp_path, "test.jsonl", rows), folder, SUFFIX)
+    training = table(tmp_path, "train.csv", [row])
+    assert trained_on(questions, vqa_table("pets", training, folder, SUFFIX)) == 1
+    other = images(tmp_path / "others", "x.png")
+    assert trained_on(questions, vqa_table("pets", training, other, SUFFIX)) == 0
