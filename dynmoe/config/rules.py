@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 from omegaconf import DictConfig
 
+from dynmoe.adaptation.decision import Schedule, Unit
 from dynmoe.config import machine, models
 from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read, written
@@ -130,6 +132,19 @@ def adaptation_there(cfg: DictConfig) -> Iterator[str]:
     if adaptation is not None and "_target_" not in adaptation:
         name = read(cfg, "moe.name", str)
         yield f"schedule: moe={name} does not adapt its experts. Leave it out, or choose moe=dynmoe"
+    elif adaptation is not None:
+        start, length, period = (
+            read(cfg, f"moe.adaptation.{key}", float) for key in ("start", "length", "period")
+        )
+        unit = adaptation.get("unit", "step")
+        if start is None or length is None or period is None or unit not in get_args(Unit):
+            return
+        if start < 0 or min(length, period) <= 0:  # ranges.py says so
+            return
+        try:
+            Schedule(start, length, period, unit)
+        except ValueError as error:
+            yield f"moe.adaptation: {error}"
 
 
 # The protocol, and the rule that selects a step.

@@ -57,6 +57,11 @@ TABLE = {
     f"{VL} task.scheduler.warmup=1.5": ("task.scheduler.warmup: expected a share from 0 to 1",),
     f"{VL} backbone.vision.layer=0": ("backbone.vision.layer: expected -1 or less",),
     f"{VL} plan.utilisation=0": ("plan.utilisation: expected a share above 0",),
+    # windows of the adaptation
+    f"{IMAGES} moe.adaptation.length=2.5 moe.adaptation.period=5": (
+        "moe.adaptation: expected whole steps",
+    ),
+    f"{IMAGES} moe.adaptation.period=5": ("moe.adaptation: expected start >= 0 and 0 < length",),
     # types below targets, elements of lists
     f"{TEXTS} task.scheduler.name=false": ("task.scheduler.name: expected a string",),
     f"{IMAGES} task.module.aux_weight={{a:1}}": ("task.module.aux_weight: expected a number",),
