@@ -34,7 +34,7 @@ from dynmoe.training.callbacks import RunRecorder
 from dynmoe.training.finite import FiniteLoss
 from dynmoe.training.instantiation import make
 from dynmoe.training.progress import RunLines, RunProgress
-from dynmoe.training.trained import checkpoint_of
+from dynmoe.training.trained import checkpoint_of, read_checkpoint
 from dynmoe.version import version as dynmoe_version
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
@@ -407,7 +407,7 @@ def load_backbone(backbone: nn.Module, start: Path) -> None:
         raise ConfigError(
             f"stage.start={start}: expected the folder of a finished run with checkpoints/last.ckpt"
         )
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = read_checkpoint(file, mmap=True)["state_dict"]
     prefix = "backbone."
     found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     whole = found
@@ -481,7 +481,7 @@ def load(
     Raises:
         ConfigError: its weights are of another size, e.g. since the data's vocabulary has changed.
     """
-    saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(checkpoint)
     state, tower = saved["state_dict"], f"backbone.{TOWER}"
     if keeps_tower := "vision" in cfg.backbone and not _has_tower(state, tower):
         cfg.backbone.vision.pretrained = True
