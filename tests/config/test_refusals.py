@@ -62,6 +62,15 @@ TABLE = {
         "moe.adaptation: expected whole steps",
     ),
     f"{IMAGES} moe.adaptation.period=5": ("moe.adaptation: expected start >= 0 and 0 < length",),
+    f"{IMAGES} seed=99999999999999999999": ("seed: expected from 0 to 4294967295",),
+    f"{IMAGES} runtime.progress_every=-1": ("runtime.progress_every: expected 0 or more",),
+    f"{VL} mode=plan plan.mean_k=99 stage=moe": ("plan.mean_k: expected at most moe.max_experts",),
+    # texts and questions of images
+    f"{VL} stage=moe backbone.template=foo": ("backbone.template: expected one of plain, simple",),
+    f"{VL} stage=moe data.question_sets={{gqq:/tmp}}": ("data.question_sets.gqq:", "'gqa'"),
+    f"{VL} stage=moe data.question_sets={{gqa:/none}}": ("gqa: no folder '/none'",),
+    f"{VL} stage=moe data.question_sets=[gqa]": ("'data.question_sets={gqa: /folder}'",),
+    f"{VL} stage=moe task.module.trains=[]": ("task.module.trains: expected some of vision",),
     # types below targets, elements of lists
     f"{TEXTS} task.scheduler.name=false": ("task.scheduler.name: expected a string",),
     f"{IMAGES} task.module.aux_weight={{a:1}}": ("task.module.aux_weight: expected a number",),
@@ -111,6 +120,7 @@ TABLE = {
     f"{IMAGES} hydra.verbose=???": ("hydra.verbose: expected a value",),
     f"{IMAGES} hydra/launcher=1": ("hydra/launcher: expected the name of an option",),
     # sweeps
+    f"{IMAGES} sweep=glue_small": ("sweep=glue_small is for task=glue, found task=vit_domainbed",),
     f"-m {IMAGES} seed=range(5,2)": ("seed=range(5,2): has no value",),
     f"-m {IMAGES} seed=range(0,5,0)": ("seed=range(0,5,0): has no value",),
     f"{IMAGES} sweep=optuna moe.num_experts=range(6,18,6)": (
