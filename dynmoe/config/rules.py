@@ -503,6 +503,7 @@ RULES: tuple[Rule, ...] = (
         scratch_is_trained,
         there_is_training_data,
         machine.folders,
+        machine.gpu_there,
     ),
     *(machine.libraries, machine.loggers, only_of_one_modality, protocol_fits, selection_fits),
     *(machine.run_folder, clipping_optimizer, own_callbacks),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dynmoe import process, runtime, selection
 from dynmoe.backbones import hub, weights
 from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.config.machine import NO_GPU
 from dynmoe.config.rules import UNFIT
 from dynmoe.config.runs import flat, start_folder
 from dynmoe.data.base import StepPlan, TaskData
@@ -94,7 +95,15 @@ def other_data(folder: RunFolder, data: TaskData) -> str | None:
 
 
 def settle_runtime(cfg: DictConfig) -> dict[str, Any]:
-    """Apply ``runtime`` for the device of ``trainer``. Returns the settings in effect."""
+    """Apply ``runtime`` for the device of ``trainer``. Returns the settings in effect.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    # NOTE: Lightning would say so only after the data are read.
+    no_mps = cfg.trainer.accelerator == "cuda" or not torch.backends.mps.is_available()
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available() and no_mps:
+        raise ConfigError(f"trainer.accelerator: {NO_GPU}")
     on_gpu = {"gpu": True, "cuda": True, "auto": torch.cuda.is_available()}
     device_type = "cuda" if on_gpu.get(cfg.trainer.accelerator) else str(cfg.trainer.accelerator)
     return runtime.apply(cfg.runtime, "cpu" if device_type == "auto" else device_type)

@@ -12,7 +12,7 @@ from yaml import YAMLError
 
 from dynmoe.config.arguments import joined
 from dynmoe.config.check import value_problems
-from dynmoe.config.machine import data_folder, folders
+from dynmoe.config.machine import data_folder, folders, gpu_there
 from dynmoe.config.options import modality
 from dynmoe.config.rules import text_run
 from dynmoe.config.targets import TargetError, signature
@@ -98,6 +98,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         *text_run(cfg),
         *folders(cfg),
         *data_folder(cfg),
+        *gpu_there(cfg),
     ]:
         raise ConfigError("\n".join(wrong))
     return mode, folder, checkpoint, cfg

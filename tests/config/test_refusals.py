@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from command_line import command
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from dynmoe.config import environments, models, ranges
+from dynmoe.config import environments, machine, models, ranges
 from dynmoe.config.arguments import joined
 from dynmoe.config.compose import preflight
 from dynmoe.data.images import digits
@@ -289,3 +289,17 @@ def test_every_pattern_is_one_of_a_number() -> None:
     assert ranges.outside("data.std.1", 0.0) == "expected more than 0, found 0.0"
     assert ranges.outside("data.std.1", 0.5) is None
     assert ranges.outside("any.key", True) is None
+
+
+def test_a_gpu_is_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(machine, "DEVICES", ())
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    asked = OmegaConf.create({"mode": "train", "trainer": {"accelerator": "gpu"}})
+    assert "trainer=cpu" in next(machine.gpu_there(asked))
+    cluster = {"hydra": {"launcher": {"_target_": "a.submitit_launcher.SlurmLauncher"}}}
+    others = ({"mode": "plan"}, cluster, {"trainer": {"accelerator": "auto"}})
+    for other in others:
+        assert not [*machine.gpu_there(OmegaConf.merge(asked, other))]
+    monkeypatch.setattr(machine, "DEVICES", ("null",))
+    assert not [*machine.gpu_there(asked)]
