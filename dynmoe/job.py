@@ -6,7 +6,6 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -217,23 +216,22 @@ def _step_of(checkpoint: Path) -> int:
     Raises:
         ConfigError: the file is damaged.
     """
-    import torch
+    from dynmoe.training.trained import read_checkpoint
 
     if not checkpoint.exists():
         return -1
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
+        state = read_checkpoint(checkpoint, mmap=True)
+    except ConfigError as error:
         selected = checkpoint.with_name("selected.ckpt")
         sooner = (
             f"To go on from an earlier evaluation: cp {selected} {checkpoint}. "
             if selected.exists()
             else ""
         )
-        raise ConfigError(
-            f"{checkpoint}: cannot be read ({error}). {sooner}overwrite=true starts the run again"
-        ) from error
-    return state["global_step"] - 1
+        raise ConfigError(f"{error}. {sooner}overwrite=true starts the run again") from error
+    step: int = state["global_step"]
+    return step - 1
 
 
 def _is_child() -> bool:

@@ -60,6 +60,8 @@ def parse(arguments: list[str]) -> dict[str, str]:
             known = ", ".join(f"{key}=" for key in KEYS)
             raise ConfigError(f"{argument}: unknown argument, expected {known}")
         given[key] = value
+    if "from" in given and "run" in given:
+        raise ConfigError("from= and run= are two directions: give one of them")
     if "to" not in given or ("from" in given) == ("run" in given):
         raise ConfigError("expected from=FOLDER to=FOLDER, or run=FOLDER to=FOLDER")
     for key, other in ONLY_WITH.items():

@@ -26,7 +26,7 @@ NO_OUT = "--out: expected with a report of sweeps, found with {}; leave it out"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exit 0, or 2 with a message that names what is wrong."""
     with process.command("dynmoe-report", "The same command begins again."):
-        args = _parser().parse_args(arguments)
+        args = _arguments(arguments)
         try:
             _write(args)
         except OSError as error:  # of --out, say: it names the folder
@@ -48,9 +48,20 @@ def _write(args: argparse.Namespace) -> None:
         _report(args.folders, args.out or args.folders[0] / "report")
 
 
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; argparse alone would ask for a folder before it names an option that there is not."""
+    parser = _parser()
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if not args.folders and args.domainbed is None:
+        parser.error("expected FOLDER, of a sweep or a run, or --domainbed FOLDER")
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dynmoe-report", description=DESCRIPTION)
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", default=[])
     what.add_argument(
         "--domainbed",
@@ -79,7 +90,8 @@ def _report(folders: Sequence[Path], out: Path) -> None:
     if collection.absent:
         console.print(Text("\n".join(["\nWithout a result:", *_absent(collection)])))
     page_file = out / "report.html"  # printed without wrapping, to be copied
-    print(f"\n{len(collection.runs)} runs reported:\n{page_file}")
+    number = len(collection.runs)
+    print(f"\n{number} run{'s' * (number != 1)} reported:\n{page_file}")
 
 
 def _warn(warnings: Sequence[str], console: Console) -> None:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, distributed, nn
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from dynmoe.adaptation.decision import Schedule, decide
+from dynmoe.adaptation.decision import Schedule, decide, one_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import MoELayer, NewExpert, Routed, RoutingStats, moe_layers
 
@@ -63,6 +63,8 @@ class Adaptation:
         ConfigError: no MoE layer, none whose experts may change, layers that share parameters or
             are sharded by FSDP2, an optimizer that does not hold them, or an average of another
             model.
+        ValueError: an argument that is none of its choices, more ``min_experts`` than a layer has
+            slots, or ``init="pretrained"`` of layers without ``keep_origin``.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Adaptation:
     ) -> None:
         if schedule.unit == "epoch":
             raise ConfigError("schedule: give it in steps, schedule.in_steps(steps_per_epoch)")
+        check_arguments(min_experts, init, reset_moments)
         self.schedule = schedule
         self.min_experts = min_experts
         self.init: NewExpert = init
@@ -87,6 +90,7 @@ class Adaptation:
         self.steps = 0
         self.root = model if root is None else root
         self.layers = adaptive_layers(model)
+        _check_layers(self.layers, min_experts, init)
         # The number of a layer among all of them seeds its new experts.
         self._numbers = {name: number for number, name in enumerate(moe_layers(model))}
         self._names = {layer: name for name, layer in self.layers.items()}
@@ -103,7 +107,7 @@ class Adaptation:
         self._hooks = [each.register_step_post_hook(self._saw_step) for each in self.optimizers]
         self._observe()
 
-    def step(self, loss: Tensor | None = None) -> list[Event]:
+    def step(self, loss: Tensor | float | None = None) -> list[Event]:
         """Count one optimizer step; after the last one of a window change the experts.
 
         Call it once after each ``optimizer.step()``, with gradient accumulation too. ``loss`` is
@@ -211,13 +215,15 @@ class Adaptation:
 
     # Windows. NOTE: sums stay on the device; the host waits for them once a window.
 
-    def _add_to_window(self, loss: Tensor | None) -> None:
+    def _add_to_window(self, loss: Tensor | float | None) -> None:
         found = {**self._recomputed, **self._pending}
         layers = self.layers.items()
         sums = self._flat({name: found.get(name) or _none(layer) for name, layer in layers})
         good = sums.isfinite().all() & self._stepped
-        if loss is not None:
+        if isinstance(loss, Tensor):
             good = good & loss.detach().isfinite().all().to(sums.device)
+        elif loss is not None:
+            good = good & math.isfinite(loss)
         sums = sums.where(good, 0)
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             sums = torch.cat([sums, (~good).to(sums.dtype)[None]])
@@ -386,6 +392,31 @@ def adaptive_layers(model: nn.Module) -> dict[str, MoELayer]:
                     "be rewritten. Use FullyShardedDataParallel, or leave MoE layers unsharded."
                 )
     return found
+
+
+def check_arguments(min_experts: int, init: NewExpert, reset_moments: bool) -> None:
+    """Refuse values that no layer could be adapted with.
+
+    Raises:
+        ValueError: naming the choices.
+    """
+    one_of("init", init, get_args(NewExpert))
+    one_of("reset_moments", reset_moments, (True, False))
+    if isinstance(min_experts, bool) or not isinstance(min_experts, int) or min_experts < 1:
+        raise ValueError(f"min_experts: expected an integer, 1 or more, found {min_experts!r}")
+
+
+def _check_layers(layers: Mapping[str, MoELayer], min_experts: int, init: NewExpert) -> None:
+    for name, layer in layers.items():
+        if min_experts > layer.max_experts:
+            raise ValueError(
+                f"min_experts: expected at most {layer.max_experts}, the slots of {name}, found "
+                f"{min_experts}"
+            )
+        if init == "pretrained" and layer.origin is None:
+            raise ValueError(
+                f"init: 'pretrained' needs layers made with keep_origin=True, {name} is not"
+            )
 
 
 def _as_list(optimizers: Any) -> list[Any]:

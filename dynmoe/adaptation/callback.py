@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from dynmoe.adaptation.adapt import Adaptation, Event, adaptive_layers
-from dynmoe.adaptation.decision import Schedule
+from dynmoe.adaptation.adapt import Adaptation, Event, adaptive_layers, check_arguments
+from dynmoe.adaptation.decision import Schedule, Unit
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import MoELayer, NewExpert, moe_layers
+
+log = logging.getLogger(__name__)
 
 
 class DynMoECallback(L.Callback):
@@ -29,14 +33,16 @@ class DynMoECallback(L.Callback):
 
     ``model`` names the attribute whose layers are adapted (``"net"``, ``"student.encoder"``); None
     finds them anywhere in the module. Events call a layer by its name in that attribute, or in the
-    only one that has MoE layers. Experts change after the optimizer step, never between a forward
-    and its backward; windows count optimizer steps, so gradient accumulation does not move them;
-    all ranks make the same change (``Adaptation``, which has the other arguments). Averages of
-    weights that Lightning's callbacks keep follow the experts. The state is in the checkpoint.
+    only one that has MoE layers. Two callbacks in one Trainer need two such names, or Lightning
+    refuses "more than one stateful callback". Experts change after the optimizer step, never
+    between a forward and its backward; windows count optimizer steps, so gradient accumulation does
+    not move them; all ranks make the same change (``Adaptation``, which has the other arguments).
+    Averages of weights that Lightning's callbacks keep follow the experts. The state is in the
+    checkpoint.
 
     Raises:
-        ConfigError: a window that cannot be; at the start of ``fit`` a model that cannot be adapted
-            (``Adaptation``).
+        ConfigError: a window that cannot be, an argument that is none of its choices; at the start
+            of ``fit`` a model that cannot be adapted (``Adaptation``).
     """
 
     def __init__(
@@ -44,7 +50,7 @@ class DynMoECallback(L.Callback):
         start: float,
         length: float,
         period: float,
-        unit: Literal["step", "epoch"] = "step",
+        unit: Unit = "step",
         min_experts: int = 1,
         init: NewExpert = "copy_most_used",
         reset_moments: bool = True,
@@ -53,6 +59,7 @@ class DynMoECallback(L.Callback):
     ) -> None:
         try:
             self.schedule = Schedule(start, length, period, unit)
+            check_arguments(min_experts, init, reset_moments)
         except ValueError as error:
             raise ConfigError(f"moe.adaptation: {error}") from error
         self.min_experts = min_experts
@@ -85,6 +92,8 @@ class DynMoECallback(L.Callback):
             averages=[self._part(average) for average in _averages(trainer)],
             root=trainer.model,
         )
+        if trainer.is_global_zero and (reason := schedule.never_updates(_steps(trainer))):
+            log.warning(reason)
         if self._restored:  # empty in a checkpoint from before training
             self._adaptation.load_state_dict(self._restored)
             self._restored = None
@@ -160,6 +169,14 @@ def _averages(trainer: L.Trainer) -> list[nn.Module]:
         if average is not None:
             found.append(average)
     return found
+
+
+def _steps(trainer: L.Trainer) -> float:
+    """Return the optimizer steps of the whole training; infinite where Lightning cannot tell."""
+    try:
+        return trainer.estimated_stepping_batches
+    except MisconfigurationException:  # accumulation that changes between epochs
+        return math.inf
 
 
 def _steps_per_epoch(trainer: L.Trainer) -> int:

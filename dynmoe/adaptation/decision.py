@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+
+Unit = Literal["step", "epoch"]
 
 
 @dataclass(frozen=True)
@@ -16,20 +19,41 @@ class Schedule:
     paper's language runs record from 1/3 to 2/3 of every epoch (start 1/3, length 1/3, period 1).
 
     Raises:
-        ValueError: a window that is empty, or longer than the period.
+        ValueError: a window that is empty, longer than the period, or of a part of a step; another
+            unit.
     """
 
     start: float
     length: float
     period: float
-    unit: Literal["step", "epoch"] = "step"
+    unit: Unit = "step"
 
     def __post_init__(self) -> None:
-        if not (self.start >= 0 and 0 < self.length <= self.period):
+        one_of("unit", self.unit, get_args(Unit))
+        found = f"found start={self.start}, length={self.length}, period={self.period}"
+        numbers = (self.start, self.length, self.period)
+        if not (self.start >= 0 and 0 < self.length <= self.period < math.inf):
+            raise ValueError(f"expected start >= 0 and 0 < length <= period, {found}")
+        # NOTE: a window of 2.5 steps would have no last step, and no update would ever follow it.
+        if self.unit == "step" and any(number % 1 for number in numbers):
             raise ValueError(
-                f"expected start >= 0 and 0 < length <= period, found start={self.start}, "
-                f"length={self.length}, period={self.period}"
+                f"expected whole steps, {found}. Parts of an epoch are given with unit='epoch'"
             )
+
+    @property
+    def first_update(self) -> float:
+        """Optimizer steps that are done when experts first change; epochs with that unit."""
+        return self.start + self.length
+
+    def never_updates(self, steps: float) -> str | None:
+        """Say why a schedule in steps changes no expert in a training of ``steps`` steps."""
+        if self.first_update <= steps:
+            return None
+        return (
+            f"The experts never change: the first update is after {self.first_update:.0f} "
+            f"optimizer steps (start {self.start:.0f}, length {self.length:.0f}), the training "
+            f"has {steps:.0f}. Give a smaller start or length, or train longer"
+        )
 
     def in_steps(self, steps_per_epoch: int) -> Schedule:
         """Return the same schedule in whole optimizer steps, at least one step long.
@@ -53,6 +77,17 @@ class Schedule:
     def updates_after(self, step: int) -> bool:
         """Tell whether ``step`` is the last one of a window."""
         return step >= self.start and (step - self.start) % self.period == self.length - 1
+
+
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuse an argument that is none of ``choices``.
+
+    Raises:
+        ValueError: naming them.
+    """
+    # NOTE: 1 == True, and an unhashable value is no choice either.
+    if not any(type(value) is type(each) and value == each for each in choices):
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, found {value!r}")
 
 
 class Decision(NamedTuple):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from dynmoe.adaptation.adapt import Adaptation, Event
-from dynmoe.adaptation.decision import Schedule
+from dynmoe.adaptation.adapt import Adaptation, Event, check_arguments
+from dynmoe.adaptation.decision import Schedule, Unit
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import NewExpert, Routed, aux_loss, mask_padding, record_routing
+
+log = logging.getLogger(__name__)
 
 
 class DynMoETrainerCallback(TrainerCallback, ExportableState):
@@ -32,8 +35,9 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
     ``trainer_state.json``: a resumed training goes on in the middle of a window.
 
     Raises:
-        ConfigError: a window that cannot be; at the start of training a model that cannot be
-            adapted (``Adaptation``); in its first step an output without a loss.
+        ConfigError: a window that cannot be, an argument that is none of its choices; at the start
+            of training a model that cannot be adapted (``Adaptation``); in its first step an output
+            without a loss.
     """
 
     def __init__(
@@ -41,7 +45,7 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
         start: float,
         length: float,
         period: float,
-        unit: Literal["step", "epoch"] = "step",
+        unit: Unit = "step",
         min_experts: int = 1,
         init: NewExpert = "copy_most_used",
         reset_moments: bool = True,
@@ -50,6 +54,7 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
     ) -> None:
         try:
             self.schedule = Schedule(start, length, period, unit)
+            check_arguments(min_experts, init, reset_moments)
         except ValueError as error:
             raise ConfigError(f"DynMoETrainerCallback: {error}") from error
         self.min_experts = min_experts
@@ -96,6 +101,8 @@ class DynMoETrainerCallback(TrainerCallback, ExportableState):
             self.reset_moments,
             self.on_event,
         )
+        if state.is_world_process_zero and (reason := schedule.never_updates(state.max_steps)):
+            log.warning(reason)
         if state.global_step:
             known: Any = state.stateful_callbacks or {}
             self._restore(known.get(type(self).__name__), state.global_step)

@@ -69,6 +69,9 @@ ELSEWHERE = {
     "data.accumulate": " Did you mean 'trainer.accumulate_grad_batches'?",
 }
 
+# How a value is written that is easily written otherwise.
+WRITTEN = {"data.question_sets": "'data.question_sets={gqa: /folder}', with the quotes"}
+
 # Meaning of the values that have no default.
 MEANING = {
     "data.root": "the folder of the data set, e.g. data.root=/data/PACS",
@@ -188,7 +191,7 @@ def _value_problems(key: str, value: Any, parameter: Parameter | None) -> list[s
         types = parameter.annotation, parameter.module
         wrong = [] if is_object and takes_objects(*types) else mismatches(key, value, *types)
     if wrong:
-        return wrong
+        return [f"{text}. Write {WRITTEN[key]}" for text in wrong] if key in WRITTEN else wrong
     return [
         f"{place}: {text}" for place, each in _leaves(key, value) if (text := outside(place, each))
     ]

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dynmoe.config import options, runs
-from dynmoe.config.check import ELSEWHERE, MEANING, problems
+from dynmoe.config.check import ELSEWHERE, MEANING, WRITTEN, problems
 from dynmoe.config.options import read
 from dynmoe.config.searches import draws, empty_range, hint, search_problems
 from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_problems
@@ -138,7 +138,8 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
     if wrong:
         return [f"sweep={name}: {text}" if name else text for text in wrong]
     if ours:
-        return _grid_problems(composer, node, overrides)
+        found = _grid_problems(composer, node, overrides)
+        return (found and _for_another_task(composer, overrides)) or found
     if OmegaConf.select(cfg, "mode") == "plan":
         return ["mode: a search draws its jobs one after another and cannot list them first"]
     given = [f"{key!s}={value}" for values in _swept(node) for key, value in values.items()]
@@ -170,6 +171,24 @@ def _grid_problems(
         for override in overrides
         if override.is_sweep_override() and not override.is_discrete_sweep()
     ]
+
+
+def _for_another_task(composer: Composer, overrides: Sequence[Override]) -> list[str]:
+    """Say for which task a sweep is that has problems with the chosen one, whatever else is set."""
+    sweep, task = _choice(overrides, "sweep"), _choice(overrides, "task")
+    if not (isinstance(sweep, str) and isinstance(task, str)):
+        return []
+
+    def fits(name: str) -> bool:
+        alone, _ = parse([f"sweep={sweep}", f"task={name}"])
+        node = composer.compose(alone).cfg.hydra.sweeper
+        return not _grid_problems(composer, node, alone)
+
+    if fits(task):
+        return []
+    fitting = [name for name in options.options("task", composer.search) if fits(name)]
+    meant = " or ".join(f"task={name}" for name in fitting)
+    return [f"sweep={sweep} is for {meant}, found task={task}"] if fitting else []
 
 
 def _draws_problems(composer: Composer, overrides: Sequence[Override]) -> list[str]:
@@ -313,6 +332,10 @@ class Composition:
                 self.found.append(f"+{key}: the key is there already. Leave out the +")
             if not (there or override.is_add() or override.is_force_add()):
                 self.added.append(override)
+            if isinstance(value, list) and there and isinstance(parent._get_node(name), DictConfig):
+                example = WRITTEN.get(key, f"'{key}={{NAME: VALUE}}', with the quotes")
+                self.found.append(f"{key}: expected a mapping, found a list. Write {example}")
+                return
             try:
                 OmegaConf.update(self.cfg, key, value, merge=True, force_add=True)
             except (OmegaConfBaseException, IndexError, ValueError) as error:  # a list's index

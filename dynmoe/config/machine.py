@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import netrc
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -35,6 +37,24 @@ def folders(cfg: DictConfig) -> Iterator[str]:
                 f"{key}: expected a folder with a config.json, found none in '{path}'. "
                 f"Give its place: {key}=FOLDER"
             )
+
+
+NO_GPU = "this machine has no GPU that PyTorch can use. Choose trainer=cpu"
+
+# Files of Linux drivers: of NVIDIA, of AMD, of both within Windows.
+DEVICES = ("nvidia*", "kfd", "dxg")
+
+
+def gpu_there(cfg: DictConfig) -> Iterator[str]:
+    """Without a driver there is no need to ask PyTorch, which takes seconds to load."""
+    if read(cfg, "trainer.accelerator", str) not in ("gpu", "cuda"):
+        return
+    launcher = read(cfg, "hydra.launcher._target_", str) or ""
+    elsewhere = any(name in launcher.lower() for name in ("submitit", "ray"))
+    if sys.platform != "linux" or read(cfg, "mode", str) != "train" or elsewhere:
+        return
+    if not (any(any(Path("/dev").glob(name)) for name in DEVICES) or shutil.which("nvidia-smi")):
+        yield f"trainer.accelerator: {NO_GPU}"
 
 
 def data_folder(cfg: DictConfig) -> Iterator[str]:

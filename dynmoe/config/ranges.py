@@ -50,7 +50,7 @@ RANGES: dict[Range, str] = {
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
-        "data.cache_gb data.examples data.workers trainer.gradient_clip_val "
+        "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
     ),
     POSITIVE: (
@@ -93,10 +93,9 @@ def outside(key: str, value: object) -> str | None:
     """`"expected 1 or more, found 0"`; None for a value inside of its range, or no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    if not math.isfinite(value) if isinstance(value, float) else abs(value) > LARGEST:
-        kind = "a finite number" if isinstance(value, float) else f"at most {LARGEST}"
-        return f"expected {kind}, found {value}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"expected a finite number, found {value}"
     allowed = range_of(key)
-    if allowed is None or allowed.holds(value):
-        return None
-    return f"expected {allowed.words}, found {value}"
+    if allowed is not None and not allowed.holds(value):
+        return f"expected {allowed.words}, found {value}"
+    return f"expected at most {LARGEST}, found {value}" if abs(value) > LARGEST else None

@@ -10,15 +10,19 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 from omegaconf import DictConfig
 
+from dynmoe.adaptation.decision import Schedule, Unit
 from dynmoe.config import machine, models
 from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read, written
 from dynmoe.config.targets import did_you_mean
 from dynmoe.config.trainer import several_devices, trainer_options
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
+from dynmoe.data.vl.turns import TEMPLATE_NAMES
+from dynmoe.questions import SETS
 
 Rule = Callable[[DictConfig], Iterator[str]]
 
@@ -60,6 +64,15 @@ def expert_bounds(cfg: DictConfig) -> Iterator[str]:
         yield (
             f"moe: adaptation.min_experts ({fewest}) > num_experts ({experts}): training would "
             "start below the minimum. Lower moe.adaptation.min_experts or raise moe.num_experts."
+        )
+
+
+def plan_within_experts(cfg: DictConfig) -> Iterator[str]:
+    mean_k, slots = read(cfg, "plan.mean_k", float), read(cfg, "moe.max_experts", int)
+    if mean_k is not None and slots is not None and mean_k > slots:
+        yield (
+            f"plan.mean_k: expected at most moe.max_experts ({slots}), which is all experts for "
+            f"every token, found {mean_k:g}"
         )
 
 
@@ -130,6 +143,19 @@ def adaptation_there(cfg: DictConfig) -> Iterator[str]:
     if adaptation is not None and "_target_" not in adaptation:
         name = read(cfg, "moe.name", str)
         yield f"schedule: moe={name} does not adapt its experts. Leave it out, or choose moe=dynmoe"
+    elif adaptation is not None:
+        start, length, period = (
+            read(cfg, f"moe.adaptation.{key}", float) for key in ("start", "length", "period")
+        )
+        unit = adaptation.get("unit", "step")
+        if start is None or length is None or period is None or unit not in get_args(Unit):
+            return
+        if start < 0 or min(length, period) <= 0:  # ranges.py says so
+            return
+        try:
+            Schedule(start, length, period, unit)
+        except ValueError as error:
+            yield f"moe.adaptation: {error}"
 
 
 # The protocol, and the rule that selects a step.
@@ -226,8 +252,29 @@ def start_is_a_run(cfg: DictConfig) -> Iterator[str]:
             yield f"stage.start: expected a run folder with a config.yaml, found none in '{raw}'"
 
 
+def known_templates(cfg: DictConfig) -> Iterator[str]:
+    """Without this check an earlier stage would be trained before a later one asks for it."""
+    for key in ("backbone.template", "stage.template", "data.template", "data.question_template"):
+        name, raw = read(cfg, key, str), written(cfg, key)
+        if raw == name is not None and name not in TEMPLATE_NAMES:
+            yield f"{key}: expected one of {', '.join(TEMPLATE_NAMES)}, found '{name}'"
+
+
+def known_question_sets(cfg: DictConfig) -> Iterator[str]:
+    planned = read(cfg, "mode", str) == "plan"  # which reads no data
+    for name, folder in (read(cfg, "data.question_sets", dict) or {}).items():
+        key = f"data.question_sets.{name}"
+        if name not in SETS:
+            near = did_you_mean(str(name), SETS)
+            yield f"{key}: there is no such set.{near} Sets are {', '.join(SETS)}"
+        elif isinstance(folder, str) and not (planned or Path(folder).expanduser().is_dir()):
+            yield f"{key}: no folder '{folder}'. Give the folder of the set"
+
+
 def trained_parts(cfg: DictConfig) -> Iterator[str]:
     parts = read(cfg, "task.module.trains", list)
+    if parts == []:
+        yield f"task.module.trains: expected some of {', '.join(TRAINABLE)}, found none"
     for part in parts or ():
         if part not in TRAINABLE:
             yield f"task.module.trains: expected some of {', '.join(TRAINABLE)}, found '{part}'"
@@ -451,11 +498,19 @@ def own_callbacks(cfg: DictConfig) -> Iterator[str]:
 # In the order of their messages.
 RULES: tuple[Rule, ...] = (
     *(top_k_within_experts, expert_bounds, parts_add_up, options_that_need_others),
-    *(expert_layers, adaptation_there),
+    *(expert_layers, adaptation_there, plan_within_experts),
     *(same_modality, test_environments, batch_divides, shares_and_lengths, pretrained_weights),
     *(machine.data_folder, models.known_vits, models.whole_patches, models.data_fit_backbone),
     *(text_run, models.language_model, stage_is_chosen, dense_before_moe, start_is_a_run),
-    *(trained_parts, scratch_is_trained, there_is_training_data, machine.folders),
+    *(
+        known_templates,
+        known_question_sets,
+        trained_parts,
+        scratch_is_trained,
+        there_is_training_data,
+        machine.folders,
+        machine.gpu_there,
+    ),
     *(machine.libraries, machine.loggers, only_of_one_modality, protocol_fits, selection_fits),
     *(machine.run_folder, clipping_optimizer, own_callbacks),
     *(trainer_options, several_devices),

@@ -64,7 +64,6 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
             official code does not have.
         DataError: weights that do not fit the configuration.
     """
-    import torch
     from safetensors.torch import save_file
 
     from dynmoe.convert.config import official_config, settings_of
@@ -77,11 +76,8 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
     check_free(files, given)
     folder = RunFolder(Path(given["run"]).expanduser())
     cfg = trained.configuration(folder)
-    name = given.get("checkpoint", "last")
-    checkpoint = trained.checkpoint_of(folder, name)
-    if not checkpoint.is_file():
-        raise ConfigError(f"checkpoint={name}: there is no file {checkpoint}")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    checkpoint = trained.given_checkpoint(folder, given.get("checkpoint", "last"))
+    state = trained.read_checkpoint(checkpoint)["state_dict"]
     ours = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
     settings = settings_of(cfg, ours)
     converted = official_weights(ours, settings)
@@ -155,7 +151,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not files:
         raise DataError(f"{folder}: expected model*.safetensors or pytorch_model*.bin, found none")
     for index in folder.glob(f"*{files[0].suffix}.index.json"):
-        named = set(read_json(index)["weight_map"].values())
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise DataError(f"{index}: expected weight_map with the shard of each weight")
+        named = set(map(str, shards.values()))
         if absent := sorted(named.difference(file.name for file in files)):
             raise DataError(f"{index}: names shards that are not there: {', '.join(absent)}")
         files = [file for file in files if file.name in named]
@@ -170,16 +169,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def read_json(file: Path) -> Any:
-    """Return the content of a JSON file.
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
 
     Raises:
         DataError: the file holds something else.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: expected JSON, found something else: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected keys with values, found a {type(content).__name__}")
+    return content
 
 
 def check_free(files: Sequence[Path], given: Mapping[str, str]) -> None:

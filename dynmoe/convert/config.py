@@ -15,7 +15,7 @@ same function as the head of the official repository:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -212,12 +212,15 @@ def _notes(moe: Mapping[str, Any]) -> Iterator[str]:
 def _official_problems(config: Mapping[str, Any]) -> Iterator[str]:
     kind = config.get("model_type")
     types = {f"{moe}llava_{name}": name for moe in ("moe_", "") for name in FAMILIES}
-    if kind not in types:
+    if not isinstance(kind, str) or kind not in types:
         yield f"model_type: expected one of {', '.join(types)}, found {kind}"
         return
     family, has_experts = types[kind], kind.startswith("moe_")
     known = FAMILIES[family]
     moe = config.get("moe", {}) if has_experts else {}
+    if not isinstance(moe, Mapping):
+        yield f"moe: expected keys with values, found {moe}"
+        return
     pool = {f"moe.{key}": value for key, value in moe.items()}
     found = {**config, **pool}
     needed = [*known.options.values(), *known.rope.values(), *VISION.values()]
@@ -231,7 +234,14 @@ def _official_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for key, choices in {"image_projector_type": PROJECTORS, "image_aspect_ratio": FITS}.items():
         if key in config and config[key] not in choices:
             yield f"{key}: expected one of {', '.join(choices)}, found {config[key]}"
-    if absent:
+    wrong = [
+        f"{key}: expected {words}, found {found[key]!r}"
+        for key in needed
+        for words, fits in [_expected(key)]
+        if key not in absent and not fits(found[key])
+    ]
+    yield from wrong
+    if absent or wrong:
         return
     if len(set(pool.get("moe.num_experts", ()))) > 1:
         yield f"moe.num_experts: expected as many in every layer, found {pool['moe.num_experts']}"
@@ -241,6 +251,20 @@ def _official_problems(config: Mapping[str, Any]) -> Iterator[str]:
         width = config.get("kv_channels", 128) * config["num_attention_heads"]
         if width != config["hidden_size"]:
             yield f"kv_channels: expected heads of {config['hidden_size']} in all, found {width}"
+
+
+def _expected(key: str) -> tuple[str, Callable[[Any], bool]]:
+    """What a needed key of an official config.json holds, in words and as a check."""
+    if key in ("moe.moe_layers_idx", "moe.num_experts"):
+        return (
+            "a list of integers",
+            lambda value: isinstance(value, list) and all(type(each) is int for each in value),
+        )
+    if key in ("hidden_act", "mm_image_tower"):
+        return "text", lambda value: isinstance(value, str)
+    if key == "use_qkv_bias":
+        return "true or false", lambda value: isinstance(value, bool)
+    return "a number", lambda value: type(value) in (int, float)
 
 
 # Runs: their configuration from the settings of ``describe``, and the settings of their models.

@@ -7,6 +7,7 @@ D model width, H hidden neurons.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -130,8 +131,12 @@ def check_ffn(mlp: nn.Module, dim: int) -> None:
     used (lazy, kernels of another device) is checked as it runs (``same_rows``).
 
     Raises:
-        ValueError: with both shapes.
+        TypeError: no module.
+        ValueError: with both shapes, or its ``forward`` takes more than the rows.
     """
+    if not isinstance(mlp, nn.Module):
+        raise TypeError(f"mlp: expected an FFN, an nn.Module, found {mlp!r}")
+    _check_arguments(mlp)
     tensors = [*mlp.parameters(), *mlp.buffers()]
     if any(is_lazy(t) for t in tensors):
         return
@@ -160,6 +165,20 @@ def check_ffn(mlp: nn.Module, dim: int) -> None:
             f"expected an FFN that keeps the dtype of its rows, but {type(mlp).__name__} makes "
             f"{out.dtype} of {dtype}"
         )
+
+
+def _check_arguments(mlp: nn.Module) -> None:
+    try:
+        arguments = inspect.signature(mlp.forward)
+    except (TypeError, ValueError):  # compiled code does not tell
+        return
+    try:
+        arguments.bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"expected an FFN that is called with rows [N, D] alone, but {type(mlp).__name__} has "
+            f"forward{arguments}: {error}"
+        ) from None
 
 
 ROWS = 3

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, E living experts, D model width.
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -65,8 +66,9 @@ class MoELayer(nn.Module):
     inside experts again in the backward pass instead of keeping them (dynmoe/layers/dispatch.py).
 
     Raises:
+        TypeError: ``router`` makes no ``Router``, or ``mlp`` is no module.
         ValueError: ``num_experts`` is not 1 to ``max_experts``, or ``mlp`` does not map rows
-            [N, ``dim``] to rows of the same shape and dtype.
+            [N, ``dim``] alone to rows of the same shape and dtype.
         ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``).
     """
 
@@ -96,7 +98,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"expected 1 <= num_experts ({num_experts}) <= max ({max_experts})")
         check_ffn(mlp, dim)
         self.dim = dim
-        self.router = router(dim, max_experts)
+        self.router = _made_router(router, dim, max_experts)
         self.experts = Experts(mlp, max_experts, init, recompute)
         # Without gradients: optimizers leave it out, so it neither moves nor decays.
         self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None
@@ -119,12 +121,14 @@ class MoELayer(nn.Module):
         the one of ``mask_padding`` holds.
 
         Raises:
-            ValueError: the last dimension of x is not the layer's, no expert is alive, or an expert
-                returns rows of another shape.
+            ValueError: the last dimension of x is not the layer's, the mask is not of its tokens,
+                no expert is alive, or an expert returns rows of another shape.
         """
         if x.shape[-1] != self.dim:
             raise ValueError(f"expected x of shape [..., {self.dim}], found {list(x.shape)}")
         token_mask = self.token_mask if token_mask is None else token_mask
+        if token_mask is not None:
+            _check_mask(token_mask, x)
         token_mask_T = None if token_mask is None else token_mask.reshape(-1)
         x_TD, token_mask_T = set_aside(x.reshape(-1, self.dim), token_mask_T)
         # Compiled code knows the experts that it was made for, and asks for them in `_serve`.
@@ -222,6 +226,15 @@ class MoELayer(nn.Module):
     def extra_repr(self) -> str:
         return f"dim={self.dim}, experts {list(self.live)} of {self.max_experts} slots alive"
 
+    def __repr__(self) -> str:
+        # nn.Module's own would list every slot's parameters of the router, and every expert.
+        slots = textwrap.indent(repr(self.experts.slots[self.live[0] if self.live else 0]), "  ")
+        return (
+            f"{type(self).__name__}({self.extra_repr()}\n"
+            f"  (router): {type(self.router).__name__}({self.router.extra_repr()})\n"
+            f"  (experts): {len(self.experts.slots)} x {slots.lstrip()}\n)"
+        )
+
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
         """Return the parameters of one slot: the router's own for it, and the FFN's."""
         return [*self.router.slot_parameters(slot), *self.experts.slots[slot].parameters()]
@@ -300,6 +313,36 @@ class MoELayer(nn.Module):
         layer.active_E = self.active_E[list(live)].clone()
         _ = layer.live
         return layer
+
+
+def _made_router(router: Any, dim: int, max_experts: int) -> Router:
+    expected = "router: expected a Router class or a function (dim, max_experts), e.g. TopKRouter"
+    if isinstance(router, nn.Module) or not callable(router):
+        found = f"an object of {type(router).__name__}" if callable(router) else repr(router)
+        raise TypeError(f"{expected}, found {found}")
+    made = router(dim, max_experts)
+    if not isinstance(made, Router):
+        raise TypeError(f"{expected}; it made {made!r}, which is no Router")
+    return made
+
+
+def _check_mask(token_mask: Tensor, x: Tensor) -> None:
+    _check_bool(token_mask)
+    shape = x.shape[:-1]
+    # Some blocks pass the tokens of all sequences as rows.
+    if token_mask.shape != shape and not (x.ndim == 2 and token_mask.numel() == len(x)):
+        raise ValueError(
+            f"token_mask: expected the shape of x without its last dimension, {list(shape)} of "
+            f"{list(x.shape)}, found {list(token_mask.shape)}"
+        )
+
+
+def _check_bool(token_mask: Tensor) -> None:
+    if token_mask.dtype != torch.bool:
+        raise ValueError(
+            f"token_mask: expected torch.bool, False on padding, found {token_mask.dtype} of shape "
+            f"{list(token_mask.shape)}. Write attention_mask.bool()"
+        )
 
 
 def set_aside(x_TD: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -390,7 +433,13 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
 
 @contextmanager
 def mask_padding(model: nn.Module, token_mask: Tensor | None) -> Iterator[None]:
-    """Give ``token_mask`` (bool, [B, N]) to the calls of all MoE layers within the block."""
+    """Give ``token_mask`` (bool, [B, N]) to the calls of all MoE layers within the block.
+
+    Raises:
+        ValueError: it is not bool; in a layer's call, it is not of the shape of its tokens.
+    """
+    if token_mask is not None:
+        _check_bool(token_mask)
     layers = moe_layers(model).values()
     for layer in layers:
         layer.token_mask = token_mask

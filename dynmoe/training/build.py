@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dynmoe import process, runtime, selection
 from dynmoe.backbones import hub, weights
 from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.config.machine import NO_GPU
 from dynmoe.config.rules import UNFIT
 from dynmoe.config.runs import flat, start_folder
 from dynmoe.data.base import StepPlan, TaskData
@@ -34,7 +35,7 @@ from dynmoe.training.callbacks import RunRecorder
 from dynmoe.training.finite import FiniteLoss
 from dynmoe.training.instantiation import make
 from dynmoe.training.progress import RunLines, RunProgress
-from dynmoe.training.trained import checkpoint_of
+from dynmoe.training.trained import checkpoint_of, read_checkpoint
 from dynmoe.version import version as dynmoe_version
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
@@ -94,7 +95,15 @@ def other_data(folder: RunFolder, data: TaskData) -> str | None:
 
 
 def settle_runtime(cfg: DictConfig) -> dict[str, Any]:
-    """Apply ``runtime`` for the device of ``trainer``. Returns the settings in effect."""
+    """Apply ``runtime`` for the device of ``trainer``. Returns the settings in effect.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    # NOTE: Lightning would say so only after the data are read.
+    no_mps = cfg.trainer.accelerator == "cuda" or not torch.backends.mps.is_available()
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available() and no_mps:
+        raise ConfigError(f"trainer.accelerator: {NO_GPU}")
     on_gpu = {"gpu": True, "cuda": True, "auto": torch.cuda.is_available()}
     device_type = "cuda" if on_gpu.get(cfg.trainer.accelerator) else str(cfg.trainer.accelerator)
     return runtime.apply(cfg.runtime, "cpu" if device_type == "auto" else device_type)
@@ -407,7 +416,7 @@ def load_backbone(backbone: nn.Module, start: Path) -> None:
         raise ConfigError(
             f"stage.start={start}: expected the folder of a finished run with checkpoints/last.ckpt"
         )
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = read_checkpoint(file, mmap=True)["state_dict"]
     prefix = "backbone."
     found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     whole = found
@@ -481,7 +490,7 @@ def load(
     Raises:
         ConfigError: its weights are of another size, e.g. since the data's vocabulary has changed.
     """
-    saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(checkpoint)
     state, tower = saved["state_dict"], f"backbone.{TOWER}"
     if keeps_tower := "vision" in cfg.backbone and not _has_tower(state, tower):
         cfg.backbone.vision.pretrained = True

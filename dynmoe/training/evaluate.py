@@ -12,7 +12,7 @@ from yaml import YAMLError
 
 from dynmoe.config.arguments import joined
 from dynmoe.config.check import value_problems
-from dynmoe.config.machine import data_folder, folders
+from dynmoe.config.machine import data_folder, folders, gpu_there
 from dynmoe.config.options import modality
 from dynmoe.config.rules import text_run
 from dynmoe.config.targets import TargetError, signature
@@ -55,12 +55,14 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
             question_sets.append(argument)
         elif equals and key in (*ARGUMENTS, *OVERRIDES):
             given[key] = value
+        elif not equals and not argument.startswith("-"):
+            raise ConfigError(f"{argument}: expected key=value. A run is given as run={argument}")
         else:
             known = ", ".join(f"{k}=" for k in (*ARGUMENTS, "question_sets.<set>", *OVERRIDES))
             raise ConfigError(f"{argument}: unknown argument, expected {known}")
-    if "run" not in given:
+    if not given.get("run"):
         raise ConfigError("run=FOLDER is missing: the folder outputs/<name>/<run> of a trained run")
-    folder = RunFolder(given.pop("run"))
+    folder = RunFolder(Path(given.pop("run")).expanduser())
     cfg = trained.configuration(folder)
     try:
         signature(str(OmegaConf.select(cfg, "data._target_")))
@@ -71,9 +73,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     name, mode = given.pop("checkpoint", "selected"), given.pop("mode", "evaluate")
     if mode not in MODES:
         raise ConfigError(f"mode={mode}: expected one of {', '.join(MODES)}")
-    checkpoint = trained.checkpoint_of(folder, name)
-    if not checkpoint.exists():
-        raise ConfigError(f"checkpoint={name}: there is no file {checkpoint}; try checkpoint=last")
+    checkpoint = trained.given_checkpoint(folder, name)
     for key in given:
         node, _, leaf = key.rpartition(".")
         if leaf not in (OmegaConf.select(cfg, node) or ()):
@@ -98,6 +98,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         *text_run(cfg),
         *folders(cfg),
         *data_folder(cfg),
+        *gpu_there(cfg),
     ]:
         raise ConfigError("\n".join(wrong))
     return mode, folder, checkpoint, cfg

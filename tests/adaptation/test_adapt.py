@@ -286,10 +286,11 @@ def test_a_step_that_the_scaler_skips_does_not_count(fused: bool) -> None:
     assert [event["tokens"] for event in events] == [24, 24]
 
 
-def test_a_step_whose_loss_is_not_finite_does_not_count() -> None:
+@pytest.mark.parametrize("kind", [torch.tensor, float])
+def test_a_step_whose_loss_is_not_finite_does_not_count(kind: Any) -> None:
     net = Net()
     adaptation = adapted(net)
-    for loss in (torch.tensor(1.0), torch.tensor(float("nan"))):
+    for loss in (kind(1.0), kind(float("nan"))):
         net(tokens(0))
         adaptation.optimizers[0].step()
         events = adaptation.step(loss)
@@ -422,6 +423,21 @@ def test_optimizers_that_do_not_hold_the_layers() -> None:
 def test_a_schedule_in_epochs() -> None:
     with pytest.raises(ConfigError, match=r"in_steps\(steps_per_epoch\)"):
         adapted(Net(), schedule=Schedule(0, 1, 1, unit="epoch"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"init": "foo"}, "'slot' or 'copy_most_used' or .*, found 'foo'"),
+        ({"init": "pretrained"}, "keep_origin=True"),
+        ({"reset_moments": "no"}, "True or False, found 'no'"),
+        ({"min_experts": 0}, "1 or more, found 0"),
+        ({"min_experts": 99}, f"at most {SLOTS}, the slots of layers.0, found 99"),
+    ],
+)
+def test_arguments_that_no_layer_can_follow(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adapted(Net(), **wrong)
 
 
 def test_layers_that_never_train() -> None:

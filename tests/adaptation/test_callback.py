@@ -103,6 +103,23 @@ def nobody(layer: MoELayer) -> Tensor:
     return -sum(layer.router.directions[e].detach() for e in range(START)).repeat(4, 1)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"unit": "epochs"}, {"init": "foo"}, {"reset_moments": "no"}, {"length": 1.5}]
+)
+def test_arguments_are_checked_before_training(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"expected .*found"):
+        make_callback(**wrong)
+
+
+@pytest.mark.parametrize(("length", "warnings"), [(2, 0), (3, 1)])
+def test_a_training_too_short_for_an_update_is_told(
+    length: int, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(Model(), make_callback(length=length, period=length), [tokens(4)] * 2)
+    told = [each for each in caplog.messages if f"after {length} optimizer steps" in each]
+    assert len(told) == warnings
+
+
 def test_idle_experts_go_and_one_is_added_for_unserved_tokens() -> None:
     model, events = Model(), []
     lost = nobody(model.layer)

@@ -35,3 +35,21 @@ def test_windows(schedule: Schedule, recorded: list[int], updated: list[int]) ->
 def test_impossible_windows_are_refused(bad: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="0 < length <= period"):
         Schedule(*bad)
+
+
+@pytest.mark.parametrize("parts", [(0, 2.5, 5), (0.5, 0.5, 1), (0, 1, 1.5), (0, 1, float("inf"))])
+def test_windows_of_parts_of_a_step_are_refused(parts: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match=r"whole steps|length <= period"):
+        Schedule(*parts)
+    if parts[2] < float("inf"):
+        assert Schedule(*parts, unit="epoch").in_steps(10).first_update == 10 * sum(parts[:2])
+
+
+def test_units_have_two_names() -> None:
+    with pytest.raises(ValueError, match="'step' or 'epoch', found 'epochs'"):
+        Schedule(0, 1, 1, unit="epochs")  # type: ignore[arg-type]
+
+
+def test_a_training_that_ends_before_the_first_update() -> None:
+    assert Schedule(2, 3, 6).never_updates(5) is None
+    assert "after 5 optimizer steps" in (Schedule(2, 3, 6).never_updates(4) or "")

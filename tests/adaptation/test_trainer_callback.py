@@ -78,6 +78,13 @@ def test_experts_change_and_the_loss_has_the_auxiliary_loss(tmp_path: Path) -> N
     assert not model._forward_hooks and all(each.observer is None for each in model.layers)
 
 
+def test_a_training_too_short_for_an_update_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path, classifier(1), DynMoETrainerCallback(1, 6, 6), max_steps=1).train()
+    assert any("after 7 optimizer steps" in each for each in caplog.messages)
+
+
 class Still(Classifier):
     """Its own loss is always 0, so that the auxiliary loss alone moves it."""
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from command_line import command
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from dynmoe.config import environments, models, ranges
+from dynmoe.config import environments, machine, models, ranges
 from dynmoe.config.arguments import joined
 from dynmoe.config.compose import preflight
 from dynmoe.data.images import digits
@@ -57,6 +57,20 @@ TABLE = {
     f"{VL} task.scheduler.warmup=1.5": ("task.scheduler.warmup: expected a share from 0 to 1",),
     f"{VL} backbone.vision.layer=0": ("backbone.vision.layer: expected -1 or less",),
     f"{VL} plan.utilisation=0": ("plan.utilisation: expected a share above 0",),
+    # windows of the adaptation
+    f"{IMAGES} moe.adaptation.length=2.5 moe.adaptation.period=5": (
+        "moe.adaptation: expected whole steps",
+    ),
+    f"{IMAGES} moe.adaptation.period=5": ("moe.adaptation: expected start >= 0 and 0 < length",),
+    f"{IMAGES} seed=99999999999999999999": ("seed: expected from 0 to 4294967295",),
+    f"{IMAGES} runtime.progress_every=-1": ("runtime.progress_every: expected 0 or more",),
+    f"{VL} mode=plan plan.mean_k=99 stage=moe": ("plan.mean_k: expected at most moe.max_experts",),
+    # texts and questions of images
+    f"{VL} stage=moe backbone.template=foo": ("backbone.template: expected one of plain, simple",),
+    f"{VL} stage=moe data.question_sets={{gqq:/tmp}}": ("data.question_sets.gqq:", "'gqa'"),
+    f"{VL} stage=moe data.question_sets={{gqa:/none}}": ("gqa: no folder '/none'",),
+    f"{VL} stage=moe data.question_sets=[gqa]": ("'data.question_sets={gqa: /folder}'",),
+    f"{VL} stage=moe task.module.trains=[]": ("task.module.trains: expected some of vision",),
     # types below targets, elements of lists
     f"{TEXTS} task.scheduler.name=false": ("task.scheduler.name: expected a string",),
     f"{IMAGES} task.module.aux_weight={{a:1}}": ("task.module.aux_weight: expected a number",),
@@ -106,6 +120,7 @@ TABLE = {
     f"{IMAGES} hydra.verbose=???": ("hydra.verbose: expected a value",),
     f"{IMAGES} hydra/launcher=1": ("hydra/launcher: expected the name of an option",),
     # sweeps
+    f"{IMAGES} sweep=glue_small": ("sweep=glue_small is for task=glue, found task=vit_domainbed",),
     f"-m {IMAGES} seed=range(5,2)": ("seed=range(5,2): has no value",),
     f"-m {IMAGES} seed=range(0,5,0)": ("seed=range(0,5,0): has no value",),
     f"{IMAGES} sweep=optuna moe.num_experts=range(6,18,6)": (
@@ -274,3 +289,17 @@ def test_every_pattern_is_one_of_a_number() -> None:
     assert ranges.outside("data.std.1", 0.0) == "expected more than 0, found 0.0"
     assert ranges.outside("data.std.1", 0.5) is None
     assert ranges.outside("any.key", True) is None
+
+
+def test_a_gpu_is_asked_for_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(machine, "DEVICES", ())
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    asked = OmegaConf.create({"mode": "train", "trainer": {"accelerator": "gpu"}})
+    assert "trainer=cpu" in next(machine.gpu_there(asked))
+    cluster = {"hydra": {"launcher": {"_target_": "a.submitit_launcher.SlurmLauncher"}}}
+    others = ({"mode": "plan"}, cluster, {"trainer": {"accelerator": "auto"}})
+    for other in others:
+        assert not [*machine.gpu_there(OmegaConf.merge(asked, other))]
+    monkeypatch.setattr(machine, "DEVICES", ("null",))
+    assert not [*machine.gpu_there(asked)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_files_are_not_overwritten_unasked(tmp_path: Path, run: Run, refused: Re
     ("arguments", "message"),
     [
         (["from=a"], "expected from=FOLDER to=FOLDER, or run=FOLDER to=FOLDER"),
-        (["from=a", "run=b", "to=c"], "expected from=FOLDER to=FOLDER, or run=FOLDER to=FOLDER"),
+        (["from=a", "run=b", "to=c"], "from= and run= are two directions: give one"),
         (
             ["form=a"],
             "form=a: unknown argument, expected from=, run=, to=, checkpoint=, tokenizer=, vision=",
@@ -134,7 +135,27 @@ def test_folders_that_are_not_whole(tmp_path: Path, refused: Refused) -> None:
     assert "expected model*.safetensors or pytorch_model*.bin, found none" in refused(*arguments)
     (hub / "config.json").write_text("{")
     assert f"{hub}/config.json: expected JSON" in refused(*arguments)
+    (hub / "config.json").write_text("[1]")
+    assert f"{hub}/config.json: expected keys with values, found a list" in refused(*arguments)
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"moe": [1]}, "moe: expected keys with values, found"),
+        ({"hidden_size": "64"}, "hidden_size: expected a number, found '64'"),
+        ({"model_type": ["llava_phi"]}, "model_type: expected one of"),
+    ],
+)
+def test_a_config_of_other_types_is_named(
+    wrong: dict[str, Any], message: str, tmp_path: Path, refused: Refused
+) -> None:
+    hub = tmp_path / "hub"
+    published(hub, "stablelm", TOP_2, "bin")
+    config = json.loads((hub / "config.json").read_text())
+    (hub / "config.json").write_text(json.dumps({**config, **wrong}))
+    assert message in refused(f"from={hub}", f"to={tmp_path}/ours")
 
 
 def test_the_checkpoint_has_to_be_there(tmp_path: Path, refused: Refused) -> None:
@@ -142,6 +163,11 @@ def test_the_checkpoint_has_to_be_there(tmp_path: Path, refused: Refused) -> Non
     arguments = f"run={tmp_path}", f"to={tmp_path}/back", "checkpoint=selected"
     message = f"checkpoint=selected: there is no file {tmp_path}/checkpoints/selected.ckpt"
     assert message in refused(*arguments)
+    other = tmp_path / "other.ckpt"
+    for content in (b"host\n", b"", b"PK\x03\x04", pickle.dumps({"a": 1}), pickle.dumps(Path("x"))):
+        other.write_bytes(content)
+        message = f"{other}: not a checkpoint of dynmoe-run (checkpoint=selected, last or FILE): "
+        assert message in refused(*arguments[:2], f"checkpoint={other}")
 
 
 # Tokenizers.
@@ -210,7 +236,8 @@ def save_run(folder: Path, *overrides: str) -> None:
 
 def test_everything_that_is_refused_is_named(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "checkpoints").mkdir()
-    checkpoint = {"state_dict": {"backbone.vision.model.cls_token": torch.ones(1)}}
+    weights = {"backbone.vision.model.cls_token": torch.ones(1)}
+    checkpoint = {"state_dict": weights, "global_step": 0}
     torch.save(checkpoint, tmp_path / "checkpoints" / "last.ckpt")
     arguments = f"run={tmp_path}", f"to={tmp_path}/back"
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import copy
 import pickle
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dynmoe.layers import CosineTopKRouter, MoELayer, TopAnyRouter, TopKRouter, record_routing
+from dynmoe.layers import (
+    CosineTopKRouter,
+    MoELayer,
+    TopAnyRouter,
+    TopKRouter,
+    mask_padding,
+    record_routing,
+)
 
 DIM = 12
 
@@ -253,3 +261,42 @@ def test_input_of_another_width_is_refused() -> None:
     layer = MoELayer(nn.Sequential(nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 8)), 8, TopAnyRouter, 2)
     with pytest.raises(ValueError, match=r"expected x of shape \[\.\.\., 8\], found \[2, 4\]"):
         layer(torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("router", ["topk", None, TopAnyRouter(DIM, 4), nn.Linear])
+def test_a_router_that_is_none_is_refused(router: Any) -> None:
+    with pytest.raises(TypeError, match=r"a Router class or a function .*TopKRouter"):
+        MoELayer(make_mlp(), DIM, router, 4)
+
+
+class Conditioned(nn.Module):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return x + condition
+
+
+def test_an_ffn_that_needs_more_than_its_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Conditioned has forward\(x.*'condition'"):
+        MoELayer(Conditioned(), DIM, TopAnyRouter, 4)
+    with pytest.raises(TypeError, match="mlp: expected an FFN, an nn"):
+        MoELayer(torch.relu, DIM, TopAnyRouter, 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 3), r"torch.bool.*found torch.float32 of shape \[2, 3\]"),
+        (torch.ones(2, 4) > 0, r"\[2, 3\] of \[2, 3, \d+\], found \[2, 4\]"),
+        (torch.ones(3, 2) > 0, r"found \[3, 2\]"),
+    ],
+)
+def test_a_mask_of_other_tokens_is_refused(mask: Tensor, message: str) -> None:
+    layer = MoELayer(make_mlp(), DIM, TopAnyRouter, 4)
+    with pytest.raises(ValueError, match=message), mask_padding(layer, mask):
+        layer(torch.randn(2, 3, DIM))
+    with pytest.raises(ValueError, match=message):
+        layer(torch.randn(2, 3, DIM), mask)
+
+
+def test_a_layer_is_printed_without_its_slots() -> None:
+    lines = repr(MoELayer(make_mlp(), DIM, TopAnyRouter, 4, 24)).splitlines()
+    assert len(lines) < 10 and "TopAnyRouter(k=any of 24 slots" in lines[1]

@@ -93,7 +93,8 @@ def test_what_cannot_be_reported_is_refused(
 ) -> None:
     assert f"{tmp_path / 'none'}: expected the folder" in refused([str(tmp_path / "none")], capsys)
     assert "found no run.json" in refused([str(tmp_path)], capsys)
-    assert "required" in refused([], capsys)
+    assert "expected FOLDER" in refused([], capsys)
+    assert "unrecognized arguments: --foo" in refused(["--foo"], capsys)
     run = write_run(tmp_path, state="failed").path
     message = refused([str(tmp_path)], capsys)
     assert message == (

@@ -67,7 +67,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["data.root=[1"], r"data.root=\[1: "),
         (["mode", "=", "answer"], "no spaces around the '='. Write mode=answer"),
         (["mode=answr"], "mode=answr: expected one of evaluate, answer, submit"),
-        (["checkpoint=best"], "checkpoint=best: there is no file"),
+        (
+            ["checkpoint=best"],
+            "no file best. Expected selected, last or FILE",
+        ),
+        (["/a/path"], "/a/path: expected key=value. A run is given as run=/a/path"),
+        (["run="], "run=FOLDER is missing"),
         (["batch=3"], "batch=3: unknown argument, expected run="),
     ],
 )

@@ -311,7 +311,7 @@ def test_a_damaged_checkpoint_is_named(copied: RunFolder, run: Run) -> None:
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(
-        ConfigError, match=r"last\.ckpt: cannot be read.*cp .*selected\.ckpt .*overwrite=true"
+        ConfigError, match=r"last\.ckpt: not a checkpoint.*cp .*selected\.ckpt .*overwrite=true"
     ):
         run()
 

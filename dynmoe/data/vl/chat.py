@@ -385,6 +385,7 @@ class Own:
         return tokenizer.tokenize(answer)[-1]
 
 
+# The names are those of `turns.TEMPLATE_NAMES`.
 TEMPLATES: dict[str, Template] = {
     "plain": Plain(),
     "simple": Turns(user="", assistant=" [ANSWER]"),

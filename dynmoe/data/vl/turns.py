@@ -9,6 +9,9 @@ from dynmoe.data.vl.conversations import IMAGE_PLACEHOLDER, Message, Role, unrea
 from dynmoe.errors import DataError
 from dynmoe.questions.values import is_text, shown
 
+TEMPLATE_NAMES = ("plain", "simple", "v1", "phi", "qwen", "stablelm", "tokenizer")
+"""Names of the templates that write conversations (data/vl/chat.py)."""
+
 SPEAKERS: dict[str, Role] = {
     **{"human": "user", "user": "user"},
     **{"gpt": "assistant", "assistant": "assistant"},

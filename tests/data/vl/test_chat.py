@@ -30,6 +30,7 @@ from dynmoe.data.vl.chat import (
     without_controls,
 )
 from dynmoe.data.vl.conversations import Conversation, Message
+from dynmoe.data.vl.turns import TEMPLATE_NAMES
 from dynmoe.errors import ConfigError, DataError
 
 TWO_TURNS = Conversation(
@@ -378,3 +379,7 @@ def test_prompts_are_encoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [ids.tolist() for ids in found] == [ids.tolist() for ids in alone]
     assert len({ids.tobytes() for ids in found}) == 5
     assert encode_prompts([], LLAMA, "v1", 3) == []
+
+
+def test_templates_are_known_before_torch_is() -> None:
+    assert tuple(TEMPLATES) == TEMPLATE_NAMES
