@@ -86,7 +86,7 @@ def test_dark_images_of_16_bits_are_read_alike_and_counted(tmp_path: Path) -> No
     assert [np.asarray(read_image(path)).max() for path in paths] == [0, 0, 1, 1, 255]
     assert not survey(paths, decode=False, description="").bad
     (text,) = remarks([survey(paths, decode=True, description="")])
-    assert text.startswith("2 grey images of 16 bits") and "save them with 8 bits" in text
+    assert text.startswith("3 images have 16 bits") and "save them with 8 bits" in text
 
 
 def test_integers_beyond_16_bits_are_found_by_the_header(tmp_path: Path) -> None:
