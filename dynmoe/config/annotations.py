@@ -177,6 +177,8 @@ def _member_accepts(node: ast.expr, value: Any, module: str) -> bool:
         case "Callable" | "Tensor" | "type" | "Type":
             return False
         case _:
+            if isinstance(value, Mapping) and "_target_" in value:
+                return True  # an element of a list: the keys of nodes are checked by themselves
             return isinstance(value, str) or not _is_class(name, module)
 
 

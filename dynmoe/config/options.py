@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, TypeVar
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
@@ -59,8 +62,14 @@ def own(group: str, option: str) -> DictConfig:
 
 
 def loader() -> ConfigLoader:
-    """Hydra's loader; only inside hydra.main or hydra.initialize."""
-    return GlobalHydra.instance().config_loader()
+    """Hydra's loader; one of our files alone where a configuration is resolved after Hydra left."""
+    running = GlobalHydra.instance()
+    return running.config_loader() if running.is_initialized() else _own_loader()
+
+
+@cache
+def _own_loader() -> ConfigLoader:
+    return ConfigLoaderImpl(create_config_search_path("pkg://dynmoe.conf"))
 
 
 # Reading of a configuration that may be wrong in many places.
