@@ -19,7 +19,7 @@ from dynmoe.config import machine, models
 from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read, written
 from dynmoe.config.targets import did_you_mean
-from dynmoe.config.trainer import several_devices, trainer_options
+from dynmoe.config.trainer import own_callbacks, several_devices, trainer_options
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 from dynmoe.data.vl.turns import TEMPLATE_NAMES
 from dynmoe.questions import SETS
@@ -437,62 +437,6 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
             "trainer: gradient_clip_val with mixed precision needs an optimizer that is not fused. "
             "Set task.optimizer.fused=false."
         )
-
-
-UNFIT = {
-    "StochasticWeightAveraging": "its average is neither evaluated nor saved. Take "
-    "lightning.pytorch.callbacks.EMAWeightAveraging, or WeightAveraging with use_buffers: false",
-    "EarlyStopping": "records would not say that the run ended early. Set task.patience=N",
-    "Timer": "records would not say that the run ended early. Set task.steps=N",
-    "GradientAccumulationScheduler": "set trainer.accumulate_grad_batches=N",
-    "BatchSizeFinder": "it trains before the run does. Set data.batch_size=N",
-    "LearningRateFinder": "it trains before the run does. Set task.optimizer.lr=X",
-    "TQDMProgressBar": "a run has its own progress bar. trainer.enable_progress_bar=false hides it",
-    "RichProgressBar": "a run has its own progress bar. trainer.enable_progress_bar=false hides it",
-    "DynMoECallback": "a run makes its own. Set moe.adaptation.start=N and its other keys",
-}
-"""Callbacks that a run cannot have, by the name of their class: the reason and the fix."""
-
-
-AVERAGING = {
-    "WeightAveraging": ("avg_fn", "multi_avg_fn"),
-    "EMAWeightAveraging": (
-        "decay",
-        "update_every_n_steps",
-        "update_starting_at_step",
-        "update_starting_at_epoch",
-    ),
-}
-
-
-def own_callbacks(cfg: DictConfig) -> Iterator[str]:
-    """``trainer.callbacks``, a list of nodes or one node, joins those of a run."""
-    given = read(cfg, "trainer.callbacks", object)
-    for number, node in enumerate(given if isinstance(given, list) else [given]):
-        key = f"trainer.callbacks[{number}]" if isinstance(given, list) else "trainer.callbacks"
-        if node is None and not isinstance(given, list):
-            continue
-        if not isinstance(node, dict) or "_target_" not in node:
-            yield (
-                f"{key}: expected a callback, found {node!r}. "
-                "Write '+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.NAME}]'"
-            )
-            continue
-        name = str(node["_target_"]).rpartition(".")[2]
-        if name in UNFIT:
-            yield f"{key}: {name} cannot be added to a run: {UNFIT[name]}"
-        if name in ("WeightAveraging", "EMAWeightAveraging"):
-            # They pass what they do not know on to PyTorch, when training starts.
-            words = {"device", "use_buffers", *AVERAGING[name]}
-            for word in set(map(str, node)) - words - {"_target_"}:
-                yield f"{key}.{word}: unknown key.{did_you_mean(word, words)}"
-        averages = {"avg_fn", "multi_avg_fn"} & set(node)
-        if name == "WeightAveraging" and not averages and node.get("use_buffers") is not False:
-            # torch/optim/swa_utils.py subtracts buffers, and bool tensors have no difference.
-            yield (
-                f"{key}: the buffers of MoE layers say which experts live and have no mean. Set "
-                "use_buffers: false, which copies them"
-            )
 
 
 # In the order of their messages.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from dynmoe.config.options import device_count, read
+from dynmoe.config.targets import did_you_mean
 
 FREE = (
     *("accelerator", "strategy", "devices", "num_nodes", "precision", "plugins", "sync_batchnorm"),
@@ -93,3 +94,61 @@ def several_devices(cfg: DictConfig) -> Iterator[str]:
             f"trainer.strategy: with {count} DDP waits for experts that no token of a device "
             "chose. Choose trainer=ddp, which sets find_unused_parameters=true"
         )
+
+
+# Callbacks of the user.
+
+UNFIT = {
+    "StochasticWeightAveraging": "its average is neither evaluated nor saved. Take "
+    "lightning.pytorch.callbacks.EMAWeightAveraging, or WeightAveraging with use_buffers: false",
+    "EarlyStopping": "records would not say that the run ended early. Set task.patience=N",
+    "Timer": "records would not say that the run ended early. Set task.steps=N",
+    "GradientAccumulationScheduler": "set trainer.accumulate_grad_batches=N",
+    "BatchSizeFinder": "it trains before the run does. Set data.batch_size=N",
+    "LearningRateFinder": "it trains before the run does. Set task.optimizer.lr=X",
+    "TQDMProgressBar": "a run has its own progress bar. trainer.enable_progress_bar=false hides it",
+    "RichProgressBar": "a run has its own progress bar. trainer.enable_progress_bar=false hides it",
+    "DynMoECallback": "a run makes its own. Set moe.adaptation.start=N and its other keys",
+}
+"""Callbacks that a run cannot have, by the name of their class: the reason and the fix."""
+
+
+AVERAGING = {
+    "WeightAveraging": ("avg_fn", "multi_avg_fn"),
+    "EMAWeightAveraging": (
+        "decay",
+        "update_every_n_steps",
+        "update_starting_at_step",
+        "update_starting_at_epoch",
+    ),
+}
+
+
+def own_callbacks(cfg: DictConfig) -> Iterator[str]:
+    """``trainer.callbacks``, a list of nodes or one node, joins those of a run."""
+    given = read(cfg, "trainer.callbacks", object)
+    for number, node in enumerate(given if isinstance(given, list) else [given]):
+        key = f"trainer.callbacks[{number}]" if isinstance(given, list) else "trainer.callbacks"
+        if node is None and not isinstance(given, list):
+            continue
+        if not isinstance(node, dict) or "_target_" not in node:
+            yield (
+                f"{key}: expected a callback, found {node!r}. "
+                "Write '+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.NAME}]'"
+            )
+            continue
+        name = str(node["_target_"]).rpartition(".")[2]
+        if name in UNFIT:
+            yield f"{key}: {name} cannot be added to a run: {UNFIT[name]}"
+        if name in ("WeightAveraging", "EMAWeightAveraging"):
+            # They pass what they do not know on to PyTorch, when training starts.
+            words = {"device", "use_buffers", *AVERAGING[name]}
+            for word in set(map(str, node)) - words - {"_target_"}:
+                yield f"{key}.{word}: unknown key.{did_you_mean(word, words)}"
+        averages = {"avg_fn", "multi_avg_fn"} & set(node)
+        if name == "WeightAveraging" and not averages and node.get("use_buffers") is not False:
+            # torch/optim/swa_utils.py subtracts buffers, and bool tensors have no difference.
+            yield (
+                f"{key}: the buffers of MoE layers say which experts live and have no mean. Set "
+                "use_buffers: false, which copies them"
+            )

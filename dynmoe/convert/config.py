@@ -254,7 +254,7 @@ def _official_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _expected(key: str) -> tuple[str, Callable[[Any], bool]]:
-    """What a needed key of an official config.json holds, in words and as a check."""
+    """The values that a needed key of an official config.json may have: words, and a check."""
     if key in ("moe.moe_layers_idx", "moe.num_experts"):
         return (
             "a list of integers",

@@ -23,8 +23,8 @@ from dynmoe import process, runtime, selection
 from dynmoe.backbones import hub, weights
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.machine import NO_GPU
-from dynmoe.config.rules import UNFIT
 from dynmoe.config.runs import flat, start_folder
+from dynmoe.config.trainer import UNFIT
 from dynmoe.data.base import StepPlan, TaskData
 from dynmoe.errors import ConfigError, reason_of
 from dynmoe.layers.moe import moe_layers
