@@ -35,6 +35,9 @@ def _refused(error: InstantiationException, key: str) -> Exception:
     if os.environ.get("HYDRA_FULL_ERROR"):
         return error
     keys = [line.partition("full_key: ")[2] for line in lines if "full_key: " in line]
+    # NOTE: Hydra writes the first element of the list a.b as a.b0.
+    if keys and key and keys[-1].startswith(key):
+        keys.append(".".join(filter(None, (key, keys[-1].removeprefix(key).lstrip(".")))))
     target = re.search(r"'([\w.]+)'", lines[0])
     reason = " ".join(lines[1:])[:REASON] if cause is None else reason_of(cause)
     return ConfigError(

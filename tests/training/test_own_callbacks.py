@@ -70,7 +70,7 @@ def test_one_callback_needs_no_list() -> None:
     [
         (node("Stopper", monitor="x"), r"Stopper cannot be .*EarlyStopping: .*task\.patience"),
         (node("Path", **{"_args_": "[x]"}), "expected callbacks of Lightning"),
-        (node("KillAt"), r"trainer\.callbacks: .*'step'"),
+        (node("KillAt"), r"trainer\.callbacks\.0: .*'step'"),
     ],
 )
 def test_callbacks_that_a_run_cannot_have(given: str, message: str) -> None:
