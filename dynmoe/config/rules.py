@@ -69,7 +69,8 @@ def expert_bounds(cfg: DictConfig) -> Iterator[str]:
 
 def plan_within_experts(cfg: DictConfig) -> Iterator[str]:
     mean_k, slots = read(cfg, "plan.mean_k", float), read(cfg, "moe.max_experts", int)
-    if mean_k is not None and slots is not None and mean_k > slots:
+    dense = read(cfg, "moe.layers", object) in (None, "none")  # a stage before the experts
+    if mean_k is not None and slots is not None and mean_k > slots and not dense:
         yield (
             f"plan.mean_k: expected at most moe.max_experts ({slots}), which is all experts for "
             f"every token, found {mean_k:g}"
