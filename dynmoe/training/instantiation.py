@@ -34,13 +34,13 @@ def _refused(error: InstantiationException, key: str) -> Exception:
         return cause
     if os.environ.get("HYDRA_FULL_ERROR"):
         return error
-    keys = [line.partition("full_key: ")[2] for line in lines if "full_key: " in line]
-    # NOTE: Hydra writes the first element of the list a.b as a.b0.
-    if keys and key and keys[-1].startswith(key):
-        keys.append(".".join(filter(None, (key, keys[-1].removeprefix(key).lstrip(".")))))
+    found = [line.partition("full_key: ")[2] for line in lines if "full_key: " in line]
+    place = found[-1] if found else key
+    if place.startswith(key):  # NOTE: Hydra writes the first element of the list a.b as a.b0.
+        place = f"{key}.{place.removeprefix(key).lstrip('.')}".rstrip(".")
     target = re.search(r"'([\w.]+)'", lines[0])
     reason = " ".join(lines[1:])[:REASON] if cause is None else reason_of(cause)
     return ConfigError(
-        f"{keys[-1] if keys else key}: {target[1] if target else 'its target'} does "
+        f"{place}: {target[1] if target else 'its target'} does "
         f"not take these values: {reason} (HYDRA_FULL_ERROR=1 shows where)"
     )
