@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 from torch import Tensor, nn
 
 from dynmoe.errors import ConfigError
-from dynmoe.layers.dispatch import is_plain_linear
 from dynmoe.layers.experts import Init, linears
+from dynmoe.layers.ffn import GatedFFN, is_plain_linear
 from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.routers import Router
 
@@ -286,20 +286,6 @@ class Bias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bias.to(x.dtype)
-
-
-class GatedFFN(nn.Module):
-    """``down(dropout(act(gate(x)) * up(x)))`` (Shazeer, arXiv 2002.05202)."""
-
-    def __init__(
-        self, gate: nn.Module, up: nn.Module, act: nn.Module, down: nn.Module, dropout: float
-    ) -> None:
-        super().__init__()
-        self.gate, self.up, self.act, self.down = gate, up, act, down
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))
 
 
 def linear(layer: Any, bias: bool) -> nn.Linear:

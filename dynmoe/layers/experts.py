@@ -19,13 +19,8 @@ from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
-from dynmoe.layers.dispatch import (
-    compute_dtype,
-    grouped_ffn,
-    is_plain_linear,
-    read_ffn,
-    row_multiple,
-)
+from dynmoe.layers.ffn import is_plain_linear, read_ffn
+from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
 from dynmoe.layers.routers import Routing
 
 Init = Literal["copy", "cluster", "random", "fresh"]
@@ -38,7 +33,7 @@ class Experts(nn.Module):
     neurons (``split_ffn``), ``fresh`` for newly drawn ones of its size.
 
     ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs of two
-    plain linear layers (``dispatch.read_ffn``) take the fast path, where ``recompute`` holds; the
+    plain linear layers (``ffn.read_ffn``) take the fast path, where ``recompute`` holds; the
     others are called one after the other.
 
     Raises:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe.layers import losses
-from dynmoe.layers.dispatch import is_plain_linear
+from dynmoe.layers.ffn import is_plain_linear
 from dynmoe.layers.routers import Router, Routing, cosine, hide_padding
 
 if TYPE_CHECKING:

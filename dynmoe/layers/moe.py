@@ -63,7 +63,7 @@ class MoELayer(nn.Module):
 
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
-    inside experts again in the backward pass instead of keeping them (dynmoe/layers/dispatch.py).
+    inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
 
     Raises:
         TypeError: ``router`` makes no ``Router``, or ``mlp`` is no module.

@@ -24,7 +24,7 @@ from dynmoe.layers import (
     moe_layers,
     record_routing,
 )
-from dynmoe.layers.dispatch import read_ffn
+from dynmoe.layers.ffn import read_ffn
 from dynmoe.runtime import set_fused_attention
 
 WIDE = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}

@@ -13,10 +13,10 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from dynmoe.backbones.surgery import GatedFFN, linear
+from dynmoe.backbones.surgery import linear
 from dynmoe.errors import ConfigError
 from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, MoELayer, TopAnyRouter
-from dynmoe.layers.dispatch import read_ffn
+from dynmoe.layers.ffn import GatedFFN, read_ffn
 
 DIM = 16
 

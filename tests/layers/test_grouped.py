@@ -16,9 +16,9 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynmoe.layers import dispatch
-from dynmoe.layers.dispatch import read_ffn
+from dynmoe.layers import dispatch, grouped
 from dynmoe.layers.experts import Experts, naive_forward
+from dynmoe.layers.ffn import read_ffn
 from dynmoe.layers.routers import Routing
 
 D, H = 8, 16
@@ -44,7 +44,7 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 
 def choose_path(patch: pytest.MonkeyPatch, path: str, mlp: nn.Module) -> nn.Module:
-    patch.setattr(dispatch, "uses_grouped_mm", lambda *a: path == "grouped_mm")
+    patch.setattr(grouped, "uses_grouped_mm", lambda *a: path == "grouped_mm")
     patch.setattr("dynmoe.layers.experts.row_multiple", lambda x: 8 if path == "rounded up" else 1)
     return Doubled(mlp) if path == "any module" else mlp
 
@@ -332,10 +332,10 @@ def test_rows_are_rounded_where_every_shape_is_compiled(monkeypatch: pytest.Monk
     x_TD = torch.zeros(1, 1)
     for precision, multiple in (("highest", 1), ("medium", 8)):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda p=precision: p)
-        assert dispatch.row_multiple(x_TD) == multiple
-        assert dispatch.row_multiple(x_TD.double()) == 1
-        assert dispatch.row_multiple(x_TD.bfloat16()) == 8
-        assert dispatch.row_multiple(x_TD.to("meta")) == 1
+        assert grouped.row_multiple(x_TD) == multiple
+        assert grouped.row_multiple(x_TD.double()) == 1
+        assert grouped.row_multiple(x_TD.bfloat16()) == 8
+        assert grouped.row_multiple(x_TD.to("meta")) == 1
 
 
 def test_rows_without_a_pair_change_nothing() -> None:
@@ -355,7 +355,7 @@ def test_chunks_of_several_experts_change_nothing(
     recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = [3, 0, 4, 9, 2, 2, 0]
-    assert dispatch._chunks(counts, 8) == [
+    assert grouped._chunks(counts, 8) == [
         (slice(0, 7), [(0, slice(0, 3)), (2, slice(3, 7))]),
         (slice(7, 16), [(3, slice(0, 9))]),
         (slice(16, 20), [(4, slice(0, 2)), (5, slice(2, 4))]),
@@ -365,5 +365,5 @@ def test_chunks_of_several_experts_change_nothing(
     experts = make_experts(sequential(nn.GELU()), 8, torch.float64, recompute)
     expected = run(experts, routing, x_TD, naive=True)
     for rows in (0, 20, 1000):
-        monkeypatch.setattr(dispatch, "CHUNK", rows * H * 8)
+        monkeypatch.setattr(grouped, "CHUNK", rows * H * 8)
         assert_same(run(experts, routing, x_TD), expected)

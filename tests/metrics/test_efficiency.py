@@ -81,7 +81,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.fixture(autouse=True)
 def no_padding() -> Iterator[None]:
-    """At "highest" no row is computed in vain (`dispatch.row_multiple`)."""
+    """At "highest" no row is computed in vain (`grouped.row_multiple`)."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield

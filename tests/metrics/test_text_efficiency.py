@@ -86,7 +86,7 @@ def check(model: nn.Module) -> None:
 
 @pytest.fixture(autouse=True)
 def no_padding():  # type: ignore[no-untyped-def]
-    """At "highest" no row is computed in vain (`dispatch.row_multiple`)."""
+    """At "highest" no row is computed in vain (`grouped.row_multiple`)."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
