@@ -29,8 +29,10 @@ class Routing(NamedTuple):
     """The decision of a router for T tokens over E living experts.
 
     Rows of ``mask_TE`` may have any number of experts, 0 included, so a router may as well choose
-    tokens for each expert. Experts that output 0 need no column. The output of experts without an
-    FFN (identity, constant) would be one more field [T, D], which ``MoELayer`` adds to the sum.
+    tokens for each expert. k counts the FFNs that a token costs. Experts without an FFN have no
+    column: those that output 0 need nothing else, the others (identity, constant) put what they add
+    into ``extra_TD``. A token that chose nothing but such experts has k = 0 and is in
+    ``unserved_T``; ``free_T`` tells it from one that chose nothing.
     """
 
     weights_TE: Tensor
@@ -45,6 +47,44 @@ class Routing(NamedTuple):
     """Auxiliary loss, a scalar; the task multiplies it by ``moe.aux_weight``."""
     dispatch_TE: Tensor
     """Bool: the pairs to compute. Equal to the mask unless a gradient needs more."""
+    extra_TD: Tensor | None = None
+    """Output of experts without an FFN, which the layer adds to the sum; 0 on padding."""
+    free_T: Tensor | None = None
+    """Integers: how many experts without an FFN the token chose beside its k; 0 on padding."""
+    observed: Tensor | None = None
+    """[``Router.observes``]: sums over the real tokens that ``Router.update`` wants, detached."""
+
+
+class StepTotals(NamedTuple):
+    """One layer's routing in one optimizer step: sums over micro-batches and ranks.
+
+    Tensors are on the layer's device, in float64 (float32 on Apple's GPUs). A layer that did not
+    run in the step has zeros.
+    """
+
+    load_S: Tensor
+    """Tokens of each slot."""
+    k_hist: Tensor
+    """Real tokens that chose k experts, k = 0 to S; before any fallback."""
+    observed: Tensor
+    """Sum of ``Routing.observed``, [``Router.observes``]."""
+    calls: Tensor
+    """Forward passes that are in the sums: micro-batches times ranks, for a layer that runs once in
+    each."""
+    step: int
+    """Optimizer steps taken, this one included."""
+    num_steps: float
+    """Optimizer steps of the whole training; infinite where nobody knows."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Real tokens, at least 1."""
+        return self.k_hist.sum().clamp(min=1)
+
+    @property
+    def mean_k(self) -> Tensor:
+        """Experts computed for each real token, a fallback in training included."""
+        return self.load_S.sum() / self.tokens
 
 
 class Router(nn.Module):
@@ -54,15 +94,36 @@ class Router(nn.Module):
     pool whose parameters are its whole state. A router that is ``adaptive`` lets experts come and
     go, and overrides ``slot_parameters``, ``point`` and ``keep``.
 
-    State that moves from step to step (a bias per expert, a controlled threshold) belongs into
-    persistent fp32 buffers, which stay fp32 under ``model.to(torch.bfloat16)``. ``forward`` must
-    not change it: activation checkpointing runs it twice, and gradient accumulation several times a
-    step. Such a router will need one more method here, called once after the optimizer step with
-    sums over micro-batches and ranks, which ``DynMoECallback`` takes of ``RoutingStats`` already.
+    A router with state that moves from step to step (a bias per expert, a controlled threshold)
+    keeps it in persistent fp32 buffers, which stay fp32 under ``model.to(torch.bfloat16)``, and
+    overrides ``update``, which moves it once after each optimizer step. ``forward`` reads the state
+    and must not change it: activation checkpointing runs it twice, gradient accumulation several
+    times a step, and evaluation too.
     """
 
     adaptive: ClassVar[bool] = False
     """Whether experts may be added and removed during training."""
+    observes: int = 0
+    """Numbers in ``Routing.observed``; 0 without."""
+
+    @property
+    def has_state(self) -> bool:
+        """Whether ``update`` is to be called. Options may turn a state off: then override it."""
+        return type(self).update is not Router.update
+
+    def update(self, own: StepTotals, every: Sequence[StepTotals]) -> None:
+        """Move the state: one optimizer step was taken.
+
+        ``own``: what this layer routed in the step; ``every``: the same of all layers of the model
+        whose router is of this class, this one included. State that layers share (one controller
+        for the model) is a buffer in each of them, which all compute from ``every`` alone.
+
+        Called under ``no_grad``, on every rank with equal totals, so that all make the same state.
+        Not called for a step without a token in any of the layers. What it wrote is taken back
+        if the step did not count: a ``GradScaler`` skipped it, or a loss was not finite. Nothing
+        here should wait for the device (``item``, ``if`` on a tensor).
+        """
+        raise NotImplementedError
 
     def prepare(self, experts: Experts, live: Sequence[int]) -> None:
         """Read what routing needs of the experts; called before every ``forward`` of a layer."""
