@@ -290,17 +290,16 @@ class TopAnyRouter(Router):
         # scores would tie with thresholds and switch experts by rounding.
         with torch.autocast(x_TD.device.type, enabled=False):
             directions_ED = torch.stack([self.directions[slot] for slot in live]).float()
-            thresholds_E = torch.stack([self.thresholds[slot] for slot in live]).float()
+            thresholds_E = self._thresholds(live)
             scores_TE = cosine(x_TD, directions_ED)
             margin_TE = scores_TE.sigmoid() - thresholds_E.sigmoid()
             mask_TE = hide_padding(margin_TE > 0, token_mask_T)
             unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
 
-            # Straight-through: the value of the hard gate, the gradient of the margin.
-            through_TE = margin_TE if self.gate_grad == "all" else margin_TE * mask_TE
-            gate_TE = mask_TE + (through_TE - through_TE.detach())
+            mask_TE = self._admit(scores_TE, mask_TE, unserved_T)
+            gate_TE = self._gate(margin_TE, mask_TE)
             aux = self._aux(gate_TE, mask_TE, directions_ED, token_mask_T)
-            weights_TE = self._weights(gate_TE, mask_TE)
+            weights_TE = self._weights(gate_TE, mask_TE, scores_TE)
             # NOTE: losses and ``unserved_T`` are of the gate before the fallback.
             if not self.training:
                 mask_TE, weights_TE = self._fall_back(scores_TE, mask_TE, weights_TE, unserved_T)
@@ -311,7 +310,18 @@ class TopAnyRouter(Router):
                 dispatch_TE = dispatch_TE.expand_as(mask_TE)
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, dispatch_TE)
 
-    def _weights(self, gate_TE: Tensor, mask_TE: Tensor) -> Tensor:
+    def _thresholds(self, live: Sequence[int]) -> Tensor:
+        return torch.stack([self.thresholds[slot] for slot in live]).float()
+
+    def _admit(self, scores_TE: Tensor, mask_TE: Tensor, unserved_T: Tensor) -> Tensor:
+        return mask_TE
+
+    def _gate(self, margin_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        """Straight-through: the value of the hard gate, the gradient of the margin."""
+        through_TE = margin_TE if self.gate_grad == "all" else margin_TE * mask_TE
+        return mask_TE + (through_TE - through_TE.detach())
+
+    def _weights(self, gate_TE: Tensor, mask_TE: Tensor, scores_TE: Tensor) -> Tensor:
         k_T1 = mask_TE.sum(1, keepdim=True)
         if self.combine == "constant_k":
             return gate_TE / k_T1.clamp(min=1)
