@@ -29,7 +29,8 @@ class BudgetTopAnyRouter(TopAnyRouter):
     Expert e serves token x iff cos(x, w_e) > G_e + shift: DynMoE's gate with thresholds that one
     ``shift`` per layer moves together. The shift is a buffer. After each step it goes
     ``budget_rate`` of the way to where the step's tokens would have had ``target_k`` experts on
-    average; no gradient moves it. Which tokens get more than others is learned as ever.
+    average, and further by the ``trend`` of such ways; no gradient moves it. Which tokens get
+    more experts than others is learned as ever.
 
     - ``unserved``: a training token below all thresholds gets ``nothing``, as in the paper, or its
       ``best`` expert, as at evaluation: then mean k is the same number in both.
@@ -47,6 +48,7 @@ class BudgetTopAnyRouter(TopAnyRouter):
     """
 
     shift: Tensor
+    trend: Tensor
     observes = BINS
 
     def __init__(
@@ -54,7 +56,7 @@ class BudgetTopAnyRouter(TopAnyRouter):
         dim: int,
         num_slots: int,
         target_k: float | Sequence[float] = 2.0,
-        budget_rate: float = 0.2,
+        budget_rate: float = 0.3,
         unserved: Literal["best", "nothing"] = "best",
         weights: Literal["mean", "softmax"] = "mean",
         temperature: float = 0.1,
@@ -107,6 +109,7 @@ class BudgetTopAnyRouter(TopAnyRouter):
         self.trains_gate = gate_grad != "none"
         self.missing = missing
         self.register_buffer("shift", torch.zeros((), dtype=FP32))
+        self.register_buffer("trend", torch.zeros((), dtype=FP32))
 
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
@@ -157,7 +160,14 @@ class BudgetTopAnyRouter(TopAnyRouter):
 
     def update(self, own: StepTotals, every: Sequence[StepTotals]) -> None:
         wanted = self.target_k * own.k_hist.sum()
-        self.shift += self.budget_rate * distance_to(wanted[None], own.observed[None])[0]
+        distance = distance_to(wanted[None], own.observed[None])[0]
+        # NOTE: scores and thresholds move while they are trained: without the second integrator k
+        # would be off by what they move in 1 / rate steps. rate^2 / 4 is critical damping. It must
+        # not wind up: it sums near the target alone, and where no token is (a layer that did not
+        # run) or no way is left (k of 1, or of all experts), nothing moves.
+        near = (own.mean_k / self.target_k - 1).abs() < 0.25
+        self.shift += (self.budget_rate * distance + self.trend) * (distance != 0)
+        self.trend += self.budget_rate**2 / 4 * distance * near
 
     def record(self, live: Sequence[int]) -> dict[str, Any]:
         return {
