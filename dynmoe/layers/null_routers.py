@@ -27,7 +27,7 @@ class NullExpertRouter(Router):
     - ``renorm``: weights are divided by the sum over the ``true_only`` picks, over ``all`` picks,
       or not at all (``none``). With ``true_only`` the logits of null experts cancel out of every
       weight, and the auxiliary loss alone moves them.
-    - ``null``: null experts output ``zero``, or the token itself, ``identity``, by their weight.
+    - ``null_output``: null experts output ``zero``, or the token times their weight, ``identity``.
     - ``balance``: ``loss`` is AdaMoE's, in which null experts share one mean load (``averaged``);
       ``plain`` is that of its second experiment's code, where each has its own. ``bias`` has no
       loss: b_e += bias_rate * (target_k / (K E) - load_e / (K T)) after each step for every true
@@ -51,7 +51,7 @@ class NullExpertRouter(Router):
         num_null: int = 8,
         top_k: int = 3,
         renorm: Literal["true_only", "all", "none"] = "true_only",
-        null: Literal["zero", "identity"] = "zero",
+        null_output: Literal["zero", "identity"] = "zero",
         balance: Literal["loss", "plain", "bias"] = "loss",
         bias_rate: float = 1e-3,
         target_k: float | None = None,
@@ -65,17 +65,17 @@ class NullExpertRouter(Router):
                 f"top_k is {top_k}: expected 1 to the number of true and null experts, "
                 f"{num_slots} + {num_null}"
             )
-        if null == "identity" and renorm == "true_only":
+        if null_output == "identity" and renorm == "true_only":
             raise ValueError(
-                "null=identity with renorm=true_only: null experts have no weight. Set renorm to "
-                "none (LongCat-Flash) or all"
+                "null_output=identity with renorm=true_only: null experts have no weight. Set "
+                "renorm=none (LongCat-Flash) or all"
             )
         _check_target(target_k, balance, min(top_k, num_slots))
         self.num_slots = num_slots
         self.num_null = num_null
         self.top_k = top_k
         self.renorm = renorm
-        self.null = null
+        self.null_output = null_output
         self.balance = balance
         self.bias_rate = bias_rate
         self.target_k = target_k
@@ -106,7 +106,7 @@ class NullExpertRouter(Router):
             weights_TC = self._weights(probs_TC * picks_TC)
             aux = self._aux(probs_TC, picks_TC, token_mask_T)
             extra_TD = None
-            if self.null == "identity":
+            if self.null_output == "identity":
                 passed_T1 = weights_TC[:, self.num_slots :].sum(1, keepdim=True)
                 extra_TD = x_TD * passed_T1.to(x_TD.dtype)
         return Routing(
@@ -155,8 +155,8 @@ class NullExpertRouter(Router):
 
     def extra_repr(self) -> str:
         return (
-            f"k=0 to {self.top_k} of {self.num_slots}, {self.num_null} null experts ({self.null}), "
-            f"renorm={self.renorm}, balance={self.balance}"
+            f"k=0 to {self.top_k} of {self.num_slots}, {self.num_null} null experts of output "
+            f"{self.null_output}, renorm={self.renorm}, balance={self.balance}"
         )
 
 

@@ -187,7 +187,7 @@ def test_the_task_moves_null_rows_only_where_they_have_a_weight() -> None:
 def test_identity_experts_return_their_input() -> None:
     """All weights of a token over FFNs that return their input as well: it comes out whole."""
     make = lambda dim, slots: NullExpertRouter(  # noqa: E731
-        dim, slots, num_null=4, top_k=3, renorm="all", null="identity"
+        dim, slots, num_null=4, top_k=3, renorm="all", null_output="identity"
     )
     layer = MoELayer(torch.nn.Identity(), 8, make, 4)
     x_TD = torch.randn(40, 8)
@@ -203,7 +203,7 @@ def test_identity_experts_return_their_input() -> None:
 def test_biases_hold_the_mean_number_of_true_experts(target_k: float) -> None:
     torch.manual_seed(0)
     router = NullExpertRouter(
-        16, 8, 8, 3, renorm="none", null="identity", balance="bias", bias_rate=0.1,
+        16, 8, 8, 3, renorm="none", null_output="identity", balance="bias", bias_rate=0.1,
         target_k=target_k,
     )  # fmt: skip
     router.weight.data.normal_(std=0.3), router.null_weight.data.normal_(std=0.3)
@@ -228,7 +228,7 @@ def test_loss_weight_falls_along_the_training() -> None:
     ("options", "message"),
     [
         ({"top_k": 9}, "number of true and null experts, 4 \\+ 4"),
-        ({"null": "identity"}, "Set renorm to"),
+        ({"null_output": "identity"}, "Set renorm=none"),
         ({"target_k": 1.0}, "needs balance=bias"),
         ({"balance": "bias"}, "target_k is None"),
         ({"balance": "bias", "target_k": 5.0}, "target_k is 5.0: expected more than 0, up to 3"),

@@ -53,7 +53,12 @@ ROUTERS: dict[str, Any] = {
     "adamoe": partial(NullExpertRouter, num_null=4, aux_end=0.1),
     "adamoe, plain loss": partial(NullExpertRouter, num_null=4, balance="plain", renorm="all"),
     "longcat": partial(
-        NullExpertRouter, num_null=4, null="identity", renorm="none", balance="bias", target_k=1.5
+        NullExpertRouter,
+        num_null=4,
+        null_output="identity",
+        renorm="none",
+        balance="bias",
+        target_k=1.5,
     ),
 }
 WITH_STATE = [name for name, make in ROUTERS.items() if make(DIM, SLOTS).has_state]
