@@ -44,6 +44,10 @@ class Routed(NamedTuple):
     token_mask: Tensor | None
     """Bool, the input's shape without D: False on padding and on tokens that are not finite. None
     where all tokens count."""
+    free: Tensor | None = None
+    """Integers, the input's shape without D: chosen experts without an FFN (``Routing.free_T``)."""
+    observed: Tensor | None = None
+    """``Routing.observed``."""
 
 
 class MoELayer(nn.Module):
@@ -136,7 +140,7 @@ class MoELayer(nn.Module):
         live = self._live if compiling else self.live
         routing = self._route(x_TD, live, token_mask_T)
         if torch.compiler.is_exporting():
-            y_TD = self.experts(x_TD, routing, live)
+            y_TD = self._sum(x_TD, routing, live)
         else:
             y_TD = self._serve(x_TD, routing, live, token_mask_T, x.shape[:-1], compiling)
         return y_TD.view(x.shape)
@@ -148,6 +152,10 @@ class MoELayer(nn.Module):
         routing: Routing = self.router(x_TD, live, token_mask_T)
         # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
         return routing._replace(aux=_of_some(routing.aux, x_TD, token_mask_T))
+
+    def _sum(self, x_TD: Tensor, routing: Routing, live: tuple[int, ...]) -> Tensor:
+        y_TD: Tensor = self.experts(x_TD, routing, live)
+        return y_TD if routing.extra_TD is None else y_TD + routing.extra_TD.to(y_TD.dtype)
 
     # NOTE: not compiled, as the experts' code is in any case: no further graph break. Compiled code
     # would be made anew where an observer comes or goes, and take the state of autograd, which
@@ -165,7 +173,7 @@ class MoELayer(nn.Module):
         if compiled and self.live != live:  # written to since: the next call compiles anew
             live = self.live
             routing = self._route(x_TD, live, token_mask_T)
-        y_TD = self.experts(x_TD, routing, live)
+        y_TD = self._sum(x_TD, routing, live)
         observer = self.observer if self.training else None
         if self.tape is not None or observer is not None:
             # NOTE: aux keeps its graph, because the task adds it to the loss; all else on the tape
@@ -175,6 +183,8 @@ class MoELayer(nn.Module):
                 routing_stats(x_TD, routing, token_mask_T),
                 routing.mask_TE.view(*shape, routing.mask_TE.shape[1]),
                 None if token_mask_T is None else token_mask_T.view(shape),
+                None if routing.free_T is None else routing.free_T.view(shape),
+                None if routing.observed is None else routing.observed.detach(),
             )
             if self.tape is not None:
                 self.tape.append(call)

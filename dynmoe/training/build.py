@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dynmoe import process, runtime, selection
+from dynmoe.adaptation import RouterCallback
 from dynmoe.backbones import hub, weights
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.machine import NO_GPU
@@ -179,14 +180,16 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
 
 
 def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:
-    """The end of a run that diverges; the adaptation of experts, if any; those of
-    ``trainer.callbacks``; records, checkpoints and early stop; progress.
+    """The end of a run that diverges; the adaptation of experts, or of the state of routers alone;
+    those of ``trainer.callbacks``; records, checkpoints and early stop; progress.
 
     Raises:
         ConfigError: one that a run cannot have.
     """
     callbacks: list[L.Callback] = [FiniteLoss(folder, cfg.task.get("on_nonfinite", "stop"))]
-    if cfg.moe.adaptation is not None:
+    if cfg.moe.adaptation is None:
+        callbacks.append(RouterCallback())
+    else:
         callbacks.append(make(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
     callbacks += own_callbacks(cfg)
     recorder = RunRecorder(
