@@ -105,9 +105,7 @@ def add_moe_layers(
         form.put(blocks[index], layer)
 
 
-def _routers(
-    router: Callable[[int, int], Router] | None, layers: int
-) -> list[Callable[..., Router]]:
+def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:
     """One maker for each MoE layer: a list as ``target_k`` has one number for each.
 
     Raises:

@@ -149,7 +149,12 @@ class MoELayer(nn.Module):
         if not live:
             raise ValueError("no expert is alive: active_E is False for all slots")
         self.router.prepare(self.experts, live)
-        routing: Routing = self.router(x_TD, live, token_mask_T)
+        if torch.compiler.is_compiling():  # compiled code serves with and without a tape
+            routing: Routing = self.router(x_TD, live, token_mask_T)
+        else:
+            self.router.recorded = self.training or self.tape is not None
+            routing = self.router(x_TD, live, token_mask_T)
+            self.router.recorded = True
         # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
         return routing._replace(aux=_of_some(routing.aux, x_TD, token_mask_T))
 
@@ -439,6 +444,25 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
     finally:
         for layer in layers.values():
             layer.tape = None
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Let MoE layers keep what they make of their weights from call to call within the block.
+
+    Kept are weights in autocast's dtype and, where no gradient is wanted, a router's vectors and
+    keys. The caller promises that neither weights nor living experts change: a generation, an
+    evaluation, the micro-batches of one optimizer step.
+    """
+    parts = [part for layer in moe_layers(model).values() for part in (layer.router, layer.experts)]
+    within = [part.kept is not None for part in parts]
+    for part in parts:
+        part.kept = {}
+    try:
+        yield
+    finally:  # a block around this one begins anew: here weights may have been others
+        for part, outer in zip(parts, within, strict=True):
+            part.kept = {} if outer else None
 
 
 @contextmanager
