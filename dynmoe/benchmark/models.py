@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.benchmark.candidates import Candidate
-from dynmoe.benchmark.layer import fit_thresholds, naive_loop
+from dynmoe.benchmark.layer import fit_thresholds
 from dynmoe.benchmark.results import Facts
+from dynmoe.benchmark.rivals import naive_loop
 from dynmoe.data.base import TaskData
 from dynmoe.data.images.batches import ImageBatch
 from dynmoe.data.vl.batches import ConversationBatch
@@ -416,7 +417,7 @@ def fit(model: nn.Module, k: float, batches: Sequence[LabelledBatch]) -> None:
 
 
 class Loop(Experts):
-    """``layer.naive_loop`` over the slots."""
+    """``rivals.naive_loop`` over the slots."""
 
     def __init__(self, experts: Experts) -> None:
         nn.Module.__init__(self)

@@ -27,6 +27,9 @@ SHAPES = {
     "a": Shape("a", 6304, 384, 1536, 8),  # ViT-S at 224 px, batch 32
     "b": Shape("b", 4160, 192, 768, 8),  # ViT-Ti
     "c": Shape("c", 4096, 768, 3072, 16),  # BERT-base
+    "d": Shape("d", 4096, 384, 1024, 8),  # gated, as wide as ViT-S
+    "e": Shape("e", 2048, 576, 1536, 8),  # SmolLM2-135M, gated
+    "short": Shape("short", 128, 576, 1536, 8),  # a decoding step of 128 answers
 }
 
 LAYER_CASES = {
@@ -35,11 +38,14 @@ LAYER_CASES = {
     "experts": "its experts alone, on the given routing",
     "recompute": "the same, hidden activations computed again in the backward pass",
     "top_k": "the whole layer with a top-k router (where k is an integer)",
+    "top_k experts": "its experts alone, on its routing",
     "naive loop": "a loop over the experts, which index stacked weights",
-    "hf loop": "the eager loop of transformers' Mixtral experts, on plain FFNs",
     "padded": "GShard's and DeepSpeed's one-hot einsum dispatch",
     "padded_bmm": "the same padding, by index, and batched products",
     "dense then mask": "every expert on every token, then the weights",
+    "hf eager": "transformers' Mixtral experts (gated, integer k), on top_k's routing",
+    "hf grouped_mm": "the same with experts_implementation=grouped_mm",
+    "hf batched_mm": "batched_mm; left out where its copies of weights pass 1 GiB",
 }
 
 STEP_CASES = {
@@ -65,7 +71,7 @@ NOT_BESIDE_RUNS = {"step": tuple(DEFAULTS), "generate": ("overrides", "k", "dtyp
 
 
 def parse_shape(text: str) -> Shape:
-    """``a``, ``b``, ``c`` or four positive integers ``T,D,H,E``.
+    """A name in ``SHAPES`` or four positive integers ``T,D,H,E``.
 
     Raises:
         ConfigError: anything else.
@@ -115,13 +121,14 @@ def _check_names(names: Sequence[str], known: Mapping[str, str]) -> None:
 DISTURBED = "disturbed counts samples during which other processes were busy."
 
 LAYER = """\
-Time the forward and backward pass of one MoE layer. Its rivals are timed interleaved with it: a
-dense FFN on as many rows (the limit), and other ways to dispatch tokens to experts. Thresholds are
+Time the forward and backward pass of one MoE layer, or the forward pass alone. Its rivals are
+timed interleaved with it: a dense FFN on as many rows (the limit), and other ways to dispatch
+tokens to experts. Thresholds are
 fitted so that a token activates k experts on average and the popularity of experts follows Zipf's
 law with exponent 0.8. The command prints a table for each shape and k, and a summary."""
 LAYER_NOTE = f"""\
-Each call takes the next of 16 batches of tokens, so the loads of the experts are new as in
-training; the limit always has their mean number of rows.
+Each call takes the next of 16 batches of tokens, short ones of 64, so the loads of the experts are
+new as in training; the limit always has their mean number of rows. Ratios are of GFLOP/s.
 {DISTURBED}"""
 
 RUNS = """\
@@ -212,10 +219,14 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     p = new("layer", "one MoE layer beside a dense FFN and other dispatches", LAYER, LAYER_CASES)
-    text = "a (ViT-S), b (ViT-Ti), c (BERT-base), or tokens,dim,hidden,experts (default: a b c)"
-    shapes = list(SHAPES.values())
+    text = f"{', '.join(SHAPES)}, or tokens,dim,hidden,experts (default: a b c)"
+    shapes = [SHAPES[name] for name in "abc"]
     p.add_argument("--shape", nargs="+", type=parse_shape, default=shapes, metavar="S", help=text)
+    text = "experts: Linear, GELU, Linear, or down(silu(gate(x)) * up(x)) (default: mlp)"
+    p.add_argument("--ffn", choices=["mlp", "gated"], default="mlp", help=text)
     _add_k(p, "mean experts per token", [1.0, 1.5, 2.0, 4.0])
+    text = "forward and backward, or forward without gradients and recording (default: train)"
+    p.add_argument("--mode", choices=["train", "inference"], default="train", help=text)
     _add_only(p, list(LAYER_CASES), "all below")
     _add_timing(p, "fp32", "bf16", "amp")
     choices = ["auto", "highest", "high", "medium"]

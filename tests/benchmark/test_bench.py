@@ -12,6 +12,9 @@ from command_line import Refused, Run
 
 from dynmoe.benchmark.options import LAYER_CASES
 from dynmoe.benchmark.results import load_note, noise
+from dynmoe.benchmark.rivals import HF
+
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 TINY = ["layer", "--shape", "64,16,32,4", "--device", "cpu", "--malloc", "system"]
 TINY += ["--threads", "1", "--rounds", "2"]
@@ -30,8 +33,8 @@ def test_measures_all_cases(
     assert content["load_average"].keys() == {"before", "after"}
     rows = content["rows"]
     cases = {k: [row["case"] for row in rows if row["k"] == k] for k in (1, 1.5)}
-    assert cases[1] == list(LAYER_CASES)
-    assert cases[1.5] == [case for case in LAYER_CASES if case != "top_k"]
+    assert cases[1] == [case for case in LAYER_CASES if case not in HF]
+    assert cases[1.5] == [case for case in cases[1] if "top_k" not in case]
     for row in rows:
         assert row["mean_k"] == pytest.approx(row["k"], rel=0.2), row  # later draws fluctuate
         numbers = [row[key] for key in ("median_ms", "ratio", "gflops", "kept_ratio")]
@@ -45,7 +48,7 @@ def test_measures_all_cases(
     assert limit["kept_bytes"] == 4 * pairs * (16 + 2 * 32)  # x, pre-activation, activation
 
     shown = capsys.readouterr().out
-    assert all(case in shown for case in LAYER_CASES)
+    assert all(case in shown for case in cases[1])
     assert "load average" in shown and "Summary" in shown and str(file) in shown
 
 
@@ -91,7 +94,7 @@ def test_compares_with_a_baseline(
         (["--k", "5"], "--k 5: expected a mean number of experts per token above 0"),
         (["--k", "0"], "up to 4, the experts of shape 64,16,32,4"),
         (["--k", "nan"], "--k nan: expected a mean number"),
-        (["--shape", "64,16,32"], "--shape 64,16,32: expected a, b, c or tokens,dim"),
+        (["--shape", "64,16,32"], "--shape 64,16,32: expected a, b, c, d, e, short or tokens,dim"),
         (["--shape", "64,16,32,-4"], "in positive integers"),
         (["--rounds", "0"], "expected a whole number of 1 or more"),
         (["--baseline", "gone.json"], "--baseline gone.json: there is no such file"),
