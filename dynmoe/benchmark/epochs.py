@@ -26,7 +26,6 @@ from transformers import (
 
 from dynmoe import runtime
 from dynmoe.benchmark import results
-from dynmoe.benchmark.candidates import DTYPES
 from dynmoe.benchmark.models import data_of, model_name
 from dynmoe.benchmark.options import EPOCH_NOTE
 from dynmoe.benchmark.results import RATIO, ROUNDS, Column, Row
@@ -85,10 +84,11 @@ def run(args: argparse.Namespace, output: results.Output, cfg: DictConfig) -> No
         "steps": steps,
         "mean_tokens": round(data.mean_tokens, 1),
     }
-    dtype = DTYPES.get(cfg.trainer.precision, cfg.trainer.precision)
     with output.progress() as new_bar:
         rows = measure_epochs(loops, work, args.rounds, device, new_bar("epochs"))
-    output.add(rows, results.Conditions(machine_facts(device, dtype), settings, facts))
+    output.add(
+        rows, results.Conditions(machine_facts(device, str(cfg.trainer.precision)), settings, facts)
+    )
     title = "One training epoch, {steps} steps, {samples} texts"
     output.show(*results.tables(rows, (), title, EPOCH_COLUMNS), EPOCH_NOTE + "\n")
 
@@ -244,7 +244,7 @@ def run_loader(args: argparse.Namespace, output: results.Output, cfg: DictConfig
     Raises:
         UserError: data that cannot be read; nothing has run then.
     """
-    machine = machine_facts(torch.device("cpu"), "fp32")
+    machine = machine_facts(torch.device("cpu"), "32-true")
     counts = args.workers or [cfg.data.workers]
 
     def set_up(workers: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import cycle, groupby
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe import runtime
-from dynmoe.benchmark import results, timing
+from dynmoe.benchmark import against, results, timing
+from dynmoe.benchmark.against import Build
 from dynmoe.benchmark.options import LAYER_CASES, LAYER_NOTE, Shape
 from dynmoe.benchmark.results import MIB, PEAK, RATIO, ROUNDS, Column, Row
 from dynmoe.benchmark.rivals import HF, RIVALS, stack, transformers_experts
@@ -43,6 +44,7 @@ COLUMNS = (
     Column("ms", "median_ms"),
     Column("quartiles", "quartiles_ms"),
     *RATIO,
+    *against.COLUMNS,
     Column("GFLOP/s", "gflops"),
     Column("kept\nMiB", "kept_bytes", unit=MIB),
     Column("kept,\nx limit", "kept_ratio", ".2f"),
@@ -80,27 +82,46 @@ def run(args: argparse.Namespace, output: results.Output) -> None:
     Raises:
         ConfigError: a device or baseline that does not fit; nothing has run then.
     """
-    device = timing.device_of(args)
-    asked = {"matmul_precision": args.matmul_precision, "malloc": args.malloc}
-    settings = runtime.apply({**asked, "fused_attention": "auto"}, device.type)
-    del settings["fused_attention"]  # a layer has no attention
+    device, settings = _set_up(args)
     conditions = results.Conditions(timing.machine_facts(device, args.dtype), settings, {})
     baseline = results.Baseline(args.baseline, RULES) if args.baseline else None
     if baseline:
         baseline.require(conditions, "machine", "settings")
-    combinations = [(shape, k) for shape in args.shape for k in args.k]
+    build = Build(args.against, __name__, args) if args.against else None
+    every = _works(args)
     with output.progress() as new_bar:
-        for number, (shape, k) in enumerate(combinations, 1):
-            advance = new_bar(f"shape {shape.name}, k {k:g} ({number}/{len(combinations)})")
-            work = Work(shape, args.ffn, k, args.mode, args.dtype)
-            rows = measure(work, args.only, args.rounds, device, advance)
+        for number, work in enumerate(every, 1):
+            advance = new_bar(f"shape {work.shape.name}, k {work.k:g} ({number}/{len(every)})")
+            rows = measure(work, args.only, args.rounds, device, advance, build)
             output.add(rows, conditions)
+    if build:
+        build.close()
     output.show(
         *results.tables(output.rows, ("shape", "k"), TITLE, COLUMNS),
         LAYER_NOTE + "\n",
         summary(output.rows),
         *([baseline.table(output.rows)] if baseline else []),
+        *([build.note()] if build else []),
     )
+
+
+def elsewhere(args: argparse.Namespace) -> Iterator[dict[str, Case]]:
+    """Yield the cases of each table, for the process of another build."""
+    device, _ = _set_up(args)
+    for work in _works(args):
+        yield build_cases(work, args.only, device)
+
+
+def _set_up(args: argparse.Namespace) -> tuple[torch.device, results.Facts]:
+    device = timing.device_of(args)
+    asked = {"matmul_precision": args.matmul_precision, "malloc": args.malloc}
+    settings = runtime.apply({**asked, "fused_attention": "auto"}, device.type)
+    del settings["fused_attention"]  # a layer has no attention
+    return device, settings
+
+
+def _works(args: argparse.Namespace) -> list[Work]:
+    return [Work(shape, args.ffn, k, args.mode, args.dtype) for shape in args.shape for k in args.k]
 
 
 class Work(NamedTuple):
@@ -129,6 +150,7 @@ def measure(
     rounds: int,
     device: torch.device,
     advance: results.Advance,
+    build: Build | None = None,
 ) -> list[Row]:
     """Return a row for ``limit`` and for each named case that exists for this work.
 
@@ -137,10 +159,11 @@ def measure(
     ``ratio``, those over the limit's; ``kept_bytes``, input rows and bytes kept for the backward
     pass, without the output, None in inference; ``kept_ratio``, those over the limit's;
     ``peak_bytes`` beyond input, weights and incoming gradient; ``router_share`` of ``layer`` if
-    ``experts`` ran too: 1 - experts / layer, the median over rounds.
+    ``experts`` ran too: 1 - experts / layer, the median over rounds; those of ``against.ratios``.
     """
     cases = build_cases(work, names, device)
-    samples = timing.interleave(cases, rounds, device, advance=advance)
+    others = build.next_cases() if build else {}
+    samples = timing.interleave({**cases, **others}, rounds, device, advance=advance)
     memory = {name: case.memory(device) for name, case in cases.items()}
     size = {name: case.pairs * work.flops_per_pair / 1e9 for name, case in cases.items()}
     share = None
@@ -157,6 +180,7 @@ def measure(
             "case": name,
             "reference": "limit",
             **timing.speed(samples[name], samples["limit"], size[name], "gflops", size["limit"]),
+            **against.ratios(samples, name),
             "kept_bytes": memory[name].kept,
             "kept_ratio": _over(memory[name].kept, memory["limit"].kept),
             "peak_bytes": memory[name].peak,

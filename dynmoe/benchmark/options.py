@@ -8,9 +8,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from dynmoe.benchmark.candidates import Candidate
 
 
 class Shape(NamedTuple):
@@ -58,16 +63,19 @@ STEP_CASES = {
 }
 GENERATE_CASES = ["dense", "top-2", "dynmoe"]
 
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+"""Values of ``trainer.precision`` that are measured."""
+
 # Values of `step` and `generate` without --runs. Trained runs bring their own.
 DEFAULTS: dict[str, Any] = {
     "overrides": [],
     "k": [1.0, 1.5, 2.0],
-    "dtype": "fp32",
+    "precision": None,
     "only": ["dense", "top-1", "top-2", "dynmoe"],
     "batch": None,
     "baseline": None,
 }
-NOT_BESIDE_RUNS = {"step": tuple(DEFAULTS), "generate": ("overrides", "k", "dtype")}
+NOT_BESIDE_RUNS = {"step": tuple(DEFAULTS), "generate": ("overrides", "k", "precision")}
 
 
 def parse_shape(text: str) -> Shape:
@@ -228,7 +236,9 @@ def parser() -> argparse.ArgumentParser:
     text = "forward and backward, or forward without gradients and recording (default: train)"
     p.add_argument("--mode", choices=["train", "inference"], default="train", help=text)
     _add_only(p, list(LAYER_CASES), "all below")
-    _add_timing(p, "fp32", "bf16", "amp")
+    text = "amp: fp32 weights under bf16 autocast (default: fp32)"
+    p.add_argument("--dtype", choices=["fp32", "bf16", "amp"], default="fp32", help=text)
+    _add_timing(p)
     choices = ["auto", "highest", "high", "medium"]
     text = "of fp32 products; auto: the fastest at fp32 accuracy (default)"
     p.add_argument("--matmul-precision", choices=choices, default="auto", help=text)
@@ -236,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
     text = "tuned: glibc keeps freed memory; auto: tuned on a CPU (default)"
     p.add_argument("--malloc", choices=choices, default="auto", help=text)
     _add_files(p, "layer", baseline=True)
+    _add_against(p)
 
     text = "whole training steps and inference beside the dense model"
     p = new("step", text, STEP, STEP_CASES)
@@ -245,8 +256,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mode", choices=choices, default="both", help="default: both")
     text = "samples of a batch (default: 32 images, else data.batch_size)"
     p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
-    _add_timing(p, "fp32", "amp")
+    _add_timing(p)
     _add_files(p, "step", baseline=True)
+    _add_against(p)
 
     p = new("generate", "answers of vision-language models, token by token", GENERATE)
     _add_models(p)
@@ -254,8 +266,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
     text = "tokens of each answer (default: 32)"
     p.add_argument("--new-tokens", type=at_least(2), default=32, metavar="N", help=text)
-    _add_timing(p, "fp32", "amp", rounds=7)
+    _add_timing(p, rounds=7)
     _add_files(p, "generate")
+    _add_against(p)
 
     p = new("epoch", "a training epoch on texts beside a plain loop", EPOCH)
     _add_overrides(p)
@@ -305,6 +318,8 @@ def _add_models(p: argparse.ArgumentParser) -> None:
     text = "measure trained runs: those of a sweep, outputs/<name>, or a single one"
     p.add_argument("--runs", type=Path, metavar="FOLDER", help=text)
     _add_k(p, "mean experts per token in training", DEFAULTS["k"])
+    text = "values of trainer.precision, all interleaved (default: that of the configuration)"
+    p.add_argument("--precision", nargs="+", choices=PRECISIONS, metavar="P", help=text)
 
 
 def _add_k(p: argparse.ArgumentParser, text: str, default: list[float]) -> None:
@@ -317,10 +332,7 @@ def _add_only(p: argparse.ArgumentParser, default: list[str], shown: str) -> Non
     p.add_argument("--only", nargs="+", default=default, metavar="CASE", help=text)
 
 
-def _add_timing(p: argparse.ArgumentParser, *dtypes: str, rounds: int = 15) -> None:
-    if dtypes:
-        text = f"amp: fp32 weights under bf16 autocast (default: {DEFAULTS['dtype']})"
-        p.add_argument("--dtype", choices=dtypes, default=DEFAULTS["dtype"], help=text)
+def _add_timing(p: argparse.ArgumentParser, rounds: int = 15) -> None:
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     p.add_argument("--threads", type=at_least(1), metavar="N", help="default: PyTorch's")
     text = f"samples of each case (default: {rounds})"
@@ -333,6 +345,11 @@ def _add_files(p: argparse.ArgumentParser, command: str, baseline: bool = False)
     if baseline:
         text = "compare with the --json file of an earlier measurement"
         p.add_argument("--baseline", type=Path, metavar="FILE", help=text)
+
+
+def _add_against(p: argparse.ArgumentParser) -> None:
+    text = "time the same cases of another build, a checkout of dynmoe, interleaved with these"
+    p.add_argument("--against", type=Path, metavar="FOLDER", help=text)
 
 
 # The commands. Each raises a UserError where nothing can be measured as asked: nothing has run yet.
@@ -359,15 +376,36 @@ def layer(args: argparse.Namespace) -> None:
 def step(args: argparse.Namespace) -> None:
     """Time training steps and inference, or for ``generate`` the answers of vision-language models,
     of fresh models or of trained runs."""
-    from dynmoe.benchmark.candidates import candidates, configuration, keys, modality, step_defaults
     from dynmoe.benchmark.results import Output
 
-    is_step, file, cases = args.command == "step", args.json, list[str]()
+    work = models_of(args)
+    file = args.json
+    if args.runs:
+        file = file or args.runs / f"{'timing' if args.command == 'step' else 'generation'}.json"
+    output = Output(file, args.command)
+    from dynmoe.benchmark import steps
+
+    steps.run(args, output, *work)
+
+
+generate = step
+
+
+def models_of(args: argparse.Namespace) -> tuple[DictConfig, list[str], list[Candidate]]:
+    """Return the configuration, its cases, and the trained runs of ``step`` or ``generate``.
+
+    ``args.precision`` becomes that of the configuration unless it is given.
+
+    Raises:
+        UserError: naming what cannot be measured.
+    """
+    from dynmoe.benchmark.candidates import candidates, configuration, keys, modality, step_defaults
+
+    is_step, cases = args.command == "step", list[str]()
     if args.runs:
         _refuse_beside_runs(args)
         found = candidates(args.runs)
         cfg = found[0].cfg
-        file = file or args.runs / ("timing.json" if is_step else "generation.json")
         for run, its, _ in () if is_step else found:
             if modality(its) != "vision-language":
                 raise ConfigError(
@@ -388,15 +426,16 @@ def step(args: argparse.Namespace) -> None:
         if is_step:
             images = 32 if modality(cfg) == "image" else None
             cfg.data.batch_size = args.batch or images or cfg.data.batch_size
-    output = Output(file, args.command)
     for each in () if is_step else (cfg, *(candidate.cfg for candidate in found)):
         each.data.eval_batch_size = args.batch or each.data.eval_batch_size
-    from dynmoe.benchmark import steps
-
-    steps.run(args, output, cfg, cases, found)
-
-
-generate = step
+    args.precision = args.precision or [str(cfg.trainer.precision)]
+    for precision in args.precision:
+        if precision not in PRECISIONS:
+            where = f"{found[0].run.folder.path}: " if found else ""
+            raise ConfigError(
+                f"{where}trainer.precision={precision}: expected one of {', '.join(PRECISIONS)}"
+            )
+    return cfg, cases, found
 
 
 def _refuse_beside_runs(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dynmoe.benchmark.rivals import HF
 
 pytestmark = pytest.mark.usefixtures("short_samples")
 
+ROOT = Path(__file__).parents[2]
 TINY = ["layer", "--shape", "64,16,32,4", "--device", "cpu", "--malloc", "system"]
 TINY += ["--threads", "1", "--rounds", "2"]
 
@@ -87,6 +89,29 @@ def test_compares_with_a_baseline(
     assert "threads (77, now 1)" in refused(*few, "--json", str(new), "--baseline", str(old))
 
 
+@pytest.mark.slow
+def test_times_another_build_beside_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
+) -> None:
+    """A copy of this one, which says by a case's result whose code it ran."""
+    file, folder = tmp_path / "new.json", tmp_path / "build"
+    for part in ("dynmoe", "conf"):
+        shutil.copytree(ROOT / part, folder / part)
+    (folder / "dynmoe" / "__init__.py").write_text('__version__ = "0.0.7"')
+    run(*TINY, "--k", "1", "2", "--only", "layer", "--against", str(folder), "--json", str(file))
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["limit", "layer"] * 2
+    for row in rows:
+        assert row["against_ratio"] > 0 and len(row["against_quartiles"]) == 2
+    shown = capsys.readouterr().out
+    assert "x other" in shown and f"dynmoe 0.0.7 in {folder}" in shown.replace("\n", "")
+
+    (folder / "dynmoe" / "layers" / "__init__.py").write_text("")
+    with pytest.raises(SystemExit):
+        run(*TINY, "--against", str(folder), "--json", str(file))
+    assert "this benchmark does not run with it: ImportError" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -100,6 +125,7 @@ def test_compares_with_a_baseline(
         (["--baseline", "gone.json"], "--baseline gone.json: there is no such file"),
         (["--baseline", "broken.json"], "--baseline broken.json: expected a file that"),
         (["--json", "broken.json/new.json"], "--json broken.json/new.json: cannot be written"),
+        (["--against", "."], "--against .: expected a folder that holds dynmoe/"),
         (["--json", "."], "--json .: expected a file to write, this is a folder"),
     ],
 )
