@@ -319,13 +319,6 @@ def build_cases(work: Work, names: Sequence[str], device: torch.device) -> dict[
     stored = torch.bfloat16 if work.dtype == "bf16" else torch.float32
     live = range(shape.experts)
 
-    def new_ffn() -> nn.Module:
-        up, down = (shape.dim, shape.hidden), (shape.hidden, shape.dim)
-        if work.ffn == "mlp":
-            return nn.Sequential(nn.Linear(*up), nn.GELU(), nn.Linear(*down))
-        gate, value, out = (nn.Linear(*sizes, bias=False) for sizes in (up, up, down))
-        return GatedFFN(gate, value, nn.SiLU(), out, dropout=0.0)
-
     def placed(module: nn.Module) -> nn.Module:
         return module.to(device, stored).train(train)
 
@@ -337,7 +330,7 @@ def build_cases(work: Work, names: Sequence[str], device: torch.device) -> dict[
             each = [(x_TD, router(x_TD, live)) for x_TD in batches]
         return [Draw(x, r.weights_TE.requires_grad_(), r) for x, r in each]
 
-    mlp = new_ffn()
+    mlp = new_ffn(shape, work.ffn)
     layer = MoELayer(mlp, shape.dim, TopAnyRouter, shape.experts, init="fresh")
     placed(layer)
     assert isinstance(layer.router, TopAnyRouter)
@@ -403,6 +396,15 @@ def build_cases(work: Work, names: Sequence[str], device: torch.device) -> dict[
     }
     wanted = {"limit", *names} - absent(work)
     return {name: makers[name]() for name in LAYER_CASES if name in wanted}
+
+
+def new_ffn(shape: Shape, ffn: str) -> nn.Module:
+    """Return an FFN of a kind of ``Work.ffn``."""
+    up, down = (shape.dim, shape.hidden), (shape.hidden, shape.dim)
+    if ffn == "mlp":
+        return nn.Sequential(nn.Linear(*up), nn.GELU(), nn.Linear(*down))
+    gate, value, out = (nn.Linear(*sizes, bias=False) for sizes in (up, up, down))
+    return GatedFFN(gate, value, nn.SiLU(), out, dropout=0.0)
 
 
 def absent(work: Work) -> set[str]:

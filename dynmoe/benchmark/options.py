@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -210,6 +211,41 @@ is that of this process and its workers. Settings are those of dynmoe-run, such 
 data.root=FOLDER."""
 
 
+GPU = """\
+Check and time bf16 on this GPU, in less than 8 minutes: the experts' values and gradients against
+a loop, then a layer of width 1024 with 16 experts on 50,000 tokens, both kinds of FFN, and the
+training step of a ViT-S. The results are in one folder, a table and a file for each part."""
+GPU_CHECK = Shape("check", 4096, 1024, 4096, 16)
+_CASES = ["--only", "layer", "experts", "top_k", "top_k experts", "naive loop", "hf grouped_mm"]
+_LAYER = ["layer", "--shape", "50000,1024,4096,16", "--k", "2", "--dtype", "bf16", *_CASES]
+GPU_PARTS = {
+    "layer-mlp": [*_LAYER, "--ffn", "mlp"],
+    "layer-gated": [*_LAYER, "--ffn", "gated"],
+    "step": [
+        *("step", "backbone=vit_small", "backbone.pretrained=false", "backbone.image_size=224"),
+        *("--batch", "128", "--k", "1.5", "--mode", "train", "--precision", "bf16-mixed"),
+    ],
+}
+"""The commands of ``gpu`` by the names of their files."""
+GPU_SMOKE = Shape("check", 64, 16, 32, 4)
+_TINY = "backbone.options={depth: 2, embed_dim: 32, num_heads: 2, patch_size: 4}"
+SMOKE = {
+    "layer-mlp": ["--shape", "64,16,32,4", "--malloc", "system"],
+    "layer-gated": ["--shape", "64,16,32,4", "--malloc", "system"],
+    "step": [
+        "--only",
+        "dynmoe",
+        "--batch",
+        "2",
+        "runtime.malloc=system",
+        "backbone.image_size=16",
+        "backbone=vit_tiny",
+        _TINY,
+    ],
+}
+"""What ``gpu --smoke`` makes small."""
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands. The result names the chosen one as ``command``."""
     top = argparse.ArgumentParser(prog="dynmoe-bench", description="Measure the speed of dynmoe.")
@@ -276,6 +312,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=at_least(1), metavar="N", help=text)
     _add_timing(p, rounds=3)
     _add_files(p, "epoch")
+
+    p = new("gpu", "a check and the figures of a GPU, prepared", GPU)
+    text = "everything tiny, on a CPU: does it run"
+    p.add_argument("--smoke", action="store_true", help=text)
+    text = "write the results there (default: outputs/bench/gpu-<date-time>)"
+    p.add_argument("--out", type=Path, metavar="FOLDER", help=text)
 
     p = new("data", "the training loader", DATA)
     _add_overrides(p)
@@ -471,6 +513,35 @@ def epoch(args: argparse.Namespace) -> None:
     from dynmoe.benchmark.epochs import run
 
     run(args, output, cfg)
+
+
+def gpu(args: argparse.Namespace) -> None:
+    """Check the experts on a GPU, then carry out ``GPU_PARTS``."""
+    import torch
+
+    from dynmoe.benchmark.results import Output
+
+    device = torch.device("cpu" if args.smoke else "cuda")
+    if not (args.smoke or torch.cuda.is_available()):
+        raise ConfigError(
+            "dynmoe-bench gpu: PyTorch sees no GPU here; --smoke tries the same on a CPU, tiny"
+        )
+    out = args.out or Path(f"outputs/bench/gpu-{datetime.now():%Y%m%d-%H%M%S}")
+    from dynmoe.benchmark.gpu import check
+
+    check(GPU_SMOKE if args.smoke else GPU_CHECK, device, Output(out / "check.json", "gpu"))
+    for name, words in GPU_PARTS.items():
+        words = [*words, "--device", device.type, "--json", str(out / f"{name}.json")]
+        words += [*SMOKE[name], "--rounds", "1"] if args.smoke else ["--rounds", "11"]
+        part = parser().parse_args(overrides_first(words))
+        globals()[part.command](part)
+
+
+def overrides_first(arguments: Sequence[str]) -> list[str]:
+    """Move key=value right after the command: an option before it would take it as its value."""
+    overrides = [a for a in arguments if a[0:1] == "~" or ("=" in a and a[0:1] != "-")]
+    others = [a for a in arguments if a not in overrides]
+    return [*others[:1], *overrides, *others[1:]]
 
 
 def data(args: argparse.Namespace) -> None:

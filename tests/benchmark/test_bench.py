@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import Refused, Run
 
-from dynmoe.benchmark.options import LAYER_CASES
+from dynmoe.benchmark.options import GPU_PARTS, LAYER_CASES
 from dynmoe.benchmark.results import load_note, noise
 from dynmoe.benchmark.rivals import HF
+from dynmoe.layers import Experts
 
 pytestmark = pytest.mark.usefixtures("short_samples")
 
@@ -148,3 +150,35 @@ def test_help_names_the_cases(capsys: pytest.CaptureFixture[str], run: Run) -> N
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert all(case in shown for case in LAYER_CASES)
+
+
+@pytest.mark.slow
+def test_gpu_tiny_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run) -> None:
+    run("gpu", "--smoke", "--out", str(tmp_path))
+    files = {file.stem: json.loads(file.read_text()) for file in tmp_path.glob("*.json")}
+    assert files.keys() == {"check", *GPU_PARTS}
+    for row in files["check"]["rows"]:
+        assert row["path"] == "a loop" and 0 < row["values"] < 0.02 and 0 < row["gradients"] < 0.02
+    for name in ("mlp", "gated"):
+        rows = files[f"layer-{name}"]["rows"]
+        assert {row["ffn"] for row in rows} == {name} and {row["k"] for row in rows} == {2}
+        assert ("hf grouped_mm" in {row["case"] for row in rows}) == (name == "gated")
+    assert [row["case"] for row in files["step"]["rows"]] == ["dense", "dynmoe 1.5"]
+    assert {row["precision"] for row in files["step"]["rows"]} == {"bf16-mixed"}
+
+
+def test_gpu_stops_where_the_experts_are_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    forward = Experts.forward
+    monkeypatch.setattr(Experts, "forward", lambda *given: 1.1 * forward(*given))
+    assert "mlp experts by a loop: the relative error of values is" in refused(
+        "gpu", "--smoke", "--out", str(tmp_path)
+    )
+    assert [file.stem for file in tmp_path.iterdir()] == ["check"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_needs_one(tmp_path: Path, refused: Refused) -> None:
+    assert "--smoke" in refused("gpu", "--out", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()

@@ -110,9 +110,10 @@ def test_experts_of_transformers_equal_naive_loop(case: str, experts: Experts) -
     check_gradients(y_TD, want_TD, [x_TD, routing.weights_TE], parameters, experts)
 
 
-def tiny(k: float, tokens: int = 64, **fields: str) -> Work:
-    shape = Shape("tiny", tokens, 8, 16, 4)
-    return Work(shape, **{"ffn": "mlp", "k": k, "mode": "train", "dtype": "fp32", **fields})
+def tiny(
+    k: float, tokens: int = 64, ffn: str = "mlp", mode: str = "train", dtype: str = "fp32"
+) -> Work:
+    return Work(Shape("tiny", tokens, 8, 16, 4), ffn, k, mode, dtype)
 
 
 @pytest.mark.parametrize("mode", ["train", "inference"])
