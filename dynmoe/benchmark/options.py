@@ -205,6 +205,15 @@ padded is a share of all positions. runtime.matmul_precision and runtime.malloc 
 loop too. Its attention is transformers' own; runtime.fused_attention=true gives dynmoe the same.
 {DISTURBED}"""
 
+START = """\
+Time dynmoe-run from the command to its first training step, beside a script that does the same with
+transformers and Lightning alone: same texts, tokenizer, weights, batch size. Every start is a
+process of its own in an empty folder, without evaluation, on the CPU. Settings are those of
+dynmoe-run; the default is task=glue."""
+START_NOTE = """\
+imports: PyTorch, Lightning and transformers alone, the least that both need. dynmoe-run reads and
+checks its data, makes its MoE layers and writes its records in that time."""
+
 DATA = """\
 Time the training loader alone, in images per second, without a model that waits for them. CPU time
 is that of this process and its workers. Settings are those of dynmoe-run, such as data=pacs
@@ -312,6 +321,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=at_least(1), metavar="N", help=text)
     _add_timing(p, rounds=3)
     _add_files(p, "epoch")
+
+    p = new("start", "dynmoe-run up to its first step, beside a plain script", START)
+    _add_overrides(p)
+    text = "starts of each case (default: 5)"
+    p.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help=text)
+    _add_files(p, "start")
 
     p = new("gpu", "a check and the figures of a GPU, prepared", GPU)
     text = "everything tiny, on a CPU: does it run"
@@ -511,6 +526,24 @@ def epoch(args: argparse.Namespace) -> None:
         )
     output = Output(args.json, "epoch")
     from dynmoe.benchmark.epochs import run
+
+    run(args, output, cfg)
+
+
+def start(args: argparse.Namespace) -> None:
+    """Time the start of a run on texts."""
+    from dynmoe.benchmark.candidates import configuration, modality
+    from dynmoe.benchmark.results import Output
+
+    if not any(text.startswith("task=") for text in args.overrides):
+        args.overrides = ["task=glue", *args.overrides]
+    whole = configuration(args.overrides, [])
+    if modality(whole) != "text":
+        raise ConfigError(f"task={whole.task.name}: expected a task on texts, task=glue")
+    others = [text for text in args.overrides if not text.lstrip("+~").startswith("moe")]
+    cfg = configuration([*others, "moe=dense"], [])
+    output = Output(args.json, "start")
+    from dynmoe.benchmark.starts import run
 
     run(args, output, cfg)
 
