@@ -44,7 +44,11 @@ def distance_to(wanted_C: Tensor, counts_CB: Tensor) -> Tensor:
     total_C = counts_CB.sum(1)
     above_CE = (total_C[:, None] - counts_CB.cumsum(1))[:, :-1]  # above each edge: falls
     wanted_C = torch.minimum(wanted_C.to(counts_CB.dtype), total_C)
-    upper_C = (above_CE >= wanted_C[:, None]).sum(1).clamp(1, len(EDGES) - 1)
+    too_many_C = above_CE[:, REACH] > wanted_C
+    # The nearest place, where several have as many above them.
+    more_CE = above_CE > wanted_C[:, None]
+    more_CE |= (above_CE == wanted_C[:, None]) & ~too_many_C[:, None]
+    upper_C = more_CE.sum(1).clamp(1, len(EDGES) - 1)
     lower_C = upper_C - 1
     many_C, few_C = (above_CE.gather(1, i[:, None])[:, 0] for i in (lower_C, upper_C))
     share_C = ((many_C - wanted_C) / (many_C - few_C).clamp(min=1e-9)).clamp(0, 1)

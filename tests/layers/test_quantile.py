@@ -40,4 +40,8 @@ def test_more_than_there_are_and_none() -> None:
     counts_CB = count_distances(torch.tensor([[0.5], [1.5], [2.5]]), where_TC)
     assert distance_to(torch.tensor([9.0]), counts_CB).item() == 0  # all are above it
     assert distance_to(torch.tensor([0.0]), counts_CB).item() == 4
+    assert distance_to(torch.tensor([1.0]), counts_CB).item() == 2  # from 1.5 to 2.5 there is 1
+    below_CB = count_distances(torch.tensor([[-0.5], [-1.5], [-2.5]]), where_TC)
+    assert distance_to(torch.tensor([3.0]), below_CB).item() == -4
+    assert distance_to(torch.tensor([2.0]), below_CB).item() == -2
     assert distance_to(torch.tensor([1.0]), torch.zeros(1, BINS)).item() == 0
