@@ -105,6 +105,9 @@ class Router(nn.Module):
     """Whether experts may be added and removed during training."""
     observes: int = 0
     """Numbers in ``Routing.observed``; 0 without."""
+    takes_shape: ClassVar[bool] = False
+    """Whether ``forward`` has a keyword ``shape``: that of the tokens, [B, N] for B sequences of N
+    tokens, whose rows ``x_TD`` has one after another; [T] where the layer is not told of them."""
 
     @property
     def has_state(self) -> bool:
