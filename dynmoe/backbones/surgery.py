@@ -111,16 +111,15 @@ def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:
     Raises:
         ConfigError: a list of another length; in a maker, options that the router refuses.
     """
-    makers = [router] * layers
     targets = getattr(router, "keywords", {}).get("target_k")
-    if isinstance(targets, Sequence):
-        if len(targets) != layers:
-            raise ConfigError(
-                f"moe.router.target_k: expected one number, or {layers}, one for each MoE layer, "
-                f"found {len(targets)}: {list(targets)}"
-            )
-        makers = [partial(router, target_k=target) for target in targets]
-    return [partial(_made, maker) for maker in makers]
+    if not isinstance(targets, Sequence):
+        return [partial(_made, router)] * layers
+    if len(targets) != layers:
+        raise ConfigError(
+            f"moe.router.target_k: expected one number, or {layers}, one for each MoE layer, found "
+            f"{len(targets)}: {list(targets)}"
+        )
+    return [partial(_made, partial(router, target_k=target)) for target in targets]
 
 
 def _made(maker: Callable[[int, int], Router], dim: int, slots: int) -> Router:

@@ -105,11 +105,20 @@ class Router(nn.Module):
     """Whether experts may be added and removed during training."""
     observes: int = 0
     """Numbers in ``Routing.observed``; 0 without."""
+    takes_shape: ClassVar[bool] = False
+    """Whether ``forward`` has a keyword ``shape``: that of the tokens, [B, N] for B sequences of N
+    tokens, whose rows ``x_TD`` has one after another; [T] where the layer is not told of them."""
 
-    kept: dict[Any, Any] | None = None
+    kept: dict[Any, Any] | None
     """What was made of the weights, within ``moe.constant_weights``; None elsewhere."""
-    recorded: bool = True
+    recorded: bool
     """Whether anybody reads ``Routing.aux``; the layer knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Of the object, not of the class: compiled code would be made anew for the first write.
+        self.kept = None
+        self.recorded = True
 
     @property
     def has_state(self) -> bool:

@@ -13,7 +13,13 @@ from torch import nn
 from dynmoe.backbones.surgery import add_moe_layers, placed_blocks
 from dynmoe.backbones.vision import build_vit
 from dynmoe.errors import ConfigError
-from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, TopAnyRouter, moe_layers
+from dynmoe.layers import (
+    AverageKeyRouter,
+    BudgetTopAnyRouter,
+    CosineTopKRouter,
+    TopAnyRouter,
+    moe_layers,
+)
 from dynmoe.metrics.efficiency import count
 
 SMALL = {"patch_size": 7, "embed_dim": 16, "depth": 4, "num_heads": 2}
@@ -148,3 +154,16 @@ def test_routers_can_be_partials() -> None:
     vit = small_vit()
     add(vit, router=partial(CosineTopKRouter, top_k=2, projection=4), max_experts=3)
     assert vit(torch.randn(2, 1, 28, 28)).shape == (2, 5)
+
+
+def test_one_target_for_each_layer() -> None:
+    vit = small_vit()
+    add(vit, router=partial(BudgetTopAnyRouter, target_k=[1.5, 2]))
+    assert [layer.router.target_k for layer in moe_layers(vit).values()] == [1.5, 2.0]
+    with pytest.raises(ConfigError, match=r"target_k: expected one number, or 2, .* found 3"):
+        add(small_vit(), router=partial(BudgetTopAnyRouter, target_k=[1.5, 2, 2]))
+
+
+def test_options_that_a_router_refuses() -> None:
+    with pytest.raises(ConfigError, match=r"moe.router: target_k is 9: .* of slots, 4"):
+        add(small_vit(), router=partial(BudgetTopAnyRouter, target_k=9))

@@ -202,6 +202,19 @@ def test_options_of_a_router_that_need_others(overrides: tuple[str, ...], messag
     assert found.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("13", "moe.router.target_k: expected at most the number of experts, 12, found 13."),
+        ("[2,0.5]", "moe.router.target_k: 0.5 experts per token need moe.router.unserved=nothing"),
+        ("0", "moe.router.target_k: expected more than 0, found 0"),
+    ],
+)
+def test_a_budget_within_reach(target: str, message: str) -> None:
+    found = problems(TASK, "moe=dynmoe_budget", f"moe.router.target_k={target}")
+    assert found[0].startswith(message)
+
+
 def test_clipping_in_mixed_precision_needs_a_plain_optimizer() -> None:
     clip = (TASK, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0")
     (text,) = problems(*clip)
