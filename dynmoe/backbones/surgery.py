@@ -128,7 +128,6 @@ FORMS: dict[str, Form] = {
     "bloom": Chain("mlp.dense_h_to_4h", "mlp.gelu_impl", "mlp.dense_4h_to_h"),
     "camembert": BERT,
     "codegen": GPTJ,
-    "convbert": BERT,
     "ctrl": Chain("ffn.0", "ffn.1", "ffn.2"),
     "data2vec-text": BERT,
     "deberta": BERT,
@@ -152,7 +151,6 @@ FORMS: dict[str, Form] = {
     "mpt": Chain("ffn.up_proj", "ffn.act", "ffn.down_proj"),
     "nanochat": FC,
     "nemotron": NEMOTRON,
-    "nystromformer": BERT,
     "openai-gpt": GPT2,
     "opt": Chain("fc1", "activation_fn", "fc2"),
     "persimmon": NEOX,
@@ -238,7 +236,8 @@ FORMS: dict[str, Form] = {
 
 # Why others have none, where a user may ask for them: their types, between spaces.
 REFUSED = {
-    "all of its layers share one FFN": "albert zamba zamba2",
+    "its blocks share their FFNs": "albert zamba zamba2",
+    "each of its blocks has four FFNs, narrower than its tokens": "mobilebert",
     "its FFNs are mixtures of experts already": (
         "aria_text axk1 axk2 bailing_hybrid cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 "
         "deepseek_v4 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss "
@@ -247,12 +246,14 @@ REFUSED = {
         "phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next solar_open zaya"
     ),
     "it has no FFNs, or they are blocks of their own": "falcon_mamba mamba mamba2 nemotron_h xlstm",
-    "its FFNs are no products of single tokens with matrices": "ibert mobilebert rwkv squeezebert",
+    "its FFNs are convolutions in groups": "squeezebert",
+    "its FFNs compute with quantised numbers": "ibert",
+    "its FFNs mix each token with the one before": "rwkv",
     "its FFNs are not in its blocks": "flaubert xlm",
     "its blocks see texts in other lengths or another order than their padding mask": (
         "big_bird canine funnel longformer perceiver reformer xlnet"
     ),
-    "its Fourier transform mixes padding into every token": "fnet",
+    "padding changes its other tokens, with dense FFNs too": "convbert fnet nystromformer",
     "it has two stacks of blocks, an encoder and a decoder": (
         "bart bigbird_pegasus blenderbot led marian mbart mt5 mvp pegasus plbart prophetnet t5 "
         "t5gemma umt5 whisper"
