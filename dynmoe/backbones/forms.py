@@ -182,6 +182,12 @@ TIMM_PARTS: dict[str, Form] = {
     ),
 }
 TIMM_WHOLE = (*TIMM_PARTS, "GeGluMlp")
+TIMM_OTHERS = {
+    "DiffParallelScalingBlock": "its FFN and its attention share a matrix",
+    "MixerBlock": "it has two FFNs, one of them across tokens",
+    "ParallelScalingBlock": "its FFN and its attention share a matrix",
+    "ParallelThingsBlock": "it has two FFNs side by side",
+}
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,8 @@ class Timm:
     parts: bool = False
 
     def expert(self, block: Any, dropout: float | None) -> nn.Module:
+        if reason := TIMM_OTHERS.get(type(block).__name__):
+            raise AttributeError(reason)
         mlp = block.mlp
         kind = type(mlp).__name__
         if self.parts:
@@ -217,7 +225,7 @@ class Timm:
             norms = "" if norm is None else f" with a {type(norm).__name__} inside"
             raise ConfigError(
                 "moe.init: expected an FFN of linear layers, activation and dropout alone for "
-                f"experts that are parts of it, found a {type(mlp).__name__}{norms}. Set "
+                f"experts that are parts of it, found {type(mlp).__name__}{norms}. Set "
                 "moe.init=copy."
             )
         gate_first = not getattr(mlp, "gate_last", False)

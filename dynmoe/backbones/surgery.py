@@ -92,7 +92,8 @@ def add_moe_layers(
         except AttributeError as error:
             raise ConfigError(
                 f"moe.layers={layers}: block {index} of {type(backbone).__name__} has no FFN as "
-                f"timm's Vision Transformers or known transformers models have ({error})"
+                f"timm's Vision Transformers or known transformers models have ({error}). "
+                "docs/models.md lists those that work; moe=dense needs none."
             ) from error
         expert.requires_grad_(True)
         dim = linears(expert)[0].in_features
