@@ -129,7 +129,8 @@ def build_text_classifier(
             classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         except ValueError as error:
             raise ConfigError(
-                f"backbone: transformers cannot build this {type(config).__name__}: {error}"
+                f"backbone: transformers cannot build this {type(config).__name__}: "
+                f"{str(error).splitlines()[0]}"
             ) from error
     hub.check_vocabulary(classifier, vocab_size, model, path)
     if lora is not None:
