@@ -352,7 +352,7 @@ def test_lora_trains_adapters_moe_layers_and_the_head(name: str) -> None:
     add(model, partial(TopKRouter, top_k=2), layers=[1], keep_origin=True)
     torch.testing.assert_close(model(tokens()), expected, atol=1e-5, rtol=0)  # B starts at 0
     trained = {key for key, p in model.named_parameters() if p.requires_grad}
-    heads = ("classifier", "score", "pooler")
+    heads = ("classifier", "score", "pooler", "head")
     kept = (".1.output.dense.bias", ".1.mlp.c_proj.bias", ".1.mlp.dense_4h_to_h.bias")
     for key, _ in model.named_parameters():
         of_moe = ".experts." in key or ".router." in key or key.endswith(kept)
