@@ -70,7 +70,7 @@ def test_random_parts_are_slices() -> None:
 
 @pytest.mark.parametrize("gate_first", [True, False])
 def test_halves_of_one_matrix_are_gate_and_up(gate_first: bool) -> None:
-    """As with two matrices: in values, in the clusters, which the gate decides, and in mean keys."""
+    """As with two matrices: in values, in mean keys, and in clusters, which the gate decides."""
     one = packed(gate_first)
     first, second = nn.Linear(DIM, HIDDEN), nn.Linear(DIM, HIDDEN)
     for half, linear in enumerate((first, second)):
