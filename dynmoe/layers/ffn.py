@@ -139,8 +139,9 @@ def read_ffns(mlps: Sequence[nn.Module], layout: Layout) -> FFNs | None:
         for name in (*layout.inner, layout.outer):
             linear: Any = children[name]
             own = linear._parameters  # faster than attributes; FSDP puts plain ones there
-            weight = own["weight"] if "weight" in own else linear.weight
-            bias = own["bias"] if "bias" in own else linear.bias
+            if "weight" not in own or "bias" not in own:
+                own = {"weight": linear.weight, "bias": linear.bias}
+            weight, bias = own["weight"], own["bias"]
             if type(weight) not in PLAIN or type(bias) not in PLAIN:
                 return None
             weights += [weight, bias]

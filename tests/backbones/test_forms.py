@@ -137,7 +137,7 @@ def test_output_biases_are_no_experts_part() -> None:
     for name, options in (("llama", {"mlp_bias": True}), ("seed_oss", {"residual_dropout": 0.25})):
         model = add(build(name, **options), partial(TopKRouter, top_k=1), 2)
         mlp = model.model.layers[0].mlp
-        assert [key for key, _ in mlp.named_children()][0] == "moe"
+        assert next(key for key, _ in mlp.named_children()) == "moe"
         expert = mlp.moe.experts.slots[0]
         assert expert.down.bias is None and not expert.training
         assert (expert.gate.bias is None) == (name == "seed_oss")
