@@ -28,7 +28,7 @@ class NullExpertRouter(Router):
       or not at all (``none``). With ``true_only`` the logits of null experts cancel out of every
       weight, and the auxiliary loss alone moves them.
     - ``null_output``: null experts output ``zero``, or the token times their weight, ``identity``.
-    - ``balance``: ``loss`` is AdaMoE's, in which null experts share one mean load (``averaged``);
+    - ``balance``: ``loss`` is AdaMoE's, in which null experts share one mean load;
       ``plain`` is that of its second experiment's code, where each has its own. ``bias`` has no
       loss: b_e += bias_rate * (target_k / (K E) - load_e / (K T)) after each step for every true
       expert e, added to the probabilities for the choice alone.
@@ -54,7 +54,7 @@ class NullExpertRouter(Router):
         null_output: Literal["zero", "identity"] = "zero",
         balance: Literal["loss", "plain", "bias"] = "loss",
         bias_rate: float = 1e-3,
-        target_k: float | None = None,
+        target_k: float | Sequence[float] | None = None,
         aux_end: float = 1.0,
     ) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class NullExpertRouter(Router):
                 "null_output=identity with renorm=true_only: null experts have no weight. Set "
                 "renorm=none (LongCat-Flash) or all"
             )
-        _check_target(target_k, balance, min(top_k, num_slots))
+        self.target_k = _checked_target(target_k, balance, min(top_k, num_slots))
         self.num_slots = num_slots
         self.num_null = num_null
         self.top_k = top_k
@@ -78,7 +78,6 @@ class NullExpertRouter(Router):
         self.null_output = null_output
         self.balance = balance
         self.bias_rate = bias_rate
-        self.target_k = target_k
         self.aux_end = aux_end
         rows_CD = nn.init.trunc_normal_(torch.empty(num_slots + num_null, dim), std=0.02)
         self.weight = nn.Parameter(rows_CD[:num_slots].clone())
@@ -160,12 +159,18 @@ class NullExpertRouter(Router):
         )
 
 
-def _check_target(target_k: float | None, balance: str, most: int) -> None:
+def _checked_target(target_k: Any, balance: str, most: int) -> float | None:
     if balance != "bias":
         if target_k is not None:
             raise ValueError(
                 f"target_k={target_k} needs balance=bias: under a loss, num_null and top_k set k"
             )
-        return
+        return None
+    if isinstance(target_k, Sequence):
+        raise ValueError(
+            f"target_k is {target_k}: expected one number. A list, one for each MoE layer, is for "
+            "add_moe_layers, which makes them"
+        )
     if target_k is None or not 0 < target_k <= most:
         raise ValueError(f"target_k is {target_k}: expected more than 0, up to {most}, for biases")
+    return float(target_k)
