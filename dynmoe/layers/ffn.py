@@ -86,11 +86,11 @@ class PackedGatedFFN(nn.Module):
 
 def keys(mlp: nn.Module) -> slice:
     """Return the rows of an FFN's first matrix that its activation takes: the gate's alone."""
-    name: Any = type(mlp)
+    packed: Any = mlp
     if isinstance(mlp, PackedGatedFFN):
-        first, gate_up = mlp.gate_first, mlp.gate_up
-    elif (name.__module__, name.__qualname__) == ("timm.layers.mlp", "GluMlp"):
-        first, gate_up = not mlp.gate_last, mlp.fc1
+        first, gate_up = packed.gate_first, packed.gate_up
+    elif (type(mlp).__module__, type(mlp).__qualname__) == ("timm.layers.mlp", "GluMlp"):
+        first, gate_up = not packed.gate_last, packed.fc1
     else:
         return slice(None)
     half = gate_up.out_features // 2
