@@ -10,15 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from dynmoe.backbones.families import FAMILIES, UNFIT, Family
+from dynmoe.backbones.mixtures import (
+    OwnRouting,
+    WithShared,
+    own_router,
+    read_routing,
+    split_experts,
+)
 from dynmoe.errors import ConfigError
 from dynmoe.layers.experts import Init, linears
 from dynmoe.layers.ffn import GatedFFN, is_plain_linear
 from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.routers import Router
+
+Start = Init | Literal["keep"]
 
 Placement = (
     Literal["none", "all", "every_two", "last_two", "sparse", "first_half", "second_half"]
@@ -63,7 +74,7 @@ def add_moe_layers(
     num_experts: int,
     max_experts: int,
     layers: Placement,
-    init: Init,
+    init: Start,
     expert_dropout: float | None = None,
     recompute: bool = False,
     keep_origin: bool = False,
@@ -73,18 +84,41 @@ def add_moe_layers(
     ``init="copy"``: every expert starts as a copy of the block's FFN (GMoE, DynMoE), and so the
     layer as that FFN where a token's weights sum to 1, which top-1's do not (``TopKRouter``);
     ``cluster`` or ``random``: as a part of it (EMoE); ``fresh``: drawn anew, for training from
-    scratch.
+    scratch. ``keep``: of a model that is a mixture already, which takes no other: its experts as
+    they are, all of them. Named placements then count its mixtures alone, and the router may be
+    ``own_router``. Blocks that are not chosen stay as they are.
     ``expert_dropout`` acts after the activation inside experts only (0.1 in GMoE); None keeps the
     FFN's own. ``recompute``: see ``MoELayer``. All of an MoE layer is trained, whatever was frozen.
 
     Raises:
         ConfigError: blocks that are not there, or whose FFN is of a form not known or cannot be
-            split.
+            split; experts of a mixture and another ``init`` or ``num_experts``, or ``own_router``
+            where there is none.
     """
     if layers == "none":
         return
     host = getattr(backbone, "language_model", backbone)
     blocks, form = blocks_of(host, parts=init in ("cluster", "random"))
+    if isinstance(form, Mixture):
+        _keep_experts(
+            host,
+            form,
+            _mixtures_among(blocks, form, layers),
+            router,
+            num_experts=num_experts,
+            max_experts=max_experts,
+            init=init,
+            dropout=expert_dropout,
+            recompute=recompute,
+        )
+        return
+    if init == "keep" or is_own(router):
+        key = "init=keep" if init == "keep" else "router"
+        raise ConfigError(
+            f"moe.{key}: expected a model that is a mixture already, one of "
+            f"{', '.join(FAMILIES)}, found {type(backbone).__name__} with dense FFNs. Set "
+            "moe.init=auto with moe=dynmoe or moe=topk"
+        )
     for index in placed_blocks(layers, len(blocks)):
         assert router is not None, "moe.layers asks for MoE layers, but moe.router is null"
         try:
@@ -100,6 +134,82 @@ def add_moe_layers(
             expert, dim, router, num_experts, max_experts, init, keep_origin, recompute
         )
         form.put(blocks[index], layer)
+
+
+def is_mixture(backbone: nn.Module) -> bool:
+    """Whether a model is a mixture already, whose experts can be kept."""
+    host = getattr(backbone, "language_model", backbone)
+    return getattr(getattr(host, "config", None), "model_type", None) in FAMILIES
+
+
+def is_own(router: object) -> bool:
+    """Whether a maker of routers is ``own_router``, which needs a model's own."""
+    return getattr(router, "func", router) is own_router
+
+
+def _mixtures_among(
+    blocks: Sequence[nn.Module], form: Mixture, layers: Placement
+) -> dict[int, nn.Module]:
+    """The chosen blocks by index; names count mixtures alone.
+
+    Raises:
+        ConfigError: there are none, or a block that is dense.
+    """
+    found = [index for index, block in enumerate(blocks) if form.is_in(block)]
+    chosen = placed_blocks(layers, len(found if isinstance(layers, str) else blocks))
+    if isinstance(layers, str):
+        chosen = [found[place] for place in chosen]
+    if dense := sorted(set(chosen).difference(found)):
+        raise ConfigError(
+            f"moe.layers={layers}: expected blocks that are mixtures, which this model has at "
+            f"{found}, found dense blocks {dense}. Leave them out, or set moe.layers=all"
+        )
+    if not found:
+        raise ConfigError(
+            f"moe.layers={layers}: no block of this model is a mixture. Choose moe=dense"
+        )
+    return {index: blocks[index] for index in chosen}
+
+
+def _keep_experts(
+    host: Any,
+    form: Mixture,
+    blocks: dict[int, nn.Module],
+    router: Any,
+    *,
+    num_experts: int,
+    max_experts: int,
+    init: Start,
+    dropout: float | None,
+    recompute: bool,
+) -> None:
+    kind = host.config.model_type
+    if init != "keep":
+        raise ConfigError(
+            f"moe.init={init}: makes experts of one FFN, but a '{kind}' model has experts already. "
+            "Set moe.init=keep"
+        )
+    for block in blocks.values():
+        experts = form.experts(block, dropout)
+        if len(experts) != num_experts:
+            raise ConfigError(
+                f"moe.num_experts={num_experts}: this '{kind}' model has {len(experts)} experts in "
+                f"a block, and moe.init=keep keeps them all. Set moe.num_experts={len(experts)} "
+                f"moe.max_experts={max(max_experts, len(experts))}"
+            )
+        for expert in experts:
+            expert.requires_grad_(True)
+        made = router
+        if is_own(router):
+            own = form.routing(block, kind)
+            own.weight_ED.requires_grad_(True)
+            made = partial(router, own=own)
+        dim = linears(experts[0])[0].in_features
+        layer = MoELayer(experts, dim, made, num_experts, max_experts, recompute=recompute)
+        form.put(block, layer)
+    # Its balance loss would be of routers that are gone; the layers have their own.
+    if blocks and hasattr(host.config, "output_router_logits"):
+        host.config.output_router_logits = False
 
 
 # Activations of transformers by class name, as PyTorch's own, which the fast path knows.
@@ -211,6 +321,38 @@ class TimmMlp:
         return [block.mlp]
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Experts, a router and perhaps a shared FFN in one module of the block (``families.py``)."""
+
+    family: Family
+
+    def is_in(self, block: nn.Module) -> bool:
+        """Whether the block is a mixture; some models begin with dense ones."""
+        return hasattr(getattr(block, self.family.place, None), "experts")
+
+    def experts(self, block: nn.Module, dropout: float | None) -> list[nn.Module]:
+        """Make the block's experts, with its weights; ``dropout`` as in ``Form.expert``."""
+        mixture: Any = block.get_submodule(self.family.place)
+        return split_experts(mixture, torch_activation(mixture.experts.act_fn), dropout or 0.0)
+
+    def routing(self, block: nn.Module, model_type: str) -> OwnRouting:
+        """Read the block's own router."""
+        return read_routing(block.get_submodule(self.family.place), self.family, model_type)
+
+    def put(self, block: Any, layer: nn.Module) -> None:
+        mixture = block.get_submodule(self.family.place)
+        shared, gate = (
+            getattr(mixture, name) if name else None
+            for name in (self.family.shared, self.family.shared_gate)
+        )
+        whole = layer if shared is None else WithShared(layer, shared, gate)
+        block.set_submodule(self.family.place, whole)
+
+    def modules(self, block: Any) -> list[nn.Module]:
+        return [block.get_submodule(self.family.place)]
+
+
 BERT = Chain(
     "intermediate.dense", "intermediate.intermediate_act_fn", "output.dense", place="intermediate"
 )
@@ -243,7 +385,7 @@ FORMS: dict[str, Form] = {
 }
 
 
-def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module], Form]:
+def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module], Form | Mixture]:
     """Return the blocks of a timm ViT or a transformers model, and the form of their FFNs.
 
     ``parts``: experts will be parts of the FFN whose outputs add up, so that it must be separated
@@ -256,11 +398,18 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
     if config is None:
         blocks: Any = model.blocks
         return blocks, TIMM_PARTS if parts else TimmMlp()
-    form = FORMS.get(config.model_type)
+    form: Form | Mixture | None = FORMS.get(config.model_type)
+    if config.model_type in FAMILIES:
+        form = Mixture(FAMILIES[config.model_type])
+    if config.model_type in UNFIT:
+        raise ConfigError(
+            f"backbone: the experts of a '{config.model_type}' model cannot become ours: "
+            f"{UNFIT[config.model_type]}. moe=dense trains it as it is."
+        )
     if form is None:
         raise ConfigError(
             f"backbone: MoE layers in '{config.model_type}' models: not known where their FFNs "
-            f"are. Known: {', '.join(FORMS)}. Another is a line in FORMS of "
+            f"are. Known: {', '.join((*FORMS, *FAMILIES))}. Another is a line in FORMS of "
             "dynmoe/backbones/surgery.py; moe=dense needs none."
         )
     if parts and isinstance(form, Chain):

@@ -27,10 +27,11 @@ Init = Literal["copy", "cluster", "random", "fresh"]
 
 
 class Experts(nn.Module):
-    """``num_slots`` FFNs made from one.
+    """``num_slots`` FFNs made from one, or given as they are.
 
     ``init``: ``copy`` for full copies of it, ``cluster`` or ``random`` for shares of its hidden
-    neurons (``split_ffn``), ``fresh`` for newly drawn ones of its size.
+    neurons (``split_ffn``), ``fresh`` for newly drawn ones of its size. A sequence of FFNs fills
+    the first slots without a copy; slots beyond them hold copies of them in turn.
 
     ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs of two
     plain linear layers (``ffn.read_ffn``) take the fast path, where ``recompute`` holds; the
@@ -41,12 +42,20 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, mlp: nn.Module, num_slots: int, init: Init = "copy", recompute: bool = False
+        self,
+        mlp: nn.Module | Sequence[nn.Module],
+        num_slots: int,
+        init: Init = "copy",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         # NOTE: one module, hence one set of Parameters, per slot and not one stacked tensor: a slot
         # without an expert then has ``grad is None``, so no optimizer pass and no weight decay.
-        if init == "cluster" or init == "random":
+        if not isinstance(mlp, nn.Module):
+            beyond = range(num_slots - len(mlp))
+            copies = [copy.deepcopy(mlp[each % len(mlp)]) for each in beyond]
+            self.slots = nn.ModuleList([*mlp, *copies])
+        elif init == "cluster" or init == "random":
             self.slots = nn.ModuleList(split_ffn(mlp, num_slots, init))
         else:
             self.slots = nn.ModuleList(copy.deepcopy(mlp) for _ in range(num_slots))
@@ -160,6 +169,25 @@ def check_ffn(mlp: nn.Module, dim: int) -> None:
             f"expected an FFN that keeps the dtype of its rows, but {type(mlp).__name__} makes "
             f"{out.dtype} of {dtype}"
         )
+
+
+def check_experts(mlps: Sequence[nn.Module], dim: int) -> None:
+    """Refuse FFNs that ``check_ffn`` refuses, or that differ in the shapes of their tensors.
+
+    Raises:
+        TypeError: no module.
+        ValueError: with both shapes.
+    """
+    first: dict[str, torch.Size] = {}
+    for number, mlp in enumerate(mlps):
+        check_ffn(mlp, dim)
+        shapes = {name: tensor.shape for name, tensor in mlp.state_dict().items()}
+        first = first or shapes
+        if shapes != first:
+            raise ValueError(
+                f"mlp: expected experts of equal shapes, found {shapes} in expert {number}, "
+                f"{first} in expert 0"
+            )
 
 
 def _check_arguments(mlp: nn.Module) -> None:

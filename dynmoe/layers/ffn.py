@@ -120,3 +120,28 @@ class GatedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))
+
+
+class PackedGatedFFN(nn.Module):
+    """``down(dropout(act(g) * u))`` of ``(g, u)``, the halves of ``gate_up(x)``.
+
+    ``gate_first``: the first half is the gate; else the second one is.
+    """
+
+    def __init__(
+        self,
+        gate_up: nn.Module,
+        act: nn.Module,
+        down: nn.Module,
+        dropout: float,
+        gate_first: bool = True,
+    ) -> None:
+        super().__init__()
+        self.gate_up, self.act, self.down = gate_up, act, down
+        self.dropout = nn.Dropout(dropout)
+        self.gate_first = gate_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.gate_up(x).chunk(2, dim=-1)
+        g, u = (first, second) if self.gate_first else (second, first)
+        return self.down(self.dropout(self.act(g) * u))

@@ -1,0 +1,69 @@
+"""Model types of transformers whose FFNs are mixtures of experts already. No PyTorch in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a model type keeps its mixtures, and how their routers weight the experts of a token.
+
+    Paths are those of modules: ``place`` in the block, the others in the mixture.
+    """
+
+    weights: Literal["normalised", "configured", "probabilities", "scaled"] | None
+    """Of the k largest probabilities of a softmax: ``normalised`` to sum to 1; so where the model's
+    ``norm_topk_prob`` says it, ``configured``; as they are, ``probabilities``; or times its
+    ``routed_scaling_factor``, ``scaled``. None: another router, whose place ours may take."""
+    place: str = "mlp"
+    router: str = "gate"
+    shared: str | None = None
+    """An FFN beside the experts that serves every token."""
+    shared_gate: str | None = None
+    """The linear layer whose sigmoid weights it."""
+    unlike: str = ""
+    """The reason for ``weights=None``."""
+
+
+BIASED = "its router chooses by sigmoid scores plus a bias, in groups of experts"
+
+# By ``model_type`` of a transformers configuration.
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family("normalised"),
+    "minimax": Family("normalised"),
+    "olmoe": Family("configured"),
+    "flex_olmo": Family("configured"),
+    "mellum": Family("configured"),
+    "qwen3_moe": Family("configured"),
+    "qwen2_moe": Family("configured", shared="shared_expert", shared_gate="shared_expert_gate"),
+    "qwen3_next": Family("configured", shared="shared_expert", shared_gate="shared_expert_gate"),
+    "granitemoe": Family("normalised", place="block_sparse_moe", router="router"),
+    "granitemoeshared": Family("normalised", place="block_sparse_moe", router="router"),
+    "jamba": Family("probabilities", place="feed_forward", router="router"),
+    "deepseek_v2": Family("scaled", shared="shared_experts"),
+    "deepseek_v3": Family(None, shared="shared_experts", unlike=BIASED),
+    "dots1": Family(None, shared="shared_experts", unlike=BIASED),
+    "glm4_moe": Family(None, shared="shared_experts", unlike=BIASED),
+    "ernie4_5_moe": Family(
+        None, shared="shared_experts", unlike="a bias takes part in the choice of its router"
+    ),
+    "phimoe": Family(
+        None, router="router", unlike="its router, SparseMixer, chooses one expert after the other"
+    ),
+}
+
+# Mixtures whose experts cannot become ours, by the reason.
+UNFIT: dict[str, str] = {
+    "gpt_oss": "its experts have biases, and a gate of their own that is clamped",
+    "jetmoe": "its experts are attention heads too",
+    "llama4": "its router scales the input of the experts, not their output",
+    "llama4_text": "its router scales the input of the experts, not their output",
+    "nllb_moe": "it is an encoder with a decoder, and its experts drop tokens beyond a capacity",
+    "switch_transformers": "it is an encoder with a decoder, and its experts drop tokens beyond a "
+    "capacity",
+}
+
+# Names of the number of experts in a configuration.
+NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
