@@ -65,5 +65,22 @@ UNFIT: dict[str, str] = {
     "capacity",
 }
 
+
+def not_ours(model_type: str, reason: str) -> str:
+    """Explain that a model's own router is not to be had."""
+    return (
+        f"moe: native keeps the router of a '{model_type}' model, but {reason}. Exchange it, which "
+        "keeps the experts: moe=dynmoe or moe=topk"
+    )
+
+
+def jitter(noise: float) -> str:
+    """Explain that noise on the input of experts is not to be had."""
+    return (
+        f"backbone.options.router_jitter_noise: expected 0 with moe=native, found {noise:g}: this "
+        "noise on the input of the experts in training is left out. Set it to 0"
+    )
+
+
 # Names of the number of experts in a configuration.
 NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

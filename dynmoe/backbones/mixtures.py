@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from dynmoe.backbones.families import Family
+from dynmoe.backbones.families import Family, jitter, not_ours
 from dynmoe.errors import ConfigError
 from dynmoe.layers import TopKRouter
 from dynmoe.layers.ffn import PLAIN, PackedGatedFFN
@@ -63,30 +63,19 @@ def read_routing(mixture: nn.Module, family: Family, model_type: str) -> OwnRout
     """
     gate: Any = mixture.get_submodule(family.router)
     unlike = family.unlike
-    jitter = float(getattr(mixture, "jitter_noise", 0.0))
+    noise = float(getattr(mixture, "jitter_noise", 0.0))
     if family.weights == "scaled" and gate.topk_method != "greedy":
         unlike = f"its router chooses groups of experts first (topk_method={gate.topk_method})"
     if unlike:
         raise ConfigError(not_ours(model_type, unlike))
-    if jitter:
-        raise ConfigError(
-            f"backbone.options.router_jitter_noise: expected 0 with moe=native, found {jitter:g}: "
-            "this noise on the input of its experts in training is left out. Set it to 0"
-        )
+    if noise:
+        raise ConfigError(jitter(noise))
     return OwnRouting(
         gate.weight,
         gate.top_k,
         family.weights == "normalised"
         or (family.weights == "configured" and bool(gate.norm_topk_prob)),
         float(gate.routed_scaling_factor) if family.weights == "scaled" else 1.0,
-    )
-
-
-def not_ours(model_type: str, reason: str) -> str:
-    """Explain that a model's own router is not to be had."""
-    return (
-        f"moe: native keeps the router of a '{model_type}' model, but {reason}. Exchange it, which "
-        "keeps the experts: moe=dynmoe or moe=topk"
     )
 
 

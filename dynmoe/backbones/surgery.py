@@ -110,6 +110,7 @@ def add_moe_layers(
             init=init,
             dropout=expert_dropout,
             recompute=recompute,
+            keep_origin=keep_origin,
         )
         return
     if init == "keep" or is_own(router):
@@ -182,12 +183,19 @@ def _keep_experts(
     init: Start,
     dropout: float | None,
     recompute: bool,
+    keep_origin: bool,
 ) -> None:
+    """Turn the mixtures of the chosen blocks into MoE layers of the same experts."""
     kind = host.config.model_type
     if init != "keep":
         raise ConfigError(
             f"moe.init={init}: makes experts of one FFN, but a '{kind}' model has experts already. "
             "Set moe.init=keep"
+        )
+    if keep_origin:
+        raise ConfigError(
+            "moe.adaptation.init=pretrained: takes the FFN that experts were made from, but those "
+            f"of a '{kind}' model were made from none. Set moe.adaptation.init=copy_most_used"
         )
     for block in blocks.values():
         experts = form.experts(block, dropout)

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dynmoe.config import options, places
+from dynmoe.config import models, options, places
 from dynmoe.config.environments import test_indices
 from dynmoe.config.options import device_count
 
@@ -208,7 +208,8 @@ def start_folder(cfg: DictConfig) -> Path | None:
     return given if given.is_dir() and not derived.is_dir() else derived
 
 
-# OmegaConf resolvers used in conf/: `${recipe:key}`, `${run_name:}` and `${previous_run:}`.
+# OmegaConf resolvers used in conf/: `${recipe:key}`, `${own_experts:default}`, `${run_name:}` and
+# `${previous_run:}`.
 
 # Hyper-parameters in use here that DomainBed draws at random for hparams_seed > 0
 # (domainbed/hparams_registry.py).
@@ -240,6 +241,11 @@ def _kept(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 def register() -> None:
     """Make the resolvers known to OmegaConf; safe to call again."""
     OmegaConf.register_new_resolver("recipe", recipe, replace=True)
+    OmegaConf.register_new_resolver(
+        "own_experts",
+        lambda default, *, _root_: models.own_experts(_root_) or default,
+        replace=True,
+    )
     OmegaConf.register_new_resolver(
         "previous_run", lambda *, _root_: _kept(previous_run, _root_), replace=True
     )

@@ -30,7 +30,7 @@ from dynmoe.estimate import formulas
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.questions.base import ANSWER_TOKENS
-from dynmoe.training.build import add_layers, build_data
+from dynmoe.training.build import add_layers, build_data, shapes_init
 from dynmoe.training.instantiation import make
 
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
@@ -114,8 +114,7 @@ def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:
     """
     with _sizes_alone(cfg.backbone) as backbone, torch.device("meta"):
         model: VisionLanguageModel = make(backbone, "backbone", **arguments)
-        init = "random" if cfg.moe.init in SPLITS else "copy"  # equal shapes, without the k-means
-        add_layers(cfg.moe, model, init=init)
+        add_layers(cfg.moe, model, init=shapes_init(cfg.moe, model))
     train_only(model, cfg.task.module.trains)
     return model
 

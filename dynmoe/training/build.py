@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dynmoe import process, runtime, selection
 from dynmoe.backbones import hub, weights
-from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.backbones.surgery import add_moe_layers, is_mixture
 from dynmoe.config.machine import NO_GPU
 from dynmoe.config.runs import flat, start_folder
 from dynmoe.config.trainer import UNFIT
@@ -125,9 +125,8 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
         load_backbone(backbone, start)
     data.check_backbone(backbone)
     runtime.set_fused_attention(backbone, fused_attention)
-    adaptation, init = cfg.moe.adaptation, cfg.moe.init
-    if init == "auto":
-        init = "copy" if cfg.backbone.pretrained or start is not None else "fresh"
+    adaptation = cfg.moe.adaptation
+    init = starting_init(cfg.moe, backbone, bool(cfg.backbone.pretrained) or start is not None)
     keep_origin = adaptation is not None and adaptation.init == "pretrained"
     add_layers(cfg.moe, backbone, init=init, keep_origin=keep_origin)
     return make(
@@ -159,6 +158,21 @@ def build_optimizer(cfg: DictConfig) -> dict[str, Any]:
             f"{reason_of(error)}"
         ) from error
     return makers
+
+
+def starting_init(moe: DictConfig, backbone: nn.Module, trained: bool) -> str:
+    """The ``init`` of ``add_moe_layers`` in a run; ``trained``: the backbone has been."""
+    if moe.init != "auto":
+        return str(moe.init)
+    if is_mixture(backbone):
+        return "keep"
+    return "copy" if trained else "fresh"
+
+
+def shapes_init(moe: DictConfig, backbone: nn.Module) -> str:
+    """An ``init`` that makes layers of the same shapes, and looks at no weights."""
+    init = starting_init(moe, backbone, trained=True)
+    return {"cluster": "random", "fresh": "copy"}.get(init, init)
 
 
 def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
@@ -462,9 +476,7 @@ def shell(cfg: DictConfig, data: TaskData, arguments: Mapping[str, Any]) -> nn.M
     with torch.device("meta"):
         backbone: nn.Module = make(node, "backbone", **arguments)
         data.check_backbone(backbone)
-        # Parts have the shapes of copies of a smaller FFN, without the k-means.
-        init = "random" if cfg.moe.init in ("cluster", "random") else "copy"
-        add_layers(cfg.moe, backbone, init=init)
+        add_layers(cfg.moe, backbone, init=shapes_init(cfg.moe, backbone))
     return backbone
 
 

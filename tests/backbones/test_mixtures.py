@@ -55,7 +55,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         **{**HEADED, "shared_expert_intermediate_size": 8},
         **{"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8},
-        **{"linear_value_head_dim": 8, "layer_types": ["linear_attention"] + ["full_attention"] * 2},
+        **{
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention"] + ["full_attention"] * 2,
+        },
     },
     "granitemoe": LOCAL,
     "granitemoeshared": {**LOCAL, "shared_intermediate_size": 8},
@@ -126,7 +129,9 @@ def test_own_routing_stays_the_function_of_the_model(name: str) -> None:
                 assert not gate_up[slot].any()
                 continue
             seen += 1
-            torch.testing.assert_close(expert.gate_up.weight.grad, gate_up[slot], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                expert.gate_up.weight.grad, gate_up[slot], atol=1e-4, rtol=1e-4
+            )
             torch.testing.assert_close(expert.down.weight.grad, down[slot], atol=1e-4, rtol=1e-4)
     assert seen
     kept = {n: p for n, p in ours.named_parameters() if n in theirs}
@@ -134,6 +139,9 @@ def test_own_routing_stays_the_function_of_the_model(name: str) -> None:
     for path, parameter in kept.items():
         torch.testing.assert_close(parameter.grad, theirs[path].grad, atol=1e-4, rtol=1e-4)
 
-    prompt = {"input_ids": batch["input_ids"][:, :4], "attention_mask": batch["attention_mask"][:, :4]}
+    prompt = {
+        "input_ids": batch["input_ids"][:, :4],
+        "attention_mask": batch["attention_mask"][:, :4],
+    }
     said = [m.generate(**prompt, max_new_tokens=5, do_sample=False) for m in (native, ours)]
     assert torch.equal(*said)
