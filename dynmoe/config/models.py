@@ -139,7 +139,7 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
 
 
 def own_mixture(cfg: DictConfig) -> Iterator[str]:
-    """A model that is a mixture already keeps its experts, all of them; others have none to keep."""
+    """A model that is a mixture already keeps all its experts; others have none to keep."""
     if not _has_layers(cfg):
         return
     init = read(cfg, "moe.init", str)
@@ -182,7 +182,7 @@ def own_mixture(cfg: DictConfig) -> Iterator[str]:
 
 
 def own_experts(cfg: DictConfig) -> int | None:
-    """The experts of a block of a model that is a mixture already; None: none, or not known here."""
+    """The experts in a block of a model that is a mixture already; None: none, or not known."""
     found = None
     if model_type(cfg) in FAMILIES:
         found = next((n for key in NUMBERS if (n := _setting(cfg, key)) is not None), None)
@@ -193,14 +193,29 @@ def model_type(cfg: DictConfig) -> str | None:
     """The type of a model of transformers, ``timm`` for one of timm's; None: not known here."""
     if modality(cfg, "backbone") == "image":
         return "timm"
-    given = read(cfg, "backbone.architecture", str) or folder_config(cfg).get("model_type")
+    given = read(cfg, "backbone.architecture", str) or _model_config(cfg).get("model_type")
     return given if isinstance(given, str) else None
 
 
 def _setting(cfg: DictConfig, key: str) -> Any:
     """A setting of the model: of the options, else of its config.json."""
     given = read(cfg, f"backbone.options.{key}", object)
-    return folder_config(cfg).get(key) if given is None else given
+    return _model_config(cfg).get(key) if given is None else given
+
+
+def _model_config(cfg: DictConfig) -> dict[str, Any]:
+    """config.json of `backbone.path`, or of a model of the hub that was downloaded before."""
+    model = read(cfg, "backbone.model", str)
+    if read(cfg, "backbone.path", str) is not None or model is None:
+        return folder_config(cfg)
+    from huggingface_hub import constants  # the library itself would take a quarter of a second
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return {}
+    return _read_config(folder / "snapshots" / commit)
 
 
 def _has_layers(cfg: DictConfig) -> bool:

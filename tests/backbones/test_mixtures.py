@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynmoe.backbones.families import FAMILIES, UNFIT
 from dynmoe.backbones.mixtures import own_router
-from dynmoe.backbones.surgery import add_moe_layers, is_mixture
-from dynmoe.backbones.text import TextClassifier, build_text_classifier
+from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.errors import ConfigError
 from dynmoe.layers import (
     MoELayer,
@@ -34,6 +31,7 @@ SIZES = {
 }
 LOCAL = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
 ROUTED = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2}
+GRANITE = {**LOCAL, "attention_multiplier": 0.3}
 NARROW = {**ROUTED, "moe_intermediate_size": 8}
 HEADED = {**NARROW, "head_dim": 8}
 DEEPSEEK = {
@@ -60,8 +58,8 @@ MODELS: dict[str, dict[str, Any]] = {
             "layer_types": ["linear_attention"] + ["full_attention"] * 2,
         },
     },
-    "granitemoe": LOCAL,
-    "granitemoeshared": {**LOCAL, "shared_intermediate_size": 8},
+    "granitemoe": GRANITE,
+    "granitemoeshared": {**GRANITE, "shared_intermediate_size": 8},
     "jamba": {
         **{**ROUTED, "mamba_d_state": 4, "mamba_expand": 1, "expert_layer_offset": 0},
         **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
@@ -145,3 +143,123 @@ def test_own_routing_stays_the_function_of_the_model(name: str) -> None:
     }
     said = [m.generate(**prompt, max_new_tokens=5, do_sample=False) for m in (native, ours)]
     assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_router_can_be_exchanged(name: str) -> None:
+    """Tokens of one expert with weight 1 get what the expert makes of them."""
+    native = decoder(name)
+    ours = keep(copy.deepcopy(native), TopAnyRouter, max_experts=6)
+    assert not ours.config.to_dict().get("output_router_logits")
+    for path, layer in moe_layers(ours).items():
+        stacked = native.get_submodule(path.removesuffix(".moe")).experts
+        assert layer.live == (0, 1, 2, 3) and layer.max_experts == 6
+        for slot, expert in enumerate(layer.experts.slots):
+            assert torch.equal(expert.gate_up.weight, stacked.gate_up_proj[slot % 4])
+            assert torch.equal(expert.down.weight, stacked.down_proj[slot % 4])
+    batch = tokens()
+    with record_routing(ours) as tape, mask_padding(ours, batch["attention_mask"].bool()):
+        ours.train()(**batch).logits.sum().backward()
+    assert [call.mask.shape[:2] for calls in tape.values() for call in calls] == [(3, 7)] * len(
+        tape
+    )
+
+
+def test_experts_become_ours_without_a_copy() -> None:
+    native = decoder("olmoe")
+    stacked = native.model.layers[0].mlp.experts
+    keep(native)
+    layer = native.model.layers[0].mlp
+    assert isinstance(layer, MoELayer)
+    for slot, expert in enumerate(layer.experts.slots):
+        assert expert.gate_up.weight.data_ptr() == stacked.gate_up_proj[slot].data_ptr()
+        assert expert.down.weight.data_ptr() == stacked.down_proj[slot].data_ptr()
+
+
+def test_a_shared_expert_stays_in_the_block() -> None:
+    native = decoder("qwen2_moe")
+    keep(native, TopAnyRouter)
+    blocks = native.model.layers
+    assert isinstance(blocks[0].mlp.moe, MoELayer) and not moe_layers(blocks[1])
+    x = torch.randn(2, 16)
+    shared = blocks[0].mlp.shared(x) * blocks[0].mlp.shared_gate(x).sigmoid()
+    torch.testing.assert_close(blocks[0].mlp(x), blocks[0].mlp.moe(x) + shared)
+
+
+@pytest.mark.parametrize(
+    ("layers", "chosen"),
+    [("all", [0, 2]), ("sparse", [0]), ("second_half", [2]), ([2], [2]), ([0, 2], [0, 2])],
+)
+def test_placements_count_mixtures(layers: Any, chosen: list[int]) -> None:
+    """Block 1 is dense; a mixture that is not chosen stays as it is, and so does the function."""
+    native = decoder("qwen2_moe")
+    expected = native(**tokens()).logits
+    ours = keep(native, layers=layers)
+    assert [n for n, block in enumerate(ours.model.layers) if moe_layers(block)] == chosen
+    torch.testing.assert_close(ours(**tokens()).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kwargs", "words"),
+    [
+        ("qwen2_moe", {}, {"layers": [1]}, ("moe.layers=[1]", "[0, 2]")),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}, {}, ("moe.layers=all", "moe=dense")),
+        ("olmoe", {}, {"num_experts": 3}, ("moe.num_experts=3", "moe.num_experts=4")),
+        ("olmoe", {}, {"init": "copy"}, ("moe.init=copy", "moe.init=keep")),
+        ("olmoe", {}, {"init": "cluster"}, ("moe.init=cluster", "moe.init=keep")),
+        ("olmoe", {}, {"keep_origin": True}, ("moe.adaptation.init=pretrained", "copy_most_used")),
+        (
+            "mixtral",
+            {"router_jitter_noise": 0.1},
+            {},
+            ("router_jitter_noise", "0.1", "Set it to 0"),
+        ),
+        ("deepseek_v3", {}, {}, ("moe: native", "sigmoid", "moe=dynmoe")),
+        ("phimoe", {}, {}, ("moe: native", "SparseMixer", "moe=dynmoe")),
+        (
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": 2},
+            {},
+            ("moe: native", "group_limited_greedy"),
+        ),
+    ],
+)
+def test_refusals_say_the_key_and_the_fix(
+    name: str, options: Any, kwargs: Any, words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        keep(decoder(name, **options), **kwargs)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_experts_that_cannot_be_kept() -> None:
+    for kind in UNFIT:
+        model = nn.Module()
+        model.config = AutoConfig.for_model(kind)
+        with pytest.raises(ConfigError, match="cannot become ours"):
+            add_moe_layers(
+                model, router=TopKRouter, num_experts=4, max_experts=4, layers="all", init="keep"
+            )
+    for router, key in ((own_router, "moe.router"), (TopKRouter, "moe.init=keep")):
+        dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+        with pytest.raises(ConfigError, match=f"{key}: .*found LlamaForCausalLM.*moe.init=auto"):
+            keep(dense, router, init="copy" if router is own_router else "keep")
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe", "granitemoe"])
+def test_costs_are_those_of_the_model_itself(name: str) -> None:
+    """Of the k experts of a token, whether its blocks were converted, some of them, or none."""
+    wholes = []
+    for layers in ("none", [0], "all"):
+        model = keep(decoder(name), layers=layers)
+        costs = efficiency.count(model, tokens((5,), 5)["input_ids"])
+        k = dict.fromkeys(costs["slots"], 2.0)
+        wholes.append(
+            (
+                efficiency.flops(costs, costs["slots"], k),
+                efficiency.activated(costs, costs["slots"], k),
+                efficiency.total(costs),
+            )
+        )
+    assert wholes[0] == wholes[1] == wholes[2] and wholes[0][0]
+    assert wholes[0][1] < wholes[0][2]
