@@ -60,7 +60,7 @@ UNFIT: dict[str, str] = {
     "jetmoe": "its experts are attention heads too",
     "llama4": "its router scales the input of the experts, not their output",
     "llama4_text": "its router scales the input of the experts, not their output",
-    "nllb_moe": "it is an encoder with a decoder, and its experts drop tokens beyond a capacity",
+    "nllb-moe": "it is an encoder with a decoder, and its experts drop tokens beyond a capacity",
     "switch_transformers": "it is an encoder with a decoder, and its experts drop tokens beyond a "
     "capacity",
 }
