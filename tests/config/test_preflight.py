@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from hydra import compose
 
-from dynmoe.config.compose import preflight
+from dynmoe.config.compose import preflight, search_path
 
 TASK = "task=vit_domainbed"
 
@@ -242,9 +243,11 @@ def test_a_mixture_keeps_the_number_of_its_experts(
     (tmp_path / "models--me--olmoe" / "refs").mkdir()
     (tmp_path / "models--me--olmoe" / "refs" / "main").write_text("abc")
     model = f"backbone.path={folder}" if place == "folder" else "backbone.model=me/olmoe"
-    found = preflight(["task=glue", "backbone=bert_base", model, *command])
-    assert found.problems == []
-    assert (found.cfg.moe.num_experts, found.cfg.moe.max_experts) == experts
+    given = ["task=glue", "backbone=bert_base", model, *command]
+    assert problems(*given) == []
+    with search_path():
+        moe = compose("config", given).moe
+    assert (moe.num_experts, moe.max_experts) == experts
 
 
 @pytest.mark.parametrize(("moe", "init"), [("emoe", "copy"), ("emoe_learn", "auto")])
