@@ -54,17 +54,6 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# Mixtures whose experts cannot become ours, by the reason.
-UNFIT: dict[str, str] = {
-    "gpt_oss": "its experts have biases, and a gate of their own that is clamped",
-    "jetmoe": "its experts are attention heads too",
-    "llama4": "its router scales the input of the experts, not their output",
-    "llama4_text": "its router scales the input of the experts, not their output",
-    "nllb-moe": "it is an encoder with a decoder, and its experts drop tokens beyond a capacity",
-    "switch_transformers": "it is an encoder with a decoder, and its experts drop tokens beyond a "
-    "capacity",
-}
-
 
 def not_ours(model_type: str, reason: str) -> str:
     """Explain that a model's own router is not to be had."""

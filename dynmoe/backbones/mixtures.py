@@ -8,11 +8,13 @@ Shape suffixes: T tokens, E experts, D model width, H hidden width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from dynmoe.backbones.families import Family, jitter, not_ours
+from dynmoe.backbones.forms import activation_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers import TopKRouter
 from dynmoe.layers.ffn import PLAIN, PackedGatedFFN
@@ -120,3 +122,36 @@ class WithShared(nn.Module):
         if self.shared_gate is not None:
             shared = self.shared_gate(x).sigmoid() * shared
         return self.moe(x) + shared
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Experts, a router and perhaps a shared FFN in one module of the block (``families.py``)."""
+
+    model_type: str
+    family: Family
+
+    def is_in(self, block: nn.Module) -> bool:
+        """Whether the block is a mixture; some models begin with dense ones."""
+        return hasattr(getattr(block, self.family.place, None), "experts")
+
+    def experts(self, block: nn.Module, dropout: float | None) -> list[nn.Module]:
+        """Make the block's experts, with its weights; ``dropout`` as in ``Form.expert``."""
+        mixture: Any = block.get_submodule(self.family.place)
+        return split_experts(mixture, activation_of(mixture, "experts.act_fn"), dropout or 0.0)
+
+    def routing(self, block: nn.Module) -> OwnRouting:
+        """Read the block's own router."""
+        return read_routing(block.get_submodule(self.family.place), self.family, self.model_type)
+
+    def put(self, block: Any, layer: nn.Module) -> None:
+        mixture = block.get_submodule(self.family.place)
+        shared, gate = (
+            getattr(mixture, name) if name else None
+            for name in (self.family.shared, self.family.shared_gate)
+        )
+        whole = layer if shared is None else WithShared(layer, shared, gate)
+        block.set_submodule(self.family.place, whole)
+
+    def modules(self, block: Any) -> list[nn.Module]:
+        return [block.get_submodule(self.family.place)]

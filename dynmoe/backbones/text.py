@@ -121,10 +121,13 @@ def build_text_classifier(
     config.num_labels = num_classes
     if architecture is not None and vocab_size is not None:
         config.vocab_size = vocab_size
-    if architecture is not None or pad_token_id is not None:
+    if pad_token_id is None and architecture is None:
+        pad_token_id = config.pad_token_id
+    if pad_token_id is None:  # some have several ends, and some neither an end nor None as padding
+        ends = getattr(config, "eos_token_id", None)
+        pad_token_id = ends[0] if isinstance(ends, list) else ends
+    if pad_token_id is not None:
         config.pad_token_id = pad_token_id
-    if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id
     _know_classifier(config)
     fresh: list[str] = []
     if pretrained:

@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dynmoe.backbones.families import FAMILIES, NUMBERS, UNFIT, jitter, not_ours
+from dynmoe.backbones.families import FAMILIES, NUMBERS, jitter, not_ours
 from dynmoe.config.options import modality, read
 from dynmoe.config.targets import TargetError, Unreadable, did_you_mean, locate
 
@@ -124,17 +124,11 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
         return
     if kind not in known:
         yield f"{key}: transformers knows no model type '{kind}'.{did_you_mean(kind, known)}"
-    elif not _has_layers(cfg) or kind in FAMILIES:
-        return
-    elif kind in UNFIT:
+    elif kind not in (*(forms := moe_types()), *FAMILIES) and forms and _has_layers(cfg):
+        reason = moe_refusals().get(kind, "not known where their FFNs are")
         yield (
-            f"{key}: the experts of a '{kind}' model cannot become ours: {UNFIT[kind]}. moe=dense "
-            "trains it as it is."
-        )
-    elif kind not in (forms := moe_types()) and forms:
-        yield (
-            f"{key}: MoE layers in '{kind}' models: not known where their FFNs are. Known: "
-            f"{', '.join((*forms, *FAMILIES))}. moe=dense needs none."
+            f"{key}: MoE layers in '{kind}' models: {reason}. docs/models.md lists those that "
+            "work, e.g. bert, llama, qwen3. moe=dense needs none."
         )
 
 
@@ -147,7 +141,7 @@ def own_mixture(cfg: DictConfig) -> Iterator[str]:
     is_own = str(router.get("_target_")).endswith(".own_router")
     kind = model_type(cfg)
     if kind not in FAMILIES:
-        if kind is not None and kind not in UNFIT and (is_own or init == "keep"):
+        if kind is not None and (is_own or init == "keep"):
             key = "moe: native" if is_own else "moe.init: keep"
             yield (
                 f"{key} is for models that are mixtures already ({', '.join(FAMILIES)}), found "
@@ -264,9 +258,20 @@ def transformers_types() -> tuple[str, ...]:
 @lru_cache
 def moe_types() -> tuple[str, ...]:
     """Model types whose FFNs can become MoE layers: FORMS of dynmoe/backbones/surgery.py."""
+    return tuple(str(key.value) for key in _table("FORMS").keys if isinstance(key, ast.Constant))
+
+
+@lru_cache
+def moe_refusals() -> dict[str, str]:
+    """Why other model types cannot have MoE layers, where that is known: REFUSED, there too."""
+    refused = ast.literal_eval(_table("REFUSED"))
+    return {kind: reason for reason, kinds in refused.items() for kind in kinds.split()}
+
+
+def _table(name: str) -> ast.Dict:
+    """A literal of dynmoe/backbones/surgery.py, which imports PyTorch; empty if it is not there."""
     try:
-        node = locate("dynmoe.backbones.surgery.FORMS").node
+        node = locate(f"dynmoe.backbones.surgery.{name}").node
     except (TargetError, Unreadable):
-        return ()
-    keys = node.keys if isinstance(node, ast.Dict) else []
-    return tuple(str(key.value) for key in keys if isinstance(key, ast.Constant))
+        node = None
+    return node if isinstance(node, ast.Dict) else ast.Dict([], [])

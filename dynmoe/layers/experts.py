@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
-from dynmoe.layers.ffn import is_plain_linear, read_ffn
+from dynmoe.layers.ffn import PackedGatedFFN, is_plain_linear, keys, read_ffn
 from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
 from dynmoe.layers.routers import Routing
 
@@ -73,8 +73,9 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def mean_keys(self, live: Sequence[int]) -> Tensor:
-        """Return the mean row of each expert's first matrix, fp32, [E, D]."""
-        return torch.stack([_weight(linears(self.slots[slot])[0]).mean(0) for slot in live])
+        """Return the mean row of each expert's first matrix, a gate's alone, fp32, [E, D]."""
+        mlps = [self.slots[slot] for slot in live]
+        return torch.stack([_weight(linears(mlp)[0])[keys(mlp)].mean(0) for mlp in mlps])
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
@@ -264,15 +265,15 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
 
     A neuron's row of the first matrix is its key: neurons with near keys answer the same tokens.
     ``cluster``: neurons grouped by balanced k-means on their keys; ``random``: contiguous slices.
-    ``mlp`` has plain linear layers from D to H (one, or a gate and more), then one from H to D
-    without a bias, and nothing else that has parameters.
+    ``mlp`` has plain linear layers from D to H (one, or a gate and more, or a ``PackedGatedFFN``'s
+    one from D to 2 H), then one from H to D without a bias, and nothing else that has parameters.
 
     Raises:
         ConfigError: H does not divide into ``parts``, or ``mlp`` is of another form.
     """
     *inner, outer = linears(mlp)
-    hidden = outer.in_features
-    plain = all(linear.out_features == hidden for linear in inner)
+    hidden, packed = outer.in_features, 1 + isinstance(mlp, PackedGatedFFN)
+    plain = all(linear.out_features == packed * hidden for linear in inner)
     plain &= all(is_plain_linear(linear) for linear in (*inner, outer))
     others = len(list(mlp.parameters())) - sum(
         len(list(linear.parameters())) for linear in (*inner, outer)
@@ -288,7 +289,7 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
             f"Set moe.num_experts to a divisor of {hidden}."
         )
     if how == "cluster":
-        groups_EN = balanced_clusters(inner[0].weight.detach().float(), parts)
+        groups_EN = balanced_clusters(inner[0].weight.detach()[keys(mlp)].float(), parts)
     else:
         groups_EN = torch.arange(hidden).view(parts, -1)
     return [_part(mlp, neurons_N.to(outer.weight.device)) for neurons_N in groups_EN]
@@ -335,14 +336,17 @@ def balanced_clusters(keys_HD: Tensor, clusters: int) -> Tensor:
 def _part(mlp: nn.Module, neurons_N: Tensor) -> nn.Module:
     """A copy of ``mlp`` with some of its neurons; the others are never copied."""
     *inner, outer = linears(mlp)
+    rows_N = neurons_N
+    if isinstance(mlp, PackedGatedFFN):  # a neuron has a row in each half
+        rows_N = torch.cat([neurons_N, outer.in_features + neurons_N])
     own: dict[int, object] = {}  # deepcopy's memo: takes these for the copies it would make
     for linear in inner:
         for p in linear.parameters():
-            own[id(p)] = nn.Parameter(p[neurons_N])
+            own[id(p)] = nn.Parameter(p[rows_N])
     own[id(outer.weight)] = nn.Parameter(outer.weight[:, neurons_N])
     part = copy.deepcopy(mlp, own)
     *inner, outer = linears(part)
     for linear in inner:
-        linear.out_features = len(neurons_N)
+        linear.out_features = len(rows_N)
     outer.in_features = len(neurons_N)
     return part

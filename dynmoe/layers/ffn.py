@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 # Classes whose forward applies their children in order. By name: the layers need torch alone.
 CHAINS = (("torch.nn.modules.container", "Sequential"), ("timm.layers.mlp", "Mlp"))
+PACKED = ("timm.layers.mlp", "GluMlp")
 PLAIN = (nn.Parameter, Tensor, type(None))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -123,9 +124,9 @@ class GatedFFN(nn.Module):
 
 
 class PackedGatedFFN(nn.Module):
-    """``down(dropout(act(g) * u))`` of ``(g, u)``, the halves of ``gate_up(x)``.
+    """``down(dropout(act(g) * u))``, where ``gate_up`` makes both, [N, 2 H].
 
-    ``gate_first``: the first half is the gate; else the second one is.
+    They are its halves, (g, u) if ``gate_first``, else (u, g).
     """
 
     def __init__(
@@ -143,5 +144,20 @@ class PackedGatedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.gate_up(x).chunk(2, dim=-1)
-        g, u = (first, second) if self.gate_first else (second, first)
-        return self.down(self.dropout(self.act(g) * u))
+        gate, up = (first, second) if self.gate_first else (second, first)
+        return self.down(self.dropout(self.act(gate) * up))
+
+    def extra_repr(self) -> str:
+        return f"gate_first={self.gate_first}"
+
+
+def keys(mlp: nn.Module) -> slice:
+    """Return the rows of an FFN's first matrix that its activation takes: the gate's alone."""
+    if isinstance(mlp, PackedGatedFFN):
+        first, gate_up = mlp.gate_first, mlp.gate_up
+    elif (type(mlp).__module__, type(mlp).__qualname__) == PACKED:
+        first, gate_up = not mlp.gate_last, mlp.fc1
+    else:
+        return slice(None)
+    half = gate_up.out_features // 2
+    return slice(half) if first else slice(half, None)
