@@ -157,7 +157,7 @@ def _know_classifier(config: PreTrainedConfig) -> None:
     kind = type(config)
     if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
-    decoder = MODEL_MAPPING[kind]
+    decoder: Any = MODEL_MAPPING[kind]
     bases = (GenericForSequenceClassification, decoder.__mro__[1])  # its family's PreTrainedModel
     name = decoder.__name__.removesuffix("Model") + "ForSequenceClassification"
     made = type(name, bases, {"__module__": decoder.__module__})

@@ -123,7 +123,7 @@ def _stacked(model: nn.Module) -> Iterator[tuple[nn.Module, int, int]]:
     for module in model.modules():
         experts: Any = getattr(module, "experts", None)
         weight = getattr(experts, "gate_up_proj", None)
-        chosen = [child.top_k for child in module.children() if hasattr(child, "top_k")]
+        chosen: list[Any] = [child.top_k for child in module.children() if hasattr(child, "top_k")]
         if isinstance(weight, nn.Parameter) and weight.ndim == 3 and chosen:
             yield experts, len(weight), int(chosen[0])
 
@@ -161,7 +161,7 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
         layer.forward = partial(first_expert, name)  # type: ignore[method-assign]
     # The counter knows no grouped product.
     for experts, _, k in _stacked(shell):
-        experts.forward = partial(_k_times_the_first, experts, k)  # type: ignore[method-assign]
+        experts.forward = partial(_k_times_the_first, experts, k)
 
     def products(mode: AbstractContextManager[Any]) -> list[Counter[str]]:
         """Products by module, of the sample twice and once."""
