@@ -173,21 +173,27 @@ def check_ffn(mlp: nn.Module, dim: int) -> None:
 
 
 def check_experts(mlps: Sequence[nn.Module], dim: int) -> None:
-    """Refuse FFNs that ``check_ffn`` refuses, or that differ in the shapes of their tensors.
+    """Refuse FFNs that ``check_ffn`` refuses, or whose tensors differ in shape or dtype.
 
     Raises:
         TypeError: no module.
-        ValueError: with both shapes.
+        ValueError: with both of them.
     """
-    first: dict[str, torch.Size] = {}
+    first: dict[str, Any] = {}
+    checked: set[str] = set()
     for number, mlp in enumerate(mlps):
-        check_ffn(mlp, dim)
-        shapes = {name: tensor.shape for name, tensor in mlp.state_dict().items()}
+        # A call takes milliseconds, and models have a thousand experts, all of one build.
+        build = f"{type(mlp)} {mlp}"
+        if build not in checked:
+            check_ffn(mlp, dim)
+            checked.add(build)
+        state = mlp.state_dict()
+        shapes = {name: (list(each.shape), each.dtype) for name, each in state.items()}
         first = first or shapes
         if shapes != first:
             raise ValueError(
-                f"mlp: expected experts of equal shapes, found {shapes} in expert {number}, "
-                f"{first} in expert 0"
+                f"mlp: expected experts of equal shapes and dtypes, found {shapes} in expert "
+                f"{number}, {first} in expert 0"
             )
 
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from dynmoe import process, runtime, selection
 from dynmoe.backbones import hub, weights
+from dynmoe.backbones.families import FAMILIES
 from dynmoe.backbones.surgery import add_moe_layers, is_mixture
+from dynmoe.config import models
 from dynmoe.config.machine import NO_GPU
 from dynmoe.config.runs import flat, start_folder
 from dynmoe.config.trainer import UNFIT
@@ -118,6 +120,8 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
         ConfigError: a backbone that cannot be built, has too few positions for the data's texts, or
             lacks blocks that are named; an earlier stage whose weights do not fit.
     """
+    if loads_a_mixture(cfg):  # many gigabytes: first without them
+        shell(cfg, data, data.backbone_arguments)
     L.seed_everything(cfg.seed, verbose=False)
     backbone = make(cfg.backbone, **data.backbone_arguments)
     start = start_folder(cfg)
@@ -136,6 +140,17 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
         **build_optimizer(cfg),
         seed=cfg.seed,
     )
+
+
+def loads_a_mixture(cfg: DictConfig) -> bool:
+    """Whether the weights are those of a model that is a mixture already, and gets MoE layers."""
+    node = cfg.backbone
+    if cfg.moe.router is None or not node.pretrained or "architecture" not in node:
+        return False
+    kind = models.model_type(cfg)
+    if kind is None and node.architecture is None:
+        kind = hub.configuration(node.model, node.get("path"), None, {}).model_type
+    return kind in FAMILIES
 
 
 def build_optimizer(cfg: DictConfig) -> dict[str, Any]:

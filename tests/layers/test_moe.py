@@ -74,6 +74,7 @@ def test_given_experts_are_the_experts(as_list: Any) -> None:
         ([make_mlp(), make_mlp(), nn.Linear(DIM, DIM)], {}, "equal shapes"),
         ([make_mlp(), make_mlp(), nn.Linear(DIM, 2)], {}, r"rows \[N, 12\] to rows"),
         ([], {}, "0 experts are given"),
+        ([make_mlp(), make_mlp(), make_mlp().double()], {}, "equal"),
     ],
 )
 def test_given_experts_that_do_not_fit(given: Any, arguments: Any, message: str) -> None:
