@@ -82,7 +82,8 @@ def bf16_gain(model: nn.Module) -> float | None:
     None on CPUs without matrix units for bf16 (AMX). The size is that of the linear layers with
     most weights together; a fraction of a second.
     """
-    if not getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False):
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not capabilities.get("amx_bf16", False):
         return None
     sizes: Counter[torch.Size] = Counter()
     for module in model.modules():

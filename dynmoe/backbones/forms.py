@@ -71,8 +71,9 @@ class Chain:
     whole: str | None = None
 
     def expert(self, block: Any, dropout: float | None) -> nn.Module:
-        if self.whole is not None or self.place is not None:
-            _check_no_more(block, self.whole or self.place, (self.first, self.second))
+        outside = self.whole or self.place
+        if outside is not None:
+            _check_no_more(block, outside, (self.first, self.second))
         first = linear(block.get_submodule(self.first), bias=True)
         second = linear(block.get_submodule(self.second), bias=self.whole is not None)
         parts = [first, activation_of(block, self.activation)]
@@ -207,7 +208,7 @@ class Timm:
             raise AttributeError(f"its mlp is a {kind}, known are {', '.join(TIMM_WHOLE)}")
         if dropout is not None:
             mlp.drop1 = nn.Dropout(dropout)  # drop2, after the last layer, stays as it is
-        return mlp  # type: ignore[no-any-return]
+        return mlp
 
     def put(self, block: Any, layer: nn.Module) -> None:
         if self.parts:
@@ -310,7 +311,7 @@ def activation_of(block: nn.Module, activation: str | type[nn.Module]) -> nn.Mod
 def rate(block: nn.Module, path: str | None) -> float:
     """Return the rate of a dropout: a module's, or a number that the block's code reads."""
     found: Any = 0.0 if path is None else attrgetter(path)(block)
-    return float(found.p if isinstance(found, nn.Module) else found)
+    return float(getattr(found, "p", found))
 
 
 def _no_dropout(block: nn.Module, path: str) -> None:

@@ -27,10 +27,11 @@ Init = Literal["copy", "cluster", "random", "fresh"]
 
 
 class Experts(nn.Module):
-    """``num_slots`` FFNs made from one.
+    """``num_slots`` FFNs made from one, or given as they are.
 
     ``init``: ``copy`` for full copies of it, ``cluster`` or ``random`` for shares of its hidden
-    neurons (``split_ffn``), ``fresh`` for newly drawn ones of its size.
+    neurons (``split_ffn``), ``fresh`` for newly drawn ones of its size. A sequence of FFNs fills
+    the first slots without a copy; slots beyond them hold copies of them in turn.
 
     ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs
     of a form that ``ffn.find_layout`` knows take the fast path, where ``recompute`` holds; the
@@ -44,12 +45,20 @@ class Experts(nn.Module):
     """Weights in the dtype of products, within ``moe.constant_weights``; None elsewhere."""
 
     def __init__(
-        self, mlp: nn.Module, num_slots: int, init: Init = "copy", recompute: bool = False
+        self,
+        mlp: nn.Module | Sequence[nn.Module],
+        num_slots: int,
+        init: Init = "copy",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         # NOTE: one module, hence one set of Parameters, per slot and not one stacked tensor: a slot
         # without an expert then has ``grad is None``, so no optimizer pass and no weight decay.
-        if init == "cluster" or init == "random":
+        if not isinstance(mlp, nn.Module):
+            beyond = range(num_slots - len(mlp))
+            copies = [copy.deepcopy(mlp[each % len(mlp)]) for each in beyond]
+            self.slots = nn.ModuleList([*mlp, *copies])
+        elif init == "cluster" or init == "random":
             self.slots = nn.ModuleList(split_ffn(mlp, num_slots, init))
         else:
             self.slots = nn.ModuleList(copy.deepcopy(mlp) for _ in range(num_slots))
@@ -168,6 +177,31 @@ def check_ffn(mlp: nn.Module, dim: int) -> None:
             f"expected an FFN that keeps the dtype of its rows, but {type(mlp).__name__} makes "
             f"{out.dtype} of {dtype}"
         )
+
+
+def check_experts(mlps: Sequence[nn.Module], dim: int) -> None:
+    """Refuse FFNs that ``check_ffn`` refuses, or whose tensors differ in shape or dtype.
+
+    Raises:
+        TypeError: no module.
+        ValueError: with both of them.
+    """
+    first: dict[str, Any] = {}
+    checked: set[str] = set()
+    for number, mlp in enumerate(mlps):
+        # A call takes milliseconds, and models have a thousand experts, all of one build.
+        build = f"{type(mlp)} {mlp}"
+        if build not in checked:
+            check_ffn(mlp, dim)
+            checked.add(build)
+        state = mlp.state_dict()
+        shapes = {name: (list(each.shape), each.dtype) for name, each in state.items()}
+        first = first or shapes
+        if shapes != first:
+            raise ValueError(
+                f"mlp: expected experts of equal shapes and dtypes, found {shapes} in expert "
+                f"{number}, {first} in expert 0"
+            )
 
 
 def _check_arguments(mlp: nn.Module) -> None:

@@ -32,6 +32,8 @@ class TopKRouter(Router):
     For k > 1 the chosen probabilities are renormalised to sum to 1; at k = 1 they are not, because
     the constant weight 1 would leave the router without a task gradient. Copies of an FFN then
     start at that probability, about 1/E, times its output; for k > 1 they start at its output.
+    ``renormalise``: true or false says it for every k (OLMoE: false). ``scale`` multiplies the
+    weights (DeepSeek-V2's ``routed_scaling_factor``).
 
     ``noise`` > 0 adds Gaussian noise of standard deviation noise / E to the logits in training.
     ``aux``: ``load_balance`` (GShard) or ``importance_load`` (needs noise).
@@ -53,6 +55,8 @@ class TopKRouter(Router):
         capacity_factor: float | None = None,
         weights_sum: Literal["one", "k"] = "one",
         min_capacity: int = 0,
+        renormalise: bool | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         _check_top_k(top_k, num_slots)
@@ -66,6 +70,8 @@ class TopKRouter(Router):
         self.capacity_factor = capacity_factor
         self.min_capacity = min_capacity
         self.weights_sum = weights_sum
+        self.renormalise = top_k > 1 if renormalise is None else renormalise
+        self.scale = scale
         self._build_scorer(dim)
 
     def _build_scorer(self, dim: int) -> None:
@@ -90,11 +96,13 @@ class TopKRouter(Router):
             probs_TE = noisy_TE.softmax(1)
             choice_TK, mask_TE = _largest(probs_TE, self.top_k, token_mask_T)
             weights_TE = probs_TE * mask_TE
-            if self.top_k > 1:
+            if self.renormalise:
                 # Rows of padding sum to 0.
                 weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
             if self.weights_sum == "k":
                 weights_TE = weights_TE * self.top_k
+            if self.scale != 1:
+                weights_TE = weights_TE * self.scale
             # NOTE: the loss sees the choices before places are given: an expert that many tokens
             # want must not look balanced because the overflow was dropped.
             aux = probs_TE.new_zeros(())

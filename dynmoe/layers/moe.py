@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynmoe.layers.experts import Experts, Init, check_ffn, redraw
+from dynmoe.layers.experts import Experts, Init, check_experts, check_ffn, redraw
 from dynmoe.layers.routers import Router, Routing
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,8 @@ class MoELayer(nn.Module):
     padding, in training and evaluation: no expert serves it, it comes out as 0, and it is in no
     loss and in no count. The residual connection around an FFN keeps it visible in the output.
 
+    ``mlp`` may be a sequence of ``num_experts`` FFNs of equal shapes: the experts, as they are.
+
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
     inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
@@ -76,7 +78,9 @@ class MoELayer(nn.Module):
     Raises:
         TypeError: ``router`` makes no ``Router``, or ``mlp`` is no module.
         ValueError: ``num_experts`` is not 1 to ``max_experts``, or ``mlp`` does not map rows
-            [N, ``dim``] alone to rows of the same shape and dtype.
+            [N, ``dim``] alone to rows of the same shape and dtype; of several FFNs one does not,
+            they are not ``num_experts`` of equal shapes, or they come with an ``init`` or a
+            ``keep_origin``, which need a single one.
         ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``).
     """
 
@@ -93,7 +97,7 @@ class MoELayer(nn.Module):
 
     def __init__(
         self,
-        mlp: nn.Module,
+        mlp: nn.Module | Sequence[nn.Module],
         dim: int,
         router: Callable[[int, int], Router],
         num_experts: int,
@@ -106,12 +110,25 @@ class MoELayer(nn.Module):
         max_experts = num_experts if max_experts is None else max_experts
         if not 1 <= num_experts <= max_experts:
             raise ValueError(f"expected 1 <= num_experts ({num_experts}) <= max ({max_experts})")
-        check_ffn(mlp, dim)
+        origin = None
+        if isinstance(mlp, nn.ModuleList):
+            mlp = list(mlp)
+        if isinstance(mlp, Sequence):
+            if len(mlp) != num_experts or init != "copy" or keep_origin:
+                raise ValueError(
+                    f"mlp: {len(mlp)} experts are given as they are. Expected num_experts="
+                    f"{len(mlp)}, init=copy and no keep_origin, found {num_experts}, {init}, "
+                    f"{keep_origin}"
+                )
+            check_experts(mlp, dim)
+        else:
+            check_ffn(mlp, dim)
+            origin = copy.deepcopy(mlp) if keep_origin else None
         self.dim = dim
         self.router = _made_router(router, dim, max_experts)
         self.experts = Experts(mlp, max_experts, init, recompute)
         # Without gradients: optimizers leave it out, so it neither moves nor decays.
-        self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None
+        self.origin = None if origin is None else origin.requires_grad_(False)
         self.register_buffer("active_E", torch.arange(max_experts) < num_experts)
         self._live = tuple(range(num_experts))
         self._live_of: tuple[Tensor, int, int] | None = None
