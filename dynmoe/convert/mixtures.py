@@ -44,7 +44,7 @@ class Mixtures(NamedTuple):
     router: str
     """Name of a class of ``modeling_mixture``."""
     options: dict[str, Any]
-    """``top_k``, ``scale`` and ``projection``, where the router has them."""
+    """``top_k``, ``scale``, ``normalised``, ``projection``, where the router has them."""
     gated: bool
     biased: bool
     activation: str
@@ -70,8 +70,6 @@ def mixtures_of(model: nn.Module, dense: nn.Module) -> Mixtures:
         tensors |= {f"experts.{key}": tensor for key, tensor in experts.tensors.items()}
         places[name] = Place(len(layer.experts.slots), tensors=tensors)
         forms.append((router[:2], experts[:4], layer.dim))
-    if not forms:
-        raise ConfigError("format: this run's model has no MoE layers, so transformers saves it")
     if any(form != forms[0] for form in forms):
         raise ConfigError("format: expected MoE layers of one form, found several")
     for path, module in model.named_modules():
@@ -110,7 +108,7 @@ def _top_any(router: TopAnyRouter, experts: Experts) -> _Router:
 
 
 def _top_k(router: TopKRouter, experts: Experts) -> _Router:
-    return _Router("TopK", _fixed(router), {"weight": router.weight})
+    return _Router("TopK", _softmax(router), {"weight": router.weight})
 
 
 def _cosine(router: CosineTopKRouter, experts: Experts) -> _Router:
@@ -120,13 +118,17 @@ def _cosine(router: CosineTopKRouter, experts: Experts) -> _Router:
         "project.bias": router.project.bias,
         "log_scale": router.log_scale,
     }
-    options = {**_fixed(router), "projection": router.projection}
+    options = {**_softmax(router), "projection": router.projection}
     return _Router("CosineTopK", options, tensors)
 
 
 def _average_key(router: AverageKeyRouter, experts: Experts) -> _Router:
     keys_ED = experts.mean_keys(range(router.num_slots))
     return _Router("TopKeys", _fixed(router), {"weight": keys_ED})
+
+
+def _softmax(router: TopKRouter) -> dict[str, Any]:
+    return {**_fixed(router), "normalised": router.top_k > 1}
 
 
 def _fixed(router: Any) -> dict[str, Any]:

@@ -53,12 +53,13 @@ class TopAny(nn.Module):
 
 
 class TopK(nn.Module):
-    """The `top_k` most probable experts. For more than one their probabilities are made to sum to
-    1; `scale` multiplies them."""
+    """The `top_k` most probable experts. Their probabilities are made to sum to 1 where they are
+    `normalised`; `scale` multiplies them."""
 
     def __init__(self, mixture: dict[str, Any], num_experts: int) -> None:
         super().__init__()
         self.top_k, self.scale = mixture["top_k"], mixture["scale"]
+        self.normalised = mixture["normalised"]
         self.weight = nn.Parameter(torch.zeros(num_experts, mixture["width"]))
 
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class TopK(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         weights_TK, index_TK = self.logits(x_TD).softmax(1).topk(self.top_k, dim=1)
-        if self.top_k > 1:
+        if self.normalised:
             weights_TK = weights_TK / weights_TK.sum(1, keepdim=True).clamp(min=1e-9)
         return index_TK, weights_TK * self.scale
 

@@ -38,7 +38,7 @@ def _mixtral(config: Any, mixtures: Mixtures, num_experts: int) -> Any | None:
     """All blocks are mixtures, whose weights always sum to 1."""
     if (
         len(mixtures.places) != config.num_hidden_layers
-        or mixtures.options["top_k"] == 1
+        or not mixtures.options["normalised"]
         or getattr(config, "attention_bias", False)
     ):
         return None
@@ -61,7 +61,7 @@ def _qwen3_moe(config: Any, mixtures: Mixtures, num_experts: int) -> Any | None:
         moe_intermediate_size=mixtures.hidden,
         num_experts=num_experts,
         num_experts_per_tok=mixtures.options["top_k"],
-        norm_topk_prob=mixtures.options["top_k"] > 1,
+        norm_topk_prob=mixtures.options["normalised"],
         mlp_only_layers=sorted(set(range(config.num_hidden_layers)) - blocks),
         decoder_sparse_step=1,
     )

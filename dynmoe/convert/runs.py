@@ -31,6 +31,8 @@ class TrainedModel:
     class_names: list[str]
     """Empty for regression."""
     tokenizer: Any = None
+    pairs: bool = False
+    """Whether a text is a pair of two."""
 
     @property
     def num_experts(self) -> dict[str, int]:
@@ -59,9 +61,10 @@ def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> Train
             data.tokenizer = load_tokenizer(data.tokenizer_path, data.tokenizer_name)
         class_names, tokenizer = data.class_names, data.tokenizer
         tokenizer.model_max_length = data.max_length
+        pairs = len(data.glue_task.columns) > 1
         arguments = data.backbone_arguments
     else:
-        class_names, tokenizer = list(folder.read_run()["class_names"]), None
+        class_names, tokenizer, pairs = list(folder.read_run()["class_names"]), None, False
         arguments = {"num_classes": len(class_names), "in_chans": _channels(state)}
     model = build.make(cfg.backbone, "backbone", **arguments)
     keeps_origin = any(".origin." in name for name in state)
@@ -73,7 +76,7 @@ def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> Train
     for name, layer in moe_layers(model).items():
         model.set_submodule(name, layer.compact())
     step = saved["global_step"] - 1
-    return TrainedModel(model.eval(), cfg, folder, checkpoint, step, class_names, tokenizer)
+    return TrainedModel(model.eval(), cfg, folder, checkpoint, step, class_names, tokenizer, pairs)
 
 
 def _channels(state: Mapping[str, Tensor]) -> int:

@@ -21,11 +21,14 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from dynmoe.backbones.hub import positions
 from dynmoe.convert import modeling_mixture
+from dynmoe.convert.card import card
 from dynmoe.convert.mixtures import Mixtures, mixtures_of
 from dynmoe.convert.natives import native_config, native_names
+from dynmoe.convert.runs import TrainedModel
 from dynmoe.errors import ConfigError
-from dynmoe.layers.moe import mask_padding
+from dynmoe.layers.moe import mask_padding, moe_layers
 
 CODE = "modeling_mixture"
 AUTO_CLASSES = {
@@ -38,16 +41,43 @@ OWN_KEYS = ("model_type", "architectures", "auto_map", "transformers_version")
 """Keys of a configuration that the model without experts and the written one do not share."""
 
 
-def save_transformers(model: Any, folder: Path) -> str:
+def write(trained: TrainedModel, folder: Path) -> float:
+    """Write model, tokenizer and card of a run; return the largest relative difference of logits
+    between the written model, as transformers loads it, and the run's.
+
+    Raises:
+        ConfigError: a model that transformers cannot have (see ``mixtures_of``).
+    """
+    model = trained.model.model
+    if trained.class_names:
+        model.config.id2label = dict(enumerate(trained.class_names))
+        model.config.label2id = {name: label for label, name in enumerate(trained.class_names)}
+    else:
+        model.config.problem_type = "regression"
+    saved = save_transformers(model, folder)
+    trained.tokenizer.save_pretrained(folder)
+    own_code = (folder / f"{CODE}.py").is_file()
+    (folder / "README.md").write_text(card(trained, own_code), encoding="utf-8")
+    places = positions(model)
+    texts = random_texts(model, TOKENS if places is None else min(TOKENS, places))
+    loaded = saved.from_pretrained(folder, local_files_only=True).eval()
+    ours, theirs = logits_of(model, texts), logits_of(loaded, texts)
+    return float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1))
+
+
+def save_transformers(model: Any, folder: Path) -> type[Any]:
     """Write a model of transformers whose compact MoE layers took the place of FFNs.
 
     Returns:
-        The name of the class of transformers that loads it, whose name begins with ``AutoModel``.
+        The class of the written model, whose ``from_pretrained`` loads it.
 
     Raises:
         ConfigError: a model that transformers cannot have (see ``mixtures_of``).
     """
     auto = _auto_class(model)
+    if not moe_layers(model):
+        model.save_pretrained(folder)
+        return type(model)
     with torch.device("meta"):
         dense = type(model)(copy.deepcopy(model.config))
     mixtures = mixtures_of(model, dense)
@@ -86,7 +116,7 @@ def save_transformers(model: Any, folder: Path) -> str:
         )
     written.tie_weights()
     written.save_pretrained(folder)
-    return auto
+    return type(written)
 
 
 def _auto_class(model: Any) -> str:
