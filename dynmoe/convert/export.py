@@ -17,7 +17,7 @@ from typing import NamedTuple
 from omegaconf import DictConfig
 
 from dynmoe.config.options import modality
-from dynmoe.convert.checkpoints import write
+from dynmoe.convert.checkpoints import share, write
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import RunFolder
 from dynmoe.training import trained
@@ -84,6 +84,7 @@ def order(given: Mapping[str, str]) -> Order:
                 f"run={given['run']}: expected a finished run, found one that is {folder.state}. "
                 "The command that started it goes on"
             )
+        check_router(cfg)
     for key in ("backbone.path", "data.root"):
         if key in given:
             _override(cfg, key, given[key])
@@ -93,6 +94,25 @@ def order(given: Mapping[str, str]) -> Order:
     if chosen != "llava":
         _check_target(target, folder, given)
     return Order(chosen, folder, cfg, checkpoint, target)
+
+
+def check_router(cfg: DictConfig) -> None:
+    """Refuse a router by which a token's output depends on the others of its batch.
+
+    Raises:
+        ConfigError: a capacity, or ``combine=tutel``.
+    """
+    router = cfg.moe.get("router") or {}
+    for option, found, good in (
+        ("capacity_factor", router.get("capacity_factor") is not None, "null"),
+        ("combine", router.get("combine") == "tutel", "constant_k"),
+    ):
+        if found:
+            raise ConfigError(
+                f"run: its moe.router.{option}={router[option]} makes the output of a token depend "
+                f"on the others of its batch, which no other software computes. Train with "
+                f"moe.router.{option}={good}"
+            )
 
 
 def _override(cfg: DictConfig, key: str, value: str) -> None:
@@ -161,6 +181,8 @@ def export(given: Mapping[str, str]) -> Path:
             "largest_difference": difference,
         }
         write(folder / NOTE, json.dumps(note, indent=2) + "\n")
+        for file in folder.iterdir():
+            share(file)
     experts = ", ".join(map(str, model.num_experts.values())) or "no"
     print(f"{experts} experts in the MoE layers; logits differ by {difference:.1e} at most")
     for file in sorted(wanted.target.iterdir()):

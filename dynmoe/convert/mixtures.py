@@ -100,8 +100,7 @@ class _Router(NamedTuple):
 
 
 def _top_any(router: TopAnyRouter, experts: Experts) -> _Router:
-    if router.combine == "tutel":
-        raise ConfigError("combine=tutel makes a token's output depend on the others of its batch")
+    _check_alone("combine", router.combine, router.combine != "tutel")
     directions_ED = torch.stack(list(router.directions))
     thresholds_E = torch.stack(list(router.thresholds))
     return _Router("TopAny", {}, {"weight": directions_ED, "thresholds": thresholds_E})
@@ -127,16 +126,20 @@ def _average_key(router: AverageKeyRouter, experts: Experts) -> _Router:
     return _Router("TopKeys", _fixed(router), {"weight": keys_ED})
 
 
+def _check_alone(option: str, value: Any, alone: bool) -> None:
+    if not alone:
+        raise ConfigError(
+            f"router: with {option}={value} a token's output depends on the others of its batch, "
+            "which no other software computes"
+        )
+
+
 def _softmax(router: TopKRouter) -> dict[str, Any]:
     return {**_fixed(router), "normalised": router.top_k > 1}
 
 
 def _fixed(router: Any) -> dict[str, Any]:
-    if router.capacity_factor is not None:
-        raise ConfigError(
-            f"capacity_factor={router.capacity_factor} makes a token's output depend on the others "
-            "of its batch; train with moe.router.capacity_factor=null"
-        )
+    _check_alone("capacity_factor", router.capacity_factor, router.capacity_factor is None)
     scale = float(router.top_k) if router.weights_sum == "k" else 1.0
     return {"top_k": router.top_k, "scale": scale}
 
@@ -156,10 +159,7 @@ def _router(name: str, router: Router, experts: Experts) -> _Router:
             f"format: {name} has a {type(router).__name__}, expected one of "
             f"{', '.join(each.__name__ for each in ROUTERS)}"
         )
-    try:
-        found = known(router, experts)
-    except ConfigError as error:
-        raise ConfigError(f"format: {name}: {error}") from None
+    found = known(router, experts)
     tensors = {key: tensor.detach() for key, tensor in found.tensors.items()}
     return found._replace(tensors=tensors)
 

@@ -33,6 +33,8 @@ class TrainedModel:
     tokenizer: Any = None
     pairs: bool = False
     """Whether a text is a pair of two."""
+    channels: int = 0
+    """Of an image."""
 
     @property
     def num_experts(self) -> dict[str, int]:
@@ -54,18 +56,18 @@ def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> Train
         if name.startswith(BACKBONE)
     }
     data: Any = build.build_data(cfg)
+    about: dict[str, Any] = {}
     if data.modality == "text":
         if data.tokenizer_path is None and data.tokenizer_name is None:
             data.setup("validate")
         else:
             data.tokenizer = load_tokenizer(data.tokenizer_path, data.tokenizer_name)
-        class_names, tokenizer = data.class_names, data.tokenizer
-        tokenizer.model_max_length = data.max_length
-        pairs = len(data.glue_task.columns) > 1
-        arguments = data.backbone_arguments
+        data.tokenizer.model_max_length = data.max_length
+        about["tokenizer"], about["pairs"] = data.tokenizer, len(data.glue_task.columns) > 1
+        class_names, arguments = data.class_names, data.backbone_arguments
     else:
-        class_names, tokenizer, pairs = list(folder.read_run()["class_names"]), None, False
-        arguments = {"num_classes": len(class_names), "in_chans": _channels(state)}
+        class_names, about["channels"] = list(folder.read_run()["class_names"]), _channels(state)
+        arguments = {"num_classes": len(class_names), "in_chans": about["channels"]}
     model = build.make(cfg.backbone, "backbone", **arguments)
     keeps_origin = any(".origin." in name for name in state)
     # Parts have the shapes of copies of a smaller FFN, without the k-means.
@@ -76,7 +78,7 @@ def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> Train
     for name, layer in moe_layers(model).items():
         model.set_submodule(name, layer.compact())
     step = saved["global_step"] - 1
-    return TrainedModel(model.eval(), cfg, folder, checkpoint, step, class_names, tokenizer, pairs)
+    return TrainedModel(model.eval(), cfg, folder, checkpoint, step, class_names, **about)
 
 
 def _channels(state: Mapping[str, Tensor]) -> int:
