@@ -55,7 +55,7 @@ class Mixtures(NamedTuple):
 
 
 def mixtures_of(model: nn.Module, dense: nn.Module) -> Mixtures:
-    """Describe the MoE layers of a model, all of whose slots hold an expert (``MoELayer.compact``).
+    """Describe the MoE layers of a model, without slots that hold no expert.
 
     ``dense`` is the model before it got them; it needs no data (meta device).
 
@@ -63,7 +63,8 @@ def mixtures_of(model: nn.Module, dense: nn.Module) -> Mixtures:
         ConfigError: a router or experts that cannot be written so, or layers of several forms.
     """
     places, forms = {}, []
-    for name, layer in moe_layers(model).items():
+    for name, each in moe_layers(model).items():
+        layer = each if len(each.live) == each.max_experts else each.compact()
         router = _router(name, layer.router, layer.experts)
         experts = _experts(name, list(layer.experts.slots))
         tensors = {f"router.{key}": tensor for key, tensor in router.tensors.items()}
@@ -176,8 +177,9 @@ def _experts(name: str, experts: Sequence[nn.Module]) -> _Stacked:
     """Stack FFNs: ``w2 act(w1 x)``, or ``down(act(gate x) * up x)``."""
     first = experts[0]
     gated = isinstance(first, GatedFFN)
-    if gated:
-        act: Any = first.act
+    parts: list[tuple[list[Any], Any]]
+    if isinstance(first, GatedFFN):
+        act: nn.Module | None = first.act
         parts = [([mlp.gate, mlp.up], mlp.down) for mlp in experts if isinstance(mlp, GatedFFN)]
     else:
         act = _between(first)

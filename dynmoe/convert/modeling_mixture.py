@@ -171,10 +171,10 @@ class MixtureConfig(BaseConfig):
 class WithMixtures:
     """Mixtures in the place of FFNs, for a body and for a body under a head."""
 
-    config_class = MixtureConfig
-    _keep_in_fp32_modules_strict = frozenset({"router"})
+    config_class: Any = MixtureConfig
+    _keep_in_fp32_modules_strict: Any = frozenset({"router"})
 
-    def __init__(self, config: MixtureConfig, **options: Any) -> None:
+    def __init__(self: Any, config: MixtureConfig, **options: Any) -> None:
         implementation = config._experts_implementation
         config._experts_implementation = "eager"  # parts of the dense model refuse any other
         super().__init__(config, **options)

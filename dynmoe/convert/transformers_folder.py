@@ -66,7 +66,7 @@ def write(trained: TrainedModel, folder: Path) -> float:
 
 
 def save_transformers(model: Any, folder: Path) -> type[Any]:
-    """Write a model of transformers whose compact MoE layers took the place of FFNs.
+    """Write a model of transformers whose MoE layers took the place of FFNs.
 
     Returns:
         The class of the written model, whose ``from_pretrained`` loads it.
