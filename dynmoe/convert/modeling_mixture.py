@@ -112,6 +112,12 @@ def cosine(x_TD: Tensor, w_ED: Tensor) -> Tensor:
 class StackedExperts(nn.Module):
     """FFNs of equal shape as stacked tensors. `forward` is `experts_implementation="eager"`."""
 
+    gate_up_proj: Tensor
+    gate_up_proj_bias: Tensor
+    up_proj: Tensor
+    up_proj_bias: Tensor
+    _apply_gate: Any  # of transformers: act_fn(gate) * up
+
     def __init__(self, config: MixtureConfig, num_experts: int) -> None:
         super().__init__()
         mixture = config.mixture
@@ -148,7 +154,7 @@ class Mixture(nn.Module):
         super().__init__()
         width = config.mixture["width"]
         self.router = TopAny(config.mixture, num_experts)
-        self.experts = StackedExperts(config, num_experts)
+        self.experts: Any = StackedExperts(config, num_experts)
         # transformers skips choices that stand for "no further expert" only where this is set.
         self.experts._is_expert_parallel = True
         self.output_bias = nn.Parameter(torch.zeros(width)) if output_bias else None
@@ -177,7 +183,7 @@ class WithMixtures:
     def __init__(self: Any, config: MixtureConfig, **options: Any) -> None:
         implementation = config._experts_implementation
         config._experts_implementation = "eager"  # parts of the dense model refuse any other
-        super().__init__(config, **options)
+        super().__init__(config, **options)  # type: ignore[call-arg]
         config._experts_implementation = self.get_correct_experts_implementation(implementation)
         body = getattr(self, self.base_model_prefix, self)
         for place, layer in config.mixture["layers"].items():

@@ -43,7 +43,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 folder, first, second = json.loads(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 texts = tokenizer(first, second, padding=True, truncation=True, return_tensors="pt")
 found = {"length": tokenizer.model_max_length, "ids": texts["input_ids"].tolist()}
 for implementation in ("grouped_mm", "batched_mm", "eager"):
