@@ -1,4 +1,4 @@
-"""How experts come and go: schedule, pure decision, and the process in any training loop."""
+"""Changes between optimizer steps: the state of routers, and which experts there are."""
 
 from typing import TYPE_CHECKING
 
@@ -6,10 +6,11 @@ from dynmoe.lazy import lazy
 
 if TYPE_CHECKING:
     from dynmoe.adaptation.adapt import Adaptation
-    from dynmoe.adaptation.callback import DynMoECallback
+    from dynmoe.adaptation.callback import DynMoECallback, RouterCallback
     from dynmoe.adaptation.decision import Decision, Schedule, decide
     from dynmoe.adaptation.fsdp import MoEFSDPStrategy
     from dynmoe.adaptation.trainer_callback import DynMoETrainerCallback
+    from dynmoe.adaptation.updates import RouterUpdates
 
 __all__ = [
     "Adaptation",
@@ -17,6 +18,8 @@ __all__ = [
     "DynMoECallback",
     "DynMoETrainerCallback",
     "MoEFSDPStrategy",
+    "RouterCallback",
+    "RouterUpdates",
     "Schedule",
     "decide",
 ]
@@ -26,9 +29,10 @@ __getattr__ = lazy(
     __name__,
     {
         "adapt": "Adaptation",
-        "callback": "DynMoECallback",
+        "callback": "DynMoECallback RouterCallback",
         "decision": "Decision Schedule decide",
         "fsdp": "MoEFSDPStrategy",
         "trainer_callback": "DynMoETrainerCallback",
+        "updates": "RouterUpdates",
     },
 )

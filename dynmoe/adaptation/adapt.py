@@ -9,26 +9,22 @@ from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from dynmoe.adaptation.decision import Schedule, decide, one_of
+from dynmoe.adaptation.updates import layers_with_state, update_routers
+from dynmoe.adaptation.watch import Sums, Watch, is_first_rank, none
 from dynmoe.errors import ConfigError
-from dynmoe.layers.moe import MoELayer, NewExpert, Routed, RoutingStats, moe_layers
+from dynmoe.layers.moe import MoELayer, NewExpert, RoutingStats, moe_layers
 
 log = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 """One update of one layer, as in ``events.jsonl``: step, layer, removed, added, before, after,
 unrouted (share of tokens that no expert served), tokens."""
-
-ADD_AUX = (
-    "Record the forward and add it: `with record_routing(model) as tape: loss = ...`, then "
-    "`loss + 0.01 * aux_loss(tape)` (both in dynmoe.layers)"
-)
 
 
 class Adaptation:
@@ -50,7 +46,8 @@ class Adaptation:
     called after each optimizer step, on every rank: what a step recorded is summed over the ranks
     of ``torch.distributed``, so that all make the same change and ``state_dict`` is the same
     everywhere. A step that a ``GradScaler`` skipped, or whose ``loss`` is not finite on some rank,
-    enters no window.
+    enters no window. Routers with state, those of a fixed pool included, are moved in ``step`` too,
+    as ``RouterUpdates`` does; ``num_steps`` is the length of the training, for their schedules.
 
     ``model`` may be wrapped (DDP, FSDP, ``torch.compile``, peft); ``root`` is the module as FSDP
     wraps it where ``model`` is a part of that. ``averages`` are copies of the model that hold an
@@ -78,6 +75,7 @@ class Adaptation:
         on_event: Callable[[Event], None] | None = None,
         averages: Iterable[nn.Module] = (),
         root: nn.Module | None = None,
+        num_steps: float = math.inf,
     ) -> None:
         if schedule.unit == "epoch":
             raise ConfigError("schedule: give it in steps, schedule.in_steps(steps_per_epoch)")
@@ -87,24 +85,18 @@ class Adaptation:
         self.init: NewExpert = init
         self.reset_moments = reset_moments
         self.on_event = on_event
+        self.num_steps = num_steps
         self.steps = 0
         self.root = model if root is None else root
         self.layers = adaptive_layers(model)
         _check_layers(self.layers, min_experts, init)
         # The number of a layer among all of them seeds its new experts.
         self._numbers = {name: number for number, name in enumerate(moe_layers(model))}
-        self._names = {layer: name for name, layer in self.layers.items()}
-        given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
-        self.optimizers = [_torch_optimizer(each) for each in _as_list(given)]
-        _check_optimizers(self.layers, self.optimizers)
+        self._moved = layers_with_state(model)
+        self._watch = Watch(self.layers | self._moved, optimizer)
+        self.optimizers = self._watch.optimizers
         self._twins = [_twins(self.layers, average) for average in averages]
-        self._window: Tensor | None = None  # all layers' sums in one, see `_flat`
-        self._pending: dict[str, RoutingStats] = {}  # of the step under way
-        self._recomputed: dict[str, RoutingStats] = {}  # the same, within its backward pass
-        self._calls = 0  # of layers since the window began
-        self._stepped: bool | Tensor = False
-        self._aux = _AuxCheck()
-        self._hooks = [each.register_step_post_hook(self._saw_step) for each in self.optimizers]
+        self._window: Tensor | None = None  # all layers' sums in one, see `Watch.flat`
         self._observe()
 
     def step(self, loss: Tensor | float | None = None) -> list[Event]:
@@ -113,11 +105,16 @@ class Adaptation:
         Call it once after each ``optimizer.step()``, with gradient accumulation too. ``loss`` is
         the step's, or the sum of its micro-batches' losses.
         """
-        self._check_observed()
-        self._aux.conclude()
-        if self.schedule.records(self.steps):
-            self._add_to_window(loss)
-        self._pending, self._recomputed, self._stepped = {}, {}, False
+        self._watch.check()
+        records = self.schedule.records(self.steps)
+        if records or self._moved:
+            flat, good = self._watch.step_sums(loss)
+            if self._moved:
+                sums = self._watch.by_layer(flat)
+                update_routers(self._moved, sums, good, self.steps + 1, self.num_steps)
+            if records:
+                self._window = flat if self._window is None else self._window + flat
+        self._watch.end_step()
         events = []
         if self.schedule.updates_after(self.steps):
             events = self._update()
@@ -127,12 +124,7 @@ class Adaptation:
 
     def close(self) -> None:
         """Stop watching the layers and optimizers. For the end of training."""
-        for layer in self.layers.values():
-            if layer.observer == self._saw_call:
-                layer.observer = None
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._watch.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The number of steps and the window under way, by slot; the same on every rank."""
@@ -160,97 +152,40 @@ class Adaptation:
                 f"{list(self.layers)}"
             )
         for name, sums in window.items():
-            expected = _sizes(_none(self.layers[name])._asdict())
+            expected = _sizes(_stats(none(self.layers[name]))._asdict())
             if _sizes(sums) != expected:
                 raise ConfigError(
                     f"adaptation of {name}: the state is of a layer of another size. Expected sums "
                     f"of {expected}, found {_sizes(sums)}: give the layer the max_experts and the "
                     "width that it had, or start anew without the state."
                 )
-        window = {name: RoutingStats(**sums) for name, sums in window.items()}
         self.steps = state["steps"]
         self._window = self._flat(window) if window else None
         self._observe()
 
-    # Watching: layers report their calls, optimizers the steps that they have taken.
-
     def _observe(self) -> None:
         # The sums cost a pass over the tokens: outside of windows nobody asks for them.
-        wanted = self.schedule.records(self.steps) or not self._aux.is_known
-        for layer in self.layers.values():
-            layer.observer = self._saw_call if wanted else None
+        wanted = self.schedule.records(self.steps) or not self._watch.is_sure_of_aux
+        self._watch.open(wanted or bool(self._moved))
 
-    def _check_observed(self) -> None:
-        for name, layer in self.layers.items():
-            if layer.observer not in (None, self._saw_call):
-                raise ConfigError(
-                    f"adaptation of {name}: another callback or Adaptation has taken over this "
-                    "layer. Keep one for each layer, and close() the one before."
-                )
-
-    def _saw_call(self, layer: MoELayer, call: Routed) -> None:
-        name = self._names.get(layer)
-        if name is None:
-            raise ConfigError(
-                "adaptation: nn.DataParallel trains copies of the layers, in which no expert can "
-                "come or go. Use DistributedDataParallel, or one device."
+    def _flat(self, window: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        # The window holds sums of all watched layers; those of RoutingStats alone are read.
+        empty = {name: none(layer) for name, layer in self._watch.layers.items()}
+        for name, sums in window.items():
+            kept = RoutingStats(**sums)
+            empty[name] = empty[name]._replace(
+                load_S=kept.load_E, k_hist=kept.k_hist, unserved_D=kept.unserved_D
             )
-        # NOTE: activation checkpointing runs a forward again within backward. Its reentrant kind
-        # runs the first without gradients: then the second is the one that counts.
-        in_backward = torch._C._current_graph_task_id() != -1
-        if not in_backward:
-            self._aux.saw(call.aux, layer)
-        if not torch.is_grad_enabled():
-            return
-        self._calls += 1
-        sums = self._recomputed if in_backward else self._pending
-        before, stats = sums.get(name), _by_slot(call.stats, layer)
-        sums[name] = stats if before is None else RoutingStats(*map(torch.add, before, stats))
+        return self._watch.flat(empty)
 
-    def _saw_step(self, optimizer: Optimizer, *_: Any) -> None:
-        # NOTE: GradScaler does not call an optimizer whose gradients overflowed, but a fused one,
-        # which gets `found_inf` and leaves the parameters as they are.
-        overflowed = getattr(optimizer, "found_inf", None)
-        self._stepped = True if overflowed is None else self._stepped | (overflowed.sum() == 0)
-
-    # Windows. NOTE: sums stay on the device; the host waits for them once a window.
-
-    def _add_to_window(self, loss: Tensor | float | None) -> None:
-        found = {**self._recomputed, **self._pending}
-        layers = self.layers.items()
-        sums = self._flat({name: found.get(name) or _none(layer) for name, layer in layers})
-        good = sums.isfinite().all() & self._stepped
-        if isinstance(loss, Tensor):
-            good = good & loss.detach().isfinite().all().to(sums.device)
-        elif loss is not None:
-            good = good & math.isfinite(loss)
-        sums = sums.where(good, 0)
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
-            sums = torch.cat([sums, (~good).to(sums.dtype)[None]])
-            distributed.all_reduce(sums)
-            sums, bad_ranks = sums[:-1], sums[-1]
-            sums = sums.where(bad_ranks == 0, 0)  # gradients are averaged: none has a good step
-        self._window = sums if self._window is None else self._window + sums
-
-    def _flat(self, stats: Mapping[str, RoutingStats]) -> Tensor:
-        """One tensor: a step costs a few kernels and one message, whatever the number of layers."""
-        device = next(iter(self.layers.values())).active_E.device
-        # float64 holds counts exactly; Apple's GPUs do not have it.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        return torch.cat([part.to(device, dtype) for name in self.layers for part in stats[name]])
-
-    def _by_layer(self, sums: Tensor) -> dict[str, RoutingStats]:
-        zeros = [_none(layer) for layer in self.layers.values()]
-        parts = iter(sums.split([len(part) for stats in zeros for part in stats]))
-        return {
-            name: RoutingStats(*(next(parts).to(zero.dtype) for zero in stats))
-            for name, stats in zip(self.layers, zeros, strict=True)
-        }
+    def _by_layer(self, flat: Tensor) -> dict[str, RoutingStats]:
+        sums = self._watch.by_layer(flat)
+        return {name: _stats(sums[name]) for name in self.layers}
 
     def _update(self) -> list[Event]:
         assert self._window is not None  # a window's last step is one of its steps
         totals, self._window = self._by_layer(self._window), None
-        calls, self._calls = self._calls, 0
+        calls, self._watch.calls = self._watch.calls, 0
         if not any(stats.k_hist.any() for stats in totals.values()):
             where = f"in the {self.schedule.length:g} optimizer steps up to step {self.steps}"
             if not calls:
@@ -265,7 +200,7 @@ class Adaptation:
                 where,
             )
         events = [self._change(name, stats) for name, stats in totals.items()]
-        if _is_first_rank():
+        if is_first_rank():
             for event in events:
                 log.info(
                     "step %d, %s: removed %s, added %s, %d -> %d experts",
@@ -308,47 +243,6 @@ class Adaptation:
             "unrouted": k_hist[0] / max(1, sum(k_hist)),
             "tokens": sum(k_hist),
         }
-
-
-class _AuxCheck:
-    """Whether a backward pass reaches the auxiliary losses, which are easily left out."""
-
-    def __init__(self) -> None:
-        self.is_known = False
-        self._calls = 0
-        self._with_graph = 0
-        self._reached = False
-        self._trained = False
-
-    def saw(self, aux: Tensor, layer: MoELayer) -> None:
-        if self.is_known:
-            return
-        self._calls += 1
-        self._trained |= any(p.requires_grad for p in layer.router.parameters())
-        if aux.requires_grad:
-            self._with_graph += 1
-            aux.register_hook(self._mark)
-
-    def _mark(self, _: Tensor) -> None:
-        self._reached = True
-
-    def conclude(self) -> None:
-        """Warn after the first optimizer step in which layers ran."""
-        if self.is_known or not self._calls:
-            return
-        self.is_known = True
-        if self._reached or not self._trained or not _is_first_rank():
-            return
-        if self._with_graph:
-            log.warning(
-                "The auxiliary loss of the MoE layers is not in the loss that is trained. %s.",
-                ADD_AUX,
-            )
-        else:
-            log.warning(
-                "The MoE layers run without gradients in training, so their auxiliary loss has "
-                "none: activation checkpointing must be of the other kind, use_reentrant=False."
-            )
 
 
 def adaptive_layers(model: nn.Module) -> dict[str, MoELayer]:
@@ -419,31 +313,6 @@ def _check_layers(layers: Mapping[str, MoELayer], min_experts: int, init: NewExp
             )
 
 
-def _as_list(optimizers: Any) -> list[Any]:
-    return list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
-
-
-def _torch_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer of PyTorch within accelerate's and Lightning's wrappers."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigError(
-            f"adaptation: expected a torch.optim.Optimizer, found {type(optimizer).__name__}"
-        )
-    return optimizer
-
-
-def _check_optimizers(layers: Mapping[str, MoELayer], optimizers: Sequence[Optimizer]) -> None:
-    held = {p for each in optimizers for group in each.param_groups for p in group["params"]}
-    for name, layer in layers.items():
-        if held.isdisjoint(layer.parameters()):
-            raise ConfigError(
-                f"adaptation: the optimizer holds no parameter of {name}. Make the optimizer after "
-                "the MoE layers, of all parameters, those of empty slots included."
-            )
-
-
 def _twins(layers: Mapping[str, MoELayer], average: nn.Module) -> dict[str, MoELayer]:
     """The layers of an averaged copy, which are named alike but for a prefix, ``module.``"""
     copies = moe_layers(average)
@@ -472,10 +341,6 @@ def _follow(twin: MoELayer, layer: MoELayer, added: int | None) -> None:
         twin.remove_expert(slot)
 
 
-def _is_first_rank() -> bool:
-    return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
 def _forget_moments(optimizers: Sequence[Optimizer], layer: MoELayer, slot: int) -> None:
     for optimizer in optimizers:
         for parameter in layer.slot_parameters(slot):
@@ -483,25 +348,9 @@ def _forget_moments(optimizers: Sequence[Optimizer], layer: MoELayer, slot: int)
             optimizer.state.pop(parameter, None)
 
 
-def _none(layer: MoELayer) -> RoutingStats:
-    """The sums of a layer that was not called, over all slots."""
-    zeros, slots = layer.active_E.new_zeros, layer.max_experts
-    return RoutingStats(
-        load_E=zeros(slots, dtype=torch.long),
-        k_hist=zeros(slots + 1, dtype=torch.long),
-        unserved_D=zeros(layer.dim, dtype=torch.float),
-    )
-
-
-def _by_slot(stats: RoutingStats, layer: MoELayer) -> RoutingStats:
-    """The sums of one call over all slots: others may change the experts within a window."""
-    load_S = torch.zeros_like(layer.active_E, dtype=stats.load_E.dtype)
-    empty = layer.max_experts - len(stats.load_E)
-    return stats._replace(
-        # NOTE: by the mask on the device: slots' numbers would have to be sent there.
-        load_E=load_S.masked_scatter(layer.active_E, stats.load_E),
-        k_hist=F.pad(stats.k_hist, (0, empty)),
-    )
+def _stats(sums: Sums) -> RoutingStats:
+    """The sums over slots that a window keeps: counts, and the tokens' own fp32."""
+    return RoutingStats(sums.load_S.long(), sums.k_hist.long(), sums.unserved_D.float())
 
 
 def _sizes(sums: Mapping[str, Tensor]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The adaptive process as a callback of Lightning."""
+"""State of routers and the adaptive process as callbacks of Lightning."""
 
 from __future__ import annotations
 
@@ -15,13 +15,55 @@ from torch.optim.swa_utils import AveragedModel
 
 from dynmoe.adaptation.adapt import Adaptation, Event, adaptive_layers, check_arguments
 from dynmoe.adaptation.decision import Schedule, Unit
+from dynmoe.adaptation.updates import RouterUpdates, layers_with_state
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import MoELayer, NewExpert, moe_layers
 
 log = logging.getLogger(__name__)
 
 
-class DynMoECallback(L.Callback):
+class RouterCallback(L.Callback):
+    """Moves the state of routers after each optimizer step (``RouterUpdates``).
+
+    It works with any ``LightningModule``, and does nothing for one whose routers have no state.
+    The state is in the model's buffers, and so in its checkpoints: those that are written between
+    optimizer steps lack the micro-batches since the last one, whose gradients Lightning does not
+    keep either. ``DynMoECallback`` moves it too: a training has one of the two.
+    """
+
+    _process: RouterUpdates | Adaptation | None = None
+    _step = 0
+    _loss: Tensor | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+        if layers_with_state(pl_module):
+            self._process = RouterUpdates(pl_module, trainer.optimizers, _steps(trainer))
+            self._process.steps = trainer.global_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):  # a sum: one micro-batch spoils the whole step
+            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        if trainer.global_step > self._step and self._process is not None:
+            self._process.step(self._loss)
+            self._loss = None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()  # teardown is left out then
+
+    def _close(self) -> None:
+        if self._process is not None:
+            self._process.close()
+
+
+class DynMoECallback(RouterCallback):
     """DynMoE's adaptive process (arXiv 2405.14297, Algorithm 1) on every adaptive MoE layer.
 
     It works with any ``LightningModule``: the layers themselves report what they route in training,
@@ -38,7 +80,7 @@ class DynMoECallback(L.Callback):
     between a forward and its backward; windows count optimizer steps, so gradient accumulation does
     not move them; all ranks make the same change (``Adaptation``, which has the other arguments).
     Averages of weights that Lightning's callbacks keep follow the experts. The state is in the
-    checkpoint.
+    checkpoint. Routers with state are moved too, those of layers that are not adapted included.
 
     Raises:
         ConfigError: a window that cannot be, an argument that is none of its choices; at the start
@@ -67,21 +109,18 @@ class DynMoECallback(L.Callback):
         self.reset_moments = reset_moments
         self.on_event = on_event
         self.model = model
-        self._adaptation: Adaptation | None = None
+        self._process: Adaptation | None = None
         self._restored: dict[str, Any] | None = None
-        self._step = 0
-        self._loss: Tensor | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         adaptive_layers(self._part(pl_module))  # a wrong model is refused before data are read
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._adaptation is not None:
-            self._adaptation.close()
+        self._close()
         schedule = self.schedule
         if schedule.unit == "epoch":
             schedule = schedule.in_steps(_steps_per_epoch(trainer))
-        self._adaptation = Adaptation(
+        self._process = Adaptation(
             self._part(pl_module),
             trainer.optimizers,
             schedule,
@@ -91,39 +130,22 @@ class DynMoECallback(L.Callback):
             self.on_event,
             averages=[self._part(average) for average in _averages(trainer)],
             root=trainer.model,
+            num_steps=_steps(trainer),
         )
         if trainer.is_global_zero and (reason := schedule.never_updates(_steps(trainer))):
             log.warning(reason)
         if self._restored:  # empty in a checkpoint from before training
-            self._adaptation.load_state_dict(self._restored)
+            self._process.load_state_dict(self._restored)
             self._restored = None
         else:
-            self._adaptation.steps = trainer.global_step
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):  # a sum: one micro-batch spoils the whole step
-            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
-        if trainer.global_step > self._step and self._adaptation is not None:
-            self._adaptation.step(self._loss)
-            self._loss = None
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self._adaptation is not None:
-            self._adaptation.close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")  # which Lightning leaves out then
+            self._process.steps = trainer.global_step
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(model=self.model)  # one callback for each of two models
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._adaptation is None else self._adaptation.state_dict()
+        return {} if self._process is None else self._process.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict

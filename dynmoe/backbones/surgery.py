@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -74,19 +75,23 @@ def add_moe_layers(
     layer as that FFN where a token's weights sum to 1, which top-1's do not (``TopKRouter``);
     ``cluster`` or ``random``: as a part of it (EMoE); ``fresh``: drawn anew, for training from
     scratch.
+    A list as the router's ``target_k`` has one number for each layer.
     ``expert_dropout`` acts after the activation inside experts only (0.1 in GMoE); None keeps the
     FFN's own. ``recompute``: see ``MoELayer``. All of an MoE layer is trained, whatever was frozen.
 
     Raises:
         ConfigError: blocks that are not there, or whose FFN is of a form not known or cannot be
-            split.
+            split; options of the router that it refuses.
     """
     if layers == "none":
         return
     host = getattr(backbone, "language_model", backbone)
     blocks, form = blocks_of(host, parts=init in ("cluster", "random"))
-    for index in placed_blocks(layers, len(blocks)):
-        assert router is not None, "moe.layers asks for MoE layers, but moe.router is null"
+    places = placed_blocks(layers, len(blocks))
+    assert router is not None or not places, (
+        "moe.layers asks for MoE layers, but moe.router is null"
+    )
+    for index, make in zip(places, _routers(router, len(places)), strict=True):
         try:
             expert = form.expert(blocks[index], expert_dropout)
         except AttributeError as error:
@@ -96,10 +101,33 @@ def add_moe_layers(
             ) from error
         expert.requires_grad_(True)
         dim = linears(expert)[0].in_features
-        layer = MoELayer(
-            expert, dim, router, num_experts, max_experts, init, keep_origin, recompute
-        )
+        layer = MoELayer(expert, dim, make, num_experts, max_experts, init, keep_origin, recompute)
         form.put(blocks[index], layer)
+
+
+def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:
+    """One maker for each MoE layer: a list as ``target_k`` has one number for each.
+
+    Raises:
+        ConfigError: a list of another length; in a maker, options that the router refuses.
+    """
+    makers = [router] * layers
+    targets = getattr(router, "keywords", {}).get("target_k")
+    if isinstance(targets, Sequence):
+        if len(targets) != layers:
+            raise ConfigError(
+                f"moe.router.target_k: expected one number, or {layers}, one for each MoE layer, "
+                f"found {len(targets)}: {list(targets)}"
+            )
+        makers = [partial(router, target_k=target) for target in targets]
+    return [partial(_made, maker) for maker in makers]
+
+
+def _made(maker: Callable[[int, int], Router], dim: int, slots: int) -> Router:
+    try:
+        return maker(dim, slots)
+    except ValueError as error:
+        raise ConfigError(f"moe.router: {error}") from error
 
 
 # Activations of transformers by class name, as PyTorch's own, which the fast path knows.

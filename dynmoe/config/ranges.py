@@ -33,6 +33,7 @@ RANGES: dict[Range, str] = {
     SEED: "seed trial_seed hparams_seed data.trial_seed data.environments.seed",
     COUNT: (
         "moe.num_experts moe.max_experts moe.top_k moe.router.top_k moe.router.projection "
+        "moe.router.num_groups moe.router.limited_groups "
         "moe.adaptation.min_experts "
         "task.epochs task.eval_every task.save_every task.patience protocol.patience "
         "protocol.*.epochs protocol.*.eval_every protocol.*.batch_size protocol.*.steps "
@@ -50,16 +51,18 @@ RANGES: dict[Range, str] = {
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
+        "moe.router.num_null moe.router.aux_end moe.router.bias_rate "
         "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
     ),
     POSITIVE: (
         "moe.adaptation.length moe.adaptation.period moe.router.init_temperature "
-        "moe.router.capacity_factor plan.tflops plan.mean_k plan.mean_tokens "
+        "moe.router.capacity_factor moe.router.target_k* moe.router.temperature "
+        "moe.router.route_scale plan.tflops plan.mean_k plan.mean_tokens "
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
     SHARE: "task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
-    SOME: "plan.utilisation",
+    SOME: "plan.utilisation moe.router.budget_rate",
     BELOW_ONE: (
         "moe.expert_dropout backbone.drop_path backbone.lora.dropout task.optimizer.betas.* "
         "task.optimizer.momentum *.options.*drop*_rate *.options.*drop* *.options.*pdrop"

@@ -77,6 +77,23 @@ def plan_within_experts(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+def target_k_within_experts(cfg: DictConfig) -> Iterator[str]:
+    router, slots = read(cfg, "moe.router", dict) or {}, read(cfg, "moe.max_experts", int)
+    target = router.get("target_k")
+    given = target if isinstance(target, list) else [target]
+    numbers = [k for k in given if isinstance(k, int | float) and not isinstance(k, bool)]
+    if slots is not None and any(k > slots for k in numbers):
+        yield (
+            f"moe.router.target_k: expected at most the number of experts, {slots}, found "
+            f"{max(numbers):g}. Lower it or raise moe.num_experts."
+        )
+    if router.get("unserved") == "best" and any(k < 1 for k in numbers):
+        yield (
+            f"moe.router.target_k: {min(numbers):g} experts per token need "
+            "moe.router.unserved=nothing: with best every token has one."
+        )
+
+
 def parts_add_up(cfg: DictConfig) -> Iterator[str]:
     """Parts of one FFN need weights that sum to k, and such weights need parts."""
     init, router = read(cfg, "moe.init", str), read(cfg, "moe.router", dict)
@@ -442,7 +459,13 @@ def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
 
 # In the order of their messages.
 RULES: tuple[Rule, ...] = (
-    *(top_k_within_experts, expert_bounds, parts_add_up, options_that_need_others),
+    *(
+        top_k_within_experts,
+        target_k_within_experts,
+        expert_bounds,
+        parts_add_up,
+        options_that_need_others,
+    ),
     *(expert_layers, adaptation_there, plan_within_experts),
     *(same_modality, test_environments, batch_divides, shares_and_lengths, pretrained_weights),
     *(machine.data_folder, models.known_vits, models.whole_patches, models.data_fit_backbone),

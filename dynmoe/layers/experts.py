@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
-from dynmoe.layers.ffn import is_plain_linear, read_ffn
+from dynmoe.layers.ffn import find_layout, is_plain_linear, read_ffns
 from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
 from dynmoe.layers.routers import Routing
 
@@ -32,13 +32,16 @@ class Experts(nn.Module):
     ``init``: ``copy`` for full copies of it, ``cluster`` or ``random`` for shares of its hidden
     neurons (``split_ffn``), ``fresh`` for newly drawn ones of its size.
 
-    ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs of two
-    plain linear layers (``ffn.read_ffn``) take the fast path, where ``recompute`` holds; the
+    ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs
+    of a form that ``ffn.find_layout`` knows take the fast path, where ``recompute`` holds; the
     others are called one after the other.
 
     Raises:
         ConfigError: ``cluster`` or ``random`` of an FFN that cannot be split so (``split_ffn``).
     """
+
+    kept: dict[Any, Any] | None
+    """Weights in the dtype of products, within ``moe.constant_weights``; None elsewhere."""
 
     def __init__(
         self, mlp: nn.Module, num_slots: int, init: Init = "copy", recompute: bool = False
@@ -54,13 +57,18 @@ class Experts(nn.Module):
         if init == "fresh":
             for slot in self.slots:
                 redraw(slot)
+        self.layout = find_layout(self.slots[0])
+        self.kept: dict[Any, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
 
     def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
         """Sum the weighted expert outputs of every token, [T, D]. Cost: one FFN row per pair."""
         experts = [self.slots[slot] for slot in live]
         if torch.compiler.is_exporting():
             return _traceable_forward(experts, x_TD, routing)
-        return _sparse_forward(experts, x_TD, routing, self.recompute)
+        return _sparse_forward(self, experts, x_TD, routing)
 
     @torch.no_grad()
     def mean_keys(self, live: Sequence[int]) -> Tensor:
@@ -75,15 +83,14 @@ class Experts(nn.Module):
 # Loads are new in every step: compiled code would be specialised on them, and compiled again.
 @torch.compiler.disable
 def _sparse_forward(
-    experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing, recompute: bool
+    pool: Experts, experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing
 ) -> Tensor:
-    ffns = [ffn for expert in experts if (ffn := read_ffn(expert)) is not None]
-    grouped = len(ffns) == len(experts) and len({ffn.kind for ffn in ffns}) == 1
-    p = dispatch.pairs(routing.dispatch_TE, row_multiple(x_TD) if grouped else 1)
+    ffns = None if pool.layout is None else read_ffns(experts, pool.layout)
+    p = dispatch.pairs(routing.dispatch_TE, 1 if ffns is None else row_multiple(x_TD))
     if not any(p.counts):  # zeros that backward() can start from, without any expert's Parameters
         return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
-    if grouped:
-        out_RD = grouped_ffn(x_TD, p, ffns, recompute)
+    if ffns is not None:
+        out_RD = grouped_ffn(x_TD, p, ffns, pool.recompute, pool.kept)
     else:
         runs = dispatch.gather(x_TD, p).split(p.counts)
         # NOTE: an expert without rows is not called: its Parameters stay out of the graph.

@@ -1,23 +1,27 @@
-"""FFNs whose products can be grouped over experts: their matrices, biases and activation.
+"""FFNs whose products can be grouped over experts, recognised by what they compute.
 
-Shape suffixes: N rows, D model width, H hidden width.
+Such an FFN is ``outer(dropout(hidden))``, then dropout. ``hidden`` is the activation of one product
+of the rows (two matrices), or the activation of one half of the products times the other half
+(gated: gate and up apart, or in one matrix). Biases may be missing.
+
+Shape suffixes: N rows, D model width, H hidden width, I all inner products: H, or 2H if gated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import permutations, product
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 aten = torch.ops.aten
 
-# Classes whose forward applies their children in order. By name: the layers need torch alone.
-CHAINS = (("torch.nn.modules.container", "Sequential"), ("timm.layers.mlp", "Mlp"))
 PLAIN = (nn.Parameter, Tensor, type(None))
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Activation(NamedTuple):
@@ -29,83 +33,13 @@ class Activation(NamedTuple):
 
 
 ACTIVATIONS = {
-    (nn.GELU, "none"): Activation(aten.gelu, aten.gelu_backward),
-    (nn.GELU, "tanh"): Activation(
+    "gelu": Activation(aten.gelu, aten.gelu_backward),
+    "gelu_tanh": Activation(
         partial(aten.gelu, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh")
     ),
-    (nn.ReLU, None): Activation(aten.relu, partial(aten.threshold_backward, threshold=0)),
-    (nn.SiLU, None): Activation(aten.silu, aten.silu_backward),
+    "relu": Activation(aten.relu, partial(aten.threshold_backward, threshold=0)),
+    "silu": Activation(aten.silu, aten.silu_backward),
 }
-
-
-class FFN(NamedTuple):
-    """``w2 dropout(activation(w1 x + b1)) + b2``, then dropout. Biases may be missing."""
-
-    w1_HD: Tensor
-    b1_H: Tensor | None
-    w2_DH: Tensor
-    b2_D: Tensor | None
-    activation: Activation
-    hidden_dropout: float
-    output_dropout: float
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """Equal for FFNs that differ in the values of their weights alone."""
-        biases = self.b1_H is None, self.b2_D is None
-        return self.w1_HD.shape, self.w2_DH.shape, biases, *self[4:]
-
-
-def read_ffn(mlp: nn.Module) -> FFN | None:
-    """Return the parts of an FFN of two plain linear layers, None if ``mlp`` is anything else.
-
-    Known are timm's ``Mlp``, and ``nn.Sequential`` of Linear, activation, [Dropout], Linear,
-    [Dropout], with GELU, ReLU or SiLU. Hooks, adapters, parametrizations and quantised weights make
-    it something else.
-    """
-    # NOTE: read anew in every forward. Nothing says when a hook, an adapter or a parametrization
-    # was put on a module, FSDP exchanges the weights around each forward, and a dropout follows
-    # train() and eval(): a check that an earlier answer still holds would visit the same modules.
-    if (type(mlp).__module__, type(mlp).__qualname__) not in CHAINS or _has_hooks(mlp):
-        return None
-    layers: list[Any] = []
-    dropouts: list[float | None] = [None, None]
-    for module in mlp.children():
-        if _has_hooks(module):
-            return None
-        place = len(layers) - 2  # 0 after the activation, 1 after the second linear layer
-        if type(module) is nn.Dropout and place in (0, 1) and dropouts[place] is None:
-            dropouts[place] = module.p if module.training else 0.0
-        elif type(module) is not nn.Identity:
-            layers.append(module)
-    if len(layers) != 3 or not all(is_plain_linear(layer) for layer in layers[::2]):
-        return None
-    fc1, act, fc2 = layers
-    activation = ACTIVATIONS.get((type(act), getattr(act, "approximate", None)))
-    if activation is None:
-        return None
-    return FFN(
-        fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation, *(p or 0.0 for p in dropouts)
-    )
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module computes ``F.linear`` of plain tensors, which may then be read directly.
-
-    Not so: subclasses (adapters, parametrizations), hooks, and weights of a subclass of tensors
-    (quantised by torchao or bitsandbytes, ``DTensor``).
-    """
-    return (
-        type(module) is nn.Linear
-        and not _has_hooks(module)
-        and all(type(w) in PLAIN for w in (module.weight, module.bias))
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
-    state = vars(module)
-    return "forward" in state or any(state[name] for name in HOOKS)
 
 
 class GatedFFN(nn.Module):
@@ -120,3 +54,237 @@ class GatedFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))
+
+
+class PackedGatedFFN(nn.Module):
+    """A gated FFN whose gate and up are the halves of one matrix, in this order or the other."""
+
+    def __init__(
+        self, gate_up: nn.Module, act: nn.Module, down: nn.Module, dropout: float, gate_first: bool
+    ) -> None:
+        super().__init__()
+        self.gate_up, self.act, self.down = gate_up, act, down
+        self.dropout = nn.Dropout(dropout)
+        self.gate_first = gate_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.gate_up(x).chunk(2, -1)
+        gate, up = (first, second) if self.gate_first else (second, first)
+        return self.down(self.dropout(self.act(gate) * up))
+
+
+class Layout(NamedTuple):
+    """Where the FFNs of one form keep their parts, by the names of their children."""
+
+    of: type[nn.Module]
+    children: tuple[tuple[str, type[nn.Module]], ...]
+    inner: tuple[str, ...]
+    """Linear layers of the rows: one, or gate and up."""
+    outer: str
+    gate: int | None
+    """The half of the inner products that is activated; None where nothing is gated."""
+    activation: str
+    """A key of ``ACTIVATIONS``."""
+    dropouts: tuple[str | None, str | None]
+    """Before and after ``outer``."""
+
+
+class FFNs(NamedTuple):
+    """The numbers of FFNs of one layout, for the products of one forward pass."""
+
+    layout: Layout
+    weights: list[Tensor | None]
+    """For each FFN: weight and bias of its inner layers, then of the outer one."""
+    hidden_dropout: float
+    output_dropout: float
+
+
+def read_ffns(mlps: Sequence[nn.Module], layout: Layout) -> FFNs | None:
+    """Return the weights of FFNs as they are now; None if one is no longer what ``layout`` says."""
+    # NOTE: in every forward. Nothing tells when a hook, an adapter or a parametrization is put on a
+    # module, FSDP exchanges weights around each forward, and dropouts follow train() and eval().
+    weights = []
+    for mlp in mlps:
+        children = mlp._modules
+        if type(mlp) is not layout.of or len(children) != len(layout.children) or _changed(mlp):
+            return None
+        for name, of in layout.children:
+            child = children.get(name)
+            if type(child) is not of or _changed(child):
+                return None
+        for name in (*layout.inner, layout.outer):
+            linear: Any = children[name]
+            own = linear._parameters
+            both = (own if "weight" in own else linear.__dict__) if own else linear.__dict__
+            weight, bias = both["weight"], both["bias"]
+            if type(weight) not in PLAIN or type(bias) not in PLAIN:
+                return None
+            weights += [weight, bias]
+    rates = []
+    for dropout in layout.dropouts:
+        places: list[Any] = [mlp._modules[dropout] for mlp in mlps] if dropout else []
+        found: set[float] = {child.p if child.training else 0.0 for child in places}
+        if len(found) > 1:
+            return None
+        rates.append(found.pop() if found else 0.0)
+    return FFNs(layout, weights, *rates)
+
+
+def find_layout(mlp: nn.Module) -> Layout | None:
+    """Return the layout of an FFN of a known form, None if ``mlp`` is anything else.
+
+    Known is every module of two or three plain linear layers, at most one activation of
+    ``ACTIVATIONS``, dropouts and identities that computes what a layout says. It is tried on a few
+    rows, in training and in evaluation, with small layers in place of its own: so ``nn.Sequential``
+    and the FFNs of timm and transformers are known without a list of their names. Norms, hooks,
+    adapters, parametrizations and quantised weights make it something else. Nothing of ``mlp`` is
+    called and no random number is drawn.
+    """
+    children: dict[str, Any] = {n: child for n, child in mlp._modules.items() if child is not None}
+    linears = [name for name, child in children.items() if type(child) is nn.Linear]
+    dropouts = [name for name, child in children.items() if type(child) is nn.Dropout]
+    rest = [c for c in children.values() if type(c) not in (nn.Linear, nn.Dropout, nn.Identity)]
+    if (
+        len(linears) not in (2, 3)
+        or len(rest) > 1
+        or len(children) != len(mlp._modules)
+        or mlp._parameters
+        or mlp._buffers
+        or any([*c.parameters(), *c.buffers()] for c in rest)
+        or any(_changed(module) for module in mlp.modules())
+        or not all(is_plain_linear(children[name]) for name in linears)
+    ):
+        return None
+    types = tuple((name, type(child)) for name, child in children.items())
+    places = [
+        (before, after)
+        for before, after in product((None, *dropouts), repeat=2)
+        if {before, after} >= set(dropouts) and (before is None or before != after)
+    ]
+    for *inner, outer in permutations(linears):
+        hidden = children[outer].in_features
+        outputs = [children[name].out_features for name in inner]
+        gates: tuple[int | None, ...] = {
+            (hidden,): (None,),
+            (2 * hidden,): (0, 1),
+            (hidden, hidden): (0,),
+        }.get(tuple(outputs), ())
+        trial = _Trial(mlp, children, inner, outer, packed=gates == (0, 1)) if gates else None
+        for gate, activation, dropped in product(gates, ACTIVATIONS, places):
+            layout = Layout(type(mlp), types, tuple(inner), outer, gate, activation, dropped)
+            if trial is not None and trial.agrees(layout):
+                return layout
+    return None
+
+
+class _Trial:
+    """A small copy of an FFN: fp64, on the CPU, and with marks in the place of dropouts."""
+
+    def __init__(
+        self,
+        mlp: nn.Module,
+        children: Mapping[str, Any],
+        inner: Sequence[str],
+        outer: str,
+        packed: bool,
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+        dim, hidden = 6, 10
+        self.children: dict[str, Any] = {}
+        for number, (name, child) in enumerate(children.items()):
+            if type(child) is nn.Linear:
+                inputs, outputs = (hidden, dim) if name == outer else (dim, hidden * (1 + packed))
+                linear = nn.Linear(1, 1, bias=False, device="meta")
+                linear.weight = nn.Parameter(draw(outputs, inputs))
+                linear.bias = nn.Parameter(draw(outputs)) if child.bias is not None else None
+                self.children[name] = linear
+            elif type(child) is nn.Dropout:
+                self.children[name] = _Mark(number + 2)
+            else:
+                self.children[name] = copy.deepcopy(child)
+        # Of all sizes: functions that differ far from 0 alone, as a clip does, are told apart.
+        self.rows = (
+            draw(8, dim) * torch.logspace(-3, 3, 8, dtype=torch.float64, device="cpu")[:, None]
+        )
+        small = copy.copy(mlp)
+        small.__dict__["_modules"] = self.children
+        self.outputs: list[Tensor] = []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self.outputs = [small.train(mode)(self.rows) for mode in (True, False)]
+        except Exception:  # whatever a foreign module raises
+            self.outputs = []
+
+    @torch.no_grad()
+    def agrees(self, layout: Layout) -> bool:
+        """Whether the copy computes what the layout says, in training and in evaluation."""
+        before, after = (name and self.children[name] for name in layout.dropouts)
+        pre_NI = torch.cat([self._linear(name, self.rows) for name in layout.inner], 1)
+        hidden_NH = activated(pre_NI, layout)
+        expected_ND = self._linear(layout.outer, before(hidden_NH) if before else hidden_NH)
+        expected_ND = after(expected_ND) if after else expected_ND
+        bound_N1 = 1e-9 * expected_ND.abs().amax(1, keepdim=True)
+        return bool(self.outputs) and all(
+            isinstance(out, Tensor)
+            and out.shape == expected_ND.shape
+            and bool(((out - expected_ND).abs() <= bound_N1).all())
+            for out in self.outputs
+        )
+
+    def _linear(self, name: str, rows: Tensor) -> Tensor:
+        linear = self.children[name]
+        return F.linear(rows, linear.weight, linear.bias)
+
+
+class _Mark(nn.Module):
+    """In the place of a dropout: a function that no other and no linear layer can undo."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.number * x).sin()
+
+
+def activated(pre_NI: Tensor, layout: Layout) -> Tensor:
+    """Return the hidden activations of the inner products, [N, H]."""
+    forward = ACTIVATIONS[layout.activation].forward
+    if layout.gate is None:
+        return forward(pre_NI)
+    gate_NH, up_NH = halves(pre_NI, layout.gate)
+    return forward(gate_NH).mul_(up_NH)
+
+
+def halves(pre_NI: Tensor, gate: int) -> tuple[Tensor, Tensor]:
+    """Return the half that is activated and the one it is multiplied with, views of [N, H]."""
+    pair = pre_NI.chunk(2, 1)
+    return pair[gate], pair[1 - gate]
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes ``F.linear`` of plain tensors, which may then be read directly.
+
+    Not so: subclasses (adapters, parametrizations), hooks, and weights of a subclass of tensors
+    (quantised by torchao or bitsandbytes, ``DTensor``).
+    """
+    return (
+        type(module) is nn.Linear
+        and not _changed(module)
+        and all(type(w) in PLAIN for w in (module.weight, module.bias))
+    )
+
+
+def _changed(module: Any) -> bool:
+    """Whether calling the module does more than its class says."""
+    state = module.__dict__
+    return "forward" in state or bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )

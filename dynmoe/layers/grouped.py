@@ -1,26 +1,26 @@
 """Products of many FFNs on one list of rows sorted by expert, at the cost of one dense FFN.
 
-Kept for the backward pass are the tokens [T, D], the pre-activations [R, H] and, unless
-``recompute``, the hidden activations [R, H]: as a dense FFN keeps. Nothing is computed, kept or
-differentiated for an expert without rows.
+Kept for the backward pass are the tokens [T, D], the inner products [R, I] and, unless
+``recompute``, the hidden activations [R, H], of gated FFNs with their gates: as a dense FFN keeps.
+Nothing is computed, kept or differentiated for an expert without rows.
 
 Shape suffixes: T tokens, E living experts, R rows sorted by expert, N rows of one expert or chunk,
-D model width, H hidden width, I and O inputs and outputs of one matrix.
+D model width, H hidden width, I all inner products (H, or 2H if gated), O outputs of one matrix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dynmoe.layers.dispatch import Pairs, sum_by_token
-from dynmoe.layers.ffn import FFN, Activation
+from dynmoe.layers.ffn import ACTIVATIONS, FFNs, activated, halves
 
 CHUNK = 8 * 2**20
 """Bytes of hidden activations that products of several experts are computed for together: few
@@ -69,23 +69,23 @@ class _Chunk(NamedTuple):
     """Rows of consecutive experts that are gathered and activated together."""
 
     rows: slice
-    runs: list[tuple[int, slice]]
-    """Its experts, and each one's slice of these rows."""
+    experts: list[int]
+    sizes: list[int]
+    """Rows of each of them."""
 
 
 def _chunks(counts: Sequence[int], longest: int) -> list[_Chunk]:
     """Pack the experts with rows into chunks of at most ``longest`` rows, or of one expert."""
-    groups: list[list[tuple[int, int, int]]] = []
+    chunks: list[_Chunk] = []
     for e, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
-        if count:
-            if not groups or end - groups[-1][0][1] > longest:
-                groups.append([])
-            groups[-1].append((e, end - count, end))
-    return [
-        _Chunk(slice(start, group[-1][2]), [(e, slice(a - start, b - start)) for e, a, b in group])
-        for group in groups
-        for start in [group[0][1]]
-    ]
+        if not count:
+            continue
+        if chunks and end - chunks[-1].rows.start <= longest:
+            start, experts, sizes = chunks.pop()
+            chunks.append(_Chunk(slice(start.start, end), [*experts, e], [*sizes, count]))
+        else:
+            chunks.append(_Chunk(slice(end - count, end), [e], [count]))
+    return chunks
 
 
 class _Setting(NamedTuple):
@@ -93,89 +93,171 @@ class _Setting(NamedTuple):
 
     counts: list[int]
     chunks: list[_Chunk]
-    hidden: int
-    activation: Activation
-    dropout: float
-    keep_pre: bool
-    keep_act: bool
+    ffns: FFNs
+    columns: list[slice]
+    """The columns of the inner products that each inner matrix makes."""
+    keep: bool
+    keep_hidden: bool
 
-    def activate(self, pre: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Activation and dropout; the dropout's mask."""
-        act = self.activation.forward(pre)
-        return torch.native_dropout(act, self.dropout, True) if self.dropout else (act, None)
+    def by_expert(self, tensors: Sequence[Any]) -> list[Sequence[Any]]:
+        """Split weights and biases, or what belongs to them: those of one FFN after the other."""
+        size = 2 * len(self.columns) + 2
+        return [tensors[i : i + size] for i in range(0, size * len(self.counts), size)]
 
-    def activate_again(self, pre: Tensor, mask: Tensor | None) -> Tensor:
-        act = self.activation.forward(pre)
-        return act if mask is None else act.mul_(mask).div_(1 - self.dropout)
+    def activate(self, pre_NI: Tensor) -> _Hidden:
+        """Activation, gate and dropout."""
+        layout, rate = self.ffns.layout, self.ffns.hidden_dropout
+        gate_NH = None
+        if layout.gate is not None and self.keep_hidden:
+            gate_NH, up_NH = halves(pre_NI, layout.gate)
+            gate_NH = ACTIVATIONS[layout.activation].forward(gate_NH)
+            hidden_NH = gate_NH * up_NH
+        else:
+            hidden_NH = activated(pre_NI, layout)
+        if not rate:
+            return _Hidden(hidden_NH, gate_NH, None)
+        dropped_NH, mask_NH = torch.native_dropout(hidden_NH, rate, True)
+        return _Hidden(dropped_NH, gate_NH, mask_NH)
 
-    def backward(self, grad: Tensor, pre: Tensor, mask: Tensor | None) -> Tensor:
-        """Through dropout and activation, in place."""
-        if mask is not None:
-            grad.mul_(mask).div_(1 - self.dropout)
-        return self.activation.backward(grad, pre, grad_input=grad)
+    def kept(self, pre_NI: Tensor, hidden: _Hidden) -> list[Tensor | None]:
+        """What the backward pass needs of a chunk."""
+        if not self.keep:
+            return []
+        if self.keep_hidden:
+            return [pre_NI, *hidden]
+        return [pre_NI, None, None, hidden.mask_NH]
+
+    def hidden_again(self, pre_NI: Tensor, kept: _Hidden) -> Tensor:
+        if kept.out_NH is not None:
+            return kept.out_NH
+        return self._undropped(activated(pre_NI, self.ffns.layout), kept.mask_NH)
+
+    def _undropped(self, x_NH: Tensor, mask_NH: Tensor | None) -> Tensor:
+        return x_NH if mask_NH is None else x_NH.mul_(mask_NH).div_(1 - self.ffns.hidden_dropout)
+
+    def backward(self, grad_NH: Tensor, pre_NI: Tensor, kept: _Hidden) -> Tensor:
+        """Return the gradient of the inner products; writes into ``grad_NH``."""
+        layout = self.ffns.layout
+        activation = ACTIVATIONS[layout.activation]
+        self._undropped(grad_NH, kept.mask_NH)
+        if layout.gate is None:
+            return activation.backward(grad_NH, pre_NI, grad_input=grad_NH)
+        grad_NI = torch.empty_like(pre_NI)
+        grad_gate_NH, grad_up_NH = halves(grad_NI, layout.gate)
+        pre_gate_NH, up_NH = halves(pre_NI, layout.gate)
+        gate_NH = activation.forward(pre_gate_NH) if kept.gate_NH is None else kept.gate_NH
+        torch.mul(grad_NH, gate_NH, out=grad_up_NH)
+        activation.backward(grad_NH.mul_(up_NH), pre_gate_NH, grad_input=grad_gate_NH)
+        return grad_NI
 
 
-def grouped_ffn(x_TD: Tensor, p: Pairs, ffns: Sequence[FFN], recompute: bool) -> Tensor:
+class _Hidden(NamedTuple):
+    """The hidden activations of a chunk, and what they were made of."""
+
+    out_NH: Tensor
+    gate_NH: Tensor | None
+    """The activated half."""
+    mask_NH: Tensor | None
+    """The dropout's."""
+
+
+def grouped_ffn(
+    x_TD: Tensor, p: Pairs, ffns: FFNs, recompute: bool, kept: dict[Any, Any] | None = None
+) -> Tensor:
     """Return the output of every row's expert on its token, [R, D], in ``compute_dtype``.
 
-    ``ffns`` are the experts of ``p.counts``, equal but for their weights.
+    ``ffns`` are the experts of ``p.counts``. ``kept`` holds copies of their weights in that dtype
+    from call to call, None where they may change.
+
+    Raises:
+        ValueError: an FFN that does not map D to D columns, or is not of the size of the others.
     """
-    dtype = compute_dtype(x_TD)
-    first = ffns[0]
-    # NOTE: products write into slices of one tensor, whose shape must be right: PyTorch would
-    # resize another slice, with a warning, and leave memory as it was in the output.
-    hidden, dim = len(first.w1_HD), x_TD.shape[1]
-    if (*first.w1_HD.shape, *first.w2_DH.shape) != (hidden, dim, dim, hidden):
-        raise ValueError(
-            f"expected FFNs from {dim} to {dim} columns, found matrices {list(first.w1_HD.shape)} "
-            f"and {list(first.w2_DH.shape)}"
-        )
+    dtype, dim = compute_dtype(x_TD), x_TD.shape[1]
+    columns, hidden = _sizes(ffns, len(p.counts), dim)
+    inner = columns[-1].stop
     grouped = uses_grouped_mm(x_TD, hidden)
     keep = torch.is_grad_enabled()
-    hidden_bytes = hidden * dtype.itemsize
     setting = _Setting(
         p.counts,
-        _chunks(p.counts, sum(p.counts) if grouped else CHUNK // hidden_bytes),
-        hidden,
-        first.activation,
-        first.hidden_dropout,
+        _chunks(p.counts, sum(p.counts) if grouped else CHUNK // (inner * dtype.itemsize)),
+        ffns._replace(weights=[]),
+        columns,
         keep,
         keep and not recompute,
     )
-    # NOTE: everything is cast here, once and inside the graph, which casts gradients back to the
-    # weights' fp32; autocast does not reach products that write into ``out``.
+    # Without rows no gradient: the weights stay out of the autograd graph, where DDP would find
+    # them and give them a gradient of zeros.
+    needed = [
+        None if w is None or not (count or grouped) else w if count else w.detach()
+        for count, own in zip(p.counts, setting.by_expert(ffns.weights), strict=True)
+        for w in own
+    ]
+    # NOTE: cast here, because autocast does not reach products that write into ``out``; outside the
+    # graph, which gives fp32 weights fp32 gradients by itself.
+    weights = [w if w is None or w.dtype == dtype else _cast(w, dtype, kept) for w in needed]
     with torch.autocast(x_TD.device.type, enabled=False):
-        # Without rows no gradient: the weights stay out of the autograd graph, where DDP would
-        # find them and give them a gradient of zeros.
-        weights = [
-            None if w is None or not (count or grouped) else (w if count else w.detach()).to(dtype)
-            for ffn, count in zip(ffns, p.counts, strict=True)
-            for w in ffn[:4]
-        ]
         function = _GroupedMM if grouped else _PerExpert
         where = (p.end_E, p.token_R, p.row_P, p.start_T)
-        out_RD = function.apply(setting, x_TD.to(dtype), *where, *weights)
-        return F.dropout(out_RD, first.output_dropout)  # a rate of 0 in evaluation: read_ffn
+        out_RD = function.apply(setting, weights, x_TD.to(dtype), *where, *needed)
+        rate = ffns.output_dropout
+        return F.dropout(out_RD, rate) if rate else out_RD  # 0 in evaluation: read_ffns
+
+
+def _cast(weight: Tensor, dtype: torch.dtype, kept: dict[Any, Any] | None) -> Tensor:
+    # Views (of FSDP's flat parameters) and detached tensors are new objects in every forward.
+    if kept is None or type(weight) is not nn.Parameter:
+        return weight.detach().to(dtype)
+    key = id(weight), dtype
+    if key not in kept:
+        kept[key] = weight, weight.detach().to(dtype)  # the weight, so that its id stays its own
+    return kept[key][1]
+
+
+def _sizes(ffns: FFNs, experts: int, dim: int) -> tuple[list[slice], int]:
+    """Return the columns of each inner matrix, and H.
+
+    Raises:
+        ValueError: see ``grouped_ffn``.
+    """
+    # NOTE: products write into slices of one tensor, whose shape must be right: PyTorch would
+    # resize another slice, with a warning, and leave memory as it was in the output.
+    matrices = ffns.weights[0::2]
+    shapes = [tuple(w.shape) for w in matrices if w is not None]
+    *inner, outer = shapes[: len(shapes) // experts]
+    hidden = sum(outputs for outputs, _ in inner) // (1 if ffns.layout.gate is None else 2)
+    fits = outer == (dim, hidden) and all(inputs == dim for _, inputs in inner)
+    if not fits or shapes != shapes[: len(inner) + 1] * experts:
+        raise ValueError(
+            f"expected FFNs from {dim} to {dim} columns, all of one size, found matrices "
+            f"{sorted({str(list(shape)) for shape in shapes})}"
+        )
+    ends = list(accumulate(outputs for outputs, _ in inner))
+    return [
+        slice(end - outputs, end) for end, (outputs, _) in zip(ends, inner, strict=True)
+    ], hidden
 
 
 class _PerExpert(torch.autograd.Function):
     """One product after the other, each on its expert's slice of the rows."""
 
     @staticmethod
-    def forward(ctx: Any, s: _Setting, x_TD: Tensor, *rest: Any) -> Tensor:
-        _, token_R, row_P, start_T, *weights = rest
+    def forward(ctx: Any, s: _Setting, weights: list[Any], x_TD: Tensor, *rest: Any) -> Tensor:
+        _, token_R, row_P, start_T, *_ = rest
+        own = s.by_expert(weights)
         out_RD = x_TD.new_empty(len(token_R), x_TD.shape[1])
         kept: list[Tensor | None] = []
-        for rows, runs in s.chunks:
-            x_ND, out_ND = x_TD.index_select(0, token_R[rows]), out_RD[rows]
-            pre_NH = x_TD.new_empty(len(x_ND), s.hidden)
-            for e, run in runs:
-                _linear(x_ND[run], weights[4 * e], weights[4 * e + 1], out=pre_NH[run])
-            act_NH, mask_NH = s.activate(pre_NH)
-            for e, run in runs:
-                _linear(act_NH[run], weights[4 * e + 2], weights[4 * e + 3], out=out_ND[run])
-            if s.keep_pre:
-                kept += [pre_NH, act_NH if s.keep_act else None, mask_NH]
+        for rows, experts, sizes in s.chunks:
+            x_ND = x_TD.index_select(0, token_R[rows])
+            pre_NI = x_TD.new_empty(len(x_ND), s.columns[-1].stop)
+            parts = [pre_NI[:, part].split(sizes) for part in s.columns]
+            for e, x, *outs in zip(experts, x_ND.split(sizes), *parts, strict=True):
+                for i, out in enumerate(outs):
+                    _linear(x, own[e][2 * i], own[e][2 * i + 1], out)
+            hidden = s.activate(pre_NI)
+            runs = hidden.out_NH.split(sizes), out_RD[rows].split(sizes)
+            for e, x, out in zip(experts, *runs, strict=True):
+                _linear(x, own[e][-2], own[e][-1], out)
+            kept += s.kept(pre_NI, hidden)
         ctx.setting = s
         ctx.save_for_backward(x_TD, token_R, row_P, start_T, *weights, *kept)
         return out_RD
@@ -185,94 +267,117 @@ class _PerExpert(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         s: _Setting = ctx.setting
         x_TD, token_R, row_P, start_T, *rest = ctx.saved_tensors
-        weights, kept = rest[: 4 * len(s.counts)], iter(rest[4 * len(s.counts) :])
-        needs_x, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
-        w_grads: list[Tensor | None] = [None] * len(weights)
+        needs_x, needs_w = ctx.needs_input_grad[2], ctx.needs_input_grad[7:]
+        own, needs, kept = s.by_expert(rest), s.by_expert(needs_w), iter(rest[len(needs_w) :])
+        w_grads: list[list[Tensor | None]] = [[None] * len(w) for w in own]
         grad_RD = grads[0].contiguous()
         rows_grad_RD = torch.empty_like(grad_RD)
-        for rows, runs in s.chunks:
-            pre_NH, act_NH, mask_NH = next(kept), next(kept), next(kept)
-            if act_NH is None:
-                act_NH = s.activate_again(pre_NH, mask_NH)
-            # Rows without a pair have gradient 0 (``_Combine.backward``) and add nothing.
-            grad_ND, grad_NH = grad_RD[rows], torch.empty_like(pre_NH)
-            for e, run in runs:
-                if needs[4 * e + 2]:
-                    w_grads[4 * e + 2] = grad_ND[run].t() @ act_NH[run]
-                if needs[4 * e + 3]:
-                    w_grads[4 * e + 3] = grad_ND[run].sum(0)
-                torch.mm(grad_ND[run], weights[4 * e + 2], out=grad_NH[run])
-            s.backward(grad_NH, pre_NH, mask_NH)
+        for rows, experts, sizes in s.chunks:
+            pre_NI, hidden = next(kept), _Hidden(next(kept), next(kept), next(kept))
+            hidden_NH = s.hidden_again(pre_NI, hidden)
+            # Rows without a pair have gradient 0 (``dispatch._Combine``) and add nothing.
+            grad_NH = torch.empty_like(hidden_NH)
+            runs = [t.split(sizes) for t in (grad_RD[rows], hidden_NH, grad_NH)]
+            for e, grad, x, out in zip(experts, *runs, strict=True):
+                w_grads[e][-2:] = _weight_grads(grad, x, *needs[e][-2:])
+                torch.mm(grad, own[e][-2], out=out)
+            grad_NI = s.backward(grad_NH, pre_NI, hidden)
             # The tokens are gathered again rather than kept: [R, D] would be k times [T, D].
-            x_ND, rows_grad_ND = x_TD.index_select(0, token_R[rows]), rows_grad_RD[rows]
-            for e, run in runs:
-                if needs[4 * e]:
-                    w_grads[4 * e] = grad_NH[run].t() @ x_ND[run]
-                if needs[4 * e + 1]:
-                    w_grads[4 * e + 1] = grad_NH[run].sum(0)
-                if needs_x:
-                    torch.mm(grad_NH[run], weights[4 * e], out=rows_grad_ND[run])
+            x_ND = x_TD.index_select(0, token_R[rows])
+            parts = [grad_NI[:, part].split(sizes) for part in s.columns]
+            runs = [x_ND.split(sizes), rows_grad_RD[rows].split(sizes)]
+            for e, x, out, *part_grads in zip(experts, *runs, *parts, strict=True):
+                for i, grad in enumerate(part_grads):
+                    both = slice(2 * i, 2 * i + 2)
+                    w_grads[e][both] = _weight_grads(grad, x, *needs[e][both])
+                    if needs_x:  # the first product, and the sum with the second
+                        torch.mm(grad, own[e][0], out=out) if i == 0 else out.addmm_(
+                            grad, own[e][2 * i]
+                        )
         x_grad_TD = sum_by_token(rows_grad_RD, row_P, start_T) if needs_x else None
-        return None, x_grad_TD, None, None, None, None, *w_grads
+        return None, None, x_grad_TD, None, None, None, None, *chain.from_iterable(w_grads)
 
 
 def _linear(x_NI: Tensor, w_OI: Tensor, b_O: Tensor | None, out: Tensor) -> None:
-    torch.mm(x_NI, w_OI.t(), out=out)
-    if b_O is not None:
-        out += b_O  # addmm would copy it to all rows first
+    if b_O is None:
+        torch.mm(x_NI, w_OI.t(), out=out)
+    else:  # in one operation: bf16 is rounded once
+        torch.addmm(b_O, x_NI, w_OI.t(), out=out)
+
+
+def _weight_grads(
+    grad_NO: Tensor, x_NI: Tensor, weight: bool, bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a linear layer that are needed."""
+    return grad_NO.t() @ x_NI if weight else None, grad_NO.sum(0) if bias else None
 
 
 class _GroupedMM(torch.autograd.Function):
-    """All experts' products in one ``grouped_mm``, on stacked weights."""
+    """All experts' products in one ``grouped_mm``, on stacked weights; gate and up in one."""
 
     @staticmethod
-    def forward(ctx: Any, s: _Setting, x_TD: Tensor, *rest: Any) -> Tensor:
-        end_E, token_R, row_P, start_T, *weights = rest
+    def forward(ctx: Any, s: _Setting, weights: list[Any], x_TD: Tensor, *rest: Any) -> Tensor:
+        end_E, token_R, row_P, start_T, *_ = rest
         end_E = end_E.int()  # grouped_mm takes int32 alone
-        w1_EHD, w2_EDH = torch.stack(weights[0::4]), torch.stack(weights[2::4])
-        pre_RH = F.grouped_mm(x_TD.index_select(0, token_R), w1_EHD.transpose(1, 2), offs=end_E)
-        _add_biases(s, pre_RH, weights[1::4])
-        act_RH, mask_RH = s.activate(pre_RH)
-        out_RD = F.grouped_mm(act_RH, w2_EDH.transpose(1, 2), offs=end_E)
-        _add_biases(s, out_RD, weights[3::4])
+        inner_EID, outer_EDH = _stacked(s, weights)
+        x_RD = x_TD.index_select(0, token_R)
+        pre_RI = F.grouped_mm(x_RD, inner_EID.transpose(1, 2), offs=end_E)
+        own, ((_, experts, sizes),) = s.by_expert(weights), s.chunks
+        for i, part in enumerate(s.columns):
+            _add_biases(pre_RI[:, part].split(sizes), [own[e][2 * i + 1] for e in experts])
+        hidden = s.activate(pre_RI)
+        out_RD = F.grouped_mm(hidden.out_NH, outer_EDH.transpose(1, 2), offs=end_E)
+        _add_biases(out_RD.split(sizes), [own[e][-1] for e in experts])
         ctx.setting = s
-        kept = (pre_RH, act_RH if s.keep_act else None, mask_RH)
-        ctx.save_for_backward(x_TD, end_E, token_R, row_P, start_T, *kept, *weights)
+        kept = s.kept(pre_RI, hidden)
+        ctx.save_for_backward(x_TD, end_E, token_R, row_P, start_T, *weights, *kept)
         return out_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         s: _Setting = ctx.setting
-        x_TD, end_E, token_R, row_P, start_T, pre_RH, act_RH, mask_RH, *weights = ctx.saved_tensors
-        needs_x, needs_w = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
-        w_grads: list[Tensor | None] = [None] * len(needs_w)
+        x_TD, end_E, token_R, row_P, start_T, *rest = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad[2], ctx.needs_input_grad[7:]
+        weights, (pre_RI, *hidden) = rest[: len(needs_w)], rest[len(needs_w) :]
+        needs, ((_, experts, sizes),) = s.by_expert(needs_w), s.chunks
+        w_grads: list[list[Tensor | None]] = [[None] * len(n) for n in needs]
         grad_RD = grads[0].contiguous()
-        if any(needs_w[2::4]):
-            if act_RH is None:
-                act_RH = s.activate_again(pre_RH, mask_RH)
-            w_grads[2::4] = F.grouped_mm(grad_RD.t(), act_RH, offs=end_E)  # one matrix per expert
         # NOTE: weights are stacked again rather than kept: the stacks are a copy of all experts.
-        grad_RH = F.grouped_mm(grad_RD, torch.stack(weights[2::4]), offs=end_E)
-        s.backward(grad_RH, pre_RH, mask_RH)
-        if any(needs_w[0::4]):
-            rows_RD = x_TD.index_select(0, token_R)
-            w_grads[0::4] = F.grouped_mm(grad_RH.t(), rows_RD, offs=end_E)
-        for e, run in s.chunks[0].runs:
-            w_grads[4 * e + 1] = grad_RH[run].sum(0) if needs_w[4 * e + 1] else None
-            w_grads[4 * e + 3] = grad_RD[run].sum(0) if needs_w[4 * e + 3] else None
+        inner_EID, outer_EDH = _stacked(s, weights)
+        if any(n[-2] for n in needs):
+            hidden_RH = s.hidden_again(pre_RI, _Hidden(*hidden))
+            for e, grad_DH in enumerate(F.grouped_mm(grad_RD.t(), hidden_RH, offs=end_E)):
+                w_grads[e][-2] = grad_DH
+        grad_RI = s.backward(F.grouped_mm(grad_RD, outer_EDH, offs=end_E), pre_RI, _Hidden(*hidden))
+        if any(any(n[0:-2:2]) for n in needs):
+            x_RD = x_TD.index_select(0, token_R)
+            for e, grad_ID in enumerate(F.grouped_mm(grad_RI.t(), x_RD, offs=end_E)):
+                w_grads[e][0:-2:2] = [grad_ID[part] for part in s.columns]
+        for e, inner, outer in zip(
+            experts, grad_RI.split(sizes), grad_RD.split(sizes), strict=True
+        ):
+            w_grads[e][1:-2:2] = [inner[:, part].sum(0) for part in s.columns]
+            w_grads[e][-1] = outer.sum(0)
         x_grad_TD = None
         if needs_x:
-            rows_grad_RD = F.grouped_mm(grad_RH, torch.stack(weights[0::4]), offs=end_E)
+            rows_grad_RD = F.grouped_mm(grad_RI, inner_EID, offs=end_E)
             x_grad_TD = sum_by_token(rows_grad_RD, row_P, start_T)
         # NOTE: no gradient, rather than one of zeros, for experts without rows: their weights were
         # detached. Zeros would let the optimizer decay and move them.
-        w_grads = [g if need else None for g, need in zip(w_grads, needs_w, strict=True)]
-        return None, x_grad_TD, None, None, None, None, *w_grads
+        flat = zip(chain.from_iterable(w_grads), needs_w, strict=True)
+        found = (grad if need else None for grad, need in flat)
+        return None, None, x_grad_TD, None, None, None, None, *found
 
 
-def _add_biases(s: _Setting, rows: Tensor, biases: Sequence[Tensor | None]) -> None:
-    for e, run in s.chunks[0].runs:
-        bias = biases[e]
+def _add_biases(runs: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    for rows, bias in zip(runs, biases, strict=True):
         if bias is not None:
-            rows[run] += bias
+            rows += bias
+
+
+def _stacked(s: _Setting, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The inner matrices of every expert in one, [E, I, D], and the outer ones, [E, D, H]."""
+    own = s.by_expert(weights)
+    inner = torch.stack([w for each in own for w in each[0:-2:2]])
+    return inner.view(len(own), -1, inner.shape[2]), torch.stack([each[-2] for each in own])

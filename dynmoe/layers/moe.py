@@ -44,6 +44,10 @@ class Routed(NamedTuple):
     token_mask: Tensor | None
     """Bool, the input's shape without D: False on padding and on tokens that are not finite. None
     where all tokens count."""
+    free: Tensor | None = None
+    """Integers, the input's shape without D: chosen experts without an FFN (``Routing.free_T``)."""
+    observed: Tensor | None = None
+    """``Routing.observed``."""
 
 
 class MoELayer(nn.Module):
@@ -136,7 +140,7 @@ class MoELayer(nn.Module):
         live = self._live if compiling else self.live
         routing = self._route(x_TD, live, token_mask_T)
         if torch.compiler.is_exporting():
-            y_TD = self.experts(x_TD, routing, live)
+            y_TD = self._sum(x_TD, routing, live)
         else:
             y_TD = self._serve(x_TD, routing, live, token_mask_T, x.shape[:-1], compiling)
         return y_TD.view(x.shape)
@@ -145,9 +149,18 @@ class MoELayer(nn.Module):
         if not live:
             raise ValueError("no expert is alive: active_E is False for all slots")
         self.router.prepare(self.experts, live)
-        routing: Routing = self.router(x_TD, live, token_mask_T)
+        if torch.compiler.is_compiling():  # compiled code serves with and without a tape
+            routing: Routing = self.router(x_TD, live, token_mask_T)
+        else:
+            self.router.recorded = self.training or self.tape is not None
+            routing = self.router(x_TD, live, token_mask_T)
+            self.router.recorded = True
         # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
         return routing._replace(aux=_of_some(routing.aux, x_TD, token_mask_T))
+
+    def _sum(self, x_TD: Tensor, routing: Routing, live: tuple[int, ...]) -> Tensor:
+        y_TD: Tensor = self.experts(x_TD, routing, live)
+        return y_TD if routing.extra_TD is None else y_TD + routing.extra_TD.to(y_TD.dtype)
 
     # NOTE: not compiled, as the experts' code is in any case: no further graph break. Compiled code
     # would be made anew where an observer comes or goes, and take the state of autograd, which
@@ -165,7 +178,7 @@ class MoELayer(nn.Module):
         if compiled and self.live != live:  # written to since: the next call compiles anew
             live = self.live
             routing = self._route(x_TD, live, token_mask_T)
-        y_TD = self.experts(x_TD, routing, live)
+        y_TD = self._sum(x_TD, routing, live)
         observer = self.observer if self.training else None
         if self.tape is not None or observer is not None:
             # NOTE: aux keeps its graph, because the task adds it to the loss; all else on the tape
@@ -175,6 +188,8 @@ class MoELayer(nn.Module):
                 routing_stats(x_TD, routing, token_mask_T),
                 routing.mask_TE.view(*shape, routing.mask_TE.shape[1]),
                 None if token_mask_T is None else token_mask_T.view(shape),
+                None if routing.free_T is None else routing.free_T.view(shape),
+                None if routing.observed is None else routing.observed.detach(),
             )
             if self.tape is not None:
                 self.tape.append(call)
@@ -429,6 +444,25 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
     finally:
         for layer in layers.values():
             layer.tape = None
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Let MoE layers keep what they make of their weights from call to call within the block.
+
+    Kept are weights in autocast's dtype and, where no gradient is wanted, a router's vectors and
+    keys. The caller promises that neither weights nor living experts change: a generation, an
+    evaluation, the micro-batches of one optimizer step.
+    """
+    parts = [part for layer in moe_layers(model).values() for part in (layer.router, layer.experts)]
+    within = [part.kept is not None for part in parts]
+    for part in parts:
+        part.kept = {}
+    try:
+        yield
+    finally:  # a block around this one begins anew: here weights may have been others
+        for part, outer in zip(parts, within, strict=True):
+            part.kept = {} if outer else None
 
 
 @contextmanager

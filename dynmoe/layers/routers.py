@@ -8,7 +8,7 @@ Shape suffixes: T tokens, E living experts, S slots, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -29,8 +29,10 @@ class Routing(NamedTuple):
     """The decision of a router for T tokens over E living experts.
 
     Rows of ``mask_TE`` may have any number of experts, 0 included, so a router may as well choose
-    tokens for each expert. Experts that output 0 need no column. The output of experts without an
-    FFN (identity, constant) would be one more field [T, D], which ``MoELayer`` adds to the sum.
+    tokens for each expert. k counts the FFNs that a token costs. Experts without an FFN have no
+    column: those that output 0 need nothing else, the others (identity, constant) put what they add
+    into ``extra_TD``. A token that chose nothing but such experts has k = 0 and is in
+    ``unserved_T``; ``free_T`` tells it from one that chose nothing.
     """
 
     weights_TE: Tensor
@@ -45,6 +47,44 @@ class Routing(NamedTuple):
     """Auxiliary loss, a scalar; the task multiplies it by ``moe.aux_weight``."""
     dispatch_TE: Tensor
     """Bool: the pairs to compute. Equal to the mask unless a gradient needs more."""
+    extra_TD: Tensor | None = None
+    """Output of experts without an FFN, which the layer adds to the sum; 0 on padding."""
+    free_T: Tensor | None = None
+    """Integers: how many experts without an FFN the token chose beside its k; 0 on padding."""
+    observed: Tensor | None = None
+    """[``Router.observes``]: sums over the real tokens that ``Router.update`` wants, detached."""
+
+
+class StepTotals(NamedTuple):
+    """One layer's routing in one optimizer step: sums over micro-batches and ranks.
+
+    Tensors are on the layer's device, in float64 (float32 on Apple's GPUs). A layer that did not
+    run in the step has zeros.
+    """
+
+    load_S: Tensor
+    """Tokens of each slot."""
+    k_hist: Tensor
+    """Real tokens that chose k experts, k = 0 to S; before any fallback."""
+    observed: Tensor
+    """Sum of ``Routing.observed``, [``Router.observes``]."""
+    calls: Tensor
+    """Forward passes that are in the sums: micro-batches times ranks, for a layer that runs once in
+    each."""
+    step: int
+    """Optimizer steps taken, this one included."""
+    num_steps: float
+    """Optimizer steps of the whole training; infinite where nobody knows."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """Real tokens, at least 1."""
+        return self.k_hist.sum().clamp(min=1)
+
+    @property
+    def mean_k(self) -> Tensor:
+        """Experts computed for each real token, a fallback in training included."""
+        return self.load_S.sum() / self.tokens
 
 
 class Router(nn.Module):
@@ -54,15 +94,41 @@ class Router(nn.Module):
     pool whose parameters are its whole state. A router that is ``adaptive`` lets experts come and
     go, and overrides ``slot_parameters``, ``point`` and ``keep``.
 
-    State that moves from step to step (a bias per expert, a controlled threshold) belongs into
-    persistent fp32 buffers, which stay fp32 under ``model.to(torch.bfloat16)``. ``forward`` must
-    not change it: activation checkpointing runs it twice, and gradient accumulation several times a
-    step. Such a router will need one more method here, called once after the optimizer step with
-    sums over micro-batches and ranks, which ``DynMoECallback`` takes of ``RoutingStats`` already.
+    A router with state that moves from step to step (a bias per expert, a controlled threshold)
+    keeps it in persistent fp32 buffers, which stay fp32 under ``model.to(torch.bfloat16)``, and
+    overrides ``update``, which moves it once after each optimizer step. ``forward`` reads the state
+    and must not change it: activation checkpointing runs it twice, gradient accumulation several
+    times a step, and evaluation too.
     """
 
     adaptive: ClassVar[bool] = False
     """Whether experts may be added and removed during training."""
+    observes: int = 0
+    """Numbers in ``Routing.observed``; 0 without."""
+
+    kept: dict[Any, Any] | None = None
+    """What was made of the weights, within ``moe.constant_weights``; None elsewhere."""
+    recorded: bool = True
+    """Whether anybody reads ``Routing.aux``; the layer knows."""
+
+    @property
+    def has_state(self) -> bool:
+        """Whether ``update`` is to be called. Options may turn a state off: then override it."""
+        return type(self).update is not Router.update
+
+    def update(self, own: StepTotals, every: Sequence[StepTotals]) -> None:
+        """Move the state: one optimizer step was taken.
+
+        ``own``: what this layer routed in the step; ``every``: the same of all layers of the model
+        whose router is of this class, this one included. State that layers share (one controller
+        for the model) is a buffer in each of them, which all compute from ``every`` alone.
+
+        Called under ``no_grad``, on every rank with equal totals, so that all make the same state.
+        Not called for a step without a token in any of the layers. What it wrote is taken back
+        if the step did not count: a ``GradScaler`` skipped it, or a loss was not finite. Nothing
+        here should wait for the device (``item``, ``if`` on a tensor).
+        """
+        raise NotImplementedError
 
     def prepare(self, experts: Experts, live: Sequence[int]) -> None:
         """Read what routing needs of the experts; called before every ``forward`` of a layer."""
@@ -104,6 +170,21 @@ class Router(nn.Module):
         None if they are not known: then costs of the whole model have no FLOPs.
         """
         return None
+
+    def made_once(
+        self, name: str, make: Callable[[Sequence[int]], Tensor], live: Sequence[int]
+    ) -> Tensor:
+        """Return ``make(live)``, from ``kept`` where weights are constant and get no gradient."""
+        if self.kept is None or torch.is_grad_enabled():
+            return make(live)
+        key = name, tuple(live)
+        if key not in self.kept:
+            self.kept[key] = make(live)
+        kept: Tensor = self.kept[key]
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         # NOTE: sums and controllers would stagnate in bf16, whose steps at 256 are 2: fp32 buffers
@@ -228,18 +309,19 @@ class TopAnyRouter(Router):
         # NOTE: fp32, because the mask compares two numbers: in bf16, in steps of 2^-8 above 0.5,
         # scores would tie with thresholds and switch experts by rounding.
         with torch.autocast(x_TD.device.type, enabled=False):
-            directions_ED = torch.stack([self.directions[slot] for slot in live]).float()
-            thresholds_E = torch.stack([self.thresholds[slot] for slot in live]).float()
+            directions_ED = self.made_once("directions", self._directions, live)
+            thresholds_E = self.made_once("thresholds", self._thresholds, live)
             scores_TE = cosine(x_TD, directions_ED)
             margin_TE = scores_TE.sigmoid() - thresholds_E.sigmoid()
             mask_TE = hide_padding(margin_TE > 0, token_mask_T)
             unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
 
-            # Straight-through: the value of the hard gate, the gradient of the margin.
-            through_TE = margin_TE if self.gate_grad == "all" else margin_TE * mask_TE
-            gate_TE = mask_TE + (through_TE - through_TE.detach())
-            aux = self._aux(gate_TE, mask_TE, directions_ED, token_mask_T)
-            weights_TE = self._weights(gate_TE, mask_TE)
+            mask_TE = self._admit(scores_TE, mask_TE, unserved_T)
+            gate_TE = self._gate(margin_TE, mask_TE)
+            aux = scores_TE.new_zeros(())
+            if self.recorded:
+                aux = self._aux(gate_TE, mask_TE, directions_ED, token_mask_T)
+            weights_TE = self._weights(gate_TE, mask_TE, scores_TE)
             # NOTE: losses and ``unserved_T`` are of the gate before the fallback.
             if not self.training:
                 mask_TE, weights_TE = self._fall_back(scores_TE, mask_TE, weights_TE, unserved_T)
@@ -250,7 +332,23 @@ class TopAnyRouter(Router):
                 dispatch_TE = dispatch_TE.expand_as(mask_TE)
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, dispatch_TE)
 
-    def _weights(self, gate_TE: Tensor, mask_TE: Tensor) -> Tensor:
+    def _directions(self, live: Sequence[int]) -> Tensor:
+        return torch.stack([self.directions[slot] for slot in live]).float()
+
+    def _thresholds(self, live: Sequence[int]) -> Tensor:
+        return torch.stack([self.thresholds[slot] for slot in live]).float()
+
+    def _admit(self, scores_TE: Tensor, mask_TE: Tensor, unserved_T: Tensor) -> Tensor:
+        return mask_TE
+
+    def _gate(self, margin_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        """Straight-through: the value of the hard gate, the gradient of the margin."""
+        if not torch.is_grad_enabled():
+            return mask_TE.to(margin_TE.dtype)
+        through_TE = margin_TE if self.gate_grad == "all" else margin_TE * mask_TE
+        return mask_TE + (through_TE - through_TE.detach())
+
+    def _weights(self, gate_TE: Tensor, mask_TE: Tensor, scores_TE: Tensor) -> Tensor:
         k_T1 = mask_TE.sum(1, keepdim=True)
         if self.combine == "constant_k":
             return gate_TE / k_T1.clamp(min=1)
@@ -263,7 +361,8 @@ class TopAnyRouter(Router):
         self, scores_TE: Tensor, mask_TE: Tensor, weights_TE: Tensor, unserved_T: Tensor
     ) -> tuple[Tensor, Tensor]:
         """A token nobody serves takes its best expert by score, with weight 1 (DynMoE, Eq. 5)."""
-        best_TE = F.one_hot(scores_TE.argmax(1), scores_TE.shape[1]).bool() & unserved_T[:, None]
+        best_T1 = scores_TE.argmax(1, keepdim=True)
+        best_TE = torch.zeros_like(mask_TE).scatter_(1, best_T1, unserved_T[:, None])
         weight_TE = best_TE.to(weights_TE.dtype)
         if self.combine == "tutel":
             raw_TE = weight_TE * scores_TE.sigmoid()

@@ -35,6 +35,8 @@ class _Sums(NamedTuple):
     """Routed tokens of each class."""
     part_PS: Tensor
     """Tokens of each part that each slot served; last, how many there are."""
+    free_2: Tensor
+    """Choices of experts without an FFN, and tokens of routers that have some."""
 
 
 class RoutingMeter:
@@ -71,6 +73,9 @@ class RoutingMeter:
                     sums = self._sums[source, name] = self._zeros(source, name)
                 sums.load_S[live] += call.stats.load_E
                 sums.k_hist_S[: len(call.stats.k_hist)] += call.stats.k_hist
+                if call.free is not None:
+                    sums.free_2[0] += call.free.sum()
+                    sums.free_2[1] += call.stats.k_hist.sum()
                 if part_BN is not None:
                     _add_parts(sums.part_PS, call, live, part_BN[number])
                 if label_B is None:
@@ -121,6 +126,7 @@ class RoutingMeter:
             (2, POSITIONS * details),
             (self._classes * details, slots),
             (len(self._parts), slots + 1),
+            (2,),
         )
         return _Sums(
             *(
@@ -147,6 +153,7 @@ def _record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:
     while len(k_hist) > len(layer.live) + 1 and k_hist[-1] == 0:
         k_hist.pop()
     tokens = sum(k_hist)
+    free, among = sums.free_2.tolist()
     return {
         "slots": list(layer.live),
         "tokens": tokens,
@@ -154,6 +161,8 @@ def _record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:
         "k_hist": k_hist,
         "unrouted": k_hist[0] / max(1, tokens),
         "load": [load_S[slot] for slot in layer.live],
+        # Choices of experts that cost nothing, beside the k of those with an FFN.
+        **({"mean_free": free / among} if among else {}),
         **layer.router.record(layer.live),
     }
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dynmoe import process, runtime, selection
+from dynmoe.adaptation import RouterCallback
 from dynmoe.backbones import hub, weights
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.config.machine import NO_GPU
@@ -179,14 +180,16 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
 
 
 def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:
-    """The end of a run that diverges; the adaptation of experts, if any; those of
-    ``trainer.callbacks``; records, checkpoints and early stop; progress.
+    """The end of a run that diverges; the adaptation of experts, or of the state of routers alone;
+    those of ``trainer.callbacks``; records, checkpoints and early stop; progress.
 
     Raises:
         ConfigError: one that a run cannot have.
     """
     callbacks: list[L.Callback] = [FiniteLoss(folder, cfg.task.get("on_nonfinite", "stop"))]
-    if cfg.moe.adaptation is not None:
+    if cfg.moe.adaptation is None:
+        callbacks.append(RouterCallback())
+    else:
         callbacks.append(make(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
     callbacks += own_callbacks(cfg)
     recorder = RunRecorder(
@@ -345,9 +348,17 @@ def facts(
             "threads": torch.get_num_threads(),
             **settings,
             "precision": str(cfg.trainer.precision),
+            "bf16_gain": _bf16_gain(task, trainer),
             "fused_optimizer": bool(cfg.task.optimizer.get("fused")),
         },
     }
+
+
+def _bf16_gain(task: MoETask, trainer: L.Trainer) -> float | None:
+    """What bf16 would be worth to a run in fp32 on this CPU: None where nothing is known of it."""
+    in_fp32 = trainer.precision in ("32-true", "32", 32)
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    return runtime.bf16_gain(task.backbone) if in_fp32 and on_cpu else None
 
 
 def announcement(facts: Mapping[str, Any], resumed: int) -> list[str]:

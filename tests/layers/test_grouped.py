@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import Mlp
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynmoe.layers import dispatch, grouped
 from dynmoe.layers.experts import Experts, naive_forward
-from dynmoe.layers.ffn import read_ffn
+from dynmoe.layers.ffn import GatedFFN, PackedGatedFFN, find_layout, read_ffns
 from dynmoe.layers.routers import Routing
 
 D, H = 8, 16
@@ -26,7 +26,7 @@ PATHS = ["per expert", "rounded up", "grouped_mm", "any module"]
 
 
 class Doubled(nn.Module):
-    """An FFN that ``read_ffn`` does not know."""
+    """An FFN that ``find_layout`` does not know."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -49,8 +49,8 @@ def choose_path(patch: pytest.MonkeyPatch, path: str, mlp: nn.Module) -> nn.Modu
     return Doubled(mlp) if path == "any module" else mlp
 
 
-def sequential(act: nn.Module, bias: bool = True) -> nn.Module:
-    return nn.Sequential(nn.Linear(D, H, bias), act, nn.Linear(H, D, bias))
+def sequential(act: nn.Module, bias: bool = True, hidden: int = H) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(D, hidden, bias), act, nn.Linear(hidden, D, bias))
 
 
 def make_experts(mlp: nn.Module, num: int, dtype: torch.dtype, recompute: bool = False) -> Experts:
@@ -97,17 +97,38 @@ def assert_same(got: Result, expected: Result, **tolerance: float) -> None:
             torch.testing.assert_close(g, e, **tolerance)
 
 
-ACTIVATIONS = [nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU(), nn.SiLU()]
+def gated(act: nn.Module, bias: bool) -> nn.Module:
+    down = nn.Linear(H, D, bias)
+    return GatedFFN(nn.Linear(D, H, bias), nn.Linear(D, H, bias), act, down, dropout=0.0)
+
+
+def packed(act: nn.Module, bias: bool, gate_first: bool) -> nn.Module:
+    down = nn.Linear(H, D, bias)
+    return PackedGatedFFN(nn.Linear(D, 2 * H, bias), act, down, 0.0, gate_first)
+
+
+FFNS = {
+    "gelu": lambda: sequential(nn.GELU()),
+    "gelu_tanh": lambda: sequential(nn.GELU(approximate="tanh")),
+    "relu": lambda: sequential(nn.ReLU()),
+    "silu": lambda: sequential(nn.SiLU()),
+    "no bias": lambda: sequential(nn.GELU(), bias=False),
+    "gated": lambda: gated(nn.SiLU(), bias=False),
+    "gated gelu, bias": lambda: gated(nn.GELU(), bias=True),
+    "packed": lambda: packed(nn.SiLU(), bias=False, gate_first=True),
+    "packed, bias": lambda: packed(nn.ReLU(), bias=True, gate_first=False),
+    "timm's, apart": lambda: SwiGLU(D, H, bias=(True, False)),
+    "timm's, packed": lambda: GluMlp(D, 2 * H, act_layer=nn.SiLU, bias=(False, True)),
+}
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(
-    ("act", "bias"), [*product(ACTIVATIONS, [True]), (nn.GELU(), False)], ids=str
-)
+@pytest.mark.parametrize("ffn", FFNS)
 @pytest.mark.parametrize("path", PATHS)
-def test_equals_naive(path: str, act: nn.Module, bias: bool, recompute: bool, take) -> None:  # type: ignore[no-untyped-def]
+def test_equals_naive(path: str, ffn: str, recompute: bool, take) -> None:  # type: ignore[no-untyped-def]
     dtype = torch.float32 if path == "grouped_mm" else torch.float64  # which it does not know
-    mlp = take(path, sequential(act, bias))
+    mlp = take(path, FFNS[ffn]())
+    assert (find_layout(mlp) is None) == (path == "any module")
     experts = make_experts(mlp, 5, dtype, recompute)
     mask_TE = random_mask(37, 5, 0.4)
     mask_TE[:, 3] = False
@@ -125,24 +146,26 @@ def test_equals_naive(path: str, act: nn.Module, bias: bool, recompute: bool, ta
     tokens=st.integers(1, 40),
     experts=st.sampled_from([1, 2, 5, 64]),
     share=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    ffn=st.sampled_from(["gelu", "gated", "packed, bias"]),
     seed=st.integers(0, 10**6),
 )
 def test_any_routing_equals_naive(
-    path: str, tokens: int, experts: int, share: float, seed: int
+    path: str, tokens: int, experts: int, share: float, ffn: str, seed: int
 ) -> None:
     dtype = torch.float32 if path == "grouped_mm" else torch.float64
     with pytest.MonkeyPatch.context() as patch:
-        pool = make_experts(choose_path(patch, path, sequential(nn.GELU())), experts, dtype)
+        pool = make_experts(choose_path(patch, path, FFNS[ffn]()), experts, dtype)
         routing = make_routing(random_mask(tokens, experts, share, seed), dtype)
         x_TD = torch.randn(tokens, D, dtype=dtype)
         tolerance = {"rtol": 2e-5, "atol": 2e-5 if dtype == torch.float32 else 1e-12}
         assert_same(run(pool, routing, x_TD), run(pool, routing, x_TD, naive=True), **tolerance)
 
 
+@pytest.mark.parametrize("ffn", ["gelu", "gated", "packed, bias"])
 @pytest.mark.parametrize("path", PATHS)
-def test_bf16_is_as_close_to_fp64_as_the_naive_loop(path: str, take) -> None:  # type: ignore[no-untyped-def]
+def test_bf16_is_as_close_to_fp64_as_the_naive_loop(path: str, ffn: str, take) -> None:  # type: ignore[no-untyped-def]
     """1e-3 on top of what rounding to bf16 costs the naive loop itself, by relative norm."""
-    mlp = take(path, sequential(nn.GELU()))
+    mlp = take(path, FFNS[ffn]())
     exact = make_experts(mlp, 4, torch.float64)
     low = copy.deepcopy(exact).bfloat16()
     exact.load_state_dict({k: v.double() for k, v in low.state_dict().items()})
@@ -163,12 +186,15 @@ def test_bf16_is_as_close_to_fp64_as_the_naive_loop(path: str, take) -> None:  #
         strict=True,
     ):
         assert a is not None and b is not None and c is not None and a.dtype == torch.bfloat16
-        assert error(a, c) <= 1.1 * error(b, c) + 1e-3
+        # grouped_mm has no bias: product and sum are rounded one after the other.
+        factor = 1.5 if path == "grouped_mm" and "bias" in ffn else 1.1
+        assert error(a.detach(), c) <= factor * error(b.detach(), c) + 1e-3
 
 
+@pytest.mark.parametrize("ffn", ["gelu", "gated", "packed, bias"])
 @pytest.mark.parametrize("path", PATHS)
-def test_autocast_computes_in_bf16_and_gives_fp32_gradients(path: str, take) -> None:  # type: ignore[no-untyped-def]
-    experts = make_experts(take(path, sequential(nn.GELU())), 4, torch.float32)
+def test_autocast_computes_in_bf16_and_gives_fp32_gradients(path: str, ffn: str, take) -> None:  # type: ignore[no-untyped-def]
+    experts = make_experts(take(path, FFNS[ffn]()), 4, torch.float32)
     routing, x_TD = make_routing(random_mask(20, 4, 0.5), torch.float32), torch.randn(20, D)
     full = run(experts, routing, x_TD)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -176,7 +202,7 @@ def test_autocast_computes_in_bf16_and_gives_fp32_gradients(path: str, take) -> 
     assert low.y_TD.dtype == torch.bfloat16
     for a, b in zip([low.y_TD, *low.grads], [full.y_TD, *full.grads], strict=True):
         assert a is not None and b is not None
-        torch.testing.assert_close(a.float(), b, atol=0.15, rtol=0.1)
+        assert (a.float() - b).norm() < 0.06 * b.norm()
     assert all(g is not None and g.dtype == torch.float32 for g in low.grads)
 
 
@@ -278,24 +304,105 @@ def test_no_tensor_of_all_tokens_times_all_experts_times_width() -> None:
     assert recorded.largest <= max(routing.mask_TE.sum() * H, tokens * num)
 
 
-def test_read_ffn_refuses_what_is_not_two_plain_layers() -> None:
-    assert read_ffn(Mlp(D, H)) is not None
-    assert read_ffn(Mlp(D, H, drop=0.2)).hidden_dropout == 0.2  # type: ignore[union-attr]
-    assert read_ffn(Mlp(D, H, drop=0.2).eval()).hidden_dropout == 0.0  # type: ignore[union-attr]
-    assert read_ffn(Mlp(D, H, norm_layer=nn.LayerNorm)) is None
-    assert read_ffn(Mlp(D, H, act_layer=nn.Tanh)) is None
-    assert read_ffn(nn.Sequential(nn.Linear(D, D), nn.GELU())) is None
-    assert read_ffn(nn.Sequential(nn.Dropout(0.1), *sequential(nn.GELU()))) is None
-    assert read_ffn(nn.Sequential(*sequential(nn.GELU()), nn.Dropout(0.5), nn.Dropout(0.3))) is None
-    replaced = Mlp(D, H)
-    replaced.fc1.forward = lambda x: x  # type: ignore[method-assign]
-    assert read_ffn(replaced) is None
-    hooked = Mlp(D, H)
-    hooked.fc1.register_forward_hook(lambda *a: None)
-    assert read_ffn(hooked) is None
-    adapted = Mlp(D, H)
-    nn.utils.parametrizations.weight_norm(adapted.fc1)
-    assert read_ffn(adapted) is None
+class Own(nn.Module):
+    """A gated FFN as people write it, and one step more."""
+
+    def __init__(self, more: Callable[[nn.Module, Tensor], Tensor] = lambda mlp, x: x) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(D, H), nn.Linear(H, D), nn.Linear(D, H)
+        self.more = more
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.more(self, F.silu(self.w1(x)) * self.w3(x)))
+
+
+KNOWN = {
+    "own": (Own, ("w1", "w3"), "w2", 0, "silu", (None, None)),
+    "square": (lambda: sequential(nn.ReLU(), hidden=D), ("0",), "2", None, "relu", (None, None)),
+    "timm": (lambda: Mlp(D, H, drop=0.2), ("fc1",), "fc2", None, "gelu", ("drop1", "drop2")),
+    "two dropouts": (
+        lambda: nn.Sequential(
+            *sequential(nn.GELU())[:2], nn.Dropout(), nn.Linear(H, D), nn.Dropout()
+        ),
+        *(("0",), "3", None, "gelu", ("2", "4")),
+    ),
+    "glu": (
+        lambda: GluMlp(D, 2 * H, act_layer=nn.GELU, gate_last=False),
+        *(("fc1",), "fc2", 0, "gelu", ("drop1", "drop2")),
+    ),
+}
+UNKNOWN = {
+    "norm": lambda: Mlp(D, H, norm_layer=nn.LayerNorm),
+    "norm, gated": lambda: SwiGLU(D, H, norm_layer=nn.LayerNorm),
+    "tanh": lambda: Mlp(D, H, act_layer=nn.Tanh),
+    "no second layer": lambda: nn.Sequential(nn.Linear(D, D), nn.GELU()),
+    "dropout of the rows": lambda: nn.Sequential(nn.Dropout(0.1), *sequential(nn.GELU())),
+    "dropout twice": lambda: nn.Sequential(
+        *sequential(nn.GELU()), nn.Dropout(0.5), nn.Dropout(0.3)
+    ),
+    "functional dropout": lambda: Own(lambda mlp, x: F.dropout(x, 0.5, mlp.training)),
+    "in evaluation alone": lambda: Own(lambda mlp, x: x if mlp.training else 2 * x),
+    "clip": lambda: Own(lambda mlp, x: x.clamp(-7, 7)),
+    "scale": lambda: Own(lambda mlp, x: 0.5 * x),
+    "its own parameter": lambda: parametrised(Own()),
+    "replaced forward": lambda: replaced(Mlp(D, H)),
+    "hook": lambda: hooked(Mlp(D, H)),
+    "adapter": lambda: adapted(Mlp(D, H)),
+}
+
+
+def parametrised(mlp: nn.Module) -> nn.Module:
+    mlp.scale = nn.Parameter(torch.ones(()))
+    return mlp
+
+
+def replaced(mlp: Mlp) -> nn.Module:
+    mlp.fc1.forward = lambda x: x  # type: ignore[method-assign]
+    return mlp
+
+
+def hooked(mlp: Mlp) -> nn.Module:
+    mlp.fc1.register_forward_hook(lambda *a: None)
+    return mlp
+
+
+def adapted(mlp: Mlp) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(mlp.fc1) and mlp
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_layout_is_found_by_what_an_ffn_computes(name: str) -> None:
+    make, *expected = KNOWN[name]
+    mlp = make()
+    torch.nn.init.zeros_(next(reversed(list(mlp.parameters()))))  # values do not matter
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    layout = find_layout(mlp)
+    assert torch.get_rng_state().equal(before) and mlp.training
+    assert layout is not None and list(layout[2:]) == expected
+    on_meta = find_layout(mlp.to("meta"))
+    assert on_meta == layout
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_no_layout_of_what_computes_more(name: str) -> None:
+    assert find_layout(UNKNOWN[name]()) is None
+
+
+@pytest.mark.parametrize("change", [replaced, hooked, adapted])
+def test_what_a_slot_became_later_is_called(change: Callable[[Any], nn.Module]) -> None:
+    experts = make_experts(Mlp(D, H), 3, torch.float64)
+    layout = experts.layout
+    assert layout is not None and read_ffns(list(experts.slots), layout) is not None
+    experts.slots[1].drop1.p = 0.5
+    assert read_ffns(list(experts.slots), layout) is None  # one rate for all
+    assert read_ffns(list(experts.eval().slots), layout).hidden_dropout == 0.0  # type: ignore[union-attr]
+    change(experts.slots[2])
+    assert read_ffns(list(experts.slots), layout) is None
+    if change is not replaced:
+        routing = make_routing(random_mask(9, 3, 0.6), torch.float64)
+        x_TD = torch.randn(9, D, dtype=torch.float64)
+        assert_same(run(experts, routing, x_TD), run(experts, routing, x_TD, naive=True))
 
 
 def test_experts_that_are_not_alike_are_called_one_by_one() -> None:
@@ -356,9 +463,9 @@ def test_chunks_of_several_experts_change_nothing(
 ) -> None:
     counts = [3, 0, 4, 9, 2, 2, 0]
     assert grouped._chunks(counts, 8) == [
-        (slice(0, 7), [(0, slice(0, 3)), (2, slice(3, 7))]),
-        (slice(7, 16), [(3, slice(0, 9))]),
-        (slice(16, 20), [(4, slice(0, 2)), (5, slice(2, 4))]),
+        (slice(0, 7), [0, 2], [3, 4]),
+        (slice(7, 16), [3], [9]),
+        (slice(16, 20), [4, 5], [2, 2]),
     ]
     routing = make_routing(random_mask(40, 8, 0.3), torch.float64)
     x_TD = torch.randn(40, D, dtype=torch.float64)

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, TopAnyRouter, TopKRouter
 from dynmoe.layers.routers import cosine
 
 DIM, SLOTS = 8, 4
 LIVE = tuple(range(SLOTS))
-ROUTERS = {
-    "top_any": TopAnyRouter,
-    "top_any, gradient to all": partial(TopAnyRouter, gate_grad="all"),
-    "top_any, tutel": partial(TopAnyRouter, combine="tutel", aux="gshard"),
-    "top_any, deepspeed": partial(TopAnyRouter, balance_weight=1.0, efficiency_weight=1.0),
-    "topk": TopKRouter,
-    "gmoe": CosineTopKRouter,
-    "gmoe with capacity": partial(CosineTopKRouter, capacity_factor=1.5),
-    "emoe": partial(AverageKeyRouter, top_k=2),
-    "emoe as its code": partial(AverageKeyRouter, top_k=2, noise=1.0, capacity_factor=1.5),
-}
 
 
 @pytest.fixture
@@ -36,80 +23,6 @@ def x_TD() -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-# The contract of every router. A new router adds one row to ROUTERS.
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("training", [True, False])
-def test_contract(name: str, training: bool, x_TD: torch.Tensor) -> None:
-    router = ROUTERS[name](DIM, SLOTS).train(training)
-    routing = router(x_TD.bfloat16(), LIVE)
-    assert routing.weights_TE.shape == routing.mask_TE.shape == (50, SLOTS)
-    assert routing.weights_TE.dtype == routing.scores_TE.dtype == torch.float32
-    assert routing.aux.shape == () and routing.aux.isfinite()
-    assert not routing.weights_TE[~routing.mask_TE].any()
-    assert not (routing.mask_TE & ~routing.dispatch_TE).any()
-    if training:
-        assert (routing.unserved_T == ~routing.mask_TE.any(1)).all()
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_padding_routes_nowhere_and_changes_nothing(name: str, x_TD: torch.Tensor) -> None:
-    router = ROUTERS[name](DIM, SLOTS).eval()
-    real_T = torch.arange(50) < 30
-    padded = router(x_TD, LIVE, real_T)
-    assert not padded.mask_TE[30:].any() and not padded.unserved_T[30:].any()
-    alone = router(x_TD[:30], LIVE)
-    torch.testing.assert_close(padded.weights_TE[:30], alone.weights_TE)
-    torch.testing.assert_close(padded.aux, alone.aux)
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_constructor_leaves_the_seed_alone(name: str) -> None:
-    """The official gate calls torch.manual_seed(1): runs with other seeds then continue alike."""
-    after = []
-    for seed in (123, 999):
-        torch.manual_seed(seed)
-        ROUTERS[name](DIM, SLOTS)
-        after.append(torch.rand(4))
-    assert not torch.equal(*after)
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_gate_is_fp32_under_autocast(name: str, x_TD: torch.Tensor) -> None:
-    router = ROUTERS[name](DIM, SLOTS).eval()
-    plain = router(x_TD, LIVE)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = router(x_TD, LIVE)
-    assert torch.equal(plain.scores_TE, cast.scores_TE)
-    assert torch.equal(plain.weights_TE, cast.weights_TE)
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_flops_are_those_of_pytorchs_counter(name: str, x_TD: torch.Tensor) -> None:
-    """Two batches, because products whose size does not depend on the batch are left out."""
-    router, totals = ROUTERS[name](DIM, SLOTS), []
-    for tokens in (50, 20):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            router(x_TD[:tokens], LIVE)
-        totals.append(counter.get_total_flops())
-    each, fixed = router.flops(DIM)
-    assert totals[0] - totals[1] == 30 * (SLOTS * each + fixed)
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_gate_is_fp32_in_a_model_of_bf16(name: str, x_TD: torch.Tensor) -> None:
-    """Lightning's bf16-true converts the weights and makes bf16 the default type meanwhile."""
-    router = ROUTERS[name](DIM, SLOTS).to(torch.bfloat16)
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        routing = router(x_TD.bfloat16(), LIVE)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert routing.weights_TE.dtype == routing.scores_TE.dtype == torch.float32
-    assert routing.aux.dtype == torch.float32
 
 
 def test_state_of_a_router_stays_fp32() -> None:
@@ -394,10 +307,3 @@ def test_gradient_of_cosine() -> None:
     zero_D = torch.zeros(1, 5, dtype=torch.float64, requires_grad=True)
     (grad_D,) = torch.autograd.grad(cosine(zero_D, w_ED).sum(), zero_D)
     assert grad_D.eq(0).all()
-
-
-@pytest.mark.parametrize("name", ["top_any", "top_any, tutel", "top_any, deepspeed", "topk"])
-def test_no_token_at_all(name: str) -> None:
-    routing = ROUTERS[name](DIM, SLOTS)(torch.zeros(0, DIM, requires_grad=True), LIVE)
-    assert routing.aux.isfinite()
-    assert routing.mask_TE.shape == (0, SLOTS)
