@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2CLS
 
 from dynmoe.backbones.surgery import Bias
 from dynmoe.errors import ConfigError
-from dynmoe.layers.experts import Experts, linears
-from dynmoe.layers.ffn import GatedFFN, is_plain_linear
+from dynmoe.layers.experts import Experts
+from dynmoe.layers.ffn import find_layout, read_ffns
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
 from dynmoe.layers.moe import moe_layers
 from dynmoe.layers.routers import Router, TopAnyRouter
@@ -136,7 +135,9 @@ def _check_alone(option: str, value: Any, alone: bool) -> None:
 
 
 def _softmax(router: TopKRouter) -> dict[str, Any]:
-    return {**_fixed(router), "normalised": router.top_k > 1}
+    options = _fixed(router)
+    options["scale"] *= getattr(router, "scale", 1.0)
+    return {**options, "normalised": getattr(router, "renormalise", router.top_k > 1)}
 
 
 def _fixed(router: Any) -> dict[str, Any]:
@@ -173,60 +174,40 @@ class _Stacked(NamedTuple):
     tensors: Tensors
 
 
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
+"""Names in transformers of those of ``layers.ffn``."""
+
+
 def _experts(name: str, experts: Sequence[nn.Module]) -> _Stacked:
     """Stack FFNs: ``w2 act(w1 x)``, or ``down(act(gate x) * up x)``."""
-    first = experts[0]
-    gated = isinstance(first, GatedFFN)
-    parts: list[tuple[list[Any], Any]]
-    if isinstance(first, GatedFFN):
-        act: nn.Module | None = first.act
-        parts = [([mlp.gate, mlp.up], mlp.down) for mlp in experts if isinstance(mlp, GatedFFN)]
-    else:
-        act = _between(first)
-        parts = [(each[:-1], each[-1]) for each in map(linears, experts)]
-    if act is None or any(
-        len(inner) != 1 + gated or not all(map(is_plain_linear, (*inner, outer)))
-        for inner, outer in parts
-    ):
+    layout = find_layout(experts[0])
+    if layout is None or any(read_ffns([mlp], layout) is None for mlp in experts):
         raise ConfigError(
-            f"format: {name} has experts of {type(first).__name__}, expected FFNs of plain linear "
-            "layers (two, or a gate, up and down) around an activation. Merge adapters, and use "
-            "weights that are not quantised"
+            f"format: {name} has experts of {type(experts[0]).__name__}, expected FFNs of plain "
+            f"linear layers (two, or a gate, up and down) around one of {', '.join(ACTIVATIONS)}. "
+            "Merge adapters, and use weights that are not quantised"
         )
-    up = "gate_up_proj" if gated else "up_proj"
-    stacked_EHD = torch.stack([torch.cat([each.weight for each in inner]) for inner, _ in parts])
+    parts: list[tuple[list[Any], Any]] = [
+        ([mlp.get_submodule(inner) for inner in layout.inner], mlp.get_submodule(layout.outer))
+        for mlp in experts
+    ]
+
+    def joined(of: Callable[[nn.Linear], Tensor]) -> Tensor:
+        """The inner matrices of each expert as one, the gate's first, or their biases."""
+        whole_ER = torch.stack([torch.cat([of(each) for each in inner]) for inner, _ in parts])
+        return whole_ER if layout.gate != 1 else torch.cat(whole_ER.chunk(2, 1)[::-1], 1)
+
+    up = "up_proj" if layout.gate is None else "gate_up_proj"
     down_EDH = torch.stack([outer.weight for _, outer in parts])
-    tensors = {up: stacked_EHD, "down_proj": down_EDH}
+    tensors = {up: joined(lambda linear: linear.weight), "down_proj": down_EDH}
     biased = any(each.bias is not None for inner, outer in parts for each in (*inner, outer))
     if biased:  # transformers knows experts that have all biases, or none
-        tensors[f"{up}_bias"] = torch.stack([torch.cat(list(map(_bias, i))) for i, _ in parts])
+        tensors[f"{up}_bias"] = joined(_bias)
         tensors["down_proj_bias"] = torch.stack([_bias(outer) for _, outer in parts])
     tensors = {key: tensor.detach() for key, tensor in tensors.items()}
-    return _Stacked(gated, biased, activation_name(act), down_EDH.shape[2], tensors)
-
-
-def _between(mlp: nn.Module) -> nn.Module | None:
-    """Return the activation of an FFN of two layers; None if it has further parts."""
-    skipped = (nn.Linear, nn.Dropout, nn.Identity)
-    others = [child for child in mlp.children() if not isinstance(child, skipped)]
-    return others[0] if len(others) == 1 and not any(others[0].parameters()) else None
+    activation = ACTIVATIONS[layout.activation]
+    return _Stacked(layout.gate is not None, biased, activation, down_EDH.shape[2], tensors)
 
 
 def _bias(linear: nn.Linear) -> Tensor:
     return linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
-
-
-def activation_name(act: nn.Module) -> str:
-    """Return an activation's name in transformers.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if isinstance(act, nn.GELU):
-        return "gelu" if act.approximate == "none" else "gelu_pytorch_tanh"
-    if isinstance(act, nn.SiLU):
-        return "silu"
-    for name, made in ACT2CLS.items():
-        if made is type(act):
-            return str(name)
-    raise ConfigError(f"format: transformers has no activation {type(act).__name__}")
