@@ -1,11 +1,13 @@
 """Classes of transformers that are mixtures themselves: a run that they can express needs no code.
 
-Known are dense models whose blocks but the FFN are those of a mixture: Llama and Mistral for
-Mixtral, Qwen3 for Qwen3-MoE. Their routers are top-k over a softmax of a linear score.
+Known are dense models whose blocks but the FFN are those of a mixture (Llama and Mistral for
+Mixtral, Qwen3 for Qwen3-MoE), and models that were such mixtures before they got MoE layers. Their
+routers are top-k over a softmax of a linear score.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import transformers
@@ -15,12 +17,27 @@ from dynmoe.convert.mixtures import Mixtures
 NOT_COPIED = ("model_type", "architectures", "layer_types", "transformers_version", "auto_map")
 
 
-def native_config(config: Any, mixtures: Mixtures) -> Any | None:
+MIXTURES = {
+    "mixtral": ("num_local_experts", None),
+    **dict.fromkeys(("olmoe", "qwen3_moe"), ("num_experts", "norm_topk_prob")),
+}
+"""Mixtures by their type: the keys of the number of experts and of weights that sum to 1, which
+Mixtral's always do."""
+
+
+def native_config(dense: Any, mixtures: Mixtures) -> Any | None:
     """Return the configuration of a native mixture that computes the same; None if there is none.
 
-    ``config`` is that of the model before it got MoE layers.
+    ``dense`` is the model before it got MoE layers.
     """
-    make = {"llama": _mixtral, "mistral": _mixtral, "qwen3": _qwen3_moe}.get(config.model_type)
+    config = dense.config
+    if config.model_type in MIXTURES:
+        found = {n for n, module in dense.named_modules() if hasattr(module, "gate_up_proj")}
+        every = {name.removesuffix(".experts") for name in found} == mixtures.places.keys()
+        make: Any = _same_class if every else None
+    else:
+        makers = {"llama": _mixtral, "mistral": _mixtral, "qwen3": _qwen3_moe}
+        make = makers.get(config.model_type)
     counts = {place.num_experts for place in mixtures.places.values()}
     fits = (
         mixtures.router == "TopK"
@@ -32,6 +49,20 @@ def native_config(config: Any, mixtures: Mixtures) -> Any | None:
         and all(name.endswith(".mlp") for name in mixtures.places)
     )
     return make(config, mixtures, counts.pop()) if make and fits else None
+
+
+def _same_class(config: Any, mixtures: Mixtures, num_experts: int) -> Any | None:
+    """All mixtures of a model are ours now, with another number of experts perhaps."""
+    number, normalised = MIXTURES[config.model_type]
+    hidden = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    if mixtures.hidden != hidden or (normalised is None and not mixtures.options["normalised"]):
+        return None
+    made = copy.deepcopy(config)
+    setattr(made, number, num_experts)
+    made.num_experts_per_tok = mixtures.options["top_k"]
+    if normalised is not None:
+        setattr(made, normalised, mixtures.options["normalised"])
+    return made
 
 
 def _mixtral(config: Any, mixtures: Mixtures, num_experts: int) -> Any | None:

@@ -81,7 +81,7 @@ def save_transformers(model: Any, folder: Path) -> type[Any]:
     with torch.device("meta"):
         dense = type(model)(copy.deepcopy(model.config))
     mixtures = mixtures_of(model, dense)
-    native = native_config(model.config, mixtures)
+    native = native_config(dense, mixtures)
     folder.mkdir(parents=True, exist_ok=True)
     state = _state(model, mixtures)
     made: Any

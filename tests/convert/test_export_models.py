@@ -24,6 +24,7 @@ from dynmoe.layers import (
     TopKRouter,
     moe_layers,
 )
+from dynmoe.layers.ffn import GatedFFN
 from dynmoe.layers.routers import Routing
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -122,6 +123,32 @@ def test_native_classes_where_they_compute_the_same(
     made = save_transformers(model, tmp_path)
     assert (tmp_path / CODE).exists() == (native is None)
     assert made.__name__ == (native or "MixtureModel")
+    assert_equal_logits(model, made.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "router", "native"),
+    [
+        ("mixtral", "Mixtral", TOP_2, True),
+        ("mixtral", "Mixtral", TOP_1, False),
+        ("olmoe", "Olmoe", TOP_1, True),
+        ("qwen3_moe", "Qwen3Moe", TOP_ANY, False),
+    ],
+)
+def test_models_that_were_mixtures_already(
+    kind: str, name: str, router: Any, native: bool, tmp_path: Path
+) -> None:
+    """With another number of experts than before."""
+    model = mixture(kind, f"{name}ForCausalLM", None, num_experts_per_tok=1, num_key_value_heads=1)
+    for block in model.model.layers:
+        gate, up, down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        for linear in (gate, up, down):
+            linear.bias = None
+        expert = GatedFFN(gate, up, nn.SiLU(), down, 0.0)
+        block.mlp = MoELayer(expert, 16, router, 3, init="fresh").eval()
+    made = save_transformers(model, tmp_path)
+    assert (made.__name__ == f"{name}ForCausalLM") == native
+    assert (tmp_path / CODE).exists() != native
     assert_equal_logits(model, made.from_pretrained(tmp_path))
 
 
