@@ -90,7 +90,7 @@ def order(given: Mapping[str, str]) -> Order:
             _override(cfg, key, given[key])
     default = "last" if chosen == "llava" else "selected"
     checkpoint = trained.given_checkpoint(folder, given.get("checkpoint", default))
-    target = Path(given["to"]).expanduser()
+    target = Path(given["to"]).expanduser().resolve()
     if chosen != "llava":
         _check_target(target, folder, given)
     return Order(chosen, folder, cfg, checkpoint, target)
@@ -128,7 +128,7 @@ def _override(cfg: DictConfig, key: str, value: str) -> None:
 
 def _check_target(target: Path, folder: RunFolder, given: Mapping[str, str]) -> None:
     place = f"to={given['to']}"
-    if target.resolve() in (folder.path.resolve(), *folder.path.resolve().parents):
+    if target in (folder.path.resolve(), *folder.path.resolve().parents):
         raise ConfigError(f"{place}: holds the run itself. Name another folder")
     if not target.exists():
         return
@@ -185,18 +185,28 @@ def export(given: Mapping[str, str]) -> Path:
             share(file)
     experts = ", ".join(map(str, model.num_experts.values())) or "no"
     print(f"{experts} experts in the MoE layers; logits differ by {difference:.1e} at most")
-    for file in sorted(wanted.target.iterdir()):
-        print(f"{file} ({file.stat().st_size / 1e6:,.1f} MB)")
+    files = sorted(wanted.target.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    print(f"{wanted.target}, {size / 1e6:,.1f} MB: {', '.join(file.name for file in files)}")
     return wanted.target
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Give a folder beside the target, which takes the target's place if all goes well."""
+    """Give a folder beside the target, which takes the target's place if all goes well.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
     part, old = (target.with_name(f".{target.name}.{kind}") for kind in ("part", "old"))
     for left in (part, old):  # by a command that was killed
         shutil.rmtree(left, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"to={target}: cannot be made ({error.strerror}). Name another folder"
+        ) from error
     try:
         yield part
         if target.exists():

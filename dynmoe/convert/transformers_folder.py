@@ -115,6 +115,8 @@ def save_transformers(model: Any, folder: Path) -> type[Any]:
             f"that are not transformers' own: {', '.join([*unknown, *absent][:3])}"
         )
     written.tie_weights()
+    if written.can_generate():
+        written.generation_config = model.generation_config
     written.save_pretrained(folder)
     return type(written)
 

@@ -103,6 +103,14 @@ def test_folders_that_must_stay(made: Made, tmp_path: Path, refused: Refused) ->
     assert (mine / "thesis.tex").exists() and RunFolder(run).is_done
 
 
+def test_a_folder_that_cannot_be_made_is_named(
+    made: Made, tmp_path: Path, refused: Refused, writing: SimpleNamespace
+) -> None:
+    (tmp_path / "file").touch()
+    message = refused(f"run={made('text')}", f"to={tmp_path}/file/out")
+    assert f"to={tmp_path}/file/out: cannot be made (Not a directory)" in message
+
+
 @pytest.fixture
 def writing(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Replace the model and its writer by ones that need no time; ``difference`` is found."""
