@@ -181,8 +181,9 @@ def export(given: Mapping[str, str]) -> Path:
             "largest_difference": difference,
         }
         write(folder / NOTE, json.dumps(note, indent=2) + "\n")
-        for file in folder.iterdir():
-            share(file)
+        for file in folder.rglob("*"):
+            if file.is_file():
+                share(file)
     experts = ", ".join(map(str, model.num_experts.values())) or "no"
     print(f"{experts} experts in the MoE layers; logits differ by {difference:.1e} at most")
     files = sorted(wanted.target.iterdir())

@@ -12,6 +12,7 @@ import ast
 import copy
 import importlib.util
 import inspect
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,7 @@ def _imported(file: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    shutil.rmtree(file.parent / "__pycache__", ignore_errors=True)
     return module
 
 

@@ -88,10 +88,18 @@ KEYS = partial(AverageKeyRouter, top_k=2, weights_sum="k")
     ],
 )
 def test_code_of_its_own(
-    kind: str, head: str, router: Any, routers: set[str], tmp_path: Path
+    kind: str,
+    head: str,
+    router: Any,
+    routers: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
     model = mixture(kind, head, router)
     made = save_transformers(model, tmp_path)
+    files = {file.name for file in tmp_path.iterdir()} - {"generation_config.json"}
+    assert files == {CODE, "config.json", "model.safetensors"}
     code = (tmp_path / CODE).read_text()
     assert "dynmoe." not in code and f"import {head} as BaseModel" in code
     every = {"TopAny", "TopK", "CosineTopK", "TopKeys"}
