@@ -147,7 +147,7 @@ class StackedExperts(nn.Module):
         return y_TD
 
 
-class Mixture(nn.Module):
+class MixtureOfExperts(nn.Module):
     """Router and experts in the place of an FFN."""
 
     def __init__(self, config: MixtureConfig, num_experts: int, output_bias: bool) -> None:
@@ -187,11 +187,11 @@ class WithMixtures:
         config._experts_implementation = self.get_correct_experts_implementation(implementation)
         body = getattr(self, self.base_model_prefix, self)
         for place, layer in config.mixture["layers"].items():
-            if isinstance(body.get_submodule(place), Mixture):
+            if isinstance(body.get_submodule(place), MixtureOfExperts):
                 continue  # transformers made the body by `AutoModel`
             for path in layer["left_out"]:  # parts of the FFN that the experts have taken over
                 body.set_submodule(path, nn.Identity())
-            mixture = Mixture(config, layer["num_experts"], layer["output_bias"])
+            mixture = MixtureOfExperts(config, layer["num_experts"], layer["output_bias"])
             body.set_submodule(place, mixture)
         self.post_init()
 

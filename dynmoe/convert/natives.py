@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 
-from dynmoe.convert.mixtures import Mixtures
+from dynmoe.convert.stacked import Mixtures
 
 NOT_COPIED = ("model_type", "architectures", "layer_types", "transformers_version", "auto_map")
 

@@ -25,9 +25,9 @@ from transformers.models.auto import modeling_auto
 from dynmoe.backbones.hub import positions
 from dynmoe.convert import modeling_mixture
 from dynmoe.convert.card import card
-from dynmoe.convert.mixtures import Mixtures, mixtures_of
 from dynmoe.convert.natives import native_config, native_names
 from dynmoe.convert.runs import TrainedModel
+from dynmoe.convert.stacked import Mixtures, mixtures_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import mask_padding, moe_layers
 
