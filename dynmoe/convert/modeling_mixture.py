@@ -117,6 +117,7 @@ class StackedExperts(nn.Module):
     up_proj: Tensor
     up_proj_bias: Tensor
     _apply_gate: Any  # of transformers: act_fn(gate) * up
+    _is_expert_parallel: bool  # of transformers
 
     def __init__(self, config: MixtureConfig, num_experts: int) -> None:
         super().__init__()
@@ -154,7 +155,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         width = config.mixture["width"]
         self.router = TopAny(config.mixture, num_experts)
-        self.experts: Any = StackedExperts(config, num_experts)
+        self.experts = StackedExperts(config, num_experts)
         # transformers skips choices that stand for "no further expert" only where this is set.
         self.experts._is_expert_parallel = True
         self.output_bias = nn.Parameter(torch.zeros(width)) if output_bias else None
