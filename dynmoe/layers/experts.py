@@ -313,7 +313,9 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
 def _weight(linear: nn.Linear) -> Tensor:
     """The weight of a linear layer as numbers, fp32."""
     weight_OI = linear.weight
-    return (weight_OI if is_plain_linear(linear) else weight_OI.dequantize()).float()
+    # An export's tensors are of a class of their own.
+    plain = is_plain_linear(linear) or torch.compiler.is_exporting()
+    return (weight_OI if plain else weight_OI.dequantize()).float()
 
 
 def linears(mlp: nn.Module) -> list[nn.Linear]:
