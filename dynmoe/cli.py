@@ -91,8 +91,9 @@ def _guarded(job: Job, prog: str) -> Job:
             process.follow_command()
         folder = Path(hydra_cfg.runtime.output_dir)
         try:
-            check(cfg, multirun=sweep)
-            result = job(cfg)
+            with runs.names_once():
+                check(cfg, multirun=sweep)
+                result = job(cfg)
             if sweep and result is not None and math.isnan(result):
                 result = WORST  # Optuna refuses NaN, and would end at this job each time
         except Held as error:
