@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ConfigDefault
@@ -57,8 +56,7 @@ def own(group: str, option: str) -> DictConfig:
     Composing takes a hundred times as long, and a refusal would wait for every option. Options of
     the package are read once.
     """
-    sources = _repository().get_sources()
-    if any(isinstance(source, FileConfigSource) for source in sources):
+    if any(source.scheme() == "file" for source in _repository().get_sources()):
         return _own(group, option)
     return copy.deepcopy(_own_of_package(group, option))
 
