@@ -224,9 +224,10 @@ _names: dict[tuple[Any, int], tuple[DictConfig, Any]] | None = None
 
 @contextmanager
 def names_once() -> Iterator[None]:
-    """Inside, no configuration changes: names, which many keys contain, are computed once."""
+    """Inside, nothing changes that a name depends on: names, which many keys contain, are computed
+    once."""
     global _names
-    before, _names = _names, {}
+    before, _names = _names, {} if _names is None else _names
     try:
         yield
     finally:

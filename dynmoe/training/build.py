@@ -359,6 +359,7 @@ def facts(
         "data_hash": data.data_hash,
         "sizes": data.sizes,
         "left_out": data.left_out,
+        "baseline": None,
         **data.facts,
         "config": flat(cfg),
         "costs": costs,
