@@ -51,7 +51,7 @@ RANGES: dict[Range, str] = {
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
-        "moe.router.num_null moe.router.aux_end moe.router.bias_rate "
+        "moe.router.num_null moe.router.aux_end moe.router.bias_rate moe.router.kp moe.router.ki "
         "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
     ),
@@ -61,7 +61,7 @@ RANGES: dict[Range, str] = {
         "moe.router.route_scale plan.tflops plan.mean_k plan.mean_tokens "
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
-    SHARE: "task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
+    SHARE: "moe.router.top_p task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
     SOME: "plan.utilisation moe.router.budget_rate",
     BELOW_ONE: (
         "moe.expert_dropout backbone.drop_path backbone.lora.dropout task.optimizer.betas.* "

@@ -92,6 +92,16 @@ def target_k_within_experts(cfg: DictConfig) -> Iterator[str]:
             f"moe.router.target_k: {min(numbers):g} experts per token need "
             "moe.router.unserved=nothing: with best every token has one."
         )
+    if "top_p" in router and any(k < 1 for k in numbers):
+        yield (
+            f"moe.router.target_k: expected 1 or more, found {min(numbers):g}: this router gives "
+            "every token its best expert. Raise it, or choose moe=dynmoe_budget."
+        )
+    if isinstance(target, list) and router.get("per_layer") is False:
+        yield (
+            "moe.router.target_k: a list has one number for each layer, but one controller is for "
+            "all of them. Give one number, or set moe.router.per_layer=true."
+        )
 
 
 def parts_add_up(cfg: DictConfig) -> Iterator[str]:

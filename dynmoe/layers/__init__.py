@@ -6,6 +6,7 @@ from dynmoe.layers.experts import Experts
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
 from dynmoe.layers.moe import MoELayer, aux_loss, mask_padding, moe_layers, record_routing
 from dynmoe.layers.null_routers import NullExpertRouter
+from dynmoe.layers.prefix_routers import PrefixRouter
 from dynmoe.layers.routers import Router, Routing, StepTotals, TopAnyRouter
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Experts",
     "MoELayer",
     "NullExpertRouter",
+    "PrefixRouter",
     "Router",
     "Routing",
     "StepTotals",

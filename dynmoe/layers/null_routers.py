@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe.layers import losses
-from dynmoe.layers.routers import FP32, Router, Routing, StepTotals, hide_padding
+from dynmoe.layers.routers import FP32, Router, Routing, StepTotals, hide_padding, one_target
 
 
 class NullExpertRouter(Router):
@@ -54,7 +54,7 @@ class NullExpertRouter(Router):
         null_output: Literal["zero", "identity"] = "zero",
         balance: Literal["loss", "plain", "bias"] = "loss",
         bias_rate: float = 1e-3,
-        target_k: float | None = None,
+        target_k: float | Sequence[float] | None = None,
         aux_end: float = 1.0,
     ) -> None:
         super().__init__()
@@ -70,6 +70,7 @@ class NullExpertRouter(Router):
                 "null_output=identity with renorm=true_only: null experts have no weight. Set "
                 "renorm=none (LongCat-Flash) or all"
             )
+        target_k = None if target_k is None else one_target(target_k)
         _check_target(target_k, balance, min(top_k, num_slots))
         self.num_slots = num_slots
         self.num_null = num_null

@@ -178,6 +178,20 @@ class Router(nn.Module):
         return self
 
 
+def one_target(target_k: float | Sequence[float]) -> float:
+    """Return the ``target_k`` of one layer.
+
+    Raises:
+        ValueError: it is a list, which ``add_moe_layers`` gives out to the layers.
+    """
+    if not isinstance(target_k, int | float):
+        raise ValueError(
+            f"target_k is {target_k}: expected one number. A list, one for each MoE layer, is for "
+            "add_moe_layers, which makes them"
+        )
+    return float(target_k)
+
+
 def hide_padding(where: Tensor, token_mask_T: Tensor | None) -> Tensor:
     """Return ``where`` (bool, [T] or [T, E]) with False on padding."""
     if token_mask_T is None:

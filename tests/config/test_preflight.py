@@ -84,7 +84,7 @@ CASES = {
         "task.optimizer._target_: no package 'tensor' is installed."
     ),
     # groups
-    "moe=dynmo": "moe: no option 'dynmo'. Did you mean 'dynmoe'? Options: dense, dynmoe, ",
+    "moe=dynmo": "moe: no option 'dynmo'. Did you mean 'dynmoe'? Options: ",
     "logger=[csv,tensorbord]": "logger: no option 'tensorbord'. Did you mean 'tensorboard'?",
     "hydra.verbos=1": "Could not override 'hydra.verbos'.",
     "seed=1,2": "seed=1,2: several values need a sweep: add -m. A list is written seed=[...]",
@@ -200,6 +200,25 @@ def test_outputs_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_options_of_a_router_that_need_others(overrides: tuple[str, ...], message: str) -> None:
     (found,) = problems(TASK, *overrides)
     assert found.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("moe=dtopp", "moe.router.target_k=0.5"), "moe.router.target_k: expected 1 or more"),
+        (("moe=dtopp", "moe.router.target_k=[1,2]"), "set moe.router.per_layer=true"),
+        (("moe=topp", "moe.router.top_p=1.5"), "moe.router.top_p: expected a share from 0 to 1"),
+    ],
+)
+def test_budgets_that_a_router_cannot_hold(overrides: tuple[str, ...], message: str) -> None:
+    (found,) = problems(TASK, *overrides)
+    assert message in found
+
+
+@pytest.mark.parametrize("moe", ["topp", "xmoe", "mass", "dtopp"])
+def test_routers_as_they_come(moe: str) -> None:
+    assert problems(TASK, f"moe={moe}") == []
+    assert problems(TASK, f"moe={moe}", "moe.num_experts=4") == []
 
 
 def test_clipping_in_mixed_precision_needs_a_plain_optimizer() -> None:

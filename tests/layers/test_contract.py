@@ -21,6 +21,7 @@ from dynmoe.layers import (
     CosineTopKRouter,
     MoELayer,
     NullExpertRouter,
+    PrefixRouter,
     TopAnyRouter,
     TopKRouter,
     aux_loss,
@@ -60,6 +61,10 @@ ROUTERS: dict[str, Any] = {
         balance="bias",
         target_k=1.5,
     ),
+    "top-p": PrefixRouter,
+    "xmoe": partial(PrefixRouter, top_p=0.9, boundary="below", balance="first", entropy_weight=0.0),
+    "mass": partial(PrefixRouter, top_p=0.5, boundary="below", renorm="tutel", balance_weight=0.0),
+    "dtop-p": partial(PrefixRouter, renorm="chosen", normalise_logits=True, target_k=2.0),
 }
 WITH_STATE = [name for name, make in ROUTERS.items() if make(DIM, SLOTS).has_state]
 
@@ -76,6 +81,14 @@ def seed() -> None:
 
 def made(name: str, training: bool = False) -> Any:
     return ROUTERS[name](DIM, SLOTS).train(training)
+
+
+def test_a_list_of_targets_is_given_out_to_the_layers() -> None:
+    """By add_moe_layers; a router itself has one."""
+    for make in ROUTERS.values():
+        if "target_k" in getattr(make, "keywords", {}):
+            with pytest.raises(ValueError, match="target_k is .1, 2.: expected one number"):
+                make(DIM, SLOTS, target_k=[1, 2])
 
 
 @pytest.mark.parametrize("name", ROUTERS)
