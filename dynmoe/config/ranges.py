@@ -19,6 +19,7 @@ COUNT = Range("1 or more", lambda n: n >= 1)
 ENDLESS = Range("1 or more, or -1 for no end", lambda n: n >= 1 or n == -1)
 NOT_NEGATIVE = Range("0 or more", lambda n: n >= 0)
 POSITIVE = Range("more than 0", lambda n: n > 0)
+ABOVE_ONE = Range("more than 1", lambda n: n > 1)
 SHARE = Range("a share from 0 to 1", lambda n: 0 <= n <= 1)
 SOME = Range("a share above 0, up to 1", lambda n: 0 < n <= 1)
 BELOW_ONE = Range("0 or more, below 1", lambda n: 0 <= n < 1)
@@ -58,9 +59,10 @@ RANGES: dict[Range, str] = {
     POSITIVE: (
         "moe.adaptation.length moe.adaptation.period moe.router.init_temperature "
         "moe.router.capacity_factor moe.router.target_k* moe.router.temperature "
-        "moe.router.route_scale plan.tflops plan.mean_k plan.mean_tokens "
+        "moe.router.route_scale moe.router.lambda_init plan.tflops plan.mean_k plan.mean_tokens "
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
+    ABOVE_ONE: "moe.router.lambda_rate",
     SHARE: "moe.router.top_p task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
     SOME: "plan.utilisation moe.router.budget_rate",
     BELOW_ONE: (

@@ -135,6 +135,12 @@ def options_that_need_others(cfg: DictConfig) -> Iterator[str]:
             "moe.router.aux: importance_load needs moe.router.noise above 0, which smooths it. "
             "Set noise=1.0, or aux=load_balance."
         )
+    aux_weight = read(cfg, "moe.aux_weight", float)
+    if "lambda_init" in router and aux_weight is not None and aux_weight != 1:
+        yield (
+            f"moe.aux_weight: expected 1 with this router, whose loss a controller weighs, found "
+            f"{aux_weight:g}. Leave it out, or set moe.router.lambda_init"
+        )
 
 
 def expert_layers(cfg: DictConfig) -> Iterator[str]:

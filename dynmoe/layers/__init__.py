@@ -7,6 +7,7 @@ from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopK
 from dynmoe.layers.moe import MoELayer, aux_loss, mask_padding, moe_layers, record_routing
 from dynmoe.layers.null_routers import NullExpertRouter
 from dynmoe.layers.prefix_routers import PrefixRouter
+from dynmoe.layers.relu_routers import ReLURouter
 from dynmoe.layers.routers import Router, Routing, StepTotals, TopAnyRouter
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "MoELayer",
     "NullExpertRouter",
     "PrefixRouter",
+    "ReLURouter",
     "Router",
     "Routing",
     "StepTotals",

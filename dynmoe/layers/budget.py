@@ -84,8 +84,8 @@ class BudgetTopAnyRouter(TopAnyRouter):
         least = 1 if unserved == "best" else 0
         if not least <= target_k <= num_slots or target_k == 0:
             raise ValueError(
-                f"target_k is {target_k:g}: expected {'1' if least else 'more than 0'} to the number "
-                f"of slots, {num_slots}; less than 1 needs unserved=nothing"
+                f"target_k is {target_k:g}: expected {'1' if least else 'more than 0'} to the "
+                f"number of slots, {num_slots}; less than 1 needs unserved=nothing"
             )
         if gate_grad == "none" and weights == "mean":
             raise ValueError(

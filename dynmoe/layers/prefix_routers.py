@@ -65,8 +65,8 @@ class PrefixRouter(Router):
         target_k = None if target_k is None else one_target(target_k)
         if target_k is not None and not 1 <= target_k <= num_slots:
             raise ValueError(
-                f"target_k is {target_k:g}: expected 1 to the number of experts, {num_slots}: every "
-                "token has one"
+                f"target_k is {target_k:g}: expected 1 to the number of experts, {num_slots}: "
+                "every token has one"
             )
         self.num_slots = num_slots
         self.top_p = top_p

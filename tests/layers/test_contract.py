@@ -22,6 +22,7 @@ from dynmoe.layers import (
     MoELayer,
     NullExpertRouter,
     PrefixRouter,
+    ReLURouter,
     TopAnyRouter,
     TopKRouter,
     aux_loss,
@@ -65,6 +66,8 @@ ROUTERS: dict[str, Any] = {
     "xmoe": partial(PrefixRouter, top_p=0.9, boundary="below", balance="first", entropy_weight=0.0),
     "mass": partial(PrefixRouter, top_p=0.5, boundary="below", renorm="tutel", balance_weight=0.0),
     "dtop-p": partial(PrefixRouter, renorm="chosen", normalise_logits=True, target_k=2.0),
+    "remoe": partial(ReLURouter, target_k=1.5, lambda_init=0.01),
+    "remoe, plain": partial(ReLURouter, target_k=1.5, l1="plain", per_layer=True),
 }
 WITH_STATE = [name for name, make in ROUTERS.items() if make(DIM, SLOTS).has_state]
 
@@ -87,7 +90,7 @@ def test_a_list_of_targets_is_given_out_to_the_layers() -> None:
     """By add_moe_layers; a router itself has one."""
     for make in ROUTERS.values():
         if "target_k" in getattr(make, "keywords", {}):
-            with pytest.raises(ValueError, match="target_k is .1, 2.: expected one number"):
+            with pytest.raises(ValueError, match=r"target_k is \[1, 2\]: expected one number"):
                 make(DIM, SLOTS, target_k=[1, 2])
 
 
