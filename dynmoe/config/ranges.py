@@ -53,6 +53,7 @@ RANGES: dict[Range, str] = {
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
         "moe.router.num_null moe.router.aux_end moe.router.bias_rate moe.router.kp moe.router.ki "
+        "moe.router.warm_up moe.router.slack "
         "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
     ),
@@ -67,6 +68,7 @@ RANGES: dict[Range, str] = {
     SOME: "plan.utilisation moe.router.budget_rate",
     BELOW_ONE: (
         "moe.expert_dropout backbone.drop_path backbone.lora.dropout task.optimizer.betas.* "
+        "moe.router.ema "
         "task.optimizer.momentum *.options.*drop*_rate *.options.*drop* *.options.*pdrop"
     ),
     FROM_THE_END: "backbone.vision.layer",

@@ -485,7 +485,14 @@ RULES: tuple[Rule, ...] = (
     *(expert_layers, adaptation_there, plan_within_experts),
     *(same_modality, test_environments, batch_divides, shares_and_lengths, pretrained_weights),
     *(machine.data_folder, models.known_vits, models.whole_patches, models.data_fit_backbone),
-    *(text_run, models.language_model, stage_is_chosen, dense_before_moe, start_is_a_run),
+    *(
+        text_run,
+        models.language_model,
+        models.causal_model,
+        stage_is_chosen,
+        dense_before_moe,
+        start_is_a_run,
+    ),
     *(
         known_templates,
         known_question_sets,

@@ -2,6 +2,7 @@
 
 from dynmoe.layers.biased_routers import BiasedTopKRouter
 from dynmoe.layers.budget import BudgetTopAnyRouter
+from dynmoe.layers.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
 from dynmoe.layers.moe import MoELayer, aux_loss, mask_padding, moe_layers, record_routing
@@ -15,6 +16,8 @@ __all__ = [
     "BiasedTopKRouter",
     "BudgetTopAnyRouter",
     "CosineTopKRouter",
+    "ExpertChoiceRouter",
+    "ExpertThresholdRouter",
     "Experts",
     "MoELayer",
     "NullExpertRouter",

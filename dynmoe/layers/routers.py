@@ -103,6 +103,9 @@ class Router(nn.Module):
 
     adaptive: ClassVar[bool] = False
     """Whether experts may be added and removed during training."""
+    sees_batch: ClassVar[bool] = False
+    """Whether experts choose among the tokens of a batch, in evaluation too: refused for causal
+    models, whose tokens would be told what follows."""
     observes: int = 0
     """Numbers in ``Routing.observed``; 0 without."""
 

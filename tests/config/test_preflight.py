@@ -218,10 +218,23 @@ def test_numbers_that_do_not_fit_a_router(overrides: tuple[str, ...], message: s
     assert message in found
 
 
-@pytest.mark.parametrize("moe", ["topp", "xmoe", "mass", "dtopp", "remoe"])
+@pytest.mark.parametrize(
+    "moe", ["topp", "xmoe", "mass", "dtopp", "remoe", "expert_choice", "expert_threshold"]
+)
 def test_routers_as_they_come(moe: str) -> None:
     assert problems(TASK, f"moe={moe}") == []
     assert problems(TASK, f"moe={moe}", "moe.num_experts=4") == []
+
+
+def test_expert_choice_is_refused_for_causal_models() -> None:
+    glue = ("task=glue", "name=t", "backbone=bert_tiny", "moe=expert_choice")
+    for overrides in (("task=vl", "name=t", "moe=expert_choice"), (*glue, DECODER)):
+        (found,) = problems(*overrides)
+        assert "causal" in found and "moe=expert_threshold" in found
+    assert problems(*glue) == []
+
+
+DECODER = "backbone.architecture=gpt2"
 
 
 def test_clipping_in_mixed_precision_needs_a_plain_optimizer() -> None:
