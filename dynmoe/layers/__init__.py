@@ -5,6 +5,7 @@ from dynmoe.layers.budget import BudgetTopAnyRouter
 from dynmoe.layers.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
+from dynmoe.layers.masked_routers import MaskedTopKRouter
 from dynmoe.layers.moe import MoELayer, aux_loss, mask_padding, moe_layers, record_routing
 from dynmoe.layers.null_routers import NullExpertRouter
 from dynmoe.layers.prefix_routers import PrefixRouter
@@ -19,6 +20,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "ExpertThresholdRouter",
     "Experts",
+    "MaskedTopKRouter",
     "MoELayer",
     "NullExpertRouter",
     "PrefixRouter",
