@@ -214,5 +214,5 @@ def _words(name: str) -> tuple[str, ...]:
         node = locate(f"dynmoe.backbones.surgery.{name}").node
     except (TargetError, Unreadable):
         return ()
-    nodes = node.keys if isinstance(node, ast.Dict) else ast.walk(node or ast.Tuple())
+    nodes = node.keys if isinstance(node, ast.Dict) else ast.walk(node) if node else ()
     return tuple(str(each.value) for each in nodes if isinstance(each, ast.Constant))
