@@ -114,10 +114,13 @@ def build_text_classifier(
     config.num_labels = num_classes
     if architecture is not None and vocab_size is not None:
         config.vocab_size = vocab_size
-    if architecture is not None or pad_token_id is not None:
+    if pad_token_id is None and architecture is None:
+        pad_token_id = config.pad_token_id
+    if pad_token_id is None:  # some have several ends, and some neither an end nor None as padding
+        ends = getattr(config, "eos_token_id", None)
+        pad_token_id = ends[0] if isinstance(ends, list) else ends
+    if pad_token_id is not None:
         config.pad_token_id = pad_token_id
-    if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id
     fresh: list[str] = []
     if pretrained:
         classifier, fresh = _with_weights(model, path, config)
@@ -126,7 +129,8 @@ def build_text_classifier(
             classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         except ValueError as error:
             raise ConfigError(
-                f"backbone: transformers cannot build this {type(config).__name__}: {error}"
+                f"backbone: transformers cannot build this {type(config).__name__}: "
+                f"{str(error).splitlines()[0]}"
             ) from error
     hub.check_vocabulary(classifier, vocab_size, model, path)
     if lora is not None:

@@ -130,9 +130,15 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
     if kind not in known:
         yield f"{key}: transformers knows no model type '{kind}'.{did_you_mean(kind, known)}"
     elif kind not in (forms := moe_types()) and forms and _has_layers(cfg):
+        reason = moe_refusals().get(kind, "not known where their FFNs are")
         yield (
-            f"{key}: MoE layers in '{kind}' models: not known where their FFNs are. Known: "
-            f"{', '.join(forms)}. moe=dense needs none."
+            f"{key}: MoE layers in '{kind}' models: {reason}. docs/models.md lists those that "
+            "work, e.g. bert, llama, qwen3. moe=dense needs none."
+        )
+    elif modality(cfg, "backbone") == "text" and kind not in (has := text_classifiers()) and has:
+        yield (
+            f"{key}: transformers has no text classifier of '{kind}' models "
+            "(AutoModelForSequenceClassification). Take another type, e.g. bert, llama, qwen3"
         )
 
 
@@ -147,7 +153,9 @@ def causal_model(cfg: DictConfig) -> Iterator[str]:
     except TargetError:
         return
     kind = read(cfg, "backbone.architecture", str) or folder_config(cfg).get("model_type")
-    causal = modality(cfg, "backbone") == "vision-language" or kind in causal_types()
+    is_vl = modality(cfg, "backbone") == "vision-language"
+    known = encoders()
+    causal = is_vl or bool(kind is not None and known and kind not in known)
     if sees_batch is True and causal:
         name = read(cfg, "moe.name", str)
         yield (
@@ -197,22 +205,42 @@ def transformers_types() -> tuple[str, ...]:
     return tuple(sorted(set(found)))
 
 
-def moe_types() -> tuple[str, ...]:
-    """Model types whose FFNs can become MoE layers."""
-    return _words("FORMS")
-
-
-def causal_types() -> tuple[str, ...]:
-    """Those of them that are decoders."""
-    return _words("CAUSAL")
+@lru_cache
+def text_classifiers() -> tuple[str, ...]:
+    """Model types with a text classifier in transformers (models/auto); empty without it."""
+    return _auto_types("SEQUENCE_CLASSIFICATION")
 
 
 @lru_cache
-def _words(name: str) -> tuple[str, ...]:
-    """Keys, or elements, of a constant of dynmoe/backbones/surgery.py."""
+def encoders() -> tuple[str, ...]:
+    """Model types whose tokens see those after them: the ones trained on masked texts."""
+    return _auto_types("MASKED_LM")
+
+
+def _auto_types(task: str) -> tuple[str, ...]:
+    file = _folder("transformers", "models", "auto") / "modeling_auto.py"
+    source = file.read_text(encoding="utf-8") if file.is_file() else ""
+    table = re.search(rf"^MODEL_FOR_{task}_MAPPING_NAMES = .*?^\)", source, re.M | re.S)
+    return tuple(re.findall(r"""\(["']([\w.-]+)["'],""", table[0])) if table else ()
+
+
+@lru_cache
+def moe_types() -> tuple[str, ...]:
+    """Model types whose FFNs can become MoE layers: FORMS of dynmoe/backbones/surgery.py."""
+    return tuple(str(key.value) for key in _table("FORMS").keys if isinstance(key, ast.Constant))
+
+
+@lru_cache
+def moe_refusals() -> dict[str, str]:
+    """Why other model types cannot have MoE layers, where that is known: REFUSED, there too."""
+    refused = ast.literal_eval(_table("REFUSED"))
+    return {kind: reason for reason, kinds in refused.items() for kind in kinds.split()}
+
+
+def _table(name: str) -> ast.Dict:
+    """A literal of dynmoe/backbones/surgery.py, which imports PyTorch; empty if it is not there."""
     try:
         node = locate(f"dynmoe.backbones.surgery.{name}").node
     except (TargetError, Unreadable):
-        return ()
-    nodes = node.keys if isinstance(node, ast.Dict) else ast.walk(node) if node else ()
-    return tuple(str(each.value) for each in nodes if isinstance(each, ast.Constant))
+        node = None
+    return node if isinstance(node, ast.Dict) else ast.Dict([], [])

@@ -27,6 +27,7 @@ from dynmoe.backbones.vlm import VisionLanguageModel, train_only
 from dynmoe.config.rules import device_count
 from dynmoe.data.vl.module import VisionLanguageData, sample_of
 from dynmoe.estimate import formulas
+from dynmoe.layers.experts import linears
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.questions.base import ANSWER_TOKENS
@@ -35,6 +36,9 @@ from dynmoe.training.instantiation import make
 
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
 LLAVA = {"align": 558_128, "instruct": 964_000, "moe": 665_298}
+
+# The hidden width of FFNs in configurations of transformers. Those without have four widths.
+FFN_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "hidden_dim", "dff")
 
 A100 = 312.0  # TFLOP/s in bf16
 PRODUCT = 1024  # rows and columns of the product that measures a CPU
@@ -142,26 +146,31 @@ def describe(model: VisionLanguageModel, ffns: float) -> formulas.ModelSizes:
     tower: Any = model.vision.model
     vision_blocks = tower.blocks if hasattr(tower, "blocks") else tower.encoder.layers
     vision_width = int(model.vision.width)
-    # timm and transformers agree on these names; gated FFNs are about as large as four widths.
-    first = getattr(vision_blocks[0].mlp, "fc1", None)
+    vision_hidden = linears(vision_blocks[0].mlp)[-1].in_features
     heads, width = config.num_attention_heads, config.hidden_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    # Not getattr: it raises for sizes that differ between layers.
+    given = config.to_dict()
+    kv_heads = given.get("num_key_value_heads") or heads
     in_blocks = [number(block) for block in (*blocks, *vision_blocks)]
     return formulas.ModelSizes(
         parameters=number(model),
         trained=number(model, trained=True),
         outside=number(model) - sum(in_blocks),
         largest_block=max(in_blocks),
-        decoder=formulas.Blocks(len(blocks), width, config.intermediate_size),
+        decoder=formulas.Blocks(len(blocks), width, _ffn_width(given, width)),
         moe_blocks=len(moe_layers(model)),
         mean_k=ffns,
-        kv_width=kv_heads * (getattr(config, "head_dim", None) or width // heads),
-        vision=formulas.Blocks(
-            len(vision_blocks), vision_width, getattr(first, "out_features", 4 * vision_width)
-        ),
+        kv_width=kv_heads * (given.get("head_dim") or width // heads),
+        vision=formulas.Blocks(len(vision_blocks), vision_width, vision_hidden),
         vision_trained=number(model.vision, trained=True) > 0,
         vocabulary=config.vocab_size,
     )
+
+
+def _ffn_width(config: dict[str, Any], width: int) -> int:
+    """Return the hidden width of a decoder's FFNs, of the widest where they differ."""
+    found = next((config[key] for key in FFN_WIDTHS if config.get(key)), 4 * width)
+    return int(max(found) if isinstance(found, list) else found)
 
 
 def number(module: nn.Module, trained: bool = False) -> int:

@@ -6,7 +6,14 @@ from dynmoe.layers.expert_choice import ExpertChoiceRouter, ExpertThresholdRoute
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
 from dynmoe.layers.masked_routers import MaskedTopKRouter
-from dynmoe.layers.moe import MoELayer, aux_loss, mask_padding, moe_layers, record_routing
+from dynmoe.layers.moe import (
+    MoELayer,
+    aux_loss,
+    constant_weights,
+    mask_padding,
+    moe_layers,
+    record_routing,
+)
 from dynmoe.layers.null_routers import NullExpertRouter
 from dynmoe.layers.prefix_routers import PrefixRouter
 from dynmoe.layers.relu_routers import ReLURouter
@@ -31,6 +38,7 @@ __all__ = [
     "TopAnyRouter",
     "TopKRouter",
     "aux_loss",
+    "constant_weights",
     "mask_padding",
     "moe_layers",
     "record_routing",

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
-from dynmoe.layers.ffn import Layout, find_layout, is_plain_linear, read_ffns
+from dynmoe.layers.ffn import PackedGatedFFN, find_layout, is_plain_linear, keys, read_ffns
 from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
 from dynmoe.layers.routers import Routing
 
@@ -40,6 +40,9 @@ class Experts(nn.Module):
         ConfigError: ``cluster`` or ``random`` of an FFN that cannot be split so (``split_ffn``).
     """
 
+    kept: dict[Any, Any] | None
+    """Weights in the dtype of products, within ``moe.constant_weights``; None elsewhere."""
+
     def __init__(
         self, mlp: nn.Module, num_slots: int, init: Init = "copy", recompute: bool = False
     ) -> None:
@@ -55,18 +58,23 @@ class Experts(nn.Module):
             for slot in self.slots:
                 redraw(slot)
         self.layout = find_layout(self.slots[0])
+        self.kept: dict[Any, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
 
     def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
         """Sum the weighted expert outputs of every token, [T, D]. Cost: one FFN row per pair."""
         experts = [self.slots[slot] for slot in live]
         if torch.compiler.is_exporting():
             return _traceable_forward(experts, x_TD, routing)
-        return _sparse_forward(experts, self.layout, x_TD, routing, self.recompute)
+        return _sparse_forward(self, experts, x_TD, routing)
 
     @torch.no_grad()
     def mean_keys(self, live: Sequence[int]) -> Tensor:
-        """Return the mean row of each expert's first matrix, fp32, [E, D]."""
-        return torch.stack([_weight(linears(self.slots[slot])[0]).mean(0) for slot in live])
+        """Return the mean row of each expert's first matrix, a gate's alone, fp32, [E, D]."""
+        mlps = [self.slots[slot] for slot in live]
+        return torch.stack([_weight(linears(mlp)[0])[keys(mlp)].mean(0) for mlp in mlps])
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
@@ -76,18 +84,14 @@ class Experts(nn.Module):
 # Loads are new in every step: compiled code would be specialised on them, and compiled again.
 @torch.compiler.disable
 def _sparse_forward(
-    experts: Sequence[nn.Module],
-    layout: Layout | None,
-    x_TD: Tensor,
-    routing: Routing,
-    recompute: bool,
+    pool: Experts, experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing
 ) -> Tensor:
-    ffns = None if layout is None else read_ffns(experts, layout)
+    ffns = None if pool.layout is None else read_ffns(experts, pool.layout)
     p = dispatch.pairs(routing.dispatch_TE, 1 if ffns is None else row_multiple(x_TD))
     if not any(p.counts):  # zeros that backward() can start from, without any expert's Parameters
         return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
     if ffns is not None:
-        out_RD = grouped_ffn(x_TD, p, ffns, recompute)
+        out_RD = grouped_ffn(x_TD, p, ffns, pool.recompute, pool.kept)
     else:
         runs = dispatch.gather(x_TD, p).split(p.counts)
         # NOTE: an expert without rows is not called: its Parameters stay out of the graph.
@@ -225,8 +229,10 @@ def redraw(mlp: nn.Module, generator: torch.Generator | None = None) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
+        elif type(module).__name__.endswith(("Norm", "norm")):
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:  # to 1 and 0: nothing is drawn
+                reset()
 
 
 # Split one trained FFN into experts: each takes an equal share of its hidden neurons.
@@ -240,15 +246,15 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
 
     A neuron's row of the first matrix is its key: neurons with near keys answer the same tokens.
     ``cluster``: neurons grouped by balanced k-means on their keys; ``random``: contiguous slices.
-    ``mlp`` has plain linear layers from D to H (one, or a gate and more), then one from H to D
-    without a bias, and nothing else that has parameters.
+    ``mlp`` has plain linear layers from D to H (one, or a gate and more, or a ``PackedGatedFFN``'s
+    one from D to 2 H), then one from H to D without a bias, and nothing else that has parameters.
 
     Raises:
         ConfigError: H does not divide into ``parts``, or ``mlp`` is of another form.
     """
     *inner, outer = linears(mlp)
-    hidden = outer.in_features
-    plain = all(linear.out_features == hidden for linear in inner)
+    hidden, packed = outer.in_features, 1 + isinstance(mlp, PackedGatedFFN)
+    plain = all(linear.out_features == packed * hidden for linear in inner)
     plain &= all(is_plain_linear(linear) for linear in (*inner, outer))
     others = len(list(mlp.parameters())) - sum(
         len(list(linear.parameters())) for linear in (*inner, outer)
@@ -264,7 +270,7 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
             f"Set moe.num_experts to a divisor of {hidden}."
         )
     if how == "cluster":
-        groups_EN = balanced_clusters(inner[0].weight.detach().float(), parts)
+        groups_EN = balanced_clusters(inner[0].weight.detach()[keys(mlp)].float(), parts)
     else:
         groups_EN = torch.arange(hidden).view(parts, -1)
     return [_part(mlp, neurons_N.to(outer.weight.device)) for neurons_N in groups_EN]
@@ -311,14 +317,17 @@ def balanced_clusters(keys_HD: Tensor, clusters: int) -> Tensor:
 def _part(mlp: nn.Module, neurons_N: Tensor) -> nn.Module:
     """A copy of ``mlp`` with some of its neurons; the others are never copied."""
     *inner, outer = linears(mlp)
+    rows_N = neurons_N
+    if isinstance(mlp, PackedGatedFFN):  # a neuron has a row in each half
+        rows_N = torch.cat([neurons_N, outer.in_features + neurons_N])
     own: dict[int, object] = {}  # deepcopy's memo: takes these for the copies it would make
     for linear in inner:
         for p in linear.parameters():
-            own[id(p)] = nn.Parameter(p[neurons_N])
+            own[id(p)] = nn.Parameter(p[rows_N])
     own[id(outer.weight)] = nn.Parameter(outer.weight[:, neurons_N])
     part = copy.deepcopy(mlp, own)
     *inner, outer = linears(part)
     for linear in inner:
-        linear.out_features = len(neurons_N)
+        linear.out_features = len(rows_N)
     outer.in_features = len(neurons_N)
     return part

@@ -97,7 +97,9 @@ class TopKRouter(Router):
                 weights_TE = weights_TE * self.top_k
             # NOTE: the loss sees the choices before places are given: an expert that many tokens
             # want must not look balanced because the overflow was dropped.
-            aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
+            aux = probs_TE.new_zeros(())
+            if self.recorded:
+                aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
             if self.capacity_factor is not None:
                 places = capacity(
                     choice_TK, self.num_slots, self.capacity_factor, self.min_capacity, token_mask_T
@@ -211,8 +213,9 @@ class AverageKeyRouter(Router):
         self.register_buffer("keys_ED", torch.zeros(num_slots, dim), persistent=False)
 
     def prepare(self, experts: Experts, live: Sequence[int]) -> None:
-        # NOTE: at every forward, because the keys are trained with their experts.
-        self.keys_ED = experts.mean_keys(live)
+        # NOTE: at every forward, because the keys are trained with their experts. No gradient.
+        with torch.no_grad():
+            self.keys_ED = self.made_once("keys", experts.mean_keys, live)
 
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None

@@ -83,8 +83,10 @@ class MaskedTopKRouter(TopKRouter):
             through_TE = soft_TE - soft_TE.detach()
             reached_TE = mask_TE if self.gate_grad == "chosen" else choice_TE
             weights_TE = top_k.weights_TE * (mask_TE + through_TE * reached_TE)
-            stay = losses.mean_k(mask_TE + through_TE, choice_TE, token_mask_T) / self.top_k
-            aux = self.balance_weight * top_k.aux + self.mask_weight * stay
+            aux = self.balance_weight * top_k.aux
+            if self.recorded:
+                stay = losses.mean_k(mask_TE + through_TE, choice_TE, token_mask_T) / self.top_k
+                aux = aux + self.mask_weight * stay
             observed = None
             if self.observes and self.training:
                 observed = count_distances(margin_TE.view(-1, 1), choice_TE.reshape(-1, 1))[0]

@@ -6,16 +6,19 @@ Shape suffixes: T tokens, E living experts, D model width.
 from __future__ import annotations
 
 import copy
+import logging
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dynmoe.layers.experts import Experts, Init, check_ffn, redraw
 from dynmoe.layers.routers import Router, Routing
+
+log = logging.getLogger(__name__)
 
 NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
 
@@ -40,7 +43,8 @@ class Routed(NamedTuple):
     aux: Tensor
     stats: RoutingStats
     mask: Tensor
-    """Bool, the input's shape with E for D: who was served by whom. All False on padding."""
+    """Bool, the input's shape with E for D, or that of its token mask and E: who was served by
+    whom. All False on padding."""
     token_mask: Tensor | None
     """Bool, the input's shape without D: False on padding and on tokens that are not finite. None
     where all tokens count."""
@@ -82,6 +86,8 @@ class MoELayer(nn.Module):
     """Gets one entry a call within ``record_routing``; None elsewhere."""
     observer: Callable[[MoELayer, Routed], None] | None
     """Called with every call in training, whoever records it (``dynmoe.adaptation``)."""
+    warns_of_still_state: ClassVar[bool] = True
+    """Whether to warn, once, of a router in training whose state nobody moves."""
     token_mask: Tensor | None
     """Padding of the next call's input within ``mask_padding``, for blocks that pass x alone."""
 
@@ -138,18 +144,31 @@ class MoELayer(nn.Module):
         # Compiled code knows the experts that it was made for, and asks for them in `_serve`.
         compiling = torch.compiler.is_compiling()
         live = self._live if compiling else self.live
-        routing = self._route(x_TD, live, token_mask_T)
+        shape = x.shape[:-1] if token_mask is None else token_mask.shape
+        routing = self._route(x_TD, live, token_mask_T, shape)
         if torch.compiler.is_exporting():
             y_TD = self._sum(x_TD, routing, live)
         else:
-            y_TD = self._serve(x_TD, routing, live, token_mask_T, x.shape[:-1], compiling)
+            y_TD = self._serve(x_TD, routing, live, token_mask_T, shape, compiling)
         return y_TD.view(x.shape)
 
-    def _route(self, x_TD: Tensor, live: tuple[int, ...], token_mask_T: Tensor | None) -> Routing:
+    def _route(
+        self,
+        x_TD: Tensor,
+        live: tuple[int, ...],
+        token_mask_T: Tensor | None,
+        shape: torch.Size,
+    ) -> Routing:
         if not live:
             raise ValueError("no expert is alive: active_E is False for all slots")
         self.router.prepare(self.experts, live)
-        routing: Routing = self.router(x_TD, live, token_mask_T)
+        more = {"shape": shape} if self.router.takes_shape else {}
+        if torch.compiler.is_compiling():  # compiled code serves with and without a tape
+            routing: Routing = self.router(x_TD, live, token_mask_T, **more)
+        else:
+            self.router.recorded = self.training or self.tape is not None
+            routing = self.router(x_TD, live, token_mask_T, **more)
+            self.router.recorded = True
         # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
         return routing._replace(aux=_of_some(routing.aux, x_TD, token_mask_T))
 
@@ -172,9 +191,11 @@ class MoELayer(nn.Module):
     ) -> Tensor:
         if compiled and self.live != live:  # written to since: the next call compiles anew
             live = self.live
-            routing = self._route(x_TD, live, token_mask_T)
+            routing = self._route(x_TD, live, token_mask_T, shape)
         y_TD = self._sum(x_TD, routing, live)
         observer = self.observer if self.training else None
+        if self.training and observer is None and y_TD.requires_grad and self.router.has_state:
+            self._check_state_moves()
         if self.tape is not None or observer is not None:
             # NOTE: aux keeps its graph, because the task adds it to the loss; all else on the tape
             # is detached and may be kept beyond the step.
@@ -191,6 +212,18 @@ class MoELayer(nn.Module):
             if observer is not None:
                 observer(self, call)
         return y_TD
+
+    def _check_state_moves(self) -> None:
+        router, kind = self.router, type(self)
+        is_trained = any(p.requires_grad for p in router.parameters())
+        if kind.warns_of_still_state and is_trained:
+            kind.warns_of_still_state = False
+            log.warning(
+                "The state of %s does not move in this training. Call RouterUpdates(model, "
+                "optimizer).step(loss) of dynmoe.adaptation after each optimizer step, or add its "
+                "RouterCallback().",
+                type(router).__name__,
+            )
 
     @property
     def max_experts(self) -> int:
@@ -439,6 +472,25 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
     finally:
         for layer in layers.values():
             layer.tape = None
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Let MoE layers keep what they make of their weights from call to call within the block.
+
+    Kept are weights in autocast's dtype and, where no gradient is wanted, a router's vectors and
+    keys. The caller promises that neither weights nor living experts change: a generation, an
+    evaluation, the micro-batches of one optimizer step.
+    """
+    parts = [part for layer in moe_layers(model).values() for part in (layer.router, layer.experts)]
+    within = [part.kept is not None for part in parts]
+    for part in parts:
+        part.kept = {}
+    try:
+        yield
+    finally:  # a block around this one begins anew: here weights may have been others
+        for part, outer in zip(parts, within, strict=True):
+            part.kept = {} if outer else None
 
 
 @contextmanager

@@ -220,7 +220,7 @@ def test_numbers_that_do_not_fit_a_router(overrides: tuple[str, ...], message: s
 
 
 @pytest.mark.parametrize(
-    "moe", ["topp", "xmoe", "mass", "dtopp", "remoe", "expert_choice", "expert_threshold"]
+    "moe", ["topp", "xmoe", "mass", "dtopp", "remoe", "expert_choice", "expert_threshold", "beam"]
 )
 def test_routers_as_they_come(moe: str) -> None:
     assert problems(TASK, f"moe={moe}") == []
@@ -236,6 +236,19 @@ def test_expert_choice_is_refused_for_causal_models() -> None:
 
 
 DECODER = "backbone.architecture=gpt2"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("13", "moe.router.target_k: expected at most the number of experts, 12, found 13."),
+        ("[2,0.5]", "moe.router.target_k: 0.5 experts per token need moe.router.unserved=nothing"),
+        ("0", "moe.router.target_k: expected more than 0, found 0"),
+    ],
+)
+def test_a_budget_within_reach(target: str, message: str) -> None:
+    found = problems(TASK, "moe=dynmoe_budget", f"moe.router.target_k={target}")
+    assert found[0].startswith(message)
 
 
 def test_clipping_in_mixed_precision_needs_a_plain_optimizer() -> None:
