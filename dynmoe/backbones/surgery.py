@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Literal
 
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from dynmoe.backbones.families import FAMILIES
 from dynmoe.backbones.forms import Chain, Form, Gated, Packed, Timm, Whole
@@ -88,7 +89,8 @@ def add_moe_layers(
     Raises:
         ConfigError: blocks that are not there, or whose FFN is of a form not known or cannot be
             split; experts of a mixture and another ``init`` or ``num_experts``, or ``own_router``
-            where there is none; options of the router that it refuses.
+            where there is none; options of the router that it refuses; a causal model for a router
+            that ``sees_batch``.
     """
     if layers == "none":
         return
@@ -131,8 +133,20 @@ def add_moe_layers(
         expert.requires_grad_(True)
         dim = linears(expert)[0].in_features
         layer = MoELayer(expert, dim, make, num_experts, max_experts, init, keep_origin, recompute)
+        if layer.router.sees_batch:
+            _check_not_causal(host, layer.router)
         form.put(blocks[index], layer)
         blocks[index].train(blocks[index].training)  # what is new begins in training mode
+
+
+def _check_not_causal(host: Any, router: Router) -> None:
+    kind = getattr(getattr(host, "config", None), "model_type", None)
+    if kind is not None and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise ConfigError(
+            f"moe.router: experts of a {type(router).__name__} choose among the tokens of a batch, "
+            f"but '{kind}' models are causal: a token may not be told what follows. Choose "
+            "moe=expert_threshold"
+        )
 
 
 def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:

@@ -19,7 +19,13 @@ from omegaconf import DictConfig
 
 from dynmoe.backbones.families import FAMILIES, NUMBERS, jitter, not_ours
 from dynmoe.config.options import modality, read
-from dynmoe.config.targets import TargetError, Unreadable, did_you_mean, locate
+from dynmoe.config.targets import (
+    TargetError,
+    Unreadable,
+    class_attribute,
+    did_you_mean,
+    locate,
+)
 
 # The number of blocks, in timm's options and in those of transformers' families.
 DEPTHS = ("depth", "num_hidden_layers", "n_layer", "n_layers")
@@ -217,6 +223,28 @@ def _model_config(cfg: DictConfig) -> dict[str, Any]:
     return _read_config(folder / "snapshots" / commit)
 
 
+def causal_model(cfg: DictConfig) -> Iterator[str]:
+    """Routers whose experts choose among the tokens of a batch; models on the hub, which are known
+    here by a name alone, are looked at when they are built."""
+    target = read(cfg, "moe.router._target_", str)
+    if target is None or modality(cfg, "backbone") == "image":
+        return
+    try:
+        sees_batch = class_attribute(target, "sees_batch")
+    except TargetError:
+        return
+    kind = model_type(cfg)
+    is_vl = modality(cfg, "backbone") == "vision-language"
+    known = encoders()
+    causal = is_vl or bool(kind is not None and known and kind not in known)
+    if sees_batch is True and causal:
+        name = read(cfg, "moe.name", str)
+        yield (
+            f"moe: experts of moe={name} choose among the tokens of a batch, but this backbone is "
+            "causal: a token may not be told what follows. Choose moe=expert_threshold"
+        )
+
+
 def _has_layers(cfg: DictConfig) -> bool:
     return read(cfg, "moe.layers", object) not in (None, [], "none")
 
@@ -263,9 +291,19 @@ def transformers_types() -> tuple[str, ...]:
 @lru_cache
 def text_classifiers() -> tuple[str, ...]:
     """Model types with a text classifier in transformers (models/auto); empty without it."""
+    return _auto_types("SEQUENCE_CLASSIFICATION")
+
+
+@lru_cache
+def encoders() -> tuple[str, ...]:
+    """Model types whose tokens see those after them: the ones trained on masked texts."""
+    return _auto_types("MASKED_LM")
+
+
+def _auto_types(task: str) -> tuple[str, ...]:
     file = _folder("transformers", "models", "auto") / "modeling_auto.py"
     source = file.read_text(encoding="utf-8") if file.is_file() else ""
-    table = re.search(r"^MODEL_FOR_SEQUENCE_CLASSIFICATION_\w+ = .*?^\)", source, re.M | re.S)
+    table = re.search(rf"^MODEL_FOR_{task}_MAPPING_NAMES = .*?^\)", source, re.M | re.S)
     return tuple(re.findall(r"""\(["']([\w.-]+)["'],""", table[0])) if table else ()
 
 

@@ -19,6 +19,7 @@ COUNT = Range("1 or more", lambda n: n >= 1)
 ENDLESS = Range("1 or more, or -1 for no end", lambda n: n >= 1 or n == -1)
 NOT_NEGATIVE = Range("0 or more", lambda n: n >= 0)
 POSITIVE = Range("more than 0", lambda n: n > 0)
+ABOVE_ONE = Range("more than 1", lambda n: n > 1)
 SHARE = Range("a share from 0 to 1", lambda n: 0 <= n <= 1)
 SOME = Range("a share above 0, up to 1", lambda n: 0 < n <= 1)
 BELOW_ONE = Range("0 or more, below 1", lambda n: 0 <= n < 1)
@@ -51,20 +52,23 @@ RANGES: dict[Range, str] = {
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
-        "moe.router.num_null moe.router.aux_end moe.router.bias_rate "
+        "moe.router.num_null moe.router.aux_end moe.router.bias_rate moe.router.kp moe.router.ki "
+        "moe.router.warm_up moe.router.slack "
         "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
     ),
     POSITIVE: (
         "moe.adaptation.length moe.adaptation.period moe.router.init_temperature "
         "moe.router.capacity_factor moe.router.target_k* moe.router.temperature "
-        "moe.router.route_scale plan.tflops plan.mean_k plan.mean_tokens "
+        "moe.router.route_scale moe.router.lambda_init plan.tflops plan.mean_k plan.mean_tokens "
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
-    SHARE: "task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
+    ABOVE_ONE: "moe.router.lambda_rate",
+    SHARE: "moe.router.top_p task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
     SOME: "plan.utilisation moe.router.budget_rate",
     BELOW_ONE: (
         "moe.expert_dropout backbone.drop_path backbone.lora.dropout task.optimizer.betas.* "
+        "moe.router.ema "
         "task.optimizer.momentum *.options.*drop*_rate *.options.*drop* *.options.*pdrop"
     ),
     FROM_THE_END: "backbone.vision.layer",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynmoe.backbones.surgery import Bias
+from dynmoe.backbones.forms import Bias
 from dynmoe.errors import ConfigError
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.ffn import find_layout, read_ffns

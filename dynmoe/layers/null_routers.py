@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe.layers import losses
-from dynmoe.layers.routers import FP32, Router, Routing, StepTotals, hide_padding
+from dynmoe.layers.routers import FP32, Router, Routing, StepTotals, hide_padding, one_target
 
 
 class NullExpertRouter(Router):
@@ -70,6 +70,7 @@ class NullExpertRouter(Router):
                 "null_output=identity with renorm=true_only: null experts have no weight. Set "
                 "renorm=none (LongCat-Flash) or all"
             )
+        target_k = None if target_k is None else one_target(target_k)
         self.target_k = _checked_target(target_k, balance, min(top_k, num_slots))
         self.num_slots = num_slots
         self.num_null = num_null
@@ -159,18 +160,13 @@ class NullExpertRouter(Router):
         )
 
 
-def _checked_target(target_k: Any, balance: str, most: int) -> float | None:
+def _checked_target(target_k: float | None, balance: str, most: int) -> float | None:
     if balance != "bias":
         if target_k is not None:
             raise ValueError(
                 f"target_k={target_k} needs balance=bias: under a loss, num_null and top_k set k"
             )
         return None
-    if isinstance(target_k, Sequence):
-        raise ValueError(
-            f"target_k is {target_k}: expected one number. A list, one for each MoE layer, is for "
-            "add_moe_layers, which makes them"
-        )
     if target_k is None or not 0 < target_k <= most:
         raise ValueError(f"target_k is {target_k}: expected more than 0, up to {most}, for biases")
-    return float(target_k)
+    return target_k

@@ -103,6 +103,9 @@ class Router(nn.Module):
 
     adaptive: ClassVar[bool] = False
     """Whether experts may be added and removed during training."""
+    sees_batch: ClassVar[bool] = False
+    """Whether experts choose among the tokens of a batch, in evaluation too: refused for causal
+    models, whose tokens would be told what follows."""
     observes: int = 0
     """Numbers in ``Routing.observed``; 0 without."""
     takes_shape: ClassVar[bool] = False
@@ -205,6 +208,20 @@ class Router(nn.Module):
             if after is not None and after.dtype != FP32:
                 self._buffers[key] = before.to(after.device)
         return self
+
+
+def one_target(target_k: float | Sequence[float]) -> float:
+    """Return the ``target_k`` of one layer.
+
+    Raises:
+        ValueError: it is a list, which ``add_moe_layers`` gives out to the layers.
+    """
+    if not isinstance(target_k, int | float):
+        raise ValueError(
+            f"target_k is {target_k}: expected one number. A list, one for each MoE layer, is for "
+            "add_moe_layers, which makes them"
+        )
+    return float(target_k)
 
 
 def hide_padding(where: Tensor, token_mask_T: Tensor | None) -> Tensor:

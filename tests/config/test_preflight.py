@@ -86,7 +86,7 @@ CASES = {
         "task.optimizer._target_: no package 'tensor' is installed."
     ),
     # groups
-    "moe=dynmo": "moe: no option 'dynmo'. Did you mean 'dynmoe'? Options: dense, dynmoe, ",
+    "moe=dynmo": "moe: no option 'dynmo'. Did you mean 'dynmoe'? Options: ",
     "logger=[csv,tensorbord]": "logger: no option 'tensorbord'. Did you mean 'tensorboard'?",
     "hydra.verbos=1": "Could not override 'hydra.verbos'.",
     "seed=1,2": "seed=1,2: several values need a sweep: add -m. A list is written seed=[...]",
@@ -202,6 +202,42 @@ def test_outputs_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_options_of_a_router_that_need_others(overrides: tuple[str, ...], message: str) -> None:
     (found,) = problems(TASK, *overrides)
     assert found.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("moe=dtopp", "moe.router.target_k=0.5"), "moe.router.target_k: expected 1 or more"),
+        (("moe=dtopp", "moe.router.target_k=[1,2]"), "set moe.router.per_layer=true"),
+        (("moe=remoe", "moe.router.target_k=[1,2]"), "set moe.router.per_layer=true"),
+        (("moe=remoe", "moe.aux_weight=0.01"), "moe.aux_weight: expected 1 with this router"),
+        (("moe=remoe", "moe.router.lambda_rate=1.0"), "moe.router.lambda_rate: expected more than"),
+        (("moe=beam", "moe.router.target_k=3"), "expected at most moe.router.top_k, 2, found 3"),
+        (("moe=topp", "moe.router.top_p=1.5"), "moe.router.top_p: expected a share from 0 to 1"),
+    ],
+)
+def test_numbers_that_do_not_fit_a_router(overrides: tuple[str, ...], message: str) -> None:
+    (found,) = problems(TASK, *overrides)
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    "moe", ["topp", "xmoe", "mass", "dtopp", "remoe", "expert_choice", "expert_threshold", "beam"]
+)
+def test_routers_as_they_come(moe: str) -> None:
+    assert problems(TASK, f"moe={moe}") == []
+    assert problems(TASK, f"moe={moe}", "moe.num_experts=4") == []
+
+
+def test_expert_choice_is_refused_for_causal_models() -> None:
+    glue = ("task=glue", "name=t", "backbone=bert_tiny", "moe=expert_choice")
+    for overrides in (("task=vl", "name=t", "moe=expert_choice"), (*glue, DECODER)):
+        (found,) = problems(*overrides)
+        assert "causal" in found and "moe=expert_threshold" in found
+    assert problems(*glue) == []
+
+
+DECODER = "backbone.architecture=gpt2"
 
 
 @pytest.mark.parametrize(
