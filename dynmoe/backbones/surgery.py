@@ -312,7 +312,8 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
 
 def _blocks(model: nn.Module, depth: int, form: Form) -> Sequence[nn.Module]:
     """Return the list of blocks, which has another name in every family."""
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    lists: Any = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    blocks: Sequence[nn.Module]
     for blocks in lists:
         try:
             form.modules(blocks[0])
