@@ -312,7 +312,7 @@ def activation_of(block: nn.Module, activation: str | type[nn.Module]) -> nn.Mod
 def rate(block: nn.Module, path: str | None) -> float:
     """Return the rate of a dropout: a module's, or a number that the block's code reads."""
     found: Any = 0.0 if path is None else attrgetter(path)(block)
-    return float(found.p if isinstance(found, nn.Module) else found)
+    return float(getattr(found, "p", found))
 
 
 def _no_dropout(block: nn.Module, path: str) -> None:
