@@ -165,7 +165,7 @@ def test_the_page_lists_them_all() -> None:
     } == REFUSED
 
 
-def generated(model: Any, ids: Tensor, steps: int = 4) -> Tensor:
+def generated(model: Any, ids: Tensor, steps: int = 3) -> Tensor:
     mask = torch.ones_like(ids)
     options = {"max_new_tokens": steps, "do_sample": False, "use_cache": True}
     rows: Tensor = model.generate(ids, attention_mask=mask, eos_token_id=None, **options)
@@ -173,7 +173,7 @@ def generated(model: Any, ids: Tensor, steps: int = 4) -> Tensor:
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, ids: Tensor, steps: int = 4) -> Tensor:
+def greedy(model: nn.Module, ids: Tensor, steps: int = 3) -> Tensor:
     """Without a cache: the whole is read again for every token."""
     for _ in range(steps):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
