@@ -223,7 +223,7 @@ def _check_options(config: PreTrainedConfig, options: Mapping[str, Any], node: s
 # makes all three, that one.
 TARGETS = (
     r".*\.(query|value|query_proj|value_proj|in_proj|q_lin|v_lin|q_proj|v_proj|attn\.[qv]"
-    r"|c_attn|query_key_value)"
+    r"|W[qv]|Wqkv|c_attn|qkv_proj|query_key_value|q_b_proj|kv_b_proj)"
 )
 
 
@@ -246,7 +246,7 @@ def add_adapters(
             "backbone.lora: needs the package peft: pip install -e '.[lora]', or set "
             "backbone.lora=null"
         ) from error
-    conv1d = model.config.model_type == "gpt2"
+    conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGETS, fan_in_fan_out=conv1d
     )

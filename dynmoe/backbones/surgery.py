@@ -121,7 +121,8 @@ def add_moe_layers(
         except AttributeError as error:
             raise ConfigError(
                 f"moe.layers={layers}: block {index} of {type(backbone).__name__} has no FFN as "
-                f"timm's Vision Transformers or known transformers models have ({error})"
+                f"timm's Vision Transformers or known transformers models have ({error}). "
+                "docs/models.md lists those that work; moe=dense needs none."
             ) from error
         expert.requires_grad_(True)
         dim = linears(expert)[0].in_features
@@ -427,7 +428,8 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
 
 def _blocks(model: nn.Module, depth: int, form: Form | Mixture) -> Sequence[nn.Module]:
     """Return the list of blocks, which has another name in every family."""
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    lists: Any = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    blocks: Sequence[nn.Module]
     for blocks in lists:
         try:
             form.modules(blocks[0])

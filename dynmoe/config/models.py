@@ -130,6 +130,13 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
             f"{key}: MoE layers in '{kind}' models: {reason}. docs/models.md lists those that "
             "work, e.g. bert, llama, qwen3. moe=dense needs none."
         )
+    elif kind in FAMILIES:
+        return
+    elif modality(cfg, "backbone") == "text" and kind not in (has := text_classifiers()) and has:
+        yield (
+            f"{key}: transformers has no text classifier of '{kind}' models "
+            "(AutoModelForSequenceClassification). Take another type, e.g. bert, llama, qwen3"
+        )
 
 
 def own_mixture(cfg: DictConfig) -> Iterator[str]:
@@ -253,6 +260,15 @@ def transformers_types() -> tuple[str, ...]:
             source = (folder / name).read_text(encoding="utf-8")
             found += re.findall(r"""["']([\w.-]+)["']\s*[,:]\s*["']\w+Config["']""", source)
     return tuple(sorted(set(found)))
+
+
+@lru_cache
+def text_classifiers() -> tuple[str, ...]:
+    """Model types with a text classifier in transformers (models/auto); empty without it."""
+    file = _folder("transformers", "models", "auto") / "modeling_auto.py"
+    source = file.read_text(encoding="utf-8") if file.is_file() else ""
+    table = re.search(r"^MODEL_FOR_SEQUENCE_CLASSIFICATION_\w+ = .*?^\)", source, re.M | re.S)
+    return tuple(re.findall(r"""\(["']([\w.-]+)["'],""", table[0])) if table else ()
 
 
 @lru_cache

@@ -256,8 +256,10 @@ def redraw(mlp: nn.Module, generator: torch.Generator | None = None) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
+        elif type(module).__name__.endswith(("Norm", "norm")):
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:  # to 1 and 0: nothing is drawn
+                reset()
 
 
 # Split one trained FFN into experts: each takes an equal share of its hidden neurons.

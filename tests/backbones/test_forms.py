@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,12 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
 from dynmoe.backbones import hub
 from dynmoe.backbones.forms import Whole
-from dynmoe.backbones.surgery import FORMS, add_moe_layers
+from dynmoe.backbones.surgery import FORMS, REFUSED, add_moe_layers
 from dynmoe.backbones.text import build_text_classifier
 from dynmoe.errors import ConfigError
 from dynmoe.layers import AverageKeyRouter, TopKRouter, mask_padding, moe_layers
@@ -32,6 +35,7 @@ QUICK = (
     *("olmo3", "opt", "phi", "phi3", "recurrent_gemma", "roberta-prelayernorm", "seed_oss"),
     *("stablelm", "starcoder2"),
 )
+HEADS = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 DECODERS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 ROWS = [
     pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow, id=name) for name in FORMS
@@ -104,6 +108,61 @@ def test_a_model_with_moe_layers(name: str) -> None:
 
     if name in DECODERS:
         torch.testing.assert_close(generated(fresh, ids[:1]), greedy(fresh, ids[:1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("doge", {"is_moe": True}, r"^backbone.options.is_moe: expected False.*mixtures already"),
+        ("bloom", {"slow_but_exact": True}, r"^backbone.options.slow_but_exact: expected False"),
+    ],
+)
+def test_options_that_change_the_ffn_are_refused(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        add(build(name, **options), partial(TopKRouter, top_k=2))
+
+
+def test_parameters_beside_the_matrices_are_never_lost() -> None:
+    model = build("llama")
+    for block in model.model.layers:
+        block.mlp.norm = nn.LayerNorm(32)
+    with pytest.raises(ConfigError, match=r"LlamaMLP has parameters beside.*norm.weight"):
+        add(model, partial(TopKRouter, top_k=2))
+
+
+def test_output_biases_are_no_experts_part() -> None:
+    """Top-1's weights below 1 scale no bias; a dropout after the FFN keeps its rate."""
+    for name, options in (("llama", {"mlp_bias": True}), ("seed_oss", {"residual_dropout": 0.25})):
+        model = add(build(name, **options), partial(TopKRouter, top_k=1), 2)
+        mlp = model.model.layers[0].mlp
+        expert = mlp.moe.experts.slots[0]
+        assert expert.down.bias is None and not expert.training
+        assert (expert.gate.bias is None) == (name == "seed_oss")
+        if name == "llama":
+            x = torch.randn(5, 16)
+            torch.testing.assert_close(mlp(x) - mlp.moe(x), mlp.output.bias.expand(5, 16))
+        else:
+            assert mlp.dropout.p == 0.25 and not mlp.dropout.training
+
+
+def test_the_page_lists_them_all() -> None:
+    """docs/models.md: every type, whether it has both heads, and every refusal."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text().split("## timm")[0]
+    works, refused = page.split("Refused, and why:")
+    types = re.sub(r"^\|.*?\|(?= )", "", works, flags=re.M)
+    names = re.findall(r"([\w-]+)( \([CS][^)]*\))?(?=, | \|)", types)
+    marks = {name: mark[2:3] for name, mark in names if name in FORMS}
+    classifiers, causal = (set(heads) for heads in HEADS)
+    assert marks == {
+        name: "" if name in classifiers & causal else "S" if name in classifiers else "C"
+        for name in FORMS
+    }
+    rows = re.findall(r"^\| ([\w, -]+) \| (.+) \|$", refused, re.M)
+    assert {
+        reason: kinds.replace(",", "") for kinds, reason in rows if reason in REFUSED
+    } == REFUSED
 
 
 def generated(model: Any, ids: Tensor, steps: int = 4) -> Tensor:

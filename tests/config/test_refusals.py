@@ -101,7 +101,9 @@ TABLE = {
     f"{IMAGES} data=pacs data.root=. data.test_envs=[4]": (
         "data.test_envs: there is no environment 4",
     ),
-    f"{VL} backbone.architecture=bloom": ("backbone.architecture:", "'bloom'", "moe=dense"),
+    f"{VL} backbone.architecture=dory": ("backbone.architecture:", "'dory'", "moe=dense"),
+    f"{TEXTS} backbone.architecture=albert": ("'albert' models: its blocks share", "moe=dense"),
+    f"{TEXTS} backbone.architecture=granite": ("backbone.architecture: ", "no text classifier"),
     f"{VL} backbone.architecture=lama": ("backbone.architecture:", "'llama'"),
     # models that are mixtures already
     f"{TEXTS} moe=native": ("moe: native is for", "olmoe", "found 'bert'", "moe=dynmoe"),
@@ -275,14 +277,21 @@ def test_an_account_of_wandb_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_models_are_known_as_their_libraries_know_them() -> None:
     import timm
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto
 
-    from dynmoe.backbones.surgery import FORMS
+    from dynmoe.backbones.surgery import FORMS, REFUSED
 
     assert set(timm.list_models()) <= set(models.timm_models())
     assert all(timm.is_model(name) for name in models.timm_models())
     assert models.moe_types() == tuple(FORMS)
-    assert set(FORMS) <= set(models.transformers_types()) and "bloom" in CONFIG_MAPPING
+    refused = models.moe_refusals()
+    assert refused["albert"] == "its blocks share their FFNs" and set(refused.values()) == {
+        *REFUSED
+    }
+    assert {*FORMS, *refused} <= set(models.transformers_types()) and not {*FORMS} & {*refused}
     assert set(CONFIG_MAPPING.keys()) <= set(models.transformers_types())
+    classifiers = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    assert models.text_classifiers() == tuple(classifiers)
 
 
 def test_environments_of_the_built_in_sets() -> None:
@@ -297,8 +306,8 @@ def test_a_folder_says_its_type_and_depth(tmp_path: Path) -> None:
     base = (VL, "backbone.architecture=null", "backbone.options={}", folder)
     found = preflight([*base, "~backbone.options.num_hidden_layers", "moe.layers=[3]"]).problems
     assert any("block indices below 3" in text for text in found)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "bloom"}))
-    assert any("'bloom'" in text for text in preflight(base).problems)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "dory"}))
+    assert any("'dory'" in text for text in preflight(base).problems)
 
 
 def test_every_pattern_is_one_of_a_number() -> None:
