@@ -91,7 +91,10 @@ def add_moe_layers(
     assert router is not None or not places, (
         "moe.layers asks for MoE layers, but moe.router is null"
     )
+    before: Router | None = None
     for index, make in zip(places, _routers(router, len(places)), strict=True):
+        if before is not None and before.hands_on:
+            make = partial(make, after=before)
         try:
             expert = form.expert(blocks[index], expert_dropout)
         except AttributeError as error:
@@ -103,6 +106,7 @@ def add_moe_layers(
         dim = linears(expert)[0].in_features
         layer = MoELayer(expert, dim, make, num_experts, max_experts, init, keep_origin, recompute)
         form.put(blocks[index], layer)
+        before = layer.router
 
 
 def _routers(
@@ -125,9 +129,9 @@ def _routers(
     return [partial(_made, maker) for maker in makers]
 
 
-def _made(maker: Callable[[int, int], Router], dim: int, slots: int) -> Router:
+def _made(maker: Callable[..., Router], dim: int, slots: int, **more: Any) -> Router:
     try:
-        return maker(dim, slots)
+        return maker(dim, slots, **more)
     except ValueError as error:
         raise ConfigError(f"moe.router: {error}") from error
 

@@ -51,14 +51,15 @@ RANGES: dict[Range, str] = {
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
-        "moe.router.num_null moe.router.aux_end moe.router.bias_rate "
+        "moe.router.num_null moe.router.num_constant moe.router.num_copy moe.router.num_zero "
+        "moe.router.aux_end moe.router.bias_rate moe.router.free_balance "
         "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
     ),
     POSITIVE: (
         "moe.adaptation.length moe.adaptation.period moe.router.init_temperature "
         "moe.router.capacity_factor moe.router.target_k* moe.router.temperature "
-        "moe.router.route_scale plan.tflops plan.mean_k plan.mean_tokens "
+        "moe.router.route_scale moe.router.input_scale plan.tflops plan.mean_k plan.mean_tokens "
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
     SHARE: "task.scheduler.warmup protocol.*.warmup data.holdout_fraction",

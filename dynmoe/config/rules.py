@@ -120,6 +120,12 @@ def options_that_need_others(cfg: DictConfig) -> Iterator[str]:
             f"moe.router.min_capacity: {router['min_capacity']} needs a moe.router.capacity_factor "
             "(1.5): without one no token is dropped. Set it, or min_capacity=0."
         )
+    unused = [key for key in ("z_weight", "sequence_weight") if router.get(key)]
+    if unused and read(cfg, "moe.aux_weight", float) == 0:
+        yield (
+            f"moe.router.{unused[0]}: needs moe.aux_weight above 0, which multiplies it. Set "
+            "moe.aux_weight=1, or leave it out."
+        )
     if router.get("aux") == "importance_load" and router.get("noise") == 0:
         yield (
             "moe.router.aux: importance_load needs moe.router.noise above 0, which smooths it. "

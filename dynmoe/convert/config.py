@@ -275,7 +275,12 @@ ROUTERS = {"dynmoe.layers.TopAnyRouter": "dynmoe", "dynmoe.layers.TopKRouter": "
 # Options of routers, the only values that evaluate as the official code does.
 ROUTER_OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "dynmoe": {"combine": ("constant_k", "through_k")},
-    "topk": {"top_k": (1, 2), "capacity_factor": (None,), "weights_sum": ("one",)},
+    "topk": {
+        "top_k": (1, 2),
+        "capacity_factor": (None,),
+        "weights_sum": ("one",),
+        "forced_balance": (False,),
+    },
 }
 
 

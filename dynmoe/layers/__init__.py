@@ -7,6 +7,7 @@ from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopK
 from dynmoe.layers.moe import MoELayer, aux_loss, mask_padding, moe_layers, record_routing
 from dynmoe.layers.null_routers import NullExpertRouter
 from dynmoe.layers.routers import Router, Routing, StepTotals, TopAnyRouter
+from dynmoe.layers.zero_cost_routers import ZeroCostRouter
 
 __all__ = [
     "AverageKeyRouter",
@@ -21,6 +22,7 @@ __all__ = [
     "StepTotals",
     "TopAnyRouter",
     "TopKRouter",
+    "ZeroCostRouter",
     "aux_loss",
     "mask_padding",
     "moe_layers",

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, E living experts, D model width.
 from __future__ import annotations
 
 import copy
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -138,23 +139,33 @@ class MoELayer(nn.Module):
         # Compiled code knows the experts that it was made for, and asks for them in `_serve`.
         compiling = torch.compiler.is_compiling()
         live = self._live if compiling else self.live
-        routing = self._route(x_TD, live, token_mask_T)
+        length = sequence_length(x.shape, token_mask)
+        routing = self._route(x_TD, live, token_mask_T, length)
         if torch.compiler.is_exporting():
             y_TD = self._sum(x_TD, routing, live)
         else:
-            y_TD = self._serve(x_TD, routing, live, token_mask_T, x.shape[:-1], compiling)
+            y_TD = self._serve(x_TD, routing, live, token_mask_T, length, x.shape[:-1], compiling)
         return y_TD.view(x.shape)
 
-    def _route(self, x_TD: Tensor, live: tuple[int, ...], token_mask_T: Tensor | None) -> Routing:
+    def _route(
+        self,
+        x_TD: Tensor,
+        live: tuple[int, ...],
+        token_mask_T: Tensor | None,
+        length: int | None,
+    ) -> Routing:
         if not live:
             raise ValueError("no expert is alive: active_E is False for all slots")
         self.router.prepare(self.experts, live)
-        routing: Routing = self.router(x_TD, live, token_mask_T)
+        more = {"length": length} if self.router.by_sequence else {}
+        routing: Routing = self.router(x_TD, live, token_mask_T, **more)
         # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
         return routing._replace(aux=_of_some(routing.aux, x_TD, token_mask_T))
 
     def _sum(self, x_TD: Tensor, routing: Routing, live: tuple[int, ...]) -> Tensor:
-        y_TD: Tensor = self.experts(x_TD, routing, live)
+        scale = self.router.input_scale
+        rows_TD = x_TD if scale == 1 else x_TD * scale
+        y_TD: Tensor = self.experts(rows_TD, routing, live)
         return y_TD if routing.extra_TD is None else y_TD + routing.extra_TD.to(y_TD.dtype)
 
     # NOTE: not compiled, as the experts' code is in any case: no further graph break. Compiled code
@@ -167,12 +178,13 @@ class MoELayer(nn.Module):
         routing: Routing,
         live: tuple[int, ...],
         token_mask_T: Tensor | None,
+        length: int | None,
         shape: torch.Size,
         compiled: bool,
     ) -> Tensor:
         if compiled and self.live != live:  # written to since: the next call compiles anew
             live = self.live
-            routing = self._route(x_TD, live, token_mask_T)
+            routing = self._route(x_TD, live, token_mask_T, length)
         y_TD = self._sum(x_TD, routing, live)
         observer = self.observer if self.training else None
         if self.tape is not None or observer is not None:
@@ -345,6 +357,16 @@ def _check_mask(token_mask: Tensor, x: Tensor) -> None:
             f"token_mask: expected the shape of x without its last dimension, {list(shape)} of "
             f"{list(x.shape)}, found {list(token_mask.shape)}"
         )
+
+
+def sequence_length(shape: torch.Size, token_mask: Tensor | None) -> int | None:
+    """Return how many tokens of x in a row are a sequence; None where its shape does not tell."""
+    if len(shape) > 2:
+        return math.prod(shape[1:-1])
+    # Some blocks pass the tokens of all sequences as rows.
+    if token_mask is not None and token_mask.ndim > 1:
+        return math.prod(token_mask.shape[1:])
+    return None
 
 
 def _check_bool(token_mask: Tensor) -> None:

@@ -103,6 +103,13 @@ class Router(nn.Module):
 
     adaptive: ClassVar[bool] = False
     """Whether experts may be added and removed during training."""
+    by_sequence: bool = False
+    """Whether ``forward`` takes ``length`` besides: how many tokens in a row are a sequence. None
+    where that is not known: then all of them are one."""
+    input_scale: float = 1.0
+    """Factor of the tokens that experts get."""
+    hands_on: bool = False
+    """Whether the router of the next MoE layer is made with ``after=`` this one."""
     observes: int = 0
     """Numbers in ``Routing.observed``; 0 without."""
 
@@ -176,6 +183,43 @@ class Router(nn.Module):
             if after is not None and after.dtype != FP32:
                 self._buffers[key] = before.to(after.device)
         return self
+
+
+class SoftmaxRouter(Router):
+    """Base class of routers over logits: two losses that any of them can add to its own.
+
+    ``z_weight``: of ``losses.z_loss``; ``sequence_weight``: of ``losses.sequence_balance``. Both
+    are parts of ``Routing.aux``, which ``moe.aux_weight`` multiplies once more.
+    """
+
+    def __init__(self, z_weight: float = 0.0, sequence_weight: float = 0.0) -> None:
+        super().__init__()
+        self.z_weight = z_weight
+        self.sequence_weight = sequence_weight
+        self.by_sequence = sequence_weight > 0
+
+    @property
+    def adds_losses(self) -> bool:
+        return self.z_weight > 0 or self.sequence_weight > 0
+
+    def _with_losses(
+        self,
+        aux: Tensor,
+        logits_TC: Tensor,
+        probs_TC: Tensor,
+        picks_TC: Tensor,
+        token_mask_T: Tensor | None,
+        length: int | None,
+    ) -> Tensor:
+        """``aux`` with what is asked for. C: all columns of the softmax."""
+        if torch.compiler.is_exporting():  # programs that are not trained, of any batch size
+            return aux
+        if self.z_weight:
+            aux = aux + self.z_weight * losses.z_loss(logits_TC, token_mask_T)
+        if self.sequence_weight:
+            balance = losses.sequence_balance(probs_TC, picks_TC, length, token_mask_T)
+            aux = aux + self.sequence_weight * balance
+        return aux
 
 
 def hide_padding(where: Tensor, token_mask_T: Tensor | None) -> Tensor:

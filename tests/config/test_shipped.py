@@ -68,7 +68,7 @@ def commands() -> list[list[str]]:
         for option in options:
             if homes[option] != kind:
                 continue
-            if option.startswith(("sweep=", "experiment=")) or option in APART:
+            if option.startswith(("sweep=", "experiment=", "schedule=")) or option in APART:
                 found.append([TASKS[kind], option, *APART.get(option, [])])
             else:
                 groups.setdefault(option.split("=")[0], []).append(option)

@@ -23,6 +23,7 @@ from dynmoe.layers import (
     NullExpertRouter,
     TopAnyRouter,
     TopKRouter,
+    ZeroCostRouter,
     aux_loss,
     record_routing,
 )
@@ -41,6 +42,8 @@ ROUTERS: dict[str, Any] = {
     "budget, softmax": partial(BudgetTopAnyRouter, weights="softmax", gate_grad="none"),
     "budget, gradient to all": partial(BudgetTopAnyRouter, gate_grad="all"),
     "topk": TopKRouter,
+    "topk, more losses": partial(TopKRouter, z_weight=0.1, sequence_weight=0.1),
+    "topk in turn": partial(TopKRouter, forced_balance=True),
     "gmoe": CosineTopKRouter,
     "gmoe with capacity": partial(CosineTopKRouter, capacity_factor=1.5),
     "emoe": partial(AverageKeyRouter, top_k=2),
@@ -59,6 +62,10 @@ ROUTERS: dict[str, Any] = {
         renorm="none",
         balance="bias",
         target_k=1.5,
+    ),
+    "moepp": ZeroCostRouter,
+    "moepp, linear gate": partial(
+        ZeroCostRouter, two_layer_gate=False, num_constant=0, num_zero=2, z_weight=0.1
     ),
 }
 WITH_STATE = [name for name, make in ROUTERS.items() if make(DIM, SLOTS).has_state]
