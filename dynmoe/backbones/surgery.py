@@ -67,6 +67,7 @@ def add_moe_layers(
     init: Init,
     expert_dropout: float | None = None,
     recompute: bool = False,
+    shared_experts: int = 0,
     keep_origin: bool = False,
 ) -> None:
     """Turn the FFNs of the chosen blocks into MoE layers, in place.
@@ -77,7 +78,8 @@ def add_moe_layers(
     scratch.
     A list as the router's ``target_k`` has one number for each layer.
     ``expert_dropout`` acts after the activation inside experts only (0.1 in GMoE); None keeps the
-    FFN's own. ``recompute``: see ``MoELayer``. All of an MoE layer is trained, whatever was frozen.
+    FFN's own. ``recompute``, ``shared_experts``: see ``MoELayer``. All of an MoE layer is trained,
+    whatever was frozen.
 
     Raises:
         ConfigError: blocks that are not there, or whose FFN is of a form not known or cannot be
@@ -104,14 +106,22 @@ def add_moe_layers(
             ) from error
         expert.requires_grad_(True)
         dim = linears(expert)[0].in_features
-        layer = MoELayer(expert, dim, make, num_experts, max_experts, init, keep_origin, recompute)
+        layer = MoELayer(
+            expert,
+            dim,
+            make,
+            num_experts,
+            max_experts,
+            init,
+            keep_origin,
+            recompute,
+            shared_experts,
+        )
         form.put(blocks[index], layer)
         before = layer.router
 
 
-def _routers(
-    router: Callable[[int, int], Router] | None, layers: int
-) -> list[Callable[..., Router]]:
+def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:
     """One maker for each MoE layer: a list as ``target_k`` has one number for each.
 
     Raises:

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.errors import ConfigError
-from dynmoe.layers.moe import mask_padding, moe_layers
+from dynmoe.layers.moe import constant_weights, mask_padding, moe_layers
 
 modality = "vision-language"
 
@@ -135,7 +135,8 @@ class VisionLanguageModel(nn.Module):
         """
         self._token_mask = tokens["attention_mask"].bool()
         calls = self.language_model.register_forward_pre_hook(self._mask_call, with_kwargs=True)
-        with calls, mask_padding(self.language_model, None):
+        constant = constant_weights(self.language_model)
+        with calls, constant, mask_padding(self.language_model, None):
             out: Tensor = self.language_model.generate(
                 inputs_embeds=self.embed(tokens),
                 attention_mask=tokens["attention_mask"],

@@ -51,8 +51,8 @@ RANGES: dict[Range, str] = {
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
-        "moe.router.num_null moe.router.num_constant moe.router.num_copy moe.router.num_zero "
-        "moe.router.aux_end moe.router.bias_rate moe.router.free_balance "
+        "moe.shared_experts moe.router.num_null moe.router.num_constant moe.router.num_copy "
+        "moe.router.num_zero moe.router.aux_end moe.router.bias_rate moe.router.free_balance "
         "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
     ),

@@ -402,6 +402,8 @@ def _run_problems(
     if name is None:
         yield f"moe.router: expected one of {', '.join(ROUTERS)}, found {router._target_}"
         return
+    if cfg.moe.get("shared_experts"):
+        yield f"moe.shared_experts: expected 0, found {cfg.moe.shared_experts}"
     for key, values in ROUTER_OPTIONS[name].items():
         if router.get(key, values[0]) not in values:
             expected = " or ".join(map(str, values))

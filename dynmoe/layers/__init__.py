@@ -4,7 +4,14 @@ from dynmoe.layers.biased_routers import BiasedTopKRouter
 from dynmoe.layers.budget import BudgetTopAnyRouter
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
-from dynmoe.layers.moe import MoELayer, aux_loss, mask_padding, moe_layers, record_routing
+from dynmoe.layers.moe import (
+    MoELayer,
+    aux_loss,
+    constant_weights,
+    mask_padding,
+    moe_layers,
+    record_routing,
+)
 from dynmoe.layers.null_routers import NullExpertRouter
 from dynmoe.layers.routers import Router, Routing, StepTotals, TopAnyRouter
 from dynmoe.layers.zero_cost_routers import ZeroCostRouter
@@ -24,6 +31,7 @@ __all__ = [
     "TopKRouter",
     "ZeroCostRouter",
     "aux_loss",
+    "constant_weights",
     "mask_padding",
     "moe_layers",
     "record_routing",

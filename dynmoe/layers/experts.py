@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
-from dynmoe.layers.ffn import Layout, find_layout, is_plain_linear, read_ffns
+from dynmoe.layers.ffn import find_layout, is_plain_linear, read_ffns
 from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
 from dynmoe.layers.routers import Routing
 
@@ -40,6 +40,9 @@ class Experts(nn.Module):
         ConfigError: ``cluster`` or ``random`` of an FFN that cannot be split so (``split_ffn``).
     """
 
+    kept: dict[Any, Any] | None
+    """Weights in the dtype of products, within ``moe.constant_weights``; None elsewhere."""
+
     def __init__(
         self, mlp: nn.Module, num_slots: int, init: Init = "copy", recompute: bool = False
     ) -> None:
@@ -55,13 +58,17 @@ class Experts(nn.Module):
             for slot in self.slots:
                 redraw(slot)
         self.layout = find_layout(self.slots[0])
+        self.kept: dict[Any, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
 
     def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
         """Sum the weighted expert outputs of every token, [T, D]. Cost: one FFN row per pair."""
         experts = [self.slots[slot] for slot in live]
         if torch.compiler.is_exporting():
             return _traceable_forward(experts, x_TD, routing)
-        return _sparse_forward(experts, self.layout, x_TD, routing, self.recompute)
+        return _sparse_forward(self, experts, x_TD, routing)
 
     @torch.no_grad()
     def mean_keys(self, live: Sequence[int]) -> Tensor:
@@ -76,18 +83,14 @@ class Experts(nn.Module):
 # Loads are new in every step: compiled code would be specialised on them, and compiled again.
 @torch.compiler.disable
 def _sparse_forward(
-    experts: Sequence[nn.Module],
-    layout: Layout | None,
-    x_TD: Tensor,
-    routing: Routing,
-    recompute: bool,
+    pool: Experts, experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing
 ) -> Tensor:
-    ffns = None if layout is None else read_ffns(experts, layout)
+    ffns = None if pool.layout is None else read_ffns(experts, pool.layout)
     p = dispatch.pairs(routing.dispatch_TE, 1 if ffns is None else row_multiple(x_TD))
     if not any(p.counts):  # zeros that backward() can start from, without any expert's Parameters
         return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
     if ffns is not None:
-        out_RD = grouped_ffn(x_TD, p, ffns, recompute)
+        out_RD = grouped_ffn(x_TD, p, ffns, pool.recompute, pool.kept)
     else:
         runs = dispatch.gather(x_TD, p).split(p.counts)
         # NOTE: an expert without rows is not called: its Parameters stay out of the graph.
@@ -227,6 +230,30 @@ def redraw(mlp: nn.Module, generator: torch.Generator | None = None) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
+
+
+@torch.no_grad()
+def shared_expert(mlp: nn.Module, init: Init) -> nn.Module:
+    """Return an FFN like ``mlp`` that is to be added to the routed experts.
+
+    ``fresh``: newly drawn. Else a copy whose last linear layer is 0: the routed experts start as
+    the trained FFN, and so the layer does.
+
+    Raises:
+        ConfigError: there is no linear layer.
+    """
+    made = copy.deepcopy(mlp)
+    if init == "fresh":
+        redraw(made)
+        return made
+    if not (found := linears(made)):
+        raise ConfigError(
+            f"moe.shared_experts: {type(mlp).__name__} has no linear layer that could start at 0. "
+            "Set moe.init=fresh, or moe.shared_experts=0."
+        )
+    for p in found[-1].parameters():
+        p.zero_()
+    return made
 
 
 # Split one trained FFN into experts: each takes an equal share of its hidden neurons.

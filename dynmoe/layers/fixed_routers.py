@@ -112,7 +112,9 @@ class TopKRouter(SoftmaxRouter):
                 weights_TE = weights_TE * self.top_k
             # NOTE: the loss sees the choices before places are given: an expert that many tokens
             # want must not look balanced because the overflow was dropped.
-            aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
+            aux = probs_TE.new_zeros(())
+            if self.recorded:
+                aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
             if self.adds_losses:
                 probs = clean_TE.softmax(1)
                 aux = self._with_losses(aux, clean_TE, probs, mask_TE, token_mask_T, length)
@@ -242,8 +244,9 @@ class AverageKeyRouter(Router):
         self.register_buffer("keys_ED", torch.zeros(num_slots, dim), persistent=False)
 
     def prepare(self, experts: Experts, live: Sequence[int]) -> None:
-        # NOTE: at every forward, because the keys are trained with their experts.
-        self.keys_ED = experts.mean_keys(live)
+        # NOTE: at every forward, because the keys are trained with their experts. No gradient.
+        with torch.no_grad():
+            self.keys_ED = self.made_once("keys", experts.mean_keys, live)
 
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None

@@ -15,7 +15,7 @@ from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -69,23 +69,23 @@ class _Chunk(NamedTuple):
     """Rows of consecutive experts that are gathered and activated together."""
 
     rows: slice
-    runs: list[tuple[int, slice]]
-    """Its experts, and each one's slice of these rows."""
+    experts: list[int]
+    sizes: list[int]
+    """Rows of each of them."""
 
 
 def _chunks(counts: Sequence[int], longest: int) -> list[_Chunk]:
     """Pack the experts with rows into chunks of at most ``longest`` rows, or of one expert."""
-    groups: list[list[tuple[int, int, int]]] = []
+    chunks: list[_Chunk] = []
     for e, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)):
-        if count:
-            if not groups or end - groups[-1][0][1] > longest:
-                groups.append([])
-            groups[-1].append((e, end - count, end))
-    return [
-        _Chunk(slice(start, group[-1][2]), [(e, slice(a - start, b - start)) for e, a, b in group])
-        for group in groups
-        for start in [group[0][1]]
-    ]
+        if not count:
+            continue
+        if chunks and end - chunks[-1].rows.start <= longest:
+            start, experts, sizes = chunks.pop()
+            chunks.append(_Chunk(slice(start.start, end), [*experts, e], [*sizes, count]))
+        else:
+            chunks.append(_Chunk(slice(end - count, end), [e], [count]))
+    return chunks
 
 
 class _Setting(NamedTuple):
@@ -161,10 +161,13 @@ class _Hidden(NamedTuple):
     """The dropout's."""
 
 
-def grouped_ffn(x_TD: Tensor, p: Pairs, ffns: FFNs, recompute: bool) -> Tensor:
+def grouped_ffn(
+    x_TD: Tensor, p: Pairs, ffns: FFNs, recompute: bool, kept: dict[Any, Any] | None = None
+) -> Tensor:
     """Return the output of every row's expert on its token, [R, D], in ``compute_dtype``.
 
-    ``ffns`` are the experts of ``p.counts``.
+    ``ffns`` are the experts of ``p.counts``. ``kept`` holds copies of their weights in that dtype
+    from call to call, None where they may change.
 
     Raises:
         ValueError: an FFN that does not map D to D columns, or is not of the size of the others.
@@ -182,20 +185,32 @@ def grouped_ffn(x_TD: Tensor, p: Pairs, ffns: FFNs, recompute: bool) -> Tensor:
         keep,
         keep and not recompute,
     )
-    # NOTE: everything is cast here, once and inside the graph, which casts gradients back to the
-    # weights' fp32; autocast does not reach products that write into ``out``.
+    # Without rows no gradient: the weights stay out of the autograd graph, where DDP would find
+    # them and give them a gradient of zeros.
+    needed = [
+        None if w is None or not (count or grouped) else w if count else w.detach()
+        for count, own in zip(p.counts, setting.by_expert(ffns.weights), strict=True)
+        for w in own
+    ]
+    # NOTE: cast here, because autocast does not reach products that write into ``out``; outside the
+    # graph, which gives fp32 weights fp32 gradients by itself.
+    weights = [w if w is None or w.dtype == dtype else _cast(w, dtype, kept) for w in needed]
     with torch.autocast(x_TD.device.type, enabled=False):
-        # Without rows no gradient: the weights stay out of the autograd graph, where DDP would
-        # find them and give them a gradient of zeros.
-        weights = [
-            None if w is None or not (count or grouped) else (w if count else w.detach()).to(dtype)
-            for count, own in zip(p.counts, setting.by_expert(ffns.weights), strict=True)
-            for w in own
-        ]
         function = _GroupedMM if grouped else _PerExpert
         where = (p.end_E, p.token_R, p.row_P, p.start_T)
-        out_RD = function.apply(setting, x_TD.to(dtype), *where, *weights)
-        return F.dropout(out_RD, ffns.output_dropout)  # a rate of 0 in evaluation: read_ffns
+        out_RD = function.apply(setting, weights, x_TD.to(dtype), *where, *needed)
+        rate = ffns.output_dropout
+        return F.dropout(out_RD, rate) if rate else out_RD  # 0 in evaluation: read_ffns
+
+
+def _cast(weight: Tensor, dtype: torch.dtype, kept: dict[Any, Any] | None) -> Tensor:
+    # Views (of FSDP's flat parameters) and detached tensors are new objects in every forward.
+    if kept is None or type(weight) is not nn.Parameter:
+        return weight.detach().to(dtype)
+    key = id(weight), dtype
+    if key not in kept:
+        kept[key] = weight, weight.detach().to(dtype)  # the weight, so that its id stays its own
+    return kept[key][1]
 
 
 def _sizes(ffns: FFNs, experts: int, dim: int) -> tuple[list[slice], int]:
@@ -226,20 +241,22 @@ class _PerExpert(torch.autograd.Function):
     """One product after the other, each on its expert's slice of the rows."""
 
     @staticmethod
-    def forward(ctx: Any, s: _Setting, x_TD: Tensor, *rest: Any) -> Tensor:
-        _, token_R, row_P, start_T, *weights = rest
+    def forward(ctx: Any, s: _Setting, weights: list[Any], x_TD: Tensor, *rest: Any) -> Tensor:
+        _, token_R, row_P, start_T, *_ = rest
         own = s.by_expert(weights)
         out_RD = x_TD.new_empty(len(token_R), x_TD.shape[1])
         kept: list[Tensor | None] = []
-        for rows, runs in s.chunks:
-            x_ND, out_ND = x_TD.index_select(0, token_R[rows]), out_RD[rows]
+        for rows, experts, sizes in s.chunks:
+            x_ND = x_TD.index_select(0, token_R[rows])
             pre_NI = x_TD.new_empty(len(x_ND), s.columns[-1].stop)
-            for e, run in runs:
-                for i, part in enumerate(s.columns):
-                    _linear(x_ND[run], own[e][2 * i : 2 * i + 2], pre_NI[run, part])
+            parts = [pre_NI[:, part].split(sizes) for part in s.columns]
+            for e, x, *outs in zip(experts, x_ND.split(sizes), *parts, strict=True):
+                for i, out in enumerate(outs):
+                    _linear(x, own[e][2 * i], own[e][2 * i + 1], out)
             hidden = s.activate(pre_NI)
-            for e, run in runs:
-                _linear(hidden.out_NH[run], own[e][-2:], out_ND[run])
+            runs = hidden.out_NH.split(sizes), out_RD[rows].split(sizes)
+            for e, x, out in zip(experts, *runs, strict=True):
+                _linear(x, own[e][-2], own[e][-1], out)
             kept += s.kept(pre_NI, hidden)
         ctx.setting = s
         ctx.save_for_backward(x_TD, token_R, row_P, start_T, *weights, *kept)
@@ -250,36 +267,38 @@ class _PerExpert(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         s: _Setting = ctx.setting
         x_TD, token_R, row_P, start_T, *rest = ctx.saved_tensors
-        needs_x, needs_w = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
+        needs_x, needs_w = ctx.needs_input_grad[2], ctx.needs_input_grad[7:]
         own, needs, kept = s.by_expert(rest), s.by_expert(needs_w), iter(rest[len(needs_w) :])
         w_grads: list[list[Tensor | None]] = [[None] * len(w) for w in own]
         grad_RD = grads[0].contiguous()
         rows_grad_RD = torch.empty_like(grad_RD)
-        for rows, runs in s.chunks:
+        for rows, experts, sizes in s.chunks:
             pre_NI, hidden = next(kept), _Hidden(next(kept), next(kept), next(kept))
             hidden_NH = s.hidden_again(pre_NI, hidden)
             # Rows without a pair have gradient 0 (``dispatch._Combine``) and add nothing.
-            grad_ND, grad_NH = grad_RD[rows], torch.empty_like(hidden_NH)
-            for e, run in runs:
-                w_grads[e][-2:] = _weight_grads(grad_ND[run], hidden_NH[run], *needs[e][-2:])
-                torch.mm(grad_ND[run], own[e][-2], out=grad_NH[run])
+            grad_NH = torch.empty_like(hidden_NH)
+            runs = [t.split(sizes) for t in (grad_RD[rows], hidden_NH, grad_NH)]
+            for e, grad, x, out in zip(experts, *runs, strict=True):
+                w_grads[e][-2:] = _weight_grads(grad, x, *needs[e][-2:])
+                torch.mm(grad, own[e][-2], out=out)
             grad_NI = s.backward(grad_NH, pre_NI, hidden)
             # The tokens are gathered again rather than kept: [R, D] would be k times [T, D].
-            x_ND, rows_grad_ND = x_TD.index_select(0, token_R[rows]), rows_grad_RD[rows]
-            for e, run in runs:
-                for i, part in enumerate(s.columns):
-                    grad, both = grad_NI[run, part], slice(2 * i, 2 * i + 2)
-                    w_grads[e][both] = _weight_grads(grad, x_ND[run], *needs[e][both])
-                    if needs_x and i == 0:
-                        torch.mm(grad, own[e][0], out=rows_grad_ND[run])
-                    elif needs_x:
-                        rows_grad_ND[run].addmm_(grad, own[e][2 * i])
+            x_ND = x_TD.index_select(0, token_R[rows])
+            parts = [grad_NI[:, part].split(sizes) for part in s.columns]
+            runs = [x_ND.split(sizes), rows_grad_RD[rows].split(sizes)]
+            for e, x, out, *part_grads in zip(experts, *runs, *parts, strict=True):
+                for i, grad in enumerate(part_grads):
+                    both = slice(2 * i, 2 * i + 2)
+                    w_grads[e][both] = _weight_grads(grad, x, *needs[e][both])
+                    if needs_x:  # the first product, and the sum with the second
+                        torch.mm(grad, own[e][0], out=out) if i == 0 else out.addmm_(
+                            grad, own[e][2 * i]
+                        )
         x_grad_TD = sum_by_token(rows_grad_RD, row_P, start_T) if needs_x else None
-        return None, x_grad_TD, None, None, None, None, *chain.from_iterable(w_grads)
+        return None, None, x_grad_TD, None, None, None, None, *chain.from_iterable(w_grads)
 
 
-def _linear(x_NI: Tensor, layer: Sequence[Any], out: Tensor) -> None:
-    w_OI, b_O = layer
+def _linear(x_NI: Tensor, w_OI: Tensor, b_O: Tensor | None, out: Tensor) -> None:
     if b_O is None:
         torch.mm(x_NI, w_OI.t(), out=out)
     else:  # in one operation: bf16 is rounded once
@@ -297,22 +316,18 @@ class _GroupedMM(torch.autograd.Function):
     """All experts' products in one ``grouped_mm``, on stacked weights; gate and up in one."""
 
     @staticmethod
-    def forward(ctx: Any, s: _Setting, x_TD: Tensor, *rest: Any) -> Tensor:
-        end_E, token_R, row_P, start_T, *weights = rest
+    def forward(ctx: Any, s: _Setting, weights: list[Any], x_TD: Tensor, *rest: Any) -> Tensor:
+        end_E, token_R, row_P, start_T, *_ = rest
         end_E = end_E.int()  # grouped_mm takes int32 alone
         inner_EID, outer_EDH = _stacked(s, weights)
         x_RD = x_TD.index_select(0, token_R)
         pre_RI = F.grouped_mm(x_RD, inner_EID.transpose(1, 2), offs=end_E)
-        own, (chunk,) = s.by_expert(weights), s.chunks
-        for e, run in chunk.runs:
-            for part, bias in zip(s.columns, own[e][1:-2:2], strict=True):
-                if bias is not None:
-                    pre_RI[run, part] += bias
+        own, ((_, experts, sizes),) = s.by_expert(weights), s.chunks
+        for i, part in enumerate(s.columns):
+            _add_biases(pre_RI[:, part].split(sizes), [own[e][2 * i + 1] for e in experts])
         hidden = s.activate(pre_RI)
         out_RD = F.grouped_mm(hidden.out_NH, outer_EDH.transpose(1, 2), offs=end_E)
-        for e, run in chunk.runs:
-            if own[e][-1] is not None:
-                out_RD[run] += own[e][-1]
+        _add_biases(out_RD.split(sizes), [own[e][-1] for e in experts])
         ctx.setting = s
         kept = s.kept(pre_RI, hidden)
         ctx.save_for_backward(x_TD, end_E, token_R, row_P, start_T, *weights, *kept)
@@ -323,9 +338,9 @@ class _GroupedMM(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         s: _Setting = ctx.setting
         x_TD, end_E, token_R, row_P, start_T, *rest = ctx.saved_tensors
-        needs_x, needs_w = ctx.needs_input_grad[1], ctx.needs_input_grad[6:]
+        needs_x, needs_w = ctx.needs_input_grad[2], ctx.needs_input_grad[7:]
         weights, (pre_RI, *hidden) = rest[: len(needs_w)], rest[len(needs_w) :]
-        needs, (chunk,) = s.by_expert(needs_w), s.chunks
+        needs, ((_, experts, sizes),) = s.by_expert(needs_w), s.chunks
         w_grads: list[list[Tensor | None]] = [[None] * len(n) for n in needs]
         grad_RD = grads[0].contiguous()
         # NOTE: weights are stacked again rather than kept: the stacks are a copy of all experts.
@@ -339,9 +354,11 @@ class _GroupedMM(torch.autograd.Function):
             x_RD = x_TD.index_select(0, token_R)
             for e, grad_ID in enumerate(F.grouped_mm(grad_RI.t(), x_RD, offs=end_E)):
                 w_grads[e][0:-2:2] = [grad_ID[part] for part in s.columns]
-        for e, run in chunk.runs:
-            w_grads[e][1:-2:2] = [grad_RI[run, part].sum(0) for part in s.columns]
-            w_grads[e][-1] = grad_RD[run].sum(0)
+        for e, inner, outer in zip(
+            experts, grad_RI.split(sizes), grad_RD.split(sizes), strict=True
+        ):
+            w_grads[e][1:-2:2] = [inner[:, part].sum(0) for part in s.columns]
+            w_grads[e][-1] = outer.sum(0)
         x_grad_TD = None
         if needs_x:
             rows_grad_RD = F.grouped_mm(grad_RI, inner_EID, offs=end_E)
@@ -349,7 +366,14 @@ class _GroupedMM(torch.autograd.Function):
         # NOTE: no gradient, rather than one of zeros, for experts without rows: their weights were
         # detached. Zeros would let the optimizer decay and move them.
         flat = zip(chain.from_iterable(w_grads), needs_w, strict=True)
-        return None, x_grad_TD, None, None, None, None, *(g if need else None for g, need in flat)
+        found = (grad if need else None for grad, need in flat)
+        return None, None, x_grad_TD, None, None, None, None, *found
+
+
+def _add_biases(runs: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    for rows, bias in zip(runs, biases, strict=True):
+        if bias is not None:
+            rows += bias
 
 
 def _stacked(s: _Setting, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

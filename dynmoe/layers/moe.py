@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynmoe.layers.experts import Experts, Init, check_ffn, redraw
+from dynmoe.layers.experts import Experts, Init, check_ffn, redraw, same_rows, shared_expert
 from dynmoe.layers.routers import Router, Routing
 
 NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
@@ -69,12 +69,15 @@ class MoELayer(nn.Module):
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
     inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
+    ``shared_experts`` more FFNs serve every token, whatever the router: their outputs are added
+    (``experts.shared_expert`` says how they start). k counts routed experts alone.
 
     Raises:
         TypeError: ``router`` makes no ``Router``, or ``mlp`` is no module.
         ValueError: ``num_experts`` is not 1 to ``max_experts``, or ``mlp`` does not map rows
             [N, ``dim``] alone to rows of the same shape and dtype.
-        ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``).
+        ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``), or
+            makes a shared expert of one without linear layers.
     """
 
     active_E: Tensor
@@ -96,6 +99,7 @@ class MoELayer(nn.Module):
         init: Init = "copy",
         keep_origin: bool = False,
         recompute: bool = False,
+        shared_experts: int = 0,
     ) -> None:
         super().__init__()
         max_experts = num_experts if max_experts is None else max_experts
@@ -105,6 +109,7 @@ class MoELayer(nn.Module):
         self.dim = dim
         self.router = _made_router(router, dim, max_experts)
         self.experts = Experts(mlp, max_experts, init, recompute)
+        self.shared = nn.ModuleList(shared_expert(mlp, init) for _ in range(shared_experts))
         # Without gradients: optimizers leave it out, so it neither moves nor decays.
         self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None
         self.register_buffer("active_E", torch.arange(max_experts) < num_experts)
@@ -145,6 +150,11 @@ class MoELayer(nn.Module):
             y_TD = self._sum(x_TD, routing, live)
         else:
             y_TD = self._serve(x_TD, routing, live, token_mask_T, length, x.shape[:-1], compiling)
+        for expert in self.shared:
+            out_TD = same_rows(expert(x_TD), x_TD).to(y_TD.dtype)
+            if token_mask_T is not None:
+                out_TD = out_TD.masked_fill(~token_mask_T[:, None], 0)
+            y_TD = y_TD + out_TD
         return y_TD.view(x.shape)
 
     def _route(
@@ -158,7 +168,12 @@ class MoELayer(nn.Module):
             raise ValueError("no expert is alive: active_E is False for all slots")
         self.router.prepare(self.experts, live)
         more = {"length": length} if self.router.by_sequence else {}
-        routing: Routing = self.router(x_TD, live, token_mask_T, **more)
+        if torch.compiler.is_compiling():  # compiled code serves with and without a tape
+            routing: Routing = self.router(x_TD, live, token_mask_T, **more)
+        else:
+            self.router.recorded = self.training or self.tape is not None
+            routing = self.router(x_TD, live, token_mask_T, **more)
+            self.router.recorded = True
         # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
         return routing._replace(aux=_of_some(routing.aux, x_TD, token_mask_T))
 
@@ -461,6 +476,25 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
     finally:
         for layer in layers.values():
             layer.tape = None
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Let MoE layers keep what they make of their weights from call to call within the block.
+
+    Kept are weights in autocast's dtype and, where no gradient is wanted, a router's vectors and
+    keys. The caller promises that neither weights nor living experts change: a generation, an
+    evaluation, the micro-batches of one optimizer step.
+    """
+    parts = [part for layer in moe_layers(model).values() for part in (layer.router, layer.experts)]
+    within = [part.kept is not None for part in parts]
+    for part in parts:
+        part.kept = {}
+    try:
+        yield
+    finally:  # a block around this one begins anew: here weights may have been others
+        for part, outer in zip(parts, within, strict=True):
+            part.kept = {} if outer else None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ Shape suffixes: T tokens, E living experts, S slots, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -113,6 +113,11 @@ class Router(nn.Module):
     observes: int = 0
     """Numbers in ``Routing.observed``; 0 without."""
 
+    kept: dict[Any, Any] | None = None
+    """What was made of the weights, within ``moe.constant_weights``; None elsewhere."""
+    recorded: bool = True
+    """Whether anybody reads ``Routing.aux``; the layer knows."""
+
     @property
     def has_state(self) -> bool:
         """Whether ``update`` is to be called. Options may turn a state off: then override it."""
@@ -173,6 +178,21 @@ class Router(nn.Module):
         """
         return None
 
+    def made_once(
+        self, name: str, make: Callable[[Sequence[int]], Tensor], live: Sequence[int]
+    ) -> Tensor:
+        """Return ``make(live)``, from ``kept`` where weights are constant and get no gradient."""
+        if self.kept is None or torch.is_grad_enabled():
+            return make(live)
+        key = name, tuple(live)
+        if key not in self.kept:
+            self.kept[key] = make(live)
+        kept: Tensor = self.kept[key]
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         # NOTE: sums and controllers would stagnate in bf16, whose steps at 256 are 2: fp32 buffers
         # are moved, not rounded.
@@ -200,7 +220,9 @@ class SoftmaxRouter(Router):
 
     @property
     def adds_losses(self) -> bool:
-        return self.z_weight > 0 or self.sequence_weight > 0
+        # Exported programs are not trained, and know no number of sequences.
+        wanted = self.recorded and not torch.compiler.is_exporting()
+        return wanted and (self.z_weight > 0 or self.sequence_weight > 0)
 
     def _with_losses(
         self,
@@ -212,7 +234,7 @@ class SoftmaxRouter(Router):
         length: int | None,
     ) -> Tensor:
         """``aux`` with what is asked for. C: all columns of the softmax."""
-        if torch.compiler.is_exporting():  # programs that are not trained, of any batch size
+        if not self.adds_losses:
             return aux
         if self.z_weight:
             aux = aux + self.z_weight * losses.z_loss(logits_TC, token_mask_T)
@@ -333,8 +355,8 @@ class TopAnyRouter(Router):
         # NOTE: fp32, because the mask compares two numbers: in bf16, in steps of 2^-8 above 0.5,
         # scores would tie with thresholds and switch experts by rounding.
         with torch.autocast(x_TD.device.type, enabled=False):
-            directions_ED = torch.stack([self.directions[slot] for slot in live]).float()
-            thresholds_E = self._thresholds(live)
+            directions_ED = self.made_once("directions", self._directions, live)
+            thresholds_E = self.made_once("thresholds", self._thresholds, live)
             scores_TE = cosine(x_TD, directions_ED)
             margin_TE = scores_TE.sigmoid() - thresholds_E.sigmoid()
             mask_TE = hide_padding(margin_TE > 0, token_mask_T)
@@ -342,7 +364,9 @@ class TopAnyRouter(Router):
 
             mask_TE = self._admit(scores_TE, mask_TE, unserved_T)
             gate_TE = self._gate(margin_TE, mask_TE)
-            aux = self._aux(gate_TE, mask_TE, directions_ED, token_mask_T)
+            aux = scores_TE.new_zeros(())
+            if self.recorded:
+                aux = self._aux(gate_TE, mask_TE, directions_ED, token_mask_T)
             weights_TE = self._weights(gate_TE, mask_TE, scores_TE)
             # NOTE: losses and ``unserved_T`` are of the gate before the fallback.
             if not self.training:
@@ -354,6 +378,9 @@ class TopAnyRouter(Router):
                 dispatch_TE = dispatch_TE.expand_as(mask_TE)
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, dispatch_TE)
 
+    def _directions(self, live: Sequence[int]) -> Tensor:
+        return torch.stack([self.directions[slot] for slot in live]).float()
+
     def _thresholds(self, live: Sequence[int]) -> Tensor:
         return torch.stack([self.thresholds[slot] for slot in live]).float()
 
@@ -362,6 +389,8 @@ class TopAnyRouter(Router):
 
     def _gate(self, margin_TE: Tensor, mask_TE: Tensor) -> Tensor:
         """Straight-through: the value of the hard gate, the gradient of the margin."""
+        if not torch.is_grad_enabled():
+            return mask_TE.to(margin_TE.dtype)
         through_TE = margin_TE if self.gate_grad == "all" else margin_TE * mask_TE
         return mask_TE + (through_TE - through_TE.detach())
 
@@ -378,7 +407,8 @@ class TopAnyRouter(Router):
         self, scores_TE: Tensor, mask_TE: Tensor, weights_TE: Tensor, unserved_T: Tensor
     ) -> tuple[Tensor, Tensor]:
         """A token nobody serves takes its best expert by score, with weight 1 (DynMoE, Eq. 5)."""
-        best_TE = F.one_hot(scores_TE.argmax(1), scores_TE.shape[1]).bool() & unserved_T[:, None]
+        best_T1 = scores_TE.argmax(1, keepdim=True)
+        best_TE = torch.zeros_like(mask_TE).scatter_(1, best_T1, unserved_T[:, None])
         weight_TE = best_TE.to(weights_TE.dtype)
         if self.combine == "tutel":
             raw_TE = weight_TE * scores_TE.sigmoid()

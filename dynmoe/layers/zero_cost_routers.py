@@ -112,7 +112,9 @@ class ZeroCostRouter(SoftmaxRouter):
             # 1 in the place of 0: a token of zero experts has weights, and gradients, of exactly 0.
             weights_TC = weights_TC / torch.where(sum_T1 > 0, sum_T1, 1.0)
             extra_TD = self._extra(x_TD * self.input_scale, weights_TC[:, ffns:])
-            aux = self._balance(probs_TC, picks_TC, token_mask_T)
+            aux = probs_TC.new_zeros(())
+            if self.recorded:
+                aux = self._balance(probs_TC, picks_TC, token_mask_T)
             aux = self._with_losses(aux, logits_TC, probs_TC, picks_TC, token_mask_T, length)
         mask_TE = picks_TC[:, :ffns]
         return Routing(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ from torchmetrics import Metric
 from transformers import get_cosine_schedule_with_warmup
 
 from dynmoe.errors import DataError
-from dynmoe.layers.moe import Routed, aux_loss, record_routing
+from dynmoe.layers.moe import Routed, aux_loss, constant_weights, record_routing
 from dynmoe.metrics.routing import TRAIN, RoutingMeter
 from dynmoe.seeding import seed_hash
 
@@ -74,6 +75,7 @@ class MoETask(L.LightningModule):
         self._losses = torch.zeros(0, 2)
         self._window = torch.zeros(3)  # sums of losses and auxiliary losses, and their number
         self.nonfinite_step: int | None = None
+        self._step_weights, self._evaluated_weights = ExitStack(), ExitStack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoETask:
         """Metrics stay in fp32 when the model is converted to bf16 or fp16 (bf16-true, 16-true)."""
@@ -110,9 +112,20 @@ class MoETask(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         micro = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(seed_hash(self.seed, "step", self.global_step, micro, self.global_rank))
+        if not micro:
+            self._step_weights.close()
+            self._step_weights.enter_context(constant_weights(self.backbone))
+
+    def optimizer_step(self, *args: Any, **named: Any) -> None:
+        """Compute the last micro-batch and step; then weights are others."""
+        super().optimizer_step(*args, **named)
+        self._step_weights.close()
 
     def on_validation_epoch_start(self) -> None:
         self._losses = self._sums(len(self.sets), 2)
+        # Averages of weights take their place before this hook, and leave it before the other.
+        self._evaluated_weights.close()
+        self._evaluated_weights.enter_context(constant_weights(self.backbone))
 
     def _sums(self, *shape: int) -> Tensor:
         # NOTE: float64, so that the order in which batches are added does not show in the mean.
@@ -145,6 +158,7 @@ class MoETask(L.LightningModule):
         self._losses[self.sets.index(name)] += torch.stack([total, count])
 
     def on_validation_epoch_end(self) -> None:
+        self._evaluated_weights.close()
         sums = dict(zip(self.sets, self.sum_over_ranks(self._losses).tolist(), strict=True))
         means = {name: total / count for name, (total, count) in sums.items() if count}
         found = self.measures()

@@ -463,9 +463,9 @@ def test_chunks_of_several_experts_change_nothing(
 ) -> None:
     counts = [3, 0, 4, 9, 2, 2, 0]
     assert grouped._chunks(counts, 8) == [
-        (slice(0, 7), [(0, slice(0, 3)), (2, slice(3, 7))]),
-        (slice(7, 16), [(3, slice(0, 9))]),
-        (slice(16, 20), [(4, slice(0, 2)), (5, slice(2, 4))]),
+        (slice(0, 7), [0, 2], [3, 4]),
+        (slice(7, 16), [3], [9]),
+        (slice(16, 20), [4, 5], [2, 2]),
     ]
     routing = make_routing(random_mask(40, 8, 0.3), torch.float64)
     x_TD = torch.randn(40, D, dtype=torch.float64)
