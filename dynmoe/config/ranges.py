@@ -33,7 +33,7 @@ RANGES: dict[Range, str] = {
     SEED: "seed trial_seed hparams_seed data.trial_seed data.environments.seed",
     COUNT: (
         "moe.num_experts moe.max_experts moe.top_k moe.router.top_k moe.router.projection "
-        "moe.router.num_groups moe.router.limited_groups "
+        "moe.router.chunk_length moe.router.num_groups moe.router.limited_groups "
         "moe.adaptation.min_experts "
         "task.epochs task.eval_every task.save_every task.patience protocol.patience "
         "protocol.*.epochs protocol.*.eval_every protocol.*.batch_size protocol.*.steps "
@@ -51,7 +51,8 @@ RANGES: dict[Range, str] = {
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
-        "moe.shared_experts moe.router.num_null moe.router.num_constant moe.router.num_copy "
+        "moe.shared_experts moe.router.schedule_every moe.router.schedule_start "
+        "moe.router.num_null moe.router.num_constant moe.router.num_copy "
         "moe.router.num_zero moe.router.aux_end moe.router.bias_rate moe.router.free_balance "
         "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
@@ -59,7 +60,8 @@ RANGES: dict[Range, str] = {
     POSITIVE: (
         "moe.adaptation.length moe.adaptation.period moe.router.init_temperature "
         "moe.router.capacity_factor moe.router.target_k* moe.router.temperature "
-        "moe.router.route_scale moe.router.input_scale plan.tflops plan.mean_k plan.mean_tokens "
+        "moe.router.route_scale moe.router.steepness moe.router.eps "
+        "moe.router.input_scale plan.tflops plan.mean_k plan.mean_tokens "
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
     SHARE: "task.scheduler.warmup protocol.*.warmup data.holdout_fraction",

@@ -1,6 +1,7 @@
 """The MoE layer: routers, experts, dispatch and auxiliary losses. Needs PyTorch alone."""
 
 from dynmoe.layers.biased_routers import BiasedTopKRouter
+from dynmoe.layers.block_ffn import BlockFFNRouter
 from dynmoe.layers.budget import BudgetTopAnyRouter
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
@@ -19,6 +20,7 @@ from dynmoe.layers.zero_cost_routers import ZeroCostRouter
 __all__ = [
     "AverageKeyRouter",
     "BiasedTopKRouter",
+    "BlockFFNRouter",
     "BudgetTopAnyRouter",
     "CosineTopKRouter",
     "Experts",

@@ -17,6 +17,7 @@ from dynmoe.adaptation import RouterUpdates
 from dynmoe.layers import (
     AverageKeyRouter,
     BiasedTopKRouter,
+    BlockFFNRouter,
     BudgetTopAnyRouter,
     CosineTopKRouter,
     MoELayer,
@@ -63,6 +64,7 @@ ROUTERS: dict[str, Any] = {
         balance="bias",
         target_k=1.5,
     ),
+    "blockffn": partial(BlockFFNRouter, chunk_length=4, schedule_every=1, schedule_start=0),
     "moepp": ZeroCostRouter,
     "moepp, linear gate": partial(
         ZeroCostRouter, two_layer_gate=False, num_constant=0, num_zero=2, z_weight=0.1
