@@ -9,6 +9,8 @@ import ctypes
 import os
 import platform
 import sys
+import timeit
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,30 @@ def medium_is_exact() -> bool:
         torch.set_float32_matmul_precision(before)
     exact = a.double() @ b.double()
     return bool((product - exact).norm() < 1e-5 * exact.norm())
+
+
+def bf16_gain(model: nn.Module) -> float | None:
+    """Return how many times faster than in fp32 products of the model's size ran in bf16 just now.
+
+    None on CPUs without matrix units for bf16 (AMX). The size is that of the linear layers with
+    most weights together; a fraction of a second.
+    """
+    if not getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False):
+        return None
+    sizes: Counter[torch.Size] = Counter()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            sizes[module.weight.shape] += module.weight.numel()
+    if not sizes:
+        return None
+    ((outputs, inputs), _), *_ = sizes.most_common(1)
+    rows = min(512, 2**29 // (outputs * inputs) + 32)
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(rows, inputs, dtype=dtype), torch.ones(inputs, outputs, dtype=dtype)
+        x @ w  # the first product of a shape compiles its kernel
+        seconds.append(min(timeit.repeat(lambda x=x, w=w: x @ w, number=1, repeat=5)))
+    return seconds[0] / seconds[1]
 
 
 def machine() -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 
 from dynmoe import process
 from dynmoe.benchmark import options
@@ -22,15 +21,8 @@ def main() -> None:
         words, astray = joined(sys.argv[1:])
         if astray:
             raise UserError("\n".join(astray))
-        args = options.parser().parse_args(_overrides_first(words))
+        args = options.parser().parse_args(options.overrides_first(words))
         getattr(options, args.command)(args)
-
-
-def _overrides_first(arguments: Sequence[str]) -> list[str]:
-    """Move key=value right after the command: an option before it would take it as its value."""
-    overrides = [a for a in arguments if a[0:1] == "~" or ("=" in a and a[0:1] != "-")]
-    others = [a for a in arguments if a not in overrides]
-    return [*others[:1], *overrides, *others[1:]]
 
 
 if __name__ == "__main__":

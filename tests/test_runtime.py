@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import timm
 import torch
+from torch import nn
 
 from dynmoe import process, runtime
 
@@ -54,6 +55,22 @@ def test_probe_tells_bf16_from_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", in_bf16)
     assert not runtime.medium_is_exact()
+
+
+def test_gain_of_bf16_is_measured_where_there_are_matrix_units(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    for capabilities, known in (
+        ({"amx_bf16": True}, True),
+        ({"amx_bf16": False}, False),
+        ({}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capabilities: c)
+        gain = runtime.bf16_gain(model)
+        assert (gain is not None and 0 < gain < 1000) if known else gain is None
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert runtime.bf16_gain(nn.Identity()) is None
 
 
 def test_plain_attention_gives_the_same_logits() -> None:

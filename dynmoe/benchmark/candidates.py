@@ -18,9 +18,6 @@ from dynmoe.report.run import Problem, Run
 from dynmoe.report.runs import read_runs
 from dynmoe.training import trained
 
-DTYPES = {"32-true": "fp32", "bf16-mixed": "amp"}
-"""Lightning's words for precisions and those of ``--dtype``."""
-
 # Keys of the data that a run's batches depend on besides its problem.
 BATCH_KEYS = (
     *("image_size", "patch_size", "tokenizer_path", "tokenizer_name", "max_length"),
@@ -59,11 +56,6 @@ def candidates(folder: Path) -> list[Candidate]:
     chosen = {run.folder.path for run in first.values()}
     members = [_candidate(run) for run in found.runs if run.folder.path in chosen]
     first_cfg, path = members[0].cfg, members[0].run.folder.path
-    if first_cfg.trainer.precision not in DTYPES:
-        raise ConfigError(
-            f"{path}: trainer.precision is {first_cfg.trainer.precision}, expected one of"
-            f" {', '.join(DTYPES)}"
-        )
     for key in SHARED_KEYS:
         value = OmegaConf.select(first_cfg, key)
         for other in members[1:]:

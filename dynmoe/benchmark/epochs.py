@@ -12,23 +12,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    get_linear_schedule_with_warmup,
-)
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from dynmoe import runtime
 from dynmoe.benchmark import results
-from dynmoe.benchmark.candidates import DTYPES
 from dynmoe.benchmark.models import data_of, model_name
 from dynmoe.benchmark.options import EPOCH_NOTE
+from dynmoe.benchmark.plain import PlainFineTuning
 from dynmoe.benchmark.results import RATIO, ROUNDS, Column, Row
 from dynmoe.benchmark.timing import device_of, interleave, machine_facts, speed
 from dynmoe.data.images.batches import ImageBatch
@@ -85,10 +79,11 @@ def run(args: argparse.Namespace, output: results.Output, cfg: DictConfig) -> No
         "steps": steps,
         "mean_tokens": round(data.mean_tokens, 1),
     }
-    dtype = DTYPES.get(cfg.trainer.precision, cfg.trainer.precision)
     with output.progress() as new_bar:
         rows = measure_epochs(loops, work, args.rounds, device, new_bar("epochs"))
-    output.add(rows, results.Conditions(machine_facts(device, dtype), settings, facts))
+    output.add(
+        rows, results.Conditions(machine_facts(device, str(cfg.trainer.precision)), settings, facts)
+    )
     title = "One training epoch, {steps} steps, {samples} texts"
     output.show(*results.tables(rows, (), title, EPOCH_COLUMNS), EPOCH_NOTE + "\n")
 
@@ -182,27 +177,6 @@ def measure_epochs(
     return rows
 
 
-class PlainFineTuning(L.LightningModule):
-    """Fine-tuning as one first writes it with transformers and Lightning: the model's own loss,
-    AdamW and linear decay."""
-
-    def __init__(self, model: Any, lr: float, weight_decay: float, steps: int) -> None:
-        super().__init__()
-        self.model, self.steps = model, steps
-        self.settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "fused": True}
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss: Tensor = self.model(**batch).loss
-        self.log("train/loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, **self.settings)
-        scheduler = get_linear_schedule_with_warmup(optimizer, 0, self.steps)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-
 class LabelledTexts(Dataset[dict[str, Any]]):
     """Tokens and label of each example; a batch is fetched at once."""
 
@@ -244,7 +218,7 @@ def run_loader(args: argparse.Namespace, output: results.Output, cfg: DictConfig
     Raises:
         UserError: data that cannot be read; nothing has run then.
     """
-    machine = machine_facts(torch.device("cpu"), "fp32")
+    machine = machine_facts(torch.device("cpu"), "32-true")
     counts = args.workers or [cfg.data.workers]
 
     def set_up(workers: Any) -> Any:

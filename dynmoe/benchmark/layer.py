@@ -1,19 +1,18 @@
 """``dynmoe-bench layer``: one routed layer, computed in every way on the same routing.
 
-Shape suffixes: T tokens, E experts, P pairs, C capacity of an expert, K most experts of a token,
-D model width, H hidden width.
+Shape suffixes: T tokens, E experts, P pairs, K experts of a token.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import cycle, groupby
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -21,20 +20,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe import runtime
-from dynmoe.benchmark import results, timing
+from dynmoe.benchmark import against, results, timing
+from dynmoe.benchmark.against import Build
 from dynmoe.benchmark.options import LAYER_CASES, LAYER_NOTE, Shape
 from dynmoe.benchmark.results import MIB, PEAK, RATIO, ROUNDS, Column, Row
-from dynmoe.layers import Experts, MoELayer, Routing, TopAnyRouter, TopKRouter, record_routing
+from dynmoe.benchmark.rivals import HF, RIVALS, stack, transformers_experts
+from dynmoe.layers import (
+    Experts,
+    MoELayer,
+    Router,
+    TopAnyRouter,
+    TopKRouter,
+    record_routing,
+)
+from dynmoe.layers.ffn import GatedFFN
 
 TITLE = (
-    "{shape}: {tokens} tokens, dim {dim}, hidden {hidden}, {experts} experts; k {k:g}"
-    " (mean {mean_k:.4g})"
+    "{shape}, {mode}, {ffn}: {tokens} tokens, dim {dim}, hidden {hidden}, {experts} experts;"
+    " k {k:g} (mean {mean_k:.4g})"
 )
 COLUMNS = (
     Column("case", "case"),
     Column("ms", "median_ms"),
     Column("quartiles", "quartiles_ms"),
     *RATIO,
+    *against.COLUMNS,
     Column("GFLOP/s", "gflops"),
     Column("kept\nMiB", "kept_bytes", unit=MIB),
     Column("kept,\nx limit", "kept_ratio", ".2f"),
@@ -60,7 +70,9 @@ def _compared(row: Row) -> results.Compared:
 
 
 RULES = results.BaselineRules(
-    ("tokens", "dim", "hidden", "experts", "k", "case"), ("shape", "k", "case"), _compared
+    ("tokens", "dim", "hidden", "experts", "ffn", "mode", "k", "case"),
+    ("shape", "k", "case"),
+    _compared,
 )
 
 
@@ -70,68 +82,108 @@ def run(args: argparse.Namespace, output: results.Output) -> None:
     Raises:
         ConfigError: a device or baseline that does not fit; nothing has run then.
     """
-    device = timing.device_of(args)
-    asked = {"matmul_precision": args.matmul_precision, "malloc": args.malloc}
-    settings = runtime.apply({**asked, "fused_attention": "auto"}, device.type)
-    del settings["fused_attention"]  # a layer has no attention
+    device, settings = _set_up(args)
     conditions = results.Conditions(timing.machine_facts(device, args.dtype), settings, {})
     baseline = results.Baseline(args.baseline, RULES) if args.baseline else None
     if baseline:
         baseline.require(conditions, "machine", "settings")
-    combinations = [(shape, k) for shape in args.shape for k in args.k]
+    build = Build(args.against, __name__, args) if args.against else None
+    every = _works(args)
     with output.progress() as new_bar:
-        for number, (shape, k) in enumerate(combinations, 1):
-            advance = new_bar(f"shape {shape.name}, k {k:g} ({number}/{len(combinations)})")
-            rows = measure(shape, k, args.only, args.rounds, args.dtype, device, advance)
+        for number, work in enumerate(every, 1):
+            advance = new_bar(f"shape {work.shape.name}, k {work.k:g} ({number}/{len(every)})")
+            rows = measure(work, args.only, args.rounds, device, advance, build)
             output.add(rows, conditions)
+    if build:
+        build.close()
     output.show(
         *results.tables(output.rows, ("shape", "k"), TITLE, COLUMNS),
         LAYER_NOTE + "\n",
         summary(output.rows),
         *([baseline.table(output.rows)] if baseline else []),
+        *([build.note()] if build else []),
     )
 
 
+def elsewhere(args: argparse.Namespace) -> Iterator[dict[str, Case]]:
+    """Yield the cases of each table, for the process of another build."""
+    device, _ = _set_up(args)
+    for work in _works(args):
+        yield build_cases(work, args.only, device)
+
+
+def _set_up(args: argparse.Namespace) -> tuple[torch.device, results.Facts]:
+    device = timing.device_of(args)
+    asked = {"matmul_precision": args.matmul_precision, "malloc": args.malloc}
+    settings = runtime.apply({**asked, "fused_attention": "auto"}, device.type)
+    del settings["fused_attention"]  # a layer has no attention
+    return device, settings
+
+
+def _works(args: argparse.Namespace) -> list[Work]:
+    return [Work(shape, args.ffn, k, args.mode, args.dtype) for shape in args.shape for k in args.k]
+
+
+class Work(NamedTuple):
+    """The layer that all cases of a table compute."""
+
+    shape: Shape
+    ffn: str
+    """``mlp``: Linear, GELU, Linear; ``gated``: down(silu(gate(x)) * up(x)), without biases."""
+    k: float
+    mode: str
+    """``train``: forward and backward; ``inference``: forward alone, nothing is recorded."""
+    dtype: str
+    """``fp32``; ``bf16``, everything in it; ``amp``, fp32 weights under bf16 autocast."""
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Of the products of an FFN, which go backward twice: by the input, by the weights."""
+        products = 3 if self.ffn == "gated" else 2
+        passes = 3 if self.mode == "train" else 1
+        return 2 * self.shape.dim * self.shape.hidden * products * passes
+
+
 def measure(
-    shape: Shape,
-    k: float,
+    work: Work,
     names: Sequence[str],
     rounds: int,
-    dtype: str,
     device: torch.device,
     advance: results.Advance,
+    build: Build | None = None,
 ) -> list[Row]:
-    """Return a row for ``limit`` and for each named case that exists at this k.
+    """Return a row for ``limit`` and for each named case that exists for this work.
 
-    Its own fields: those of ``Shape``, its name as ``shape``; ``k``, asked for; ``mean_k`` over the
-    batches of tokens; ``gflops``, useful GFLOP/s of two products forward and four backward over the
-    routed pairs; ``kept_bytes``, input rows and bytes kept for the backward pass, without the
-    output; ``kept_ratio``, those over the limit's; ``peak_bytes`` of forward and backward beyond
-    input, weights and incoming gradient; ``router_share`` of ``layer`` if ``experts`` ran too:
-    1 - experts / layer, the median over rounds.
+    Its own fields: those of ``Shape``, its name as ``shape``; ``ffn``, ``mode``; ``k``, asked for;
+    ``mean_k`` over the batches of tokens; ``gflops``, useful GFLOP/s over the routed pairs;
+    ``ratio``, those over the limit's; ``kept_bytes``, input rows and bytes kept for the backward
+    pass, without the output, None in inference; ``kept_ratio``, those over the limit's;
+    ``peak_bytes`` beyond input, weights and incoming gradient; ``router_share`` of ``layer`` if
+    ``experts`` ran too: 1 - experts / layer, the median over rounds; those of ``against.ratios``.
     """
-    cases = build_cases(shape, k, names, dtype, device)
-    samples = timing.interleave(cases, rounds, device, advance=advance)
-    kept = {name: _kept_and_peak(case, device) for name, case in cases.items()}
+    cases = build_cases(work, names, device)
+    others = build.next_cases() if build else {}
+    samples = timing.interleave({**cases, **others}, rounds, device, advance=advance)
+    memory = {name: case.memory(device) for name, case in cases.items()}
+    size = {name: case.pairs * work.flops_per_pair / 1e9 for name, case in cases.items()}
     share = None
     if "layer" in samples and "experts" in samples:
         share = 1 - timing.paired(samples["experts"], samples["layer"]).median
     return [
         {
-            **{"shape" if field == "name" else field: v for field, v in shape._asdict().items()},
-            "k": k,
-            "mean_k": case.pairs / shape.tokens,
+            "shape": work.shape.name,
+            **dict(zip(Shape._fields[1:], work.shape[1:], strict=True)),
+            "ffn": work.ffn,
+            "mode": work.mode,
+            "k": work.k,
+            "mean_k": case.pairs / work.shape.tokens,
             "case": name,
             "reference": "limit",
-            **timing.speed(
-                samples[name],
-                samples["limit"],
-                12 * case.pairs * shape.dim * shape.hidden / 1e9,
-                "gflops",
-            ),
-            "kept_bytes": kept[name][0],
-            "kept_ratio": kept[name][0] / kept["limit"][0],
-            "peak_bytes": kept[name][1],
+            **timing.speed(samples[name], samples["limit"], size[name], "gflops", size["limit"]),
+            **against.ratios(samples, name),
+            "kept_bytes": memory[name].kept,
+            "kept_ratio": _over(memory[name].kept, memory["limit"].kept),
+            "peak_bytes": memory[name].peak,
             "router_share": share if name == "layer" else None,
         }
         for name, case in cases.items()
@@ -169,37 +221,42 @@ def _mean(rows: Mapping[float, Row], field: str) -> float | None:
     return fmean(values) if values else None
 
 
-def _kept_and_peak(case: Case, device: torch.device) -> tuple[int, int]:
-    """Return the bytes for the backward pass, input rows included and output rows not; the peak.
-
-    They are those of the first draw, whose k is the one asked for. The input rows count because
-    they differ: [P, D] for the limit, [T, D] for a layer. The output does not: the next module of a
-    model keeps it.
-    """
-    first = case.draws[0]
-    memory = timing.peak_and_kept(
-        partial(case.forward, first), partial(case.backward, first), device
-    )
-    return memory.kept + first.x_TD.nbytes - memory.output, memory.peak
+def _over(part: int | None, whole: int | None) -> float | None:
+    return None if part is None or whole is None else part / whole
 
 
 # The cases.
 
-DRAWS = 16
-"""Batches of tokens. In training the loads of experts are new in every step, and on a CPU oneDNN
-compiles a kernel for every new number of rows, which a single repeated batch would hide."""
+DRAWS, SHORT = 16, 512
+"""Batches of tokens, four times as many of fewer than ``SHORT`` tokens. In training the loads of
+experts are new in every step, and on a CPU oneDNN compiles a kernel for every new number of rows,
+which a single repeated batch would hide."""
+HF_LIMIT = 2**30
+"""Bytes: transformers' batched_mm, which copies an expert's weights for every pair, is left out
+above."""
 
 
 class Draw(NamedTuple):
-    """A batch of tokens and its routing by the fitted router; tokens and weights are leaves."""
+    """A batch of tokens and its routing; tokens and weights are leaves."""
 
     x_TD: Tensor
-    routing: Routing
+    weights: Tensor
+    """Of the chosen experts: those of the routing, [T, E], or [T, K]."""
+    routing: Any
+    """A ``Routing``, or the indices [T, K] of the chosen experts."""
+
+
+class Memory(NamedTuple):
+    """Bytes of a call."""
+
+    kept: int | None
+    peak: int
 
 
 @dataclass
 class Case:
-    """A forward and a backward pass; each call takes the next draw and returns its gradients."""
+    """A forward and a backward pass; each call takes the next draw and returns its gradients.
+    In inference a forward pass alone, and its output."""
 
     compute: Callable[[Draw], timing.Outputs]
     """The output rows, then scalars such as the auxiliary loss."""
@@ -209,116 +266,171 @@ class Case:
     pairs: float
     """FFN rows of useful work, the mean over the draws."""
     amp: bool
+    train: bool
 
     def __post_init__(self) -> None:
         self.grad = torch.randn_like(self.draws[0].x_TD)
         self._next = cycle(self.draws)
 
     def forward(self, draw: Draw) -> timing.Outputs:
-        with torch.autocast(self.grad.device.type, torch.bfloat16, enabled=self.amp):
+        with (
+            torch.autocast(self.grad.device.type, torch.bfloat16, enabled=self.amp),
+            torch.inference_mode(not self.train),
+        ):
             return self.compute(draw)
 
     def backward(self, draw: Draw, outputs: timing.Outputs) -> tuple[Tensor | None, ...]:
-        inputs = [draw.x_TD, draw.routing.weights_TE, *self.parameters]
+        inputs = [draw.x_TD, draw.weights, *self.parameters]
         grads = [self.grad, *(None for _ in outputs[1:])]
         return torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
 
     def __call__(self) -> tuple[Tensor | None, ...]:
         draw = next(self._next)
-        return self.backward(draw, self.forward(draw))
+        outputs = self.forward(draw)
+        return self.backward(draw, outputs) if self.train else outputs
+
+    def memory(self, device: torch.device) -> Memory:
+        """Return the bytes for the backward pass, input rows included and output rows not; the
+        peak.
+
+        They are those of the first draw, whose k is the one asked for. The input rows count because
+        they differ: [P, D] for the limit, [T, D] for a layer. The output does not: the next module
+        of a model keeps it.
+        """
+        first = self.draws[0]
+        backward = partial(self.backward, first) if self.train else lambda outputs: None
+        memory = timing.peak_and_kept(partial(self.forward, first), backward, device)
+        kept = memory.kept + first.x_TD.nbytes - memory.output if self.train else None
+        return Memory(kept, memory.peak)
 
 
-def build_cases(
-    shape: Shape, k: float, names: Sequence[str], dtype: str, device: torch.device
-) -> dict[str, Case]:
+def build_cases(work: Work, names: Sequence[str], device: torch.device) -> dict[str, Case]:
     """Return the named cases, and always ``limit``, in the order of ``LAYER_CASES``.
 
     The top-any router of ``layer`` is fitted to the first of ``DRAWS`` batches of tokens
-    (``fit_thresholds``); the loads of the others fluctuate by themselves. The other cases get its
+    (``fit_thresholds``); the loads of the others fluctuate by themselves. In inference a token
+    without an expert takes its best one, so k is above the one asked for. The other cases get its
     masks and weights as they are. ``limit`` has as many rows as there are pairs on average, always:
-    a dense FFN's shape is fixed. ``top_k`` routes with its own, freshly drawn, nearly balanced
-    router, and exists for an integer k only. The ``dtype`` "bf16" holds everything in bf16, "amp"
-    fp32 weights under autocast, "fp32" everything in fp32.
+    a dense FFN's shape is fixed. The cases of a fixed k exist for an integer k only, and share one
+    freshly drawn, nearly balanced router.
     """
     torch.manual_seed(0)
-    stored = torch.bfloat16 if dtype == "bf16" else torch.float32
+    shape, k, train = work.shape, work.k, work.mode == "train"
+    stored = torch.bfloat16 if work.dtype == "bf16" else torch.float32
     live = range(shape.experts)
 
-    def on_device(module: nn.Module) -> nn.Module:
-        return module.to(device, stored)
+    def placed(module: nn.Module) -> nn.Module:
+        return module.to(device, stored).train(train)
 
     def tokens(rows: int) -> Tensor:
         return torch.randn(rows, shape.dim, device=device, dtype=stored, requires_grad=True)
 
-    mlp = nn.Sequential(
-        nn.Linear(shape.dim, shape.hidden), nn.GELU(), nn.Linear(shape.hidden, shape.dim)
-    )
+    def routed(router: Router) -> list[Draw]:
+        with torch.no_grad():
+            each = [(x_TD, router(x_TD, live)) for x_TD in batches]
+        return [Draw(x, r.weights_TE.requires_grad_(), r) for x, r in each]
+
+    mlp = new_ffn(shape, work.ffn)
     layer = MoELayer(mlp, shape.dim, TopAnyRouter, shape.experts, init="fresh")
-    on_device(layer)
+    placed(layer)
     assert isinstance(layer.router, TopAnyRouter)
-    batches = [tokens(shape.tokens) for _ in range(DRAWS)]
+    batches = [tokens(shape.tokens) for _ in range(DRAWS * (4 if shape.tokens < SHORT else 1))]
     fit_thresholds(layer.router, live, batches[0], k)
-    draws = [Draw(x_TD, _routing(layer.router, x_TD, live)) for x_TD in batches]
+    draws = routed(layer.router)
     pairs = fmean(int(draw.routing.mask_TE.sum()) for draw in draws)
 
     def case(
         compute: Callable[[Draw], timing.Outputs],
-        parameters: Sequence[Tensor],
+        parameters: Iterable[Tensor],
         draws: Sequence[Draw] = draws,
         pairs: float = pairs,
     ) -> Case:
-        return Case(compute, list(parameters), draws, pairs, amp=dtype == "amp")
+        return Case(compute, list(parameters), draws, pairs, work.dtype == "amp", train)
 
-    def alone(experts: Experts) -> Case:
-        return case(lambda d: (experts(d.x_TD, d.routing, live),), list(experts.parameters()))
+    def whole(layer: MoELayer, *own: Any) -> Case:
+        return case(partial(_with_aux if train else _alone, layer), layer.parameters(), *own)
+
+    def alone(experts: Experts, *own: Any) -> Case:
+        return case(lambda d: (experts(d.x_TD, d.routing, live),), experts.parameters(), *own)
 
     def limit() -> Case:
-        on_device(mlp)
-        rows = Draw(tokens(round(pairs)), draws[0].routing)
-        return case(lambda d: (mlp(d.x_TD),), list(mlp.parameters()), [rows], round(pairs))
+        placed(mlp)
+        rows = draws[0]._replace(x_TD=tokens(round(pairs)))
+        return case(lambda d: (mlp(d.x_TD),), mlp.parameters(), [rows], round(pairs))
 
     def recompute() -> Case:
         experts = Experts(mlp, shape.experts, recompute=True)
-        on_device(experts).load_state_dict(layer.experts.state_dict())
+        placed(experts).load_state_dict(layer.experts.state_dict())
         return alone(experts)
-
-    def top_k() -> Case:
-        router = partial(TopKRouter, top_k=int(k))
-        other = MoELayer(mlp, shape.dim, router, shape.experts, init="fresh")
-        on_device(other)
-        return case(
-            partial(_with_aux, other), list(other.parameters()), pairs=int(k) * shape.tokens
-        )
 
     def rival(name: str) -> Case:
         ffn, rows_of = stack(layer.experts), RIVALS[name]
-        return case(lambda d: (rows_of(d.x_TD, d.routing.weights_TE, d.routing.mask_TE, ffn),), ffn)
+        return case(lambda d: (rows_of(d.x_TD, d.weights, d.routing.mask_TE, ffn),), ffn.parameters)
+
+    @cache
+    def fixed() -> tuple[MoELayer, list[Draw], float]:
+        router = partial(TopKRouter, top_k=int(k))
+        other = MoELayer(mlp, shape.dim, router, shape.experts, init="fresh")
+        placed(other)
+        return other, routed(other.router), k * shape.tokens
+
+    def transformers(name: str) -> Case:
+        other, routed, pairs = fixed()
+        module = transformers_experts(stack(other.experts), HF[name])
+        return case(
+            lambda d: (module(d.x_TD, d.routing, d.weights),),
+            module.parameters(),
+            [_chosen(draw) for draw in routed],
+            pairs,
+        )
 
     makers: dict[str, Callable[[], Case]] = {
         "limit": limit,
-        "layer": lambda: case(partial(_with_aux, layer), list(layer.parameters())),
+        "layer": lambda: whole(layer),
         "experts": lambda: alone(layer.experts),
         "recompute": recompute,
-        "top_k": top_k,
+        "top_k": lambda: whole(*fixed()),
+        "top_k experts": lambda: alone(fixed()[0].experts, *fixed()[1:]),
         **{name: partial(rival, name) for name in RIVALS},
+        **{name: partial(transformers, name) for name in HF},
     }
-    wanted = {"limit", *names} if float(k).is_integer() else {"limit", *names} - {"top_k"}
+    wanted = {"limit", *names} - absent(work)
     return {name: makers[name]() for name in LAYER_CASES if name in wanted}
 
 
-def stack(experts: Experts) -> StackedFFN:
-    """Return a pool of Linear-GELU-Linear in stacked leaf tensors, as the rivals take it."""
-    layers = [list(slot.children()) for slot in experts.slots]
-    each = [(fc1.weight, fc1.bias, fc2.weight, fc2.bias) for fc1, _, fc2 in layers]
-    return StackedFFN(
-        *(torch.stack(tensors).detach().requires_grad_() for tensors in zip(*each, strict=True))
-    )
+def new_ffn(shape: Shape, ffn: str) -> nn.Module:
+    """Return an FFN of a kind of ``Work.ffn``."""
+    up, down = (shape.dim, shape.hidden), (shape.hidden, shape.dim)
+    if ffn == "mlp":
+        return nn.Sequential(nn.Linear(*up), nn.GELU(), nn.Linear(*down))
+    gate, value, out = (nn.Linear(*sizes, bias=False) for sizes in (up, up, down))
+    return GatedFFN(gate, value, nn.SiLU(), out, dropout=0.0)
 
 
-@torch.no_grad()
-def _routing(router: TopAnyRouter, x_TD: Tensor, live: Sequence[int]) -> Routing:
-    routing: Routing = router(x_TD, live)
-    return routing._replace(weights_TE=routing.weights_TE.requires_grad_())
+def absent(work: Work) -> set[str]:
+    """Return the cases that do not exist for this work."""
+    found = set()
+    if not float(work.k).is_integer():
+        found |= {"top_k", "top_k experts", *HF}
+    if work.ffn != "gated":
+        found |= {*HF}
+    if work.mode != "train":
+        found |= {"recompute"}
+    item = 4 if work.dtype == "fp32" else 2
+    copied = work.k * work.shape.tokens * 3 * work.shape.dim * work.shape.hidden * item
+    return found | ({"hf batched_mm"} if copied > HF_LIMIT else set())
+
+
+def _chosen(draw: Draw) -> Draw:
+    """The same routing as transformers' routers tell it."""
+    mask_TE = draw.routing.mask_TE
+    index_TK = mask_TE.nonzero()[:, 1].view(len(mask_TE), -1)
+    weights_TK = draw.weights.detach().gather(1, index_TK)
+    return Draw(draw.x_TD, weights_TK.requires_grad_(), index_TK)
+
+
+def _alone(layer: MoELayer, draw: Draw) -> timing.Outputs:
+    return (layer(draw.x_TD),)
 
 
 def _with_aux(layer: MoELayer, draw: Draw) -> timing.Outputs:
@@ -326,112 +438,6 @@ def _with_aux(layer: MoELayer, draw: Draw) -> timing.Outputs:
         y_TD = layer(draw.x_TD)
     (calls,) = tape.values()
     return y_TD, *(call.aux for call in calls)
-
-
-# Rivals: how others compute a sparse layer. Each maps ``(x_TD, weights_TE, mask_TE, ffn)`` to
-# ``y_t = sum of weight_te * ffn_e(x_t)`` over the experts in the token's mask, differentiable in
-# the tokens, the weights and the FFNs.
-
-
-class StackedFFN(NamedTuple):
-    """Linear-GELU-Linear of all experts in stacked tensors, as all of these libraries hold it."""
-
-    w1_EHD: Tensor
-    b1_EH: Tensor
-    w2_EDH: Tensor
-    b2_ED: Tensor
-
-    def one(self, e: int, x_PD: Tensor) -> Tensor:
-        """Expert e on its rows. Indexing has a backward that fills a whole [E, ...] tensor."""
-        h_PH = F.gelu(F.linear(x_PD, self.w1_EHD[e], self.b1_EH[e]))
-        return F.linear(h_PH, self.w2_EDH[e], self.b2_ED[e])
-
-    def batched(self, x_ECD: Tensor) -> Tensor:
-        """Every expert on its own C rows."""
-        h_ECH = F.gelu(torch.baddbmm(self.b1_EH[:, None], x_ECD, self.w1_EHD.mT))
-        return torch.baddbmm(self.b2_ED[:, None], h_ECH, self.w2_EDH.mT)
-
-
-Rival = Callable[[Tensor, Tensor, Tensor, StackedFFN], Tensor]
-
-
-def naive_loop(
-    x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor, one: Callable[[int, Tensor], Tensor]
-) -> Tensor:
-    """The usual first version: select each expert's tokens by a mask, add ``one(e, rows)``."""
-    y_TD = torch.zeros_like(x_TD)
-    for e in range(mask_TE.shape[1]):
-        token_P = mask_TE[:, e].nonzero().squeeze(1)
-        out_PD = one(e, x_TD[token_P]) * weights_TE[token_P, e, None]
-        y_TD.index_add_(0, token_P, out_PD.to(y_TD.dtype))
-    return y_TD
-
-
-def hf_loop(x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor, ffn: StackedFFN) -> Tensor:
-    """MixtralExperts.forward of Hugging Face transformers 5 (models/mixtral/modeling_mixtral.py).
-
-    Its experts are gated (three matrices); here they are the two-matrix FFN of all cases. It takes
-    K indices per token, so a token with fewer gets the id E, which the loop skips.
-    """
-    experts = mask_TE.shape[1]
-    with torch.no_grad():
-        index_TE = torch.where(mask_TE, torch.arange(experts, device=mask_TE.device), experts)
-        index_TK = index_TE.sort(dim=1).values[:, : int(mask_TE.sum(1).max())]
-        hit_EKT = F.one_hot(index_TK, experts + 1).permute(2, 1, 0)
-        hit_E = (hit_EKT.sum((-1, -2)) > 0).nonzero()
-    weights_TK = F.pad(weights_TE, (0, 1)).gather(1, index_TK)
-    y_TD = torch.zeros_like(x_TD)
-    for (e,) in hit_E.tolist():
-        if e == experts:
-            continue
-        place_P, token_P = torch.where(hit_EKT[e])
-        out_PD = ffn.one(e, x_TD[token_P]) * weights_TK[token_P, place_P, None]
-        y_TD.index_add_(0, token_P, out_PD.to(y_TD.dtype))
-    return y_TD
-
-
-def padded(x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor, ffn: StackedFFN) -> Tensor:
-    """One-hot einsum dispatch of GShard (arXiv 2006.16668, Algorithm 1) and DeepSpeed.
-
-    deepspeed/moe/sharded_moe.py; DynMoE's published code follows it. Dropless: the capacity is the
-    load of the busiest expert.
-    """
-    place_C = torch.arange(int(mask_TE.sum(0).max()), device=mask_TE.device)
-    hit_TEC = (mask_TE.cumsum(0) - 1)[..., None] == place_C
-    dispatch_TEC = (hit_TEC & mask_TE[..., None]).to(x_TD.dtype)
-    combine_TEC = weights_TE.to(x_TD.dtype)[..., None] * dispatch_TEC
-    out_ECD = ffn.batched(torch.einsum("tec,td->ecd", dispatch_TEC, x_TD))
-    return torch.einsum("tec,ecd->td", combine_TEC.to(out_ECD.dtype), out_ECD)
-
-
-def padded_bmm(x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor, ffn: StackedFFN) -> Tensor:
-    """The same padding by index instead of one-hot products, as Tutel does (arXiv 2206.03382)."""
-    experts, capacity = mask_TE.shape[1], int(mask_TE.sum(0).max())
-    token_P, expert_P = mask_TE.nonzero(as_tuple=True)
-    place_P = expert_P * capacity + (mask_TE.cumsum(0) - 1)[mask_TE]
-    rows_RD = x_TD.new_zeros(experts * capacity, x_TD.shape[1]).index_copy(
-        0, place_P, x_TD[token_P]
-    )
-    out_PD = ffn.batched(rows_RD.view(experts, capacity, -1)).flatten(0, 1)[place_P]
-    out_PD = out_PD * weights_TE[mask_TE][:, None]
-    return torch.zeros_like(x_TD).index_add(0, token_P, out_PD.to(x_TD.dtype))
-
-
-def dense_then_mask(x_TD: Tensor, weights_TE: Tensor, mask_TE: Tensor, ffn: StackedFFN) -> Tensor:
-    """Every expert on every token: the short way to write a soft or thresholded mixture."""
-    out_ETD = ffn.batched(x_TD.expand(mask_TE.shape[1], -1, -1))
-    return torch.einsum("te,etd->td", (weights_TE * mask_TE).to(out_ETD.dtype), out_ETD)
-
-
-RIVALS: dict[str, Rival] = {
-    "naive loop": lambda x_TD, weights_TE, mask_TE, ffn: naive_loop(
-        x_TD, weights_TE, mask_TE, ffn.one
-    ),
-    "hf loop": hf_loop,
-    "padded": padded,
-    "padded_bmm": padded_bmm,
-    "dense then mask": dense_then_mask,
-}
 
 
 # Routing of a chosen amount and skew by a real router, whose thresholds are fitted to the tokens.

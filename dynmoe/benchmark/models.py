@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,8 +26,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.benchmark.candidates import Candidate
-from dynmoe.benchmark.layer import fit_thresholds, naive_loop
+from dynmoe.benchmark.layer import fit_thresholds
 from dynmoe.benchmark.results import Facts
+from dynmoe.benchmark.rivals import naive_loop
 from dynmoe.data.base import TaskData
 from dynmoe.data.images.batches import ImageBatch
 from dynmoe.data.vl.batches import ConversationBatch
@@ -233,24 +235,39 @@ def model_name(backbone: DictConfig) -> str:
 # Models.
 
 
+PLUGINS: dict[str, Callable[[str], Precision]] = {
+    "32-true": lambda device: Precision(),
+    "bf16-mixed": partial(MixedPrecision, "bf16-mixed"),
+    "bf16-true": lambda device: HalfPrecision("bf16-true"),
+}
+"""Lightning's, by ``trainer.precision``: functions of the type of device."""
+
+
 @dataclass
 class TimedModel:
     """A model to time."""
 
     name: str
-    """Its setting or case."""
+    """Its setting or case, with its precision where there are several."""
     model: Any
     identity: Facts
     """Fields of its rows that identify it."""
     loss: Callable[[Any], Tensor]
     """The training loss of a batch."""
     new_optimizer: Callable[[], Optimizer]
+    precision: Precision
+    first: tuple[str, str] | None = None
+    """Of several precisions the first one, and the name of the same case in it."""
     costs: Costs | None = field(default=None, repr=False)
     """``costs_of_sample`` of a fresh model, counted before its layers are compact."""
 
 
 def trained(
-    group: Sequence[Candidate], data: TaskData, fused_attention: bool, device: torch.device
+    group: Sequence[Candidate],
+    data: TaskData,
+    fused_attention: bool,
+    device: torch.device,
+    precision: str,
 ) -> list[TimedModel]:
     """Load the models of runs of one problem from their checkpoints. ``data`` is the first one's.
 
@@ -259,10 +276,10 @@ def trained(
     """
     # Tasks log their losses to a trainer, and here is none.
     warnings.filterwarnings("ignore", message=r".*`self\.trainer` reference is not registered.*")
-    models = []
+    models, plugin = [], PLUGINS[precision](device.type)
     for run, cfg, checkpoint in group:
         task, _ = training.load(cfg, data, fused_attention, checkpoint)
-        task.to(device)
+        plugin.convert_module(task.to(device))
         identity = {
             "run": run.folder.path.name,
             "problem": ", ".join(run.problem),
@@ -273,7 +290,9 @@ def trained(
         def loss(batch: LabelledBatch, task: Any = task) -> Any:
             return task.training_step(batch, 0)["loss"]
 
-        models.append(TimedModel(run.setting, task.backbone, identity, loss, task.new_optimizer))
+        models.append(
+            TimedModel(run.setting, task.backbone, identity, loss, task.new_optimizer, plugin)
+        )
     return models
 
 
@@ -284,12 +303,13 @@ def fresh(
     ks: Sequence[float],
     given_layers: bool,
     fused_attention: bool,
-    amp: bool,
+    precisions: Sequence[str],
 ) -> tuple[list[TimedModel], Facts]:
-    """Build the ``cases`` of ``options.step_cases``; return them and facts they have in common.
+    """Build the ``cases`` of ``options.step_cases``, all of them in each precision; return them and
+    facts they have in common.
 
     ``given_layers``: MoE layers are where the configuration says, else in every second block, 1,
-    3, 5, ... ``amp``: routers are fitted in the precision they are used in.
+    3, 5, ... Routers are fitted in the precision they are used in.
 
     Raises:
         ConfigError: a backbone that cannot be built, MoE layers nowhere or that do not fit.
@@ -304,8 +324,6 @@ def fresh(
     if layers == "none" or not len(layers):
         raise ConfigError(f"moe.layers={layers}: expected some blocks with MoE layers, e.g. [0]")
     layers = layers if isinstance(layers, str) else list(layers)
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        models = build_models(cfg, dense, layers, cases, ks, work.batches)
     facts = {
         "model": model_name(cfg.backbone),
         "options": str(cfg.backbone.options),
@@ -314,16 +332,25 @@ def fresh(
         "experts": cfg.moe.num_experts,
     }
     k_of = {f"dynmoe {k:g}": k for k in ks}
-    return [
-        TimedModel(
-            name,
-            model,
-            {"case": name, "k": k_of.get(name)},
-            partial(classification_loss, model, cfg.moe.aux_weight),
-            partial(torch.optim.AdamW, model.parameters(), fused=True),
-        )
-        for name, model in models.items()
-    ], facts
+    models = []
+    for precision in precisions:
+        plugin = PLUGINS[precision](device.type)
+        own = plugin.convert_module(copy.deepcopy(dense))
+        batches = [plugin.convert_input(batch) for batch in work.batches]
+        built = build_models(cfg, own, layers, cases, ks, batches, plugin)
+        models += [
+            TimedModel(
+                f"{name}, {precision}" if len(precisions) > 1 else name,
+                model,
+                {"case": name, "k": k_of.get(name), "precision": precision},
+                partial(classification_loss, model, cfg.moe.aux_weight),
+                partial(torch.optim.AdamW, model.parameters(), fused=True),
+                plugin,
+                (precisions[0], f"{name}, {precisions[0]}") if len(precisions) > 1 else None,
+            )
+            for name, model in built.items()
+        ]
+    return models, facts
 
 
 def classification_loss(model: nn.Module, aux_weight: float, batch: LabelledBatch) -> Tensor:
@@ -348,6 +375,7 @@ def build_models(
     cases: Sequence[str],
     ks: Sequence[float],
     batches: Sequence[LabelledBatch],
+    plugin: Precision,
 ) -> dict[str, nn.Module]:
     """Build the ``cases``, fitted to k on the first batch, or on all where shapes differ.
 
@@ -368,7 +396,7 @@ def build_models(
         model = copy.deepcopy(dense)
         init = "fresh" if is_fresh else "copy"
         training.add_layers(moe, model, router=router, max_experts=slots, layers=layers, init=init)
-        return model.to(device)
+        return plugin.convert_module(model.to(device))
 
     def top_k(k: int) -> nn.Module:
         return with_router(partial(TopKRouter, top_k=k), moe.num_experts)
@@ -377,7 +405,8 @@ def build_models(
         model = with_router(top_any, moe.max_experts)
         for layer in moe_layers(model).values():
             layer.experts = experts(layer.experts)
-        fit(model, k, batches[: calls_of_sample(batches)])
+        with plugin.forward_context():
+            fit(model, k, batches[: calls_of_sample(batches)])
         return model
 
     makers: dict[str, Callable[[], nn.Module]] = {
@@ -416,7 +445,7 @@ def fit(model: nn.Module, k: float, batches: Sequence[LabelledBatch]) -> None:
 
 
 class Loop(Experts):
-    """``layer.naive_loop`` over the slots."""
+    """``rivals.naive_loop`` over the slots."""
 
     def __init__(self, experts: Experts) -> None:
         nn.Module.__init__(self)

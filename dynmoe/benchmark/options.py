@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from dynmoe.benchmark.candidates import Candidate
 
 
 class Shape(NamedTuple):
@@ -27,6 +33,9 @@ SHAPES = {
     "a": Shape("a", 6304, 384, 1536, 8),  # ViT-S at 224 px, batch 32
     "b": Shape("b", 4160, 192, 768, 8),  # ViT-Ti
     "c": Shape("c", 4096, 768, 3072, 16),  # BERT-base
+    "d": Shape("d", 4096, 384, 1024, 8),  # gated, as wide as ViT-S
+    "e": Shape("e", 2048, 576, 1536, 8),  # SmolLM2-135M, gated
+    "short": Shape("short", 128, 576, 1536, 8),  # a decoding step of 128 answers
 }
 
 LAYER_CASES = {
@@ -35,11 +44,14 @@ LAYER_CASES = {
     "experts": "its experts alone, on the given routing",
     "recompute": "the same, hidden activations computed again in the backward pass",
     "top_k": "the whole layer with a top-k router (where k is an integer)",
+    "top_k experts": "its experts alone, on its routing",
     "naive loop": "a loop over the experts, which index stacked weights",
-    "hf loop": "the eager loop of transformers' Mixtral experts, on plain FFNs",
     "padded": "GShard's and DeepSpeed's one-hot einsum dispatch",
     "padded_bmm": "the same padding, by index, and batched products",
     "dense then mask": "every expert on every token, then the weights",
+    "hf eager": "transformers' Mixtral experts (gated, integer k), on top_k's routing",
+    "hf grouped_mm": "the same with experts_implementation=grouped_mm",
+    "hf batched_mm": "batched_mm; left out where its copies of weights pass 1 GiB",
 }
 
 STEP_CASES = {
@@ -52,20 +64,23 @@ STEP_CASES = {
 }
 GENERATE_CASES = ["dense", "top-2", "dynmoe"]
 
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+"""Values of ``trainer.precision`` that are measured."""
+
 # Values of `step` and `generate` without --runs. Trained runs bring their own.
 DEFAULTS: dict[str, Any] = {
     "overrides": [],
     "k": [1.0, 1.5, 2.0],
-    "dtype": "fp32",
+    "precision": None,
     "only": ["dense", "top-1", "top-2", "dynmoe"],
     "batch": None,
     "baseline": None,
 }
-NOT_BESIDE_RUNS = {"step": tuple(DEFAULTS), "generate": ("overrides", "k", "dtype")}
+NOT_BESIDE_RUNS = {"step": tuple(DEFAULTS), "generate": ("overrides", "k", "precision")}
 
 
 def parse_shape(text: str) -> Shape:
-    """``a``, ``b``, ``c`` or four positive integers ``T,D,H,E``.
+    """A name in ``SHAPES`` or four positive integers ``T,D,H,E``.
 
     Raises:
         ConfigError: anything else.
@@ -115,13 +130,14 @@ def _check_names(names: Sequence[str], known: Mapping[str, str]) -> None:
 DISTURBED = "disturbed counts samples during which other processes were busy."
 
 LAYER = """\
-Time the forward and backward pass of one MoE layer. Its rivals are timed interleaved with it: a
-dense FFN on as many rows (the limit), and other ways to dispatch tokens to experts. Thresholds are
+Time the forward and backward pass of one MoE layer, or the forward pass alone. Its rivals are
+timed interleaved with it: a dense FFN on as many rows (the limit), and other ways to dispatch
+tokens to experts. Thresholds are
 fitted so that a token activates k experts on average and the popularity of experts follows Zipf's
 law with exponent 0.8. The command prints a table for each shape and k, and a summary."""
 LAYER_NOTE = f"""\
-Each call takes the next of 16 batches of tokens, so the loads of the experts are new as in
-training; the limit always has their mean number of rows.
+Each call takes the next of 16 batches of tokens, short ones of 64, so the loads of the experts are
+new as in training; the limit always has their mean number of rows. Ratios are of GFLOP/s.
 {DISTURBED}"""
 
 RUNS = """\
@@ -189,10 +205,54 @@ padded is a share of all positions. runtime.matmul_precision and runtime.malloc 
 loop too. Its attention is transformers' own; runtime.fused_attention=true gives dynmoe the same.
 {DISTURBED}"""
 
+START = """\
+Time dynmoe-run from the command to its first training step, beside a script that does the same with
+transformers and Lightning alone: same texts, tokenizer, weights, batch size. Every start is a
+process of its own in an empty folder, without evaluation, on the CPU. Settings are those of
+dynmoe-run; the default is task=glue."""
+START_NOTE = """\
+imports: PyTorch, Lightning and transformers alone, the least that both need. dynmoe-run reads and
+checks its data, makes its MoE layers and writes its records in that time."""
+
 DATA = """\
 Time the training loader alone, in images per second, without a model that waits for them. CPU time
 is that of this process and its workers. Settings are those of dynmoe-run, such as data=pacs
 data.root=FOLDER."""
+
+
+GPU = """\
+Check and time bf16 on this GPU, in less than 8 minutes: the experts' values and gradients against
+a loop, then a layer of width 1024 with 16 experts on 50,000 tokens, both kinds of FFN, and the
+training step of a ViT-S. The results are in one folder, a table and a file for each part."""
+GPU_CHECK = Shape("check", 4096, 1024, 4096, 16)
+_CASES = ["--only", "layer", "experts", "top_k", "top_k experts", "naive loop", "hf grouped_mm"]
+_LAYER = ["layer", "--shape", "50000,1024,4096,16", "--k", "2", "--dtype", "bf16", *_CASES]
+GPU_PARTS = {
+    "layer-mlp": [*_LAYER, "--ffn", "mlp"],
+    "layer-gated": [*_LAYER, "--ffn", "gated"],
+    "step": [
+        *("step", "backbone=vit_small", "backbone.pretrained=false", "backbone.image_size=224"),
+        *("--batch", "128", "--k", "1.5", "--mode", "train", "--precision", "bf16-mixed"),
+    ],
+}
+"""The commands of ``gpu`` by the names of their files."""
+GPU_SMOKE = Shape("check", 64, 16, 32, 4)
+_TINY = "backbone.options={depth: 2, embed_dim: 32, num_heads: 2, patch_size: 4}"
+SMOKE = {
+    "layer-mlp": ["--shape", "64,16,32,4", "--malloc", "system"],
+    "layer-gated": ["--shape", "64,16,32,4", "--malloc", "system"],
+    "step": [
+        "--only",
+        "dynmoe",
+        "--batch",
+        "2",
+        "runtime.malloc=system",
+        "backbone.image_size=16",
+        "backbone=vit_tiny",
+        _TINY,
+    ],
+}
+"""What ``gpu --smoke`` makes small."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -212,12 +272,18 @@ def parser() -> argparse.ArgumentParser:
         return p
 
     p = new("layer", "one MoE layer beside a dense FFN and other dispatches", LAYER, LAYER_CASES)
-    text = "a (ViT-S), b (ViT-Ti), c (BERT-base), or tokens,dim,hidden,experts (default: a b c)"
-    shapes = list(SHAPES.values())
+    text = f"{', '.join(SHAPES)}, or tokens,dim,hidden,experts (default: a b c)"
+    shapes = [SHAPES[name] for name in "abc"]
     p.add_argument("--shape", nargs="+", type=parse_shape, default=shapes, metavar="S", help=text)
+    text = "experts: Linear, GELU, Linear, or down(silu(gate(x)) * up(x)) (default: mlp)"
+    p.add_argument("--ffn", choices=["mlp", "gated"], default="mlp", help=text)
     _add_k(p, "mean experts per token", [1.0, 1.5, 2.0, 4.0])
+    text = "forward and backward, or forward without gradients and recording (default: train)"
+    p.add_argument("--mode", choices=["train", "inference"], default="train", help=text)
     _add_only(p, list(LAYER_CASES), "all below")
-    _add_timing(p, "fp32", "bf16", "amp")
+    text = "amp: fp32 weights under bf16 autocast (default: fp32)"
+    p.add_argument("--dtype", choices=["fp32", "bf16", "amp"], default="fp32", help=text)
+    _add_timing(p)
     choices = ["auto", "highest", "high", "medium"]
     text = "of fp32 products; auto: the fastest at fp32 accuracy (default)"
     p.add_argument("--matmul-precision", choices=choices, default="auto", help=text)
@@ -225,6 +291,7 @@ def parser() -> argparse.ArgumentParser:
     text = "tuned: glibc keeps freed memory; auto: tuned on a CPU (default)"
     p.add_argument("--malloc", choices=choices, default="auto", help=text)
     _add_files(p, "layer", baseline=True)
+    _add_against(p)
 
     text = "whole training steps and inference beside the dense model"
     p = new("step", text, STEP, STEP_CASES)
@@ -234,8 +301,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mode", choices=choices, default="both", help="default: both")
     text = "samples of a batch (default: 32 images, else data.batch_size)"
     p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
-    _add_timing(p, "fp32", "amp")
+    _add_timing(p)
     _add_files(p, "step", baseline=True)
+    _add_against(p)
 
     p = new("generate", "answers of vision-language models, token by token", GENERATE)
     _add_models(p)
@@ -243,8 +311,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=at_least(1), metavar="N", help=text)
     text = "tokens of each answer (default: 32)"
     p.add_argument("--new-tokens", type=at_least(2), default=32, metavar="N", help=text)
-    _add_timing(p, "fp32", "amp", rounds=7)
+    _add_timing(p, rounds=7)
     _add_files(p, "generate")
+    _add_against(p)
 
     p = new("epoch", "a training epoch on texts beside a plain loop", EPOCH)
     _add_overrides(p)
@@ -252,6 +321,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=at_least(1), metavar="N", help=text)
     _add_timing(p, rounds=3)
     _add_files(p, "epoch")
+
+    p = new("start", "dynmoe-run up to its first step, beside a plain script", START)
+    _add_overrides(p)
+    text = "starts of each case (default: 5)"
+    p.add_argument("--rounds", type=at_least(1), default=5, metavar="N", help=text)
+    _add_files(p, "start")
+
+    p = new("gpu", "a check and the figures of a GPU, prepared", GPU)
+    text = "everything tiny, on a CPU: does it run"
+    p.add_argument("--smoke", action="store_true", help=text)
+    text = "write the results there (default: outputs/bench/gpu-<date-time>)"
+    p.add_argument("--out", type=Path, metavar="FOLDER", help=text)
 
     p = new("data", "the training loader", DATA)
     _add_overrides(p)
@@ -294,6 +375,8 @@ def _add_models(p: argparse.ArgumentParser) -> None:
     text = "measure trained runs: those of a sweep, outputs/<name>, or a single one"
     p.add_argument("--runs", type=Path, metavar="FOLDER", help=text)
     _add_k(p, "mean experts per token in training", DEFAULTS["k"])
+    text = "values of trainer.precision, all interleaved (default: that of the configuration)"
+    p.add_argument("--precision", nargs="+", choices=PRECISIONS, metavar="P", help=text)
 
 
 def _add_k(p: argparse.ArgumentParser, text: str, default: list[float]) -> None:
@@ -306,10 +389,7 @@ def _add_only(p: argparse.ArgumentParser, default: list[str], shown: str) -> Non
     p.add_argument("--only", nargs="+", default=default, metavar="CASE", help=text)
 
 
-def _add_timing(p: argparse.ArgumentParser, *dtypes: str, rounds: int = 15) -> None:
-    if dtypes:
-        text = f"amp: fp32 weights under bf16 autocast (default: {DEFAULTS['dtype']})"
-        p.add_argument("--dtype", choices=dtypes, default=DEFAULTS["dtype"], help=text)
+def _add_timing(p: argparse.ArgumentParser, rounds: int = 15) -> None:
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     p.add_argument("--threads", type=at_least(1), metavar="N", help="default: PyTorch's")
     text = f"samples of each case (default: {rounds})"
@@ -322,6 +402,11 @@ def _add_files(p: argparse.ArgumentParser, command: str, baseline: bool = False)
     if baseline:
         text = "compare with the --json file of an earlier measurement"
         p.add_argument("--baseline", type=Path, metavar="FILE", help=text)
+
+
+def _add_against(p: argparse.ArgumentParser) -> None:
+    text = "time the same cases of another build, a checkout of dynmoe, interleaved with these"
+    p.add_argument("--against", type=Path, metavar="FOLDER", help=text)
 
 
 # The commands. Each raises a UserError where nothing can be measured as asked: nothing has run yet.
@@ -348,15 +433,36 @@ def layer(args: argparse.Namespace) -> None:
 def step(args: argparse.Namespace) -> None:
     """Time training steps and inference, or for ``generate`` the answers of vision-language models,
     of fresh models or of trained runs."""
-    from dynmoe.benchmark.candidates import candidates, configuration, keys, modality, step_defaults
     from dynmoe.benchmark.results import Output
 
-    is_step, file, cases = args.command == "step", args.json, list[str]()
+    work = models_of(args)
+    file = args.json
+    if args.runs:
+        file = file or args.runs / f"{'timing' if args.command == 'step' else 'generation'}.json"
+    output = Output(file, args.command)
+    from dynmoe.benchmark import steps
+
+    steps.run(args, output, *work)
+
+
+generate = step
+
+
+def models_of(args: argparse.Namespace) -> tuple[DictConfig, list[str], list[Candidate]]:
+    """Return the configuration, its cases, and the trained runs of ``step`` or ``generate``.
+
+    ``args.precision`` becomes that of the configuration unless it is given.
+
+    Raises:
+        UserError: naming what cannot be measured.
+    """
+    from dynmoe.benchmark.candidates import candidates, configuration, keys, modality, step_defaults
+
+    is_step, cases = args.command == "step", list[str]()
     if args.runs:
         _refuse_beside_runs(args)
         found = candidates(args.runs)
         cfg = found[0].cfg
-        file = file or args.runs / ("timing.json" if is_step else "generation.json")
         for run, its, _ in () if is_step else found:
             if modality(its) != "vision-language":
                 raise ConfigError(
@@ -377,15 +483,16 @@ def step(args: argparse.Namespace) -> None:
         if is_step:
             images = 32 if modality(cfg) == "image" else None
             cfg.data.batch_size = args.batch or images or cfg.data.batch_size
-    output = Output(file, args.command)
     for each in () if is_step else (cfg, *(candidate.cfg for candidate in found)):
         each.data.eval_batch_size = args.batch or each.data.eval_batch_size
-    from dynmoe.benchmark import steps
-
-    steps.run(args, output, cfg, cases, found)
-
-
-generate = step
+    args.precision = args.precision or [str(cfg.trainer.precision)]
+    for precision in args.precision:
+        if precision not in PRECISIONS:
+            where = f"{found[0].run.folder.path}: " if found else ""
+            raise ConfigError(
+                f"{where}trainer.precision={precision}: expected one of {', '.join(PRECISIONS)}"
+            )
+    return cfg, cases, found
 
 
 def _refuse_beside_runs(args: argparse.Namespace) -> None:
@@ -421,6 +528,53 @@ def epoch(args: argparse.Namespace) -> None:
     from dynmoe.benchmark.epochs import run
 
     run(args, output, cfg)
+
+
+def start(args: argparse.Namespace) -> None:
+    """Time the start of a run on texts."""
+    from dynmoe.benchmark.candidates import configuration, modality
+    from dynmoe.benchmark.results import Output
+
+    if not any(text.startswith("task=") for text in args.overrides):
+        args.overrides = ["task=glue", *args.overrides]
+    whole = configuration(args.overrides, [])
+    if modality(whole) != "text":
+        raise ConfigError(f"task={whole.task.name}: expected a task on texts, task=glue")
+    others = [text for text in args.overrides if not text.lstrip("+~").startswith("moe")]
+    cfg = configuration([*others, "moe=dense"], [])
+    output = Output(args.json, "start")
+    from dynmoe.benchmark.starts import run
+
+    run(args, output, cfg)
+
+
+def gpu(args: argparse.Namespace) -> None:
+    """Check the experts on a GPU, then carry out ``GPU_PARTS``."""
+    import torch
+
+    from dynmoe.benchmark.results import Output
+
+    device = torch.device("cpu" if args.smoke else "cuda")
+    if not (args.smoke or torch.cuda.is_available()):
+        raise ConfigError(
+            "dynmoe-bench gpu: PyTorch sees no GPU here; --smoke tries the same on a CPU, tiny"
+        )
+    out = args.out or Path(f"outputs/bench/gpu-{datetime.now():%Y%m%d-%H%M%S}")
+    from dynmoe.benchmark.gpu import check
+
+    check(GPU_SMOKE if args.smoke else GPU_CHECK, device, Output(out / "check.json", "gpu"))
+    for name, words in GPU_PARTS.items():
+        words = [*words, "--device", device.type, "--json", str(out / f"{name}.json")]
+        words += [*SMOKE[name], "--rounds", "1"] if args.smoke else ["--rounds", "11"]
+        part = parser().parse_args(overrides_first(words))
+        globals()[part.command](part)
+
+
+def overrides_first(arguments: Sequence[str]) -> list[str]:
+    """Move key=value right after the command: an option before it would take it as its value."""
+    overrides = [a for a in arguments if a[0:1] == "~" or ("=" in a and a[0:1] != "-")]
+    others = [a for a in arguments if a not in overrides]
+    return [*others[:1], *overrides, *others[1:]]
 
 
 def data(args: argparse.Namespace) -> None:

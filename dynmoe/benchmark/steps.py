@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.plugins import Precision
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from dynmoe import runtime
-from dynmoe.benchmark import results, timing
-from dynmoe.benchmark.candidates import DTYPES, Candidate, groups, keys, modality
+from dynmoe.benchmark import against, results, timing
+from dynmoe.benchmark.against import Build
+from dynmoe.benchmark.candidates import Candidate, groups, keys, modality
 from dynmoe.benchmark.models import (
     BATCHES,
     LabelledBatch,
@@ -37,13 +40,14 @@ from dynmoe.benchmark.models import (
     trained,
     training_batches,
 )
-from dynmoe.benchmark.options import GENERATE_NOTE, RUNS_NOTE, STEP_NOTE, TEXT_NOTE
+from dynmoe.benchmark.options import GENERATE_NOTE, RUNS_NOTE, STEP_NOTE, TEXT_NOTE, models_of
 from dynmoe.benchmark.results import PEAK, RATIO, ROUNDS, Column, Row
 from dynmoe.data.vl.batches import QuestionBatch
 from dynmoe.layers import moe_layers, record_routing
 from dynmoe.metrics.efficiency import activated, flops
 
-NAME = Column("case", "case"), Column("case", "setting")
+NAME = Column("case", "case"), Column("case", "setting"), Column("precision", "precision")
+BESIDE = *RATIO, Column("of {first}", "precision_ratio", ".2f"), *against.COLUMNS
 STEP_COLUMNS = (
     *NAME,
     Column("mean k", "mean_k", ".3f"),
@@ -51,7 +55,7 @@ STEP_COLUMNS = (
     Column("quartiles", "samples_per_s_quartiles"),
     Column("tokens/s", "tokens_per_s"),
     Column("ms", "median_ms"),
-    *RATIO,
+    *BESIDE,
     Column("ideal", "ideal", ".2f"),
     Column("of\nideal", "of_ideal", ".2f"),
     Column("params\nM", "parameters", unit=1e6),
@@ -60,15 +64,17 @@ STEP_COLUMNS = (
     *ROUNDS,
 )
 STEP_RULES = results.BaselineRules(
-    ("mode", "case"),
-    ("mode", "case"),
+    ("mode", "case", "precision"),
+    ("mode", "case", "precision"),
     lambda row: results.Compared("samples_per_s", "samples_per_s_quartiles", "{:.4g} samples/s"),
 )
 GENERATE_COLUMNS = (
     *NAME,
     Column("tokens/s", "tokens_per_s"),
     Column("quartiles", "tokens_per_s_quartiles"),
-    *RATIO,
+    *BESIDE,
+    Column("ideal", "ideal", ".2f"),
+    Column("of\nideal", "of_ideal", ".2f"),
     Column("prompt\nms", "prompt_ms"),
     Column("token\nms", "token_ms"),
     Column("k of\nprompt", "mean_k.prompt", ".2f"),
@@ -102,34 +108,29 @@ def run(
     """
     device = timing.device_of(args)
     settings = runtime.apply(cfg.runtime, device.type)
-    dtype = DTYPES[cfg.trainer.precision] if found else args.dtype
-    machine, amp = timing.machine_facts(device, dtype), dtype == "amp"
+    machine = timing.machine_facts(device, ", ".join(args.precision))
     is_step, baseline = args.command == "step", None
-    if found:
-        together = _trained_groups(args, found, settings["fused_attention"], device)
-    else:
-        group = _fresh_group(args, cfg, cases, settings["fused_attention"], device)
+    together = _groups(args, cfg, cases, found, settings["fused_attention"], device)
+    if is_step and not found and args.baseline:
+        group = next(together)
         together = iter([group])
-        if is_step and args.baseline:
-            baseline = results.Baseline(args.baseline, STEP_RULES)
-            baseline.require(
-                results.Conditions(machine, settings, group.facts), "machine", "workload"
-            )
-    modes = [args.mode] if is_step else ["answers"]
-    if modes == ["both"]:
-        modes = ["train", "inference"]  # in this order: inference makes the layers compact
+        baseline = results.Baseline(args.baseline, STEP_RULES)
+        baseline.require(results.Conditions(machine, settings, group.facts), "machine", "workload")
+    build = Build(args.against, __name__, args) if args.against else None
     facts = []
     with output.progress() as new_bar:
         for group in together:
             facts.append(group.facts)
             conditions = results.Conditions(machine, settings, merged(facts))
-            for mode in modes:
-                how = amp, args.rounds, new_bar(f"{group.name}, {mode}")
+            for mode in _modes(args):
+                how = args.rounds, new_bar(f"{group.name}, {mode}"), build
                 if is_step:
                     rows = measure_steps(mode, group.models, group.batches, *how)
                 else:
                     rows = measure_generation(group.models, group.batches, args.new_tokens, *how)
                 output.add(rows, conditions)
+    if build:
+        build.close()
     by = "problem", "mode", "reference"
     if is_step:
         title = "{problem}: {mode}, batch {batch}" if found else "{mode}"
@@ -144,7 +145,42 @@ def run(
         differing = results.differences(baseline.conditions.settings, settings)
         shown = ", ".join(differing) or "none"
         parts += [f"Settings that differ from the baseline's: {shown}", baseline.table(output.rows)]
+    if build:
+        parts.append(build.note())
     output.show(*parts)
+
+
+def elsewhere(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the cases of each table, for the process of another build."""
+    cfg, cases, found = models_of(args)
+    device = timing.device_of(args)
+    fused_attention = runtime.apply(cfg.runtime, device.type)["fused_attention"]
+    for group in _groups(args, cfg, cases, found, fused_attention, device):
+        for mode in _modes(args):
+            if mode == "answers":
+                yield answers_of(group.models, group.batches, args.new_tokens)
+            else:
+                yield steps_of(mode, group.models, group.batches)
+
+
+def _modes(args: argparse.Namespace) -> list[str]:
+    """Inference after training: it makes the layers compact."""
+    if args.command == "generate":
+        return ["answers"]
+    return ["train", "inference"] if args.mode == "both" else [args.mode]
+
+
+def _groups(
+    args: argparse.Namespace,
+    cfg: DictConfig,
+    cases: Sequence[str],
+    found: Sequence[Candidate],
+    fused_attention: bool,
+    device: torch.device,
+) -> Iterator[Group]:
+    if found:
+        return _trained_groups(args, found, fused_attention, device)
+    return iter([_fresh_group(args, cfg, cases, fused_attention, device)])
 
 
 def _fresh_group(
@@ -154,7 +190,7 @@ def _fresh_group(
     fused_attention: bool,
     device: torch.device,
 ) -> Group:
-    given_layers, amp = "moe.layers" in keys(args.overrides), args.dtype == "amp"
+    given_layers = "moe.layers" in keys(args.overrides)
     data = None if modality(cfg) == "image" else data_of(cfg)
     work = noise(cfg, device) if data is None else of_data(cfg, data, device)
     batches: Sequence[Any] = work.batches
@@ -163,14 +199,16 @@ def _fresh_group(
         batches = question_batches(data, device)
         facts = question_facts(batches, args.new_tokens)
         work = work._replace(facts={"data": data.name, **facts})
-    models, facts = fresh(cfg, work, cases, args.k, given_layers, fused_attention, amp)
+    models, facts = fresh(cfg, work, cases, args.k, given_layers, fused_attention, args.precision)
     outside: dict[tuple[Any, ...], float] = {}  # all models are copies of one
     for each in models:
         if asks:
-            identity = {"run": "", "problem": facts["data"], "setting": each.name}
-            each.identity = {**identity, "environment": ""}
+            precision, setting = each.identity["precision"], each.identity["case"]
+            identity = {"run": "", "problem": facts["data"], "setting": setting}
+            each.identity = {**identity, "environment": "", "precision": precision}
         else:
-            each.costs = costs_of_sample(each.model, batches, outside)
+            converted = [each.precision.convert_input(batch) for batch in batches]
+            each.costs = costs_of_sample(each.model, converted, outside)
     return Group(facts["model"], models, batches, facts)
 
 
@@ -191,7 +229,7 @@ def _trained_groups(
         else:
             batches = training_batches(data, device)
             facts = {"batch": max(len(batch.label) for batch in batches), **token_facts(batches)}
-        models = trained(members, data, fused_attention, device)
+        models = trained(members, data, fused_attention, device, *args.precision)
         yield Group(f"{problem.dataset} ({number}/{len(together)})", models, batches, facts)
 
 
@@ -216,7 +254,7 @@ class Training:
     loss: Callable[[Any], Tensor]
     optimizer: Optimizer
     batches: Sequence[LabelledBatch]
-    amp: bool
+    precision: Precision
 
     def __post_init__(self) -> None:
         self.model.train()
@@ -225,8 +263,8 @@ class Training:
         self._next = cycle(self.batches)
 
     def forward(self, batch: LabelledBatch) -> timing.Outputs:
-        with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=self.amp):
-            return (self.loss(batch),)
+        with self.precision.forward_context():
+            return (self.loss(self.precision.convert_input(batch)),)
 
     def backward(self, outputs: timing.Outputs) -> None:
         outputs[0].backward()
@@ -248,16 +286,18 @@ class Inference:
     A token that no expert serves takes its best one then, so k is above that of training.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[LabelledBatch], amp: bool) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Sequence[LabelledBatch], precision: Precision
+    ) -> None:
         self.model = deployed(model)
-        self.amp = amp
+        self.precision = precision
         self._next = cycle(batches)
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         batch = next(self._next)
-        with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=self.amp):
-            logits: Tensor = self.model(*batch.inputs)
+        with self.precision.forward_context():
+            logits: Tensor = self.model(*self.precision.convert_input(batch).inputs)
         return logits
 
 
@@ -272,9 +312,9 @@ def measure_steps(
     mode: str,
     models: Sequence[TimedModel],
     batches: Sequence[LabelledBatch],
-    amp: bool,
     rounds: int,
     advance: results.Advance,
+    build: Build | None = None,
 ) -> list[Row]:
     """Return a row for each of the ``models``, the first of which is the reference.
 
@@ -285,21 +325,17 @@ def measure_steps(
     step beyond weights and optimizer state; ``tokens_per_s`` of texts, padding left out. With
     ``costs`` also ``ideal``, FLOPs of the reference over FLOPs of the model, None where they cannot
     be counted; ``of_ideal``, ``ratio`` over it; ``parameters``, and those ``activated`` per token.
+    And those of ``_beside``.
     """
     device, whole, tokens = batches[0].label.device, calls_of_sample(batches), tokens_of(batches)
     sizes = [len(batch.label) for batch in batches]
-    cases: dict[str, Training | Inference] = {
-        each.name: Training(each.model, each.loss, each.new_optimizer(), batches, amp)
-        if mode == "train"
-        else Inference(each.model, batches, amp)
-        for each in models
-    }
-    reference = models[0]
-    samples = timing.interleave(cases, rounds, device, reference.name, advance, whole)
+    cases, reference = steps_of(mode, models, batches), models[0]
+    others = build.next_cases() if build else {}
+    samples = timing.interleave({**cases, **others}, rounds, device, reference.name, advance, whole)
     rows = []
     for each in models:
         case = cases[each.name]
-        k = mean_k(each.model, batches, amp)
+        k = mean_k(each, batches)
         row = {
             **each.identity,
             "mode": mode,
@@ -309,6 +345,7 @@ def measure_steps(
             **timing.speed(
                 samples[each.name], samples[reference.name], fmean(sizes), "samples_per_s"
             ),
+            **_beside(each, samples),
             "peak_bytes": case.peak_bytes(largest(batches)) if isinstance(case, Training) else None,
         }
         if tokens is not None:
@@ -327,15 +364,37 @@ def measure_steps(
     return rows
 
 
+def steps_of(
+    mode: str, models: Sequence[TimedModel], batches: Sequence[LabelledBatch]
+) -> dict[str, Training | Inference]:
+    """Return the cases by the names of the models."""
+    return {
+        each.name: Training(each.model, each.loss, each.new_optimizer(), batches, each.precision)
+        if mode == "train"
+        else Inference(each.model, batches, each.precision)
+        for each in models
+    }
+
+
+def _beside(each: TimedModel, samples: Mapping[str, Sequence[timing.Sample]]) -> Row:
+    """Return ``against.ratios``; of several precisions the ``first`` and ``precision_ratio``, speed
+    over that of the same case in it, in the same round."""
+    row = against.ratios(samples, each.name)
+    if each.first is not None:
+        precision, name = each.first
+        row |= {
+            "first": precision,
+            "precision_ratio": timing.paired(samples[name], samples[each.name]).median,
+        }
+    return row
+
+
 @torch.no_grad()
-def mean_k(model: nn.Module, batches: Sequence[LabelledBatch], amp: bool) -> dict[str, float]:
+def mean_k(each: TimedModel, batches: Sequence[LabelledBatch]) -> dict[str, float]:
     """Return the experts per token of each MoE layer, over all batches."""
-    with (
-        record_routing(model) as tape,
-        torch.autocast(batches[0].label.device.type, torch.bfloat16, enabled=amp),
-    ):
+    with record_routing(each.model) as tape, each.precision.forward_context():
         for batch in batches:
-            model(*batch.inputs)
+            each.model(*each.precision.convert_input(batch).inputs)
     pairs = {n: sum(int(c.stats.load_E.sum()) for c in calls) for n, calls in tape.items()}
     tokens = {n: sum(int(c.stats.k_hist.sum()) for c in calls) for n, calls in tape.items()}
     return {name: pairs[name] / tokens[name] for name in pairs}
@@ -351,7 +410,7 @@ class Answers:
     model: Any
     batches: Sequence[QuestionBatch]
     new_tokens: int
-    amp: bool
+    precision: Precision
 
     def __post_init__(self) -> None:
         self._next = cycle(self.batches)
@@ -360,8 +419,9 @@ class Answers:
         return self.of(next(self._next))
 
     def of(self, batch: QuestionBatch) -> Tensor:
-        with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=self.amp):
-            ids_BN: Tensor = self.model.generate(batch.tokens, self.new_tokens, exactly=True)
+        tokens = self.precision.convert_input(batch.tokens)
+        with self.precision.forward_context():
+            ids_BN: Tensor = self.model.generate(tokens, self.new_tokens, exactly=True)
         return ids_BN
 
     def peak_bytes(self) -> int:
@@ -371,23 +431,44 @@ class Answers:
             lambda: (self.of(batch),), lambda _: None, batch.label.device
         ).peak
 
-    def mean_k(self) -> dict[str, float]:
+    def routed(self) -> tuple[dict[str, float], float | None]:
         """Return the experts per token of the questions' text (``prompt``), of their images
-        (``image``) and of the answers (``answer``), the mean over MoE layers; empty without them.
+        (``image``) and of the answers (``answer``), the mean over MoE layers, empty without them;
+        and the FLOPs of all batches beyond those of the dense model, None where a router does not
+        know its own.
+
+        Dense FFNs and routers compute padding too.
         """
-        pairs, tokens = Counter[str](), Counter[str]()
+        pairs, tokens, beyond = Counter[str](), Counter[str](), 0.0
+        layers = moe_layers(self.model)
+        routers = {name: layer.router.flops(layer.dim) for name, layer in layers.items()}
         for batch in self.batches:
             with record_routing(self.model) as tape:
                 self.of(batch)
             real_BN, image_BN = batch.tokens["attention_mask"].bool(), batch.tokens["image_mask"]
             parts = {"prompt": real_BN & ~image_BN, "image": image_BN}
-            for question, *said in tape.values():
+            for name, (question, *said) in tape.items():
                 for part, part_BN in parts.items():
                     pairs[part] += int(question.mask[part_BN].sum())
                     tokens[part] += int(part_BN.sum())
                 pairs["answer"] += sum(int(call.mask.sum()) for call in said)
                 tokens["answer"] += sum(int(call.stats.k_hist.sum()) for call in said)
-        return {part: pairs[part] / count for part, count in tokens.items() if count}
+                weights = layers[name].experts.slots[0].parameters()
+                ffn = 2 * sum(w.numel() for w in weights if w.ndim == 2)
+                each, fixed = routers[name] or (0, 0)
+                for mask in (question.mask, *(call.mask for call in said)):
+                    positions, experts = mask[..., 0].numel(), mask.shape[-1]
+                    beyond += ffn * (int(mask.sum()) - positions)
+                    beyond += (each * experts + fixed) * positions
+        k = {part: pairs[part] / count for part, count in tokens.items() if count}
+        return k, None if None in routers.values() else beyond
+
+    def flops(self) -> float:
+        """Return the FLOPs of all batches, counted in a run."""
+        with FlopCounterMode(display=False) as counter:
+            for batch in self.batches:
+                self.of(batch)
+        return counter.get_total_flops()
 
 
 def question_batches(data: Any, device: torch.device) -> list[QuestionBatch]:
@@ -412,13 +493,29 @@ def question_facts(batches: Sequence[QuestionBatch], new_tokens: int) -> results
     return {"batch": max(sizes), "question_tokens": tokens, "new_tokens": new_tokens}
 
 
+FIRST = "first token of {}"
+
+
+def answers_of(
+    models: Sequence[TimedModel], batches: Sequence[QuestionBatch], new_tokens: int
+) -> dict[str, Answers]:
+    """Return the cases by the names of the models, and those up to the ``FIRST`` token. The models
+    are ``deployed`` for good."""
+    cases = {}
+    for each in models:
+        model = deployed(each.model)
+        cases[each.name] = Answers(model, batches, new_tokens, each.precision)
+        cases[FIRST.format(each.name)] = Answers(model, batches, 1, each.precision)
+    return cases
+
+
 def measure_generation(
     models: Sequence[TimedModel],
     batches: Sequence[QuestionBatch],
     new_tokens: int,
-    amp: bool,
     rounds: int,
     advance: results.Advance,
+    build: Build | None = None,
 ) -> list[Row]:
     """Return a row for each of the ``models``, the first of which is the reference.
 
@@ -427,20 +524,21 @@ def measure_generation(
 
     Its own fields: ``batch``, questions answered at once; ``new_tokens`` of each answer;
     ``prompt_ms`` and ``prompt_quartiles_ms`` of a batch up to the first new token; ``token_ms`` of
-    a batch for each further token, the difference of the two medians; ``mean_k`` by part; and
-    ``peak_bytes`` beyond the weights.
+    a batch for each further token, the difference of the two medians; ``mean_k`` by part;
+    ``ideal``, FLOPs of a dense reference over FLOPs of the model, ``of_ideal``, ``ratio`` over it;
+    ``peak_bytes`` beyond the weights; and those of ``_beside``.
     """
     device, whole = batches[0].label.device, calls_of_sample(batches)
     sizes = [len(batch.label) for batch in batches]
-    answers, firsts = dict[str, Answers](), dict[str, Answers]()
-    for each in models:
-        model = deployed(each.model)
-        answers[each.name] = Answers(model, batches, new_tokens, amp)
-        firsts[f"first token of {each.name}"] = Answers(model, batches, 1, amp)
-    reference = models[0].name
-    samples = timing.interleave({**answers, **firsts}, rounds, device, reference, advance, whole)
+    cases, reference = answers_of(models, batches, new_tokens), models[0].name
+    others = build.next_cases() if build else {}
+    samples = timing.interleave({**cases, **others}, rounds, device, reference, advance, whole)
+    dense = None if moe_layers(models[0].model) else cases[reference].flops()
     rows = []
-    for each, first in zip(models, firsts, strict=True):
+    for each in models:
+        answers, first = cases[each.name], FIRST.format(each.name)
+        k, beyond = answers.routed()
+        ideal = None if dense is None or beyond is None else dense / (dense + beyond)
         work = fmean(sizes) * new_tokens
         times = timing.speed(samples[each.name], samples[reference], work, "tokens_per_s")
         prompt = timing.Quartiles.of(timing.clean(samples[first]))
@@ -451,11 +549,14 @@ def measure_generation(
                 "new_tokens": new_tokens,
                 "reference": reference,
                 **times,
+                **_beside(each, samples),
                 "prompt_ms": 1e3 * prompt.median,
                 "prompt_quartiles_ms": (1e3 * prompt.low, 1e3 * prompt.high),
                 "token_ms": (times["median_ms"] - 1e3 * prompt.median) / (new_tokens - 1),
-                "mean_k": answers[each.name].mean_k(),
-                "peak_bytes": answers[each.name].peak_bytes(),
+                "mean_k": k,
+                "ideal": ideal,
+                "of_ideal": None if ideal is None else times["ratio"] / ideal,
+                "peak_bytes": answers.peak_bytes(),
             }
         )
     return rows

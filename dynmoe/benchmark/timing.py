@@ -47,7 +47,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
 
 
 def machine_facts(device: torch.device, dtype: str) -> Facts:
-    """Return processor and PyTorch as they are now."""
+    """Return processor and PyTorch as they are now; ``dtype``: of the computation, in words."""
     on_cuda = device.type == "cuda"
     return {
         **machine(),
@@ -96,7 +96,7 @@ def interleave(
     warm = {}
     for name, case in cases.items():
         for _ in range(warm_ups):  # the first call creates kernels and fills the allocator
-            warm[name] = _seconds(case, whole, device) / whole
+            warm[name] = sample(case, whole, device).seconds
     samples: dict[str, list[Sample]] = {name: [] for name in cases}
     slow = {name for name in cases if warm[name] > SLOW * warm[reference]}
     schedule = [
@@ -107,7 +107,7 @@ def interleave(
     for names in schedule:
         for name in order.sample(names, len(names)):
             calls = whole * max(1, math.ceil(MIN_SAMPLE / (whole * warm[name])))
-            samples[name].append(_sample(cases[name], calls, device))
+            samples[name].append(sample(cases[name], calls, device))
             if name in slow:  # and large: the tuned heap once grew to 24 GiB by what it frees
                 release_memory()
             done += 1
@@ -164,7 +164,11 @@ def speed(
     }
 
 
-def _sample(case: Callable[[], object], calls: int, device: torch.device) -> Sample:
+def sample(case: Callable[[], object], calls: int, device: torch.device) -> Sample:
+    """Time so many calls. A case with a ``sample`` of its own is timed where it is."""
+    if hasattr(case, "sample"):
+        timed: Sample = case.sample(calls)
+        return timed
     if device.type == "cuda":
         return Sample(_seconds(case, calls, device) / calls, False)
     others, start = _others(), time.perf_counter()

@@ -349,9 +349,17 @@ def facts(
             "threads": torch.get_num_threads(),
             **settings,
             "precision": str(cfg.trainer.precision),
+            "bf16_gain": _bf16_gain(task, trainer),
             "fused_optimizer": bool(cfg.task.optimizer.get("fused")),
         },
     }
+
+
+def _bf16_gain(task: MoETask, trainer: L.Trainer) -> float | None:
+    """What bf16 would be worth to a run in fp32 on this CPU: None where nothing is known of it."""
+    in_fp32 = trainer.precision in ("32-true", "32", 32)
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    return runtime.bf16_gain(task.backbone) if in_fp32 and on_cpu else None
 
 
 def announcement(facts: Mapping[str, Any], resumed: int) -> list[str]:

@@ -56,7 +56,7 @@ def test_times_one_run_of_each_setting(
     run("step", "--runs", str(sweep), *QUICK)
     content: dict[str, Any] = json.loads((sweep / "timing.json").read_text())
     assert content["machine"].keys() == {"cpu", "cores", "threads", "torch", "device", "dtype"}
-    assert content["machine"]["dtype"] == "fp32"
+    assert content["machine"]["dtype"] == "32-true"
     settings = {"matmul_precision", "malloc", "fused_attention", "wait"}
     assert content["settings"].keys() == settings
     assert content["workload"] == {"batch": 20}  # 4 images of 5 environments
@@ -97,12 +97,12 @@ def test_models_are_those_of_the_checkpoints_and_stay_so(sweep: Path) -> None:
     ((_, group),) = groups(candidates(sweep))
     data = data_of(group[0].cfg)
     batches = training_batches(data, torch.device("cpu"))
-    models = trained(group, data, False, torch.device("cpu"))
+    models = trained(group, data, False, torch.device("cpu"), "32-true")
     assert len({batch.image.sum().item() for batch in batches}) == len(batches) == 8
     assert all(batch.env.unique().tolist() == [1, 2, 3, 4, 5] for batch in batches)
     for candidate, each in zip(group, models, strict=True):
         saved = torch.load(candidate.checkpoint, weights_only=True)["state_dict"]
-        step = Training(each.model, each.loss, each.new_optimizer(), batches, amp=False)
+        step = Training(each.model, each.loss, each.new_optimizer(), batches, each.precision)
         step()
         assert type(step.optimizer) is torch.optim.Adam and step.optimizer.state
         for name, value in each.model.state_dict().items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from dynmoe.benchmark.models import (
     tokens_of,
     training_batches,
 )
+from dynmoe.benchmark.starts import Start
 from dynmoe.data.text.tokens import encode
+from dynmoe.errors import ConfigError
 from dynmoe.layers import moe_layers
 from dynmoe.metrics.efficiency import flops
 from dynmoe.records import RunFolder
@@ -177,7 +180,7 @@ def test_the_plain_loader_gives_every_text_once(glue: Path) -> None:
     def keys(batch: Any) -> tuple[Any, Any]:
         return batch["input_ids"], batch["attention_mask"]
 
-    plain = [*plain_loader(texts, data.tokenizer, 8, seed=0)]  # type: ignore[attr-defined]
+    plain = [*plain_loader(texts, data.tokenizer, 8, seed=0)]
     assert sorted((len(batch["labels"]) for batch in plain), reverse=True) == list(EPOCH)
     data.repeat_evaluation_of(2)  # the second epoch
     own = [*islice(data.train_dataloader(), 3)]  # type: ignore[attr-defined]
@@ -209,3 +212,26 @@ def test_refuses(
     monkeypatch.chdir(tmp_path)
     assert message in refused(*arguments)
     assert not (tmp_path / "outputs" / "bench").exists()
+
+
+@pytest.mark.slow
+def test_starts_end_with_the_first_step(glue: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "start.json"
+    run("start", "--rounds", "1", "--json", str(file), *texts(glue, "moe.num_experts=2"))
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["imports", "plain", "dynmoe"]
+    assert rows[1]["time_ratio"] == 1 and rows[2]["time_ratio"] > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [("print(1)", 42, "ended with 0 before its first step: 1"), ("1/0", 42, "ZeroDivisionError")],
+)
+def test_a_start_without_a_step_is_no_sample(code: str, status: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Start([sys.executable, "-c", code], status).sample(1)
+
+
+def test_start_refuses_other_tasks(tmp_path: Path, refused: Refused) -> None:
+    message = refused("start", "task=vl", "--json", str(tmp_path / "start.json"))
+    assert "task=vl: expected a task on texts, task=glue" in message

@@ -83,7 +83,9 @@ def test_a_step_is_that_of_the_stage(tmp_path: Path) -> None:
     cfg, work = scenes(tmp_path)
     cfg.task.module.trains = ["projector", "moe_layers"]
     cfg.moe.aux_weight = 0.5
-    built, facts = models.fresh(cfg, work, ["dense", "dynmoe 1.5"], [1.5], False, False, amp=False)
+    built, facts = models.fresh(
+        cfg, work, ["dense", "dynmoe 1.5"], [1.5], False, False, ["32-true"]
+    )
     assert facts["moe_layers"] == [1, 3] and facts["experts"] == 4
     for each in built:
         name, model = each.name, each.model
@@ -96,7 +98,7 @@ def test_a_step_is_that_of_the_stage(tmp_path: Path) -> None:
 
     (_, each), batch = built, work.batches[0]
     model = each.model
-    step = Training(model, each.loss, each.new_optimizer(), work.batches, amp=False)
+    step = Training(model, each.loss, each.new_optimizer(), work.batches, each.precision)
     (loss,) = step.forward(batch)
     with record_routing(model) as tape:
         logits = model(batch.inputs[0])[:, :-1]
@@ -114,7 +116,7 @@ def test_costs_are_those_of_one_conversation_where_all_are_alike(tmp_path: Path)
     """Padding counts outside of MoE layers alone."""
     cfg, work = scenes(tmp_path)
     cases, outside = ["dense", "top-1", "top-2"], dict[tuple[Any, ...], float]()
-    built, _ = models.fresh(cfg, work, cases, [1.5], False, False, amp=False)
+    built, _ = models.fresh(cfg, work, cases, [1.5], False, False, ["32-true"])
     batch: Any = work.batches[0]
     images = (batch.tokens["image_mask"].sum(1) // PATCHES).tolist()
     row = images.index(1)
@@ -194,7 +196,7 @@ def test_a_training_step_has_the_gradients_of_training(sweep: Path) -> None:
     ((_, group),) = groups(candidates(sweep))
     data = models.data_of(group[0].cfg)
     batches = models.training_batches(data, CPU)
-    loaded = models.trained(group, data, False, CPU)
+    loaded = models.trained(group, data, False, CPU, "32-true")
     assert all(len(batch.label) == 8 for batch in batches)
     for each in loaded:
         each.loss(batches[0]).backward()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import Refused
+from lightning.pytorch.plugins import Precision
 from vl_models import BOS, EOS, IMG, questions, vl_model
 
 from dynmoe.benchmark.models import TimedModel
@@ -35,7 +36,7 @@ def test_exactly_as_many_tokens_although_the_model_would_end() -> None:
 
 
 def test_calls_answer_batch_after_batch() -> None:
-    answers = Answers(vl_model(), ASKED, NEW, amp=False)
+    answers = Answers(vl_model(), ASKED, NEW, Precision())
     calls = [answers() for _ in range(3)]
     assert torch.equal(calls[0], answers.model.generate(ASKED[0].tokens, NEW, exactly=True))
     assert torch.equal(calls[0], calls[2]) and not torch.equal(calls[0], calls[1])
@@ -43,13 +44,18 @@ def test_calls_answer_batch_after_batch() -> None:
 
 def test_fixed_k_is_that_of_every_part_whatever_is_padded() -> None:
     model = vl_model(moe="topk")
-    assert Answers(model, ASKED, NEW, amp=False).mean_k() == {
+    assert Answers(model, ASKED, NEW, Precision()).routed()[0] == {
         "prompt": 2.0,
         "image": 2.0,
         "answer": 2.0,
     }
-    assert Answers(model, ASKED[1:], NEW, amp=False).mean_k().keys() == {"prompt", "answer"}
-    assert Answers(vl_model(), ASKED, NEW, amp=False).mean_k() == {}
+    assert Answers(model, ASKED[1:], NEW, Precision()).routed()[0].keys() == {"prompt", "answer"}
+    assert Answers(vl_model(), ASKED, NEW, Precision()).routed() == ({}, 0)
+
+
+def test_flops_beyond_the_dense_model_are_those_of_a_run() -> None:
+    dense, moe = (Answers(vl_model(moe=moe), ASKED, NEW, Precision()) for moe in (None, "topk"))
+    assert moe.flops() == dense.flops() + moe.routed()[1]
 
 
 def test_k_by_part_is_that_of_the_tokens_one_by_one() -> None:
@@ -65,7 +71,7 @@ def test_k_by_part_is_that_of_the_tokens_one_by_one() -> None:
             k["answer"] += [int(call.mask[row].sum()) for call in others for row in range(2)]
     assert len(k["answer"]) == 2 * 2 * 2 * (NEW - 1)  # batches, rows, layers; the last is not read
     expected = {part: sum(each) / len(each) for part, each in k.items()}
-    assert Answers(model, ASKED, NEW, amp=False).mean_k() == pytest.approx(expected)
+    assert Answers(model, ASKED, NEW, Precision()).routed()[0] == pytest.approx(expected)
     assert len(set(expected.values())) == 3
 
 
@@ -75,10 +81,10 @@ def test_rows_of_models_beside_each_other() -> None:
     layer.remove_expert(1)
     done: list[tuple[int, int]] = []
     timed = [
-        TimedModel(name, model, {"setting": name, "problem": "Scenes"}, None, None)  # type: ignore[arg-type]
+        TimedModel(name, model, {"setting": name, "problem": "Scenes"}, None, None, Precision())  # type: ignore[arg-type]
         for name, model in models.items()
     ]
-    rows = measure_generation(timed, ASKED, NEW, False, 3, lambda *each: done.append(each))
+    rows = measure_generation(timed, ASKED, NEW, 3, lambda *each: done.append(each))
     assert [(row["setting"], row["problem"]) for row in rows] == [
         ("dense", "Scenes"),
         ("DynMoE", "Scenes"),
@@ -89,6 +95,8 @@ def test_rows_of_models_beside_each_other() -> None:
         assert row["tokens_per_s"] == pytest.approx(2 * NEW / row["median_ms"] * 1e3)
         assert row["prompt_ms"] + (NEW - 1) * row["token_ms"] == pytest.approx(row["median_ms"])
         assert row["rounds"] == 3 and row["prompt_ms"] > 0 and row["peak_bytes"] > 0
+    assert rows[0]["ideal"] == 1 and 0.5 < rows[1]["ideal"] < 1.5
+    assert rows[1]["of_ideal"] == rows[1]["ratio"] / rows[1]["ideal"]
     assert rows[0]["ratio"] == 1 and rows[0]["ratio_quartiles"] == (1, 1)
     assert rows[0]["mean_k"] == {} and rows[1]["mean_k"].keys() == {"prompt", "image", "answer"}
     assert [layer.max_experts for layer in moe_layers(models["DynMoE"]).values()] == [2, 3]
@@ -96,7 +104,7 @@ def test_rows_of_models_beside_each_other() -> None:
 
 def test_the_cache_of_keys_and_values_is_in_the_peak() -> None:
     model = vl_model()
-    few, many = (Answers(model, ASKED[:1], new, amp=False).peak_bytes() for new in (60, 80))
+    few, many = (Answers(model, ASKED[:1], new, Precision()).peak_bytes() for new in (60, 80))
     of_a_token = 2 * 2 * 2 * 8 * 4  # rows, keys and values, layers, one head of 8, bytes
     assert many - few >= 20 * of_a_token
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import Refused, Run
+from lightning.pytorch.plugins import Precision
 
 from dynmoe.benchmark.models import AllThenMask, Loop, classification_loss, fit, random_batches
 from dynmoe.benchmark.steps import Training
@@ -62,6 +63,32 @@ def test_measures_all_cases_in_both_modes(
 
 
 @pytest.mark.usefixtures("short_samples")
+def test_precisions_interleaved(tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "step.json"
+    precisions = ["32-true", "bf16-mixed", "bf16-true"]
+    run(*STEP, "--only", "dynmoe", "--k", "2", "--precision", *precisions, "--json", str(file))
+    content = json.loads(file.read_text())
+    rows = [row for row in content["rows"] if row["mode"] == "train"]
+    assert content["machine"]["dtype"] == ", ".join(precisions)
+    assert [(row["case"], row["precision"]) for row in rows] == [
+        (case, precision) for precision in precisions for case in ("dense", "dynmoe 2")
+    ]
+    assert [row["precision_ratio"] for row in rows[:2]] == [1, 1]
+    assert all(row["precision_ratio"] > 0 and row["reference"] == "dense, 32-true" for row in rows)
+    assert all(row["mean_k"] == pytest.approx(2, rel=0.15) for row in rows[1::2])
+    assert len({row["ideal"] for row in rows[::2]}) == 1
+
+
+@pytest.mark.usefixtures("short_samples")
+def test_precision_is_that_of_the_configuration(tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "step.json"
+    few = ["--only", "dense", "--mode", "inference", "--json", str(file)]
+    run(*STEP, *few, "trainer.precision=bf16-true")
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["precision"] == "bf16-true"
+
+
+@pytest.mark.usefixtures("short_samples")
 def test_ideal_by_hand(tmp_path: Path, run: Run) -> None:
     """FLOPs of two blocks, patches and head; a second expert per token, and its router."""
     file = tmp_path / "step.json"
@@ -84,7 +111,7 @@ def test_baseline_may_have_other_settings_but_no_other_workload(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run, refused: Refused
 ) -> None:
     old, new = tmp_path / "old.json", str(tmp_path / "new.json")
-    few = [*STEP, "--only", "dense", "--mode", "inference", "--dtype", "amp"]
+    few = [*STEP, "--only", "dense", "--mode", "inference", "--precision", "bf16-mixed"]
     run(*few, "runtime.fused_attention=true", "--json", str(old))
     capsys.readouterr()
     compared = [*few, "runtime.fused_attention=false", "--json", new, "--baseline", str(old)]
@@ -112,6 +139,8 @@ def test_baseline_may_have_other_settings_but_no_other_workload(
             ["moe.layers=[12]", "~backbone.options.depth"],
             "moe.layers=[12]: the backbone has 12 blocks",
         ),
+        (["trainer.precision=64-true"], "trainer.precision=64-true: expected one of 32-true"),
+        (["--against", "."], "--against .: expected a folder that holds dynmoe/"),
         (["backbone.model=nothing"], "backbone.model: timm knows no 'nothing'"),
         (["--baseline", "gone.json"], "--baseline gone.json: there is no such file"),
         (["--json", "."], "--json .: expected a file to write, this is a folder"),
@@ -134,7 +163,7 @@ def test_training_leaves_the_weights_and_gives_every_used_expert_a_gradient() ->
     batches = random_batches(BATCH, 3, 4, 10, torch.device("cpu"))
     loss = partial(classification_loss, model, 0.01)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    case = Training(model, loss, optimizer, batches, amp=False)
+    case = Training(model, loss, optimizer, batches, Precision())
     before = [p.clone() for p in model.parameters()]
     case()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

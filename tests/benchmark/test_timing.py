@@ -58,7 +58,7 @@ def test_contaminated_by_other_processes(
     monkeypatch.setattr(timing, "_seconds", lambda case, calls, device: 1.0)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert timing._sample(object, 1, torch.device("cpu")).contaminated is contaminated
+    assert timing.sample(object, 1, torch.device("cpu")).contaminated is contaminated
 
 
 def test_contaminated_samples_count_only_where_most_are() -> None:

@@ -32,6 +32,7 @@ RUN = {
         "precision": "32-true",
         "fused_optimizer": True,
         "wait": "GOMP_SPINCOUNT=0",
+        "bf16_gain": 3.04,
     },
     "env_names": ["0", "15", "30"],
     "hparams_seed": 0,
@@ -205,6 +206,8 @@ all but the first at step 10.
 - speed: 2.10 steps/s on cpu
 - runtime: 2 threads (GOMP_SPINCOUNT=0), 32-true, matmul medium, malloc tuned, plain \
 attention, fused optimizer
+- faster here: trainer.precision=bf16-mixed: this CPU has bf16 matrix units; products of this \
+model's size ran 3.0 x as fast as in fp32
 - peak memory: 0.70 GiB
 - figures: accuracy.png
 
