@@ -83,7 +83,8 @@ def add_moe_layers(
 
     Raises:
         ConfigError: blocks that are not there, or whose FFN is of a form not known or cannot be
-            split; options of the router that it refuses.
+            split; options of the router that it refuses; a causal model for a router that
+            ``sees_batch``.
     """
     if layers == "none":
         return
@@ -117,6 +118,13 @@ def add_moe_layers(
             recompute,
             shared_experts,
         )
+        kind = getattr(getattr(host, "config", None), "model_type", None)
+        if layer.router.sees_batch and kind in CAUSAL:
+            raise ConfigError(
+                f"moe.router: experts of a {type(layer.router).__name__} choose among the tokens "
+                f"of a batch, but '{kind}' models are causal: a token may not be told what "
+                "follows. Choose moe=expert_threshold"
+            )
         form.put(blocks[index], layer)
         before = layer.router
 
@@ -285,6 +293,12 @@ FORMS: dict[str, Form] = {
     "smollm3": Gated(),
     "stablelm": Gated(),
 }
+
+# Decoders among them: a token sees those before it alone.
+CAUSAL = (
+    *("gpt2", "gpt_neo", "gpt_neox", "phi", "gemma", "llama", "mistral", "qwen2", "qwen3"),
+    *("smollm3", "stablelm"),
+)
 
 
 def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module], Form]:

@@ -18,7 +18,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dynmoe.config.options import modality, read
-from dynmoe.config.targets import TargetError, Unreadable, did_you_mean, locate
+from dynmoe.config.targets import (
+    TargetError,
+    Unreadable,
+    class_attribute,
+    did_you_mean,
+    locate,
+)
 
 # The number of blocks, in timm's options and in those of transformers' families.
 DEPTHS = ("depth", "num_hidden_layers", "n_layer", "n_layers")
@@ -130,6 +136,26 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+def causal_model(cfg: DictConfig) -> Iterator[str]:
+    """Routers whose experts choose among the tokens of a batch; models on the hub, which are known
+    here by a name alone, are looked at when they are built."""
+    target = read(cfg, "moe.router._target_", str)
+    if target is None or modality(cfg, "backbone") == "image":
+        return
+    try:
+        sees_batch = class_attribute(target, "sees_batch")
+    except TargetError:
+        return
+    kind = read(cfg, "backbone.architecture", str) or folder_config(cfg).get("model_type")
+    causal = modality(cfg, "backbone") == "vision-language" or kind in causal_types()
+    if sees_batch is True and causal:
+        name = read(cfg, "moe.name", str)
+        yield (
+            f"moe: experts of moe={name} choose among the tokens of a batch, but this backbone is "
+            "causal: a token may not be told what follows. Choose moe=expert_threshold"
+        )
+
+
 def _has_layers(cfg: DictConfig) -> bool:
     return read(cfg, "moe.layers", object) not in (None, [], "none")
 
@@ -171,12 +197,22 @@ def transformers_types() -> tuple[str, ...]:
     return tuple(sorted(set(found)))
 
 
-@lru_cache
 def moe_types() -> tuple[str, ...]:
-    """Model types whose FFNs can become MoE layers: FORMS of dynmoe/backbones/surgery.py."""
+    """Model types whose FFNs can become MoE layers."""
+    return _words("FORMS")
+
+
+def causal_types() -> tuple[str, ...]:
+    """Those of them that are decoders."""
+    return _words("CAUSAL")
+
+
+@lru_cache
+def _words(name: str) -> tuple[str, ...]:
+    """Keys, or elements, of a constant of dynmoe/backbones/surgery.py."""
     try:
-        node = locate("dynmoe.backbones.surgery.FORMS").node
+        node = locate(f"dynmoe.backbones.surgery.{name}").node
     except (TargetError, Unreadable):
         return ()
-    keys = node.keys if isinstance(node, ast.Dict) else []
-    return tuple(str(key.value) for key in keys if isinstance(key, ast.Constant))
+    nodes = node.keys if isinstance(node, ast.Dict) else ast.walk(node)
+    return tuple(str(each.value) for each in nodes if isinstance(each, ast.Constant))

@@ -19,6 +19,7 @@ COUNT = Range("1 or more", lambda n: n >= 1)
 ENDLESS = Range("1 or more, or -1 for no end", lambda n: n >= 1 or n == -1)
 NOT_NEGATIVE = Range("0 or more", lambda n: n >= 0)
 POSITIVE = Range("more than 0", lambda n: n > 0)
+ABOVE_ONE = Range("more than 1", lambda n: n > 1)
 SHARE = Range("a share from 0 to 1", lambda n: 0 <= n <= 1)
 SOME = Range("a share above 0, up to 1", lambda n: 0 < n <= 1)
 BELOW_ONE = Range("0 or more, below 1", lambda n: 0 <= n < 1)
@@ -54,20 +55,23 @@ RANGES: dict[Range, str] = {
         "moe.shared_experts moe.router.schedule_every moe.router.schedule_start "
         "moe.router.num_null moe.router.num_constant moe.router.num_copy "
         "moe.router.num_zero moe.router.aux_end moe.router.bias_rate moe.router.free_balance "
+        "moe.router.kp moe.router.ki moe.router.warm_up moe.router.slack "
         "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
     ),
     POSITIVE: (
         "moe.adaptation.length moe.adaptation.period moe.router.init_temperature "
         "moe.router.capacity_factor moe.router.target_k* moe.router.temperature "
-        "moe.router.route_scale moe.router.steepness moe.router.eps "
+        "moe.router.route_scale moe.router.steepness moe.router.eps moe.router.lambda_init "
         "moe.router.input_scale plan.tflops plan.mean_k plan.mean_tokens "
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
-    SHARE: "task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
+    ABOVE_ONE: "moe.router.lambda_rate",
+    SHARE: "moe.router.top_p task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
     SOME: "plan.utilisation moe.router.budget_rate",
     BELOW_ONE: (
         "moe.expert_dropout backbone.drop_path backbone.lora.dropout task.optimizer.betas.* "
+        "moe.router.ema "
         "task.optimizer.momentum *.options.*drop*_rate *.options.*drop* *.options.*pdrop"
     ),
     FROM_THE_END: "backbone.vision.layer",

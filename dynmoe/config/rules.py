@@ -92,6 +92,16 @@ def target_k_within_experts(cfg: DictConfig) -> Iterator[str]:
             f"moe.router.target_k: {min(numbers):g} experts per token need "
             "moe.router.unserved=nothing: with best every token has one."
         )
+    if "top_p" in router and any(k < 1 for k in numbers):
+        yield (
+            f"moe.router.target_k: expected 1 or more, found {min(numbers):g}: this router gives "
+            "every token its best expert. Raise it, or choose moe=dynmoe_budget."
+        )
+    if isinstance(target, list) and router.get("per_layer") is False:
+        yield (
+            "moe.router.target_k: a list has one number for each layer, but one controller is for "
+            "all of them. Give one number, or set moe.router.per_layer=true."
+        )
 
 
 def parts_add_up(cfg: DictConfig) -> Iterator[str]:
@@ -130,6 +140,12 @@ def options_that_need_others(cfg: DictConfig) -> Iterator[str]:
         yield (
             "moe.router.aux: importance_load needs moe.router.noise above 0, which smooths it. "
             "Set noise=1.0, or aux=load_balance."
+        )
+    aux_weight = read(cfg, "moe.aux_weight", float)
+    if "lambda_init" in router and aux_weight is not None and aux_weight != 1:
+        yield (
+            f"moe.aux_weight: expected 1 with this router, whose loss a controller weighs, found "
+            f"{aux_weight:g}. Leave it out, or set moe.router.lambda_init"
         )
 
 
@@ -475,7 +491,14 @@ RULES: tuple[Rule, ...] = (
     *(expert_layers, adaptation_there, plan_within_experts),
     *(same_modality, test_environments, batch_divides, shares_and_lengths, pretrained_weights),
     *(machine.data_folder, models.known_vits, models.whole_patches, models.data_fit_backbone),
-    *(text_run, models.language_model, stage_is_chosen, dense_before_moe, start_is_a_run),
+    *(
+        text_run,
+        models.language_model,
+        models.causal_model,
+        stage_is_chosen,
+        dense_before_moe,
+        start_is_a_run,
+    ),
     *(
         known_templates,
         known_question_sets,

@@ -3,6 +3,7 @@
 from dynmoe.layers.biased_routers import BiasedTopKRouter
 from dynmoe.layers.block_ffn import BlockFFNRouter
 from dynmoe.layers.budget import BudgetTopAnyRouter
+from dynmoe.layers.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
 from dynmoe.layers.moe import (
@@ -14,6 +15,8 @@ from dynmoe.layers.moe import (
     record_routing,
 )
 from dynmoe.layers.null_routers import NullExpertRouter
+from dynmoe.layers.prefix_routers import PrefixRouter
+from dynmoe.layers.relu_routers import ReLURouter
 from dynmoe.layers.routers import Router, Routing, StepTotals, TopAnyRouter
 from dynmoe.layers.zero_cost_routers import ZeroCostRouter
 
@@ -23,9 +26,13 @@ __all__ = [
     "BlockFFNRouter",
     "BudgetTopAnyRouter",
     "CosineTopKRouter",
+    "ExpertChoiceRouter",
+    "ExpertThresholdRouter",
     "Experts",
     "MoELayer",
     "NullExpertRouter",
+    "PrefixRouter",
+    "ReLURouter",
     "Router",
     "Routing",
     "StepTotals",

@@ -20,6 +20,7 @@ from dynmoe.layers.routers import (
     StepTotals,
     TopAnyRouter,
     hide_padding,
+    one_target,
 )
 
 
@@ -79,16 +80,12 @@ class BudgetTopAnyRouter(TopAnyRouter):
             balance_weight=balance_weight,
             efficiency_weight=efficiency_weight,
         )
-        if not isinstance(target_k, int | float):
-            raise ValueError(
-                f"target_k is {target_k}: expected one number. A list, one for each MoE layer, is "
-                "for add_moe_layers, which makes them"
-            )
+        target_k = one_target(target_k)
         least = 1 if unserved == "best" else 0
         if not least <= target_k <= num_slots or target_k == 0:
             raise ValueError(
-                f"target_k is {target_k}: expected {'1' if least else 'more than 0'} to the number "
-                f"of slots, {num_slots}; less than 1 needs unserved=nothing"
+                f"target_k is {target_k:g}: expected {'1' if least else 'more than 0'} to the "
+                f"number of slots, {num_slots}; less than 1 needs unserved=nothing"
             )
         if gate_grad == "none" and weights == "mean":
             raise ValueError(
@@ -100,7 +97,7 @@ class BudgetTopAnyRouter(TopAnyRouter):
                 "gate_grad=all with weights=softmax: experts that were not chosen have no weight. "
                 "Set gate_grad=chosen, or weights=mean"
             )
-        self.target_k = float(target_k)
+        self.target_k = target_k
         self.budget_rate = budget_rate
         self.unserved = unserved
         self.weights = weights

@@ -78,6 +78,38 @@ def sequence_balance(
     return balance_B1.sum() / (real_B1 > 0).sum().clamp(min=1)
 
 
+def pair_balance(probs_TE: Tensor, mask_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
+    """``E * sum_e mean_t(p_te) * n_e / n``: n_e of all n chosen pairs are of expert e.
+
+    GShard's loss for choices of any number (BlockFFN's baseline of top-p routing). Padding has no
+    pair.
+    """
+    load_E = mask_TE.to(probs_TE.dtype).sum(0)
+    mean_E = _sum(probs_TE, real_T) / _count(probs_TE, real_T)
+    return probs_TE.shape[1] * (mean_E * load_E).sum() / load_E.sum().clamp(min=1)
+
+
+def l1(
+    weights_TE: Tensor, mask_TE: Tensor, target_k: float | None, real_T: Tensor | None = None
+) -> Tensor:
+    """Mean over tokens of the sum of their weights; ReMoE (arXiv 2412.14711).
+
+    With a ``target_k`` the weights of expert e count ``E / target_k`` times the share of tokens
+    that it serves: GShard's balance loss of the weights. Padding has no weight.
+    """
+    weights_E, tokens = weights_TE.sum(0), _count(weights_TE, real_T)
+    if target_k is not None:
+        share_E = mask_TE.to(weights_TE.dtype).sum(0) / tokens
+        weights_E = weights_E * share_E * (weights_TE.shape[1] / target_k)
+    return weights_E.sum() / tokens
+
+
+def entropy(probs_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
+    """Mean entropy of the tokens' probabilities in nats, with the 1e-5 of the code of top-p routing
+    (arXiv 2403.07652) inside its logarithm."""
+    return -_sum(probs_TE * (probs_TE + 1e-5).log(), real_T).sum() / _count(probs_TE, real_T)
+
+
 def top_any_balance(gate_TE: Tensor, mask_TE: Tensor, num_slots: int) -> Tensor:
     """Balance over tokens that chose some expert; DynMoE's DeepSpeed code since January 2025
     (``deepspeed/moe/sharded_moe.py``, function ``topanygating_opt``).

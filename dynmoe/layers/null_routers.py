@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe.layers import losses
-from dynmoe.layers.routers import FP32, Routing, SoftmaxRouter, StepTotals, hide_padding
+from dynmoe.layers.routers import (
+    FP32,
+    Routing,
+    SoftmaxRouter,
+    StepTotals,
+    hide_padding,
+    one_target,
+)
 
 
 class NullExpertRouter(SoftmaxRouter):
@@ -55,7 +62,7 @@ class NullExpertRouter(SoftmaxRouter):
         null_output: Literal["zero", "identity"] = "zero",
         balance: Literal["loss", "plain", "bias"] = "loss",
         bias_rate: float = 1e-3,
-        target_k: float | None = None,
+        target_k: float | Sequence[float] | None = None,
         aux_end: float = 1.0,
         z_weight: float = 0.0,
         sequence_weight: float = 0.0,
@@ -73,6 +80,7 @@ class NullExpertRouter(SoftmaxRouter):
                 "null_output=identity with renorm=true_only: null experts have no weight. Set "
                 "renorm=none (LongCat-Flash) or all"
             )
+        target_k = None if target_k is None else one_target(target_k)
         _check_target(target_k, balance, min(top_k, num_slots))
         self.num_slots = num_slots
         self.num_null = num_null

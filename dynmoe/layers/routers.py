@@ -110,6 +110,9 @@ class Router(nn.Module):
     """Factor of the tokens that experts get."""
     hands_on: bool = False
     """Whether the router of the next MoE layer is made with ``after=`` this one."""
+    sees_batch: ClassVar[bool] = False
+    """Whether experts choose among the tokens of a batch, in evaluation too: refused for causal
+    models, whose tokens would be told what follows."""
     observes: int = 0
     """Numbers in ``Routing.observed``; 0 without."""
 
@@ -242,6 +245,20 @@ class SoftmaxRouter(Router):
             balance = losses.sequence_balance(probs_TC, picks_TC, length, token_mask_T)
             aux = aux + self.sequence_weight * balance
         return aux
+
+
+def one_target(target_k: float | Sequence[float]) -> float:
+    """Return the ``target_k`` of one layer.
+
+    Raises:
+        ValueError: it is a list, which ``add_moe_layers`` gives out to the layers.
+    """
+    if not isinstance(target_k, int | float):
+        raise ValueError(
+            f"target_k is {target_k}: expected one number. A list, one for each MoE layer, is for "
+            "add_moe_layers, which makes them"
+        )
+    return float(target_k)
 
 
 def hide_padding(where: Tensor, token_mask_T: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ Shape suffixes: B samples or questions, N tokens.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +21,11 @@ from torchmetrics import Metric
 from transformers import get_cosine_schedule_with_warmup
 
 from dynmoe.errors import DataError
-from dynmoe.layers.moe import Routed, aux_loss, constant_weights, record_routing
+from dynmoe.layers.moe import Routed, aux_loss, constant_weights, moe_layers, record_routing
 from dynmoe.metrics.routing import TRAIN, RoutingMeter
 from dynmoe.seeding import seed_hash
+
+log = logging.getLogger(__name__)
 
 Scores = dict[str, dict[str, float]]
 """Values by set and measure."""
@@ -76,6 +79,7 @@ class MoETask(L.LightningModule):
         self._window = torch.zeros(3)  # sums of losses and auxiliary losses, and their number
         self.nonfinite_step: int | None = None
         self._step_weights, self._evaluated_weights = ExitStack(), ExitStack()
+        self._told = False  # what evaluation depends on
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoETask:
         """Metrics stay in fp32 when the model is converted to bf16 or fp16 (bf16-true, 16-true)."""
@@ -120,6 +124,17 @@ class MoETask(L.LightningModule):
         """Compute the last micro-batch and step; then weights are others."""
         super().optimizer_step(*args, **named)
         self._step_weights.close()
+
+    def on_validation_start(self) -> None:
+        routers = (layer.router for layer in moe_layers(self.backbone).values())
+        choosing = next((each for each in routers if each.sees_batch), None)
+        if choosing is not None and not self._told and self.trainer.is_global_zero:
+            self._told = True
+            log.warning(
+                "experts of a %s choose among the tokens of a batch: scores depend on "
+                "data.eval_batch_size and on the order of the examples",
+                type(choosing).__name__,
+            )
 
     def on_validation_epoch_start(self) -> None:
         self._losses = self._sums(len(self.sets), 2)

@@ -18,6 +18,8 @@ from dynmoe.backbones.text import TextClassifier, build_text_classifier
 from dynmoe.errors import ConfigError
 from dynmoe.layers import (
     AverageKeyRouter,
+    ExpertChoiceRouter,
+    ExpertThresholdRouter,
     MoELayer,
     TopAnyRouter,
     TopKRouter,
@@ -345,6 +347,16 @@ def test_moe_layers_take_no_chunks_of_texts() -> None:
     model = classifier("bert", {"chunk_size_feed_forward": 4})
     with pytest.raises(ConfigError, match="chunk_size_feed_forward: expected 0 with MoE layers"):
         add(model, TopAnyRouter)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_experts_choose_tokens_in_encoders_alone(name: str) -> None:
+    add(classifier(name), ExpertThresholdRouter)
+    if name == "bert":
+        add(classifier(name), ExpertChoiceRouter)
+        return
+    with pytest.raises(ConfigError, match=f"moe.router: .*'{name}' models are causal.*Choose moe="):
+        add(classifier(name), ExpertChoiceRouter)
 
 
 def test_expert_dropout_acts_after_the_activation() -> None:

@@ -204,6 +204,41 @@ def test_options_of_a_router_that_need_others(overrides: tuple[str, ...], messag
     assert found.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("moe=dtopp", "moe.router.target_k=0.5"), "moe.router.target_k: expected 1 or more"),
+        (("moe=dtopp", "moe.router.target_k=[1,2]"), "set moe.router.per_layer=true"),
+        (("moe=remoe", "moe.router.target_k=[1,2]"), "set moe.router.per_layer=true"),
+        (("moe=remoe", "moe.aux_weight=0.01"), "moe.aux_weight: expected 1 with this router"),
+        (("moe=remoe", "moe.router.lambda_rate=1.0"), "moe.router.lambda_rate: expected more than"),
+        (("moe=topp", "moe.router.top_p=1.5"), "moe.router.top_p: expected a share from 0 to 1"),
+    ],
+)
+def test_numbers_that_do_not_fit_a_router(overrides: tuple[str, ...], message: str) -> None:
+    (found,) = problems(TASK, *overrides)
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    "moe", ["topp", "xmoe", "mass", "dtopp", "remoe", "expert_choice", "expert_threshold"]
+)
+def test_routers_as_they_come(moe: str) -> None:
+    assert problems(TASK, f"moe={moe}") == []
+    assert problems(TASK, f"moe={moe}", "moe.num_experts=4") == []
+
+
+def test_expert_choice_is_refused_for_causal_models() -> None:
+    glue = ("task=glue", "name=t", "backbone=bert_tiny", "moe=expert_choice")
+    for overrides in (("task=vl", "name=t", "moe=expert_choice"), (*glue, DECODER)):
+        (found,) = problems(*overrides)
+        assert "causal" in found and "moe=expert_threshold" in found
+    assert problems(*glue) == []
+
+
+DECODER = "backbone.architecture=gpt2"
+
+
 def test_clipping_in_mixed_precision_needs_a_plain_optimizer() -> None:
     clip = (TASK, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0")
     (text,) = problems(*clip)

@@ -20,8 +20,12 @@ from dynmoe.layers import (
     BlockFFNRouter,
     BudgetTopAnyRouter,
     CosineTopKRouter,
+    ExpertChoiceRouter,
+    ExpertThresholdRouter,
     MoELayer,
     NullExpertRouter,
+    PrefixRouter,
+    ReLURouter,
     TopAnyRouter,
     TopKRouter,
     ZeroCostRouter,
@@ -69,7 +73,18 @@ ROUTERS: dict[str, Any] = {
     "moepp, linear gate": partial(
         ZeroCostRouter, two_layer_gate=False, num_constant=0, num_zero=2, z_weight=0.1
     ),
+    "top-p": PrefixRouter,
+    "xmoe": partial(PrefixRouter, top_p=0.9, boundary="below", balance="first", entropy_weight=0.0),
+    "mass": partial(PrefixRouter, top_p=0.5, boundary="below", renorm="tutel", balance_weight=0.0),
+    "dtop-p": partial(PrefixRouter, renorm="chosen", normalise_logits=True, target_k=2.0),
+    "remoe": partial(ReLURouter, target_k=1.5, lambda_init=0.01),
+    "remoe, plain": partial(ReLURouter, target_k=1.5, l1="plain", per_layer=True),
+    "expert choice": partial(ExpertChoiceRouter, target_k=1.5),
+    "expert threshold": partial(ExpertThresholdRouter, target_k=1.5, warm_up=0.2, ema=0.9),
+    "expert threshold, bounded": partial(ExpertThresholdRouter, warm_up=0, slack=0.25),
 }
+# Their state is a mean over batches of what each has, which is not that of the batches in one.
+BY_BATCH = [name for name in ROUTERS if name.startswith("expert threshold")]
 WITH_STATE = [name for name, make in ROUTERS.items() if make(DIM, SLOTS).has_state]
 
 
@@ -85,6 +100,14 @@ def seed() -> None:
 
 def made(name: str, training: bool = False) -> Any:
     return ROUTERS[name](DIM, SLOTS).train(training)
+
+
+def test_a_list_of_targets_is_given_out_to_the_layers() -> None:
+    """By add_moe_layers; a router itself has one."""
+    for make in ROUTERS.values():
+        if "target_k" in getattr(make, "keywords", {}):
+            with pytest.raises(ValueError, match=r"target_k is \[1, 2\]: expected one number"):
+                make(DIM, SLOTS, target_k=[1, 2])
 
 
 @pytest.mark.parametrize("name", ROUTERS)
@@ -281,7 +304,7 @@ def test_state_moves_after_the_step_alone(name: str) -> None:
         assert torch.equal(value, moved[key]) and torch.equal(value, state(again)[key]), key
 
 
-@pytest.mark.parametrize("name", WITH_STATE)
+@pytest.mark.parametrize("name", [name for name in WITH_STATE if name not in BY_BATCH])
 def test_micro_batches_count_as_one(name: str) -> None:
     whole, parts = layers(name), layers(name)
     train(whole, batches(3))

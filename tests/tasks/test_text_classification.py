@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dynmoe.data.text.batches import TextBatch
 from dynmoe.errors import DataError
+from dynmoe.layers import ExpertChoiceRouter, MoELayer, TopKRouter
 from dynmoe.tasks.text import TextClassification, accuracy, f1, matthews
 
 
@@ -60,6 +61,18 @@ def evaluated(
             made.validation_step(TextBatch({"logits": logits[rows]}, label[rows], source, rows), 0)
     made.on_validation_epoch_end()
     return made.scores()
+
+
+def test_scores_that_depend_on_batches_are_announced_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for router, expected in ((TopKRouter, 0), (ExpertChoiceRouter, 1)):
+        made = task(("accuracy",), 2)
+        made.backbone = MoELayer(nn.Identity(), 4, router, 2)
+        made.trainer.is_global_zero = True  # type: ignore[misc]
+        for _ in range(2):
+            made.on_validation_start()
+        assert caplog.text.count("data.eval_batch_size") == expected
 
 
 def classified(classes: int, seed: int = 0, count: int = 100) -> tuple[Tensor, Tensor]:
