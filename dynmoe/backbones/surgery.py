@@ -20,6 +20,7 @@ from dynmoe.layers.experts import Init, linears
 from dynmoe.layers.ffn import GatedFFN, is_plain_linear
 from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.routers import Router
+from dynmoe.layers.soft import SoftMoELayer, SoftSlots
 
 Placement = (
     Literal["none", "all", "every_two", "last_two", "sparse", "first_half", "second_half"]
@@ -94,7 +95,7 @@ def add_moe_layers(
     assert router is not None or not places, (
         "moe.layers asks for MoE layers, but moe.router is null"
     )
-    before: Router | None = None
+    before: Any = None
     for index, make in zip(places, _routers(router, len(places)), strict=True):
         if before is not None and before.hands_on:
             make = partial(make, after=before)
@@ -107,26 +108,32 @@ def add_moe_layers(
             ) from error
         expert.requires_grad_(True)
         dim = linears(expert)[0].in_features
-        layer = MoELayer(
-            expert,
-            dim,
-            make,
-            num_experts,
-            max_experts,
-            init,
-            keep_origin,
-            recompute,
-            shared_experts,
-        )
-        kind = getattr(getattr(host, "config", None), "model_type", None)
-        if layer.router.sees_batch and kind in CAUSAL:
+        options: Any = {"init": init, "recompute": recompute, "shared_experts": shared_experts}
+        if _is_soft(router):
+            layer: Any = SoftMoELayer(expert, dim, make, num_experts, **options)
+        else:
+            options |= {"max_experts": max_experts, "keep_origin": keep_origin}
+            layer = MoELayer(expert, dim, make, num_experts, **options)
+        if layer.router.sees_batch and _is_causal(host):
             raise ConfigError(
-                f"moe.router: experts of a {type(layer.router).__name__} choose among the tokens "
-                f"of a batch, but '{kind}' models are causal: a token may not be told what "
-                "follows. Choose moe=expert_threshold"
+                f"moe.router: experts of a {type(layer.router).__name__} see other tokens of a "
+                f"batch, but '{host.config.model_type}' models are causal: a token may not be told "
+                "what follows. Choose moe=expert_threshold"
             )
         form.put(blocks[index], layer)
         before = layer.router
+
+
+def _is_soft(router: Any) -> bool:
+    made = getattr(router, "func", router)
+    return isinstance(made, type) and issubclass(made, SoftSlots)
+
+
+def _is_causal(model: Any) -> bool:
+    config = getattr(model, "config", None)
+    if config is None:
+        return False
+    return config.model_type in CAUSAL or bool(getattr(config, "is_decoder", False))
 
 
 def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:

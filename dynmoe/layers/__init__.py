@@ -18,6 +18,7 @@ from dynmoe.layers.null_routers import NullExpertRouter
 from dynmoe.layers.prefix_routers import PrefixRouter
 from dynmoe.layers.relu_routers import ReLURouter
 from dynmoe.layers.routers import Router, Routing, StepTotals, TopAnyRouter
+from dynmoe.layers.soft import SoftMoELayer, SoftSlots
 from dynmoe.layers.zero_cost_routers import ZeroCostRouter
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "ReLURouter",
     "Router",
     "Routing",
+    "SoftMoELayer",
+    "SoftSlots",
     "StepTotals",
     "TopAnyRouter",
     "TopKRouter",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -254,6 +254,18 @@ def shared_expert(mlp: nn.Module, init: Init) -> nn.Module:
     for p in found[-1].parameters():
         p.zero_()
     return made
+
+
+def with_shared(
+    shared: Iterable[nn.Module], y_TD: Tensor, x_TD: Tensor, token_mask_T: Tensor | None
+) -> Tensor:
+    """Add the outputs of ``shared`` experts, 0 on padding."""
+    for expert in shared:
+        out_TD = same_rows(expert(x_TD), x_TD).to(y_TD.dtype)
+        if token_mask_T is not None:
+            out_TD = out_TD.masked_fill(~token_mask_T[:, None], 0)
+        y_TD = y_TD + out_TD
+    return y_TD
 
 
 # Split one trained FFN into experts: each takes an equal share of its hidden neurons.

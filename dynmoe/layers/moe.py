@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynmoe.layers.experts import Experts, Init, check_ffn, redraw, same_rows, shared_expert
+from dynmoe.layers.experts import Experts, Init, check_ffn, redraw, shared_expert, with_shared
 from dynmoe.layers.routers import Router, Routing
 
 NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
@@ -51,7 +51,14 @@ class Routed(NamedTuple):
     """``Routing.observed``."""
 
 
-class MoELayer(nn.Module):
+class MaskedLayer(nn.Module):
+    """A layer that ``mask_padding`` tells of padding."""
+
+    token_mask: Tensor | None = None
+    """Padding of the next call's input within ``mask_padding``, for blocks that pass x alone."""
+
+
+class MoELayer(MaskedLayer):
     """Route, dispatch to the living experts, combine. ``[..., D] -> [..., D]``.
 
     The pool has ``max_experts`` slots, the first ``num_experts`` of which are alive at the start.
@@ -86,8 +93,6 @@ class MoELayer(nn.Module):
     """Gets one entry a call within ``record_routing``; None elsewhere."""
     observer: Callable[[MoELayer, Routed], None] | None
     """Called with every call in training, whoever records it (``dynmoe.adaptation``)."""
-    token_mask: Tensor | None
-    """Padding of the next call's input within ``mask_padding``, for blocks that pass x alone."""
 
     def __init__(
         self,
@@ -117,7 +122,6 @@ class MoELayer(nn.Module):
         self._live_of: tuple[Tensor, int, int] | None = None
         self.tape: list[Routed] | None = None
         self.observer: Callable[[MoELayer, Routed], None] | None = None
-        self.token_mask: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and saved layers belong to no recording: an averaged model is no second student.
@@ -138,7 +142,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"expected x of shape [..., {self.dim}], found {list(x.shape)}")
         token_mask = self.token_mask if token_mask is None else token_mask
         if token_mask is not None:
-            _check_mask(token_mask, x)
+            check_mask(token_mask, x)
         token_mask_T = None if token_mask is None else token_mask.reshape(-1)
         x_TD, token_mask_T = set_aside(x.reshape(-1, self.dim), token_mask_T)
         # Compiled code knows the experts that it was made for, and asks for them in `_serve`.
@@ -150,12 +154,7 @@ class MoELayer(nn.Module):
             y_TD = self._sum(x_TD, routing, live)
         else:
             y_TD = self._serve(x_TD, routing, live, token_mask_T, length, x.shape[:-1], compiling)
-        for expert in self.shared:
-            out_TD = same_rows(expert(x_TD), x_TD).to(y_TD.dtype)
-            if token_mask_T is not None:
-                out_TD = out_TD.masked_fill(~token_mask_T[:, None], 0)
-            y_TD = y_TD + out_TD
-        return y_TD.view(x.shape)
+        return with_shared(self.shared, y_TD, x_TD, token_mask_T).view(x.shape)
 
     def _route(
         self,
@@ -363,7 +362,7 @@ def _made_router(router: Any, dim: int, max_experts: int) -> Router:
     return made
 
 
-def _check_mask(token_mask: Tensor, x: Tensor) -> None:
+def check_mask(token_mask: Tensor, x: Tensor) -> None:
     _check_bool(token_mask)
     shape = x.shape[:-1]
     # Some blocks pass the tokens of all sequences as rows.
@@ -506,7 +505,7 @@ def mask_padding(model: nn.Module, token_mask: Tensor | None) -> Iterator[None]:
     """
     if token_mask is not None:
         _check_bool(token_mask)
-    layers = moe_layers(model).values()
+    layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
     for layer in layers:
         layer.token_mask = token_mask
     try:
