@@ -34,7 +34,8 @@ RANGES: dict[Range, str] = {
     SEED: "seed trial_seed hparams_seed data.trial_seed data.environments.seed",
     COUNT: (
         "moe.num_experts moe.max_experts moe.top_k moe.router.top_k moe.router.projection "
-        "moe.router.chunk_length moe.router.num_groups moe.router.limited_groups "
+        "moe.router.chunk_length moe.router.max_k moe.router.num_blocks "
+        " moe.router.num_groups moe.router.limited_groups "
         "moe.adaptation.min_experts "
         "task.epochs task.eval_every task.save_every task.patience protocol.patience "
         "protocol.*.epochs protocol.*.eval_every protocol.*.batch_size protocol.*.steps "
@@ -63,7 +64,7 @@ RANGES: dict[Range, str] = {
         "moe.adaptation.length moe.adaptation.period moe.router.init_temperature "
         "moe.router.capacity_factor moe.router.target_k* moe.router.temperature "
         "moe.router.route_scale moe.router.steepness moe.router.eps moe.router.lambda_init "
-        "moe.router.input_scale plan.tflops plan.mean_k plan.mean_tokens "
+        "moe.router.slope moe.router.input_scale plan.tflops plan.mean_k plan.mean_tokens "
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
     ABOVE_ONE: "moe.router.lambda_rate",

@@ -110,6 +110,10 @@ def parts_add_up(cfg: DictConfig) -> Iterator[str]:
     if init is None or router is None:
         return
     parts = init in ("cluster", "random")
+    if "num_blocks" in router:  # parts of a shared FFN and of residual ones
+        if not parts:
+            yield f"moe.init: {init} makes whole experts, moe.router blocks. Set moe.init=random."
+        return
     if parts and router.get("weights_sum") != "k":
         yield (
             f"moe.init: {init} makes experts whose outputs add up, but this router's weights sum "

@@ -104,7 +104,8 @@ def mean_k(cfg: DictConfig) -> float:
 
 def mean_ffns(cfg: DictConfig) -> float:
     """Return the compute of a token's experts, in full-size FFNs."""
-    routed = mean_k(cfg) / (cfg.moe.num_experts if cfg.moe.init in SPLITS else 1)
+    parts = (cfg.moe.router or {}).get("num_blocks") or cfg.moe.num_experts
+    routed = mean_k(cfg) / (parts if cfg.moe.init in SPLITS else 1)
     return routed + float(cfg.moe.get("shared_experts", 0))
 
 

@@ -15,6 +15,7 @@ from dynmoe.layers.moe import (
     record_routing,
 )
 from dynmoe.layers.null_routers import NullExpertRouter
+from dynmoe.layers.predicted_routers import GeMoERouter, UniFRouter
 from dynmoe.layers.prefix_routers import PrefixRouter
 from dynmoe.layers.relu_routers import ReLURouter
 from dynmoe.layers.routers import Router, Routing, StepTotals, TopAnyRouter
@@ -30,6 +31,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "ExpertThresholdRouter",
     "Experts",
+    "GeMoERouter",
     "MoELayer",
     "NullExpertRouter",
     "PrefixRouter",
@@ -41,6 +43,7 @@ __all__ = [
     "StepTotals",
     "TopAnyRouter",
     "TopKRouter",
+    "UniFRouter",
     "ZeroCostRouter",
     "aux_loss",
     "constant_weights",

@@ -30,7 +30,7 @@ class Experts(nn.Module):
     """``num_slots`` FFNs made from one.
 
     ``init``: ``copy`` for full copies of it, ``cluster`` or ``random`` for shares of its hidden
-    neurons (``split_ffn``), ``fresh`` for newly drawn ones of its size.
+    neurons (``split_ffn``), of as many ``copies``, ``fresh`` for newly drawn ones of its size.
 
     ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs
     of a form that ``ffn.find_layout`` knows take the fast path, where ``recompute`` holds; the
@@ -44,13 +44,19 @@ class Experts(nn.Module):
     """Weights in the dtype of products, within ``moe.constant_weights``; None elsewhere."""
 
     def __init__(
-        self, mlp: nn.Module, num_slots: int, init: Init = "copy", recompute: bool = False
+        self,
+        mlp: nn.Module,
+        num_slots: int,
+        init: Init = "copy",
+        recompute: bool = False,
+        copies: int = 1,
     ) -> None:
         super().__init__()
         # NOTE: one module, hence one set of Parameters, per slot and not one stacked tensor: a slot
         # without an expert then has ``grad is None``, so no optimizer pass and no weight decay.
         if init == "cluster" or init == "random":
-            self.slots = nn.ModuleList(split_ffn(mlp, num_slots, init))
+            parts = split_ffn(mlp, num_slots // copies, init)
+            self.slots = nn.ModuleList(copy.deepcopy(part) for _ in range(copies) for part in parts)
         else:
             self.slots = nn.ModuleList(copy.deepcopy(mlp) for _ in range(num_slots))
         self.recompute = recompute

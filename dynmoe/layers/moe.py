@@ -113,7 +113,7 @@ class MoELayer(MaskedLayer):
         check_ffn(mlp, dim)
         self.dim = dim
         self.router = _made_router(router, dim, max_experts)
-        self.experts = Experts(mlp, max_experts, init, recompute)
+        self.experts = Experts(mlp, max_experts, init, recompute, self.router.expert_copies)
         self.shared = nn.ModuleList(shared_expert(mlp, init) for _ in range(shared_experts))
         # Without gradients: optimizers leave it out, so it neither moves nor decays.
         self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None

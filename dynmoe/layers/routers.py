@@ -108,6 +108,8 @@ class Router(nn.Module):
     where that is not known: then all of them are one."""
     input_scale: float = 1.0
     """Factor of the tokens that experts get."""
+    expert_copies: int = 1
+    """Of how many copies of the FFN the experts are parts, where ``moe.init`` makes parts."""
     hands_on: bool = False
     """Whether the router of the next MoE layer is made with ``after=`` this one."""
     sees_batch: ClassVar[bool] = False
