@@ -89,7 +89,7 @@ def add_moe_layers(
     """
     if layers == "none":
         return
-    host = getattr(backbone, "language_model", backbone)
+    host: Any = getattr(backbone, "language_model", backbone)
     blocks, form = blocks_of(host, parts=init in ("cluster", "random"))
     places = placed_blocks(layers, len(blocks))
     assert router is not None or not places, (
@@ -136,7 +136,7 @@ def _is_causal(model: Any) -> bool:
     return config.model_type in CAUSAL or bool(getattr(config, "is_decoder", False))
 
 
-def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:
+def _routers(router: Any, layers: int) -> list[Callable[..., Any]]:
     """One maker for each MoE layer: a list as ``target_k`` has one number for each.
 
     Raises:
