@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dynmoe.adaptation.callback import DynMoECallback, RouterCallback
     from dynmoe.adaptation.decision import Decision, Schedule, decide
     from dynmoe.adaptation.fsdp import MoEFSDPStrategy
-    from dynmoe.adaptation.trainer_callback import DynMoETrainerCallback
+    from dynmoe.adaptation.trainer_callback import DynMoETrainerCallback, MoETrainerCallback
     from dynmoe.adaptation.updates import RouterUpdates
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "DynMoECallback",
     "DynMoETrainerCallback",
     "MoEFSDPStrategy",
+    "MoETrainerCallback",
     "RouterCallback",
     "RouterUpdates",
     "Schedule",
@@ -32,7 +33,7 @@ __getattr__ = lazy(
         "callback": "DynMoECallback RouterCallback",
         "decision": "Decision Schedule decide",
         "fsdp": "MoEFSDPStrategy",
-        "trainer_callback": "DynMoETrainerCallback",
+        "trainer_callback": "DynMoETrainerCallback MoETrainerCallback",
         "updates": "RouterUpdates",
     },
 )

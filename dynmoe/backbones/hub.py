@@ -68,14 +68,23 @@ def configuration(
         raise not_found(model, path, architecture, error, node) from error
 
 
+# Embeddings of positions by their names in the families of dynmoe/backbones/surgery.py.
+POSITIONS = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
+
+
 def positions(model: nn.Module) -> int | None:
     """Return the number of positions of a model; None: relative and rotary ones have no end."""
     for name, module in model.named_modules():
-        if name.endswith((".position_embeddings", ".wpe")) and isinstance(module, nn.Embedding):
-            # The first ones are for padding where it has a position, as in RoBERTa.
+        if name.rpartition(".")[2] in POSITIONS and isinstance(module, nn.Embedding):
+            # The first ones are for padding where it has a position, as in RoBERTa, or are skipped.
             first = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - first
-    return None
+            places = module.num_embeddings - int(getattr(module, "offset", first))
+            numbered = getattr(model.get_submodule(name.rpartition(".")[0]), "position_ids", None)
+            return places if numbered is None else min(places, numbered.shape[-1])
+    config: Any = getattr(model, "config", None)
+    # Some keep a table of rotations, of CTRL's sinusoids or of MPT's biases, which has an end.
+    ends = (getattr(config, key, None) for key in ("n_positions", "max_seq_len"))
+    return next((int(end) for end in ends if end is not None), None)
 
 
 def check_vocabulary(found: Any, tokens: int | None, model: str | None, path: str | None) -> None:
@@ -201,9 +210,10 @@ def not_found(
 
 def _check_options(config: PreTrainedConfig, options: Mapping[str, Any], node: str) -> None:
     """transformers would take any key."""
+    # Not hasattr: it raises for attributes that differ between layers, as Gemma 4's head_dim.
+    known = [name for name in (*dir(config), *config.attribute_map) if not name.startswith("_")]
     for key in options:
-        if not hasattr(config, key):
-            known = [name for name in dir(config) if not name.startswith("_")]
+        if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"{node}.options: {type(config).__name__} has no '{key}'.{hint}")
@@ -213,7 +223,7 @@ def _check_options(config: PreTrainedConfig, options: Mapping[str, Any], node: s
 # makes all three, that one.
 TARGETS = (
     r".*\.(query|value|query_proj|value_proj|in_proj|q_lin|v_lin|q_proj|v_proj|attn\.[qv]"
-    r"|c_attn|query_key_value)"
+    r"|W[qv]|Wqkv|c_attn|qkv_proj|query_key_value|q_b_proj|kv_b_proj)"
 )
 
 
@@ -236,7 +246,7 @@ def add_adapters(
             "backbone.lora: needs the package peft: pip install -e '.[lora]', or set "
             "backbone.lora=null"
         ) from error
-    conv1d = model.config.model_type == "gpt2"
+    conv1d = any(type(module).__name__ == "Conv1D" for module in model.modules())
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGETS, fan_in_fan_out=conv1d
     )

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from dynmoe.backbones import hub
 from dynmoe.backbones.hub import add_adapters
@@ -114,10 +121,14 @@ def build_text_classifier(
     config.num_labels = num_classes
     if architecture is not None and vocab_size is not None:
         config.vocab_size = vocab_size
-    if architecture is not None or pad_token_id is not None:
+    if pad_token_id is None and architecture is None:
+        pad_token_id = config.pad_token_id
+    if pad_token_id is None:  # some have several ends, and some neither an end nor None as padding
+        ends = getattr(config, "eos_token_id", None)
+        pad_token_id = ends[0] if isinstance(ends, list) else ends
+    if pad_token_id is not None:
         config.pad_token_id = pad_token_id
-    if config.pad_token_id is None:
-        config.pad_token_id = config.eos_token_id
+    _know_classifier(config)
     fresh: list[str] = []
     if pretrained:
         classifier, fresh = _with_weights(model, path, config)
@@ -126,7 +137,8 @@ def build_text_classifier(
             classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         except ValueError as error:
             raise ConfigError(
-                f"backbone: transformers cannot build this {type(config).__name__}: {error}"
+                f"backbone: transformers cannot build this {type(config).__name__}: "
+                f"{str(error).splitlines()[0]}"
             ) from error
     hub.check_vocabulary(classifier, vocab_size, model, path)
     if lora is not None:
@@ -138,6 +150,19 @@ def build_text_classifier(
                 f"they fit, found {dict(lora)} for {config.model_type}: {error}"
             ) from error
     return TextClassifier(classifier, grad_checkpointing)
+
+
+def _know_classifier(config: PreTrainedConfig) -> None:
+    """Give a decoder that transformers has no classifier of (OLMoE, ...) the one of the others: a
+    linear layer on the last token that is not padding."""
+    kind = type(config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    decoder: Any = MODEL_MAPPING[kind]
+    bases = (GenericForSequenceClassification, decoder.__mro__[1])  # its family's PreTrainedModel
+    name = decoder.__name__.removesuffix("Model") + "ForSequenceClassification"
+    made = type(name, bases, {"__module__": decoder.__module__})
+    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)
 
 
 def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any, list[str]]:

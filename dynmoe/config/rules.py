@@ -92,6 +92,12 @@ def target_k_within_experts(cfg: DictConfig) -> Iterator[str]:
             f"moe.router.target_k: {min(numbers):g} experts per token need "
             "moe.router.unserved=nothing: with best every token has one."
         )
+    top_k = router.get("top_k")
+    if isinstance(top_k, int) and any(k > top_k for k in numbers):
+        yield (
+            f"moe.router.target_k: expected at most moe.router.top_k, {top_k}, found "
+            f"{max(numbers):g}. Lower it or raise top_k."
+        )
     if "top_p" in router and any(k < 1 for k in numbers):
         yield (
             f"moe.router.target_k: expected 1 or more, found {min(numbers):g}: this router gives "
@@ -498,6 +504,7 @@ RULES: tuple[Rule, ...] = (
     *(
         text_run,
         models.language_model,
+        models.own_mixture,
         models.causal_model,
         stage_is_chosen,
         dense_before_moe,

@@ -72,7 +72,7 @@ class MoE:
     num_experts: int
     max_experts: int
     layers: Placement | list[int]
-    init: Literal["auto", "copy", "cluster", "random", "fresh"]
+    init: Literal["auto", "copy", "cluster", "random", "fresh", "keep"]
     expert_dropout: float | None
     recompute: bool
     aux_weight: float

@@ -27,14 +27,26 @@ from dynmoe.backbones.vlm import VisionLanguageModel, train_only
 from dynmoe.config.rules import device_count
 from dynmoe.data.vl.module import VisionLanguageData, sample_of
 from dynmoe.estimate import formulas
+from dynmoe.layers.experts import linears
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.questions.base import ANSWER_TOKENS
-from dynmoe.training.build import add_layers, build_data
+from dynmoe.training.build import add_layers, build_data, shapes_init
 from dynmoe.training.instantiation import make
 
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
 LLAVA = {"align": 558_128, "instruct": 964_000, "moe": 665_298}
+
+# The hidden width of FFNs in configurations of transformers. Those without have four widths.
+FFN_WIDTHS = (
+    "moe_intermediate_size",
+    "intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+    "hidden_dim",
+    "dff",
+)
 
 A100 = 312.0  # TFLOP/s in bf16
 PRODUCT = 1024  # rows and columns of the product that measures a CPU
@@ -49,6 +61,8 @@ class RunSizes(NamedTuple):
     model: formulas.ModelSizes
     total: int
     """Parameters, empty slots included."""
+    mean_k: float
+    """Experts of a token."""
     activated: float
     """Parameters that a token uses."""
     vision: int
@@ -78,12 +92,14 @@ def measure(cfg: DictConfig) -> RunSizes:
     else:
         tokens, sample = data.mean_tokens, data.sample
     costs = efficiency.count(model, *sample)
-    k = dict.fromkeys(costs["slots"], mean_k(cfg))
+    experts = mean_k(cfg, model)
+    k = dict.fromkeys(costs["slots"], experts)
     activated = efficiency.activated(costs, costs["slots"], k)
     vision = efficiency.count(model.vision, sample[0]["images"])
     return RunSizes(
-        model=describe(model, mean_ffns(cfg)),
+        model=describe(model, mean_ffns(cfg, model)),
         total=efficiency.total(costs),
+        mean_k=experts,
         activated=activated,
         vision=efficiency.total(vision),
         flops=efficiency.flops(costs, costs["slots"], k),
@@ -95,17 +111,19 @@ def measure(cfg: DictConfig) -> RunSizes:
     )
 
 
-def mean_k(cfg: DictConfig) -> float:
-    """Return the planned experts of a token."""
+def mean_k(cfg: DictConfig, model: nn.Module | None = None) -> float:
+    """Return the planned experts of a token; a ``model`` may have a k of its own."""
     if cfg.plan.mean_k is not None:
         return float(cfg.plan.mean_k)
-    return float(cfg.moe.get("top_k") or cfg.moe.max_experts / 2)
+    layers = [] if model is None else list(moe_layers(model).values())
+    own = getattr(layers[0].router, "top_k", None) if layers else None
+    return float(cfg.moe.get("top_k") or own or cfg.moe.max_experts / 2)
 
 
-def mean_ffns(cfg: DictConfig) -> float:
+def mean_ffns(cfg: DictConfig, model: nn.Module | None = None) -> float:
     """Return the compute of a token's experts, in full-size FFNs."""
     parts = (cfg.moe.router or {}).get("num_blocks") or cfg.moe.num_experts
-    routed = mean_k(cfg) / (parts if cfg.moe.init in SPLITS else 1)
+    routed = mean_k(cfg, model) / (parts if cfg.moe.init in SPLITS else 1)
     return routed + float(cfg.moe.get("shared_experts", 0))
 
 
@@ -116,8 +134,7 @@ def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:
     """
     with _sizes_alone(cfg.backbone) as backbone, torch.device("meta"):
         model: VisionLanguageModel = make(backbone, "backbone", **arguments)
-        init = "random" if cfg.moe.init in SPLITS else "copy"  # equal shapes, without the k-means
-        add_layers(cfg.moe, model, init=init)
+        add_layers(cfg.moe, model, init=shapes_init(cfg.moe, model))
     train_only(model, cfg.task.module.trains)
     return model
 
@@ -144,26 +161,31 @@ def describe(model: VisionLanguageModel, ffns: float) -> formulas.ModelSizes:
     tower: Any = model.vision.model
     vision_blocks = tower.blocks if hasattr(tower, "blocks") else tower.encoder.layers
     vision_width = int(model.vision.width)
-    # timm and transformers agree on these names; gated FFNs are about as large as four widths.
-    first = getattr(vision_blocks[0].mlp, "fc1", None)
+    vision_hidden = linears(vision_blocks[0].mlp)[-1].in_features
     heads, width = config.num_attention_heads, config.hidden_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    # Not getattr: it raises for sizes that differ between layers.
+    given = config.to_dict()
+    kv_heads = given.get("num_key_value_heads") or heads
     in_blocks = [number(block) for block in (*blocks, *vision_blocks)]
     return formulas.ModelSizes(
         parameters=number(model),
         trained=number(model, trained=True),
         outside=number(model) - sum(in_blocks),
         largest_block=max(in_blocks),
-        decoder=formulas.Blocks(len(blocks), width, config.intermediate_size),
+        decoder=formulas.Blocks(len(blocks), width, _ffn_width(given, width)),
         moe_blocks=len(moe_layers(model)),
         mean_k=ffns,
-        kv_width=kv_heads * (getattr(config, "head_dim", None) or width // heads),
-        vision=formulas.Blocks(
-            len(vision_blocks), vision_width, getattr(first, "out_features", 4 * vision_width)
-        ),
+        kv_width=kv_heads * (given.get("head_dim") or width // heads),
+        vision=formulas.Blocks(len(vision_blocks), vision_width, vision_hidden),
         vision_trained=number(model.vision, trained=True) > 0,
         vocabulary=config.vocab_size,
     )
+
+
+def _ffn_width(config: dict[str, Any], width: int) -> int:
+    """Return the hidden width of a decoder's FFNs, of the widest where they differ."""
+    found = next((config[key] for key in FFN_WIDTHS if config.get(key)), 4 * width)
+    return int(max(found) if isinstance(found, list) else found)
 
 
 def number(module: nn.Module, trained: bool = False) -> int:
@@ -220,7 +242,7 @@ def _parameters(cfg: DictConfig, sizes: RunSizes) -> Table:
     table = _table("parameters", "all", "without vision tower")
     empty, k = "", ""
     if sizes.model.moe_blocks:
-        empty, k = ", empty slots included", f", {mean_k(cfg):g} of {cfg.moe.max_experts} experts"
+        empty, k = ", empty slots included", f", {sizes.mean_k:g} of {cfg.moe.max_experts} experts"
     rows = {
         f"whole model{empty}": (sizes.total, sizes.total - sizes.vision),
         f"used by a token{k}": (sizes.activated, sizes.activated - sizes.vision),

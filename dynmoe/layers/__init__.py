@@ -6,6 +6,7 @@ from dynmoe.layers.budget import BudgetTopAnyRouter
 from dynmoe.layers.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
+from dynmoe.layers.masked_routers import MaskedTopKRouter
 from dynmoe.layers.moe import (
     MoELayer,
     aux_loss,
@@ -32,6 +33,7 @@ __all__ = [
     "ExpertThresholdRouter",
     "Experts",
     "GeMoERouter",
+    "MaskedTopKRouter",
     "MoELayer",
     "NullExpertRouter",
     "PrefixRouter",

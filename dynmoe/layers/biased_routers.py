@@ -76,7 +76,7 @@ class BiasedTopKRouter(SoftmaxRouter):
         x_TD: Tensor,
         live: Sequence[int],
         token_mask_T: Tensor | None = None,
-        length: int | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
         if len(live) != self.num_slots:
             raise ValueError(f"a biased top-k router has a fixed pool of {self.num_slots}")
@@ -97,7 +97,7 @@ class BiasedTopKRouter(SoftmaxRouter):
                 best = scores_TE.topk(self.top_k, dim=1).indices
                 best_TE = torch.zeros_like(mask_TE).scatter_(1, best, True)
                 share_TE = scores_TE / scores_TE.sum(1, keepdim=True)
-                aux = self._with_losses(aux, logits_TE, share_TE, best_TE, token_mask_T, length)
+                aux = self._with_losses(aux, logits_TE, share_TE, best_TE, token_mask_T, shape)
             observed = None
             if self.observes and self.training:
                 real_TE = hide_padding(torch.ones_like(mask_TE), token_mask_T)

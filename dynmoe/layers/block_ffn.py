@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynmoe.layers.routers import FP32, Router, Routing, StepTotals, hide_padding
+from dynmoe.layers.routers import (
+    FP32,
+    Router,
+    Routing,
+    StepTotals,
+    hide_padding,
+    sequence_length,
+)
 
 
 class BlockFFNRouter(Router):
@@ -28,7 +35,7 @@ class BlockFFNRouter(Router):
       1. 0: constant.
     - ``eps``: below the root.
 
-    Chunks and neighbours are of one sequence (``Router.by_sequence``).
+    Chunks and neighbours are of one sequence (``Router.takes_shape``).
 
     Raises:
         ValueError: a ``chunk_length`` below 1.
@@ -62,7 +69,7 @@ class BlockFFNRouter(Router):
         self.schedule_every = schedule_every
         self.schedule_start = schedule_start
         self.eps = eps
-        self.by_sequence = chunk_weight > 0 or locality_weight > 0
+        self.takes_shape = chunk_weight > 0 or locality_weight > 0
         self.observes = 2 if self.has_state else 0
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_slots, dim), std=0.02))
         self.gain_E = nn.Parameter(torch.ones(num_slots))
@@ -80,7 +87,7 @@ class BlockFFNRouter(Router):
         x_TD: Tensor,
         live: Sequence[int],
         token_mask_T: Tensor | None = None,
-        length: int | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
         if len(live) != self.num_slots:
             raise ValueError(f"BlockFFN's router has a fixed pool of {self.num_slots}")
@@ -91,7 +98,7 @@ class BlockFFNRouter(Router):
             mean_T1 = scores_TE.square().mean(1, keepdim=True)
             normed_TE = scores_TE * (mean_T1 + self.eps).rsqrt()
             weights_TE = normed_TE * self.gain_E.float() * mask_TE
-            aux, observed = raw_TE.new_zeros(()), None
+            aux, observed, length = raw_TE.new_zeros(()), None, sequence_length(shape)
             exporting = torch.compiler.is_exporting()  # not trained, of any number of sequences
             if self.chunk_weight and self.recorded and not exporting:
                 share_TE = normed_TE / (normed_TE.sum(1, keepdim=True) + 1e-5)

@@ -156,15 +156,7 @@ class BudgetTopAnyRouter(TopAnyRouter):
         return gate_TE * share_TE
 
     def update(self, own: StepTotals, every: Sequence[StepTotals]) -> None:
-        wanted = self.target_k * own.k_hist.sum()
-        distance = distance_to(wanted[None], own.observed[None])[0]
-        # NOTE: scores and thresholds move while they are trained: without the second integrator k
-        # would be off by what they move in 1 / rate steps. rate^2 / 4 is critical damping. It must
-        # not wind up: it sums near the target alone, and where no token is (a layer that did not
-        # run) or no way is left (k of 1, or of all experts), nothing moves.
-        near = (own.mean_k / self.target_k - 1).abs() < 0.25
-        self.shift += (self.budget_rate * distance + self.trend) * (distance != 0)
-        self.trend += self.budget_rate**2 / 4 * distance * near
+        move_shift(self.shift, self.trend, own, self.target_k, self.budget_rate)
 
     def record(self, live: Sequence[int]) -> dict[str, Any]:
         return {
@@ -178,3 +170,19 @@ class BudgetTopAnyRouter(TopAnyRouter):
             f"k={self.target_k:g} on average of {len(self.directions)} slots, "
             f"unserved={self.unserved}, weights={self.weights}, scale={self.scale}"
         )
+
+
+def move_shift(shift: Tensor, trend: Tensor, own: StepTotals, target_k: float, rate: float) -> None:
+    """Move ``shift``, and the ``trend`` of its moves, to where mean k would be ``target_k``.
+
+    ``own.observed`` counts scores by their distance from the thresholds (``count_distances``).
+    """
+    wanted = target_k * own.k_hist.sum()
+    distance = distance_to(wanted[None], own.observed[None])[0]
+    # NOTE: scores and thresholds move while they are trained: without the second integrator k
+    # would be off by what they move in 1 / rate steps. rate^2 / 4 is critical damping. It must
+    # not wind up: it sums near the target alone, and where no token is (a layer that did not
+    # run) or no way is left (k of 1, or of all experts), nothing moves.
+    near = (own.mean_k / target_k - 1).abs() < 0.25
+    shift += (rate * distance + trend) * (distance != 0)
+    trend += rate**2 / 4 * distance * near

@@ -201,7 +201,8 @@ def _ranked(scores_TE: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Ten
     scores_TE = scores_TE.detach()
     if token_mask_T is not None:
         scores_TE = scores_TE.masked_fill(~token_mask_T[:, None], -torch.inf)
-    return scores_TE.t().contiguous().sort(dim=1, descending=True)  # type: ignore[return-value]
+    sorted_ET, order_ET = scores_TE.t().contiguous().sort(dim=1, descending=True)
+    return sorted_ET, order_ET
 
 
 def _first(order_ET: Tensor, number_E: Tensor) -> Tensor:

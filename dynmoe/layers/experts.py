@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
-from dynmoe.layers.ffn import find_layout, is_plain_linear, read_ffns
+from dynmoe.layers.ffn import PackedGatedFFN, find_layout, is_plain_linear, keys, read_ffns
 from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
 from dynmoe.layers.routers import Routing
 
@@ -27,10 +27,12 @@ Init = Literal["copy", "cluster", "random", "fresh"]
 
 
 class Experts(nn.Module):
-    """``num_slots`` FFNs made from one.
+    """``num_slots`` FFNs made from one, or given as they are.
 
     ``init``: ``copy`` for full copies of it, ``cluster`` or ``random`` for shares of its hidden
-    neurons (``split_ffn``), of as many ``copies``, ``fresh`` for newly drawn ones of its size.
+    neurons (``split_ffn``), of as many ``copies``, ``fresh`` for newly drawn ones of its size. A
+    sequence of FFNs fills the first slots without a copy; slots beyond them hold copies of them in
+    turn.
 
     ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs
     of a form that ``ffn.find_layout`` knows take the fast path, where ``recompute`` holds; the
@@ -45,7 +47,7 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        mlp: nn.Module,
+        mlp: nn.Module | Sequence[nn.Module],
         num_slots: int,
         init: Init = "copy",
         recompute: bool = False,
@@ -54,7 +56,11 @@ class Experts(nn.Module):
         super().__init__()
         # NOTE: one module, hence one set of Parameters, per slot and not one stacked tensor: a slot
         # without an expert then has ``grad is None``, so no optimizer pass and no weight decay.
-        if init == "cluster" or init == "random":
+        if not isinstance(mlp, nn.Module):
+            beyond = range(num_slots - len(mlp))
+            more = [copy.deepcopy(mlp[each % len(mlp)]) for each in beyond]
+            self.slots = nn.ModuleList([*mlp, *more])
+        elif init == "cluster" or init == "random":
             parts = split_ffn(mlp, num_slots // copies, init)
             self.slots = nn.ModuleList(copy.deepcopy(part) for _ in range(copies) for part in parts)
         else:
@@ -78,8 +84,9 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def mean_keys(self, live: Sequence[int]) -> Tensor:
-        """Return the mean row of each expert's first matrix, fp32, [E, D]."""
-        return torch.stack([_weight(linears(self.slots[slot])[0]).mean(0) for slot in live])
+        """Return the mean row of each expert's first matrix, a gate's alone, fp32, [E, D]."""
+        mlps = [self.slots[slot] for slot in live]
+        return torch.stack([_weight(linears(mlp)[0])[keys(mlp)].mean(0) for mlp in mlps])
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
@@ -175,6 +182,31 @@ def check_ffn(mlp: nn.Module, dim: int) -> None:
         )
 
 
+def check_experts(mlps: Sequence[nn.Module], dim: int) -> None:
+    """Refuse FFNs that ``check_ffn`` refuses, or whose tensors differ in shape or dtype.
+
+    Raises:
+        TypeError: no module.
+        ValueError: with both of them.
+    """
+    first: dict[str, Any] = {}
+    checked: set[str] = set()
+    for number, mlp in enumerate(mlps):
+        # A call takes milliseconds, and models have a thousand experts, all of one build.
+        build = f"{type(mlp)} {mlp}"
+        if build not in checked:
+            check_ffn(mlp, dim)
+            checked.add(build)
+        state = mlp.state_dict()
+        shapes = {name: (list(each.shape), each.dtype) for name, each in state.items()}
+        first = first or shapes
+        if shapes != first:
+            raise ValueError(
+                f"mlp: expected experts of equal shapes and dtypes, found {shapes} in expert "
+                f"{number}, {first} in expert 0"
+            )
+
+
 def _check_arguments(mlp: nn.Module) -> None:
     try:
         arguments = inspect.signature(mlp.forward)
@@ -234,8 +266,10 @@ def redraw(mlp: nn.Module, generator: torch.Generator | None = None) -> None:
             nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            module.reset_parameters()
+        elif type(module).__name__.endswith(("Norm", "norm")):
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:  # to 1 and 0: nothing is drawn
+                reset()
 
 
 @torch.no_grad()
@@ -285,15 +319,15 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
 
     A neuron's row of the first matrix is its key: neurons with near keys answer the same tokens.
     ``cluster``: neurons grouped by balanced k-means on their keys; ``random``: contiguous slices.
-    ``mlp`` has plain linear layers from D to H (one, or a gate and more), then one from H to D
-    without a bias, and nothing else that has parameters.
+    ``mlp`` has plain linear layers from D to H (one, or a gate and more, or a ``PackedGatedFFN``'s
+    one from D to 2 H), then one from H to D without a bias, and nothing else that has parameters.
 
     Raises:
         ConfigError: H does not divide into ``parts``, or ``mlp`` is of another form.
     """
     *inner, outer = linears(mlp)
-    hidden = outer.in_features
-    plain = all(linear.out_features == hidden for linear in inner)
+    hidden, packed = outer.in_features, 1 + isinstance(mlp, PackedGatedFFN)
+    plain = all(linear.out_features == packed * hidden for linear in inner)
     plain &= all(is_plain_linear(linear) for linear in (*inner, outer))
     others = len(list(mlp.parameters())) - sum(
         len(list(linear.parameters())) for linear in (*inner, outer)
@@ -309,7 +343,7 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
             f"Set moe.num_experts to a divisor of {hidden}."
         )
     if how == "cluster":
-        groups_EN = balanced_clusters(inner[0].weight.detach().float(), parts)
+        groups_EN = balanced_clusters(inner[0].weight.detach()[keys(mlp)].float(), parts)
     else:
         groups_EN = torch.arange(hidden).view(parts, -1)
     return [_part(mlp, neurons_N.to(outer.weight.device)) for neurons_N in groups_EN]
@@ -318,7 +352,9 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
 def _weight(linear: nn.Linear) -> Tensor:
     """The weight of a linear layer as numbers, fp32."""
     weight_OI = linear.weight
-    return (weight_OI if is_plain_linear(linear) else weight_OI.dequantize()).float()
+    # An export's tensors are of a class of their own.
+    plain = is_plain_linear(linear) or torch.compiler.is_exporting()
+    return (weight_OI if plain else weight_OI.dequantize()).float()
 
 
 def linears(mlp: nn.Module) -> list[nn.Linear]:
@@ -356,14 +392,17 @@ def balanced_clusters(keys_HD: Tensor, clusters: int) -> Tensor:
 def _part(mlp: nn.Module, neurons_N: Tensor) -> nn.Module:
     """A copy of ``mlp`` with some of its neurons; the others are never copied."""
     *inner, outer = linears(mlp)
+    rows_N = neurons_N
+    if isinstance(mlp, PackedGatedFFN):  # a neuron has a row in each half
+        rows_N = torch.cat([neurons_N, outer.in_features + neurons_N])
     own: dict[int, object] = {}  # deepcopy's memo: takes these for the copies it would make
     for linear in inner:
         for p in linear.parameters():
-            own[id(p)] = nn.Parameter(p[neurons_N])
+            own[id(p)] = nn.Parameter(p[rows_N])
     own[id(outer.weight)] = nn.Parameter(outer.weight[:, neurons_N])
     part = copy.deepcopy(mlp, own)
     *inner, outer = linears(part)
     for linear in inner:
-        linear.out_features = len(neurons_N)
+        linear.out_features = len(rows_N)
     outer.in_features = len(neurons_N)
     return part

@@ -57,10 +57,18 @@ class GatedFFN(nn.Module):
 
 
 class PackedGatedFFN(nn.Module):
-    """A gated FFN whose gate and up are the halves of one matrix, in this order or the other."""
+    """``down(dropout(act(g) * u))``, where ``gate_up`` makes both, [N, 2 H].
+
+    They are its halves, (g, u) if ``gate_first``, else (u, g).
+    """
 
     def __init__(
-        self, gate_up: nn.Module, act: nn.Module, down: nn.Module, dropout: float, gate_first: bool
+        self,
+        gate_up: nn.Module,
+        act: nn.Module,
+        down: nn.Module,
+        dropout: float,
+        gate_first: bool = True,
     ) -> None:
         super().__init__()
         self.gate_up, self.act, self.down = gate_up, act, down
@@ -68,9 +76,25 @@ class PackedGatedFFN(nn.Module):
         self.gate_first = gate_first
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.gate_up(x).chunk(2, -1)
+        first, second = self.gate_up(x).chunk(2, dim=-1)
         gate, up = (first, second) if self.gate_first else (second, first)
         return self.down(self.dropout(self.act(gate) * up))
+
+    def extra_repr(self) -> str:
+        return f"gate_first={self.gate_first}"
+
+
+def keys(mlp: nn.Module) -> slice:
+    """Return the rows of an FFN's first matrix that its activation takes: the gate's alone."""
+    packed: Any = mlp
+    if isinstance(mlp, PackedGatedFFN):
+        first, gate_up = packed.gate_first, packed.gate_up
+    elif (type(mlp).__module__, type(mlp).__qualname__) == ("timm.layers.mlp", "GluMlp"):
+        first, gate_up = not packed.gate_last, packed.fc1
+    else:
+        return slice(None)
+    half = gate_up.out_features // 2
+    return slice(half) if first else slice(half, None)
 
 
 class Layout(NamedTuple):
@@ -114,9 +138,10 @@ def read_ffns(mlps: Sequence[nn.Module], layout: Layout) -> FFNs | None:
                 return None
         for name in (*layout.inner, layout.outer):
             linear: Any = children[name]
-            own = linear._parameters
-            both = (own if "weight" in own else linear.__dict__) if own else linear.__dict__
-            weight, bias = both["weight"], both["bias"]
+            own = linear._parameters  # faster than attributes; FSDP puts plain ones there
+            if "weight" not in own or "bias" not in own:
+                own = {"weight": linear.weight, "bias": linear.bias}
+            weight, bias = own["weight"], own["bias"]
             if type(weight) not in PLAIN or type(bias) not in PLAIN:
                 return None
             weights += [weight, bias]

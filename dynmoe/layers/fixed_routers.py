@@ -32,6 +32,8 @@ class TopKRouter(SoftmaxRouter):
     For k > 1 the chosen probabilities are renormalised to sum to 1; at k = 1 they are not, because
     the constant weight 1 would leave the router without a task gradient. Copies of an FFN then
     start at that probability, about 1/E, times its output; for k > 1 they start at its output.
+    ``renormalise``: true or false says it for every k (OLMoE: false). ``scale`` multiplies the
+    weights (DeepSeek-V2's ``routed_scaling_factor``).
 
     ``noise`` > 0 adds Gaussian noise of standard deviation noise / E to the logits in training.
     ``aux``: ``load_balance`` (GShard) or ``importance_load`` (needs noise).
@@ -59,6 +61,8 @@ class TopKRouter(SoftmaxRouter):
         forced_balance: bool = False,
         z_weight: float = 0.0,
         sequence_weight: float = 0.0,
+        renormalise: bool | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(z_weight, sequence_weight)
         _check_top_k(top_k, num_slots)
@@ -73,6 +77,8 @@ class TopKRouter(SoftmaxRouter):
         self.min_capacity = min_capacity
         self.weights_sum = weights_sum
         self.forced_balance = forced_balance
+        self.renormalise = top_k > 1 if renormalise is None else renormalise
+        self.scale = scale
         self._build_scorer(dim)
 
     def _build_scorer(self, dim: int) -> None:
@@ -89,7 +95,7 @@ class TopKRouter(SoftmaxRouter):
         x_TD: Tensor,
         live: Sequence[int],
         token_mask_T: Tensor | None = None,
-        length: int | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
         if len(live) != self.num_slots:
             raise ValueError(f"a top-k router has a fixed pool of {self.num_slots}, got {live}")
@@ -105,11 +111,13 @@ class TopKRouter(SoftmaxRouter):
                 choice_TK = probs_TE.topk(self.top_k, dim=1).indices
             mask_TE = _chosen(choice_TK, probs_TE, token_mask_T)
             weights_TE = probs_TE * mask_TE
-            if self.top_k > 1:
+            if self.renormalise:
                 # Rows of padding sum to 0.
                 weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
             if self.weights_sum == "k":
                 weights_TE = weights_TE * self.top_k
+            if self.scale != 1:
+                weights_TE = weights_TE * self.scale
             # NOTE: the loss sees the choices before places are given: an expert that many tokens
             # want must not look balanced because the overflow was dropped.
             aux = probs_TE.new_zeros(())
@@ -117,7 +125,7 @@ class TopKRouter(SoftmaxRouter):
                 aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
             if self.adds_losses:
                 probs = clean_TE.softmax(1)
-                aux = self._with_losses(aux, clean_TE, probs, mask_TE, token_mask_T, length)
+                aux = self._with_losses(aux, clean_TE, probs, mask_TE, token_mask_T, shape)
             if self.capacity_factor is not None:
                 places = capacity(
                     choice_TK, self.num_slots, self.capacity_factor, self.min_capacity, token_mask_T

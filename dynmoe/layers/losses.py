@@ -129,6 +129,11 @@ def efficiency(gate_TE: Tensor, num_slots: int, real_T: Tensor | None = None) ->
     return _sum(gate_TE, real_T).sum() / (_count(gate_TE, real_T) * num_slots)
 
 
+def mean_k(gate_TE: Tensor, choice_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
+    """Mean over tokens of the sum of their gates on ``choice_TE``, which has none on padding."""
+    return (gate_TE * choice_TE).sum() / _count(gate_TE, real_T)
+
+
 def importance_and_load(
     probs_TE: Tensor, kth_logit_T: Tensor, noise_std: float, real_T: Tensor | None = None
 ) -> Tensor:

@@ -6,17 +6,27 @@ Shape suffixes: T tokens, E living experts, D model width.
 from __future__ import annotations
 
 import copy
-import math
+import logging
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dynmoe.layers.experts import Experts, Init, check_ffn, redraw, shared_expert, with_shared
+from dynmoe.layers.experts import (
+    Experts,
+    Init,
+    check_experts,
+    check_ffn,
+    redraw,
+    shared_expert,
+    with_shared,
+)
 from dynmoe.layers.routers import Router, Routing
+
+log = logging.getLogger(__name__)
 
 NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
 
@@ -41,7 +51,8 @@ class Routed(NamedTuple):
     aux: Tensor
     stats: RoutingStats
     mask: Tensor
-    """Bool, the input's shape with E for D: who was served by whom. All False on padding."""
+    """Bool, the input's shape with E for D, or that of its token mask and E: who was served by
+    whom. All False on padding."""
     token_mask: Tensor | None
     """Bool, the input's shape without D: False on padding and on tokens that are not finite. None
     where all tokens count."""
@@ -73,6 +84,8 @@ class MoELayer(MaskedLayer):
     padding, in training and evaluation: no expert serves it, it comes out as 0, and it is in no
     loss and in no count. The residual connection around an FFN keeps it visible in the output.
 
+    ``mlp`` may be a sequence of ``num_experts`` FFNs of equal shapes: the experts, as they are.
+
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
     inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
@@ -82,7 +95,9 @@ class MoELayer(MaskedLayer):
     Raises:
         TypeError: ``router`` makes no ``Router``, or ``mlp`` is no module.
         ValueError: ``num_experts`` is not 1 to ``max_experts``, or ``mlp`` does not map rows
-            [N, ``dim``] alone to rows of the same shape and dtype.
+            [N, ``dim``] alone to rows of the same shape and dtype; of several FFNs one does not,
+            they are not ``num_experts`` of equal shapes, or they come with an ``init`` or a
+            ``keep_origin``, which need a single one.
         ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``), or
             makes a shared expert of one without linear layers.
     """
@@ -93,10 +108,12 @@ class MoELayer(MaskedLayer):
     """Gets one entry a call within ``record_routing``; None elsewhere."""
     observer: Callable[[MoELayer, Routed], None] | None
     """Called with every call in training, whoever records it (``dynmoe.adaptation``)."""
+    warns_of_still_state: ClassVar[bool] = True
+    """Whether to warn, once, of a router in training whose state nobody moves."""
 
     def __init__(
         self,
-        mlp: nn.Module,
+        mlp: nn.Module | Sequence[nn.Module],
         dim: int,
         router: Callable[[int, int], Router],
         num_experts: int,
@@ -110,13 +127,27 @@ class MoELayer(MaskedLayer):
         max_experts = num_experts if max_experts is None else max_experts
         if not 1 <= num_experts <= max_experts:
             raise ValueError(f"expected 1 <= num_experts ({num_experts}) <= max ({max_experts})")
-        check_ffn(mlp, dim)
+        origin = None
+        if isinstance(mlp, nn.ModuleList):
+            mlp = list(mlp)
+        if isinstance(mlp, Sequence):
+            if len(mlp) != num_experts or init != "copy" or keep_origin:
+                raise ValueError(
+                    f"mlp: {len(mlp)} experts are given as they are. Expected num_experts="
+                    f"{len(mlp)}, init=copy and no keep_origin, found {num_experts}, {init}, "
+                    f"{keep_origin}"
+                )
+            check_experts(mlp, dim)
+        else:
+            check_ffn(mlp, dim)
+            origin = copy.deepcopy(mlp) if keep_origin else None
         self.dim = dim
         self.router = _made_router(router, dim, max_experts)
         self.experts = Experts(mlp, max_experts, init, recompute, self.router.expert_copies)
-        self.shared = nn.ModuleList(shared_expert(mlp, init) for _ in range(shared_experts))
+        first = mlp if isinstance(mlp, nn.Module) else mlp[0]
+        self.shared = nn.ModuleList(shared_expert(first, init) for _ in range(shared_experts))
         # Without gradients: optimizers leave it out, so it neither moves nor decays.
-        self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None
+        self.origin = None if origin is None else origin.requires_grad_(False)
         self.register_buffer("active_E", torch.arange(max_experts) < num_experts)
         self._live = tuple(range(num_experts))
         self._live_of: tuple[Tensor, int, int] | None = None
@@ -148,12 +179,12 @@ class MoELayer(MaskedLayer):
         # Compiled code knows the experts that it was made for, and asks for them in `_serve`.
         compiling = torch.compiler.is_compiling()
         live = self._live if compiling else self.live
-        length = sequence_length(x.shape, token_mask)
-        routing = self._route(x_TD, live, token_mask_T, length)
+        shape = x.shape[:-1] if token_mask is None else token_mask.shape
+        routing = self._route(x_TD, live, token_mask_T, shape)
         if torch.compiler.is_exporting():
             y_TD = self._sum(x_TD, routing, live)
         else:
-            y_TD = self._serve(x_TD, routing, live, token_mask_T, length, x.shape[:-1], compiling)
+            y_TD = self._serve(x_TD, routing, live, token_mask_T, shape, compiling)
         return with_shared(self.shared, y_TD, x_TD, token_mask_T).view(x.shape)
 
     def _route(
@@ -161,12 +192,12 @@ class MoELayer(MaskedLayer):
         x_TD: Tensor,
         live: tuple[int, ...],
         token_mask_T: Tensor | None,
-        length: int | None,
+        shape: torch.Size,
     ) -> Routing:
         if not live:
             raise ValueError("no expert is alive: active_E is False for all slots")
         self.router.prepare(self.experts, live)
-        more = {"length": length} if self.router.by_sequence else {}
+        more = {"shape": shape} if self.router.takes_shape else {}
         if torch.compiler.is_compiling():  # compiled code serves with and without a tape
             routing: Routing = self.router(x_TD, live, token_mask_T, **more)
         else:
@@ -192,15 +223,16 @@ class MoELayer(MaskedLayer):
         routing: Routing,
         live: tuple[int, ...],
         token_mask_T: Tensor | None,
-        length: int | None,
         shape: torch.Size,
         compiled: bool,
     ) -> Tensor:
         if compiled and self.live != live:  # written to since: the next call compiles anew
             live = self.live
-            routing = self._route(x_TD, live, token_mask_T, length)
+            routing = self._route(x_TD, live, token_mask_T, shape)
         y_TD = self._sum(x_TD, routing, live)
         observer = self.observer if self.training else None
+        if self.training and observer is None and y_TD.requires_grad and self.router.has_state:
+            self._check_state_moves()
         if self.tape is not None or observer is not None:
             # NOTE: aux keeps its graph, because the task adds it to the loss; all else on the tape
             # is detached and may be kept beyond the step.
@@ -217,6 +249,18 @@ class MoELayer(MaskedLayer):
             if observer is not None:
                 observer(self, call)
         return y_TD
+
+    def _check_state_moves(self) -> None:
+        router, kind = self.router, type(self)
+        is_trained = any(p.requires_grad for p in router.parameters())
+        if kind.warns_of_still_state and is_trained:
+            kind.warns_of_still_state = False
+            log.warning(
+                "The state of %s does not move in this training. Call RouterUpdates(model, "
+                "optimizer).step(loss) of dynmoe.adaptation after each optimizer step, or add its "
+                "RouterCallback().",
+                type(router).__name__,
+            )
 
     @property
     def max_experts(self) -> int:
@@ -371,16 +415,6 @@ def check_mask(token_mask: Tensor, x: Tensor) -> None:
             f"token_mask: expected the shape of x without its last dimension, {list(shape)} of "
             f"{list(x.shape)}, found {list(token_mask.shape)}"
         )
-
-
-def sequence_length(shape: torch.Size, token_mask: Tensor | None) -> int | None:
-    """Return how many tokens of x in a row are a sequence; None where its shape does not tell."""
-    if len(shape) > 2:
-        return math.prod(shape[1:-1])
-    # Some blocks pass the tokens of all sequences as rows.
-    if token_mask is not None and token_mask.ndim > 1:
-        return math.prod(token_mask.shape[1:])
-    return None
 
 
 def _check_bool(token_mask: Tensor) -> None:

@@ -35,7 +35,7 @@ class NullExpertRouter(SoftmaxRouter):
       or not at all (``none``). With ``true_only`` the logits of null experts cancel out of every
       weight, and the auxiliary loss alone moves them.
     - ``null_output``: null experts output ``zero``, or the token times their weight, ``identity``.
-    - ``balance``: ``loss`` is AdaMoE's, in which null experts share one mean load (``averaged``);
+    - ``balance``: ``loss`` is AdaMoE's, in which null experts share one mean load;
       ``plain`` is that of its second experiment's code, where each has its own. ``bias`` has no
       loss: b_e += bias_rate * (target_k / (K E) - load_e / (K T)) after each step for every true
       expert e, added to the probabilities for the choice alone.
@@ -81,7 +81,7 @@ class NullExpertRouter(SoftmaxRouter):
                 "renorm=none (LongCat-Flash) or all"
             )
         target_k = None if target_k is None else one_target(target_k)
-        _check_target(target_k, balance, min(top_k, num_slots))
+        self.target_k = _checked_target(target_k, balance, min(top_k, num_slots))
         self.num_slots = num_slots
         self.num_null = num_null
         self.top_k = top_k
@@ -89,7 +89,6 @@ class NullExpertRouter(SoftmaxRouter):
         self.null_output = null_output
         self.balance = balance
         self.bias_rate = bias_rate
-        self.target_k = target_k
         self.aux_end = aux_end
         rows_CD = nn.init.trunc_normal_(torch.empty(num_slots + num_null, dim), std=0.02)
         self.weight = nn.Parameter(rows_CD[:num_slots].clone())
@@ -106,7 +105,7 @@ class NullExpertRouter(SoftmaxRouter):
         x_TD: Tensor,
         live: Sequence[int],
         token_mask_T: Tensor | None = None,
-        length: int | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
         if len(live) != self.num_slots:
             raise ValueError(f"a null-expert router has a fixed pool of {self.num_slots}")
@@ -121,7 +120,7 @@ class NullExpertRouter(SoftmaxRouter):
             mask_TE = picks_TC[:, : self.num_slots]
             weights_TC = self._weights(probs_TC * picks_TC)
             aux = self._aux(probs_TC, picks_TC, token_mask_T)
-            aux = self._with_losses(aux, logits_TC, probs_TC, picks_TC, token_mask_T, length)
+            aux = self._with_losses(aux, logits_TC, probs_TC, picks_TC, token_mask_T, shape)
             extra_TD = None
             if self.null_output == "identity":
                 passed_T1 = weights_TC[:, self.num_slots :].sum(1, keepdim=True)
@@ -177,12 +176,13 @@ class NullExpertRouter(SoftmaxRouter):
         )
 
 
-def _check_target(target_k: float | None, balance: str, most: int) -> None:
+def _checked_target(target_k: float | None, balance: str, most: int) -> float | None:
     if balance != "bias":
         if target_k is not None:
             raise ValueError(
                 f"target_k={target_k} needs balance=bias: under a loss, num_null and top_k set k"
             )
-        return
+        return None
     if target_k is None or not 0 < target_k <= most:
         raise ValueError(f"target_k is {target_k}: expected more than 0, up to {most}, for biases")
+    return target_k

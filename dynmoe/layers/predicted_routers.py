@@ -73,7 +73,7 @@ class GeMoERouter(SoftmaxRouter):
         x_TD: Tensor,
         live: Sequence[int],
         token_mask_T: Tensor | None = None,
-        length: int | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
         if len(live) != self.num_slots:
             raise ValueError(f"GeMoE's router has a fixed pool of {self.num_slots}")
@@ -98,7 +98,7 @@ class GeMoERouter(SoftmaxRouter):
                 if self.monotone_weight:
                     hinge = self._hinge(soft_k_T, probs_TE.detach(), token_mask_T)
                     aux = aux + self.monotone_weight * hinge
-            aux = self._with_losses(aux, logits_TE, probs_TE, mask_TE, token_mask_T, length)
+            aux = self._with_losses(aux, logits_TE, probs_TE, mask_TE, token_mask_T, shape)
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         return Routing(weights_TE, mask_TE, probs_TE, unserved_T, aux, mask_TE)
 

@@ -126,6 +126,8 @@ class PrefixRouter(Router):
 
     def _aux(self, probs_TE: Tensor, mask_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
         aux = probs_TE.new_zeros(())
+        if not self.recorded:
+            return aux
         if self.balance_weight:
             if self.balance == "first":
                 experts = probs_TE.shape[1]

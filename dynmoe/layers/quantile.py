@@ -5,7 +5,7 @@ their distance from the present cut, in bins that are narrow near it and wide fa
 be summed over micro-batches and ranks, and the cut moves after the step. A few steps bring it from
 anywhere to where interpolation between narrow bins is exact, whatever the spread of the values.
 
-Shape suffixes: T tokens, C cuts, B bins.
+Shape suffixes: T tokens, C cuts, B bins, E edges between them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,15 @@ import torch
 from torch import Tensor
 
 REACH = 17
-_SIDE = [2.0 ** (2 - j) for j in range(REACH)]  # 4 down to 6e-5
-EDGES = [*(-edge for edge in _SIDE), 0.0, *reversed(_SIDE)]
-BINS = len(EDGES) + 1
+"""Edges on either side of a cut, at distances of 4, 2, 1, ... 6e-5."""
+BINS = 2 * REACH + 2
+
+
+def edges(like: Tensor) -> Tensor:
+    """The bins' edges, ascending, on the device and in the dtype of ``like``."""
+    # NOTE: made on the device: a list would be sent there, and the device waited for.
+    side = torch.exp2(2 - torch.arange(REACH, device=like.device, dtype=like.dtype))
+    return torch.cat([-side, side.new_zeros(1), side.flip(0)])
 
 
 def count_distances(distance_TC: Tensor, where_TC: Tensor) -> Tensor:
@@ -24,10 +30,9 @@ def count_distances(distance_TC: Tensor, where_TC: Tensor) -> Tensor:
 
     ``where_TC`` (bool) is False on values that do not count. Infinite distances do.
     """
-    edges = torch.tensor(EDGES, device=distance_TC.device, dtype=distance_TC.dtype)
     columns = distance_TC.shape[1]
     # NOTE: (a, b] are the bins: a value that equals its cut is not above it.
-    bin_TC = torch.bucketize(distance_TC.detach().contiguous(), edges)
+    bin_TC = torch.bucketize(distance_TC.detach().contiguous(), edges(distance_TC))
     bin_TC = bin_TC + BINS * torch.arange(columns, device=bin_TC.device)
     # The default type is bf16 in runs of ``trainer.precision=bf16-true``.
     counts = torch.zeros(columns * BINS, device=bin_TC.device, dtype=torch.float32)
@@ -40,14 +45,18 @@ def distance_to(wanted_C: Tensor, counts_CB: Tensor) -> Tensor:
 
     0 where it is there to half a value already. At most 4 either way.
     """
-    edges = torch.tensor(EDGES, device=counts_CB.device, dtype=counts_CB.dtype)
+    edges_E = edges(counts_CB)
     total_C = counts_CB.sum(1)
     above_CE = (total_C[:, None] - counts_CB.cumsum(1))[:, :-1]  # above each edge: falls
     wanted_C = torch.minimum(wanted_C.to(counts_CB.dtype), total_C)
-    upper_C = (above_CE >= wanted_C[:, None]).sum(1).clamp(1, len(EDGES) - 1)
+    too_many_C = above_CE[:, REACH] > wanted_C
+    # The nearest place, where several have as many above them.
+    more_CE = above_CE > wanted_C[:, None]
+    more_CE |= (above_CE == wanted_C[:, None]) & ~too_many_C[:, None]
+    upper_C = more_CE.sum(1).clamp(1, len(edges_E) - 1)
     lower_C = upper_C - 1
     many_C, few_C = (above_CE.gather(1, i[:, None])[:, 0] for i in (lower_C, upper_C))
     share_C = ((many_C - wanted_C) / (many_C - few_C).clamp(min=1e-9)).clamp(0, 1)
-    distance_C = edges[lower_C] + share_C * (edges[upper_C] - edges[lower_C])
+    distance_C = edges_E[lower_C] + share_C * (edges_E[upper_C] - edges_E[lower_C])
     there_C = (above_CE[:, REACH] - wanted_C).abs() <= 0.5
     return torch.where(there_C, 0.0, distance_C)

@@ -78,9 +78,10 @@ class ReLURouter(Router):
             scores_TE = F.linear(x_TD.float(), self.weight.float())
             mask_TE = hide_padding(scores_TE > 0, token_mask_T)
             weights_TE = scores_TE * mask_TE
-            balanced = self.l1 == "balanced"
-            l1 = losses.l1(weights_TE, mask_TE, self.target_k if balanced else None, token_mask_T)
-            aux = self.coefficient * l1
+            aux = scores_TE.new_zeros(())
+            if self.recorded:
+                target_k = self.target_k if self.l1 == "balanced" else None
+                aux = self.coefficient * losses.l1(weights_TE, mask_TE, target_k, token_mask_T)
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, mask_TE)
 

@@ -8,6 +8,7 @@ Shape suffixes: T tokens, E living experts, S slots, D model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -103,9 +104,6 @@ class Router(nn.Module):
 
     adaptive: ClassVar[bool] = False
     """Whether experts may be added and removed during training."""
-    by_sequence: bool = False
-    """Whether ``forward`` takes ``length`` besides: how many tokens in a row are a sequence. None
-    where that is not known: then all of them are one."""
     input_scale: float = 1.0
     """Factor of the tokens that experts get."""
     expert_copies: int = 1
@@ -117,11 +115,20 @@ class Router(nn.Module):
     models, whose tokens would be told what follows."""
     observes: int = 0
     """Numbers in ``Routing.observed``; 0 without."""
+    takes_shape: bool = False
+    """Whether ``forward`` has a keyword ``shape``: that of the tokens, [B, N] for B sequences of N
+    tokens, whose rows ``x_TD`` has one after another; [T] where the layer is not told of them."""
 
-    kept: dict[Any, Any] | None = None
+    kept: dict[Any, Any] | None
     """What was made of the weights, within ``moe.constant_weights``; None elsewhere."""
-    recorded: bool = True
+    recorded: bool
     """Whether anybody reads ``Routing.aux``; the layer knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Of the object, not of the class: compiled code would be made anew for the first write.
+        self.kept = None
+        self.recorded = True
 
     @property
     def has_state(self) -> bool:
@@ -221,7 +228,7 @@ class SoftmaxRouter(Router):
         super().__init__()
         self.z_weight = z_weight
         self.sequence_weight = sequence_weight
-        self.by_sequence = sequence_weight > 0
+        self.takes_shape = sequence_weight > 0
 
     @property
     def adds_losses(self) -> bool:
@@ -236,7 +243,7 @@ class SoftmaxRouter(Router):
         probs_TC: Tensor,
         picks_TC: Tensor,
         token_mask_T: Tensor | None,
-        length: int | None,
+        shape: Sequence[int] | None,
     ) -> Tensor:
         """``aux`` with what is asked for. C: all columns of the softmax."""
         if not self.adds_losses:
@@ -244,6 +251,7 @@ class SoftmaxRouter(Router):
         if self.z_weight:
             aux = aux + self.z_weight * losses.z_loss(logits_TC, token_mask_T)
         if self.sequence_weight:
+            length = sequence_length(shape)
             balance = losses.sequence_balance(probs_TC, picks_TC, length, token_mask_T)
             aux = aux + self.sequence_weight * balance
         return aux
@@ -261,6 +269,12 @@ def one_target(target_k: float | Sequence[float]) -> float:
             "add_moe_layers, which makes them"
         )
     return float(target_k)
+
+
+def sequence_length(shape: Sequence[int] | None) -> int | None:
+    """Return how many tokens in a row are a sequence, by the ``shape`` that a router takes; None
+    where it does not tell."""
+    return None if shape is None or len(shape) < 2 else math.prod(shape[1:])
 
 
 def hide_padding(where: Tensor, token_mask_T: Tensor | None) -> Tensor:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.layers.experts import Experts, Init, check_ffn, same_rows, shared_expert, with_shared
-from dynmoe.layers.moe import MaskedLayer, check_mask, sequence_length, set_aside
+from dynmoe.layers.moe import MaskedLayer, check_mask, set_aside
+from dynmoe.layers.routers import sequence_length
 
 
 class SoftSlots(nn.Module):
@@ -132,7 +133,7 @@ class SoftMoELayer(MaskedLayer):
         token_mask = self.token_mask if token_mask is None else token_mask
         if token_mask is not None:
             check_mask(token_mask, x)
-        length = sequence_length(x.shape, token_mask)
+        length = sequence_length(x.shape[:-1] if token_mask is None else token_mask.shape)
         if length is None:
             raise ValueError(
                 f"expected x of shape [B, N, {self.dim}], found {list(x.shape)}: Soft MoE mixes "

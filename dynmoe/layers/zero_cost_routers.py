@@ -95,7 +95,7 @@ class ZeroCostRouter(SoftmaxRouter):
         x_TD: Tensor,
         live: Sequence[int],
         token_mask_T: Tensor | None = None,
-        length: int | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
         if len(live) != self.num_slots:
             raise ValueError(f"a zero-cost router has a fixed pool of {self.num_slots} FFNs")
@@ -115,7 +115,7 @@ class ZeroCostRouter(SoftmaxRouter):
             aux = probs_TC.new_zeros(())
             if self.recorded:
                 aux = self._balance(probs_TC, picks_TC, token_mask_T)
-            aux = self._with_losses(aux, logits_TC, probs_TC, picks_TC, token_mask_T, length)
+            aux = self._with_losses(aux, logits_TC, probs_TC, picks_TC, token_mask_T, shape)
         mask_TE = picks_TC[:, :ffns]
         return Routing(
             weights_TC[:, :ffns],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,8 @@ def activated(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> floa
         mean_k[name] * size["expert"] + experts[name] * size["router"] + _for_each_token(size)
         for name, size in layers.items()
     )
-    return float(costs["parameters"]["other"] + inside)
+    outside = costs["parameters"]["other"] - costs["parameters"].get("idle", 0)
+    return float(outside + inside)
 
 
 def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | None:
@@ -77,10 +78,11 @@ def count(model: nn.Module, *sample: Any) -> Costs:
 
     ``sample``: inputs of a batch of one, tensors or containers of them.
 
-    - ``parameters``: ``{"other": n, "layers": {name: {"expert", "router", "router_fixed"}}}``, all
-      outside MoE layers; of a layer those of one expert, the router's for each expert, and its
-      fixed ones; "shared" besides, of all shared experts, where there are some. The copy of the
-      FFN that ``keep_origin`` holds is not part of the model.
+    - ``parameters``: ``{"other": n, "idle": n, "layers": {name: {"expert", "router",
+      "router_fixed"}}}``, all outside MoE layers, and those of them that a token does not use, of
+      a model that is a mixture by itself; of a layer those of one expert, the router's for each
+      expert, and its fixed ones; "shared" besides, of all shared experts, where there are some. The
+      copy of the FFN that ``keep_origin`` holds is not part of the model.
     - ``flops``: ``{"other": n, "layers": {name: {"tokens", "expert", "router", "router_fixed"}}}``:
       outside MoE layers per sample; of a layer its tokens per sample, and per token one expert's,
       the router's for each living expert, and its fixed ones; "shared" as above. None where a
@@ -97,6 +99,10 @@ def count(model: nn.Module, *sample: Any) -> Costs:
     return {
         "parameters": {
             "other": outside,
+            "idle": sum(
+                sum(p.numel() for p in experts.parameters()) * (number - k) // number
+                for experts, number, k in _stacked(model)
+            ),
             "layers": {name: _parameters(layer) for name, layer in layers.items()},
         },
         "flops": _flops(model, sample),
@@ -114,6 +120,18 @@ def _parameters(layer: MoELayer) -> dict[str, int]:
         "router_fixed": router - each * layer.max_experts,
         **({"shared": shared} if len(layer.shared) else {}),
     }
+
+
+def _stacked(model: nn.Module) -> Iterator[tuple[nn.Module, int, int]]:
+    """The experts that transformers stacks in two tensors [E, ...], their number, and k."""
+    from torch import nn
+
+    for module in model.modules():
+        experts: Any = getattr(module, "experts", None)
+        weight = getattr(experts, "gate_up_proj", None)
+        chosen: list[Any] = [child.top_k for child in module.children() if hasattr(child, "top_k")]
+        if isinstance(weight, nn.Parameter) and weight.ndim == 3 and chosen:
+            yield experts, len(weight), int(chosen[0])
 
 
 def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
@@ -149,6 +167,9 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
 
     for name, layer in layers.items():
         layer.forward = partial(first_expert, name)  # type: ignore[method-assign]
+    # The counter knows no grouped product.
+    for experts, _, k in _stacked(shell):
+        experts.forward = partial(_k_times_the_first, experts, k)
 
     def products(mode: AbstractContextManager[Any]) -> list[Counter[str]]:
         """Products by module, of the sample twice and once."""
@@ -195,6 +216,16 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
             for name, layer in layers.items()
         },
     }
+
+
+def _k_times_the_first(experts: Any, k: int, x_TD: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The products of k experts of a token, whichever they are."""
+    gate_up, down = experts.gate_up_proj[0], experts.down_proj[0]
+    if not getattr(experts, "is_transposed", False):
+        gate_up, down = gate_up.t(), down.t()
+    hidden_RI = x_TD.repeat_interleave(k, 0) @ gate_up
+    y_RD: Tensor = hidden_RI[:, : len(down)] @ down
+    return y_RD[: len(x_TD)]
 
 
 def _shapes_of(model: nn.Module) -> nn.Module:

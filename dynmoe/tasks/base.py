@@ -78,8 +78,8 @@ class MoETask(L.LightningModule):
         self._losses = torch.zeros(0, 2)
         self._window = torch.zeros(3)  # sums of losses and auxiliary losses, and their number
         self.nonfinite_step: int | None = None
-        self._step_weights, self._evaluated_weights = ExitStack(), ExitStack()
         self._told = False  # what evaluation depends on
+        self._step_weights, self._evaluated_weights = ExitStack(), ExitStack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoETask:
         """Metrics stay in fp32 when the model is converted to bf16 or fp16 (bf16-true, 16-true)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from dynmoe.adaptation import DynMoECallback
 from dynmoe.adaptation.adapt import whole
 from dynmoe.adaptation.fsdp import MoEFSDPStrategy, blocks, full_state
 from dynmoe.data.text.batches import EvalBatches
-from dynmoe.layers import MoELayer, TopAnyRouter, aux_loss, record_routing
+from dynmoe.layers import BudgetTopAnyRouter, MoELayer, TopAnyRouter, aux_loss, record_routing
 
 DIM, STEPS = 6, 6
 
@@ -28,11 +29,11 @@ DIM, STEPS = 6, 6
 class Block(nn.Module):
     """Frozen and trained parameters in one unit, as in MoE-LLaVA's third stage."""
 
-    def __init__(self) -> None:
+    def __init__(self, router: Any = TopAnyRouter) -> None:
         super().__init__()
         mlp = nn.Sequential(nn.Linear(DIM, 8), nn.GELU(), nn.Linear(8, DIM))
         self.norm = nn.LayerNorm(DIM).requires_grad_(False)
-        self.ffn = MoELayer(mlp, DIM, TopAnyRouter, 3, 5, "fresh")
+        self.ffn = MoELayer(mlp, DIM, router, 3, 5, "fresh")
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.ffn(self.norm(x))
@@ -44,7 +45,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        # The second one has state that moves after the step.
+        budget = partial(BudgetTopAnyRouter, target_k=0.8, unserved="nothing", missing="after")
+        self.blocks = nn.ModuleList([Block(), Block(budget)])
         self.out = nn.Linear(DIM, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,6 +142,7 @@ def test_it_trains_and_adapts_as_ddp_does_and_resumes(tmp_path: Path) -> None:
         for name in ("ddp", "fsdp", "resumed")
     }
     assert list(states["fsdp"]) == list(states["ddp"])
+    assert states["ddp"]["backbone.blocks.1.ffn.router.shift"] != 0
     for name, value in states["ddp"].items():
         for other in ("fsdp", "resumed"):
             torch.testing.assert_close(states[other][name], value, atol=1e-6, rtol=1e-5)

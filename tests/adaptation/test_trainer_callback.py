@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_adapt import DIM, Net, layer, unserved
+from test_adapt import DIM, SLOTS, Net, layer, unserved
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from dynmoe.adaptation import DynMoETrainerCallback
+from dynmoe.adaptation import DynMoETrainerCallback, MoETrainerCallback
 from dynmoe.errors import ConfigError
-from dynmoe.layers import aux_loss, record_routing
+from dynmoe.layers import BiasedTopKRouter, aux_loss, record_routing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -40,7 +41,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"x": torch.randn(DIM, generator=own), "labels": torch.tensor(row % 2)}
 
 
-def trainer(folder: Path, model: Any, callback: DynMoETrainerCallback, **options: Any) -> Trainer:
+def trainer(folder: Path, model: Any, callback: MoETrainerCallback, **options: Any) -> Trainer:
     settings = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -130,6 +131,23 @@ def test_resumed_in_the_middle_of_a_window(tmp_path: Path) -> None:
     assert resumed == straight and [event["tokens"] for event in straight] == [16, 16]
     for got, expected in zip(others, weights, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_state_of_a_fixed_router_is_resumed(tmp_path: Path) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        return Classifier(layer(SLOTS, partial(BiasedTopKRouter, bias_rate=0.1)))
+
+    straight, first, resumed = model(), model(), model()
+    trainer(tmp_path, straight, MoETrainerCallback()).train()
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    trainer(tmp_path, first, MoETrainerCallback(), **options).train()
+    run = trainer(tmp_path, resumed, MoETrainerCallback())
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    bias_E = straight.layers[0].router.bias_E
+    assert bias_E.any() and torch.equal(bias_E, resumed.layers[0].router.bias_E)
+    assert not torch.equal(bias_E, first.layers[0].router.bias_E)
+    assert resumed.layers[0].observer is None
 
 
 def test_a_stopped_training_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from torch import nn
 from dynmoe.backbones.surgery import add_moe_layers, placed_blocks
 from dynmoe.backbones.vision import build_vit
 from dynmoe.errors import ConfigError
-from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, TopAnyRouter, moe_layers
+from dynmoe.layers import (
+    AverageKeyRouter,
+    BudgetTopAnyRouter,
+    CosineTopKRouter,
+    TopAnyRouter,
+    TopKRouter,
+    moe_layers,
+)
 from dynmoe.metrics.efficiency import count
 
 SMALL = {"patch_size": 7, "embed_dim": 16, "depth": 4, "num_heads": 2}
@@ -97,6 +105,59 @@ def test_all_parts_together_are_the_dense_vit(init: str) -> None:
     assert size(sparse) == size(dense)
 
 
+# Gate and up apart, in one matrix with the gate first, both with biases or not; norms inside.
+GATED = {
+    "vit_small_plus_patch16_dinov3": ("SwiGLU", True),
+    "vit_giant_patch14_reg4_dinov2": ("GluMlp", True),
+    "aimv2_large_patch14_224": ("SwiGLU", True),
+    "eva02_tiny_patch14_224": ("GluMlp", True),
+    "eva02_base_patch14_224": ("SwiGLU", False),
+    "beit3_base_patch16_224": ("Mlp", False),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_vits(name: str) -> None:
+    """Copies, parts, and a dropout inside experts that acts once, before their last matrix."""
+    torch.manual_seed(0)
+    options = {"patch_size": 7, "embed_dim": 24, "depth": 3, "num_heads": 2, "mlp_ratio": 4}
+    dense = build_vit(name, 5, 1, 28, options=options).eval()
+    for key, parameter in dense.named_parameters():
+        if key.endswith(("bias", "gamma_1", "gamma_2", ".gamma")):
+            nn.init.normal_(parameter, std=0.5)  # the FFNs would hardly have a say
+    copies, parts = copy.deepcopy(dense), copy.deepcopy(dense)
+    x = torch.randn(3, 1, 28, 28)
+    expected = dense(x)
+    kind, splits = GATED[name]
+    router = partial(TopKRouter, top_k=2)
+    add(copies, router=router, layers=[0, 2], num_experts=4, expert_dropout=0.1)
+    torch.testing.assert_close(copies(x), expected, atol=1e-5, rtol=1e-5)
+    layers = moe_layers(copies)
+    assert list(layers) == ["blocks.0.mlp", "blocks.2.mlp"]
+    assert all(type(mlp).__name__ == kind for mlp in layers["blocks.0.mlp"].experts.slots)
+    assert [m.p for m in copies.modules() if isinstance(m, nn.Dropout) and m.p > 0] == [0.1] * 8
+    copies(x).sum().backward()
+    assert all(any(p.grad is not None for p in layer.parameters()) for layer in layers.values())
+
+    router, make = partial(AverageKeyRouter, top_k=4, weights_sum="k"), partial(add, parts)
+    make = partial(make, router=router, layers=[0, 2], num_experts=4, init="random")
+    if not splits:
+        with pytest.raises(ConfigError, match=r"moe.init.*LayerNorm inside.*moe.init=copy"):
+            make()
+        return
+    make(expert_dropout=0.1)
+    assert size(parts) == size(dense)
+    torch.testing.assert_close(parts(x), expected, atol=1e-5, rtol=1e-5)
+    assert [m.p for m in parts.modules() if isinstance(m, nn.Dropout) and m.p > 0] == [0.1] * 8
+    assert set(moe_layers(parts)) == {"blocks.0.mlp.moe", "blocks.2.mlp.moe"}
+
+
+def test_blocks_whose_ffn_is_not_apart_are_refused() -> None:
+    vit = build_vit("vit_base_patch16_xp_224", 5, 1, 28, options=SMALL)
+    with pytest.raises(ConfigError, match=r"attention share a matrix.*docs/models.md.*moe=dense"):
+        add(vit)
+
+
 def test_expert_dropout_acts_after_the_activation_of_experts_only() -> None:
     vit = small_vit()
     add(vit, expert_dropout=0.1)
@@ -148,3 +209,16 @@ def test_routers_can_be_partials() -> None:
     vit = small_vit()
     add(vit, router=partial(CosineTopKRouter, top_k=2, projection=4), max_experts=3)
     assert vit(torch.randn(2, 1, 28, 28)).shape == (2, 5)
+
+
+def test_one_target_for_each_layer() -> None:
+    vit = small_vit()
+    add(vit, router=partial(BudgetTopAnyRouter, target_k=[1.5, 2]))
+    assert [layer.router.target_k for layer in moe_layers(vit).values()] == [1.5, 2.0]
+    with pytest.raises(ConfigError, match=r"target_k: expected one number, or 2, .* found 3"):
+        add(small_vit(), router=partial(BudgetTopAnyRouter, target_k=[1.5, 2, 2]))
+
+
+def test_options_that_a_router_refuses() -> None:
+    with pytest.raises(ConfigError, match=r"moe.router: target_k is 9: .* of slots, 4"):
+        add(small_vit(), router=partial(BudgetTopAnyRouter, target_k=9))

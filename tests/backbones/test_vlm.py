@@ -25,6 +25,7 @@ from vl_models import (
     vl_model,
 )
 
+from dynmoe.backbones.surgery import FORMS
 from dynmoe.backbones.vlm import VisionLanguageModel, build_vision_language_model, train_only
 from dynmoe.errors import ConfigError
 from dynmoe.layers import moe_layers, record_routing
@@ -300,7 +301,10 @@ def test_something_has_to_be_trained() -> None:
         train_only(vl_model(), [])
 
 
-def test_a_language_model_without_a_known_form_can_be_dense() -> None:
+def test_a_language_model_without_a_known_form_can_be_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(FORMS, "opt")
     torch.manual_seed(0)
     options = {"hidden_size": 16, "ffn_dim": 24, "word_embed_proj_dim": 16, **vl_models.SIZES}
     model = build_vision_language_model(

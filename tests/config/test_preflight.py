@@ -6,8 +6,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+from hydra import compose
 
-from dynmoe.config.compose import preflight
+from dynmoe.config.compose import preflight, search_path
 
 TASK = "task=vit_domainbed"
 
@@ -212,6 +214,7 @@ def test_options_of_a_router_that_need_others(overrides: tuple[str, ...], messag
         (("moe=remoe", "moe.router.target_k=[1,2]"), "set moe.router.per_layer=true"),
         (("moe=remoe", "moe.aux_weight=0.01"), "moe.aux_weight: expected 1 with this router"),
         (("moe=remoe", "moe.router.lambda_rate=1.0"), "moe.router.lambda_rate: expected more than"),
+        (("moe=beam", "moe.router.target_k=3"), "expected at most moe.router.top_k, 2, found 3"),
         (("moe=topp", "moe.router.top_p=1.5"), "moe.router.top_p: expected a share from 0 to 1"),
     ],
 )
@@ -221,7 +224,7 @@ def test_numbers_that_do_not_fit_a_router(overrides: tuple[str, ...], message: s
 
 
 @pytest.mark.parametrize(
-    "moe", ["topp", "xmoe", "mass", "dtopp", "remoe", "expert_choice", "expert_threshold"]
+    "moe", ["topp", "xmoe", "mass", "dtopp", "remoe", "expert_choice", "expert_threshold", "beam"]
 )
 def test_routers_as_they_come(moe: str) -> None:
     assert problems(TASK, f"moe={moe}") == []
@@ -239,6 +242,19 @@ def test_expert_choice_is_refused_for_causal_models() -> None:
 DECODER = "backbone.architecture=gpt2"
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("13", "moe.router.target_k: expected at most the number of experts, 12, found 13."),
+        ("[2,0.5]", "moe.router.target_k: 0.5 experts per token need moe.router.unserved=nothing"),
+        ("0", "moe.router.target_k: expected more than 0, found 0"),
+    ],
+)
+def test_a_budget_within_reach(target: str, message: str) -> None:
+    found = problems(TASK, "moe=dynmoe_budget", f"moe.router.target_k={target}")
+    assert found[0].startswith(message)
+
+
 def test_clipping_in_mixed_precision_needs_a_plain_optimizer() -> None:
     clip = (TASK, "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=1.0")
     (text,) = problems(*clip)
@@ -249,6 +265,40 @@ def test_clipping_in_mixed_precision_needs_a_plain_optimizer() -> None:
 def test_a_fixed_router_fills_its_slots() -> None:
     found = problems(TASK, "moe=topk", "moe.num_experts=4", "moe.max_experts=8")
     assert found == [f"{SLOTS} Set moe.max_experts=4."]
+
+
+@pytest.mark.parametrize(
+    ("command", "experts"),
+    [
+        (["moe=dynmoe"], (16, 16)),
+        (["moe=dynmoe", "moe.max_experts=20"], (16, 20)),
+        (["moe=topk"], (16, 16)),
+        (["moe=native"], (16, 16)),
+        (["moe=dynmoe", "+backbone.options.num_experts=4"], (4, 4)),
+        (["moe=dense"], (1, 1)),
+    ],
+)
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_mixture_keeps_the_number_of_its_experts(
+    command: list[str],
+    experts: tuple[int, int],
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a folder, or on the hub and downloaded before."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--me--olmoe" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "olmoe", "num_experts": 16}')
+    (tmp_path / "models--me--olmoe" / "refs").mkdir()
+    (tmp_path / "models--me--olmoe" / "refs" / "main").write_text("abc")
+    model = f"backbone.path={folder}" if place == "folder" else "backbone.model=me/olmoe"
+    given = ["task=glue", "backbone=bert_base", model, *command]
+    assert problems(*given) == []
+    with search_path():
+        moe = compose("config", given).moe
+    assert (moe.num_experts, moe.max_experts) == experts
 
 
 @pytest.mark.parametrize(("moe", "init"), [("emoe", "copy"), ("emoe_learn", "auto")])

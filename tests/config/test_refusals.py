@@ -20,6 +20,7 @@ from dynmoe.config.compose import preflight
 from dynmoe.data.images import digits
 
 IMAGES, TEXTS, VL = "task=vit_domainbed", "task=glue", "task=vl"
+OLMOE = f"{TEXTS} backbone.architecture=olmoe +backbone.options.num_experts=16"
 
 # A command, and what its message says: the key or word, then what was expected or the fix.
 TABLE = {
@@ -100,8 +101,29 @@ TABLE = {
     f"{IMAGES} data=pacs data.root=. data.test_envs=[4]": (
         "data.test_envs: there is no environment 4",
     ),
-    f"{VL} backbone.architecture=bloom": ("backbone.architecture:", "'bloom'", "moe=dense"),
+    f"{VL} backbone.architecture=dory": ("backbone.architecture:", "'dory'", "moe=dense"),
+    f"{TEXTS} backbone.architecture=albert": ("'albert' models: its blocks share", "moe=dense"),
+    f"{TEXTS} backbone.architecture=granite": ("backbone.architecture: ", "no text classifier"),
     f"{VL} backbone.architecture=lama": ("backbone.architecture:", "'llama'"),
+    # models that are mixtures already
+    f"{TEXTS} moe=native": ("moe: native is for", "olmoe", "found 'bert'", "moe=dynmoe"),
+    f"{IMAGES} moe=native": ("moe: native is for", "found 'timm'"),
+    f"{TEXTS} moe=topk moe.init=keep": ("moe.init: keep is for", "found 'bert'", "init=auto"),
+    f"{OLMOE} moe=emoe": ("moe.init: cluster makes experts of one FFN", "moe.init=keep"),
+    f"{OLMOE} moe=dynmoe moe.init=copy": ("moe.init: copy makes", "'olmoe'", "moe.init=keep"),
+    f"{OLMOE} moe=topk moe.num_experts=4": ("moe.num_experts: expected 16", "Leave it out"),
+    f"{OLMOE} moe=dynmoe moe.max_experts=8": ("num_experts (16) > max_experts (8)",),
+    f"{OLMOE} moe=native +backbone.options.output_router_logits=true": (
+        "output_router_logits: expected false",
+        "moe.aux_weight",
+    ),
+    f"{TEXTS} backbone.architecture=phimoe moe=native": ("moe: native", "SparseMixer", "moe=topk"),
+    f"{TEXTS} backbone.architecture=deepseek_v3 moe=native": ("moe: native", "sigmoid", "bias"),
+    f"{TEXTS} backbone.architecture=mixtral moe=native +backbone.options.router_jitter_noise=0.1": (
+        "backbone.options.router_jitter_noise: expected 0",
+        "found 0.1",
+    ),
+    f"{TEXTS} backbone.architecture=gpt_oss": ("backbone.architecture:", "biases", "moe=dense"),
     # earlier stages
     f"{VL} protocol.stages.align.datasets.Scenes.trains=[all]": (
         "stage align: task.module.trains",
@@ -255,14 +277,21 @@ def test_an_account_of_wandb_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_models_are_known_as_their_libraries_know_them() -> None:
     import timm
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto
 
-    from dynmoe.backbones.surgery import FORMS
+    from dynmoe.backbones.surgery import FORMS, REFUSED
 
     assert set(timm.list_models()) <= set(models.timm_models())
     assert all(timm.is_model(name) for name in models.timm_models())
     assert models.moe_types() == tuple(FORMS)
-    assert set(FORMS) <= set(models.transformers_types()) and "bloom" in CONFIG_MAPPING
+    refused = models.moe_refusals()
+    assert refused["albert"] == "its blocks share their FFNs" and set(refused.values()) == {
+        *REFUSED
+    }
+    assert {*FORMS, *refused} <= set(models.transformers_types()) and not {*FORMS} & {*refused}
     assert set(CONFIG_MAPPING.keys()) <= set(models.transformers_types())
+    classifiers = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    assert models.text_classifiers() == tuple(classifiers)
 
 
 def test_environments_of_the_built_in_sets() -> None:
@@ -277,8 +306,8 @@ def test_a_folder_says_its_type_and_depth(tmp_path: Path) -> None:
     base = (VL, "backbone.architecture=null", "backbone.options={}", folder)
     found = preflight([*base, "~backbone.options.num_hidden_layers", "moe.layers=[3]"]).problems
     assert any("block indices below 3" in text for text in found)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "bloom"}))
-    assert any("'bloom'" in text for text in preflight(base).problems)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "dory"}))
+    assert any("'dory'" in text for text in preflight(base).problems)
 
 
 def test_every_pattern_is_one_of_a_number() -> None:

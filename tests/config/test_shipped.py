@@ -24,6 +24,7 @@ HOMES = {
     "moe=dynmoe_vl": "vision-language",
     "moe=dynmoe_vl_official": "vision-language",
     "moe=moe_llava": "vision-language",
+    "moe=native": "text",
     "protocol=glue": "text",
     "protocol=glue_heldout": "text",
     "protocol=llava": "vision-language",
@@ -40,6 +41,7 @@ HOMES = {
 APART = {
     "data=questions": ["mode=check"],  # no training data
     "moe=dense": [],  # no schedule
+    "moe=native": ["backbone.architecture=olmoe"],
     "stage=align": ["moe=dense"],
     "stage=instruct": ["moe=dense"],
 }

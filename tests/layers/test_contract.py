@@ -23,6 +23,7 @@ from dynmoe.layers import (
     ExpertChoiceRouter,
     ExpertThresholdRouter,
     GeMoERouter,
+    MaskedTopKRouter,
     MoELayer,
     NullExpertRouter,
     PrefixRouter,
@@ -87,6 +88,8 @@ ROUTERS: dict[str, Any] = {
     "expert choice": partial(ExpertChoiceRouter, target_k=1.5),
     "expert threshold": partial(ExpertThresholdRouter, target_k=1.5, warm_up=0.2, ema=0.9),
     "expert threshold, bounded": partial(ExpertThresholdRouter, warm_up=0, slack=0.25),
+    "beam": partial(MaskedTopKRouter, gate_grad="chosen"),
+    "beam, held": partial(MaskedTopKRouter, target_k=1.2),
 }
 # Their state is a mean over batches of what each has, which is not that of the batches in one.
 BY_BATCH = [name for name in ROUTERS if name.startswith("expert threshold")]

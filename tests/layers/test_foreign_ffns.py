@@ -13,7 +13,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from dynmoe.backbones.surgery import linear
+from dynmoe.backbones.forms import linear
 from dynmoe.errors import ConfigError
 from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, MoELayer, TopAnyRouter
 from dynmoe.layers.ffn import GatedFFN, read_ffns

@@ -11,7 +11,17 @@ import torch
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from dynmoe.layers import Experts, MoELayer, Router, Routing, TopKRouter, record_routing
+from dynmoe.adaptation import RouterUpdates
+from dynmoe.layers import (
+    Experts,
+    MoELayer,
+    Router,
+    Routing,
+    StepTotals,
+    TopKRouter,
+    mask_padding,
+    record_routing,
+)
 from dynmoe.layers.experts import naive_forward
 from dynmoe.layers.routers import hide_padding
 from dynmoe.metrics.efficiency import count, flops
@@ -166,6 +176,56 @@ def test_defaults_fit_a_fixed_pool(x_TD: Tensor) -> None:
     costs = count(model, x_TD)
     assert costs["flops"] is None  # they are not known
     assert costs["parameters"]["layers"]["0"]["router_fixed"] == 3 * DIM
+
+
+class Sequences(Router):
+    """With state, and told of the sequences that its tokens are of."""
+
+    takes_shape = True
+    observes = 1
+
+    def __init__(self, dim: int, num_slots: int) -> None:
+        super().__init__()
+        self.register_buffer("counted", torch.zeros(()))
+        self.weight = nn.Parameter(torch.randn(num_slots, dim))
+
+    def forward(  # type: ignore[override]
+        self, x_TD: Tensor, live: Sequence[int], token_mask_T: Any = None, shape: Any = None
+    ) -> Routing:
+        scores_TE = x_TD @ self.weight.t()
+        mask_TE = hide_padding(scores_TE > 0, token_mask_T)
+        observed = torch.tensor([float(shape[0] if len(shape) > 1 else 0)])
+        unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
+        aux = scores_TE.new_zeros(())
+        return Routing(
+            scores_TE * mask_TE, mask_TE, scores_TE, unserved_T, aux, mask_TE, observed=observed
+        )
+
+    def update(self, own: StepTotals, every: Sequence[StepTotals]) -> None:
+        self.counted += own.observed[0]
+
+
+def test_told_of_sequences_and_of_the_step(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MoELayer, "warns_of_still_state", True)
+    layer = MoELayer(nn.Sequential(nn.Linear(DIM, DIM)), DIM, Sequences, 3)
+    x_BND = torch.randn(2, 5, DIM)
+    layer.eval()(x_BND)
+    assert not caplog.messages
+    for _ in range(2):
+        layer.train()(x_BND)
+    (text,) = caplog.messages
+    assert "Sequences" in text and "RouterUpdates" in text and "RouterCallback" in text
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    updates = RouterUpdates(layer, optimizer)
+    layer(x_BND)
+    with mask_padding(layer, torch.ones(3, 5, dtype=torch.bool)):
+        layer(x_BND.new_ones(15, DIM))  # a block that passes rows
+    layer(x_BND[0]).sum().backward()
+    optimizer.step()
+    updates.step()
+    assert layer.router.counted == 2 + 3 + 0 and len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("router", [Nearest, partial(TopKRouter, top_k=1)])

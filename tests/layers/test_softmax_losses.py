@@ -118,7 +118,7 @@ def test_deepseeks_loss_is_of_choices_without_bias(x_BND: Tensor) -> None:
         balance_by_hand(share, picks, 2)
         for share, picks in zip(share_TE.split(N), picks_TE.split(N), strict=True)
     ]
-    found = router(x_BND.view(-1, DIM), range(EXPERTS), length=N).aux
+    found = router(x_BND.view(-1, DIM), range(EXPERTS), shape=(B, N)).aux
     torch.testing.assert_close(found, torch.stack(each).mean())
 
 

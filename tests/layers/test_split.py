@@ -6,11 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from timm.layers import GluMlp
 from torch import nn
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import AverageKeyRouter, CosineTopKRouter, MoELayer
-from dynmoe.layers.experts import balanced_clusters, split_ffn
+from dynmoe.layers.experts import Experts, balanced_clusters, split_ffn
+from dynmoe.layers.ffn import GatedFFN, PackedGatedFFN
 
 DIM, HIDDEN = 8, 24
 
@@ -25,6 +27,11 @@ class Gated(nn.Module):
         return self.down(self.gate(x).relu() * self.up(x))
 
 
+def packed(gate_first: bool) -> PackedGatedFFN:
+    down = nn.Linear(HIDDEN, DIM, bias=False)
+    return PackedGatedFFN(nn.Linear(DIM, 2 * HIDDEN), nn.SiLU(), down, 0.0, gate_first)
+
+
 def make_mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(DIM, HIDDEN), nn.GELU(), nn.Dropout(0.0), nn.Linear(HIDDEN, DIM, bias=False)
@@ -37,14 +44,16 @@ def seed() -> None:
 
 
 @pytest.mark.parametrize("how", ["cluster", "random"])
-@pytest.mark.parametrize("make", [make_mlp, Gated])
+@pytest.mark.parametrize("make", [make_mlp, Gated, partial(packed, True), partial(packed, False)])
 def test_parts_add_up_to_the_ffn(make, how) -> None:  # type: ignore[no-untyped-def]
     mlp, x = make(), torch.randn(5, DIM)
     before = {key: value.clone() for key, value in mlp.state_dict().items()}
     parts = split_ffn(mlp, 6, how)
     assert len(parts) == 6
     for part in parts:
-        assert next(m for m in part.modules() if isinstance(m, nn.Linear)).out_features == 4
+        halves = 1 + isinstance(mlp, PackedGatedFFN)
+        first = next(m for m in part.modules() if isinstance(m, nn.Linear))
+        assert first.out_features == len(first.weight) == 4 * halves
         assert sum(p.numel() for p in part.parameters()) * 6 == sum(
             p.numel() for p in mlp.parameters()
         )
@@ -57,6 +66,27 @@ def test_random_parts_are_slices() -> None:
     second = split_ffn(mlp, 3, "random")[1]
     assert torch.equal(second[0].weight, mlp[0].weight[8:16])
     assert torch.equal(second[3].weight, mlp[3].weight[:, 8:16])
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_halves_of_one_matrix_are_gate_and_up(gate_first: bool) -> None:
+    """As with two matrices: in values, in mean keys, and in clusters, which the gate decides."""
+    one = packed(gate_first)
+    first, second = nn.Linear(DIM, HIDDEN), nn.Linear(DIM, HIDDEN)
+    for half, linear in enumerate((first, second)):
+        rows = slice(half * HIDDEN, (half + 1) * HIDDEN)
+        linear.weight.data, linear.bias.data = one.gate_up.weight[rows], one.gate_up.bias[rows]
+    gate, up = (first, second) if gate_first else (second, first)
+    two, x = GatedFFN(gate, up, nn.SiLU(), one.down, 0.0), torch.randn(5, DIM)
+    timms = GluMlp(DIM, 2 * HIDDEN, act_layer=nn.SiLU, gate_last=not gate_first)
+    timms.fc1.load_state_dict(one.gate_up.state_dict())
+    torch.testing.assert_close(one(x), two(x))
+    keys = [Experts(mlp, 1).mean_keys([0]) for mlp in (one, two, timms)]
+    assert torch.equal(keys[0], keys[1]) and torch.equal(keys[2], keys[1])
+    for found, expected in zip(
+        split_ffn(one, 3, "cluster"), split_ffn(two, 3, "cluster"), strict=True
+    ):
+        torch.testing.assert_close(found(x), expected(x))
 
 
 def test_clusters_find_planted_directions_whatever_the_lengths() -> None:

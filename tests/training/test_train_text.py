@@ -112,6 +112,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(
     assert stable(folder) == stable(straight)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_training_stops_without_gain(
     rte: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
