@@ -75,8 +75,6 @@ def mixtures_of(model: nn.Module, dense: nn.Module) -> Mixtures:
         tensors |= {f"experts.{key}": tensor for key, tensor in experts.tensors.items()}
         places[name] = Place(len(layer.experts.slots), tensors=tensors)
         forms.append((router[:2], experts[:4], layer.dim))
-    if not forms:
-        raise ConfigError("format: expected MoE layers with a router of tokens, found none")
     if any(form != forms[0] for form in forms):
         raise ConfigError("format: expected MoE layers of one form, found several")
     for path, module in model.named_modules():

@@ -214,7 +214,7 @@ class DotRouter(Router):
         (partial(TopAnyRouter, combine="tutel"), "combine=tutel"),
         (partial(TopKRouter, capacity_factor=1.5), "capacity_factor=1.5"),
         (partial(TopKRouter, forced_balance=True), "forced_balance=True"),
-        (SoftSlots, "found none"),
+        (SoftSlots, "format=onnx"),
         (partial(AverageKeyRouter, top_k=2, capacity_factor=1.5), "capacity_factor=1.5"),
     ],
 )
