@@ -507,13 +507,13 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
 def _blocks(model: nn.Module, depth: int, form: Form | Mixture) -> Sequence[nn.Module]:
     """Return the list of blocks, which has another name in every family."""
     lists: Any = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    blocks: Sequence[nn.Module]
     for blocks in lists:
         try:
             form.modules(blocks[0])
         except AttributeError:  # another list of as many
             continue
-        found: Sequence[nn.Module] = blocks
-        return found
+        return blocks
     raise ConfigError(
         f"backbone: {type(model).__name__} has no list of {depth} blocks with such FFNs as others "
         f"of its type have. Set moe=dense."

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
     AutoModelForSequenceClassification,
@@ -19,6 +18,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from dynmoe.backbones import hub
+from dynmoe.backbones.families import FAMILIES
 from dynmoe.backbones.hub import add_adapters
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import mask_padding
@@ -153,10 +153,10 @@ def build_text_classifier(
 
 
 def _know_classifier(config: PreTrainedConfig) -> None:
-    """Give a decoder that transformers has no classifier of (OLMoE, ...) the one of the others: a
-    linear layer on the last token that is not padding."""
+    """Give a mixture that transformers has no classifier of (OLMoE, ...) the one of other decoders:
+    a linear layer on the last token that is not padding."""
     kind = type(config)
-    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if config.model_type not in FAMILIES or kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return
     decoder: Any = MODEL_MAPPING[kind]
     bases = (GenericForSequenceClassification, decoder.__mro__[1])  # its family's PreTrainedModel

@@ -136,6 +136,8 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
             f"{key}: MoE layers in '{kind}' models: {reason}. docs/models.md lists those that "
             "work, e.g. bert, llama, qwen3. moe=dense needs none."
         )
+    elif kind in FAMILIES:
+        return
     elif modality(cfg, "backbone") == "text" and kind not in (has := text_classifiers()) and has:
         yield (
             f"{key}: transformers has no text classifier of '{kind}' models "

@@ -70,8 +70,7 @@ def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> Train
         arguments = {"num_classes": len(class_names), "in_chans": about["channels"]}
     model = build.make(cfg.backbone, "backbone", **arguments)
     keeps_origin = any(".origin." in name for name in state)
-    # Parts have the shapes of copies of a smaller FFN, without the k-means.
-    init = "random" if cfg.moe.init in ("cluster", "random") else "copy"
+    init = build.shapes_init(cfg.moe, model)
     build.add_layers(cfg.moe, model, init=init, keep_origin=keeps_origin)
     weights.load_whole(model, state, f"{checkpoint}, for this run's configuration")
     merge_adapters(model)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.backbones.forms import Bias
+from dynmoe.backbones.mixtures import WithShared
 from dynmoe.errors import ConfigError
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.ffn import find_layout, read_ffns
@@ -78,6 +79,11 @@ def mixtures_of(model: nn.Module, dense: nn.Module) -> Mixtures:
     if any(form != forms[0] for form in forms):
         raise ConfigError("format: expected MoE layers of one form, found several")
     for path, module in model.named_modules():
+        if isinstance(module, WithShared):
+            raise ConfigError(
+                f"format: {path} has a shared FFN beside its experts, which this format has no "
+                "place for"
+            )
         if isinstance(module, Bias):
             place = places[_nearest(path, places)]
             place.output_bias, place.bias_path = module.bias.detach(), path
@@ -141,8 +147,7 @@ def _check_alone(option: str, value: Any, alone: bool) -> None:
 
 def _softmax(router: TopKRouter) -> dict[str, Any]:
     options = _fixed(router)
-    options["scale"] *= getattr(router, "scale", 1.0)
-    return {**options, "normalised": getattr(router, "renormalise", router.top_k > 1)}
+    return {**options, "scale": options["scale"] * router.scale, "normalised": router.renormalise}
 
 
 def _fixed(router: Any) -> dict[str, Any]:

@@ -86,14 +86,13 @@ class PackedGatedFFN(nn.Module):
 
 def keys(mlp: nn.Module) -> slice:
     """Return the rows of an FFN's first matrix that its activation takes: the gate's alone."""
-    packed: Any = mlp
+    known: Any = mlp
     if isinstance(mlp, PackedGatedFFN):
-        first, gate_up = packed.gate_first, packed.gate_up
+        first, half = known.gate_first, known.down.in_features
     elif (type(mlp).__module__, type(mlp).__qualname__) == ("timm.layers.mlp", "GluMlp"):
-        first, gate_up = not packed.gate_last, packed.fc1
+        first, half = not known.gate_last, known.fc2.in_features
     else:
         return slice(None)
-    half = gate_up.out_features // 2
     return slice(half) if first else slice(half, None)
 
 

@@ -22,6 +22,7 @@ from dynmoe.layers import (
     MoELayer,
     TopAnyRouter,
     TopKRouter,
+    aux_loss,
     mask_padding,
     moe_layers,
     record_routing,
@@ -178,6 +179,18 @@ def test_experts_become_ours_without_a_copy() -> None:
     for slot, expert in enumerate(layer.experts.slots):
         assert expert.gate_up.weight.data_ptr() == stacked.gate_up_proj[slot].data_ptr()
         assert expert.down.weight.data_ptr() == stacked.down_proj[slot].data_ptr()
+
+
+def test_one_balance_loss_takes_the_place_of_the_other() -> None:
+    model = decoder("mixtral", output_router_logits=True)
+    batch = tokens()
+    theirs = model(**batch, labels=batch["input_ids"])
+    assert theirs.aux_loss > 0
+    with record_routing(keep(model)) as tape:
+        ours = model(**batch, labels=batch["input_ids"])
+    assert not ours.aux_loss and aux_loss(tape) > 0
+    plain = theirs.loss - model.config.router_aux_loss_coef * theirs.aux_loss
+    torch.testing.assert_close(ours.loss, plain)
 
 
 def test_a_shared_expert_stays_in_the_block() -> None:

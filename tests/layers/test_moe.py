@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import RmsNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.layers import (
     CosineTopKRouter,
+    Experts,
     MoELayer,
     TopAnyRouter,
     TopKRouter,
@@ -95,6 +97,14 @@ def test_gmoe_layer_with_equal_scores_is_a_sixth_of_the_ffn() -> None:
     layer.router.embeddings.data.zero_()
     x = torch.randn(5, DIM)
     torch.testing.assert_close(layer(x), mlp(x) / 6)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, RmsNorm])
+def test_norms_of_fresh_experts_are_new(norm: type[nn.Module]) -> None:
+    mlp = nn.Sequential(nn.Linear(4, 6), norm(6), nn.Linear(6, 4))
+    nn.init.constant_(mlp[1].weight, 2.0)
+    for slot in Experts(mlp, 2, "fresh").slots:
+        assert torch.equal(slot[1].weight, torch.ones(6))
 
 
 def test_fresh_experts_differ_and_copies_do_not() -> None:
