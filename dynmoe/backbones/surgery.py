@@ -23,6 +23,7 @@ from dynmoe.errors import ConfigError
 from dynmoe.layers.experts import Init, linears
 from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.routers import Router
+from dynmoe.layers.soft import SoftMoELayer, SoftSlots
 
 Start = Init | Literal["keep"]
 
@@ -72,6 +73,7 @@ def add_moe_layers(
     init: Start,
     expert_dropout: float | None = None,
     recompute: bool = False,
+    shared_experts: int = 0,
     keep_origin: bool = False,
 ) -> None:
     """Turn the FFNs of the chosen blocks into MoE layers, in place.
@@ -84,7 +86,8 @@ def add_moe_layers(
     ``own_router``. Blocks that are not chosen stay as they are.
     A list as the router's ``target_k`` has one number for each layer.
     ``expert_dropout`` acts after the activation inside experts only (0.1 in GMoE); None keeps the
-    FFN's own. ``recompute``: see ``MoELayer``. All of an MoE layer is trained, whatever was frozen.
+    FFN's own. ``recompute``, ``shared_experts``: see ``MoELayer``. All of an MoE layer is trained,
+    whatever was frozen.
 
     Raises:
         ConfigError: blocks that are not there, or whose FFN is of a form not known or cannot be
@@ -94,7 +97,7 @@ def add_moe_layers(
     """
     if layers == "none":
         return
-    host = getattr(backbone, "language_model", backbone)
+    host: Any = getattr(backbone, "language_model", backbone)
     blocks, form = blocks_of(host, parts=init in ("cluster", "random"))
     if isinstance(form, Mixture):
         _keep_experts(
@@ -107,6 +110,7 @@ def add_moe_layers(
             init=init,
             dropout=expert_dropout,
             recompute=recompute,
+            shared_experts=shared_experts,
             keep_origin=keep_origin,
         )
         return
@@ -121,7 +125,10 @@ def add_moe_layers(
     assert router is not None or not places, (
         "moe.layers asks for MoE layers, but moe.router is null"
     )
+    before: Any = None
     for index, make in zip(places, _routers(router, len(places)), strict=True):
+        if before is not None and before.hands_on:
+            make = partial(make, after=before)
         try:
             expert = form.expert(blocks[index], expert_dropout)
         except AttributeError as error:
@@ -132,24 +139,38 @@ def add_moe_layers(
             ) from error
         expert.requires_grad_(True)
         dim = linears(expert)[0].in_features
-        layer = MoELayer(expert, dim, make, num_experts, max_experts, init, keep_origin, recompute)
+        options: Any = {"init": init, "recompute": recompute, "shared_experts": shared_experts}
+        if is_soft(router):
+            layer: Any = SoftMoELayer(expert, dim, make, num_experts, **options)
+        else:
+            options |= {"max_experts": max_experts, "keep_origin": keep_origin}
+            layer = MoELayer(expert, dim, make, num_experts, **options)
         if layer.router.sees_batch:
             _check_not_causal(host, layer.router)
         form.put(blocks[index], layer)
+        before = layer.router
         blocks[index].train(blocks[index].training)  # what is new begins in training mode
 
 
-def _check_not_causal(host: Any, router: Router) -> None:
-    kind = getattr(getattr(host, "config", None), "model_type", None)
-    if kind is not None and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+def _check_not_causal(host: Any, router: Any) -> None:
+    config = getattr(host, "config", None)
+    kind = getattr(config, "model_type", None)
+    decodes = bool(getattr(config, "is_decoder", False))
+    if kind is not None and (decodes or kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES):
         raise ConfigError(
-            f"moe.router: experts of a {type(router).__name__} choose among the tokens of a batch, "
-            f"but '{kind}' models are causal: a token may not be told what follows. Choose "
+            f"moe.router: experts of a {type(router).__name__} see other tokens of a batch, but "
+            f"'{kind}' models are causal: a token may not be told what follows. Choose "
             "moe=expert_threshold"
         )
 
 
-def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:
+def is_soft(router: Any) -> bool:
+    """Whether a maker is one of Soft MoE's slots, whose layer is another."""
+    made = getattr(router, "func", router)
+    return isinstance(made, type) and issubclass(made, SoftSlots)
+
+
+def _routers(router: Any, layers: int) -> list[Callable[..., Any]]:
     """One maker for each MoE layer: a list as ``target_k`` has one number for each.
 
     Raises:
@@ -166,9 +187,9 @@ def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:
     return [partial(_made, partial(router, target_k=target)) for target in targets]
 
 
-def _made(maker: Callable[[int, int], Router], dim: int, slots: int) -> Router:
+def _made(maker: Callable[..., Router], dim: int, slots: int, **more: Any) -> Router:
     try:
-        return maker(dim, slots)
+        return maker(dim, slots, **more)
     except ValueError as error:
         raise ConfigError(f"moe.router: {error}") from error
 
@@ -219,6 +240,7 @@ def _keep_experts(
     init: Start,
     dropout: float | None,
     recompute: bool,
+    shared_experts: int,
     keep_origin: bool,
 ) -> None:
     """Turn the mixtures of the chosen blocks into MoE layers of the same experts."""
@@ -233,7 +255,15 @@ def _keep_experts(
             "moe.adaptation.init=pretrained: takes the FFN that experts were made from, but those "
             f"of a '{kind}' model were made from none. Set moe.adaptation.init=copy_most_used"
         )
+    if is_soft(router):
+        raise ConfigError(
+            f"moe.router: Soft MoE makes experts of one FFN, but a '{kind}' model has experts "
+            "already. Choose moe=native, moe=topk or moe=dynmoe"
+        )
+    before: Any = None
     for block, made in zip(blocks.values(), _routers(router, len(blocks)), strict=True):
+        if before is not None and before.hands_on:
+            made = partial(made, after=before)
         experts = form.experts(block, dropout)
         if len(experts) != num_experts:
             raise ConfigError(
@@ -248,8 +278,17 @@ def _keep_experts(
             own.weight_ED.requires_grad_(True)
             made = partial(router, own=own)
         dim = linears(experts[0])[0].in_features
-        layer = MoELayer(experts, dim, made, num_experts, max_experts, recompute=recompute)
+        layer = MoELayer(
+            experts,
+            dim,
+            made,
+            num_experts,
+            max_experts,
+            recompute=recompute,
+            shared_experts=shared_experts,
+        )
         form.put(block, layer)
+        before = layer.router
         block.train(block.training)  # as above
     # Its balance loss would be of routers that are gone; the layers have their own.
     if blocks and hasattr(host.config, "output_router_logits"):

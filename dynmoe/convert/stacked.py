@@ -65,6 +65,11 @@ def mixtures_of(model: nn.Module, dense: nn.Module) -> Mixtures:
     places, forms = {}, []
     for name, each in moe_layers(model).items():
         layer = each if len(each.live) == each.max_experts else each.compact()
+        if len(layer.shared):
+            raise ConfigError(
+                f"format: {name} has shared experts, which the form lacks. Train with "
+                "moe.shared_experts=0"
+            )
         router = _router(name, layer.router, layer.experts)
         experts = _experts(name, list(layer.experts.slots))
         tensors = {f"router.{key}": tensor for key, tensor in router.tensors.items()}
@@ -147,6 +152,8 @@ def _softmax(router: TopKRouter) -> dict[str, Any]:
 
 def _fixed(router: Any) -> dict[str, Any]:
     _check_alone("capacity_factor", router.capacity_factor, router.capacity_factor is None)
+    forced = getattr(router, "forced_balance", False)
+    _check_alone("forced_balance", forced, not forced)
     scale = float(router.top_k) if router.weights_sum == "k" else 1.0
     return {"top_k": router.top_k, "scale": scale}
 

@@ -30,6 +30,7 @@ from dynmoe.convert.runs import TrainedModel
 from dynmoe.convert.stacked import Mixtures, mixtures_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import mask_padding, moe_layers
+from dynmoe.layers.soft import SoftMoELayer
 
 CODE = "modeling_mixture"
 AUTO_CLASSES = {
@@ -76,6 +77,11 @@ def save_transformers(model: Any, folder: Path) -> type[Any]:
         ConfigError: a model that transformers cannot have (see ``mixtures_of``).
     """
     auto = _auto_class(model)
+    if any(isinstance(module, SoftMoELayer) for module in model.modules()):
+        raise ConfigError(
+            "format=transformers: expected MoE layers that route tokens, found Soft MoE's. Choose "
+            "format=onnx"
+        )
     if not moe_layers(model):
         model.save_pretrained(folder)
         return type(model)

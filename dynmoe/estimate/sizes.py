@@ -122,7 +122,9 @@ def mean_k(cfg: DictConfig, model: nn.Module | None = None) -> float:
 
 def mean_ffns(cfg: DictConfig, model: nn.Module | None = None) -> float:
     """Return the compute of a token's experts, in full-size FFNs."""
-    return mean_k(cfg, model) / (cfg.moe.num_experts if cfg.moe.init in SPLITS else 1)
+    parts = (cfg.moe.router or {}).get("num_blocks") or cfg.moe.num_experts
+    routed = mean_k(cfg, model) / (parts if cfg.moe.init in SPLITS else 1)
+    return routed + float(cfg.moe.get("shared_experts", 0))
 
 
 def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:

@@ -32,7 +32,7 @@ def exported(costs: Costs, experts: Mapping[str, int]) -> int:
     """Return the parameters after compaction: empty slots are gone."""
     layers: dict[str, Costs] = costs["parameters"]["layers"]
     inside = sum(
-        experts[name] * (size["expert"] + size["router"]) + size["router_fixed"]
+        experts[name] * (size["expert"] + size["router"]) + _for_each_token(size)
         for name, size in layers.items()
     )
     return int(costs["parameters"]["other"] + inside)
@@ -42,7 +42,7 @@ def activated(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> floa
     """Return the parameters a token uses: every living expert is scored, k of them are computed."""
     layers: dict[str, Costs] = costs["parameters"]["layers"]
     inside = sum(
-        mean_k[name] * size["expert"] + experts[name] * size["router"] + size["router_fixed"]
+        mean_k[name] * size["expert"] + experts[name] * size["router"] + _for_each_token(size)
         for name, size in layers.items()
     )
     outside = costs["parameters"]["other"] - costs["parameters"].get("idle", 0)
@@ -63,10 +63,14 @@ def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | 
     layers: dict[str, Costs] = costs["flops"]["layers"]
     inside = sum(
         each["tokens"]
-        * (mean_k[name] * each["expert"] + experts[name] * each["router"] + each["router_fixed"])
+        * (mean_k[name] * each["expert"] + experts[name] * each["router"] + _for_each_token(each))
         for name, each in layers.items()
     )
     return float(costs["flops"]["other"] + inside)
+
+
+def _for_each_token(size: Costs) -> int:
+    return int(size["router_fixed"] + size.get("shared", 0))
 
 
 def count(model: nn.Module, *sample: Any) -> Costs:
@@ -77,12 +81,12 @@ def count(model: nn.Module, *sample: Any) -> Costs:
     - ``parameters``: ``{"other": n, "idle": n, "layers": {name: {"expert", "router",
       "router_fixed"}}}``, all outside MoE layers, and those of them that a token does not use, of
       a model that is a mixture by itself; of a layer those of one expert, the router's for each
-      expert, and its shared ones. The copy of the FFN that ``keep_origin`` holds is not part of the
-      model.
+      expert, and its fixed ones; "shared" besides, of all shared experts, where there are some. The
+      copy of the FFN that ``keep_origin`` holds is not part of the model.
     - ``flops``: ``{"other": n, "layers": {name: {"tokens", "expert", "router", "router_fixed"}}}``:
       outside MoE layers per sample; of a layer its tokens per sample, and per token one expert's,
-      the router's for each living expert, and its shared ones. None where a router does not
-      know its FLOPs, or where the computation depends on the values of its data.
+      the router's for each living expert, and its fixed ones; "shared" as above. None where a
+      router does not know its FLOPs, or where the computation depends on the values of its data.
     - ``slots``: ``{name: max_experts}``.
 
     The model is neither run nor changed.
@@ -109,10 +113,12 @@ def count(model: nn.Module, *sample: Any) -> Costs:
 def _parameters(layer: MoELayer) -> dict[str, int]:
     router = sum(p.numel() for p in layer.router.parameters())
     each = sum(p.numel() for p in layer.router.slot_parameters(0))
+    shared = sum(p.numel() for p in layer.shared.parameters())
     return {
         "expert": sum(p.numel() for p in layer.experts.slots[0].parameters()),
         "router": each,
         "router_fixed": router - each * layer.max_experts,
+        **({"shared": shared} if len(layer.shared) else {}),
     }
 
 
@@ -155,6 +161,8 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
         x_TD = x.reshape(-1, layers[name].dim)
         tokens[name] += len(x_TD)
         y_TD: Tensor = layers[name].experts.slots[0](x_TD)
+        for expert in layers[name].shared:
+            y_TD = y_TD + expert(x_TD)
         return y_TD.view(x.shape)
 
     for name, layer in layers.items():
@@ -189,17 +197,23 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
             return None
     found = passes[0] - passes[1]
     # The counter's names begin with the class of the outermost module. "Global" is the sum.
-    inside = {name: found[f"{type(shell).__name__}.{name}"] for name in layers}
+    of = f"{type(shell).__name__}.{{}}".format
+    inside = {name: found[of(name)] for name in layers}
+    shared = {
+        name: sum(found[of(f"{name}.shared.{i}")] for i in range(len(layer.shared)))
+        for name, layer in layers.items()
+    }
     return {
         "other": found["Global"] - sum(inside.values()),
         "layers": {
             name: {
                 "tokens": tokens[name],
-                "expert": inside[name] // max(1, tokens[name]),
+                "expert": (inside[name] - shared[name]) // max(1, tokens[name]),
                 "router": routers[name][0],
                 "router_fixed": routers[name][1],
+                **({"shared": shared[name] // max(1, tokens[name])} if len(layer.shared) else {}),
             }
-            for name in layers
+            for name, layer in layers.items()
         },
     }
 

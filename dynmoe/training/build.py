@@ -31,6 +31,7 @@ from dynmoe.config.trainer import UNFIT
 from dynmoe.data.base import StepPlan, TaskData
 from dynmoe.errors import ConfigError, reason_of
 from dynmoe.layers.moe import moe_layers
+from dynmoe.layers.soft import SoftMoELayer
 from dynmoe.metrics import efficiency
 from dynmoe.records import RecordError, RunFolder
 from dynmoe.tasks.base import MoETask
@@ -201,6 +202,7 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
         "init": moe.init,
         "expert_dropout": moe.expert_dropout,
         "recompute": moe.recompute,
+        "shared_experts": moe.get("shared_experts", 0),
         **settings,
     }
     if "router" not in given:
@@ -511,7 +513,10 @@ def description(cfg: DictConfig, backbone: nn.Module) -> str:
     """A model in one line: its name, its MoE layers, its parameters."""
     layers = moe_layers(backbone)
     first = next(iter(layers.values()), None)
+    soft = sum(isinstance(module, SoftMoELayer) for module in backbone.modules())
     mixture = f"{len(layers)} MoE layers" if first else "no MoE layers"
+    if soft:
+        mixture = f"{soft} Soft MoE layers of {cfg.moe.num_experts} experts"
     if first is not None:
         mixture += f" of {len(first.live)} experts, up to {cfg.moe.max_experts}"
     number = sum(p.numel() for p in backbone.parameters())

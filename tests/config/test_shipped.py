@@ -70,7 +70,7 @@ def commands() -> list[list[str]]:
         for option in options:
             if homes[option] != kind:
                 continue
-            if option.startswith(("sweep=", "experiment=")) or option in APART:
+            if option.startswith(("sweep=", "experiment=", "schedule=")) or option in APART:
                 found.append([TASKS[kind], option, *APART.get(option, [])])
             else:
                 groups.setdefault(option.split("=")[0], []).append(option)
@@ -97,7 +97,7 @@ backbone: _target_ grad_checkpointing model options pretrained
 data: _target_ batch_size eval_batch_size name
 logger: csv tensorboard
 moe: adaptation algorithm aux_weight expert_dropout init layers max_experts name num_experts
-moe: recompute router
+moe: recompute router shared_experts
 paths: cache outputs
 protocol: holdout_fraction name
 runtime: fused_attention malloc matmul_precision progress_every

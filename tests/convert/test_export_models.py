@@ -20,6 +20,7 @@ from dynmoe.layers import (
     CosineTopKRouter,
     MoELayer,
     Router,
+    SoftSlots,
     TopAnyRouter,
     TopKRouter,
     moe_layers,
@@ -212,6 +213,8 @@ class DotRouter(Router):
         (DotRouter, "has a DotRouter, expected one of TopAnyRouter"),
         (partial(TopAnyRouter, combine="tutel"), "combine=tutel"),
         (partial(TopKRouter, capacity_factor=1.5), "capacity_factor=1.5"),
+        (partial(TopKRouter, forced_balance=True), "forced_balance=True"),
+        (SoftSlots, "format=onnx"),
         (partial(AverageKeyRouter, top_k=2, capacity_factor=1.5), "capacity_factor=1.5"),
     ],
 )
@@ -223,6 +226,11 @@ def test_refused_routers(router: Any, message: str, tmp_path: Path) -> None:
 
 
 def test_refused_experts(tmp_path: Path) -> None:
+    model = mixture("bert", "BertForSequenceClassification", TOP_ANY)
+    layer = MoELayer(nn.Linear(16, 16), 16, TOP_ANY, 2, shared_experts=1)
+    model.bert.encoder.layer[1].intermediate = layer
+    with pytest.raises(ConfigError, match=r"layer\.1\.intermediate has shared experts"):
+        save_transformers(model, tmp_path / "out")
     model = mixture("bert", "BertForSequenceClassification", TOP_ANY)
     normed = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.LayerNorm(24), nn.Linear(24, 16))
     layer = MoELayer(normed, 16, TOP_ANY, 2)
