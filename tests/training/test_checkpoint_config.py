@@ -33,6 +33,6 @@ def test_texts_longer_than_the_backbones_positions_are_refused() -> None:
         "architecture": "bert",
         "options": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
     }
-    cfg = OmegaConf.create({"seed": 0, "backbone": backbone})
+    cfg = OmegaConf.create({"seed": 0, "backbone": backbone, "moe": {"router": None}})
     with pytest.raises(ConfigError, match=r"data.max_length=513: .*positions for 512 tokens"):
         build.build_task(cfg, data, fused_attention=True)
