@@ -115,7 +115,7 @@ def _check_not_causal(host: Any, router: Router) -> None:
     kind = getattr(getattr(host, "config", None), "model_type", None)
     if kind is not None and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise ConfigError(
-            f"moe.router: experts of a {type(router).__name__} choose among the tokens of a batch, "
+            f"moe.router: the experts of {type(router).__name__} choose among tokens of a batch, "
             f"but '{kind}' models are causal: a token may not be told what follows. Choose "
             "moe=expert_threshold"
         )
