@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
@@ -61,15 +62,21 @@ def _run(job: Job, prog: str) -> None:
     own_tree = args.config_path or args.config_name or args.experimental_rerun
     if astray and (shows_only or own_tree):
         raise ConfigError(report(astray))
+    asks = Hydra.get_mode
     if not shows_only and not own_tree:
         verdict = preflight(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
         if astray or verdict.problems:
             raise ConfigError(report([*astray, *verdict.problems]))
         sys.argv[1:] = [verdict.instead.get(text, text) for text in sys.argv[1:]]
+        # NOTE: Hydra would compose the command once more to learn its mode: a fifth of a second.
+        Hydra.get_mode = lambda *_, **__: verdict.mode  # type: ignore[method-assign]
     # Hydra looks through installed packages for its plugins, and overlooks editable ones.
     Plugins.instance().register(DynMoESweeper)
     main = hydra.main(config_path="pkg://dynmoe.conf", config_name="config", version_base="1.3")
-    main(_guarded(job, prog))()
+    try:
+        main(_guarded(job, prog))()
+    finally:
+        Hydra.get_mode = asks  # type: ignore[method-assign]
 
 
 def help_text() -> str:
@@ -91,8 +98,9 @@ def _guarded(job: Job, prog: str) -> Job:
             process.follow_command()
         folder = Path(hydra_cfg.runtime.output_dir)
         try:
-            check(cfg, multirun=sweep)
-            result = job(cfg)
+            with runs.names_once():
+                check(cfg, multirun=sweep)
+                result = job(cfg)
             if sweep and result is not None and math.isnan(result):
                 result = WORST  # Optuna refuses NaN, and would end at this job each time
         except Held as error:

@@ -6,13 +6,17 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe import process
 from dynmoe.config import places, runs
-from dynmoe.errors import ConfigError, DataError, Diverged, UserError
+from dynmoe.errors import ConfigError, DataError, Diverged, UserError, reason_of
 from dynmoe.records import RunFolder
+
+if TYPE_CHECKING:
+    from dynmoe.data.base import TaskData
 
 OTHER_DATA = (
     "data {}: not those that this run was trained on ({}). Put them back, name another folder for "
@@ -170,7 +174,20 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
                 f"{folder.path}: training ended after {trainer.global_step} of {data.steps} steps. "
                 "The same command goes on"
             )
+    if trainer.is_global_zero:
+        add_baseline(folder, data)
     return trainer.is_global_zero
+
+
+def add_baseline(folder: RunFolder, data: TaskData) -> None:
+    """Fit what the run is compared with, and note it in `run.json`; no step has waited for it."""
+    try:
+        baseline = data.baseline()
+    except ValueError as error:  # of scikit-learn: one class alone, texts without words
+        folder.say(f"no linear baseline: {reason_of(error)}")
+    else:
+        if baseline is not None:
+            folder.add_facts(baseline=baseline)
 
 
 def show(folder: RunFolder, quiet: bool = False) -> float:

@@ -12,6 +12,7 @@ import sys
 import timeit
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def bf16_gain(model: nn.Module) -> float | None:
     None on CPUs without matrix units for bf16 (AMX). The size is that of the linear layers with
     most weights together; a fraction of a second.
     """
-    if not getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False):
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not capabilities.get("amx_bf16", False):
         return None
     sizes: Counter[torch.Size] = Counter()
     for module in model.modules():
@@ -95,7 +97,7 @@ def bf16_gain(model: nn.Module) -> float | None:
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(rows, inputs, dtype=dtype), torch.ones(inputs, outputs, dtype=dtype)
         x @ w  # the first product of a shape compiles its kernel
-        seconds.append(min(timeit.repeat(lambda x=x, w=w: x @ w, number=1, repeat=5)))
+        seconds.append(min(timeit.repeat(partial(torch.mm, x, w), number=1, repeat=5)))
     return seconds[0] / seconds[1]
 
 

@@ -1,4 +1,4 @@
-"""``dynmoe-convert``: checkpoints of MoE-LLaVA and DynMoE-LLaVA into run folders, and back."""
+"""``dynmoe-convert``: runs for other software, and published checkpoints into run folders."""
 
 from __future__ import annotations
 
@@ -9,26 +9,45 @@ from dynmoe import process
 from dynmoe.config.arguments import joined
 from dynmoe.errors import ConfigError
 
-HELP = """dynmoe-convert turns MoE-LLaVA and DynMoE-LLaVA checkpoints into run folders, and back.
+HELP = """dynmoe-convert writes a trained run for other software, and reads published models.
 
+  dynmoe-convert run=FOLDER to=FOLDER [format=transformers|onnx|llava] [overwrite=true]
+                 [checkpoint=selected|last|FILE] [backbone.path=FOLDER] [data.root=FOLDER]
   dynmoe-convert from=FOLDER to=FOLDER [tokenizer=FOLDER] [vision=FOLDER] [overwrite=true]
-  dynmoe-convert run=FOLDER to=FOLDER [checkpoint=last|selected|FILE] [overwrite=true]
 
-from=FOLDER       a published model as on the Hugging Face Hub: config.json, weights
+run=FOLDER        a finished run. Slots without an expert are left out. The command loads what it
+                  wrote, and fails if its logits are not those of the run's model.
+format=           transformers  of task=glue: from_pretrained loads the folder. Models that no class
+                                of transformers expresses bring their code along, a file that needs
+                                trust_remote_code=True.
+                  onnx          of task=vit_domainbed: model.onnx for any batch, and
+                                preprocessing.json (extra onnx).
+                  llava         of task=vl on StableLM, Qwen2 or Phi, or of a converted model:
+                                model.safetensors and config.json for the official code.
+                  The default is the one that fits the run.
+checkpoint=       the checkpoint to write (default: selected; llava: last).
+backbone.path=    the folder of a model that was trained from a folder, if it lies elsewhere now.
+data.root=        the data that the run's tokenizer was made of, if they lie elsewhere now.
+
+from=FOLDER       a MoE-LLaVA or DynMoE-LLaVA model as on the Hugging Face Hub: config.json, weights
                   (*.safetensors or pytorch_model*.bin), and its tokenizer if it has a fast one.
                   to=FOLDER becomes a finished run: dynmoe-eval run=FOLDER mode=answer evaluates
                   it, and dynmoe-run task=vl stage.start=FOLDER trains on from a dense one.
 tokenizer=FOLDER  takes the tokenizer from there.
 vision=FOLDER     takes the CLIP that config.json names from there, instead of from the hub.
-run=FOLDER        a converted model, or a run of task=vl on StableLM, Qwen2 or Phi. It writes
-                  to/model.safetensors and to/config.json, which the official code reads.
-checkpoint=       the checkpoint to convert (default: last).
-overwrite=true    replaces files that exist.
+
+overwrite=true    replaces what this command wrote before.
 --version         prints the version and the commit.
 """
 
-KEYS = ("from", "run", "to", "checkpoint", "tokenizer", "vision", "overwrite")
-ONLY_WITH = {"checkpoint": "run", "tokenizer": "from", "vision": "from"}
+KEYS = (
+    *("from", "run", "to", "format", "checkpoint", "tokenizer", "vision", "overwrite"),
+    *("backbone.path", "data.root"),
+)
+ONLY_WITH = {
+    **{"format": "run", "checkpoint": "run", "backbone.path": "run", "data.root": "run"},
+    **{"tokenizer": "from", "vision": "from"},
+}
 
 
 def main() -> None:
@@ -39,9 +58,10 @@ def main() -> None:
             print(HELP)
             return
         given = parse(arguments)
-        from dynmoe.convert.checkpoints import from_official, to_official  # loads PyTorch
+        from dynmoe.convert.checkpoints import from_official
+        from dynmoe.convert.export import export
 
-        (from_official if "from" in given else to_official)(given)
+        (from_official if "from" in given else export)(given)
 
 
 def parse(arguments: list[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from dynmoe.lazy import lazy
 
 if TYPE_CHECKING:
+    from dynmoe.backbones.mixtures import own_router
     from dynmoe.backbones.text import build_text_classifier
     from dynmoe.backbones.vision import build_vision_tower, build_vit
     from dynmoe.backbones.vlm import build_vision_language_model
@@ -14,11 +15,13 @@ __all__ = [
     "build_vision_language_model",
     "build_vision_tower",
     "build_vit",
+    "own_router",
 ]
 
 __getattr__ = lazy(
     __name__,
     {
+        "mixtures": "own_router",
         "text": "build_text_classifier",
         "vision": "build_vision_tower build_vit",
         "vlm": "build_vision_language_model",

@@ -71,8 +71,9 @@ class Chain:
     whole: str | None = None
 
     def expert(self, block: Any, dropout: float | None) -> nn.Module:
-        if self.whole is not None or self.place is not None:
-            _check_no_more(block, self.whole or self.place, (self.first, self.second))
+        replaced = self.whole or self.place
+        if replaced is not None:
+            _check_no_more(block, replaced, (self.first, self.activation, self.second))
         first = linear(block.get_submodule(self.first), bias=True)
         second = linear(block.get_submodule(self.second), bias=self.whole is not None)
         parts = [first, activation_of(block, self.activation)]
@@ -114,7 +115,7 @@ class Gated:
     after: str | None = None
 
     def expert(self, block: Any, dropout: float | None) -> nn.Module:
-        _check_no_more(block, self.place, (self.gate, self.up, self.down))
+        _check_no_more(block, self.place, (self.gate, self.up, self.activation, self.down))
         p = rate(block, self.dropout) if dropout is None else dropout
         gate, up = (block.get_submodule(path) for path in (self.gate, self.up))
         return GatedFFN(gate, up, activation_of(block, self.activation), _inner(block, self), p)
@@ -139,7 +140,7 @@ class Packed:
     gate_first: bool = True
 
     def expert(self, block: Any, dropout: float | None) -> nn.Module:
-        _check_no_more(block, self.place, (self.gate_up, self.down))
+        _check_no_more(block, self.place, (self.gate_up, self.activation, self.down))
         p = rate(block, self.dropout) if dropout is None else dropout
         gate_up, act = block.get_submodule(self.gate_up), activation_of(block, self.activation)
         return PackedGatedFFN(gate_up, act, _inner(block, self), p, self.gate_first)
@@ -199,7 +200,7 @@ class Timm:
     def expert(self, block: Any, dropout: float | None) -> nn.Module:
         if reason := TIMM_OTHERS.get(type(block).__name__):
             raise AttributeError(reason)
-        mlp = block.mlp
+        mlp: nn.Module = block.mlp
         kind = type(mlp).__name__
         if self.parts:
             return self._parts(mlp).expert(block, dropout)
@@ -207,7 +208,7 @@ class Timm:
             raise AttributeError(f"its mlp is a {kind}, known are {', '.join(TIMM_WHOLE)}")
         if dropout is not None:
             mlp.drop1 = nn.Dropout(dropout)  # drop2, after the last layer, stays as it is
-        return mlp  # type: ignore[no-any-return]
+        return mlp
 
     def put(self, block: Any, layer: nn.Module) -> None:
         if self.parts:
@@ -232,9 +233,10 @@ class Timm:
         return replace(form, gate_first=gate_first) if isinstance(form, Packed) else form
 
 
-def _check_no_more(block: nn.Module, place: str, paths: Sequence[str]) -> None:
+def _check_no_more(block: nn.Module, place: str, paths: Sequence[str | type[nn.Module]]) -> None:
     """Refuse a module to be replaced that has parameters beside those of ``paths``."""
-    known = {id(p) for path in paths for p in block.get_submodule(path).parameters()}
+    parts = [block.get_submodule(path) for path in paths if isinstance(path, str)]
+    known = {id(p) for part in parts for p in part.parameters()}
     replaced = block.get_submodule(place)
     more = [name for name, p in replaced.named_parameters() if id(p) not in known]
     if more:
@@ -309,8 +311,8 @@ def activation_of(block: nn.Module, activation: str | type[nn.Module]) -> nn.Mod
 
 def rate(block: nn.Module, path: str | None) -> float:
     """Return the rate of a dropout: a module's, or a number that the block's code reads."""
-    found = 0.0 if path is None else attrgetter(path)(block)
-    return float(found.p if isinstance(found, nn.Module) else found)
+    found: Any = 0.0 if path is None else attrgetter(path)(block)
+    return float(getattr(found, "p", found))
 
 
 def _no_dropout(block: nn.Module, path: str) -> None:

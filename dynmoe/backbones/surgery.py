@@ -16,11 +16,16 @@ from typing import Any, Literal
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from dynmoe.backbones.families import FAMILIES
 from dynmoe.backbones.forms import Chain, Form, Gated, Packed, Timm, Whole
+from dynmoe.backbones.mixtures import Mixture, own_router
 from dynmoe.errors import ConfigError
 from dynmoe.layers.experts import Init, linears
 from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.routers import Router
+from dynmoe.layers.soft import SoftMoELayer, SoftSlots
+
+Start = Init | Literal["keep"]
 
 Placement = (
     Literal["none", "all", "every_two", "last_two", "sparse", "first_half", "second_half"]
@@ -65,9 +70,10 @@ def add_moe_layers(
     num_experts: int,
     max_experts: int,
     layers: Placement,
-    init: Init,
+    init: Start,
     expert_dropout: float | None = None,
     recompute: bool = False,
+    shared_experts: int = 0,
     keep_origin: bool = False,
 ) -> None:
     """Turn the FFNs of the chosen blocks into MoE layers, in place.
@@ -75,25 +81,54 @@ def add_moe_layers(
     ``init="copy"``: every expert starts as a copy of the block's FFN (GMoE, DynMoE), and so the
     layer as that FFN where a token's weights sum to 1, which top-1's do not (``TopKRouter``);
     ``cluster`` or ``random``: as a part of it (EMoE); ``fresh``: drawn anew, for training from
-    scratch.
+    scratch. ``keep``: of a model that is a mixture already, which takes no other: its experts as
+    they are, all of them. Named placements then count its mixtures alone, and the router may be
+    ``own_router``. Blocks that are not chosen stay as they are.
     A list as the router's ``target_k`` has one number for each layer.
     ``expert_dropout`` acts after the activation inside experts only (0.1 in GMoE); None keeps the
-    FFN's own. ``recompute``: see ``MoELayer``. All of an MoE layer is trained, whatever was frozen.
+    FFN's own. ``recompute``, ``shared_experts``: see ``MoELayer``. All of an MoE layer is trained,
+    whatever was frozen.
 
     Raises:
         ConfigError: blocks that are not there, or whose FFN is of a form not known or cannot be
-            split; options of the router that it refuses; a causal model for a router that
-            ``sees_batch``.
+            split; experts of a mixture and another ``init`` or ``num_experts``, or ``own_router``
+            where there is none; options of the router that it refuses; a causal model for a router
+            that ``sees_batch``.
     """
     if layers == "none":
         return
-    host = getattr(backbone, "language_model", backbone)
+    host: Any = getattr(backbone, "language_model", backbone)
     blocks, form = blocks_of(host, parts=init in ("cluster", "random"))
+    if isinstance(form, Mixture):
+        _keep_experts(
+            host,
+            form,
+            _mixtures_among(blocks, form, layers),
+            router,
+            num_experts=num_experts,
+            max_experts=max_experts,
+            init=init,
+            dropout=expert_dropout,
+            recompute=recompute,
+            shared_experts=shared_experts,
+            keep_origin=keep_origin,
+        )
+        return
+    if init == "keep" or is_own(router):
+        key = "init=keep" if init == "keep" else "router"
+        raise ConfigError(
+            f"moe.{key}: expected a model that is a mixture already, one of "
+            f"{', '.join(FAMILIES)}, found {type(backbone).__name__} with dense FFNs. Set "
+            "moe.init=auto with moe=dynmoe or moe=topk"
+        )
     places = placed_blocks(layers, len(blocks))
     assert router is not None or not places, (
         "moe.layers asks for MoE layers, but moe.router is null"
     )
+    before: Any = None
     for index, make in zip(places, _routers(router, len(places)), strict=True):
+        if before is not None and before.hands_on:
+            make = partial(make, after=before)
         try:
             expert = form.expert(blocks[index], expert_dropout)
         except AttributeError as error:
@@ -104,24 +139,38 @@ def add_moe_layers(
             ) from error
         expert.requires_grad_(True)
         dim = linears(expert)[0].in_features
-        layer = MoELayer(expert, dim, make, num_experts, max_experts, init, keep_origin, recompute)
+        options: Any = {"init": init, "recompute": recompute, "shared_experts": shared_experts}
+        if is_soft(router):
+            layer: Any = SoftMoELayer(expert, dim, make, num_experts, **options)
+        else:
+            options |= {"max_experts": max_experts, "keep_origin": keep_origin}
+            layer = MoELayer(expert, dim, make, num_experts, **options)
         if layer.router.sees_batch:
             _check_not_causal(host, layer.router)
         form.put(blocks[index], layer)
+        before = layer.router
         blocks[index].train(blocks[index].training)  # what is new begins in training mode
 
 
-def _check_not_causal(host: Any, router: Router) -> None:
-    kind = getattr(getattr(host, "config", None), "model_type", None)
-    if kind is not None and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+def _check_not_causal(host: Any, router: Any) -> None:
+    config = getattr(host, "config", None)
+    kind = getattr(config, "model_type", None)
+    decodes = bool(getattr(config, "is_decoder", False))
+    if kind is not None and (decodes or kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES):
         raise ConfigError(
-            f"moe.router: the experts of {type(router).__name__} choose among tokens of a batch, "
-            f"but '{kind}' models are causal: a token may not be told what follows. Choose "
+            f"moe.router: experts of a {type(router).__name__} see other tokens of a batch, but "
+            f"'{kind}' models are causal: a token may not be told what follows. Choose "
             "moe=expert_threshold"
         )
 
 
-def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:
+def is_soft(router: Any) -> bool:
+    """Whether a maker is one of Soft MoE's slots, whose layer is another."""
+    made = getattr(router, "func", router)
+    return isinstance(made, type) and issubclass(made, SoftSlots)
+
+
+def _routers(router: Any, layers: int) -> list[Callable[..., Any]]:
     """One maker for each MoE layer: a list as ``target_k`` has one number for each.
 
     Raises:
@@ -138,11 +187,112 @@ def _routers(router: Any, layers: int) -> list[Callable[[int, int], Router]]:
     return [partial(_made, partial(router, target_k=target)) for target in targets]
 
 
-def _made(maker: Callable[[int, int], Router], dim: int, slots: int) -> Router:
+def _made(maker: Callable[..., Router], dim: int, slots: int, **more: Any) -> Router:
     try:
-        return maker(dim, slots)
+        return maker(dim, slots, **more)
     except ValueError as error:
         raise ConfigError(f"moe.router: {error}") from error
+
+
+def is_mixture(backbone: nn.Module) -> bool:
+    """Whether a model is a mixture already, whose experts can be kept."""
+    host = getattr(backbone, "language_model", backbone)
+    return getattr(getattr(host, "config", None), "model_type", None) in FAMILIES
+
+
+def is_own(router: object) -> bool:
+    """Whether a maker of routers is ``own_router``, which needs a model's own."""
+    return getattr(router, "func", router) is own_router
+
+
+def _mixtures_among(
+    blocks: Sequence[nn.Module], form: Mixture, layers: Placement
+) -> dict[int, nn.Module]:
+    """The chosen blocks by index; names count mixtures alone.
+
+    Raises:
+        ConfigError: there are none, or a block that is dense.
+    """
+    found = [index for index, block in enumerate(blocks) if form.is_in(block)]
+    chosen = placed_blocks(layers, len(found if isinstance(layers, str) else blocks))
+    if isinstance(layers, str):
+        chosen = [found[place] for place in chosen]
+    if dense := sorted(set(chosen).difference(found)):
+        raise ConfigError(
+            f"moe.layers={layers}: expected blocks that are mixtures, which this model has at "
+            f"{found}, found dense blocks {dense}. Leave them out, or set moe.layers=all"
+        )
+    if not found:
+        raise ConfigError(
+            f"moe.layers={layers}: no block of this model is a mixture. Choose moe=dense"
+        )
+    return {index: blocks[index] for index in chosen}
+
+
+def _keep_experts(
+    host: Any,
+    form: Mixture,
+    blocks: dict[int, nn.Module],
+    router: Any,
+    *,
+    num_experts: int,
+    max_experts: int,
+    init: Start,
+    dropout: float | None,
+    recompute: bool,
+    shared_experts: int,
+    keep_origin: bool,
+) -> None:
+    """Turn the mixtures of the chosen blocks into MoE layers of the same experts."""
+    kind = host.config.model_type
+    if init != "keep":
+        raise ConfigError(
+            f"moe.init={init}: makes experts of one FFN, but a '{kind}' model has experts already. "
+            "Set moe.init=keep"
+        )
+    if keep_origin:
+        raise ConfigError(
+            "moe.adaptation.init=pretrained: takes the FFN that experts were made from, but those "
+            f"of a '{kind}' model were made from none. Set moe.adaptation.init=copy_most_used"
+        )
+    if is_soft(router):
+        raise ConfigError(
+            f"moe.router: Soft MoE makes experts of one FFN, but a '{kind}' model has experts "
+            "already. Choose moe=native, moe=topk or moe=dynmoe"
+        )
+    before: Any = None
+    for block, made in zip(blocks.values(), _routers(router, len(blocks)), strict=True):
+        if before is not None and before.hands_on:
+            made = partial(made, after=before)
+        experts = form.experts(block, dropout)
+        if len(experts) != num_experts:
+            raise ConfigError(
+                f"moe.num_experts={num_experts}: this '{kind}' model has {len(experts)} experts in "
+                f"a block, and moe.init=keep keeps them all. Set moe.num_experts={len(experts)} "
+                f"moe.max_experts={max(max_experts, len(experts))}"
+            )
+        for expert in experts:
+            expert.requires_grad_(True)
+        if is_own(router):
+            own = form.routing(block)
+            own.weight_ED.requires_grad_(True)
+            made = partial(router, own=own)
+        dim = linears(experts[0])[0].in_features
+        layer = MoELayer(
+            experts,
+            dim,
+            made,
+            num_experts,
+            max_experts,
+            recompute=recompute,
+            shared_experts=shared_experts,
+        )
+        form.put(block, layer)
+        before = layer.router
+        block.train(block.training)  # as above
+    # Its balance loss would be of routers that are gone; the layers have their own.
+    if blocks and hasattr(host.config, "output_router_logits"):
+        host.config.output_router_logits = False
 
 
 BERT = Chain(
@@ -280,12 +430,13 @@ FORMS: dict[str, Form] = {
 REFUSED = {
     "its blocks share their FFNs": "albert zamba zamba2",
     "each of its blocks has four FFNs, narrower than its tokens": "mobilebert",
-    "its FFNs are mixtures of experts already": (
-        "aria_text axk1 axk2 bailing_hybrid cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 "
-        "deepseek_v4 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss "
-        "granitemoe granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v4 jamba jetmoe "
-        "kimi_linear lfm2_moe llama4_text longcat_flash minimax minimax_m2 mistral4 mixtral olmoe "
-        "phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next solar_open zaya"
+    "its experts have biases, and a gate of their own that is clamped": "gpt_oss",
+    "its attention heads are experts too": "jetmoe",
+    "its router weights the input of its experts, not their output": "llama4_text",
+    "its FFNs are mixtures of experts already, of another build than moe.init=keep knows": (
+        "aria_text axk1 axk2 bailing_hybrid cohere2_moe dbrx deepseek_v32 deepseek_v4 exaone_moe "
+        "glm4_moe_lite glm_moe_dsa granitemoehybrid hunyuan_v1_moe hy_v4 kimi_linear lfm2_moe "
+        "longcat_flash minimax_m2 mistral4 qwen3_5_moe_text solar_open zaya"
     ),
     "it has no FFNs, or they are blocks of their own": "falcon_mamba mamba mamba2 nemotron_h xlstm",
     "its FFNs are convolutions in groups": "squeezebert",
@@ -311,7 +462,7 @@ OPTIONS = {
 }
 
 
-def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module], Form]:
+def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module], Form | Mixture]:
     """Return the blocks of a timm ViT or a transformers model, and the form of their FFNs.
 
     ``parts``: experts will be parts of the FFN whose outputs add up, so that it must be separated
@@ -326,7 +477,9 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
         blocks: Any = model.blocks
         return blocks, Timm(parts)
     kind = config.model_type
-    form = FORMS.get(kind)
+    form: Form | Mixture | None = FORMS.get(kind)
+    if kind in FAMILIES:
+        form = Mixture(kind, FAMILIES[kind])
     if form is None:
         reasons = (reason for reason, kinds in REFUSED.items() if kind in kinds.split())
         raise ConfigError(
@@ -351,9 +504,10 @@ def blocks_of(model: nn.Module, parts: bool = False) -> tuple[Sequence[nn.Module
     return _blocks(model, config.num_hidden_layers, form), form
 
 
-def _blocks(model: nn.Module, depth: int, form: Form) -> Sequence[nn.Module]:
+def _blocks(model: nn.Module, depth: int, form: Form | Mixture) -> Sequence[nn.Module]:
     """Return the list of blocks, which has another name in every family."""
-    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    lists: Any = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    blocks: Sequence[nn.Module]
     for blocks in lists:
         try:
             form.modules(blocks[0])

@@ -9,9 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from dynmoe.backbones import hub
+from dynmoe.backbones.families import FAMILIES
 from dynmoe.backbones.hub import add_adapters
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import mask_padding
@@ -121,6 +128,7 @@ def build_text_classifier(
         pad_token_id = ends[0] if isinstance(ends, list) else ends
     if pad_token_id is not None:
         config.pad_token_id = pad_token_id
+    _know_classifier(config)
     fresh: list[str] = []
     if pretrained:
         classifier, fresh = _with_weights(model, path, config)
@@ -142,6 +150,19 @@ def build_text_classifier(
                 f"they fit, found {dict(lora)} for {config.model_type}: {error}"
             ) from error
     return TextClassifier(classifier, grad_checkpointing)
+
+
+def _know_classifier(config: PreTrainedConfig) -> None:
+    """Give a mixture that transformers has no classifier of (OLMoE, ...) the one of other decoders:
+    a linear layer on the last token that is not padding."""
+    kind = type(config)
+    if config.model_type not in FAMILIES or kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return
+    decoder: Any = MODEL_MAPPING[kind]
+    bases = (GenericForSequenceClassification, decoder.__mro__[1])  # its family's PreTrainedModel
+    name = decoder.__name__.removesuffix("Model") + "ForSequenceClassification"
+    made = type(name, bases, {"__module__": decoder.__module__})
+    AutoModelForSequenceClassification.register(kind, made, exist_ok=True)
 
 
 def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any, list[str]]:

@@ -63,7 +63,6 @@ def run(args: argparse.Namespace, output: results.Output, cfg: DictConfig) -> No
     accelerator = "gpu" if device.type == "cuda" else "cpu"
     cfg.trainer.update(accelerator=accelerator, devices=1, strategy="auto")
     cfg.trainer.accumulate_grad_batches = 1
-    cfg.data.linear_baseline = False
     settings = runtime.apply(cfg.runtime, device.type)
     data: Any = build.build_data(cfg)
     data.setup()

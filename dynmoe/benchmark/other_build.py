@@ -55,7 +55,7 @@ def main() -> None:
         take("dynmoe.benchmark", Path(__file__).parent)
         pipe.send(import_module("dynmoe.version").version())
         serve(pipe, *pipe.recv())
-    except EOFError:  # the command has ended
+    except (EOFError, BrokenPipeError):  # the command has ended
         pass
     except Exception as error:  # whatever another build raises
         pipe.send(RuntimeError(repr(error)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import pickle
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -36,7 +36,8 @@ class MissingGroup(Exception):
 
 @dataclass
 class Verdict:
-    """`problems` that keep a command from running, and the text Hydra reads `instead` of another.
+    """`problems` that keep a command from running, the text Hydra reads `instead` of another, and
+    the `mode` that its configuration asks for, if any.
 
     Every value becomes `++key=value`: each job has its key, but Hydra also composes a sweep once
     without the swept groups, and there the key need not exist.
@@ -44,6 +45,7 @@ class Verdict:
 
     problems: list[str]
     instead: dict[str, str] = field(default_factory=dict)
+    mode: RunMode | None = None
 
 
 def preflight(
@@ -83,7 +85,7 @@ def preflight(
             if override.type == OverrideType.CHANGE  # neither a + nor a ~
             if not (override.is_hydra_override() or composer.options(override))
         }
-    return Verdict(list(dict.fromkeys(found)), instead)
+    return Verdict(list(dict.fromkeys(found)), instead, composer.mode)
 
 
 def _is_utf8(file: Path) -> bool:
@@ -123,6 +125,7 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
     firsts = [single for override in overrides for single in single_values(override)[:1]]
     made = composer.compose(firsts)
     cfg = made.cfg
+    composer.mode = cfg.hydra.mode
     if not multirun and cfg.hydra.mode != RunMode.MULTIRUN:
         return made.problems(multirun=False) + [
             f"{override.input_line}: several values need a sweep: add -m. "
@@ -355,8 +358,9 @@ class Composer:
         quoted = ",".join(f"'{folder}'" for folder in folders)
         # --config-dir and the command line's hydra.searchpath as one override.
         self.search = [f"hydra.searchpath=[{quoted}]"] if folders else []
+        self.mode: RunMode | None = None  # of the command, once it is composed
         self._options: dict[str, list[str]] = {}
-        self._composed: dict[tuple[str, ...], DictConfig] = {}
+        self._composed: dict[tuple[str, ...], bytes] = {}  # to read is faster than to copy
 
     def options(self, override: Override) -> list[str]:
         """Options of the group that `override` chooses from; empty where it sets a value."""
@@ -406,12 +410,12 @@ class Composer:
                 groups.append(str(override.input_line))
             else:
                 values.append(override)
-        made = Composition(copy.deepcopy(self._groups((*self.search, *groups))), found)
+        made = Composition(pickle.loads(self._groups((*self.search, *groups))), found)
         for override in values:
             made.set(override)
         return made
 
-    def _groups(self, lines: tuple[str, ...]) -> DictConfig:
+    def _groups(self, lines: tuple[str, ...]) -> bytes:
         if lines not in self._composed:
             try:
                 cfg = compose(options.CONFIG_NAME, list(lines), return_hydra_config=True)
@@ -420,7 +424,7 @@ class Composer:
                 if missing:
                     raise MissingGroup(missing[1]) from error
                 raise
-            self._composed[lines] = cfg
+            self._composed[lines] = pickle.dumps(cfg)
         return self._composed[lines]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from dynmoe.backbones.families import FAMILIES, NUMBERS, jitter, not_ours
 from dynmoe.config.options import modality, read
 from dynmoe.config.targets import (
     TargetError,
@@ -129,17 +130,99 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
         return
     if kind not in known:
         yield f"{key}: transformers knows no model type '{kind}'.{did_you_mean(kind, known)}"
-    elif kind not in (forms := moe_types()) and forms and _has_layers(cfg):
+    elif kind not in (*(forms := moe_types()), *FAMILIES) and forms and _has_layers(cfg):
         reason = moe_refusals().get(kind, "not known where their FFNs are")
         yield (
             f"{key}: MoE layers in '{kind}' models: {reason}. docs/models.md lists those that "
             "work, e.g. bert, llama, qwen3. moe=dense needs none."
         )
+    elif kind in FAMILIES:
+        return
     elif modality(cfg, "backbone") == "text" and kind not in (has := text_classifiers()) and has:
         yield (
             f"{key}: transformers has no text classifier of '{kind}' models "
             "(AutoModelForSequenceClassification). Take another type, e.g. bert, llama, qwen3"
         )
+
+
+def own_mixture(cfg: DictConfig) -> Iterator[str]:
+    """A model that is a mixture already keeps all its experts; others have none to keep."""
+    if not _has_layers(cfg):
+        return
+    init = read(cfg, "moe.init", str)
+    router = read(cfg, "moe.router", dict) or {}
+    is_own = str(router.get("_target_")).endswith(".own_router")
+    kind = model_type(cfg)
+    if kind not in FAMILIES:
+        if kind is not None and (is_own or init == "keep"):
+            key = "moe: native" if is_own else "moe.init: keep"
+            yield (
+                f"{key} is for models that are mixtures already ({', '.join(FAMILIES)}), found "
+                f"'{kind}'. Choose moe=dynmoe or moe=topk with moe.init=auto"
+            )
+        return
+    if init not in (None, "auto", "keep"):
+        yield (
+            f"moe.init: {init} makes experts of one FFN, but a '{kind}' model has experts already. "
+            "Set moe.init=keep, and choose moe=native, moe=dynmoe or moe=topk"
+        )
+    number, found = own_experts(cfg), read(cfg, "moe.num_experts", int)
+    if number is not None and found is not None and number != found:
+        yield (
+            f"moe.num_experts: expected {number}, all experts of a block of this '{kind}' model, "
+            f"found {found}. Leave it out"
+        )
+    if read(cfg, "moe.adaptation.init", str) == "pretrained":
+        yield (
+            "moe.adaptation.init: pretrained takes the FFN that experts were made from, but those "
+            f"of a '{kind}' model were made from none. Set copy_most_used"
+        )
+    if _setting(cfg, "output_router_logits"):
+        yield (
+            "backbone.options.output_router_logits: expected false: the loss of the MoE layers, "
+            "moe.aux_weight, takes the place of the model's own. Set it to false"
+        )
+    if is_own and FAMILIES[kind].weights is None:
+        yield not_ours(kind, FAMILIES[kind].unlike)
+    if is_own and _setting(cfg, "router_jitter_noise"):
+        yield jitter(_setting(cfg, "router_jitter_noise"))
+
+
+def own_experts(cfg: DictConfig) -> int | None:
+    """The experts in a block of a model that is a mixture already; None: none, or not known."""
+    found = None
+    if model_type(cfg) in FAMILIES:
+        found = next((n for key in NUMBERS if (n := _setting(cfg, key)) is not None), None)
+    return found if isinstance(found, int) else None
+
+
+def model_type(cfg: DictConfig) -> str | None:
+    """The type of a model of transformers, ``timm`` for one of timm's; None: not known here."""
+    if modality(cfg, "backbone") == "image":
+        return "timm"
+    given = read(cfg, "backbone.architecture", str) or _model_config(cfg).get("model_type")
+    return given if isinstance(given, str) else None
+
+
+def _setting(cfg: DictConfig, key: str) -> Any:
+    """A setting of the model: of the options, else of its config.json."""
+    given = read(cfg, f"backbone.options.{key}", object)
+    return _model_config(cfg).get(key) if given is None else given
+
+
+def _model_config(cfg: DictConfig) -> dict[str, Any]:
+    """config.json of `backbone.path`, or of a model of the hub that was downloaded before."""
+    model = read(cfg, "backbone.model", str)
+    if read(cfg, "backbone.path", str) is not None or model is None:
+        return folder_config(cfg)
+    from huggingface_hub import constants  # the library itself would take a quarter of a second
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return {}
+    return _read_config(folder / "snapshots" / commit)
 
 
 def causal_model(cfg: DictConfig) -> Iterator[str]:
@@ -152,7 +235,7 @@ def causal_model(cfg: DictConfig) -> Iterator[str]:
         sees_batch = class_attribute(target, "sees_batch")
     except TargetError:
         return
-    kind = read(cfg, "backbone.architecture", str) or folder_config(cfg).get("model_type")
+    kind = model_type(cfg)
     is_vl = modality(cfg, "backbone") == "vision-language"
     known = encoders()
     causal = is_vl or bool(kind is not None and known and kind not in known)
@@ -184,10 +267,12 @@ def depth(cfg: DictConfig) -> tuple[str, int] | None:
 def folder_config(cfg: DictConfig) -> dict[str, Any]:
     """config.json of `backbone.path`; empty where there is none that can be read."""
     path = read(cfg, "backbone.path", str)
-    if path is None:
-        return {}
+    return {} if path is None else _read_config(Path(path).expanduser())
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # machine.folders and the loader name them
         return {}
     return found if isinstance(found, dict) else {}

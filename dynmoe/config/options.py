@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ConfigDefault
@@ -32,12 +34,12 @@ def options(group: str, search: list[str] | None = None) -> list[str]:
 
     `search`: overrides of hydra.searchpath.
     """
-    names = loader().get_group_options(
-        group,
-        ObjectType.CONFIG,
-        config_name=CONFIG_NAME if search else None,  # read only for its search path
-        overrides=search,
-    )
+    if search:
+        names = loader().get_group_options(
+            group, ObjectType.CONFIG, config_name=CONFIG_NAME, overrides=search
+        )
+    else:  # NOTE: the loader's own method deep-copies its sources first, for 15 ms.
+        names = _repository().get_group_options(group, ObjectType.CONFIG)
     return sorted(name for name in names if not name.startswith("_"))
 
 
@@ -51,14 +53,28 @@ def options_with(group: str, fits: Callable[[DictConfig], bool]) -> list[str]:
 def own(group: str, option: str) -> DictConfig:
     """Keys of an option's file and of the files of its group that it builds on.
 
-    Composing takes a hundred times as long, and a refusal would wait for every option.
+    Composing takes a hundred times as long, and a refusal would wait for every option. Options of
+    the package are read once.
     """
-    found = loader().repository.load_config(f"{group}/{option}")  # type: ignore[attr-defined]
+    if any(source.scheme() == "file" for source in _repository().get_sources()):
+        return _own(group, option)
+    return copy.deepcopy(_own_of_package(group, option))
+
+
+def _own(group: str, option: str) -> DictConfig:
+    found = _repository().load_config(f"{group}/{option}")
     if found is None:
         return OmegaConf.create()
     parents = [e.path for e in found.defaults_list or [] if isinstance(e, ConfigDefault)]
-    nodes = [own(group, str(name)) for name in parents if name != "_self_"]
+    nodes = [_own(group, str(name)) for name in parents if name != "_self_"]
     return OmegaConf.merge(*nodes, found.config)  # type: ignore[return-value]
+
+
+_own_of_package = cache(_own)
+
+
+def _repository() -> IConfigRepository:
+    return loader().repository  # type: ignore[attr-defined]
 
 
 def loader() -> ConfigLoader:

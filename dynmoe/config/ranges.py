@@ -34,7 +34,8 @@ RANGES: dict[Range, str] = {
     SEED: "seed trial_seed hparams_seed data.trial_seed data.environments.seed",
     COUNT: (
         "moe.num_experts moe.max_experts moe.top_k moe.router.top_k moe.router.projection "
-        "moe.router.num_groups moe.router.limited_groups "
+        "moe.router.chunk_length moe.router.max_k moe.router.num_blocks "
+        " moe.router.num_groups moe.router.limited_groups "
         "moe.adaptation.min_experts "
         "task.epochs task.eval_every task.save_every task.patience protocol.patience "
         "protocol.*.epochs protocol.*.eval_every protocol.*.batch_size protocol.*.steps "
@@ -52,15 +53,18 @@ RANGES: dict[Range, str] = {
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
-        "moe.router.num_null moe.router.aux_end moe.router.bias_rate moe.router.kp moe.router.ki "
-        "moe.router.warm_up moe.router.slack "
+        "moe.shared_experts moe.router.schedule_every moe.router.schedule_start "
+        "moe.router.num_null moe.router.num_constant moe.router.num_copy "
+        "moe.router.num_zero moe.router.aux_end moe.router.bias_rate moe.router.free_balance "
+        "moe.router.kp moe.router.ki moe.router.warm_up moe.router.slack "
         "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
         "*.options.type_vocab_size"
     ),
     POSITIVE: (
         "moe.adaptation.length moe.adaptation.period moe.router.init_temperature "
         "moe.router.capacity_factor moe.router.target_k* moe.router.temperature "
-        "moe.router.route_scale moe.router.lambda_init plan.tflops plan.mean_k plan.mean_tokens "
+        "moe.router.route_scale moe.router.steepness moe.router.eps moe.router.lambda_init "
+        "moe.router.slope moe.router.input_scale plan.tflops plan.mean_k plan.mean_tokens "
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
     ABOVE_ONE: "moe.router.lambda_rate",

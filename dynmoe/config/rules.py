@@ -116,6 +116,10 @@ def parts_add_up(cfg: DictConfig) -> Iterator[str]:
     if init is None or router is None:
         return
     parts = init in ("cluster", "random")
+    if "num_blocks" in router:  # parts of a shared FFN and of residual ones
+        if not parts:
+            yield f"moe.init: {init} makes whole experts, moe.router blocks. Set moe.init=random."
+        return
     if parts and router.get("weights_sum") != "k":
         yield (
             f"moe.init: {init} makes experts whose outputs add up, but this router's weights sum "
@@ -135,6 +139,12 @@ def options_that_need_others(cfg: DictConfig) -> Iterator[str]:
         yield (
             f"moe.router.min_capacity: {router['min_capacity']} needs a moe.router.capacity_factor "
             "(1.5): without one no token is dropped. Set it, or min_capacity=0."
+        )
+    unused = [key for key in ("z_weight", "sequence_weight") if router.get(key)]
+    if unused and read(cfg, "moe.aux_weight", float) == 0:
+        yield (
+            f"moe.router.{unused[0]}: needs moe.aux_weight above 0, which multiplies it. Set "
+            "moe.aux_weight=1, or leave it out."
         )
     if router.get("aux") == "importance_load" and router.get("noise") == 0:
         yield (
@@ -494,6 +504,7 @@ RULES: tuple[Rule, ...] = (
     *(
         text_run,
         models.language_model,
+        models.own_mixture,
         models.causal_model,
         stage_is_chosen,
         dense_before_moe,

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dynmoe.config import options, places
+from dynmoe.config import models, options, places
 from dynmoe.config.environments import test_indices
 from dynmoe.config.options import device_count
 
@@ -40,6 +40,7 @@ LONGEST, SHORT = 80, 16  # characters of all differences in a folder's name, and
 # `${a.b}`, another key; `${recipe:lr}` computes something.
 COPY = re.compile(r"\$\{[\w.]+\}")
 FROM_RECIPE = re.compile(r"\$\{recipe:(\w+)\}")
+FROM_MODEL = re.compile(r"\$\{own_experts:(\d+)\}")
 
 
 def sha8(text: str) -> str:
@@ -92,6 +93,8 @@ def _meant(cfg: DictConfig, written: Any, otherwise: Any) -> Any:
         return written
     if COPY.fullmatch(written):
         return OmegaConf.select(cfg, written[2:-1])
+    if asked := FROM_MODEL.fullmatch(written):
+        return own_experts(int(asked[1]), _root_=cfg)
     if asked := FROM_RECIPE.fullmatch(written):
         with suppress(KeyError):
             return recipe(asked[1], _root_=cfg)
@@ -208,7 +211,8 @@ def start_folder(cfg: DictConfig) -> Path | None:
     return given if given.is_dir() and not derived.is_dir() else derived
 
 
-# OmegaConf resolvers used in conf/: `${recipe:key}`, `${run_name:}` and `${previous_run:}`.
+# OmegaConf resolvers used in conf/: `${recipe:key}`, `${own_experts:default}`, `${run_name:}` and
+# `${previous_run:}`.
 
 # Hyper-parameters in use here that DomainBed draws at random for hparams_seed > 0
 # (domainbed/hparams_registry.py).
@@ -220,9 +224,10 @@ _names: dict[tuple[Any, int], tuple[DictConfig, Any]] | None = None
 
 @contextmanager
 def names_once() -> Iterator[None]:
-    """Inside, no configuration changes: names, which many keys contain, are computed once."""
+    """Inside, nothing changes that a name depends on: names, which many keys contain, are computed
+    once."""
     global _names
-    before, _names = _names, {}
+    before, _names = _names, {} if _names is None else _names
     try:
         yield
     finally:
@@ -240,12 +245,18 @@ def _kept(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
 def register() -> None:
     """Make the resolvers known to OmegaConf; safe to call again."""
     OmegaConf.register_new_resolver("recipe", recipe, replace=True)
+    OmegaConf.register_new_resolver("own_experts", own_experts, replace=True)
     OmegaConf.register_new_resolver(
         "previous_run", lambda *, _root_: _kept(previous_run, _root_), replace=True
     )
     OmegaConf.register_new_resolver(
         "run_name", lambda *, _root_: _kept(run_name, _root_), replace=True
     )
+
+
+def own_experts(default: int, *, _root_: DictConfig) -> int:
+    """The experts in a block of a model that is a mixture already, of others the default."""
+    return models.own_experts(_root_) or default
 
 
 def recipe(key: str, *, _root_: DictConfig) -> Any:

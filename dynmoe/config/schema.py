@@ -72,12 +72,13 @@ class MoE:
     num_experts: int
     max_experts: int
     layers: Placement | list[int]
-    init: Literal["auto", "copy", "cluster", "random", "fresh"]
+    init: Literal["auto", "copy", "cluster", "random", "fresh", "keep"]
     expert_dropout: float | None
     recompute: bool
     aux_weight: float
     router: dict[str, Any] | None
     adaptation: dict[str, Any] | None
+    shared_experts: int = 0
     top_k: int = 1  # fixed routers only
 
 

@@ -206,7 +206,15 @@ def write(file: Path, content: str | bytes | Callable[[Path], Any]) -> None:
         content(partial)
     else:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    share(partial)
     partial.replace(file)
+
+
+def share(file: Path) -> None:
+    """Give a file the permissions of new files: safetensors keeps its own for their owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 # A fast tokenizer is made from one of these sets of files, and may have the settings too.

@@ -275,7 +275,12 @@ ROUTERS = {"dynmoe.layers.TopAnyRouter": "dynmoe", "dynmoe.layers.TopKRouter": "
 # Options of routers, the only values that evaluate as the official code does.
 ROUTER_OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "dynmoe": {"combine": ("constant_k", "through_k")},
-    "topk": {"top_k": (1, 2), "capacity_factor": (None,), "weights_sum": ("one",)},
+    "topk": {
+        "top_k": (1, 2),
+        "capacity_factor": (None,),
+        "weights_sum": ("one",),
+        "forced_balance": (False,),
+    },
 }
 
 
@@ -397,6 +402,8 @@ def _run_problems(
     if name is None:
         yield f"moe.router: expected one of {', '.join(ROUTERS)}, found {router._target_}"
         return
+    if cfg.moe.get("shared_experts"):
+        yield f"moe.shared_experts: expected 0, found {cfg.moe.shared_experts}"
     for key, values in ROUTER_OPTIONS[name].items():
         if router.get(key, values[0]) not in values:
             expected = " or ".join(map(str, values))

@@ -199,7 +199,17 @@ class TaskData(LightningDataModule):
     @property
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Further facts for `run.json`: `samples_per_step`, `baseline`, ..."""
+        """Further facts for `run.json`: `samples_per_step`, ..."""
+
+    def baseline(self) -> dict[str, Any] | None:
+        """Scores of a simple method to compare with: `name`, `scores`. None: not asked for.
+
+        It is fitted when training has ended: no step waits for it.
+
+        Raises:
+            ValueError: it cannot be fitted to these data.
+        """
+        return None
 
     @abstractmethod
     def print_check(self, console: Console | None = None) -> None:

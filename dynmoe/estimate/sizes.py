@@ -31,14 +31,22 @@ from dynmoe.layers.experts import linears
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
 from dynmoe.questions.base import ANSWER_TOKENS
-from dynmoe.training.build import add_layers, build_data
+from dynmoe.training.build import add_layers, build_data, shapes_init
 from dynmoe.training.instantiation import make
 
 # Conversations of LLaVA-1.5's and MoE-LLaVA's files by stage (arXiv 2401.15947, Table 2).
 LLAVA = {"align": 558_128, "instruct": 964_000, "moe": 665_298}
 
 # The hidden width of FFNs in configurations of transformers. Those without have four widths.
-FFN_WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "hidden_dim", "dff")
+FFN_WIDTHS = (
+    "moe_intermediate_size",
+    "intermediate_size",
+    "ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+    "hidden_dim",
+    "dff",
+)
 
 A100 = 312.0  # TFLOP/s in bf16
 PRODUCT = 1024  # rows and columns of the product that measures a CPU
@@ -53,6 +61,8 @@ class RunSizes(NamedTuple):
     model: formulas.ModelSizes
     total: int
     """Parameters, empty slots included."""
+    mean_k: float
+    """Experts of a token."""
     activated: float
     """Parameters that a token uses."""
     vision: int
@@ -82,12 +92,14 @@ def measure(cfg: DictConfig) -> RunSizes:
     else:
         tokens, sample = data.mean_tokens, data.sample
     costs = efficiency.count(model, *sample)
-    k = dict.fromkeys(costs["slots"], mean_k(cfg))
+    experts = mean_k(cfg, model)
+    k = dict.fromkeys(costs["slots"], experts)
     activated = efficiency.activated(costs, costs["slots"], k)
     vision = efficiency.count(model.vision, sample[0]["images"])
     return RunSizes(
-        model=describe(model, mean_ffns(cfg)),
+        model=describe(model, mean_ffns(cfg, model)),
         total=efficiency.total(costs),
+        mean_k=experts,
         activated=activated,
         vision=efficiency.total(vision),
         flops=efficiency.flops(costs, costs["slots"], k),
@@ -99,16 +111,20 @@ def measure(cfg: DictConfig) -> RunSizes:
     )
 
 
-def mean_k(cfg: DictConfig) -> float:
-    """Return the planned experts of a token."""
+def mean_k(cfg: DictConfig, model: nn.Module | None = None) -> float:
+    """Return the planned experts of a token; a ``model`` may have a k of its own."""
     if cfg.plan.mean_k is not None:
         return float(cfg.plan.mean_k)
-    return float(cfg.moe.get("top_k") or cfg.moe.max_experts / 2)
+    layers = [] if model is None else list(moe_layers(model).values())
+    own = getattr(layers[0].router, "top_k", None) if layers else None
+    return float(cfg.moe.get("top_k") or own or cfg.moe.max_experts / 2)
 
 
-def mean_ffns(cfg: DictConfig) -> float:
+def mean_ffns(cfg: DictConfig, model: nn.Module | None = None) -> float:
     """Return the compute of a token's experts, in full-size FFNs."""
-    return mean_k(cfg) / (cfg.moe.num_experts if cfg.moe.init in SPLITS else 1)
+    parts = (cfg.moe.router or {}).get("num_blocks") or cfg.moe.num_experts
+    routed = mean_k(cfg, model) / (parts if cfg.moe.init in SPLITS else 1)
+    return routed + float(cfg.moe.get("shared_experts", 0))
 
 
 def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:
@@ -118,8 +134,7 @@ def shell(cfg: DictConfig, arguments: dict[str, Any]) -> VisionLanguageModel:
     """
     with _sizes_alone(cfg.backbone) as backbone, torch.device("meta"):
         model: VisionLanguageModel = make(backbone, "backbone", **arguments)
-        init = "random" if cfg.moe.init in SPLITS else "copy"  # equal shapes, without the k-means
-        add_layers(cfg.moe, model, init=init)
+        add_layers(cfg.moe, model, init=shapes_init(cfg.moe, model))
     train_only(model, cfg.task.module.trains)
     return model
 
@@ -227,7 +242,7 @@ def _parameters(cfg: DictConfig, sizes: RunSizes) -> Table:
     table = _table("parameters", "all", "without vision tower")
     empty, k = "", ""
     if sizes.model.moe_blocks:
-        empty, k = ", empty slots included", f", {mean_k(cfg):g} of {cfg.moe.max_experts} experts"
+        empty, k = ", empty slots included", f", {sizes.mean_k:g} of {cfg.moe.max_experts} experts"
     rows = {
         f"whole model{empty}": (sizes.total, sizes.total - sizes.vision),
         f"used by a token{k}": (sizes.activated, sizes.activated - sizes.vision),

@@ -1,6 +1,7 @@
 """The MoE layer: routers, experts, dispatch and auxiliary losses. Needs PyTorch alone."""
 
 from dynmoe.layers.biased_routers import BiasedTopKRouter
+from dynmoe.layers.block_ffn import BlockFFNRouter
 from dynmoe.layers.budget import BudgetTopAnyRouter
 from dynmoe.layers.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
 from dynmoe.layers.experts import Experts
@@ -15,18 +16,23 @@ from dynmoe.layers.moe import (
     record_routing,
 )
 from dynmoe.layers.null_routers import NullExpertRouter
+from dynmoe.layers.predicted_routers import GeMoERouter, UniFRouter
 from dynmoe.layers.prefix_routers import PrefixRouter
 from dynmoe.layers.relu_routers import ReLURouter
 from dynmoe.layers.routers import Router, Routing, StepTotals, TopAnyRouter
+from dynmoe.layers.soft import SoftMoELayer, SoftSlots
+from dynmoe.layers.zero_cost_routers import ZeroCostRouter
 
 __all__ = [
     "AverageKeyRouter",
     "BiasedTopKRouter",
+    "BlockFFNRouter",
     "BudgetTopAnyRouter",
     "CosineTopKRouter",
     "ExpertChoiceRouter",
     "ExpertThresholdRouter",
     "Experts",
+    "GeMoERouter",
     "MaskedTopKRouter",
     "MoELayer",
     "NullExpertRouter",
@@ -34,9 +40,13 @@ __all__ = [
     "ReLURouter",
     "Router",
     "Routing",
+    "SoftMoELayer",
+    "SoftSlots",
     "StepTotals",
     "TopAnyRouter",
     "TopKRouter",
+    "UniFRouter",
+    "ZeroCostRouter",
     "aux_loss",
     "constant_weights",
     "mask_padding",

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe.layers.quantile import BINS, count_distances, distance_to
-from dynmoe.layers.routers import FP32, Router, Routing, StepTotals, hide_padding
+from dynmoe.layers.routers import FP32, Routing, SoftmaxRouter, StepTotals, hide_padding
 
 
-class BiasedTopKRouter(Router):
+class BiasedTopKRouter(SoftmaxRouter):
     """The k experts with the largest score + bias, weighed by the score alone (DeepSeek-V3).
 
     Loss-free balancing (arXiv 2408.15664): after each step the bias of an expert with less than the
@@ -30,6 +30,8 @@ class BiasedTopKRouter(Router):
       as they are.
     - ``num_groups``: the experts are in so many groups, and a token chooses within the
       ``limited_groups`` whose two best biased scores have the largest sum (DeepSeek-V3).
+    - ``z_weight``, ``sequence_weight``: see ``SoftmaxRouter``; the latter is DeepSeek-V3's, of
+      scores that sum to 1 and the k largest of them without bias.
 
     Raises:
         ValueError: ``top_k`` or groups that the number of experts does not have.
@@ -49,8 +51,10 @@ class BiasedTopKRouter(Router):
         bias_rate: float = 1e-3,
         num_groups: int | None = None,
         limited_groups: int | None = None,
+        z_weight: float = 0.0,
+        sequence_weight: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(z_weight, sequence_weight)
         if not 1 <= top_k <= num_slots:
             raise ValueError(f"top_k is {top_k}: expected 1 to the number of experts, {num_slots}")
         _check_groups(num_slots, top_k, num_groups, limited_groups)
@@ -68,7 +72,11 @@ class BiasedTopKRouter(Router):
         self.register_buffer("bias_E", torch.zeros(num_slots, dtype=FP32))
 
     def forward(
-        self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        live: Sequence[int],
+        token_mask_T: Tensor | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
         if len(live) != self.num_slots:
             raise ValueError(f"a biased top-k router has a fixed pool of {self.num_slots}")
@@ -84,12 +92,17 @@ class BiasedTopKRouter(Router):
             if self.renormalise:
                 weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-20)
             weights_TE = weights_TE * self.route_scale
+            aux = scores_TE.new_zeros(())
+            if self.adds_losses:
+                best = scores_TE.topk(self.top_k, dim=1).indices
+                best_TE = torch.zeros_like(mask_TE).scatter_(1, best, True)
+                share_TE = scores_TE / scores_TE.sum(1, keepdim=True)
+                aux = self._with_losses(aux, logits_TE, share_TE, best_TE, token_mask_T, shape)
             observed = None
             if self.observes and self.training:
                 real_TE = hide_padding(torch.ones_like(mask_TE), token_mask_T)
                 observed = count_distances(self._margin(biased_TE), real_TE).flatten()
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
-        aux = scores_TE.new_zeros(())
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, mask_TE, observed=observed)
 
     def _within_groups(self, biased_TE: Tensor) -> Tensor:

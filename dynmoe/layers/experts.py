@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,10 +27,12 @@ Init = Literal["copy", "cluster", "random", "fresh"]
 
 
 class Experts(nn.Module):
-    """``num_slots`` FFNs made from one.
+    """``num_slots`` FFNs made from one, or given as they are.
 
     ``init``: ``copy`` for full copies of it, ``cluster`` or ``random`` for shares of its hidden
-    neurons (``split_ffn``), ``fresh`` for newly drawn ones of its size.
+    neurons (``split_ffn``), of as many ``copies``, ``fresh`` for newly drawn ones of its size. A
+    sequence of FFNs fills the first slots without a copy; slots beyond them hold copies of them in
+    turn.
 
     ``mlp`` is any module that maps rows [N, D] to rows [N, D], each row by itself. FFNs
     of a form that ``ffn.find_layout`` knows take the fast path, where ``recompute`` holds; the
@@ -44,13 +46,23 @@ class Experts(nn.Module):
     """Weights in the dtype of products, within ``moe.constant_weights``; None elsewhere."""
 
     def __init__(
-        self, mlp: nn.Module, num_slots: int, init: Init = "copy", recompute: bool = False
+        self,
+        mlp: nn.Module | Sequence[nn.Module],
+        num_slots: int,
+        init: Init = "copy",
+        recompute: bool = False,
+        copies: int = 1,
     ) -> None:
         super().__init__()
         # NOTE: one module, hence one set of Parameters, per slot and not one stacked tensor: a slot
         # without an expert then has ``grad is None``, so no optimizer pass and no weight decay.
-        if init == "cluster" or init == "random":
-            self.slots = nn.ModuleList(split_ffn(mlp, num_slots, init))
+        if not isinstance(mlp, nn.Module):
+            beyond = range(num_slots - len(mlp))
+            more = [copy.deepcopy(mlp[each % len(mlp)]) for each in beyond]
+            self.slots = nn.ModuleList([*mlp, *more])
+        elif init == "cluster" or init == "random":
+            parts = split_ffn(mlp, num_slots // copies, init)
+            self.slots = nn.ModuleList(copy.deepcopy(part) for _ in range(copies) for part in parts)
         else:
             self.slots = nn.ModuleList(copy.deepcopy(mlp) for _ in range(num_slots))
         self.recompute = recompute
@@ -170,6 +182,31 @@ def check_ffn(mlp: nn.Module, dim: int) -> None:
         )
 
 
+def check_experts(mlps: Sequence[nn.Module], dim: int) -> None:
+    """Refuse FFNs that ``check_ffn`` refuses, or whose tensors differ in shape or dtype.
+
+    Raises:
+        TypeError: no module.
+        ValueError: with both of them.
+    """
+    first: dict[str, Any] = {}
+    checked: set[str] = set()
+    for number, mlp in enumerate(mlps):
+        # A call takes milliseconds, and models have a thousand experts, all of one build.
+        build = f"{type(mlp)} {mlp}"
+        if build not in checked:
+            check_ffn(mlp, dim)
+            checked.add(build)
+        state = mlp.state_dict()
+        shapes = {name: (list(each.shape), each.dtype) for name, each in state.items()}
+        first = first or shapes
+        if shapes != first:
+            raise ValueError(
+                f"mlp: expected experts of equal shapes and dtypes, found {shapes} in expert "
+                f"{number}, {first} in expert 0"
+            )
+
+
 def _check_arguments(mlp: nn.Module) -> None:
     try:
         arguments = inspect.signature(mlp.forward)
@@ -235,6 +272,42 @@ def redraw(mlp: nn.Module, generator: torch.Generator | None = None) -> None:
                 reset()
 
 
+@torch.no_grad()
+def shared_expert(mlp: nn.Module, init: Init) -> nn.Module:
+    """Return an FFN like ``mlp`` that is to be added to the routed experts.
+
+    ``fresh``: newly drawn. Else a copy whose last linear layer is 0: the routed experts start as
+    the trained FFN, and so the layer does.
+
+    Raises:
+        ConfigError: there is no linear layer.
+    """
+    made = copy.deepcopy(mlp)
+    if init == "fresh":
+        redraw(made)
+        return made
+    if not (found := linears(made)):
+        raise ConfigError(
+            f"moe.shared_experts: {type(mlp).__name__} has no linear layer that could start at 0. "
+            "Set moe.init=fresh, or moe.shared_experts=0."
+        )
+    for p in found[-1].parameters():
+        p.zero_()
+    return made
+
+
+def with_shared(
+    shared: Iterable[nn.Module], y_TD: Tensor, x_TD: Tensor, token_mask_T: Tensor | None
+) -> Tensor:
+    """Add the outputs of ``shared`` experts, 0 on padding."""
+    for expert in shared:
+        out_TD = same_rows(expert(x_TD), x_TD).to(y_TD.dtype)
+        if token_mask_T is not None:
+            out_TD = out_TD.masked_fill(~token_mask_T[:, None], 0)
+        y_TD = y_TD + out_TD
+    return y_TD
+
+
 # Split one trained FFN into experts: each takes an equal share of its hidden neurons.
 
 ROUNDS = 100
@@ -279,7 +352,9 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
 def _weight(linear: nn.Linear) -> Tensor:
     """The weight of a linear layer as numbers, fp32."""
     weight_OI = linear.weight
-    return (weight_OI if is_plain_linear(linear) else weight_OI.dequantize()).float()
+    # An export's tensors are of a class of their own.
+    plain = is_plain_linear(linear) or torch.compiler.is_exporting()
+    return (weight_OI if plain else weight_OI.dequantize()).float()
 
 
 def linears(mlp: nn.Module) -> list[nn.Linear]:

@@ -86,14 +86,13 @@ class PackedGatedFFN(nn.Module):
 
 def keys(mlp: nn.Module) -> slice:
     """Return the rows of an FFN's first matrix that its activation takes: the gate's alone."""
-    name: Any = type(mlp)
+    known: Any = mlp
     if isinstance(mlp, PackedGatedFFN):
-        first, gate_up = mlp.gate_first, mlp.gate_up
-    elif (name.__module__, name.__qualname__) == ("timm.layers.mlp", "GluMlp"):
-        first, gate_up = not mlp.gate_last, mlp.fc1
+        first, half = known.gate_first, known.down.in_features
+    elif (type(mlp).__module__, type(mlp).__qualname__) == ("timm.layers.mlp", "GluMlp"):
+        first, half = not known.gate_last, known.fc2.in_features
     else:
         return slice(None)
-    half = gate_up.out_features // 2
     return slice(half) if first else slice(half, None)
 
 
@@ -139,8 +138,9 @@ def read_ffns(mlps: Sequence[nn.Module], layout: Layout) -> FFNs | None:
         for name in (*layout.inner, layout.outer):
             linear: Any = children[name]
             own = linear._parameters  # faster than attributes; FSDP puts plain ones there
-            weight = own["weight"] if "weight" in own else linear.weight
-            bias = own["bias"] if "bias" in own else linear.bias
+            if "weight" not in own or "bias" not in own:
+                own = {"weight": linear.weight, "bias": linear.bias}
+            weight, bias = own["weight"], own["bias"]
             if type(weight) not in PLAIN or type(bias) not in PLAIN:
                 return None
             weights += [weight, bias]

@@ -20,18 +20,20 @@ from torch.nn import functional as F
 
 from dynmoe.layers import losses
 from dynmoe.layers.ffn import is_plain_linear
-from dynmoe.layers.routers import Router, Routing, cosine, hide_padding
+from dynmoe.layers.routers import Router, Routing, SoftmaxRouter, cosine, hide_padding
 
 if TYPE_CHECKING:
     from dynmoe.layers.experts import Experts
 
 
-class TopKRouter(Router):
+class TopKRouter(SoftmaxRouter):
     """Softmax over a linear score, the k largest experts per token (GShard, Switch, Mixtral).
 
     For k > 1 the chosen probabilities are renormalised to sum to 1; at k = 1 they are not, because
     the constant weight 1 would leave the router without a task gradient. Copies of an FFN then
     start at that probability, about 1/E, times its output; for k > 1 they start at its output.
+    ``renormalise``: true or false says it for every k (OLMoE: false). ``scale`` multiplies the
+    weights (DeepSeek-V2's ``routed_scaling_factor``).
 
     ``noise`` > 0 adds Gaussian noise of standard deviation noise / E to the logits in training.
     ``aux``: ``load_balance`` (GShard) or ``importance_load`` (needs noise).
@@ -41,6 +43,9 @@ class TopKRouter(Router):
     ``k * int(capacity_factor * ceil(T / E))`` of the T real tokens, the most confident first
     (Tutel's batch-prioritised routing), and the overflow gets nothing from it, in evaluation too.
     ``min_capacity``: it takes at least so many, however few tokens there are (DeepSpeed's is 4).
+    ``forced_balance``: experts take turns whatever the scores, for benchmarks; weights are still
+    those of the scores.
+    ``z_weight``, ``sequence_weight``: see ``SoftmaxRouter``.
     """
 
     def __init__(
@@ -53,8 +58,13 @@ class TopKRouter(Router):
         capacity_factor: float | None = None,
         weights_sum: Literal["one", "k"] = "one",
         min_capacity: int = 0,
+        forced_balance: bool = False,
+        z_weight: float = 0.0,
+        sequence_weight: float = 0.0,
+        renormalise: bool | None = None,
+        scale: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(z_weight, sequence_weight)
         _check_top_k(top_k, num_slots)
         _check_capacity(capacity_factor, min_capacity)
         if aux == "importance_load" and noise <= 0:
@@ -66,6 +76,9 @@ class TopKRouter(Router):
         self.capacity_factor = capacity_factor
         self.min_capacity = min_capacity
         self.weights_sum = weights_sum
+        self.forced_balance = forced_balance
+        self.renormalise = top_k > 1 if renormalise is None else renormalise
+        self.scale = scale
         self._build_scorer(dim)
 
     def _build_scorer(self, dim: int) -> None:
@@ -78,7 +91,11 @@ class TopKRouter(Router):
         return F.linear(x_TD, self.weight.float())
 
     def forward(
-        self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        live: Sequence[int],
+        token_mask_T: Tensor | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
         if len(live) != self.num_slots:
             raise ValueError(f"a top-k router has a fixed pool of {self.num_slots}, got {live}")
@@ -88,18 +105,27 @@ class TopKRouter(Router):
             if self.training and self.noise > 0:
                 noisy_TE = clean_TE + torch.randn_like(clean_TE) * (self.noise / self.num_slots)
             probs_TE = noisy_TE.softmax(1)
-            choice_TK, mask_TE = _largest(probs_TE, self.top_k, token_mask_T)
+            if self.forced_balance:
+                choice_TK = in_turn(probs_TE, self.top_k, token_mask_T)
+            else:
+                choice_TK = probs_TE.topk(self.top_k, dim=1).indices
+            mask_TE = _chosen(choice_TK, probs_TE, token_mask_T)
             weights_TE = probs_TE * mask_TE
-            if self.top_k > 1:
+            if self.renormalise:
                 # Rows of padding sum to 0.
                 weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
             if self.weights_sum == "k":
                 weights_TE = weights_TE * self.top_k
+            if self.scale != 1:
+                weights_TE = weights_TE * self.scale
             # NOTE: the loss sees the choices before places are given: an expert that many tokens
             # want must not look balanced because the overflow was dropped.
             aux = probs_TE.new_zeros(())
             if self.recorded:
                 aux = self._aux(clean_TE, noisy_TE, choice_TK, token_mask_T)
+            if self.adds_losses:
+                probs = clean_TE.softmax(1)
+                aux = self._with_losses(aux, clean_TE, probs, mask_TE, token_mask_T, shape)
             if self.capacity_factor is not None:
                 places = capacity(
                     choice_TK, self.num_slots, self.capacity_factor, self.min_capacity, token_mask_T
@@ -146,11 +172,24 @@ class CosineTopKRouter(TopKRouter):
         init_temperature: float = 0.5,
         weights_sum: Literal["one", "k"] = "one",
         min_capacity: int = 0,
+        forced_balance: bool = False,
+        z_weight: float = 0.0,
+        sequence_weight: float = 0.0,
     ) -> None:
         self.projection = projection
         self.init_temperature = init_temperature
         super().__init__(
-            dim, num_slots, top_k, noise, aux, capacity_factor, weights_sum, min_capacity
+            dim,
+            num_slots,
+            top_k,
+            noise,
+            aux,
+            capacity_factor,
+            weights_sum,
+            min_capacity,
+            forced_balance,
+            z_weight,
+            sequence_weight,
         )
 
     def _build_scorer(self, dim: int) -> None:
@@ -225,7 +264,8 @@ class AverageKeyRouter(Router):
             scores_TE = F.linear(x_TD.detach().float(), self.keys_ED)
             if self.training and self.noise > 0:
                 scores_TE = scores_TE + torch.randn_like(scores_TE) * (self.noise / self.num_slots)
-        choice_TK, mask_TE = _largest(scores_TE, self.top_k, token_mask_T)
+        choice_TK = scores_TE.topk(self.top_k, dim=1).indices
+        mask_TE = _chosen(choice_TK, scores_TE, token_mask_T)
         if self.capacity_factor is not None:
             places = capacity(
                 choice_TK, self.num_slots, self.capacity_factor, self.min_capacity, token_mask_T
@@ -301,8 +341,15 @@ def within_capacity(
     return kept_TE
 
 
-def _largest(scores_TE: Tensor, top_k: int, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the experts with the ``top_k`` largest scores, best first, and their mask."""
-    choice_TK = scores_TE.topk(top_k, dim=1).indices
+def _chosen(choice_TK: Tensor, scores_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
+    """Return the mask of the real tokens' choices."""
     mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(1, choice_TK, True)
-    return choice_TK, hide_padding(mask_TE, token_mask_T)
+    return hide_padding(mask_TE, token_mask_T)
+
+
+def in_turn(scores_TE: Tensor, top_k: int, token_mask_T: Tensor | None) -> Tensor:
+    """Return k experts of each token, of which every real token takes the next ones, [T, K]."""
+    real_T = scores_TE.new_ones(len(scores_TE)) if token_mask_T is None else token_mask_T
+    first_T1 = (real_T.cumsum(0)[:, None].long() - 1).clamp(min=0) * top_k
+    turn_TK = first_T1 + torch.arange(top_k, device=scores_TE.device)
+    return turn_TK % scores_TE.shape[1]

@@ -49,6 +49,35 @@ def load_balance(
     return num_experts * (probs_E * first_E).sum() / _count(probs_TE, real_T) ** 2
 
 
+def z_loss(logits_TC: Tensor, real_T: Tensor | None = None) -> Tensor:
+    """Mean of the squared logsumexp of a token's logits (ST-MoE, arXiv 2202.08906, Eq. 5)."""
+    squares_T1 = logits_TC.logsumexp(1, keepdim=True).square()
+    return _sum(squares_T1, real_T).sum() / _count(logits_TC, real_T)
+
+
+def sequence_balance(
+    probs_TC: Tensor, picks_TC: Tensor, length: int | None = None, real_T: Tensor | None = None
+) -> Tensor:
+    """Balance within each sequence, mean over sequences (DeepSeek-V3, arXiv 2412.19437, Eq. 17-20).
+
+    Of a sequence: ``sum_c f_c mean_t(p_tc)`` with f_c the picks of column c, times the columns,
+    divided by all picks. ``length`` tokens in a row are a sequence; None: all of them are one.
+    """
+    if not len(probs_TC):
+        return probs_TC.sum()
+    columns, length = probs_TC.shape[1], length or len(probs_TC)
+    picks_TC = picks_TC.to(probs_TC.dtype)
+    real_T1 = torch.ones_like(picks_TC[:, :1]) if real_T is None else real_T[:, None].float()
+    probs_BC, picks_BC, real_B1 = (
+        (part * real_T1).view(-1, length, part.shape[1]).sum(1)
+        for part in (probs_TC, picks_TC, torch.ones_like(real_T1))
+    )
+    share_BC = columns * picks_BC / picks_BC.sum(1, keepdim=True).clamp(min=1)
+    balance_B1 = (share_BC * probs_BC / real_B1.clamp(min=1)).sum(1, keepdim=True)
+    # A sequence of padding has 0.
+    return balance_B1.sum() / (real_B1 > 0).sum().clamp(min=1)
+
+
 def pair_balance(probs_TE: Tensor, mask_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
     """``E * sum_e mean_t(p_te) * n_e / n``: n_e of all n chosen pairs are of expert e.
 

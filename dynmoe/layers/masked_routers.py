@@ -72,9 +72,13 @@ class MaskedTopKRouter(TopKRouter):
         return self.target_k is not None
 
     def forward(
-        self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        live: Sequence[int],
+        token_mask_T: Tensor | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
-        top_k = super().forward(x_TD, live, token_mask_T)
+        top_k = super().forward(x_TD, live, token_mask_T, shape)
         choice_TE = top_k.mask_TE
         with torch.autocast(x_TD.device.type, enabled=False):
             margin_TE = F.linear(x_TD.float(), self.mask_weights.float()) - self.shift

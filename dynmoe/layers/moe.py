@@ -15,7 +15,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynmoe.layers.experts import Experts, Init, check_ffn, redraw
+from dynmoe.layers.experts import (
+    Experts,
+    Init,
+    check_experts,
+    check_ffn,
+    redraw,
+    shared_expert,
+    with_shared,
+)
 from dynmoe.layers.routers import Router, Routing
 
 log = logging.getLogger(__name__)
@@ -54,7 +62,14 @@ class Routed(NamedTuple):
     """``Routing.observed``."""
 
 
-class MoELayer(nn.Module):
+class MaskedLayer(nn.Module):
+    """A layer that ``mask_padding`` tells of padding."""
+
+    token_mask: Tensor | None = None
+    """Padding of the next call's input within ``mask_padding``, for blocks that pass x alone."""
+
+
+class MoELayer(MaskedLayer):
     """Route, dispatch to the living experts, combine. ``[..., D] -> [..., D]``.
 
     The pool has ``max_experts`` slots, the first ``num_experts`` of which are alive at the start.
@@ -69,15 +84,22 @@ class MoELayer(nn.Module):
     padding, in training and evaluation: no expert serves it, it comes out as 0, and it is in no
     loss and in no count. The residual connection around an FFN keeps it visible in the output.
 
+    ``mlp`` may be a sequence of ``num_experts`` FFNs of equal shapes: the experts, as they are.
+
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
     inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
+    ``shared_experts`` more FFNs serve every token, whatever the router: their outputs are added
+    (``experts.shared_expert`` says how they start). k counts routed experts alone.
 
     Raises:
         TypeError: ``router`` makes no ``Router``, or ``mlp`` is no module.
         ValueError: ``num_experts`` is not 1 to ``max_experts``, or ``mlp`` does not map rows
-            [N, ``dim``] alone to rows of the same shape and dtype.
-        ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``).
+            [N, ``dim``] alone to rows of the same shape and dtype; of several FFNs one does not,
+            they are not ``num_experts`` of equal shapes, or they come with an ``init`` or a
+            ``keep_origin``, which need a single one.
+        ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``), or
+            makes a shared expert of one without linear layers.
     """
 
     active_E: Tensor
@@ -88,12 +110,10 @@ class MoELayer(nn.Module):
     """Called with every call in training, whoever records it (``dynmoe.adaptation``)."""
     warns_of_still_state: ClassVar[bool] = True
     """Whether to warn, once, of a router in training whose state nobody moves."""
-    token_mask: Tensor | None
-    """Padding of the next call's input within ``mask_padding``, for blocks that pass x alone."""
 
     def __init__(
         self,
-        mlp: nn.Module,
+        mlp: nn.Module | Sequence[nn.Module],
         dim: int,
         router: Callable[[int, int], Router],
         num_experts: int,
@@ -101,23 +121,38 @@ class MoELayer(nn.Module):
         init: Init = "copy",
         keep_origin: bool = False,
         recompute: bool = False,
+        shared_experts: int = 0,
     ) -> None:
         super().__init__()
         max_experts = num_experts if max_experts is None else max_experts
         if not 1 <= num_experts <= max_experts:
             raise ValueError(f"expected 1 <= num_experts ({num_experts}) <= max ({max_experts})")
-        check_ffn(mlp, dim)
+        origin = None
+        if isinstance(mlp, nn.ModuleList):
+            mlp = list(mlp)
+        if isinstance(mlp, Sequence):
+            if len(mlp) != num_experts or init != "copy" or keep_origin:
+                raise ValueError(
+                    f"mlp: {len(mlp)} experts are given as they are. Expected num_experts="
+                    f"{len(mlp)}, init=copy and no keep_origin, found {num_experts}, {init}, "
+                    f"{keep_origin}"
+                )
+            check_experts(mlp, dim)
+        else:
+            check_ffn(mlp, dim)
+            origin = copy.deepcopy(mlp) if keep_origin else None
         self.dim = dim
         self.router = _made_router(router, dim, max_experts)
-        self.experts = Experts(mlp, max_experts, init, recompute)
+        self.experts = Experts(mlp, max_experts, init, recompute, self.router.expert_copies)
+        first = mlp if isinstance(mlp, nn.Module) else mlp[0]
+        self.shared = nn.ModuleList(shared_expert(first, init) for _ in range(shared_experts))
         # Without gradients: optimizers leave it out, so it neither moves nor decays.
-        self.origin = copy.deepcopy(mlp).requires_grad_(False) if keep_origin else None
+        self.origin = None if origin is None else origin.requires_grad_(False)
         self.register_buffer("active_E", torch.arange(max_experts) < num_experts)
         self._live = tuple(range(num_experts))
         self._live_of: tuple[Tensor, int, int] | None = None
         self.tape: list[Routed] | None = None
         self.observer: Callable[[MoELayer, Routed], None] | None = None
-        self.token_mask: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and saved layers belong to no recording: an averaged model is no second student.
@@ -138,7 +173,7 @@ class MoELayer(nn.Module):
             raise ValueError(f"expected x of shape [..., {self.dim}], found {list(x.shape)}")
         token_mask = self.token_mask if token_mask is None else token_mask
         if token_mask is not None:
-            _check_mask(token_mask, x)
+            check_mask(token_mask, x)
         token_mask_T = None if token_mask is None else token_mask.reshape(-1)
         x_TD, token_mask_T = set_aside(x.reshape(-1, self.dim), token_mask_T)
         # Compiled code knows the experts that it was made for, and asks for them in `_serve`.
@@ -150,7 +185,7 @@ class MoELayer(nn.Module):
             y_TD = self._sum(x_TD, routing, live)
         else:
             y_TD = self._serve(x_TD, routing, live, token_mask_T, shape, compiling)
-        return y_TD.view(x.shape)
+        return with_shared(self.shared, y_TD, x_TD, token_mask_T).view(x.shape)
 
     def _route(
         self,
@@ -173,7 +208,9 @@ class MoELayer(nn.Module):
         return routing._replace(aux=_of_some(routing.aux, x_TD, token_mask_T))
 
     def _sum(self, x_TD: Tensor, routing: Routing, live: tuple[int, ...]) -> Tensor:
-        y_TD: Tensor = self.experts(x_TD, routing, live)
+        scale = self.router.input_scale
+        rows_TD = x_TD if scale == 1 else x_TD * scale
+        y_TD: Tensor = self.experts(rows_TD, routing, live)
         return y_TD if routing.extra_TD is None else y_TD + routing.extra_TD.to(y_TD.dtype)
 
     # NOTE: not compiled, as the experts' code is in any case: no further graph break. Compiled code
@@ -369,7 +406,7 @@ def _made_router(router: Any, dim: int, max_experts: int) -> Router:
     return made
 
 
-def _check_mask(token_mask: Tensor, x: Tensor) -> None:
+def check_mask(token_mask: Tensor, x: Tensor) -> None:
     _check_bool(token_mask)
     shape = x.shape[:-1]
     # Some blocks pass the tokens of all sequences as rows.
@@ -502,7 +539,7 @@ def mask_padding(model: nn.Module, token_mask: Tensor | None) -> Iterator[None]:
     """
     if token_mask is not None:
         _check_bool(token_mask)
-    layers = moe_layers(model).values()
+    layers = [module for module in model.modules() if isinstance(module, MaskedLayer)]
     for layer in layers:
         layer.token_mask = token_mask
     try:

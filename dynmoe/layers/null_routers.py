@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe.layers import losses
-from dynmoe.layers.routers import FP32, Router, Routing, StepTotals, hide_padding, one_target
+from dynmoe.layers.routers import (
+    FP32,
+    Routing,
+    SoftmaxRouter,
+    StepTotals,
+    hide_padding,
+    one_target,
+)
 
 
-class NullExpertRouter(Router):
+class NullExpertRouter(SoftmaxRouter):
     """The ``top_k`` largest of one softmax over true and null experts: 0 to k FFNs a token.
 
     AdaMoE (arXiv 2406.13233): null experts output 0, and weights are shares of the true picks. A
@@ -28,13 +35,14 @@ class NullExpertRouter(Router):
       or not at all (``none``). With ``true_only`` the logits of null experts cancel out of every
       weight, and the auxiliary loss alone moves them.
     - ``null_output``: null experts output ``zero``, or the token times their weight, ``identity``.
-    - ``balance``: ``loss`` is AdaMoE's, in which null experts share one mean load (``averaged``);
+    - ``balance``: ``loss`` is AdaMoE's, in which null experts share one mean load;
       ``plain`` is that of its second experiment's code, where each has its own. ``bias`` has no
       loss: b_e += bias_rate * (target_k / (K E) - load_e / (K T)) after each step for every true
       expert e, added to the probabilities for the choice alone.
     - ``target_k``: the mean number of true experts that ``bias`` holds.
     - ``aux_end``: the auxiliary loss is multiplied by a factor that goes from 1 to this along the
       training.
+    - ``z_weight``, ``sequence_weight``: see ``SoftmaxRouter``, over all columns.
 
     Raises:
         ValueError: ``top_k`` beyond the columns, a ``target_k`` that is missing, without use or out
@@ -56,8 +64,10 @@ class NullExpertRouter(Router):
         bias_rate: float = 1e-3,
         target_k: float | Sequence[float] | None = None,
         aux_end: float = 1.0,
+        z_weight: float = 0.0,
+        sequence_weight: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(z_weight, sequence_weight)
         if num_null < 0:
             raise ValueError(f"num_null is {num_null}: expected 0 or more null experts")
         if not 1 <= top_k <= num_slots + num_null:
@@ -71,7 +81,7 @@ class NullExpertRouter(Router):
                 "renorm=none (LongCat-Flash) or all"
             )
         target_k = None if target_k is None else one_target(target_k)
-        _check_target(target_k, balance, min(top_k, num_slots))
+        self.target_k = _checked_target(target_k, balance, min(top_k, num_slots))
         self.num_slots = num_slots
         self.num_null = num_null
         self.top_k = top_k
@@ -79,7 +89,6 @@ class NullExpertRouter(Router):
         self.null_output = null_output
         self.balance = balance
         self.bias_rate = bias_rate
-        self.target_k = target_k
         self.aux_end = aux_end
         rows_CD = nn.init.trunc_normal_(torch.empty(num_slots + num_null, dim), std=0.02)
         self.weight = nn.Parameter(rows_CD[:num_slots].clone())
@@ -92,13 +101,18 @@ class NullExpertRouter(Router):
         return self.balance == "bias" or self.aux_end != 1
 
     def forward(
-        self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        live: Sequence[int],
+        token_mask_T: Tensor | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
         if len(live) != self.num_slots:
             raise ValueError(f"a null-expert router has a fixed pool of {self.num_slots}")
         with torch.autocast(x_TD.device.type, enabled=False):
             rows_CD = torch.cat([self.weight, self.null_weight]).float()
-            probs_TC = F.linear(x_TD.float(), rows_CD).softmax(1)
+            logits_TC = F.linear(x_TD.float(), rows_CD)
+            probs_TC = logits_TC.softmax(1)
             biased_TC = probs_TC.detach() + F.pad(self.bias_E, (0, self.num_null))
             picks = biased_TC.topk(self.top_k, dim=1).indices
             picks_TC = torch.zeros_like(probs_TC, dtype=torch.bool).scatter_(1, picks, True)
@@ -106,6 +120,7 @@ class NullExpertRouter(Router):
             mask_TE = picks_TC[:, : self.num_slots]
             weights_TC = self._weights(probs_TC * picks_TC)
             aux = self._aux(probs_TC, picks_TC, token_mask_T)
+            aux = self._with_losses(aux, logits_TC, probs_TC, picks_TC, token_mask_T, shape)
             extra_TD = None
             if self.null_output == "identity":
                 passed_T1 = weights_TC[:, self.num_slots :].sum(1, keepdim=True)
@@ -161,12 +176,13 @@ class NullExpertRouter(Router):
         )
 
 
-def _check_target(target_k: float | None, balance: str, most: int) -> None:
+def _checked_target(target_k: float | None, balance: str, most: int) -> float | None:
     if balance != "bias":
         if target_k is not None:
             raise ValueError(
                 f"target_k={target_k} needs balance=bias: under a loss, num_null and top_k set k"
             )
-        return
+        return None
     if target_k is None or not 0 < target_k <= most:
         raise ValueError(f"target_k is {target_k}: expected more than 0, up to {most}, for biases")
+    return target_k

@@ -8,6 +8,7 @@ Shape suffixes: T tokens, E living experts, S slots, D model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -103,12 +104,18 @@ class Router(nn.Module):
 
     adaptive: ClassVar[bool] = False
     """Whether experts may be added and removed during training."""
+    input_scale: float = 1.0
+    """Factor of the tokens that experts get."""
+    expert_copies: int = 1
+    """Of how many copies of the FFN the experts are parts, where ``moe.init`` makes parts."""
+    hands_on: bool = False
+    """Whether the router of the next MoE layer is made with ``after=`` this one."""
     sees_batch: ClassVar[bool] = False
     """Whether experts choose among the tokens of a batch, in evaluation too: refused for causal
     models, whose tokens would be told what follows."""
     observes: int = 0
     """Numbers in ``Routing.observed``; 0 without."""
-    takes_shape: ClassVar[bool] = False
+    takes_shape: bool = False
     """Whether ``forward`` has a keyword ``shape``: that of the tokens, [B, N] for B sequences of N
     tokens, whose rows ``x_TD`` has one after another; [T] where the layer is not told of them."""
 
@@ -210,6 +217,46 @@ class Router(nn.Module):
         return self
 
 
+class SoftmaxRouter(Router):
+    """Base class of routers over logits: two losses that any of them can add to its own.
+
+    ``z_weight``: of ``losses.z_loss``; ``sequence_weight``: of ``losses.sequence_balance``. Both
+    are parts of ``Routing.aux``, which ``moe.aux_weight`` multiplies once more.
+    """
+
+    def __init__(self, z_weight: float = 0.0, sequence_weight: float = 0.0) -> None:
+        super().__init__()
+        self.z_weight = z_weight
+        self.sequence_weight = sequence_weight
+        self.takes_shape = sequence_weight > 0
+
+    @property
+    def adds_losses(self) -> bool:
+        # Exported programs are not trained, and know no number of sequences.
+        wanted = self.recorded and not torch.compiler.is_exporting()
+        return wanted and (self.z_weight > 0 or self.sequence_weight > 0)
+
+    def _with_losses(
+        self,
+        aux: Tensor,
+        logits_TC: Tensor,
+        probs_TC: Tensor,
+        picks_TC: Tensor,
+        token_mask_T: Tensor | None,
+        shape: Sequence[int] | None,
+    ) -> Tensor:
+        """``aux`` with what is asked for. C: all columns of the softmax."""
+        if not self.adds_losses:
+            return aux
+        if self.z_weight:
+            aux = aux + self.z_weight * losses.z_loss(logits_TC, token_mask_T)
+        if self.sequence_weight:
+            length = sequence_length(shape)
+            balance = losses.sequence_balance(probs_TC, picks_TC, length, token_mask_T)
+            aux = aux + self.sequence_weight * balance
+        return aux
+
+
 def one_target(target_k: float | Sequence[float]) -> float:
     """Return the ``target_k`` of one layer.
 
@@ -222,6 +269,12 @@ def one_target(target_k: float | Sequence[float]) -> float:
             "add_moe_layers, which makes them"
         )
     return float(target_k)
+
+
+def sequence_length(shape: Sequence[int] | None) -> int | None:
+    """Return how many tokens in a row are a sequence, by the ``shape`` that a router takes; None
+    where it does not tell."""
+    return None if shape is None or len(shape) < 2 else math.prod(shape[1:])
 
 
 def hide_padding(where: Tensor, token_mask_T: Tensor | None) -> Tensor:

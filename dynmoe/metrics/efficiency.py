@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ def exported(costs: Costs, experts: Mapping[str, int]) -> int:
     """Return the parameters after compaction: empty slots are gone."""
     layers: dict[str, Costs] = costs["parameters"]["layers"]
     inside = sum(
-        experts[name] * (size["expert"] + size["router"]) + size["router_fixed"]
+        experts[name] * (size["expert"] + size["router"]) + _for_each_token(size)
         for name, size in layers.items()
     )
     return int(costs["parameters"]["other"] + inside)
@@ -42,10 +42,11 @@ def activated(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> floa
     """Return the parameters a token uses: every living expert is scored, k of them are computed."""
     layers: dict[str, Costs] = costs["parameters"]["layers"]
     inside = sum(
-        mean_k[name] * size["expert"] + experts[name] * size["router"] + size["router_fixed"]
+        mean_k[name] * size["expert"] + experts[name] * size["router"] + _for_each_token(size)
         for name, size in layers.items()
     )
-    return float(costs["parameters"]["other"] + inside)
+    outside = costs["parameters"]["other"] - costs["parameters"].get("idle", 0)
+    return float(outside + inside)
 
 
 def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | None:
@@ -62,10 +63,14 @@ def flops(costs: Costs, experts: Mapping[str, int], mean_k: Numbers) -> float | 
     layers: dict[str, Costs] = costs["flops"]["layers"]
     inside = sum(
         each["tokens"]
-        * (mean_k[name] * each["expert"] + experts[name] * each["router"] + each["router_fixed"])
+        * (mean_k[name] * each["expert"] + experts[name] * each["router"] + _for_each_token(each))
         for name, each in layers.items()
     )
     return float(costs["flops"]["other"] + inside)
+
+
+def _for_each_token(size: Costs) -> int:
+    return int(size["router_fixed"] + size.get("shared", 0))
 
 
 def count(model: nn.Module, *sample: Any) -> Costs:
@@ -73,13 +78,15 @@ def count(model: nn.Module, *sample: Any) -> Costs:
 
     ``sample``: inputs of a batch of one, tensors or containers of them.
 
-    - ``parameters``: ``{"other": n, "layers": {name: {"expert", "router", "router_fixed"}}}``, all
-      outside MoE layers; of a layer those of one expert, the router's for each expert, and its
-      shared ones. The copy of the FFN that ``keep_origin`` holds is not part of the model.
+    - ``parameters``: ``{"other": n, "idle": n, "layers": {name: {"expert", "router",
+      "router_fixed"}}}``, all outside MoE layers, and those of them that a token does not use, of
+      a model that is a mixture by itself; of a layer those of one expert, the router's for each
+      expert, and its fixed ones; "shared" besides, of all shared experts, where there are some. The
+      copy of the FFN that ``keep_origin`` holds is not part of the model.
     - ``flops``: ``{"other": n, "layers": {name: {"tokens", "expert", "router", "router_fixed"}}}``:
       outside MoE layers per sample; of a layer its tokens per sample, and per token one expert's,
-      the router's for each living expert, and its shared ones. None where a router does not
-      know its FLOPs, or where the computation depends on the values of its data.
+      the router's for each living expert, and its fixed ones; "shared" as above. None where a
+      router does not know its FLOPs, or where the computation depends on the values of its data.
     - ``slots``: ``{name: max_experts}``.
 
     The model is neither run nor changed.
@@ -92,6 +99,10 @@ def count(model: nn.Module, *sample: Any) -> Costs:
     return {
         "parameters": {
             "other": outside,
+            "idle": sum(
+                sum(p.numel() for p in experts.parameters()) * (number - k) // number
+                for experts, number, k in _stacked(model)
+            ),
             "layers": {name: _parameters(layer) for name, layer in layers.items()},
         },
         "flops": _flops(model, sample),
@@ -102,11 +113,25 @@ def count(model: nn.Module, *sample: Any) -> Costs:
 def _parameters(layer: MoELayer) -> dict[str, int]:
     router = sum(p.numel() for p in layer.router.parameters())
     each = sum(p.numel() for p in layer.router.slot_parameters(0))
+    shared = sum(p.numel() for p in layer.shared.parameters())
     return {
         "expert": sum(p.numel() for p in layer.experts.slots[0].parameters()),
         "router": each,
         "router_fixed": router - each * layer.max_experts,
+        **({"shared": shared} if len(layer.shared) else {}),
     }
+
+
+def _stacked(model: nn.Module) -> Iterator[tuple[nn.Module, int, int]]:
+    """The experts that transformers stacks in two tensors [E, ...], their number, and k."""
+    from torch import nn
+
+    for module in model.modules():
+        experts: Any = getattr(module, "experts", None)
+        weight = getattr(experts, "gate_up_proj", None)
+        chosen: list[Any] = [child.top_k for child in module.children() if hasattr(child, "top_k")]
+        if isinstance(weight, nn.Parameter) and weight.ndim == 3 and chosen:
+            yield experts, len(weight), int(chosen[0])
 
 
 def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
@@ -136,10 +161,15 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
         x_TD = x.reshape(-1, layers[name].dim)
         tokens[name] += len(x_TD)
         y_TD: Tensor = layers[name].experts.slots[0](x_TD)
+        for expert in layers[name].shared:
+            y_TD = y_TD + expert(x_TD)
         return y_TD.view(x.shape)
 
     for name, layer in layers.items():
         layer.forward = partial(first_expert, name)  # type: ignore[method-assign]
+    # The counter knows no grouped product.
+    for experts, _, k in _stacked(shell):
+        experts.forward = partial(_k_times_the_first, experts, k)
 
     def products(mode: AbstractContextManager[Any]) -> list[Counter[str]]:
         """Products by module, of the sample twice and once."""
@@ -167,19 +197,35 @@ def _flops(model: nn.Module, sample: tuple[Any, ...]) -> Costs | None:
             return None
     found = passes[0] - passes[1]
     # The counter's names begin with the class of the outermost module. "Global" is the sum.
-    inside = {name: found[f"{type(shell).__name__}.{name}"] for name in layers}
+    of = f"{type(shell).__name__}.{{}}".format
+    inside = {name: found[of(name)] for name in layers}
+    shared = {
+        name: sum(found[of(f"{name}.shared.{i}")] for i in range(len(layer.shared)))
+        for name, layer in layers.items()
+    }
     return {
         "other": found["Global"] - sum(inside.values()),
         "layers": {
             name: {
                 "tokens": tokens[name],
-                "expert": inside[name] // max(1, tokens[name]),
+                "expert": (inside[name] - shared[name]) // max(1, tokens[name]),
                 "router": routers[name][0],
                 "router_fixed": routers[name][1],
+                **({"shared": shared[name] // max(1, tokens[name])} if len(layer.shared) else {}),
             }
-            for name in layers
+            for name, layer in layers.items()
         },
     }
+
+
+def _k_times_the_first(experts: Any, k: int, x_TD: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The products of k experts of a token, whichever they are."""
+    gate_up, down = experts.gate_up_proj[0], experts.down_proj[0]
+    if not getattr(experts, "is_transposed", False):
+        gate_up, down = gate_up.t(), down.t()
+    hidden_RI = x_TD.repeat_interleave(k, 0) @ gate_up
+    y_RD: Tensor = hidden_RI[:, : len(down)] @ down
+    return y_RD[: len(x_TD)]
 
 
 def _shapes_of(model: nn.Module) -> nn.Module:

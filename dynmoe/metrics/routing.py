@@ -163,6 +163,7 @@ def _record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:
         "load": [load_S[slot] for slot in layer.live],
         # Choices of experts that cost nothing, beside the k of those with an FFN.
         **({"mean_free": free / among} if among else {}),
+        **({"shared_experts": len(layer.shared)} if len(layer.shared) else {}),
         **layer.router.record(layer.live),
     }
 

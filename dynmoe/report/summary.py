@@ -159,7 +159,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         where = run.environment or "all"
         yield "activated per token", f"{format_number(used, ',.0f')} (at the mean k on {where})"
     else:
-        yield "parameters", f"{total:,}, all of them active (no MoE layer)"
+        why = "no MoE layer" if run.kind == "dense" else "no routing of single tokens"
+        yield "parameters", f"{total:,}, all of them active ({why})"
     if "mean_tokens" in facts:
         yield "length", f"{facts['mean_tokens']:.1f} tokens per {run.words.example}, on average"
     loss = format_number(run.results[-1].get("loss", float("nan")), ".4f")

@@ -22,13 +22,16 @@ from torch import Tensor, nn
 from dynmoe import process, runtime, selection
 from dynmoe.adaptation import RouterCallback
 from dynmoe.backbones import hub, weights
-from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.backbones.families import FAMILIES
+from dynmoe.backbones.surgery import add_moe_layers, is_mixture
+from dynmoe.config import models
 from dynmoe.config.machine import NO_GPU
 from dynmoe.config.runs import flat, start_folder
 from dynmoe.config.trainer import UNFIT
 from dynmoe.data.base import StepPlan, TaskData
 from dynmoe.errors import ConfigError, reason_of
 from dynmoe.layers.moe import moe_layers
+from dynmoe.layers.soft import SoftMoELayer
 from dynmoe.metrics import efficiency
 from dynmoe.records import RecordError, RunFolder
 from dynmoe.tasks.base import MoETask
@@ -119,6 +122,8 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
         ConfigError: a backbone that cannot be built, has too few positions for the data's texts, or
             lacks blocks that are named; an earlier stage whose weights do not fit.
     """
+    if loads_a_mixture(cfg):  # many gigabytes: first without them
+        shell(cfg, data, data.backbone_arguments)
     L.seed_everything(cfg.seed, verbose=False)
     backbone = make(cfg.backbone, **data.backbone_arguments)
     start = start_folder(cfg)
@@ -126,9 +131,8 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
         load_backbone(backbone, start)
     data.check_backbone(backbone)
     runtime.set_fused_attention(backbone, fused_attention)
-    adaptation, init = cfg.moe.adaptation, cfg.moe.init
-    if init == "auto":
-        init = "copy" if cfg.backbone.pretrained or start is not None else "fresh"
+    adaptation = cfg.moe.adaptation
+    init = starting_init(cfg.moe, backbone, bool(cfg.backbone.pretrained) or start is not None)
     keep_origin = adaptation is not None and adaptation.init == "pretrained"
     add_layers(cfg.moe, backbone, init=init, keep_origin=keep_origin)
     return make(
@@ -138,6 +142,17 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
         **build_optimizer(cfg),
         seed=cfg.seed,
     )
+
+
+def loads_a_mixture(cfg: DictConfig) -> bool:
+    """Whether the weights are those of a model that is a mixture already, and gets MoE layers."""
+    node = cfg.backbone
+    if cfg.moe.router is None or not node.pretrained or "architecture" not in node:
+        return False
+    kind = models.model_type(cfg)
+    if kind is None and node.architecture is None:
+        kind = hub.configuration(node.model, node.get("path"), None, {}).model_type
+    return kind in FAMILIES
 
 
 def build_optimizer(cfg: DictConfig) -> dict[str, Any]:
@@ -162,6 +177,21 @@ def build_optimizer(cfg: DictConfig) -> dict[str, Any]:
     return makers
 
 
+def starting_init(moe: DictConfig, backbone: nn.Module, trained: bool) -> str:
+    """The ``init`` of ``add_moe_layers`` in a run; ``trained``: the backbone has been."""
+    if moe.init != "auto":
+        return str(moe.init)
+    if is_mixture(backbone):
+        return "keep"
+    return "copy" if trained else "fresh"
+
+
+def shapes_init(moe: DictConfig, backbone: nn.Module) -> str:
+    """An ``init`` that makes layers of the same shapes, and looks at no weights."""
+    init = starting_init(moe, backbone, trained=True)
+    return {"cluster": "random", "fresh": "copy"}.get(init, init)
+
+
 def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
     """Replace FFNs of a backbone by the MoE layers of a ``moe`` node; ``settings`` are arguments of
     ``add_moe_layers`` that replace those of the node, ``init`` among them where that is auto."""
@@ -172,6 +202,7 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
         "init": moe.init,
         "expert_dropout": moe.expert_dropout,
         "recompute": moe.recompute,
+        "shared_experts": moe.get("shared_experts", 0),
         **settings,
     }
     if "router" not in given:
@@ -330,6 +361,7 @@ def facts(
         "data_hash": data.data_hash,
         "sizes": data.sizes,
         "left_out": data.left_out,
+        "baseline": None,
         **data.facts,
         "config": flat(cfg),
         "costs": costs,
@@ -473,9 +505,7 @@ def shell(cfg: DictConfig, data: TaskData, arguments: Mapping[str, Any]) -> nn.M
     with torch.device("meta"):
         backbone: nn.Module = make(node, "backbone", **arguments)
         data.check_backbone(backbone)
-        # Parts have the shapes of copies of a smaller FFN, without the k-means.
-        init = "random" if cfg.moe.init in ("cluster", "random") else "copy"
-        add_layers(cfg.moe, backbone, init=init)
+        add_layers(cfg.moe, backbone, init=shapes_init(cfg.moe, backbone))
     return backbone
 
 
@@ -483,7 +513,10 @@ def description(cfg: DictConfig, backbone: nn.Module) -> str:
     """A model in one line: its name, its MoE layers, its parameters."""
     layers = moe_layers(backbone)
     first = next(iter(layers.values()), None)
+    soft = sum(isinstance(module, SoftMoELayer) for module in backbone.modules())
     mixture = f"{len(layers)} MoE layers" if first else "no MoE layers"
+    if soft:
+        mixture = f"{soft} Soft MoE layers of {cfg.moe.num_experts} experts"
     if first is not None:
         mixture += f" of {len(first.live)} experts, up to {cfg.moe.max_experts}"
     number = sum(p.numel() for p in backbone.parameters())

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from test_adapt import DIM, SLOTS, Net, adam, layer, tokens
 from test_callback import Own, fit
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from dynmoe.adaptation import Adaptation, RouterCallback, RouterUpdates, Schedule
@@ -207,6 +208,27 @@ def test_averages_of_weights_take_the_present_state() -> None:
     # Lightning has put the average into the model.
     assert torch.equal(bias(model), bias(plain)) and bias(model).any()
     assert not torch.equal(model.net[0].weight, plain.net[0].weight)
+
+
+@pytest.mark.slow
+def test_compiled_code_reads_the_state_and_is_not_compiled_again() -> None:
+    torch._dynamo.reset()
+    plain, inner = routers(), routers()
+    counter = CompileCounterWithBackend("eager")
+    compiled: Any = torch.compile(inner, backend=counter)
+    frames = []
+    for model, net in ((plain, plain), (compiled, inner)):
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+        updates = RouterUpdates(model, optimizer)
+        for step in range(5):
+            model(tokens(step, 24)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            updates.step()
+            frames.append(counter.frame_count)
+    assert frames[-1] == frames[-3] > 0
+    for (name, value), other in zip(plain.named_buffers(), inner.buffers(), strict=True):
+        assert torch.equal(value, other), name
 
 
 # Two processes.

@@ -180,10 +180,10 @@ def test_the_plain_loader_gives_every_text_once(glue: Path) -> None:
     def keys(batch: Any) -> tuple[Any, Any]:
         return batch["input_ids"], batch["attention_mask"]
 
-    plain = [*plain_loader(texts, data.tokenizer, 8, seed=0)]
+    plain = [*plain_loader(texts, data.tokenizer, 8, seed=0)]  # type: ignore[attr-defined]
     assert sorted((len(batch["labels"]) for batch in plain), reverse=True) == list(EPOCH)
     data.repeat_evaluation_of(2)  # the second epoch
-    own = [*islice(data.train_dataloader(), 3)]  # type: ignore[attr-defined]
+    own = [*islice(data.train_dataloader(), 3)]
     assert rows((keys(b), b["labels"]) for b in plain) == rows(
         (keys(b.tokens), b.label) for b in own
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from dynmoe.benchmark.layer import (
     DRAWS,
     HF_LIMIT,
+    Draw,
     Work,
     absent,
     build_cases,
@@ -54,17 +57,18 @@ def routing_of(mask_TE: Tensor) -> Routing:
     )
 
 
-NEAR = {"rtol": 1e-4, "atol": 1e-4}
-
-
 def check_gradients(
-    y_TD: Tensor, want_TD: Tensor, inputs: list[Tensor], stacked: list[Tensor], experts: Experts
+    y_TD: Tensor, want_TD: Tensor, inputs: list[Tensor], stacked: Sequence[Tensor], experts: Experts
 ) -> None:
     """Of the inputs, and of the stacked weights of all experts beside those of the slots."""
-    close = partial(torch.testing.assert_close, **({} if y_TD.dtype == torch.double else NEAR))
+    near = None if y_TD.dtype == torch.double else 1e-4
+
+    def close(got: Any, want: Any) -> None:
+        torch.testing.assert_close(got, want, rtol=near, atol=near)
+
     close(y_TD, want_TD)
 
-    def gradients(y_TD: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    def gradients(y_TD: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         return list(
             torch.autograd.grad(y_TD.cos().sum(), [*inputs, *parameters], materialize_grads=True)
         )
@@ -150,9 +154,12 @@ def test_every_case_goes_through_the_same_draws() -> None:
     seen: dict[str, list[int]] = {}
     for name in ("experts", "padded"):
         compute, counts = cases[name].compute, seen.setdefault(name, [])
-        cases[name].compute = lambda d, compute=compute, counts=counts: (
-            counts.append(int(d.routing.mask_TE.sum())) or compute(d)
-        )
+
+        def counted(d: Draw, compute: Any = compute, counts: list[int] = counts) -> Any:
+            counts.append(int(d.routing.mask_TE.sum()))
+            return compute(d)
+
+        cases[name].compute = counted
         for _ in range(DRAWS + 1):
             cases[name]()
     counts = seen["experts"]

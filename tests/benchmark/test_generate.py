@@ -55,7 +55,8 @@ def test_fixed_k_is_that_of_every_part_whatever_is_padded() -> None:
 
 def test_flops_beyond_the_dense_model_are_those_of_a_run() -> None:
     dense, moe = (Answers(vl_model(moe=moe), ASKED, NEW, Precision()) for moe in (None, "topk"))
-    assert moe.flops() == dense.flops() + moe.routed()[1]
+    _, beyond = moe.routed()
+    assert beyond is not None and moe.flops() == dense.flops() + beyond
 
 
 def test_k_by_part_is_that_of_the_tokens_one_by_one() -> None:

@@ -6,8 +6,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
+from hydra import compose
 
-from dynmoe.config.compose import preflight
+from dynmoe.config.compose import preflight, search_path
 
 TASK = "task=vit_domainbed"
 
@@ -36,6 +38,7 @@ def test_an_unknown_key_is_not_its_own_correction() -> None:
 
 
 CAPACITY = "moe.router.min_capacity: 4 needs a moe.router.capacity_factor (1.5)"
+NO_AUX = "moe.router.z_weight: needs moe.aux_weight above 0"
 NOISE = "moe.router.aux: importance_load needs moe.router.noise above 0"
 SLOTS = "moe: max_experts (8) != num_experts (4): without moe.adaptation the pool never changes."
 CASES = {
@@ -195,6 +198,7 @@ def test_outputs_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (("moe=emoe", "moe.router.min_capacity=4"), CAPACITY),
         (("moe=gmoe", "moe.router.noise=0"), NOISE),
         (("moe=topk", "moe.router.aux=importance_load"), NOISE),
+        (("moe=topk", "moe.aux_weight=0", "moe.router.z_weight=0.1"), NO_AUX),
     ],
 )
 def test_options_of_a_router_that_need_others(overrides: tuple[str, ...], message: str) -> None:
@@ -261,6 +265,40 @@ def test_clipping_in_mixed_precision_needs_a_plain_optimizer() -> None:
 def test_a_fixed_router_fills_its_slots() -> None:
     found = problems(TASK, "moe=topk", "moe.num_experts=4", "moe.max_experts=8")
     assert found == [f"{SLOTS} Set moe.max_experts=4."]
+
+
+@pytest.mark.parametrize(
+    ("command", "experts"),
+    [
+        (["moe=dynmoe"], (16, 16)),
+        (["moe=dynmoe", "moe.max_experts=20"], (16, 20)),
+        (["moe=topk"], (16, 16)),
+        (["moe=native"], (16, 16)),
+        (["moe=dynmoe", "+backbone.options.num_experts=4"], (4, 4)),
+        (["moe=dense"], (1, 1)),
+    ],
+)
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_a_mixture_keeps_the_number_of_its_experts(
+    command: list[str],
+    experts: tuple[int, int],
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a folder, or on the hub and downloaded before."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--me--olmoe" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "olmoe", "num_experts": 16}')
+    (tmp_path / "models--me--olmoe" / "refs").mkdir()
+    (tmp_path / "models--me--olmoe" / "refs" / "main").write_text("abc")
+    model = f"backbone.path={folder}" if place == "folder" else "backbone.model=me/olmoe"
+    given = ["task=glue", "backbone=bert_base", model, *command]
+    assert problems(*given) == []
+    with search_path():
+        moe = compose("config", given).moe
+    assert (moe.num_experts, moe.max_experts) == experts
 
 
 @pytest.mark.parametrize(("moe", "init"), [("emoe", "copy"), ("emoe_learn", "auto")])

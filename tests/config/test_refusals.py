@@ -20,6 +20,7 @@ from dynmoe.config.compose import preflight
 from dynmoe.data.images import digits
 
 IMAGES, TEXTS, VL = "task=vit_domainbed", "task=glue", "task=vl"
+OLMOE = f"{TEXTS} backbone.architecture=olmoe +backbone.options.num_experts=16"
 
 # A command, and what its message says: the key or word, then what was expected or the fix.
 TABLE = {
@@ -104,6 +105,25 @@ TABLE = {
     f"{TEXTS} backbone.architecture=albert": ("'albert' models: its blocks share", "moe=dense"),
     f"{TEXTS} backbone.architecture=granite": ("backbone.architecture: ", "no text classifier"),
     f"{VL} backbone.architecture=lama": ("backbone.architecture:", "'llama'"),
+    # models that are mixtures already
+    f"{TEXTS} moe=native": ("moe: native is for", "olmoe", "found 'bert'", "moe=dynmoe"),
+    f"{IMAGES} moe=native": ("moe: native is for", "found 'timm'"),
+    f"{TEXTS} moe=topk moe.init=keep": ("moe.init: keep is for", "found 'bert'", "init=auto"),
+    f"{OLMOE} moe=emoe": ("moe.init: cluster makes experts of one FFN", "moe.init=keep"),
+    f"{OLMOE} moe=dynmoe moe.init=copy": ("moe.init: copy makes", "'olmoe'", "moe.init=keep"),
+    f"{OLMOE} moe=topk moe.num_experts=4": ("moe.num_experts: expected 16", "Leave it out"),
+    f"{OLMOE} moe=dynmoe moe.max_experts=8": ("num_experts (16) > max_experts (8)",),
+    f"{OLMOE} moe=native +backbone.options.output_router_logits=true": (
+        "output_router_logits: expected false",
+        "moe.aux_weight",
+    ),
+    f"{TEXTS} backbone.architecture=phimoe moe=native": ("moe: native", "SparseMixer", "moe=topk"),
+    f"{TEXTS} backbone.architecture=deepseek_v3 moe=native": ("moe: native", "sigmoid", "bias"),
+    f"{TEXTS} backbone.architecture=mixtral moe=native +backbone.options.router_jitter_noise=0.1": (
+        "backbone.options.router_jitter_noise: expected 0",
+        "found 0.1",
+    ),
+    f"{TEXTS} backbone.architecture=gpt_oss": ("backbone.architecture:", "biases", "moe=dense"),
     # earlier stages
     f"{VL} protocol.stages.align.datasets.Scenes.trains=[all]": (
         "stage align: task.module.trains",

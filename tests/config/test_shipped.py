@@ -24,6 +24,7 @@ HOMES = {
     "moe=dynmoe_vl": "vision-language",
     "moe=dynmoe_vl_official": "vision-language",
     "moe=moe_llava": "vision-language",
+    "moe=native": "text",
     "protocol=glue": "text",
     "protocol=glue_heldout": "text",
     "protocol=llava": "vision-language",
@@ -40,6 +41,7 @@ HOMES = {
 APART = {
     "data=questions": ["mode=check"],  # no training data
     "moe=dense": [],  # no schedule
+    "moe=native": ["backbone.architecture=olmoe"],
     "stage=align": ["moe=dense"],
     "stage=instruct": ["moe=dense"],
 }
@@ -68,7 +70,7 @@ def commands() -> list[list[str]]:
         for option in options:
             if homes[option] != kind:
                 continue
-            if option.startswith(("sweep=", "experiment=")) or option in APART:
+            if option.startswith(("sweep=", "experiment=", "schedule=")) or option in APART:
                 found.append([TASKS[kind], option, *APART.get(option, [])])
             else:
                 groups.setdefault(option.split("=")[0], []).append(option)
@@ -95,7 +97,7 @@ backbone: _target_ grad_checkpointing model options pretrained
 data: _target_ batch_size eval_batch_size name
 logger: csv tensorboard
 moe: adaptation algorithm aux_weight expert_dropout init layers max_experts name num_experts
-moe: recompute router
+moe: recompute router shared_experts
 paths: cache outputs
 protocol: holdout_fraction name
 runtime: fused_attention malloc matmul_precision progress_every

@@ -106,7 +106,7 @@ def test_files_are_not_overwritten_unasked(tmp_path: Path, run: Run, refused: Re
         (["from=a", "run=b", "to=c"], "from= and run= are two directions: give one"),
         (
             ["form=a"],
-            "form=a: unknown argument, expected from=, run=, to=, checkpoint=, tokenizer=, vision=",
+            "form=a: unknown argument, expected from=, run=, to=, format=, checkpoint=, tokenizer=",
         ),
         (["from=a", "to=b", "overwrite=yes"], "overwrite=yes: expected true or false"),
         (["from=a", "to=b", "checkpoint=last"], "checkpoint= belongs to run=FOLDER"),

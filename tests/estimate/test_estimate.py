@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -162,3 +163,19 @@ def test_the_peak_of_a_device_is_its_own() -> None:
     assert peak("cpu", 5.0) == 5.0
     assert peak("gpu", None) == 312.0
     assert 0.0 < peak("cpu", None) < 100.0
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        ({"intermediate_size": 48}, 48),
+        ({"intermediate_size": [32, 64]}, 64),
+        ({"n_inner": None}, 32),
+        ({"ffn_dim": 24}, 24),
+    ],
+)
+def test_every_configuration_tells_the_width_of_its_ffns(
+    config: dict[str, Any], width: int
+) -> None:
+    """GPT-2's is four widths where none is given; Gemma 3n has one for each layer."""
+    assert sizes._ffn_width(config, 8) == width

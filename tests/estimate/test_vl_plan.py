@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from rich.console import Console
+from torch import nn
 
 from dynmoe import cli
 from dynmoe.estimate.sizes import describe, mean_ffns, mean_k, number, shell, show_estimate
-from dynmoe.layers import moe_layers
+from dynmoe.layers import MoELayer, TopKRouter, moe_layers
 
 assert cli  # registers the resolvers of conf/
 
@@ -87,6 +89,8 @@ def test_planned_experts_of_a_token() -> None:
     assert mean_k(configuration("plan.mean_k=1.25")) == 1.25
     assert mean_k(configuration("moe=moe_llava", "moe.top_k=1")) == 1.0
     assert mean_ffns(configuration("moe=emoe")) == 16 / 64
+    own = MoELayer(nn.Linear(4, 4), 4, partial(TopKRouter, top_k=3), 8)
+    assert mean_k(configuration("moe=native"), own) == 3.0
 
 
 def shown(*overrides: str) -> str:

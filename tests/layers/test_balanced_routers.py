@@ -10,8 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynmoe.layers import BiasedTopKRouter, MoELayer, NullExpertRouter, TopKRouter
-from dynmoe.layers.routers import StepTotals
+from dynmoe.layers import (
+    BiasedTopKRouter,
+    MoELayer,
+    NullExpertRouter,
+    StepTotals,
+    TopKRouter,
+    record_routing,
+)
+from dynmoe.metrics.routing import RoutingMeter
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -192,7 +199,12 @@ def test_identity_experts_return_their_input() -> None:
     layer = MoELayer(torch.nn.Identity(), 8, make, 4)
     x_TD = torch.randn(40, 8)
     mask_T = torch.arange(40) < 30
-    y_TD = layer(x_TD, mask_T)
+    meter = RoutingMeter(layer)
+    with record_routing(layer) as tape:
+        y_TD = layer(x_TD, mask_T)
+    meter.update("train", tape)
+    (line,) = meter.records(["train"], reduce=lambda t: t)
+    assert line["mean_k"] + line["mean_free"] == pytest.approx(3) and line["tokens"] == 30
     torch.testing.assert_close(y_TD[:30], x_TD[:30])
     assert not y_TD[30:].any()
     y_TD.sum().backward()

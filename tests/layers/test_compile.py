@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import timm
@@ -13,7 +14,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dynmoe.layers import MoELayer, TopAnyRouter, record_routing
+from dynmoe.layers import AverageKeyRouter, MoELayer, TopAnyRouter, record_routing
+from dynmoe.layers.ffn import GatedFFN
 
 DIM = 8
 
@@ -80,13 +82,30 @@ def test_compiled_equals_eager_and_new_loads_compile_nothing() -> None:
     assert frames[-1] == frames[0]
 
 
-def test_export_of_a_compacted_layer_takes_any_batch() -> None:
-    layer = make_layer().eval().compact()
+@pytest.mark.parametrize("gated", [False, True])
+def test_export_of_a_compacted_layer_takes_any_batch(gated: bool) -> None:
+    """And tokens that are not finite, which come out as 0."""
+    layer = make_layer()
+    if gated:
+        gate, up, down = nn.Linear(DIM, 12), nn.Linear(DIM, 12), nn.Linear(12, DIM)
+        ffn = GatedFFN(gate, up, nn.SiLU(), down, 0.1)
+        layer = MoELayer(ffn, DIM, TopAnyRouter, 4, init="fresh")
+    layer = layer.eval().compact()
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(layer, (torch.randn(3, 5, DIM),), dynamic_shapes=({0: batch},))
     for size in (1, 3, 17):
         x = torch.randn(size, 5, DIM)
-        torch.testing.assert_close(program.module()(x), layer(x))
+        x[0, 1], x[-1, 2, 0] = torch.nan, torch.inf
+        y = program.module()(x)
+        torch.testing.assert_close(y, layer(x))
+        assert y[0, 1].eq(0).all() and y[-1, 2].eq(0).all()
+
+
+def test_export_of_mean_keys_needs_no_operation_on_quantised_weights() -> None:
+    """ONNX has none."""
+    layer = MoELayer(Mlp(DIM, 16), DIM, partial(AverageKeyRouter, top_k=2), 4, init="fresh")
+    program = torch.export.export(layer.eval(), (torch.randn(3, DIM),))
+    assert "dequantize" not in program.graph_module.code
 
 
 def test_pickle_copy_and_state_dict_keep_the_pool() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import RmsNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.layers import (
     CosineTopKRouter,
+    Experts,
     MoELayer,
     TopAnyRouter,
     TopKRouter,
@@ -52,6 +54,36 @@ def test_layer_of_copies_is_the_ffn_for_every_served_token() -> None:
     assert not layer(x)[~served].any()
 
 
+@pytest.mark.parametrize("as_list", [list, nn.ModuleList])
+def test_given_experts_are_the_experts(as_list: Any) -> None:
+    """Not copies of them; slots beyond them hold copies in turn."""
+    given = [make_mlp() for _ in range(3)]
+    layer = MoELayer(as_list(given), DIM, TopAnyRouter, 3, 5)
+    assert [layer.experts.slots[slot] for slot in range(3)] == given
+    for slot, source in ((3, given[0]), (4, given[1])):
+        copied = layer.experts.slots[slot]
+        assert copied is not source and torch.equal(copied[0].weight, source[0].weight)
+    layer.add_expert(3, torch.ones(DIM), "copy_most_used", load={2: 9})
+    assert torch.equal(layer.experts.slots[3][0].weight, given[2][0].weight)
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "message"),
+    [
+        ([make_mlp(), make_mlp()], {}, "2 experts are given.*num_experts=2"),
+        ([make_mlp()] * 3, {"init": "fresh"}, "init=copy"),
+        ([make_mlp()] * 3, {"keep_origin": True}, "no keep_origin"),
+        ([make_mlp(), make_mlp(), nn.Linear(DIM, DIM)], {}, "equal shapes"),
+        ([make_mlp(), make_mlp(), nn.Linear(DIM, 2)], {}, r"rows \[N, 12\] to rows"),
+        ([], {}, "0 experts are given"),
+        ([make_mlp(), make_mlp(), make_mlp().double()], {}, "equal"),
+    ],
+)
+def test_given_experts_that_do_not_fit(given: Any, arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoELayer(given, DIM, TopAnyRouter, 3, 5, **arguments)
+
+
 def test_print_shows_the_living_experts() -> None:
     layer = make_layer()
     layer.remove_expert(1)
@@ -65,6 +97,14 @@ def test_gmoe_layer_with_equal_scores_is_a_sixth_of_the_ffn() -> None:
     layer.router.embeddings.data.zero_()
     x = torch.randn(5, DIM)
     torch.testing.assert_close(layer(x), mlp(x) / 6)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, RmsNorm])
+def test_norms_of_fresh_experts_are_new(norm: type[nn.Module]) -> None:
+    mlp = nn.Sequential(nn.Linear(4, 6), norm(6), nn.Linear(6, 4))
+    nn.init.constant_(mlp[1].weight, 2.0)
+    for slot in Experts(mlp, 2, "fresh").slots:
+        assert torch.equal(slot[1].weight, torch.ones(6))
 
 
 def test_fresh_experts_differ_and_copies_do_not() -> None:

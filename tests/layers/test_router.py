@@ -184,6 +184,20 @@ def test_top_k_weights(x_TD: torch.Tensor) -> None:
     torch.testing.assert_close(routing.weights_TE.sum(1), probs_TE.amax(1))
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_top_k_weights_as_other_models_have_them(
+    top_k: int, renormalise: bool, x_TD: torch.Tensor
+) -> None:
+    """Mixtral's sum to 1 for every k, OLMoE's are probabilities; DeepSeek-V2 scales them."""
+    router = TopKRouter(DIM, SLOTS, top_k=top_k, renormalise=renormalise, scale=2.5)
+    routing = router(x_TD, LIVE)
+    sums_T = (x_TD @ router.weight.t()).softmax(1).topk(top_k).values.sum(1)
+    if renormalise:
+        sums_T = torch.ones(50)
+    torch.testing.assert_close(routing.weights_TE.sum(1), 2.5 * sums_T)
+
+
 def test_gmoe_router_starts_at_scale_two_and_stops_at_hundred(x_TD: torch.Tensor) -> None:
     router = CosineTopKRouter(DIM, SLOTS).eval()
     cosines_TE = (

@@ -66,11 +66,15 @@ def no_padding():  # type: ignore[no-untyped-def]
 
 # One of each way to write a block; the others are variants of these.
 QUICK = {"bert", "deberta-v2", "distilbert", "gpt2", "phi", "phi3", "llama"}
-CLASSIFIERS = [name for name in FORMS if name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES]
+# Falcon's attention is fused as it is built, which PyTorch's counter does not know on CPUs; XMOD's
+# computation depends on its data (languages), and is not counted.
+HAVE_ONE = FORMS.keys() & MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys()
+CLASSIFIERS = sorted(HAVE_ONE - {"falcon", "xmod"})
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in CLASSIFIERS]
+    "name",
+    [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in CLASSIFIERS],
 )
 def test_flops_of_known_architectures(name: str) -> None:
     model = text_classifier(name)

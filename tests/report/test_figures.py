@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -182,12 +180,3 @@ def test_layers_are_listed_from_the_first_down(run: Run) -> None:
     assert [text.get_text() for text in heat_map.get_yticklabels()] == layers
     bottom, top = heat_map.get_ylim()
     assert bottom > top
-
-
-def test_reports_need_neither_torch_nor_pyplot() -> None:
-    code = (
-        "import sys, dynmoe.report.figures, dynmoe.report.summary, dynmoe.report.tables;"
-        "print({'torch', 'lightning', 'matplotlib.pyplot'} & set(sys.modules))"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (output.stdout, output.stderr) == ("set()\n", "")

@@ -32,7 +32,8 @@ def test_a_report_of_a_sweep_is_light(sweep: Path) -> None:
     """It needs neither PyTorch nor pyplot, nor all of SciPy's distributions."""
     failed = write_run(sweep, "top-1 of 2", seed=2, state="failed")
     code = (
-        "import re, sys; from runners.report import main; main(sys.argv[1:]);"
+        "import re, sys, dynmoe.report.figures, dynmoe.report.summary, dynmoe.report.tables;"
+        "from runners.report import main; main(sys.argv[1:]);"
         "heavy = {'torch', 'lightning', 'hydra', 'matplotlib.pyplot', 'scipy.stats'};"
         "print(heavy & set(sys.modules));"
         # NOTE: getrusage would say how large the process was that started this one.

@@ -10,6 +10,7 @@ from tiny_runs import Run, Trained, tiny_config
 
 from dynmoe import job
 from dynmoe.records import RunFolder
+from dynmoe.report import figures
 
 
 def _train(path: Path, *overrides: str, moe: str) -> RunFolder:
@@ -17,6 +18,11 @@ def _train(path: Path, *overrides: str, moe: str) -> RunFolder:
     folder.path.mkdir(exist_ok=True)
     job.train(tiny_config(*overrides, moe=moe), folder)
     return folder
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "draw_all", lambda run: None)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -290,6 +291,7 @@ def test_accumulation_does_not_change_the_run(run: Run) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+@SLOW
 def test_activation_checkpointing_does_not_change_the_run(run: Run, trained: Trained) -> None:
     plain = everything(trained())
     checkpointed = everything(run("backbone.grad_checkpointing=true", name="checkpointed"))
@@ -335,3 +337,21 @@ def test_a_run_does_not_go_on_with_other_data(
         run()
     assert change in str(error.value)
     assert everything(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("baseline", "recorded", "said"),
+    [
+        (lambda: {"name": "linear", "scores": {}}, {"name": "linear", "scores": {}}, ""),
+        (lambda: None, None, ""),
+        (lambda: int("one class"), None, "no linear baseline: "),
+    ],
+)
+def test_a_baseline_is_fitted_last_and_stops_no_run(
+    baseline: Any, recorded: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_run({"seed": 1, "baseline": None})
+    job.add_baseline(folder, SimpleNamespace(baseline=baseline))
+    assert folder.read_run() == {"seed": 1, "baseline": recorded}
+    assert capsys.readouterr().out.startswith(said)

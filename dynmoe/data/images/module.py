@@ -15,8 +15,6 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Sampler
 
 from dynmoe.data.base import TaskData
@@ -234,8 +232,10 @@ class DomainData(TaskData):
     def facts(self) -> dict[str, Any]:
         return {
             "samples_per_step": self.batch_size * len(self.train_envs),
-            "baseline": linear_pixel_baseline(self) if self.linear_baseline else None,
         }
+
+    def baseline(self) -> dict[str, Any] | None:
+        return linear_pixel_baseline(self) if self.linear_baseline else None
 
     def epoch_at(self, step: int) -> float:
         """DomainBed's: the epochs that are over before `step`."""
@@ -326,6 +326,9 @@ def linear_pixel_baseline(data: DomainData) -> dict[str, Any]:
     It is fitted on the in splits of the training environments, without augmentation:
     {"name": ..., "scores": {"<environment>/in": {"accuracy": ...}, ...}}. `data` has been set up.
     """
+    from sklearn.linear_model import LogisticRegression  # half a second
+    from threadpoolctl import threadpool_limits
+
     examples = ImageExamples(data.envs, SIDE)
 
     def pixels(env: int, part: int) -> npt.NDArray[np.float32]:

@@ -14,11 +14,6 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from sklearn.pipeline import make_pipeline
-from threadpoolctl import threadpool_limits
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -102,7 +97,6 @@ class GlueData(TaskData):
         super().__post_init__()
         self.test_envs = [0]
         self.sets: dict[str, TextSet] = {}
-        self.baseline: dict[str, Any] | None = None
         self.tokenizer: PreTrainedTokenizerBase
         self._encoded: dict[str, EncodedTexts] = {}
         self._cut: dict[str, int] = {}
@@ -153,8 +147,6 @@ class GlueData(TaskData):
             log.warning("data %s: %s", self.name, text)
         for text in text_warnings(sets, self.glue_task):
             log.warning("data %s: %s", self.name, text)
-        if self.linear_baseline:
-            self.baseline = linear_text_baseline(train, sets["dev"], self.glue_task.metrics)
 
     def _read(self, names: Sequence[str]) -> dict[str, TextSet]:
         found = read_sets(self.glue_task, self.source, self.root, names, self.skip_invalid)
@@ -219,8 +211,12 @@ class GlueData(TaskData):
             "measure": self.glue_task.measure,
             "mean_tokens": self.mean_tokens,
             "samples_per_step": self.batch_size,
-            "baseline": self.baseline,
         }
+
+    def baseline(self) -> dict[str, Any] | None:
+        if not self.linear_baseline:
+            return None
+        return linear_text_baseline(self.sets["train"], self.sets["dev"], self.glue_task.metrics)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -322,24 +318,29 @@ def _spelled(task: GlueTask, value: float) -> str:
 
 # The baseline that a network must beat: a linear classifier on words.
 
-METRICS: dict[str, Callable[[Any, Any], float]] = {
-    "accuracy": accuracy_score,
-    "f1": f1_score,
-    "matthews": matthews_corrcoef,
-}
-
 
 def linear_text_baseline(train: TextSet, dev: TextSet, metrics: Sequence[str]) -> dict[str, Any]:
     """The mean of `metrics` on dev: {"name": ..., "scores": {"dev": {"score": ...}}}.
 
     It is for classes, not for regression. A pair is read as one text.
     """
+    from sklearn import metrics as measures  # half a second
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from threadpoolctl import threadpool_limits
+
+    measure: dict[str, Callable[[Any, Any], float]] = {
+        "accuracy": measures.accuracy_score,
+        "f1": measures.f1_score,
+        "matthews": measures.matthews_corrcoef,
+    }
     # C chosen once on the embedded glosses; the default 1 regularizes short texts too much.
     classifier = make_pipeline(TfidfVectorizer(), LogisticRegression(C=10, max_iter=1000))
     with threadpool_limits(1):  # NOTE: the order in which threads add decides where a fit stops
         classifier.fit(_joined(train), train.label)
         found = classifier.predict(_joined(dev))
-    score = sum(float(METRICS[name](dev.label, found)) for name in metrics) / len(metrics)
+    score = sum(float(measure[name](dev.label, found)) for name in metrics) / len(metrics)
     return {"name": "TF-IDF + logistic regression", "scores": {"dev": {"score": score}}}
 
 

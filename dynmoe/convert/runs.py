@@ -1,0 +1,96 @@
+"""The model of a finished run as one would deploy it: selected weights, living experts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from dynmoe.backbones import weights
+from dynmoe.convert.checkpoints import BACKBONE
+from dynmoe.data.text.tokens import load_tokenizer
+from dynmoe.errors import DataError
+from dynmoe.layers.moe import moe_layers
+from dynmoe.records import RunFolder
+from dynmoe.training import build, trained
+
+
+@dataclass
+class TrainedModel:
+    """A run's model in evaluation mode, with compact MoE layers and without adapters."""
+
+    model: Any
+    cfg: DictConfig
+    folder: RunFolder
+    checkpoint: Path
+    step: int
+    class_names: list[str]
+    """Empty for regression."""
+    tokenizer: Any = None
+    pairs: bool = False
+    """Whether a text is a pair of two."""
+    channels: int = 0
+    """Of an image."""
+
+    @property
+    def num_experts(self) -> dict[str, int]:
+        """Experts of each MoE layer."""
+        return {name: len(layer.live) for name, layer in moe_layers(self.model).items()}
+
+
+def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> TrainedModel:
+    """Build a run's model. Its data are read only where its tokenizer is made of them.
+
+    Raises:
+        ConfigError: weights that do not fit the configuration.
+        DataError: data that cannot be read, or images whose channels are not known.
+    """
+    saved = trained.read_checkpoint(checkpoint)
+    state = {
+        name.removeprefix(BACKBONE): tensor
+        for name, tensor in saved["state_dict"].items()
+        if name.startswith(BACKBONE)
+    }
+    data: Any = build.build_data(cfg)
+    about: dict[str, Any] = {}
+    if data.modality == "text":
+        if data.tokenizer_path is None and data.tokenizer_name is None:
+            data.setup("validate")
+        else:
+            data.tokenizer = load_tokenizer(data.tokenizer_path, data.tokenizer_name)
+        data.tokenizer.model_max_length = data.max_length
+        about["tokenizer"], about["pairs"] = data.tokenizer, len(data.glue_task.columns) > 1
+        class_names, arguments = data.class_names, data.backbone_arguments
+    else:
+        class_names, about["channels"] = list(folder.read_run()["class_names"]), _channels(state)
+        arguments = {"num_classes": len(class_names), "in_chans": about["channels"]}
+    model = build.make(cfg.backbone, "backbone", **arguments)
+    keeps_origin = any(".origin." in name for name in state)
+    init = build.shapes_init(cfg.moe, model)
+    build.add_layers(cfg.moe, model, init=init, keep_origin=keeps_origin)
+    weights.load_whole(model, state, f"{checkpoint}, for this run's configuration")
+    merge_adapters(model)
+    for name, layer in moe_layers(model).items():
+        model.set_submodule(name, layer.compact())
+    step = saved["global_step"] - 1
+    return TrainedModel(model.eval(), cfg, folder, checkpoint, step, class_names, **about)
+
+
+def _channels(state: Mapping[str, Tensor]) -> int:
+    """Return the channels of a ViT's images, by the weights that cut them into patches."""
+    for name, tensor in state.items():
+        if name.startswith("patch_embed.") and tensor.ndim == 4:
+            return tensor.shape[1]
+    raise DataError("run=: expected a ViT that cuts images into patches, found no such weights")
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add the products of LoRA's matrices to the weights that they adapt, in place."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "base_layer") and hasattr(module, "merge"):
+            module.merge()
+            model.set_submodule(name, module.base_layer)
