@@ -131,7 +131,7 @@ class MoETask(L.LightningModule):
         if choosing is not None and not self._told and self.trainer.is_global_zero:
             self._told = True
             log.warning(
-                "experts of a %s choose among the tokens of a batch: scores depend on "
+                "the experts of %s choose among the tokens of a batch: scores depend on "
                 "data.eval_batch_size and on the order of the examples",
                 type(choosing).__name__,
             )
