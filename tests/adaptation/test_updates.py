@@ -22,6 +22,10 @@ from dynmoe.errors import ConfigError
 from dynmoe.layers import (
     BiasedTopKRouter,
     BudgetTopAnyRouter,
+    ExpertThresholdRouter,
+    MaskedTopKRouter,
+    PrefixRouter,
+    ReLURouter,
     Routing,
     StepTotals,
     TopKRouter,
@@ -255,6 +259,10 @@ def routers() -> Net:
         layer(SLOTS, Told),
         layer(SLOTS, partial(BiasedTopKRouter, bias_update="quantile", bias_rate=0.5)),
         layer(3, partial(BudgetTopAnyRouter, target_k=1.5)),
+        layer(SLOTS, partial(PrefixRouter, target_k=1.5)),
+        layer(SLOTS, partial(ReLURouter, target_k=1.5)),
+        layer(SLOTS, partial(ExpertThresholdRouter, target_k=1.5, warm_up=2, ema=0.5)),
+        layer(SLOTS, partial(MaskedTopKRouter, target_k=1.5)),
     )
 
 

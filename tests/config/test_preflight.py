@@ -216,7 +216,7 @@ def test_options_of_a_router_that_need_others(overrides: tuple[str, ...], messag
         (("moe=remoe", "moe.router.target_k=[1,2]"), "set moe.router.per_layer=true"),
         (("moe=remoe", "moe.aux_weight=0.01"), "moe.aux_weight: expected 1 with this router"),
         (("moe=remoe", "moe.router.lambda_rate=1.0"), "moe.router.lambda_rate: expected more than"),
-        (("moe=beam", "moe.router.target_k=3"), "expected at most moe.router.top_k, 2, found 3"),
+        (("moe=beam", "moe.router.target_k=5"), "expected at most moe.router.top_k, 4, found 5"),
         (("moe=topp", "moe.router.top_p=1.5"), "moe.router.top_p: expected a share from 0 to 1"),
     ],
 )

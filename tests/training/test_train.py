@@ -291,6 +291,7 @@ def test_accumulation_does_not_change_the_run(run: Run) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+@SLOW
 def test_activation_checkpointing_does_not_change_the_run(run: Run, trained: Trained) -> None:
     plain = everything(trained())
     checkpointed = everything(run("backbone.grad_checkpointing=true", name="checkpointed"))

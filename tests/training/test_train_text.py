@@ -20,7 +20,7 @@ from dynmoe.errors import ConfigError, DataError
 from dynmoe.records import RunFolder
 from dynmoe.selection import measured_by
 from dynmoe.tasks.text import TextClassification
-from dynmoe.training import evaluate
+from dynmoe.training import build, evaluate
 from dynmoe.training.callbacks import RunRecorder
 
 
@@ -254,8 +254,8 @@ def test_eval_refuses(rte: Path, tmp_path: Path, argument: str, message: str) ->
         evaluate.parse([f"run={folder}", argument])
 
 
-def test_a_sweeps_runs_share_their_tokens(rte: Path, tmp_path: Path) -> None:
+def test_a_sweeps_runs_share_their_tokens(rte: Path) -> None:
     for seed in (0, 1):
-        run(rte, tmp_path / f"run{seed}", f"seed={seed}", "task.epochs=1")
+        build.build_data(config(rte, f"paths.outputs={rte}", "data=rte", f"seed={seed}")).setup()
     files = list((rte / ".cache").rglob("*.arrow"))
     assert len(files) == 2  # train and dev, once
