@@ -13,10 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe.layers import losses
-from dynmoe.layers.routers import FP32, Router, Routing, StepTotals, hide_padding, one_target
+from dynmoe.layers.routers import (
+    FP32,
+    Routing,
+    SoftmaxRouter,
+    StepTotals,
+    hide_padding,
+    one_target,
+)
 
 
-class PrefixRouter(Router):
+class PrefixRouter(SoftmaxRouter):
     """The most probable experts of each token, as long as the larger probabilities sum to little.
 
     Top-p (arXiv 2403.07652), XMoE (2403.18926) and the gate of MASS (2512.19765) differ in options;
@@ -35,6 +42,7 @@ class PrefixRouter(Router):
     - ``target_k``: mean k that a controller holds after each step: p = top_p + kp e + ki sum(e)
       with e = (target_k - mean k) / E, within 0 and 1, one p for all layers or one ``per_layer``.
       The sum stops where p is at an end.
+    - ``z_weight``, ``sequence_weight``: see ``SoftmaxRouter``.
 
     Raises:
         ValueError: a ``target_k`` out of reach.
@@ -60,8 +68,10 @@ class PrefixRouter(Router):
         kp: float = 0.5,
         ki: float = 0.2,
         per_layer: bool = False,
+        z_weight: float = 0.0,
+        sequence_weight: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(z_weight, sequence_weight)
         target_k = None if target_k is None else one_target(target_k)
         if target_k is not None and not 1 <= target_k <= num_slots:
             raise ValueError(
@@ -90,7 +100,11 @@ class PrefixRouter(Router):
         return self.target_k is not None
 
     def forward(
-        self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
+        self,
+        x_TD: Tensor,
+        live: Sequence[int],
+        token_mask_T: Tensor | None = None,
+        shape: Sequence[int] | None = None,
     ) -> Routing:
         # NOTE: fp32, because the sum of the larger probabilities is compared with the share.
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -102,6 +116,7 @@ class PrefixRouter(Router):
             mask_TE = hide_padding(self._prefix(probs_TE.detach()), token_mask_T)
             weights_TE = self._weights(probs_TE * mask_TE, mask_TE)
             aux = self._aux(probs_TE, mask_TE, token_mask_T)
+            aux = self._with_losses(aux, logits_TE, probs_TE, mask_TE, token_mask_T, shape)
         unserved_T = torch.zeros_like(mask_TE[:, 0])
         return Routing(weights_TE, mask_TE, probs_TE, unserved_T, aux, mask_TE)
 

@@ -111,7 +111,8 @@ class ZeroCostRouter(SoftmaxRouter):
             sum_T1 = weights_TC.sum(1, keepdim=True)
             # 1 in the place of 0: a token of zero experts has weights, and gradients, of exactly 0.
             weights_TC = weights_TC / torch.where(sum_T1 > 0, sum_T1, 1.0)
-            extra_TD = self._extra(x_TD * self.input_scale, weights_TC[:, ffns:])
+            rows_TD = x_TD if self.input_scale == 1 else x_TD * self.input_scale
+            extra_TD = self._extra(rows_TD, weights_TC[:, ffns:])
             aux = probs_TC.new_zeros(())
             if self.recorded:
                 aux = self._balance(probs_TC, picks_TC, token_mask_T)
@@ -147,7 +148,8 @@ class ZeroCostRouter(SoftmaxRouter):
             F.linear(x_TD, self.mix.float()).unflatten(1, (self.num_constant, 2)).softmax(2)
         )
         passed_T1 = passed_T1 + (constant_TJ * shares_TJ2[..., 0]).sum(1, keepdim=True)
-        return x_TD * passed_T1 + (constant_TJ * shares_TJ2[..., 1]) @ self.constants.float()
+        mixed_TD = (constant_TJ * shares_TJ2[..., 1]) @ self.constants.float()
+        return torch.addcmul(mixed_TD, x_TD, passed_T1)
 
     def _balance(self, probs_TC: Tensor, picks_TC: Tensor, token_mask_T: Tensor | None) -> Tensor:
         factors = [1.0] * self.num_slots + [self.free_balance] * (self.columns - self.num_slots)

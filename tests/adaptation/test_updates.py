@@ -21,6 +21,7 @@ from dynmoe.adaptation import Adaptation, RouterCallback, RouterUpdates, Schedul
 from dynmoe.errors import ConfigError
 from dynmoe.layers import (
     BiasedTopKRouter,
+    BlockFFNRouter,
     BudgetTopAnyRouter,
     ExpertThresholdRouter,
     MaskedTopKRouter,
@@ -263,6 +264,7 @@ def routers() -> Net:
         layer(SLOTS, partial(ReLURouter, target_k=1.5)),
         layer(SLOTS, partial(ExpertThresholdRouter, target_k=1.5, warm_up=2, ema=0.5)),
         layer(SLOTS, partial(MaskedTopKRouter, target_k=1.5)),
+        layer(SLOTS, partial(BlockFFNRouter, chunk_length=4, schedule_every=1, schedule_start=0)),
     )
 
 

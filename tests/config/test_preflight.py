@@ -38,6 +38,7 @@ def test_an_unknown_key_is_not_its_own_correction() -> None:
 
 
 CAPACITY = "moe.router.min_capacity: 4 needs a moe.router.capacity_factor (1.5)"
+WHOLE = "moe.init: copy makes whole experts, moe.router blocks. Set moe.init=random"
 NO_AUX = "moe.router.z_weight: needs moe.aux_weight above 0"
 NOISE = "moe.router.aux: importance_load needs moe.router.noise above 0"
 SLOTS = "moe: max_experts (8) != num_experts (4): without moe.adaptation the pool never changes."
@@ -199,6 +200,7 @@ def test_outputs_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (("moe=gmoe", "moe.router.noise=0"), NOISE),
         (("moe=topk", "moe.router.aux=importance_load"), NOISE),
         (("moe=topk", "moe.aux_weight=0", "moe.router.z_weight=0.1"), NO_AUX),
+        (("moe=unifmoe", "moe.init=copy"), WHOLE),
     ],
 )
 def test_options_of_a_router_that_need_others(overrides: tuple[str, ...], message: str) -> None:

@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from dynmoe.layers import (
     BiasedTopKRouter,
     CosineTopKRouter,
+    GeMoERouter,
     MoELayer,
     NullExpertRouter,
+    PrefixRouter,
     TopKRouter,
     ZeroCostRouter,
     aux_loss,
@@ -28,7 +30,9 @@ ROUTERS: dict[str, Any] = {
     "gmoe": partial(CosineTopKRouter, top_k=2),
     "loss-free": BiasedTopKRouter,
     "adamoe": partial(NullExpertRouter, num_null=2, top_k=2),
+    "gemoe": GeMoERouter,
     "moepp": ZeroCostRouter,
+    "top-p": PrefixRouter,
 }
 
 
