@@ -140,7 +140,7 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
     known = _known_keys(cfg, path, direct)
     if known is not None:
         direct += _key_problems(cfg, path, known)
-    if "_target_" in cfg:
+    if _has(cfg, "_target_"):
         direct += _instantiate_problems(cfg, path)
     elif path in {*MADE_LATER, *MADE_AT_ONCE} - {"moe.adaptation"} or _is_logger(path):
         direct.append(f"{path}._target_: missing: the class or function that makes it")
@@ -180,7 +180,7 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
 def _value_problems(key: str, value: Any, parameter: Parameter | None) -> list[str]:
     """A value of the wrong type, or the numbers in it that are out of their range."""
     is_node = isinstance(value, DictConfig)
-    is_object = is_node and "_target_" in value
+    is_object = is_node and _has(value, "_target_")
     is_made = _is_logger(key) or (key in MADE_AT_ONCE and not (value is None and parameter))
     if is_made and not is_node:
         return [f"{key}: expected an object with a _target_, found {shown(value)}"]
@@ -195,6 +195,11 @@ def _value_problems(key: str, value: Any, parameter: Parameter | None) -> list[s
     return [
         f"{place}: {text}" for place, each in _leaves(key, value) if (text := outside(place, each))
     ]
+
+
+def _has(cfg: DictConfig, key: str) -> bool:
+    """`key in cfg`, for which OmegaConf raises and catches an error where there is no such key."""
+    return {key} <= cfg.keys() and key in cfg
 
 
 def _is_logger(key: str) -> bool:
@@ -213,8 +218,9 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _instantiate_problems(cfg: DictConfig, path: str) -> Iterator[str]:
     """Keys of hydra.utils.instantiate: their types, and whether the node is made at once."""
     for key, (annotation, words) in INSTANTIATE.items():
-        value = None if OmegaConf.is_missing(cfg, key) else cfg.get(key)
-        if key in cfg and mismatches(key, value, annotation, __name__):
+        there = _has(cfg, key)
+        value = cfg[key] if there else None
+        if there and mismatches(key, value, annotation, __name__):
             yield f"{path}.{key}: expected {words}, found {shown(value)}"
         elif key == "_partial_" and path in MADE_LATER and value is not True:
             yield f"{path}._partial_: expected true: the run makes it later, found {shown(value)}"
@@ -224,7 +230,7 @@ def _instantiate_problems(cfg: DictConfig, path: str) -> Iterator[str]:
 
 def _known_keys(cfg: DictConfig, path: str, direct: list[str]) -> Signature | None:
     """Keys that the node may have, by its target or its schema; None where any key may stand."""
-    if "_target_" not in cfg:
+    if not _has(cfg, "_target_"):
         return schema(path)
     try:
         return signature(str(cfg["_target_"]))
@@ -246,8 +252,9 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
                 hint = ELSEWHERE.get(f"{dot}{key}") or did_you_mean(key, words)
                 hint = hint or _elsewhere(f"{dot}{key}", cfg)
                 yield f"{dot}{key}: unknown key.{hint}"
-    needed = dict.fromkeys(READ.get(path, ()) if "_target_" in cfg else ())
-    if "_target_" not in cfg or path in COMPLETE:
+    is_object = _has(cfg, "_target_")
+    needed = dict.fromkeys(READ.get(path, ()) if is_object else ())
+    if not is_object or path in COMPLETE:
         needed |= {key: None for key, each in known.parameters.items() if not each.has_default}
     for key in needed:
         if key not in set(map(str, cfg)):
