@@ -20,7 +20,7 @@ from dynmoe.backbones.families import FAMILIES
 from dynmoe.backbones.forms import Chain, Form, Gated, Packed, Timm, Whole
 from dynmoe.backbones.mixtures import Mixture, own_router
 from dynmoe.errors import ConfigError
-from dynmoe.layers.experts import Init, linears
+from dynmoe.layers.experts import Backend, Init, linears
 from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.routers import Router
 from dynmoe.layers.soft import SoftMoELayer, SoftSlots
@@ -73,6 +73,7 @@ def add_moe_layers(
     init: Start,
     expert_dropout: float | None = None,
     recompute: bool = False,
+    backend: Backend = "auto",
     shared_experts: int = 0,
     keep_origin: bool = False,
 ) -> None:
@@ -86,8 +87,8 @@ def add_moe_layers(
     ``own_router``. Blocks that are not chosen stay as they are.
     A list as the router's ``target_k`` has one number for each layer.
     ``expert_dropout`` acts after the activation inside experts only (0.1 in GMoE); None keeps the
-    FFN's own. ``recompute``, ``shared_experts``: see ``MoELayer``. All of an MoE layer is trained,
-    whatever was frozen.
+    FFN's own. ``recompute``, ``backend``, ``shared_experts``: see ``MoELayer``. All of an MoE layer
+    is trained, whatever was frozen.
 
     Raises:
         ConfigError: blocks that are not there, or whose FFN is of a form not known or cannot be
@@ -110,6 +111,7 @@ def add_moe_layers(
             init=init,
             dropout=expert_dropout,
             recompute=recompute,
+            backend=backend,
             shared_experts=shared_experts,
             keep_origin=keep_origin,
         )
@@ -143,7 +145,7 @@ def add_moe_layers(
         if is_soft(router):
             layer: Any = SoftMoELayer(expert, dim, make, num_experts, **options)
         else:
-            options |= {"max_experts": max_experts, "keep_origin": keep_origin}
+            options |= {"max_experts": max_experts, "keep_origin": keep_origin, "backend": backend}
             layer = MoELayer(expert, dim, make, num_experts, **options)
         if layer.router.sees_batch:
             _check_not_causal(host, layer.router)
@@ -240,6 +242,7 @@ def _keep_experts(
     init: Start,
     dropout: float | None,
     recompute: bool,
+    backend: Backend,
     shared_experts: int,
     keep_origin: bool,
 ) -> None:
@@ -285,6 +288,7 @@ def _keep_experts(
             num_experts,
             max_experts,
             recompute=recompute,
+            backend=backend,
             shared_experts=shared_experts,
         )
         form.put(block, layer)

@@ -26,7 +26,7 @@ from dynmoe.config.options import device_count
 NOT_IN_IDENTITY = (
     *("hydra", "logger", "mode", "name", "overwrite", "paths", "plan", "sweep"),
     *("protocol.datasets", "protocol.defaults", "protocol.stages"),  # other keys copy those in use
-    *("runtime.malloc", "runtime.progress_every", "moe.recompute"),
+    *("runtime.malloc", "runtime.progress_every", "moe.recompute", "moe.backend"),
     *("task.save_every", "task.on_nonfinite"),
     "backbone.grad_checkpointing",  # the same numbers, computed twice
     "data.question_sets",  # more of them are answered by dynmoe-eval

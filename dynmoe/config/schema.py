@@ -78,6 +78,7 @@ class MoE:
     aux_weight: float
     router: dict[str, Any] | None
     adaptation: dict[str, Any] | None
+    backend: Literal["auto", "loop", "per_expert", "grouped_mm"] = "auto"
     shared_experts: int = 0
     top_k: int = 1  # fixed routers only
 

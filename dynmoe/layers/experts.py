@@ -19,11 +19,19 @@ from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
-from dynmoe.layers.ffn import PackedGatedFFN, find_layout, is_plain_linear, keys, read_ffns
+from dynmoe.layers.ffn import (
+    ACTIVATIONS,
+    PackedGatedFFN,
+    find_layout,
+    is_plain_linear,
+    keys,
+    read_ffns,
+)
 from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
 from dynmoe.layers.routers import Routing
 
 Init = Literal["copy", "cluster", "random", "fresh"]
+Backend = Literal["auto", "loop", "per_expert", "grouped_mm"]
 
 
 class Experts(nn.Module):
@@ -38,8 +46,13 @@ class Experts(nn.Module):
     of a form that ``ffn.find_layout`` knows take the fast path, where ``recompute`` holds; the
     others are called one after the other.
 
+    ``backend``: ``loop`` calls every expert's module; ``per_expert`` does one product after the
+    other of FFNs of a known form, ``grouped_mm`` all of them in PyTorch's grouped products, on any
+    device; ``auto`` takes what is fastest.
+
     Raises:
-        ConfigError: ``cluster`` or ``random`` of an FFN that cannot be split so (``split_ffn``).
+        ConfigError: ``cluster`` or ``random`` of an FFN that cannot be split so (``split_ffn``);
+            ``per_expert`` or ``grouped_mm`` for one of another form.
     """
 
     kept: dict[Any, Any] | None
@@ -52,6 +65,7 @@ class Experts(nn.Module):
         init: Init = "copy",
         recompute: bool = False,
         copies: int = 1,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         # NOTE: one module, hence one set of Parameters, per slot and not one stacked tensor: a slot
@@ -69,7 +83,14 @@ class Experts(nn.Module):
         if init == "fresh":
             for slot in self.slots:
                 redraw(slot)
-        self.layout = find_layout(self.slots[0])
+        self.layout = None if backend == "loop" else find_layout(self.slots[0])
+        self.backend = backend
+        if self.layout is None and backend not in ("auto", "loop"):
+            raise ConfigError(
+                f"moe.backend={backend}: expected FFNs of two or three plain linear layers with an "
+                f"activation ({', '.join(ACTIVATIONS)}), found {type(self.slots[0]).__name__}. Set "
+                "moe.backend=auto."
+            )
         self.kept: dict[Any, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,7 +124,7 @@ def _sparse_forward(
     if not any(p.counts):  # zeros that backward() can start from, without any expert's Parameters
         return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
     if ffns is not None:
-        out_RD = grouped_ffn(x_TD, p, ffns, pool.recompute, pool.kept)
+        out_RD = grouped_ffn(x_TD, p, ffns, pool.recompute, pool.kept, pool.backend)
     else:
         runs = dispatch.gather(x_TD, p).split(p.counts)
         # NOTE: an expert without rows is not called: its Parameters stay out of the graph.

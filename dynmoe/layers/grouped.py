@@ -162,12 +162,17 @@ class _Hidden(NamedTuple):
 
 
 def grouped_ffn(
-    x_TD: Tensor, p: Pairs, ffns: FFNs, recompute: bool, kept: dict[Any, Any] | None = None
+    x_TD: Tensor,
+    p: Pairs,
+    ffns: FFNs,
+    recompute: bool,
+    kept: dict[Any, Any] | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Return the output of every row's expert on its token, [R, D], in ``compute_dtype``.
 
     ``ffns`` are the experts of ``p.counts``. ``kept`` holds copies of their weights in that dtype
-    from call to call, None where they may change.
+    from call to call, None where they may change. ``backend``: see ``Experts``.
 
     Raises:
         ValueError: an FFN that does not map D to D columns, or is not of the size of the others.
@@ -175,7 +180,9 @@ def grouped_ffn(
     dtype, dim = compute_dtype(x_TD), x_TD.shape[1]
     columns, hidden = _sizes(ffns, len(p.counts), dim)
     inner = columns[-1].stop
-    grouped = uses_grouped_mm(x_TD, hidden)
+    grouped = backend == "grouped_mm" or (backend == "auto" and uses_grouped_mm(x_TD, hidden))
+    if grouped:
+        _check_grouped_mm(dtype, dim, hidden)
     keep = torch.is_grad_enabled()
     setting = _Setting(
         p.counts,
@@ -201,6 +208,15 @@ def grouped_ffn(
         out_RD = function.apply(setting, weights, x_TD.to(dtype), *where, *needed)
         rate = ffns.output_dropout
         return F.dropout(out_RD, rate) if rate else out_RD  # 0 in evaluation: read_ffns
+
+
+def _check_grouped_mm(dtype: torch.dtype, *widths: int) -> None:
+    step = 16 // dtype.itemsize  # rows start at multiples of 16 bytes
+    if dtype == torch.float64 or any(width % step for width in widths):
+        raise ValueError(
+            f"moe.backend=grouped_mm: expected fp32, bf16 or fp16 and widths that are multiples of "
+            f"{step}, found {dtype} and widths {list(widths)}. Set moe.backend=auto"
+        )
 
 
 def _cast(weight: Tensor, dtype: torch.dtype, kept: dict[Any, Any] | None) -> Tensor:

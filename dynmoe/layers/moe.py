@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.layers.experts import (
+    Backend,
     Experts,
     Init,
     check_experts,
@@ -89,6 +90,7 @@ class MoELayer(MaskedLayer):
     ``router`` is called as ``router(dim, max_experts)``. ``keep_origin`` keeps a copy of ``mlp``
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
     inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
+    ``backend`` names how their products are done (``Experts``).
     ``shared_experts`` more FFNs serve every token, whatever the router: their outputs are added
     (``experts.shared_expert`` says how they start). k counts routed experts alone.
 
@@ -121,6 +123,7 @@ class MoELayer(MaskedLayer):
         init: Init = "copy",
         keep_origin: bool = False,
         recompute: bool = False,
+        backend: Backend = "auto",
         shared_experts: int = 0,
     ) -> None:
         super().__init__()
@@ -143,7 +146,8 @@ class MoELayer(MaskedLayer):
             origin = copy.deepcopy(mlp) if keep_origin else None
         self.dim = dim
         self.router = _made_router(router, dim, max_experts)
-        self.experts = Experts(mlp, max_experts, init, recompute, self.router.expert_copies)
+        copies = self.router.expert_copies
+        self.experts = Experts(mlp, max_experts, init, recompute, copies, backend)
         first = mlp if isinstance(mlp, nn.Module) else mlp[0]
         self.shared = nn.ModuleList(shared_expert(first, init) for _ in range(shared_experts))
         # Without gradients: optimizers leave it out, so it neither moves nor decays.

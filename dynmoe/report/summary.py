@@ -192,7 +192,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "figures", ", ".join(_figures(run)) or "none"
 
 
-WORTH_SAYING = 1.3
+WORTH_SAYING = 2.0
 """Ratio of speeds of products, of which a step has other parts too."""
 
 

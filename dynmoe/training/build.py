@@ -202,6 +202,7 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
         "init": moe.init,
         "expert_dropout": moe.expert_dropout,
         "recompute": moe.recompute,
+        "backend": moe.get("backend", "auto"),
         "shared_experts": moe.get("shared_experts", 0),
         **settings,
     }

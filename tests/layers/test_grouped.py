@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch, grouped
 from dynmoe.layers.experts import Experts, naive_forward
 from dynmoe.layers.ffn import GatedFFN, PackedGatedFFN, find_layout, read_ffns
@@ -474,3 +475,31 @@ def test_chunks_of_several_experts_change_nothing(
     for rows in (0, 20, 1000):
         monkeypatch.setattr(grouped, "CHUNK", rows * H * 8)
         assert_same(run(experts, routing, x_TD), expected)
+
+
+@pytest.mark.parametrize("ffn", ["gelu", "gated", "packed, bias"])
+def test_backends_compute_the_same(ffn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = FFNS[ffn]()
+    routing, x_TD = make_routing(random_mask(30, 3, 0.5), torch.float32), torch.randn(30, D)
+    calls: list[str] = []
+    for name in ("_PerExpert", "_GroupedMM"):
+        function = getattr(grouped, name)
+        apply = lambda *args, n=name, f=function.apply: calls.append(n) or f(*args)  # noqa: E731
+        monkeypatch.setattr(function, "apply", apply)
+    results = {}
+    for backend in ("auto", "loop", "per_expert", "grouped_mm"):
+        pool = Experts(mlp, 3, backend=backend)
+        results[backend] = run(pool, routing, x_TD)
+    assert calls == ["_PerExpert", "_PerExpert", "_GroupedMM"]
+    for result in results.values():
+        assert_same(result, results["loop"], rtol=1e-4, atol=1e-4)
+
+
+def test_backends_refuse_what_they_cannot_do() -> None:
+    for backend in ("per_expert", "grouped_mm"):
+        with pytest.raises(ConfigError, match=rf"moe.backend={backend}.*Set moe.backend=auto"):
+            Experts(nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D)), 2, backend=backend)
+    pool = Experts(sequential(nn.GELU()), 2, backend="grouped_mm").double()
+    routing = make_routing(torch.ones(3, 2).bool(), torch.float64)
+    with pytest.raises(ValueError, match=r"grouped_mm.*float64.*moe.backend=auto"):
+        pool(torch.randn(3, D, dtype=torch.float64), routing, range(2))
