@@ -141,8 +141,10 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
     if wrong:
         return [f"sweep={name}: {text}" if name else text for text in wrong]
     if ours:
-        found = _grid_problems(composer, node, overrides)
-        return (found and _for_another_task(composer, overrides)) or found
+        found = list(_grid_problems(composer, node, overrides))
+        if all(": required, " in text for text in found):  # by any task
+            return found
+        return _for_another_task(composer, overrides) or found
     if OmegaConf.select(cfg, "mode") == "plan":
         return ["mode: a search draws its jobs one after another and cannot list them first"]
     given = [f"{key!s}={value}" for values in _swept(node) for key, value in values.items()]
@@ -156,24 +158,21 @@ def _swept(node: DictConfig) -> list[DictConfig]:
 
 def _grid_problems(
     composer: Composer, node: DictConfig, overrides: Sequence[Override]
-) -> list[str]:
+) -> Iterator[str]:
     """Problems of a sweep whose jobs are known."""
     sweep, name = read_sweep(parser(), node, overrides), _choice(overrides, "sweep")
-    found: list[str] = []
     for index, (own, axes) in enumerate(zip(sweep.settings, sweep.axes, strict=True)):
         # Values that settings share are tried beside the first; the sweeper checks every job.
         once = {key: each if key in own or not index else each[:1] for key, each in axes.items()}
-        found += _axes_problems(composer, once)
+        yield from (text for _, text in _tried(composer, once))
     given = {override.key_or_group for override in overrides}
     for key in sorted(given & {key for own in sweep.settings for key in own}):
-        found.append(f"{key}: sweep={name} sets it. Leave it out, or write another sweep")
+        yield f"{key}: sweep={name} sets it. Leave it out, or write another sweep"
     if "name" not in given and any(len(axes.get("task", ())) > 1 for axes in sweep.axes):
-        found.append(f"name: a sweep over tasks has to name {MEANING['name']}")
-    return found + [
-        f"{override.input_line}: only a search draws from an interval: sweep=optuna"
-        for override in overrides
-        if override.is_sweep_override() and not override.is_discrete_sweep()
-    ]
+        yield f"name: a sweep over tasks has to name {MEANING['name']}"
+    for override in overrides:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            yield f"{override.input_line}: only a search draws from an interval: sweep=optuna"
 
 
 def _for_another_task(composer: Composer, overrides: Sequence[Override]) -> list[str]:
@@ -185,7 +184,7 @@ def _for_another_task(composer: Composer, overrides: Sequence[Override]) -> list
     def fits(name: str) -> bool:
         alone, _ = parse([f"sweep={sweep}", f"task={name}"])
         node = composer.compose(alone).cfg.hydra.sweeper
-        return not _grid_problems(composer, node, alone)
+        return not any(_grid_problems(composer, node, alone))
 
     if fits(task):
         return []
@@ -208,10 +207,6 @@ def _draws_problems(composer: Composer, overrides: Sequence[Override]) -> list[s
 
 def _choice(overrides: Sequence[Override], group: str) -> Any:
     return next((each.value() for each in overrides if each.key_or_group == group), None)
-
-
-def _axes_problems(composer: Composer, axes: Axes) -> list[str]:
-    return [text for _, text in _tried(composer, axes)]
 
 
 def _tried(composer: Composer, axes: Axes) -> Iterator[tuple[str, str]]:
