@@ -41,6 +41,8 @@ class Build:
         self._process = subprocess.Popen(command, pass_fds=[other.fileno()], start_new_session=True)
         other.close()
         self.version: str = self._answer()
+        if getattr(args, "runs", None):  # theirs was put there, and is read there again
+            args = Namespace(**{**vars(args), "precision": None})
         self._pipe.send((module, args))
 
     def next_cases(self) -> dict[str, Elsewhere]:
