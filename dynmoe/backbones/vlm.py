@@ -135,7 +135,7 @@ class VisionLanguageModel(nn.Module):
         """
         self._token_mask = tokens["attention_mask"].bool()
         calls = self.language_model.register_forward_pre_hook(self._mask_call, with_kwargs=True)
-        constant = constant_weights(self.language_model)
+        constant = constant_weights(self.language_model, stack=True)
         with calls, constant, mask_padding(self.language_model, None):
             out: Tensor = self.language_model.generate(
                 inputs_embeds=self.embed(tokens),

@@ -27,7 +27,13 @@ from dynmoe.layers.ffn import (
     keys,
     read_ffns,
 )
-from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
+from dynmoe.layers.grouped import (
+    compute_dtype,
+    grouped_ffn,
+    row_multiple,
+    stacked_ffn,
+    stacks_pay,
+)
 from dynmoe.layers.routers import Routing
 
 Init = Literal["copy", "cluster", "random", "fresh"]
@@ -57,6 +63,8 @@ class Experts(nn.Module):
 
     kept: dict[Any, Any] | None
     """Weights in the dtype of products, within ``moe.constant_weights``; None elsewhere."""
+    stack: bool
+    """Whether it was asked for weights that are stacked."""
 
     def __init__(
         self,
@@ -92,9 +100,15 @@ class Experts(nn.Module):
                 "moe.backend=auto."
             )
         self.kept: dict[Any, Any] | None = None
+        self.stack = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None}
+        return {**self.__dict__, "kept": None, "stack": False}
+
+    @property
+    def stacks(self) -> bool:
+        """Whether this pass may multiply with stacked weights: constant ones, and no gradient."""
+        return self.stack and not torch.is_grad_enabled()
 
     def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
         """Sum the weighted expert outputs of every token, [T, D]. Cost: one FFN row per pair."""
@@ -123,7 +137,9 @@ def _sparse_forward(
     p = dispatch.pairs(routing.dispatch_TE, 1 if ffns is None else row_multiple(x_TD))
     if not any(p.counts):  # zeros that backward() can start from, without any expert's Parameters
         return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
-    if ffns is not None:
+    if ffns is not None and pool.kept is not None and pool.stacks and stacks_pay(p.counts):
+        out_RD, p = stacked_ffn(x_TD, p, ffns, pool.kept)
+    elif ffns is not None:
         out_RD = grouped_ffn(x_TD, p, ffns, pool.recompute, pool.kept, pool.backend)
     else:
         runs = dispatch.gather(x_TD, p).split(p.counts)

@@ -65,6 +65,11 @@ def uses_grouped_mm(x: Tensor, hidden: int) -> bool:
     )
 
 
+STACKED_ROWS = 64
+"""Up to so many rows of the busiest expert, products of stacked weights are faster than one by one
+(docs/performance.md): they read weights once, on all threads, whatever the rows are."""
+
+
 class _Chunk(NamedTuple):
     """Rows of consecutive experts that are gathered and activated together."""
 
@@ -208,6 +213,64 @@ def grouped_ffn(
         out_RD = function.apply(setting, weights, x_TD.to(dtype), *where, *needed)
         rate = ffns.output_dropout
         return F.dropout(out_RD, rate) if rate else out_RD  # 0 in evaluation: read_ffns
+
+
+def stacks_pay(counts: Sequence[int]) -> bool:
+    """Whether loads are so small and even that padding them costs less than it saves."""
+    busy = sum(count > 0 for count in counts)
+    return max(counts) <= STACKED_ROWS and 4 * busy >= 3 * len(counts)
+
+
+def stacked_ffn(x_TD: Tensor, p: Pairs, ffns: FFNs, kept: dict[Any, Any]) -> tuple[Tensor, Pairs]:
+    """Return the outputs of experts on as many rows each, [E * C, D], and the pairs of those rows.
+
+    For evaluation: no gradient. ``kept`` holds the stacked weights from call to call.
+
+    Raises:
+        ValueError: see ``grouped_ffn``.
+    """
+    dtype, experts = compute_dtype(x_TD), len(p.counts)
+    _sizes(ffns, experts, x_TD.shape[1])
+    key = "stacked", dtype, *(id(w) for w in ffns.weights)
+    if key not in kept:
+        kept[key] = _stacks(ffns, experts, dtype)
+    inner_EDI, b_E1I, outer_EHD, b_E1D = kept[key]
+    most = max(p.counts)
+    start_E = torch.tensor([0, *accumulate(p.counts)][:-1], device=x_TD.device)
+    places_C = torch.arange(most, device=x_TD.device)
+    # Rows beyond an expert's own are of whatever token: no pair has them.
+    row_EC = (start_E[:, None] + places_C).clamp_(max=len(p.token_R) - 1)
+    x_ECD = x_TD.index_select(0, p.token_R[row_EC.view(-1)]).view(experts, most, -1).to(dtype)
+    with torch.autocast(x_TD.device.type, enabled=False):
+        pre_ECI = _bmm(x_ECD, inner_EDI, b_E1I)
+        hidden_NH = activated(pre_ECI.flatten(0, 1), ffns.layout)
+        out_ECD = _bmm(hidden_NH.view(experts, most, -1), outer_EHD, b_E1D)
+    shift_E = torch.arange(experts, device=x_TD.device) * most - start_E
+    return out_ECD.flatten(0, 1), p._replace(row_P=p.row_P + shift_E[p.expert_P])
+
+
+def _bmm(x_ENI: Tensor, w_EIO: Tensor, b_E1O: Tensor | None) -> Tensor:
+    return torch.bmm(x_ENI, w_EIO) if b_E1O is None else torch.baddbmm(b_E1O, x_ENI, w_EIO)
+
+
+def _stacks(ffns: FFNs, experts: int, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Weights and biases of the inner matrices and of the outer one, for rows as left operands."""
+    size = len(ffns.weights) // experts
+    own = [ffns.weights[i : i + size] for i in range(0, len(ffns.weights), size)]
+    found: list[Tensor | None] = []
+    for part in (slice(0, -2), slice(-2, None)):
+        layers: list[Any] = [list(zip(e[part][0::2], e[part][1::2], strict=True)) for e in own]
+        joined = [torch.cat([w for w, _ in each]).t().to(dtype) for each in layers]
+        found.append(torch.stack(joined))
+        if all(b is None for each in layers for _, b in each):
+            found.append(None)
+            continue
+        biases = [
+            torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in each]).to(dtype)
+            for each in layers
+        ]
+        found.append(torch.stack(biases)[:, None])
+    return tuple(found)
 
 
 def _check_grouped_mm(dtype: torch.dtype, *widths: int) -> None:

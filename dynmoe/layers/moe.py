@@ -516,22 +516,31 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, list[Routed]]]:
 
 
 @contextmanager
-def constant_weights(model: nn.Module) -> Iterator[None]:
+def constant_weights(model: nn.Module, stack: bool = False) -> Iterator[None]:
     """Let MoE layers keep what they make of their weights from call to call within the block.
+
+    ``stack``: for generation, short batches on a CPU without gradients: the weights of all experts
+    are held a second time, in one tensor, with which all their products are one operation.
 
     Kept are weights in autocast's dtype and, where no gradient is wanted, a router's vectors and
     keys. The caller promises that neither weights nor living experts change: a generation, an
     evaluation, the micro-batches of one optimizer step.
     """
-    parts = [part for layer in moe_layers(model).values() for part in (layer.router, layer.experts)]
+    layers = moe_layers(model).values()
+    parts = [part for layer in layers for part in (layer.router, layer.experts)]
     within = [part.kept is not None for part in parts]
+    stacked = [layer.experts.stack for layer in layers]
     for part in parts:
         part.kept = {}
+    for layer in layers:
+        layer.experts.stack = stack and layer.active_E.device.type == "cpu"
     try:
         yield
     finally:  # a block around this one begins anew: here weights may have been others
         for part, outer in zip(parts, within, strict=True):
             part.kept = {} if outer else None
+        for layer, before in zip(layers, stacked, strict=True):
+            layer.experts.stack = before
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from dynmoe.layers import (
     TopAnyRouter,
     TopKRouter,
     constant_weights,
+    experts,
+    grouped,
     record_routing,
 )
 from dynmoe.layers.ffn import GatedFFN
@@ -118,3 +120,37 @@ def test_auxiliary_loss_is_computed_for_whoever_records() -> None:
     (recorded,) = tape[""]
     assert len(calls) == 1 and recorded.aux > 0
     assert layer.router(x_TD, layer.live).aux.equal(recorded.aux)
+
+
+@pytest.mark.parametrize("bias", [(False, False, False), (True, True, True), (True, False, True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_stacked_weights_compute_the_same(
+    bias: tuple[bool, bool, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    parts = [
+        nn.Linear(*size, each) for size, each in zip([(D, H)] * 2 + [(H, D)], bias, strict=True)
+    ]
+    mlp = GatedFFN(parts[0], parts[1], nn.SiLU(), parts[2], 0.3)
+    layer = MoELayer(mlp, D, TopAnyRouter, 4, init="fresh").eval()
+    for p in layer.experts.parameters():
+        p.data.normal_(0, 0.3)
+    layer.to(dtype)
+    calls: list[int] = []
+    monkeypatch.setattr(
+        experts, "stacked_ffn", lambda *args: calls.append(1) or grouped.stacked_ffn(*args)
+    )
+    mask_TE = torch.tensor([True, False, True]).repeat(20)[:50]
+    tolerance = {"atol": 0.02, "rtol": 0.02} if dtype == torch.bfloat16 else {}
+    with torch.no_grad(), constant_weights(layer, stack=True):
+        for tokens in (1, 50, 400):  # one expert alone, small loads, large ones
+            x_TD = torch.randn(tokens, D, dtype=dtype)
+            got = layer(x_TD, mask_TE[:tokens] if tokens == 50 else None)
+            layer.experts.stack = False
+            expected = layer(x_TD, mask_TE[:tokens] if tokens == 50 else None)
+            layer.experts.stack = True
+            torch.testing.assert_close(got, expected, **tolerance)
+    assert len(calls) == 1
+    with constant_weights(layer, stack=True):
+        layer(torch.randn(50, D, dtype=dtype)).sum().backward()  # gradients take the other path
+    assert len(calls) == 1 and not layer.experts.stack
