@@ -31,6 +31,7 @@ from dynmoe.layers import (
     Router,
     TopAnyRouter,
     TopKRouter,
+    moe,
     record_routing,
 )
 from dynmoe.layers.ffn import GatedFFN
@@ -320,7 +321,11 @@ def build_cases(work: Work, names: Sequence[str], device: torch.device) -> dict[
     live = range(shape.experts)
 
     def placed(module: nn.Module) -> nn.Module:
-        return module.to(device, stored).train(train)
+        module = module.to(device, stored).train(train)
+        if not train and hasattr(moe, "constant_weights"):  # an earlier build has none
+            # Entered and never left, as within one long generation.
+            moe.constant_weights(module, stack=shape.tokens < SHORT).__enter__()
+        return module
 
     def tokens(rows: int) -> Tensor:
         return torch.randn(rows, shape.dim, device=device, dtype=stored, requires_grad=True)

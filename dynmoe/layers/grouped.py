@@ -217,8 +217,8 @@ def grouped_ffn(
 
 def stacks_pay(counts: Sequence[int]) -> bool:
     """Whether loads are so small and even that padding them costs less than it saves."""
-    busy = sum(count > 0 for count in counts)
-    return max(counts) <= STACKED_ROWS and 4 * busy >= 3 * len(counts)
+    most = max(counts)
+    return most <= STACKED_ROWS and most * len(counts) <= 2 * sum(counts)
 
 
 def stacked_ffn(x_TD: Tensor, p: Pairs, ffns: FFNs, kept: dict[Any, Any]) -> tuple[Tensor, Pairs]:
