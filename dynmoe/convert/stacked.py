@@ -16,7 +16,7 @@ from dynmoe.backbones.forms import Bias
 from dynmoe.backbones.mixtures import WithShared
 from dynmoe.errors import ConfigError
 from dynmoe.layers.experts import Experts
-from dynmoe.layers.ffn import find_layout, read_ffns
+from dynmoe.layers.ffn import common_layout, read_ffns
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
 from dynmoe.layers.moe import moe_layers
 from dynmoe.layers.routers import Router, TopAnyRouter
@@ -192,7 +192,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu",
 
 def _experts(name: str, experts: Sequence[nn.Module]) -> _Stacked:
     """Stack FFNs: ``w2 act(w1 x)``, or ``down(act(gate x) * up x)``."""
-    layout = find_layout(experts[0])
+    layout = common_layout(experts)
     if layout is None or any(read_ffns([mlp], layout) is None for mlp in experts):
         raise ConfigError(
             f"format: {name} has experts of {type(experts[0]).__name__}, expected FFNs of plain "

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
-from dynmoe.layers.ffn import PackedGatedFFN, find_layout, is_plain_linear, keys, read_ffns
+from dynmoe.layers.ffn import PackedGatedFFN, common_layout, is_plain_linear, keys, read_ffns
 from dynmoe.layers.grouped import compute_dtype, grouped_ffn, row_multiple
 from dynmoe.layers.routers import Routing
 
@@ -69,7 +69,8 @@ class Experts(nn.Module):
         if init == "fresh":
             for slot in self.slots:
                 redraw(slot)
-        self.layout = find_layout(self.slots[0])
+        given = self.slots[:1] if isinstance(mlp, nn.Module) else self.slots[: len(mlp)]
+        self.layout = common_layout(list(given))
         self.kept: dict[Any, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
