@@ -133,7 +133,10 @@ class _Setting(NamedTuple):
         return self._undropped(activated(pre_NI, self.ffns.layout), kept.mask_NH)
 
     def _undropped(self, x_NH: Tensor, mask_NH: Tensor | None) -> Tensor:
-        return x_NH if mask_NH is None else x_NH.mul_(mask_NH).div_(1 - self.ffns.hidden_dropout)
+        if mask_NH is None:
+            return x_NH
+        rate = self.ffns.hidden_dropout
+        return x_NH.mul_(mask_NH).div_(1 - rate if rate < 1 else 1)  # at 1 the mask is False
 
     def backward(self, grad_NH: Tensor, pre_NI: Tensor, kept: _Hidden) -> Tensor:
         """Return the gradient of the inner products; writes into ``grad_NH``."""

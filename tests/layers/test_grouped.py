@@ -443,6 +443,14 @@ def test_given_experts_that_compute_the_same_are_grouped() -> None:
     assert Experts([times(1.0), times(1.0)], 3).layout == find_layout(Own())
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_of_all_neurons_leaves_no_gradient(recompute: bool) -> None:
+    mlp = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Dropout(1.0), nn.Linear(H, D))
+    experts = make_experts(mlp, 1, torch.float32, recompute)
+    routing, x_TD = make_routing(torch.ones(6, 1).bool(), torch.float32), torch.rand(6, D)
+    assert_same(run(experts, routing, x_TD), run(experts, routing, x_TD, naive=True))
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_spare_rows_do_not_carry_another_tokens_infinity(path: str, take) -> None:  # type: ignore[no-untyped-def]
     experts = make_experts(take(path, sequential(nn.GELU())), 2, torch.float32)
