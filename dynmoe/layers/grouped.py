@@ -212,7 +212,9 @@ def _cast(weight: Tensor, dtype: torch.dtype, kept: dict[Any, Any] | None) -> Te
         return weight.detach().to(dtype)
     key = id(weight), dtype
     if key not in kept:
-        kept[key] = weight, weight.detach().to(dtype)  # the weight, so that its id stays its own
+        with torch.inference_mode(False):  # for a training step within the block too
+            cast = weight.detach().to(dtype)
+        kept[key] = weight, cast  # the weight, so that its id stays its own
     return kept[key][1]
 
 
