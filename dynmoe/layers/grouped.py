@@ -211,11 +211,13 @@ def _cast(weight: Tensor, dtype: torch.dtype, kept: dict[Any, Any] | None) -> Te
     if kept is None or type(weight) is not nn.Parameter:
         return weight.detach().to(dtype)
     key = id(weight), dtype
-    if key not in kept:
+    # Some optimizers compute a step's loss again after they moved weights (LBFGS).
+    version = None if weight.is_inference() else weight._version
+    if key not in kept or kept[key][1] != version:
         with torch.inference_mode(False):  # for a training step within the block too
             cast = weight.detach().to(dtype)
-        kept[key] = weight, cast  # the weight, so that its id stays its own
-    return kept[key][1]
+        kept[key] = weight, version, cast  # the weight, so that its id stays its own
+    return kept[key][2]
 
 
 def _sizes(ffns: FFNs, experts: int, dim: int) -> tuple[list[slice], int]:
