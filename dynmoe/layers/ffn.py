@@ -85,18 +85,6 @@ class PackedGatedFFN(nn.Module):
         return f"gate_first={self.gate_first}"
 
 
-def keys(mlp: nn.Module) -> slice:
-    """Return the rows of an FFN's first matrix that its activation takes: the gate's alone."""
-    known: Any = mlp
-    if isinstance(mlp, PackedGatedFFN):
-        first, half = known.gate_first, known.down.in_features
-    elif (type(mlp).__module__, type(mlp).__qualname__) == ("timm.layers.mlp", "GluMlp"):
-        first, half = not known.gate_last, known.fc2.in_features
-    else:
-        return slice(None)
-    return slice(half) if first else slice(half, None)
-
-
 class Layout(NamedTuple):
     """Where the FFNs of one form keep their parts, by the names of their children."""
 
@@ -111,6 +99,26 @@ class Layout(NamedTuple):
     """A key of ``ACTIVATIONS``."""
     dropouts: tuple[str | None, str | None]
     """Before and after ``outer``."""
+
+
+def keys(mlp: nn.Module, layout: Layout | None = None) -> slice:
+    """Return the rows of an FFN's first matrix that its activation takes: the gate's alone.
+
+    Without a ``layout`` the classes of packed FFNs that it knows by name tell.
+    """
+    known: Any = mlp
+    if layout is not None:
+        if layout.gate is None or len(layout.inner) == 2:
+            return slice(None)
+        outer: Any = mlp.get_submodule(layout.outer)
+        first, half = layout.gate == 0, outer.in_features
+    elif isinstance(mlp, PackedGatedFFN):
+        first, half = known.gate_first, known.down.in_features
+    elif (type(mlp).__module__, type(mlp).__qualname__) == ("timm.layers.mlp", "GluMlp"):
+        first, half = not known.gate_last, known.fc2.in_features
+    else:
+        return slice(None)
+    return slice(half) if first else slice(half, None)
 
 
 class FFNs(NamedTuple):
