@@ -44,6 +44,7 @@ def native_config(dense: Any, mixtures: Mixtures) -> Any | None:
         and mixtures.options["scale"] == 1
         and mixtures.gated
         and not mixtures.biased
+        and all(place.output_bias is None for place in mixtures.places.values())
         and mixtures.activation == config.hidden_act
         and len(counts) == 1
         and all(name.endswith(".mlp") for name in mixtures.places)

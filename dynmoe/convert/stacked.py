@@ -16,7 +16,7 @@ from dynmoe.backbones.forms import Bias
 from dynmoe.backbones.mixtures import WithShared
 from dynmoe.errors import ConfigError
 from dynmoe.layers.experts import Experts
-from dynmoe.layers.ffn import find_layout, read_ffns
+from dynmoe.layers.ffn import common_layout, read_ffns
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
 from dynmoe.layers.moe import moe_layers
 from dynmoe.layers.routers import Router, TopAnyRouter
@@ -74,11 +74,12 @@ def mixtures_of(model: nn.Module, dense: nn.Module) -> Mixtures:
         experts = _experts(name, list(layer.experts.slots))
         tensors = {f"router.{key}": tensor for key, tensor in router.tensors.items()}
         tensors |= {f"experts.{key}": tensor for key, tensor in experts.tensors.items()}
-        places[name] = Place(len(layer.experts.slots), tensors=tensors)
+        places[_place(name, model, dense)] = Place(len(layer.experts.slots), tensors=tensors)
         forms.append((router[:2], experts[:4], layer.dim))
     if any(form != forms[0] for form in forms):
         raise ConfigError("format: expected MoE layers of one form, found several")
     for path, module in model.named_modules():
+        within = any(path.startswith(f"{place}.") for place in places)
         if isinstance(module, WithShared):
             raise ConfigError(
                 f"format: {path} has a shared FFN beside its experts, which this format has no "
@@ -87,11 +88,33 @@ def mixtures_of(model: nn.Module, dense: nn.Module) -> Mixtures:
         if isinstance(module, Bias):
             place = places[_nearest(path, places)]
             place.output_bias, place.bias_path = module.bias.detach(), path
-            place.left_out.append(path)
+            place.left_out += [] if within else [path]
+        elif within:
+            continue
         elif type(module) is nn.Identity and type(dense.get_submodule(path)) is not nn.Identity:
             places[_nearest(path, places)].left_out.append(path)
     (router_name, options), (gated, biased, activation, hidden), width = forms[0]
     return Mixtures(router_name, options, gated, biased, activation, width, hidden, places)
+
+
+def _place(name: str, model: nn.Module, dense: nn.Module) -> str:
+    """Return the path of the module whose place an MoE layer took, with its output bias perhaps.
+
+    Raises:
+        ConfigError: it is part of a module that transformers does not have.
+    """
+    known = {path for path, _ in dense.named_modules()}
+    above = name.rpartition(".")[0]
+    around = model.get_submodule(above)
+    if name in known:
+        return name
+    parts = [type(each) for part, each in around.named_children() if f"{above}.{part}" != name]
+    if above in known and type(around) is nn.Sequential and {*parts} <= {Bias, nn.Dropout}:
+        return above
+    raise ConfigError(
+        f"format: {name} is a part of {type(around).__name__}, expected an MoE layer in the place "
+        "of an FFN of transformers"
+    )
 
 
 def _nearest(path: str, places: dict[str, Place]) -> str:
@@ -192,7 +215,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu",
 
 def _experts(name: str, experts: Sequence[nn.Module]) -> _Stacked:
     """Stack FFNs: ``w2 act(w1 x)``, or ``down(act(gate x) * up x)``."""
-    layout = find_layout(experts[0])
+    layout = common_layout(experts)
     if layout is None or any(read_ffns([mlp], layout) is None for mlp in experts):
         raise ConfigError(
             f"format: {name} has experts of {type(experts[0]).__name__}, expected FFNs of plain "

@@ -22,6 +22,7 @@ from dynmoe.layers import dispatch
 from dynmoe.layers.ffn import (
     ACTIVATIONS,
     PackedGatedFFN,
+    common_layout,
     find_layout,
     is_plain_linear,
     keys,
@@ -91,7 +92,8 @@ class Experts(nn.Module):
         if init == "fresh":
             for slot in self.slots:
                 redraw(slot)
-        self.layout = None if backend == "loop" else find_layout(self.slots[0])
+        given = self.slots[:1] if isinstance(mlp, nn.Module) else self.slots[: len(mlp)]
+        self.layout = None if backend == "loop" else common_layout(list(given))
         self.backend = backend
         if self.layout is None and backend not in ("auto", "loop"):
             raise ConfigError(
@@ -120,8 +122,13 @@ class Experts(nn.Module):
     @torch.no_grad()
     def mean_keys(self, live: Sequence[int]) -> Tensor:
         """Return the mean row of each expert's first matrix, a gate's alone, fp32, [E, D]."""
+        layout = self.layout
+        first = "" if layout is None else layout.inner[0]
         mlps = [self.slots[slot] for slot in live]
-        return torch.stack([_weight(linears(mlp)[0])[keys(mlp)].mean(0) for mlp in mlps])
+        # A name may stand for an adapter by now, around the linear layer.
+        weights = [_weight(linears(mlp.get_submodule(first))[0]) for mlp in mlps]
+        rows = [keys(mlp, layout) for mlp in mlps]
+        return torch.stack([w[own].mean(0) for w, own in zip(weights, rows, strict=True)])
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
@@ -323,12 +330,12 @@ def shared_expert(mlp: nn.Module, init: Init) -> nn.Module:
     if init == "fresh":
         redraw(made)
         return made
-    if not (found := linears(made)):
+    if not (names := in_order(made)):
         raise ConfigError(
             f"moe.shared_experts: {type(mlp).__name__} has no linear layer that could start at 0. "
             "Set moe.init=fresh, or moe.shared_experts=0."
         )
-    for p in found[-1].parameters():
+    for p in made.get_submodule(names[-1]).parameters():
         p.zero_()
     return made
 
@@ -362,7 +369,8 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
     Raises:
         ConfigError: H does not divide into ``parts``, or ``mlp`` is of another form.
     """
-    *inner, outer = linears(mlp)
+    names = in_order(mlp)
+    *inner, outer = _named(mlp, names)
     hidden, packed = outer.in_features, 1 + isinstance(mlp, PackedGatedFFN)
     plain = all(linear.out_features == packed * hidden for linear in inner)
     plain &= all(is_plain_linear(linear) for linear in (*inner, outer))
@@ -383,7 +391,7 @@ def split_ffn(mlp: nn.Module, parts: int, how: Literal["cluster", "random"]) -> 
         groups_EN = balanced_clusters(inner[0].weight.detach()[keys(mlp)].float(), parts)
     else:
         groups_EN = torch.arange(hidden).view(parts, -1)
-    return [_part(mlp, neurons_N.to(outer.weight.device)) for neurons_N in groups_EN]
+    return [_part(mlp, names, neurons_N.to(outer.weight.device)) for neurons_N in groups_EN]
 
 
 def _weight(linear: nn.Linear) -> Tensor:
@@ -395,8 +403,23 @@ def _weight(linear: nn.Linear) -> Tensor:
 
 
 def linears(mlp: nn.Module) -> list[nn.Linear]:
-    """Return the linear layers of an FFN in their order: the keys first, the output last."""
+    """Return the linear layers of an FFN in the order of its modules."""
     return [module for module in mlp.modules() if isinstance(module, nn.Linear)]
+
+
+def in_order(mlp: nn.Module) -> list[str]:
+    """Return the names of an FFN's linear layers: the keys first, the output last.
+
+    As ``find_layout`` tells them; of other FFNs in the order of their modules.
+    """
+    layout = find_layout(mlp)
+    if layout is not None:
+        return [*layout.inner, layout.outer]
+    return [name for name, module in mlp.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _named(mlp: nn.Module, names: Iterable[str]) -> list[Any]:
+    return [mlp.get_submodule(name) for name in names]
 
 
 def balanced_clusters(keys_HD: Tensor, clusters: int) -> Tensor:
@@ -426,9 +449,9 @@ def balanced_clusters(keys_HD: Tensor, clusters: int) -> Tensor:
 
 
 @torch.no_grad()
-def _part(mlp: nn.Module, neurons_N: Tensor) -> nn.Module:
+def _part(mlp: nn.Module, names: Sequence[str], neurons_N: Tensor) -> nn.Module:
     """A copy of ``mlp`` with some of its neurons; the others are never copied."""
-    *inner, outer = linears(mlp)
+    *inner, outer = _named(mlp, names)
     rows_N = neurons_N
     if isinstance(mlp, PackedGatedFFN):  # a neuron has a row in each half
         rows_N = torch.cat([neurons_N, outer.in_features + neurons_N])
@@ -438,7 +461,7 @@ def _part(mlp: nn.Module, neurons_N: Tensor) -> nn.Module:
             own[id(p)] = nn.Parameter(p[rows_N])
     own[id(outer.weight)] = nn.Parameter(outer.weight[:, neurons_N])
     part = copy.deepcopy(mlp, own)
-    *inner, outer = linears(part)
+    *inner, outer = _named(part, names)
     for linear in inner:
         linear.out_features = len(rows_N)
     outer.in_features = len(neurons_N)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 aten = torch.ops.aten
 
 PLAIN = (nn.Parameter, Tensor, type(None))
+OF_ALL_MODULES = vars(nn.Module()).keys()
 
 
 class Activation(NamedTuple):
@@ -84,18 +85,6 @@ class PackedGatedFFN(nn.Module):
         return f"gate_first={self.gate_first}"
 
 
-def keys(mlp: nn.Module) -> slice:
-    """Return the rows of an FFN's first matrix that its activation takes: the gate's alone."""
-    known: Any = mlp
-    if isinstance(mlp, PackedGatedFFN):
-        first, half = known.gate_first, known.down.in_features
-    elif (type(mlp).__module__, type(mlp).__qualname__) == ("timm.layers.mlp", "GluMlp"):
-        first, half = not known.gate_last, known.fc2.in_features
-    else:
-        return slice(None)
-    return slice(half) if first else slice(half, None)
-
-
 class Layout(NamedTuple):
     """Where the FFNs of one form keep their parts, by the names of their children."""
 
@@ -110,6 +99,26 @@ class Layout(NamedTuple):
     """A key of ``ACTIVATIONS``."""
     dropouts: tuple[str | None, str | None]
     """Before and after ``outer``."""
+
+
+def keys(mlp: nn.Module, layout: Layout | None = None) -> slice:
+    """Return the rows of an FFN's first matrix that its activation takes: the gate's alone.
+
+    Without a ``layout`` the classes of packed FFNs that it knows by name tell.
+    """
+    known: Any = mlp
+    if layout is not None:
+        if layout.gate is None or len(layout.inner) == 2:
+            return slice(None)
+        outer: Any = mlp.get_submodule(layout.outer)
+        first, half = layout.gate == 0, outer.in_features
+    elif isinstance(mlp, PackedGatedFFN):
+        first, half = known.gate_first, known.down.in_features
+    elif (type(mlp).__module__, type(mlp).__qualname__) == ("timm.layers.mlp", "GluMlp"):
+        first, half = not known.gate_last, known.fc2.in_features
+    else:
+        return slice(None)
+    return slice(half) if first else slice(half, None)
 
 
 class FFNs(NamedTuple):
@@ -158,11 +167,11 @@ def find_layout(mlp: nn.Module) -> Layout | None:
     """Return the layout of an FFN of a known form, None if ``mlp`` is anything else.
 
     Known is every module of two or three plain linear layers, at most one activation of
-    ``ACTIVATIONS``, dropouts and identities that computes what a layout says. It is tried on a few
-    rows, in training and in evaluation, with small layers in place of its own: so ``nn.Sequential``
-    and the FFNs of timm and transformers are known without a list of their names. Norms, hooks,
-    adapters, parametrizations and quantised weights make it something else. Nothing of ``mlp`` is
-    called and no random number is drawn.
+    ``ACTIVATIONS``, dropouts and identities that computes what a layout says, and its gradients. It
+    is tried on a few rows, in training and in evaluation, with small layers in place of its own: so
+    ``nn.Sequential`` and the FFNs of timm and transformers are known without a list of their names.
+    Norms, hooks, adapters, parametrizations and quantised weights make it something else. Nothing
+    of ``mlp`` is called and no random number is drawn.
     """
     children: dict[str, Any] = {n: child for n, child in mlp._modules.items() if child is not None}
     linears = [name for name, child in children.items() if type(child) is nn.Linear]
@@ -193,12 +202,39 @@ def find_layout(mlp: nn.Module) -> Layout | None:
             (2 * hidden,): (0, 1),
             (hidden, hidden): (0,),
         }.get(tuple(outputs), ())
-        trial = _Trial(mlp, children, inner, outer, packed=gates == (0, 1)) if gates else None
-        for gate, activation, dropped in product(gates, ACTIVATIONS, places):
-            layout = Layout(type(mlp), types, tuple(inner), outer, gate, activation, dropped)
-            if trial is not None and trial.agrees(layout):
-                return layout
+        if not gates:
+            continue
+        with torch.inference_mode(False):
+            trial = _Trial(mlp, children, inner, outer, packed=gates == (0, 1))
+            for gate, activation, dropped in product(gates, ACTIVATIONS, places):
+                layout = Layout(type(mlp), types, tuple(inner), outer, gate, activation, dropped)
+                if trial.agrees(layout):
+                    return layout
     return None
+
+
+def common_layout(mlps: Sequence[nn.Module]) -> Layout | None:
+    """Return the layout of FFNs that all have the same, None if there is none."""
+    layout, build = find_layout(mlps[0]), _build(mlps[0])
+    same = layout is not None and all(
+        _equal(_build(mlp), build) or find_layout(mlp) == layout for mlp in mlps[1:]
+    )
+    return layout if same else None
+
+
+def _build(mlp: nn.Module) -> list[Any]:
+    """The modules of an FFN with all that they keep beside tensors and modules."""
+    return [
+        (name, type(module), {k: v for k, v in vars(module).items() if k not in OF_ALL_MODULES})
+        for name, module in mlp.named_modules()
+    ]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except Exception:  # arrays do not tell in one word
+        return False
 
 
 class _Trial:
@@ -231,32 +267,60 @@ class _Trial:
             else:
                 self.children[name] = copy.deepcopy(child)
         # Of all sizes: functions that differ far from 0 alone, as a clip does, are told apart.
-        self.rows = (
-            draw(8, dim) * torch.logspace(-3, 3, 8, dtype=torch.float64, device="cpu")[:, None]
-        )
+        sizes = torch.logspace(-3, 3, 8, dtype=torch.float64, device="cpu")[:, None]
+        self.rows, self.grad = draw(8, dim) * sizes, draw(8, dim)
+        self.rows.requires_grad_()
+        linears = [self.children[name] for name in (*inner, outer)]
+        self.inputs = [self.rows, *(p for each in linears for p in each.parameters())]
         small = copy.copy(mlp)
         small.__dict__["_modules"] = self.children
         self.outputs: list[Tensor] = []
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 self.outputs = [small.train(mode)(self.rows) for mode in (True, False)]
         except Exception:  # whatever a foreign module raises
             self.outputs = []
 
-    @torch.no_grad()
     def agrees(self, layout: Layout) -> bool:
         """Whether the copy computes what the layout says, in training and in evaluation."""
+        with torch.no_grad():
+            expected_ND = self._expected(layout)
+            bound_N1 = 1e-9 * expected_ND.abs().amax(1, keepdim=True)
+            same = bool(self.outputs) and all(
+                isinstance(out, Tensor)
+                and out.shape == expected_ND.shape
+                and bool(((out - expected_ND).abs() <= bound_N1).all())
+                for out in self.outputs
+            )
+        return same and self._agrees_in_gradients(layout)
+
+    def _expected(self, layout: Layout) -> Tensor:
         before, after = (name and self.children[name] for name in layout.dropouts)
-        pre_NI = torch.cat([self._linear(name, self.rows) for name in layout.inner], 1)
-        hidden_NH = activated(pre_NI, layout)
+        hidden_NH = torch.cat([self._linear(name, self.rows) for name in layout.inner], 1)
+        activation = ACTIVATIONS[layout.activation].forward
+        if layout.gate is None:
+            hidden_NH = activation(hidden_NH)
+        else:
+            gate_NH, up_NH = halves(hidden_NH, layout.gate)
+            hidden_NH = activation(gate_NH) * up_NH
         expected_ND = self._linear(layout.outer, before(hidden_NH) if before else hidden_NH)
-        expected_ND = after(expected_ND) if after else expected_ND
-        bound_N1 = 1e-9 * expected_ND.abs().amax(1, keepdim=True)
-        return bool(self.outputs) and all(
-            isinstance(out, Tensor)
-            and out.shape == expected_ND.shape
-            and bool(((out - expected_ND).abs() <= bound_N1).all())
-            for out in self.outputs
+        return after(expected_ND) if after else expected_ND
+
+    def _agrees_in_gradients(self, layout: Layout) -> bool:
+        """Whether no part is detached, or has a backward pass of its own."""
+        with torch.enable_grad():
+            outputs = (self._expected(layout), *self.outputs)
+        try:
+            expected, *found = (
+                torch.autograd.grad(out, self.inputs, self.grad, retain_graph=True)
+                for out in outputs
+            )
+        except Exception:  # whatever a foreign module raises
+            return False
+        return all(
+            bool(((a - b).abs() <= 1e-9 * b.abs().max()).all())
+            for grads in found
+            for a, b in zip(grads, expected, strict=True)
         )
 
     def _linear(self, name: str, rows: Tensor) -> Tensor:

@@ -138,7 +138,10 @@ class _Setting(NamedTuple):
         return self._undropped(activated(pre_NI, self.ffns.layout), kept.mask_NH)
 
     def _undropped(self, x_NH: Tensor, mask_NH: Tensor | None) -> Tensor:
-        return x_NH if mask_NH is None else x_NH.mul_(mask_NH).div_(1 - self.ffns.hidden_dropout)
+        if mask_NH is None:
+            return x_NH
+        rate = self.ffns.hidden_dropout
+        return x_NH.mul_(mask_NH).div_(1 - rate if rate < 1 else 1)  # at 1 the mask is False
 
     def backward(self, grad_NH: Tensor, pre_NI: Tensor, kept: _Hidden) -> Tensor:
         """Return the gradient of the inner products; writes into ``grad_NH``."""
@@ -287,9 +290,13 @@ def _cast(weight: Tensor, dtype: torch.dtype, kept: dict[Any, Any] | None) -> Te
     if kept is None or type(weight) is not nn.Parameter:
         return weight.detach().to(dtype)
     key = id(weight), dtype
-    if key not in kept:
-        kept[key] = weight, weight.detach().to(dtype)  # the weight, so that its id stays its own
-    return kept[key][1]
+    # Some optimizers compute a step's loss again after they moved weights (LBFGS).
+    version = None if weight.is_inference() else weight._version
+    if key not in kept or kept[key][1] != version:
+        with torch.inference_mode(False):  # for a training step within the block too
+            cast = weight.detach().to(dtype)
+        kept[key] = weight, version, cast  # the weight, so that its id stays its own
+    return kept[key][2]
 
 
 def _sizes(ffns: FFNs, experts: int, dim: int) -> tuple[list[slice], int]:

@@ -81,8 +81,19 @@ class MoETask(L.LightningModule):
         self._told = False  # what evaluation depends on
         self._step_weights, self._evaluated_weights = ExitStack(), ExitStack()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies are in no step and no evaluation.
+        return {
+            **super().__getstate__(),
+            "_step_weights": ExitStack(),
+            "_evaluated_weights": ExitStack(),
+        }
+
     def _apply(self, fn: Any, recurse: bool = True) -> MoETask:
         """Metrics stay in fp32 when the model is converted to bf16 or fp16 (bf16-true, 16-true)."""
+        # Also how Lightning leaves a training or an evaluation that an exception ended.
+        self._evaluated_weights.close()
+        self._step_weights.close()
         super()._apply(fn, recurse)
         for module in self.modules():
             if isinstance(module, Metric):

@@ -161,6 +161,35 @@ def test_models_that_were_mixtures_already(
     assert_equal_logits(model, made.from_pretrained(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [
+        ("llama", "Llama", {"mlp_bias": True}),
+        ("modernbert", "ModernBert", {"mlp_bias": True, "cls_token_id": 1, "sep_token_id": 2}),
+        ("seed_oss", "SeedOss", {"head_dim": 8, "num_key_value_heads": 2}),
+    ],
+)
+def test_what_stays_behind_gated_experts(
+    kind: str, name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """An output bias, a dropout."""
+    model = mixture(kind, f"{name}ForSequenceClassification", TOP_2, "all", **options)
+    made = save_transformers(model, tmp_path)
+    assert made.__name__ == "MixtureModel"
+    assert_equal_logits(model, made.from_pretrained(tmp_path))
+
+
+def test_layers_of_ones_own(tmp_path: Path) -> None:
+    model = mixture("llama", "LlamaForCausalLM", None)
+    mlp = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Identity(), nn.Linear(24, 16))
+    model.model.layers[1].mlp = layer = MoELayer(mlp, 16, TOP_ANY, 2, init="fresh").eval()
+    made = save_transformers(model, tmp_path / "out")
+    assert_equal_logits(model, made.from_pretrained(tmp_path / "out"))
+    model.model.layers[1].mlp = nn.Sequential(layer, nn.Tanh())
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.0 is a part of Sequential"):
+        save_transformers(model, tmp_path / "other")
+
+
 def test_a_dense_model_stays_what_it_is(tmp_path: Path) -> None:
     model = mixture("bert", "BertForSequenceClassification", None)
     made = save_transformers(model, tmp_path)

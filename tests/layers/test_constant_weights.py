@@ -86,6 +86,29 @@ def test_weights_are_cast_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(casts) == 2 * 4 * 3
 
 
+def test_weights_cast_in_inference_mode_serve_a_training_step() -> None:
+    layer, x_TD = made(partial(TopKRouter, top_k=4)), torch.randn(9, D)
+    with constant_weights(layer):
+        with torch.inference_mode():
+            expected_TD = low(layer, x_TD).clone()
+        y_TD = low(layer, x_TD)
+        y_TD.sum().backward()
+    assert y_TD.equal(expected_TD)
+    assert all(p.grad is not None for p in layer.experts.parameters())
+
+
+def test_experts_that_an_optimizer_moved_are_cast_again() -> None:
+    """As LBFGS does, which computes the loss of a step several times."""
+    layer, x_TD = made(partial(TopKRouter, top_k=4)), torch.randn(9, D)
+    optimizer = torch.optim.SGD(layer.experts.parameters(), lr=1.0)
+    with constant_weights(layer):
+        before_TD = low(layer, x_TD)
+        before_TD.sum().backward()
+        optimizer.step()
+        after_TD = low(layer, x_TD)
+    assert after_TD.equal(low(layer, x_TD)) and not after_TD.equal(before_TD)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_afterwards_new_weights_count(router: Any) -> None:
     layer, x_TD = made(router).eval(), torch.randn(9, D)

@@ -345,6 +345,8 @@ UNKNOWN = {
     "in evaluation alone": lambda: Own(lambda mlp, x: x if mlp.training else 2 * x),
     "clip": lambda: Own(lambda mlp, x: x.clamp(-7, 7)),
     "scale": lambda: Own(lambda mlp, x: 0.5 * x),
+    "detached": lambda: Own(lambda mlp, x: x.detach()),
+    "half a gradient": lambda: Own(lambda mlp, x: x / 2 + (x / 2).detach()),
     "its own parameter": lambda: parametrised(Own()),
     "replaced forward": lambda: replaced(Mlp(D, H)),
     "hook": lambda: hooked(Mlp(D, H)),
@@ -410,6 +412,43 @@ def test_experts_that_are_not_alike_are_called_one_by_one() -> None:
     experts = make_experts(sequential(nn.GELU()), 3, torch.float64)
     experts.slots[1][1] = nn.ReLU()
     routing, x_TD = make_routing(random_mask(9, 3, 0.6), torch.float64), torch.randn(9, D).double()
+    assert_same(run(experts, routing, x_TD), run(experts, routing, x_TD, naive=True))
+
+
+def times(factor: float) -> nn.Module:
+    """``Own`` with a number that its class alone does not tell."""
+    mlp = Own()
+    mlp.more = lambda _, x: factor * x
+    return mlp
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: [sequential(nn.GELU()), sequential(nn.GELU("tanh"))],
+        lambda: [
+            PackedGatedFFN(nn.Linear(D, 2 * H), nn.SiLU(), nn.Linear(H, D), 0.0, gate_first)
+            for gate_first in (True, False)
+        ],
+        lambda: [times(1.0), times(0.5)],
+    ],
+)
+def test_given_experts_of_one_class_that_differ_are_called(given: Callable[[], Any]) -> None:
+    experts = Experts(given(), 2).double()
+    assert experts.layout is None
+    routing, x_TD = make_routing(random_mask(9, 2, 0.6), torch.float64), torch.randn(9, D).double()
+    assert_same(run(experts, routing, x_TD), run(experts, routing, x_TD, naive=True))
+
+
+def test_given_experts_that_compute_the_same_are_grouped() -> None:
+    assert Experts([times(1.0), times(1.0)], 3).layout == find_layout(Own())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dropout_of_all_neurons_leaves_no_gradient(recompute: bool) -> None:
+    mlp = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Dropout(1.0), nn.Linear(H, D))
+    experts = make_experts(mlp, 1, torch.float32, recompute)
+    routing, x_TD = make_routing(torch.ones(6, 1).bool(), torch.float32), torch.rand(6, D)
     assert_same(run(experts, routing, x_TD), run(experts, routing, x_TD, naive=True))
 
 

@@ -27,6 +27,22 @@ def layer(init: Any = "fresh", router: Any = TopKRouter, **options: Any) -> MoEL
     return MoELayer(mlp, DIM, router, 4, init=init, **options)
 
 
+class OutputSecond(nn.Module):
+    """As Llama's published code lists its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(DIM, 8), nn.Linear(8, DIM), nn.Linear(DIM, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+def test_a_copy_starts_at_zero_whatever_the_order_of_its_layers(x_BND: Tensor) -> None:
+    made = MoELayer(OutputSecond(), DIM, TopKRouter, 4, shared_experts=1)
+    assert made.shared[0](x_BND).eq(0).all()
+
+
 def test_outputs_are_added(x_BND: Tensor) -> None:
     both = layer(shared_experts=2)
     alone = layer()

@@ -27,6 +27,31 @@ class Gated(nn.Module):
         return self.down(self.gate(x).relu() * self.up(x))
 
 
+class OutputSecond(nn.Module):
+    """As Llama's published code lists its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w3 = nn.Linear(DIM, HIDDEN), nn.Linear(DIM, HIDDEN)
+        self.w2 = nn.Linear(HIDDEN, DIM, bias=False)
+        self._modules = {name: self._modules[name] for name in ("w1", "w2", "w3")}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+class UpFirst(nn.Module):
+    """A packed FFN of a class of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(DIM, 2 * HIDDEN), nn.Linear(HIDDEN, DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up, gate = self.both(x).chunk(2, -1)
+        return self.down(gate.relu() * up)
+
+
 def packed(gate_first: bool) -> PackedGatedFFN:
     down = nn.Linear(HIDDEN, DIM, bias=False)
     return PackedGatedFFN(nn.Linear(DIM, 2 * HIDDEN), nn.SiLU(), down, 0.0, gate_first)
@@ -44,7 +69,9 @@ def seed() -> None:
 
 
 @pytest.mark.parametrize("how", ["cluster", "random"])
-@pytest.mark.parametrize("make", [make_mlp, Gated, partial(packed, True), partial(packed, False)])
+@pytest.mark.parametrize(
+    "make", [make_mlp, Gated, partial(packed, True), partial(packed, False), OutputSecond]
+)
 def test_parts_add_up_to_the_ffn(make, how) -> None:  # type: ignore[no-untyped-def]
     mlp, x = make(), torch.randn(5, DIM)
     before = {key: value.clone() for key, value in mlp.state_dict().items()}
@@ -87,6 +114,12 @@ def test_halves_of_one_matrix_are_gate_and_up(gate_first: bool) -> None:
         split_ffn(one, 3, "cluster"), split_ffn(two, 3, "cluster"), strict=True
     ):
         torch.testing.assert_close(found(x), expected(x))
+
+
+def test_mean_keys_are_those_of_the_gate() -> None:
+    experts = Experts(UpFirst(), 2)
+    expected = [mlp.both.weight[HIDDEN:].mean(0) for mlp in experts.slots]
+    torch.testing.assert_close(experts.mean_keys([0, 1]), torch.stack(expected))
 
 
 def test_clusters_find_planted_directions_whatever_the_lengths() -> None:

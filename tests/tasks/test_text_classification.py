@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,29 @@ def test_scores_that_depend_on_batches_are_announced_once(
         for _ in range(2):
             made.on_validation_start()
         assert caplog.text.count("data.eval_batch_size") == expected
+
+
+@pytest.mark.parametrize("wrong", ["training_step", "validation_step"])
+def test_weights_count_anew_after_an_exception(wrong: str, monkeypatch: Any) -> None:
+    made = task(("accuracy",), 2)
+    made.backbone = layer = MoELayer(nn.Linear(4, 4), 4, TopKRouter, 2)
+    made.configure_optimizers = lambda: torch.optim.SGD(made.parameters())  # type: ignore[method-assign]
+
+    def step(*args: Any) -> Tensor:
+        copied = copy.deepcopy(made)  # belongs to no step
+        assert layer.experts.kept is not None
+        assert copied.backbone.experts.kept is None
+        raise RuntimeError("stop here")
+
+    monkeypatch.setattr(made, wrong, step)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, barebones=True
+    )
+    data = torch.utils.data.DataLoader(torch.zeros(2, 4))
+    run = trainer.fit if wrong == "training_step" else trainer.validate
+    with pytest.raises(RuntimeError, match="stop here"):
+        run(made, data)
+    assert layer.experts.kept is None and layer.router.kept is None
 
 
 def classified(classes: int, seed: int = 0, count: int = 100) -> tuple[Tensor, Tensor]:
