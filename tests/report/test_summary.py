@@ -53,6 +53,7 @@ DENSE = {
     "costs": {"parameters": {"other": 1000, "layers": {}}},
     "start_experts": {},
     "algorithm": "ERM",
+    "config": {"moe.algorithm": "ERM", "moe.router": None},
 }
 
 
