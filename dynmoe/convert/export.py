@@ -84,7 +84,7 @@ def order(given: Mapping[str, str]) -> Order:
                 f"run={given['run']}: expected a finished run, found one that is {folder.state}. "
                 "The command that started it goes on"
             )
-        check_router(cfg)
+        check_router(cfg, chosen)
     for key in ("backbone.path", "data.root"):
         if key in given:
             _override(cfg, key, given[key])
@@ -96,13 +96,29 @@ def order(given: Mapping[str, str]) -> Order:
     return Order(chosen, folder, cfg, checkpoint, target)
 
 
-def check_router(cfg: DictConfig) -> None:
-    """Refuse a router by which a token's output depends on the others of its batch.
+OURS = "dynmoe.layers."
+WRITTEN = ("TopAnyRouter", "TopKRouter", "CosineTopKRouter", "AverageKeyRouter")
+"""Routers that the code of transformers' folders knows (``stacked.py``)."""
+NO_GRAPH = ("PrefixRouter", "UniFRouter", "ExpertChoiceRouter", "SoftSlots")
+"""Routers that ONNX has no operations for, or whose experts choose among the tokens of a batch."""
+
+
+def check_router(cfg: DictConfig, chosen: str) -> None:
+    """Refuse a router that the format cannot have, before the run is loaded.
 
     Raises:
-        ConfigError: a capacity, or ``combine=tutel``.
+        ConfigError: not known there, a capacity, or ``combine=tutel``.
     """
     router = cfg.moe.get("router") or {}
+    target = str(router.get("_target_", ""))
+    name = target.removeprefix(OURS)
+    unknown = name not in WRITTEN if chosen == "transformers" else name in NO_GRAPH
+    if target.startswith(OURS) and unknown:
+        raise ConfigError(
+            f"format={chosen}: cannot have this run's router, {name}. "
+            + (f"It has {', '.join(WRITTEN)}; " if chosen == "transformers" else "")
+            + "dynmoe-eval reads every run"
+        )
     for option, found, good in (
         ("capacity_factor", router.get("capacity_factor") is not None, "null"),
         ("combine", router.get("combine") == "tutel", "constant_k"),

@@ -81,6 +81,18 @@ def test_outputs_that_depend_on_the_batch_are_refused(
     assert f"Train with moe.router.{fix}" in refused(f"run={run}", f"to={tmp_path}/out")
 
 
+@pytest.mark.parametrize(
+    ("kind", "router", "format_"),
+    [("text", "BiasedTopKRouter", "transformers"), ("image", "PrefixRouter", "onnx")],
+)
+def test_routers_that_a_format_cannot_have_are_refused(
+    kind: str, router: str, format_: str, made: Made, tmp_path: Path, refused: Refused
+) -> None:
+    run = made(kind, moe__router___target_=f"dynmoe.layers.{router}")
+    message = refused(f"run={run}", f"to={tmp_path}/out")
+    assert f"format={format_}" in message and router in message and "dynmoe-eval" in message
+
+
 def test_missing_packages_are_named(
     made: Made, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
