@@ -110,7 +110,7 @@ class Experts(nn.Module):
     @property
     def stacks(self) -> bool:
         """Whether this pass may multiply with stacked weights: constant ones, and no gradient."""
-        return self.stack and not torch.is_grad_enabled()
+        return self.stack and self.backend == "auto" and not torch.is_grad_enabled()
 
     def forward(self, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
         """Sum the weighted expert outputs of every token, [T, D]. Cost: one FFN row per pair."""

@@ -179,6 +179,10 @@ def test_stacked_weights_compute_the_same(
             layer.experts.stack = True
             torch.testing.assert_close(got, expected, **tolerance)
     assert len(calls) == 1
+    layer.experts.backend = "per_expert"  # a backend that was named is the one that computes
+    with torch.no_grad(), constant_weights(layer, stack=True):
+        layer(torch.randn(50, D, dtype=dtype))
+    layer.experts.backend = "auto"
     with constant_weights(layer, stack=True):
         layer(torch.randn(50, D, dtype=dtype)).sum().backward()  # gradients take the other path
     assert len(calls) == 1 and not layer.experts.stack
