@@ -10,7 +10,7 @@ import itertools
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,14 +72,30 @@ ADAPTIVE: tuple[Style, ...] = (
 )
 
 
+VARYING: tuple[Style, ...] = tuple(
+    {"color": COLOURS[index % 6], "marker": "<>v^*hdp"[index % 8], "linestyle": "-"}
+    for index in range(24)
+)
+"""Of settings whose tokens choose their number of experts, in a pool that stays."""
+
+
 def styles(runs: Sequence[Run]) -> dict[str, Style]:
-    """Colour, marker and dash of each setting."""
-    adaptive = itertools.cycle(ADAPTIVE)
-    kinds = {run.setting: run.kind for run in runs}
-    return {
-        setting: DENSE if kind == "dense" else FIXED if kind == "fixed" else next(adaptive)
-        for setting, kind in kinds.items()
-    }
+    """Colour, marker and dash of each setting; the targets of one algorithm share them."""
+    unused = {"varying": itertools.cycle(VARYING), "adaptive": itertools.cycle(ADAPTIVE)}
+    found: dict[Any, Style] = {"dense": DENSE, "fixed": FIXED}
+
+    def style(run: Run) -> Style:
+        name = run.kind if run.kind in found else _family(run) if run.target_k else run.setting
+        if name not in found:
+            found[name] = next(unused[run.kind])
+        return found[name]
+
+    return {run.setting: style(run) for run in {run.setting: run for run in runs}.values()}
+
+
+def _family(run: Run) -> tuple[str, int]:
+    """Settings of one family differ in how many experts a token activates."""
+    return run.config["moe.algorithm"], run.config.get("moe.max_experts", 0)
 
 
 def draw_claim(claim: Claim) -> Picture | None:
@@ -207,6 +223,7 @@ def _line(look: Style, in_grid: bool) -> dict[str, Any]:
 
 # Accuracy against activated parameters, and against measured time.
 
+FLOPS = "FLOPs of a {}, mean over runs"
 MODES: dict[Mode, str] = {"train": "training step, ms", "inference": "inference, samples/s"}
 
 
@@ -225,6 +242,42 @@ def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
     )
 
 
+def draw_accuracy_by_experts(runs: Sequence[Run], timings: Timings) -> Picture | None:
+    """Accuracy of every setting against mean k, FLOPs and time; None where no router decides k."""
+    if not any(run.kind == "varying" for run in runs):
+        return None
+    costs, points = model_costs(runs), _points(runs)
+    words, members = runs[0].words, by_setting(runs)
+
+    def k_of(point: Point) -> Point:
+        each = [model_costs([run])[point.name].mean_k for run in members[point.name]]
+        return point._replace(x=costs[point.name].mean_k, x_range=(min(each), max(each)))
+
+    panels = {
+        f"experts that a {words.token} activates, mean over layers and runs": map(k_of, points),
+        FLOPS.format(words.sample): (p._replace(x=costs[p.name].flops) for p in points),
+        MODES["train"]: _timed(runs, timings, "train"),
+    }
+    picture = _draw_against(
+        "accuracy_by_experts",
+        runs,
+        {label: [p for p in each if not math.isnan(p.x)] for label, each in panels.items()},
+        "the experts that a token activates, and their cost",
+        "up and left. Solid lines join settings of one router; horizontal ones, without a number "
+        "of experts, are dense and mixtures of tokens. Horizontal bars span the lowest to the "
+        "highest run, those of times the quartiles.",
+        families={name: _family(each[0]) for name, each in members.items()},
+    )
+    if picture is not None:
+        axes = picture.figure.axes[0]
+        for point in points:
+            if math.isnan(costs[point.name].mean_k):
+                look = {"color": point.style["color"], "linestyle": ":", "linewidth": 1.2}
+                axes.axhline(point.y, **look, label=point.name)
+        axes.legend(frameon=False, loc="lower right")
+    return picture
+
+
 def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | None:
     """Accuracy of every measured setting against the time of training and of inference."""
     return _draw_against(
@@ -238,9 +291,14 @@ def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | No
 
 
 def _draw_against(
-    name: str, runs: Sequence[Run], costs: Mapping[str, Sequence[Point]], what: str, better: str
+    name: str,
+    runs: Sequence[Run],
+    costs: Mapping[str, Sequence[Point]],
+    what: str,
+    better: str,
+    families: Mapping[str, Any] | None = None,
 ) -> Picture | None:
-    """Draw a panel for each cost, by its label, that has points."""
+    """Draw a panel for each cost, by its label, that has points; join those of one family."""
     shown = {label: points for label, points in costs.items() if points}
     if not shown:
         return None
@@ -251,6 +309,9 @@ def _draw_against(
     figure, panels = lay_out(len(shown), width=7.6, height=4.3, columns=1, beside=0)
     for (label, points), axes in zip(shown.items(), panels, strict=True):
         scatter(axes, points, more_is_better=label == MODES["inference"])
+        for members in _joined(points, families or {}):
+            look = {"color": members[0].style["color"], "linewidth": 1, "alpha": 0.6}
+            axes.plot([point.x for point in members], [point.y for point in members], **look)
         axes.set(xlabel=label, ylabel=result)
         if label not in MODES.values():
             axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -264,6 +325,14 @@ def _draw_against(
         "error over repetitions as a bar; no setting beats those on the dashed line in both "
         f"measures. Better is {better}",
     )
+
+
+def _joined(points: Sequence[Point], families: Mapping[str, Any]) -> Iterator[list[Point]]:
+    """Yield the points of each family with several, by rising x."""
+    found: defaultdict[Any, list[Point]] = defaultdict(list)
+    for point in sorted(points, key=lambda point: point.x):
+        found[families.get(point.name, point.name)].append(point)
+    yield from (members for members in found.values() if len(members) > 1)
 
 
 def _points(runs: Sequence[Run]) -> list[Point]:
