@@ -124,13 +124,14 @@ def draw_budget(runs: Sequence[Run]) -> Picture | None:
     controlled = by_setting([run for run in runs if run.target_k])
     if not any(run.kind == "varying" for run in runs) or not controlled:
         return None
-    figure, (axes,) = lay_out(1, width=6, height=3.6, beside=2)
+    figure, (axes,) = lay_out(1, width=6, height=max(3, 0.22 * len(controlled)), beside=2)
     for index, (setting, members) in enumerate(controlled.items()):
-        found: defaultdict[int, list[float]] = defaultdict(list)
+        target, found = members[0].target_k, defaultdict[int, list[float]](list)
+        assert target is not None
         for run in members:
             for line in run.training_routing:
                 found[line["step"]].append(line["mean_k"])
-        shares = [float(np.mean(found[step])) / members[0].target_k for step in sorted(found)]
+        shares = [float(np.mean(found[step])) / target for step in sorted(found)]
         look = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
         axes.plot(sorted(found), shares, marker=".", label=setting, **look)
     axes.axhline(1, color="black", linewidth=0.8, zorder=1)

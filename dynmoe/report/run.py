@@ -167,7 +167,7 @@ class Run:
             return "dense"
         if config.get("moe.adaptation", "") is not None:
             return "adaptive"
-        has_k = "moe.top_k" in config or config["moe.algorithm"] == NATIVE
+        has_k = "moe.top_k" in config or config.get("moe.algorithm") == NATIVE
         return "fixed" if has_k and TARGET not in config else "varying"
 
     @property
@@ -288,9 +288,9 @@ def short_name(run: Run) -> str:
     config = run.config
     if run.kind == "dense":
         return DENSE
-    if run.kind == "adaptive":
+    if run.kind in ("varying", "adaptive"):
         return str(config["moe.algorithm"])
-    if run.kind == "varying" or "moe.top_k" not in config:
+    if "moe.top_k" not in config:
         return f"{config['moe.algorithm']}, {config['moe.num_experts']} experts"
     own = "" if config["moe.algorithm"] == "TopK" else f"{config['moe.algorithm']} "
     return f"{own}top-{config['moe.top_k']} of {config['moe.num_experts']}"

@@ -27,7 +27,7 @@ from dynmoe.report.run import (
     name_settings,
     order,
 )
-from dynmoe.report.words import layer_name
+from dynmoe.report.words import block_name
 from dynmoe.selection import RULES, best_of_sweep, rule_of
 
 Job = Mapping[str, Any]
@@ -290,7 +290,7 @@ def different_conditions(runs: Sequence[Run]) -> list[str]:
         different = different_facts(facts, dict.fromkeys(key for each in facts for key in each))
         mixtures = [run for run in members if run.facts["start_experts"]]
         layers = [
-            {"MoE layers": " ".join(map(layer_name, run.facts["start_experts"]))}
+            {"MoE layers": " ".join(map(block_name, run.facts["start_experts"]))}
             for run in mixtures
         ]
         different += different_facts(layers, ["MoE layers"])
