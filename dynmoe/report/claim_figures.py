@@ -288,7 +288,7 @@ def draw_accuracy_by_experts(runs: Sequence[Run], timings: Timings) -> Picture |
         for point in points:
             if point.name not in placed:
                 axes.axhline(point.y, color=point.style["color"], linestyle=":", zorder=1)
-                edge = {"clip_on": False, "transform": axes.get_yaxis_transform()}
+                edge: dict[str, Any] = {"clip_on": False, "transform": axes.get_yaxis_transform()}
                 axes.plot(1, point.y, **{**point.style, "linestyle": "none"}, **edge)
     return picture
 

@@ -132,7 +132,8 @@ def draw_budget(runs: Sequence[Run]) -> Picture | None:
             for line in run.training_routing:
                 found[line["step"]].append(line["mean_k"])
         shares = [float(np.mean(found[step])) / target for step in sorted(found)]
-        look = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
+        look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)]}
+        look["linestyle"] = DASHES[index % len(DASHES)]
         axes.plot(sorted(found), shares, marker=".", label=setting, **look)
     axes.axhline(1, color="black", linewidth=0.8, zorder=1)
     axes.axhspan(0.95, 1.05, color=GREY, alpha=0.15, linewidth=0)
