@@ -86,7 +86,9 @@ class Sweep:
                 found.setdefault(values, (turn, setting, may_be_refused))
         shared = set.intersection(*map(set, found)) if len(found) > 1 else set()
         return [
-            SweepJob(job, _text(each for each in job if each not in shared), setting, may_be_refused)
+            SweepJob(
+                job, _text(each for each in job if each not in shared), setting, may_be_refused
+            )
             for job, (_, setting, may_be_refused) in sorted(
                 found.items(), key=lambda item: item[1][0]
             )

@@ -219,9 +219,7 @@ def _draw_curve(axes: Axes, runs: Sequence[Run], look: Style) -> None:
         return
     mean = np.nanmean(values, axis=0)
     thin = runs[0].kind in THIN
-    axes.plot(
-        *(steps, mean), **_line(look, thin), alpha=0.6 if thin else 1, zorder=3 - thin
-    )
+    axes.plot(*(steps, mean), **_line(look, thin), alpha=0.6 if thin else 1, zorder=3 - thin)
     if not thin:
         band = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
         axes.fill_between(steps, *band, color=look["color"], alpha=0.15, linewidth=0)

@@ -34,7 +34,9 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Collection:
 
 def points(axes: Axes) -> set[tuple[float, float]]:
     marked = [line for line in axes.lines if line.get_marker() not in ("None", None)]
-    return {(round(float(x), 6), round(float(y), 6)) for x, y in (m.get_xydata()[0] for m in marked)}
+    return {
+        (round(float(x), 6), round(float(y), 6)) for x, y in (m.get_xydata()[0] for m in marked)
+    }
 
 
 def test_every_router_stands_at_the_experts_it_activates(zoo: Collection) -> None:
@@ -81,7 +83,7 @@ def test_the_grid_is_of_fixed_k_alone(zoo: Collection) -> None:
 def test_the_picture_is_the_first_of_the_report(zoo: Collection, tmp_path: Path) -> None:
     assert [section.name for section in build(zoo).sections][:2] == ["routers", "claim"]
     others = read_runs([write_sweep(tmp_path, {"top-1 of 2": {"0": [0.5]}})])
-    assert [section.name for section in build(others).sections][0] == "claim"
+    assert build(others).sections[0].name == "claim"
     assert draw_accuracy_by_experts(others.runs, Timings({}, "", "")) is None
 
 

@@ -254,10 +254,14 @@ def test_causal_models_leave_settings_out(sweep: Sweep) -> None:
         words = (*glue, f"backbone.architecture={architecture}")
         done = command(job.job, sweep.root, "--config-dir", "conf", *words)
         assert done.returncode == 0, done.stderr
-        plans[architecture] = [line.split(" missing")[0].strip() for line in done.stdout.splitlines()]
+        plans[architecture] = [
+            line.split(" missing")[0].strip() for line in done.stdout.splitlines()
+        ]
     several = ["moe=topk moe.top_k=1", "moe=topk moe.top_k=2"]
     assert plans["bert"][1:5] == ["moe=dense", *several, "moe=expert_choice"]
-    assert plans["gpt2"][1:4] == ["moe=dense", *several] and "moe=expert_choice" not in plans["gpt2"]
+    assert (
+        plans["gpt2"][1:4] == ["moe=dense", *several] and "moe=expert_choice" not in plans["gpt2"]
+    )
 
 
 def test_every_combination_is_checked_before_any_work(sweep: Sweep) -> None:
