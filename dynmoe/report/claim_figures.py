@@ -26,6 +26,7 @@ from dynmoe.report.document import Picture
 from dynmoe.report.drawing import (
     BLUE,
     COLOURS,
+    DASHES,
     GREY,
     RED,
     STEP,
@@ -75,7 +76,7 @@ ADAPTIVE: tuple[Style, ...] = (
     {"color": COLOURS[2], "marker": "X", "linestyle": ":"},
 )
 VARYING: tuple[Style, ...] = tuple(
-    {"color": COLOURS[index % 6], "marker": "<>v^*hdp"[index % 8], "linestyle": "-"}
+    {"color": COLOURS[index % 6], "marker": "<>v^*hdp"[index % 8], "linestyle": DASHES[index // 6]}
     for index in range(24)
 )
 
