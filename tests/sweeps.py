@@ -35,7 +35,7 @@ def write_sweep(
 ) -> Path:
     """One finished run for each accuracy: `{setting: {environment: [by seed]}}`.
 
-    A setting is `dense`, `top-2 of 8`, `GMoE top-1 of 6` or `DynMoE`.
+    A setting is `dense`, `top-2 of 8`, `GMoE top-1 of 6`, `ReMoE` or `DynMoE`.
     """
     for setting, by_environment in accuracies.items():
         for environment, by_seed in by_environment.items():
@@ -160,6 +160,8 @@ def _moe(setting: str) -> Facts:
     if setting.startswith("DynMoE"):
         adaptation = {"moe.adaptation.length": 100, "moe.adaptation.period": 100}
         return _mixture("dynmoe", setting, 2, **{"moe.max_experts": 8}, **adaptation)
+    if setting == "ReMoE":
+        return _mixture("remoe", setting, 8, **{"moe.adaptation": None, "moe.router.target_k": 2.0})
     match = re.fullmatch(r"(GMoE )?top-(\d+) of (\d+)", setting)
     assert match is not None, setting
     gmoe, top_k, experts = match.groups()

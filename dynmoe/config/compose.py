@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from dynmoe.config import options, runs
 from dynmoe.config.check import ELSEWHERE, MEANING, WRITTEN, problems
+from dynmoe.config.models import causal_model
 from dynmoe.config.options import read
 from dynmoe.config.searches import draws, empty_range, hint, search_problems
 from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_problems
@@ -153,7 +154,8 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
 
 def _swept(node: DictConfig) -> list[DictConfig]:
     """The parameters and settings of a sweeper's node."""
-    return [node.get("params") or OmegaConf.create(), *(node.get("settings") or ())]
+    settings = [*(node.get("settings") or ()), *(node.get("unless_causal") or ())]
+    return [node.get("params") or OmegaConf.create(), *settings]
 
 
 def _grid_problems(
@@ -161,10 +163,11 @@ def _grid_problems(
 ) -> Iterator[str]:
     """Problems of a sweep whose jobs are known."""
     sweep, name = read_sweep(parser(), node, overrides), _choice(overrides, "sweep")
-    for index, (own, axes) in enumerate(zip(sweep.settings, sweep.axes, strict=True)):
+    settings = zip(sweep.settings, sweep.axes, sweep.conditions, strict=True)
+    for index, (own, axes, unless_causal) in enumerate(settings):
         # Values that settings share are tried beside the first; the sweeper checks every job.
         once = {key: each if key in own or not index else each[:1] for key, each in axes.items()}
-        yield from (text for _, text in _tried(composer, once))
+        yield from (text for _, text in _tried(composer, once, unless_causal=unless_causal))
     given = {override.key_or_group for override in overrides}
     for key in sorted(given & {key for own in sweep.settings for key in own}):
         yield f"{key}: sweep={name} sets it. Leave it out, or write another sweep"
@@ -209,9 +212,11 @@ def _choice(overrides: Sequence[Override], group: str) -> Any:
     return next((each.value() for each in overrides if each.key_or_group == group), None)
 
 
-def _tried(composer: Composer, axes: Axes) -> Iterator[tuple[str, str]]:
+def _tried(
+    composer: Composer, axes: Axes, *, unless_causal: bool = False
+) -> Iterator[tuple[str, str]]:
     """Problems of the first value of every key, and of each other value in its place; each with the
-    key whose value is not the first."""
+    key whose value is not the first. `unless_causal`: a causal model that refuses is none."""
     singles = {key: parse(values)[0] for key, values in axes.items()}
     unknown = [
         text for each in singles.values() for one in each for text in composer.unknown_options(one)
@@ -224,8 +229,9 @@ def _tried(composer: Composer, axes: Axes) -> Iterator[tuple[str, str]]:
     for key, values in singles.items():
         jobs += [(key, {**firsts, key: other}) for other in values[1:]]
     for key, job in jobs:
-        for text in composer.compose(list(job.values())).problems(multirun=True):
-            yield key, text
+        made = composer.compose(list(job.values()))
+        if not (unless_causal and any(causal_model(made.cfg))):
+            yield from ((key, text) for text in made.problems(multirun=True))
 
 
 def _problems_for_every_option(

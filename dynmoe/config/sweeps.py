@@ -2,12 +2,15 @@
 
 A sweep over (experts, top-k), a dense model and DynMoE is no product of values: `moe.top_k` exists
 for some mixtures only. So `hydra.sweeper.settings` lists what belongs together, and
-`hydra.sweeper.params`, with what the command line sweeps, multiplies each of them.
+`hydra.sweeper.params`, with what the command line sweeps, multiplies each of them. Settings of
+`hydra.sweeper.unless_causal` are left out where the model is causal and their router is refused for
+it. `hydra.sweeper.target_k` is a number, or several, that settings refer to.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 REPETITION = ("seed", "trial_seed", "hparams_seed", "data.test_envs")
 
 SWEEPER = "hydra_plugins.dynmoe_sweeper.DynMoESweeper"
-KEYS = ("_target_", "max_batch_size", "params", "settings")
+KEYS = ("_target_", "max_batch_size", "target_k", "params", "settings", "unless_causal")
 
 Axes = dict[str, list[str]]
 """The overrides of each key, one per value: {"seed": ["seed=0", "seed=1"]}."""
@@ -33,6 +36,8 @@ class SweepJob:
     """The overrides that not all jobs share."""
     setting: str
     """The overrides that name its setting, without those of all jobs and without repetitions."""
+    unless_causal: bool = False
+    """Whether it is left out where its router is refused for a causal model."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Sweep:
     """The keys of each setting; they win over `shared`."""
     shared: Axes
     """From `params` and, over them, the command line."""
+    unless_causal: int = 0
+    """Number of settings, the last ones, that causal models may refuse."""
 
     @property
     def axes(self) -> list[Axes]:
@@ -48,6 +55,12 @@ class Sweep:
         return [
             own | {k: v for k, v in self.shared.items() if k not in own} for own in self.settings
         ]
+
+    @property
+    def conditions(self) -> list[bool]:
+        """Whether causal models may refuse a setting, for each of them."""
+        always = len(self.settings) - self.unless_causal
+        return [index >= always for index in range(len(self.settings))]
 
     @property
     def base(self) -> list[str]:
@@ -61,18 +74,24 @@ class Sweep:
         All settings of the first seed come first, so that an unfinished sweep can be compared.
         """
         several = [key for key, each in self.shared.items() if len(each) > 1]
-        found: dict[tuple[str, ...], tuple[list[int], str]] = {}
-        for own, axes in zip(self.settings, self.axes, strict=True):
+        found: dict[tuple[str, ...], tuple[list[int], str, bool]] = {}
+        for own, axes, may_be_refused in zip(
+            self.settings, self.axes, self.conditions, strict=True
+        ):
             telling = {*own, *several} - set(REPETITION)
             for values in itertools.product(*axes.values()):
                 job = dict(zip(axes, values, strict=True))
                 setting = _text(text for key, text in job.items() if key in telling)
                 turn = [self.shared[key].index(job[key]) for key in several if key not in own]
-                found.setdefault(values, (turn, setting))
+                found.setdefault(values, (turn, setting, may_be_refused))
         shared = set.intersection(*map(set, found)) if len(found) > 1 else set()
         return [
-            SweepJob(job, _text(each for each in job if each not in shared), setting)
-            for job, (_, setting) in sorted(found.items(), key=lambda item: item[1][0])
+            SweepJob(
+                job, _text(each for each in job if each not in shared), setting, may_be_refused
+            )
+            for job, (_, setting, may_be_refused) in sorted(
+                found.items(), key=lambda item: item[1][0]
+            )
         ]
 
 
@@ -84,9 +103,11 @@ def read_sweep(parser: OverridesParser, sweeper: DictConfig, given: Sequence[Ove
     """The sweep of a sweeper's node without `sweeper_problems`, and of a command line."""
     node = OmegaConf.to_container(sweeper, resolve=True)
     assert isinstance(node, dict)
+    always, others = node.get("settings") or [], node.get("unless_causal") or []
     return Sweep(
-        [_parsed_axes(parser, setting) for setting in node.get("settings") or [{}]],
+        [_parsed_axes(parser, setting) for setting in [*always, *others] or [{}]],
         _parsed_axes(parser, node.get("params") or {}) | _axes(given),
+        len(others),
     )
 
 
@@ -100,14 +121,27 @@ def sweeper_problems(sweeper: DictConfig) -> Iterator[str]:
     size = node.get("max_batch_size")
     if size is not None and not (isinstance(size, int) and size >= 1):
         yield f"hydra.sweeper.max_batch_size: expected null, or 1 or more, found {size}"
-    params, settings = node.get("params"), node.get("settings")
+    target = node.get("target_k")
+    if target is not None and not all(map(_is_positive, str(target).split(","))):
+        several = "or several, \"hydra.sweeper.target_k='1,2'\""
+        yield f"hydra.sweeper.target_k: expected a number above 0, {several}; found {target}"
+    params = node.get("params")
     if params is not None:
         yield from _mapping_problems("hydra.sweeper.params", params)
-    if not isinstance(settings, list):
-        yield f"hydra.sweeper.settings: expected a list of {{key: 'value,value'}}, found {settings}"
-    else:
+    for key in ("settings", "unless_causal"):
+        place, settings = f"hydra.sweeper.{key}", node.get(key, [])
+        if not isinstance(settings, list):
+            yield f"{place}: expected a list of {{key: 'value,value'}}, found {settings}"
+            continue
         for index, setting in enumerate(settings):
-            yield from _mapping_problems(f"hydra.sweeper.settings[{index}]", setting)
+            yield from _mapping_problems(f"{place}[{index}]", setting)
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _mapping_problems(place: str, node: Any) -> Iterator[str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import textwrap
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from dynmoe.report.document import Picture
 from dynmoe.report.drawing import (
     BLUE,
     COLOURS,
+    DASHES,
     GREY,
     RED,
     STEP,
@@ -37,7 +39,7 @@ from dynmoe.report.drawing import (
     set_apart,
 )
 from dynmoe.report.paired import LEVEL, Verdict
-from dynmoe.report.run import Run, by_setting, environments
+from dynmoe.report.run import Kind, Run, by_setting, environments
 from dynmoe.report.words import capital
 from dynmoe.selection import judged
 
@@ -61,6 +63,9 @@ LABELS: dict[Verdict, str] = {
 MOST_DOTS = 10
 """Repetitions up to which each is drawn by itself."""
 
+THIN: tuple[Kind, ...] = ("fixed", "varying")
+"""Settings of which there are too many for thick lines and bands."""
+
 MARKS: dict[Rival, str] = {"best": ", best", "worst": ", worst"}
 
 DENSE: Style = {"color": "black", "marker": "s", "linestyle": "--"}
@@ -70,16 +75,33 @@ ADAPTIVE: tuple[Style, ...] = (
     {"color": RED, "marker": "P", "linestyle": "-."},
     {"color": COLOURS[2], "marker": "X", "linestyle": ":"},
 )
+VARYING: tuple[Style, ...] = tuple(
+    {"color": COLOURS[index % 6], "marker": "<>v^*hdp"[index % 8], "linestyle": DASHES[index // 6]}
+    for index in range(24)
+)
+
+# How many experts a token activates, in the name of a setting.
+K = re.compile(r"\btop-\d+|, moe\.(?:router\.)?(?:target|top)_k=(?:\[[^]]*\]|[^,]*)")
+
+
+def family(setting: str) -> str:
+    """`ReMoE` of `ReMoE, moe.router.target_k=2`, `top-k of 8` of `top-2 of 8`: the name that
+    settings share which differ in nothing else."""
+    return K.sub(lambda found: "" if found[0].startswith(",") else "top-k", setting)
 
 
 def styles(runs: Sequence[Run]) -> dict[str, Style]:
-    """Colour, marker and dash of each setting."""
-    adaptive = itertools.cycle(ADAPTIVE)
-    kinds = {run.setting: run.kind for run in runs}
-    return {
-        setting: DENSE if kind == "dense" else FIXED if kind == "fixed" else next(adaptive)
-        for setting, kind in kinds.items()
-    }
+    """Colour, marker and dash of each setting; those of one family share them."""
+    unused = {"varying": itertools.cycle(VARYING), "adaptive": itertools.cycle(ADAPTIVE)}
+    found = {"dense": DENSE, "fixed": FIXED}
+
+    def style(run: Run) -> Style:
+        name = run.kind if run.kind in found else family(run.setting)
+        if name not in found:
+            found[name] = next(unused[run.kind])
+        return found[name]
+
+    return {run.setting: style(run) for run in {run.setting: run for run in runs}.values()}
 
 
 def draw_claim(claim: Claim) -> Picture | None:
@@ -152,16 +174,25 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
         over_steps(axes)
     scale = "" if words.unit else f", {words.scale}"  # a unit stands at the ticks
     name_axes(figure, STEP, f"{words.measure} on the {words.place}{scale}")
-    # One line for dense and for each adaptive setting, one for all of the grid.
-    kinds = {run.setting: run.kind == "fixed" for run in runs}
-    lines = {"the grid" if grid else name: _line(style[name], grid) for name, grid in kinds.items()}
+    # One line for all of the grid, and one for each other family.
+    kinds = {run.setting: run.kind for run in runs}
+    lines = {
+        "the grid" if kind == "fixed" else family(name): _line(style[name], kind in THIN)
+        for name, kind in kinds.items()
+    }
     handles = [Line2D([], [], label=label, **line) for label, line in lines.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    # About 12 letters to an inch, and 6 of space for a line.
+    letters = 12 * figure.get_figwidth()
+    ncols = min(4, max(1, int(letters / (6 + max(map(len, lines))))))
+    figure.set_figheight(figure.get_figheight() + 0.22 * ((len(lines) - 1) // ncols))
+    figure.legend(handles=handles, loc="outside upper center", ncols=ncols, frameon=False)
     chosen = "mean of the steps that selection chose" if runs[0].problem.validates else "last step"
     caption = (
         "Mean over seeds; bands span the lowest to the highest seed. Each grey line is one "
         f"setting of the grid. A marker is at the {chosen}, whose {words.nouns} are reported."
     )
+    if "varying" in kinds.values():
+        caption += " Thin coloured lines: routers that decide how many experts, without bands."
     if any(run.facts.get("patience") is not None for run in runs):
         caption += (
             " It is on the mean curve; each run is reported at its own step. Where patience ended "
@@ -176,7 +207,7 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
 
 
 def _draw_curve(axes: Axes, runs: Sequence[Run], look: Style) -> None:
-    """Draw the mean over the runs of a setting; outside the grid also their range and selection."""
+    """Draw the mean over the runs of a setting; of thick lines also their range and selection."""
     curves = [{r["step"]: judged(r, run.facts).test for r in run.results} for run in runs]
     steps = np.array(sorted(set().union(*curves)))
     # NOTE: after its end a curve keeps its last value, else the mean would be of other runs.
@@ -188,11 +219,9 @@ def _draw_curve(axes: Axes, runs: Sequence[Run], look: Style) -> None:
     if not known.any():
         return
     mean = np.nanmean(values, axis=0)
-    in_grid = runs[0].kind == "fixed"
-    axes.plot(
-        *(steps, mean), **_line(look, in_grid), alpha=0.6 if in_grid else 1, zorder=3 - in_grid
-    )
-    if not in_grid:
+    thin = runs[0].kind in THIN
+    axes.plot(*(steps, mean), **_line(look, thin), alpha=0.6 if thin else 1, zorder=3 - thin)
+    if not thin:
         band = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
         axes.fill_between(steps, *band, color=look["color"], alpha=0.15, linewidth=0)
         selected = float(np.mean([run.outcome.step for run in runs]))
@@ -200,13 +229,12 @@ def _draw_curve(axes: Axes, runs: Sequence[Run], look: Style) -> None:
         axes.plot(selected, height, color=look["color"], marker=look["marker"], zorder=4)
 
 
-def _line(look: Style, in_grid: bool) -> dict[str, Any]:
-    width = 0.8 if in_grid else 2
+def _line(look: Style, thin: bool) -> dict[str, Any]:
+    width = 0.8 if thin else 2
     return {"color": look["color"], "linestyle": look["linestyle"], "linewidth": width}
 
 
-# Accuracy against activated parameters, and against measured time.
-
+# Accuracy against activated parameters and experts, and against measured time.
 MODES: dict[Mode, str] = {"train": "training step, ms", "inference": "inference, samples/s"}
 
 
@@ -225,12 +253,63 @@ def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
     )
 
 
+def draw_accuracy_by_experts(runs: Sequence[Run], timings: Timings) -> Picture | None:
+    """Accuracy of every setting against mean k, FLOPs and time; None where no router decides k."""
+    if not _is_zoo(runs):
+        return None
+    costs, members, points = model_costs(runs), by_setting(runs), _points(runs)
+    largest = max(map(_expert_size, runs)) or 1.0
+
+    def k_of(point: Point) -> Point:
+        each = [
+            model_costs([run])[point.name].mean_k * _expert_size(run) / largest
+            for run in members[point.name]
+        ]
+        return point._replace(x=float(np.mean(each)), x_range=(min(each), max(each)))
+
+    by_k = [point for point in map(k_of, points) if not math.isnan(point.x)]
+    by_flops = [point._replace(x=costs[point.name].flops) for point in points]
+    picture = _draw_against(
+        "accuracy_by_experts",
+        runs,
+        {
+            f"experts that a {runs[0].words.token} activates": by_k,
+            f"FLOPs of a {runs[0].words.sample}": [p for p in by_flops if not math.isnan(p.x)],
+            MODES["train"]: _timed(points, timings, "train"),
+        },
+        "the experts that a token activates, and their cost",
+        "up and left. Experts: mean over MoE layers and runs, parts of an FFN by their size. "
+        "Horizontal bars span the lowest to the highest run, those of times the quartiles. Dotted "
+        "lines: settings without a number of experts.",
+    )
+    if picture is not None and by_k:
+        axes, placed = picture.figure.axes[0], {point.name for point in by_k}
+        for point in points:
+            if point.name not in placed:
+                axes.axhline(point.y, color=point.style["color"], linestyle=":", zorder=1)
+                edge: dict[str, Any] = {"clip_on": False, "transform": axes.get_yaxis_transform()}
+                axes.plot(1, point.y, **{**point.style, "linestyle": "none"}, **edge)
+    return picture
+
+
+def _is_zoo(runs: Sequence[Run]) -> bool:
+    """Whether routers decide how many experts a token activates: many settings at one cost."""
+    return any(run.kind == "varying" for run in runs)
+
+
+def _expert_size(run: Run) -> float:
+    """Return the mean parameters of an expert; 0 without experts."""
+    layers = run.facts["costs"]["parameters"]["layers"].values()
+    return float(np.mean([layer["expert"] for layer in layers])) if layers else 0.0
+
+
 def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | None:
     """Accuracy of every measured setting against the time of training and of inference."""
+    points = _points(runs)
     return _draw_against(
         "accuracy_by_time",
         runs,
-        {label: _timed(runs, timings, mode) for mode, label in MODES.items()},
+        {label: _timed(points, timings, mode) for mode, label in MODES.items()},
         "its measured time",
         "up, and left for ms, right for samples/s. Horizontal bars span the quartiles. "
         f"Measurements are interleaved: {timings.conditions}.",
@@ -240,30 +319,81 @@ def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | No
 def _draw_against(
     name: str, runs: Sequence[Run], costs: Mapping[str, Sequence[Point]], what: str, better: str
 ) -> Picture | None:
-    """Draw a panel for each cost, by its label, that has points."""
+    """Draw a panel for each cost, by its label, that has points.
+
+    Names stand at the points. Where many routers share one cost, families are joined by lines and
+    named beside the panels, from the best down.
+    """
     shown = {label: points for label, points in costs.items() if points}
     if not shown:
         return None
-    words, places = runs[0].words, environments(runs)
+    words, places, by_family = runs[0].words, environments(runs), _is_zoo(runs)
     result = f"accuracy, mean of {len(places)} test environments, %"
     if len(places) == 1:
         result = f"{words.measure} on {words.place} {places[0]}, {words.scale}"
-    figure, panels = lay_out(len(shown), width=7.6, height=4.3, columns=1, beside=0)
+    if by_family:
+        shown = _told_apart(shown)
+    width, beside = (5.4, 2.2) if by_family else (7.6, 0)
+    figure, panels = lay_out(len(shown), width=width, height=4.3, columns=1, beside=beside)
     for (label, points), axes in zip(shown.items(), panels, strict=True):
         scatter(axes, points, more_is_better=label == MODES["inference"])
         axes.set(xlabel=label, ylabel=result)
         if label not in MODES.values():
             axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
-    for points, axes in zip(shown.values(), panels, strict=True):
-        name_points(axes, points)
+        if by_family:
+            _join(axes, points)
+    if by_family:
+        once = {point.name: point for points in shown.values() for point in points}
+        figure.legend(handles=_names(once.values()), loc="outside right center", frameon=False)
+    else:
+        for points, axes in zip(shown.values(), panels, strict=True):
+            name_points(axes, points)
+    joined = " Solid lines join settings that differ in k alone." if by_family else ""
     return Picture(
         name,
         figure,
         f"{capital(words.noun)} of every setting against {what}, with the Pareto front",
         f"Higher is {'more accurate' if words.noun == 'accuracy' else 'better'}, the standard "
         "error over repetitions as a bar; no setting beats those on the dashed line in both "
-        f"measures. Better is {better}",
+        f"measures.{joined} Better is {better}",
     )
+
+
+def _told_apart(panels: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
+    """Give each family of the grid, all grey, a marker of its own."""
+    marks = itertools.cycle("os<>^v*hd")
+    own: defaultdict[str, Style] = defaultdict(lambda: {**FIXED, "marker": next(marks)})
+    return {
+        label: [
+            point._replace(style=own[family(point.name)]) if point.style is FIXED else point
+            for point in points
+        ]
+        for label, points in panels.items()
+    }
+
+
+def _join(axes: Axes, points: Iterable[Point]) -> None:
+    """Draw a line through the points of each family, by rising x."""
+    found: defaultdict[str, list[Point]] = defaultdict(list)
+    for point in sorted(points, key=lambda point: point.x):
+        found[family(point.name)].append(point)
+    for members in (each for each in found.values() if len(each) > 1):
+        places = [point.x for point in members], [point.y for point in members]
+        axes.plot(*places, color=members[0].style["color"], linewidth=1, alpha=0.6)
+
+
+def _names(points: Iterable[Point]) -> list[Line2D]:
+    """Return a legend's entry for each family, or for its only setting, the best one first."""
+    best = sorted(points, key=lambda point: -point.y)
+    sizes = Counter(family(point.name) for point in best)
+    looks: dict[str, Style] = {}
+    for point in best:
+        label = family(point.name)
+        looks.setdefault(label if sizes[label] > 1 else point.name, point.style)
+    return [
+        Line2D([], [], **{**look, "linestyle": "none"}, label=label)
+        for label, look in looks.items()
+    ]
 
 
 def _points(runs: Sequence[Run]) -> list[Point]:
@@ -278,13 +408,13 @@ def _points(runs: Sequence[Run]) -> list[Point]:
     return points
 
 
-def _timed(runs: Sequence[Run], timings: Timings, mode: Mode) -> list[Point]:
-    points = []
-    for point in _points(runs):
+def _timed(points: Iterable[Point], timings: Timings, mode: Mode) -> list[Point]:
+    found = []
+    for point in points:
         timing = timings.by_setting.get((point.name, mode))
         if timing is not None and mode == "train":
-            points.append(point._replace(x=timing.milliseconds, x_range=timing.quartiles))
+            found.append(point._replace(x=timing.milliseconds, x_range=timing.quartiles))
         elif timing is not None:
             span = timing.samples_quartiles
-            points.append(point._replace(x=timing.samples_per_second, x_range=span))
-    return points
+            found.append(point._replace(x=timing.samples_per_second, x_range=span))
+    return found

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
 
 from dynmoe.report.costs import (
     Range,
@@ -13,7 +16,7 @@ from dynmoe.report.costs import (
     is_contaminated,
     model_costs,
 )
-from dynmoe.report.run import Problem, Run, conditions, counted, every, settings
+from dynmoe.report.run import Problem, Run, by_setting, conditions, counted, every, settings
 from dynmoe.report.runs import Collection
 from dynmoe.report.tables import Strong, Table, format_mean
 
@@ -50,6 +53,41 @@ def cost_table(collection: Collection, problem: Problem) -> Table:
         ),
         tuple(rows),
         note=note,
+        conditions=conditions(runs),
+    )
+
+
+def router_table(runs: Sequence[Run]) -> Table | None:
+    """Every mixture's k beside its target; None where no router decides how many experts."""
+    if not any(run.kind == "varying" for run in runs):
+        return None
+    rows = []
+    for setting, members in by_setting(runs).items():
+        layers = [layer for run in members for layer in run.layers]
+        if not layers:
+            continue
+        trained, tested = (
+            float(np.mean([getattr(layer, key) for layer in layers]))
+            for key in ("k_train", "k_test")
+        )
+        target = members[0].target_k
+        off = "-" if target is None else f"{100 * (trained / target - 1):+.1f}"
+        held = "-" if target is None else number(target)
+        score = format_mean([run.outcome.accuracy for run in members])
+        unrouted = 100 * float(np.mean([layer.unrouted for layer in layers]))
+        cells = (held, number(trained), off, number(tested), number(unrouted), score)
+        rows.append((setting, *cells, str(len(members))))
+    words = runs[0].words
+    return Table(
+        f"How many experts a token activates on {runs[0].problem.dataset}",
+        (
+            *("setting", "target k", "mean k, training", "off by, %", f"mean k, {words.place}"),
+            *("without an expert, %", words.column, "n"),
+        ),
+        tuple(rows),
+        note="Means over MoE layers and runs at the reported step; in training those since the "
+        "evaluation before. Off by: mean k in training over the target. Without an expert: share "
+        "of training tokens. Which code each router was checked against: docs/routers.md.",
         conditions=conditions(runs),
     )
 

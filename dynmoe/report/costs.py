@@ -143,7 +143,7 @@ def _training_flops(run: Run) -> float:
     if run.has_lora or costs["flops"] is None:
         return math.nan
     # A fixed mixture routes the same at every step; reading one step saves most of the time.
-    lines = run.training_routing if run.kind == "adaptive" else run.routing_at_outcome
+    lines = run.routing_at_outcome if run.kind == "fixed" else run.training_routing
     windows: defaultdict[int, list[Record]] = defaultdict(list)
     for line in lines:
         if line["source"] == "train":

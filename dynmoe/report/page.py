@@ -94,6 +94,15 @@ def _sections(
     examples = [of_setting[0] for of_setting in shown]
     kinds = set_tables.kind_tables(runs)
     parts: list[tuple[str, str, Iterable[Block | None]]] = [
+        (
+            "routers",
+            "Routers at the experts they activate",
+            [
+                claim_figures.draw_accuracy_by_experts(runs, timings),
+                _sheet("routers", cost_tables.router_table(runs)),
+                routing_figures.draw_budget(runs),
+            ],
+        ),
         ("claim", "The claim", _claim(collection, problem, claims)),
         ("images", "Whether the images are used", _image_use(runs)),
         (

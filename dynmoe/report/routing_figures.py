@@ -6,6 +6,7 @@ records of that evaluation. A figure without anything to show is None.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from dynmoe.report.document import Picture
 from dynmoe.report.drawing import (
     BLUE,
     COLOURS,
+    DASHES,
     GREY,
     STEP,
     heat_map,
@@ -114,6 +116,36 @@ def draw_k(runs: Sequence[Run]) -> Picture | None:
         f"Blue: experts that a token of the {tested} activates on average; thin "
         "lines: single runs. Black: the experts there are. Blue near black means that nearly all "
         "are used.",
+    )
+
+
+def draw_budget(runs: Sequence[Run]) -> Picture | None:
+    """Mean k over training as a share of the target, for every setting that has one."""
+    controlled = by_setting([run for run in runs if run.target_k])
+    if not any(run.kind == "varying" for run in runs) or not controlled:
+        return None
+    figure, (axes,) = lay_out(1, width=6, height=max(3, 0.22 * len(controlled)), beside=2)
+    for index, (setting, members) in enumerate(controlled.items()):
+        target, found = members[0].target_k, defaultdict[int, list[float]](list)
+        assert target is not None
+        for run in members:
+            for line in run.training_routing:
+                found[line["step"]].append(line["mean_k"])
+        shares = [float(np.mean(found[step])) / target for step in sorted(found)]
+        look: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)]}
+        look["linestyle"] = DASHES[index % len(DASHES)]
+        axes.plot(sorted(found), shares, marker=".", label=setting, **look)
+    axes.axhline(1, color="black", linewidth=0.8, zorder=1)
+    axes.axhspan(0.95, 1.05, color=GREY, alpha=0.15, linewidth=0)
+    axes.set(xlabel=STEP, ylabel="mean k / target")
+    over_steps(axes)
+    figure.legend(loc="outside right center", frameon=False)
+    return Picture(
+        "budget",
+        figure,
+        "Experts that a training token activates over training, as a share of the target",
+        "Mean over MoE layers and runs, of the tokens since the evaluation before. Grey: within "
+        "5 % of the target.",
     )
 
 

@@ -20,15 +20,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from dynmoe.records import Record, RecordError, RunFolder, stretches
 from dynmoe.report.words import HEADLINES, WORDS, Words
 from dynmoe.selection import RULES, judged, selected
 
-Kind = Literal["dense", "fixed", "adaptive"]
-KINDS: tuple[Kind, ...] = ("dense", "fixed", "adaptive")
+Kind = Literal["dense", "fixed", "varying", "adaptive"]
+KINDS: tuple[Kind, ...] = ("dense", "fixed", "varying", "adaptive")
 
 DENSE = "dense"
 """Name of a model without MoE layers, whatever `moe.algorithm` is: older runs have `ERM`."""
+
+NATIVE = "native"
+"""Algorithm of a model's own top-k router, whose k its weights say and no key."""
+
+TARGET = "moe.router.target_k"
 
 NOT_FINITE = "the training loss was not finite at step {}"
 
@@ -153,11 +160,21 @@ class Run:
 
     @property
     def kind(self) -> Kind:
-        """`adaptive`: training adds and removes experts; `fixed`: the experts stay as they are."""
-        if self.facts["config"].get("moe.router", "") is None:
+        """`adaptive`: training adds and removes experts. Else the experts stay as they are:
+        `fixed` if all tokens activate equally many, `varying` if the router decides how many."""
+        config = self.facts["config"]
+        if config.get("moe.router", "") is None:
             return "dense"
-        fixed = self.facts["config"].get("moe.adaptation", "") is None
-        return "fixed" if fixed else "adaptive"
+        if config.get("moe.adaptation", "") is not None:
+            return "adaptive"
+        has_k = "moe.top_k" in config or config.get("moe.algorithm") == NATIVE
+        return "fixed" if has_k and TARGET not in config else "varying"
+
+    @property
+    def target_k(self) -> float | None:
+        """Mean experts per token that its router holds, mean over MoE layers; None without."""
+        found = self.config.get(TARGET)
+        return None if found is None else float(np.mean(found))
 
     @cached_property
     def outcome(self) -> Outcome:
@@ -271,9 +288,9 @@ def short_name(run: Run) -> str:
     config = run.config
     if run.kind == "dense":
         return DENSE
-    if run.kind == "adaptive":
+    if run.kind in ("varying", "adaptive"):
         return str(config["moe.algorithm"])
-    if "moe.top_k" not in config:  # a router that decides for itself, in a pool that stays
+    if "moe.top_k" not in config:
         return f"{config['moe.algorithm']}, {config['moe.num_experts']} experts"
     own = "" if config["moe.algorithm"] == "TopK" else f"{config['moe.algorithm']} "
     return f"{own}top-{config['moe.top_k']} of {config['moe.num_experts']}"
@@ -287,7 +304,7 @@ def order(run: Run) -> tuple[Any, ...]:
         KINDS.index(run.kind),
         config["moe.algorithm"],
         config.get("moe.num_experts", 0) if run.kind == "fixed" else 0,
-        config.get("moe.top_k", 0),
+        config.get("moe.top_k", 0) if run.target_k is None else run.target_k,
         run.setting,
         run.facts["test_envs"],
         run.repetition,

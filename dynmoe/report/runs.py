@@ -27,7 +27,7 @@ from dynmoe.report.run import (
     name_settings,
     order,
 )
-from dynmoe.report.words import layer_name
+from dynmoe.report.words import block_name
 from dynmoe.selection import RULES, best_of_sweep, rule_of
 
 Job = Mapping[str, Any]
@@ -288,9 +288,9 @@ def different_conditions(runs: Sequence[Run]) -> list[str]:
             for run in members
         ]
         different = different_facts(facts, dict.fromkeys(key for each in facts for key in each))
-        mixtures = [run for run in members if run.kind != "dense"]
+        mixtures = [run for run in members if run.facts["start_experts"]]
         layers = [
-            {"MoE layers": " ".join(map(layer_name, run.facts["start_experts"]))}
+            {"MoE layers": " ".join(map(block_name, run.facts["start_experts"]))}
             for run in mixtures
         ]
         different += different_facts(layers, ["MoE layers"])
@@ -378,7 +378,7 @@ def check_routing(run: Run) -> None:
     """
     file = run.folder.path / "routing.jsonl"
     try:
-        lines = [*run.routing_at_outcome, *(run.training_routing if run.kind == "adaptive" else [])]
+        lines = [*run.routing_at_outcome, *([] if run.kind == "fixed" else run.training_routing)]
     except ValueError:  # it does not know the line; reading all of them does
         lines = run.folder.read("routing")
     for line in lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -106,6 +107,13 @@ def layer_name(module: str) -> str:
     """Short name of an MoE layer: the last parts of its module's name, `layer.10.intermediate` of
     `model.bert.encoder.layer.10.intermediate`."""
     return ".".join(module.split(".")[-3:])
+
+
+def block_name(module: str) -> str:
+    """Short name of the block of an MoE layer, `blocks.2` of `blocks.2.mlp`, and of
+    `blocks.2.mlp.fc1`, which some methods divide."""
+    found = re.match(r".*\.\d+(?=\.|$)", module)
+    return layer_name(found[0] if found else module)
 
 
 def capital(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import dynmoe.conf
 import pytest
@@ -78,7 +79,15 @@ def commands() -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def rows() -> list[Any]:
+    """The commands; a sweep over twenty mixtures composes each of them."""
+    return [
+        pytest.param(each, marks=pytest.mark.slow) if "sweep=routers" in each else each
+        for each in commands()
+    ]
+
+
+@pytest.mark.parametrize("command", rows(), ids=" ".join)
 def test_options(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "of this machine")
     monkeypatch.setattr(machine, "DEVICES", ("null",))  # a GPU's driver

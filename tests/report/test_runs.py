@@ -200,7 +200,7 @@ def test_pairs_of_test_environments_only_select(tmp_path: Path) -> None:
         ),
         (
             {"start_experts": {"blocks.2.mlp": 2, "blocks.3.mlp": 2}},
-            "MoE layers (blocks.2.mlp blocks.4.mlp; blocks.2.mlp blocks.3.mlp)",
+            "MoE layers (blocks.2 blocks.4; blocks.2 blocks.3)",
         ),
     ],
 )

@@ -35,6 +35,10 @@ hydra:
       - {moe: dense}
       - {moe: topk, moe.num_experts: 2, moe.top_k: 1}
 """
+TARGETS = """{moe: topk, moe.top_k: '${hydra.sweeper.target_k}'}
+    unless_causal:
+      - {moe: expert_choice}
+    target_k: '1,2'"""
 SWEEP = ("--config-dir", "conf", "task=vit_domainbed", "sweep=own")
 
 
@@ -241,6 +245,25 @@ def test_a_key_that_the_sweep_sets_is_refused(sweep: Sweep) -> None:
     assert "moe.top_k: sweep=own sets it" in found and "moe: sweep=own sets it" in found
 
 
+def test_causal_models_leave_settings_out(sweep: Sweep) -> None:
+    """And settings may refer to several targets."""
+    sweep.rewrite("{moe: topk, moe.num_experts: 2, moe.top_k: 1}", TARGETS)
+    glue = ("task=glue", "backbone=bert_tiny", "sweep=own", "mode=plan", "seed=0")
+    plans = {}
+    for architecture in ("bert", "gpt2"):
+        words = (*glue, f"backbone.architecture={architecture}")
+        done = command(job.job, sweep.root, "--config-dir", "conf", *words)
+        assert done.returncode == 0, done.stderr
+        plans[architecture] = [
+            line.split(" missing")[0].strip() for line in done.stdout.splitlines()
+        ]
+    several = ["moe=topk moe.top_k=1", "moe=topk moe.top_k=2"]
+    assert plans["bert"][1:5] == ["moe=dense", *several, "moe=expert_choice"]
+    assert (
+        plans["gpt2"][1:4] == ["moe=dense", *several] and "moe=expert_choice" not in plans["gpt2"]
+    )
+
+
 def test_every_combination_is_checked_before_any_work(sweep: Sweep) -> None:
     """Each value is right beside the first of the other; the last two are not."""
     sweep.rewrite("moe.num_experts: 2, moe.top_k: 1", "moe.num_experts: '4,2', moe.top_k: '1,3'")
@@ -258,6 +281,8 @@ def test_every_combination_is_checked_before_any_work(sweep: Sweep) -> None:
         ("{seed: '0,1'}", "seed", "hydra.sweeper.params: expected {key: 'value,value'}, found"),
         ("params:", "max_batch_size: -1\n    params:", "max_batch_size: expected null, or 1 or"),
         ("    settings:", "    setings:", "hydra.sweeper.setings: unknown key. Known: max_batch"),
+        ("params:", "target_k: x\n    params:", "target_k: expected a number above 0, or several"),
+        ("    settings:", "    unless_causal: [a]\n    settings:", "unless_causal[0]: expected"),
         ("# @package _global_", "", "sweep: the file of this group has to begin with '# @packa"),
         ("moe: dense", "moe: 'den=se['", "cannot be read as key=value"),
         ("{moe: dense}", "{moe: dense", "own.yaml"),

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from dynmoe.config.check import problems, report
+from dynmoe.config.models import causal_model
 from dynmoe.config.runs import flat, run_name
 from dynmoe.config.sweeps import read_sweep
 from dynmoe.errors import ConfigError, UserError
@@ -37,11 +38,14 @@ class DynMoESweeper(Sweeper):
     def __init__(
         self,
         max_batch_size: int | None,
+        target_k: float | None = None,  # which settings refer to
         params: dict[str, str] | None = None,
         settings: Sequence[dict[str, str]] = (),
+        unless_causal: Sequence[dict[str, str]] = (),
     ) -> None:
         self.max_batch_size = max_batch_size
-        self.node = OmegaConf.create({"params": params, "settings": list(settings)})
+        lists = {"settings": list(settings), "unless_causal": list(unless_causal)}
+        self.node = OmegaConf.create({"params": params, **lists})
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -110,6 +114,8 @@ class DynMoESweeper(Sweeper):
         jobs: dict[str, Job] = {}
         for asked in sweep.jobs:
             cfg = loader.load_sweep_config(config, list(asked.overrides))
+            if asked.unless_causal and any(causal_model(cfg)):
+                continue
             wrong = problems(cfg, multirun=True)
             found += [f"{asked.label}: {text}" for text in wrong]
             if not wrong:
