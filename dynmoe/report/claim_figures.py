@@ -324,7 +324,9 @@ def _draw_against(
     Names stand at the points. Where many routers share one cost, families are joined by lines and
     named beside the panels, from the best down.
     """
-    shown = {label: points for label, points in costs.items() if points}
+    shown: Mapping[str, Sequence[Point]] = {
+        each: points for each, points in costs.items() if points
+    }
     if not shown:
         return None
     words, places, by_family = runs[0].words, environments(runs), _is_zoo(runs)
