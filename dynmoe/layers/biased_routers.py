@@ -78,8 +78,7 @@ class BiasedTopKRouter(SoftmaxRouter):
         token_mask_T: Tensor | None = None,
         shape: Sequence[int] | None = None,
     ) -> Routing:
-        if len(live) != self.num_slots:
-            raise ValueError(f"a biased top-k router has a fixed pool of {self.num_slots}")
+        self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
             softmax = self.score == "softmax"

@@ -89,8 +89,7 @@ class BlockFFNRouter(Router):
         token_mask_T: Tensor | None = None,
         shape: Sequence[int] | None = None,
     ) -> Routing:
-        if len(live) != self.num_slots:
-            raise ValueError(f"BlockFFN's router has a fixed pool of {self.num_slots}")
+        self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
             raw_TE = F.linear(x_TD.float(), self.weight.float())
             scores_TE = raw_TE.relu()

@@ -42,8 +42,7 @@ class ExpertChoiceRouter(Router):
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
     ) -> Routing:
-        if len(live) != self.num_slots:
-            raise ValueError(f"an expert-choice router has a fixed pool of {self.num_slots}")
+        self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
             probs_TE = F.linear(x_TD.float(), self.weight.float()).softmax(1)
             tokens = _real_tokens(x_TD, token_mask_T)
@@ -113,8 +112,7 @@ class ExpertThresholdRouter(Router):
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
     ) -> Routing:
-        if len(live) != self.num_slots:
-            raise ValueError(f"an expert-threshold router has a fixed pool of {self.num_slots}")
+        self.check_pool(live)
         observed = None
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.float(), self.weight.float())

@@ -97,8 +97,7 @@ class TopKRouter(SoftmaxRouter):
         token_mask_T: Tensor | None = None,
         shape: Sequence[int] | None = None,
     ) -> Routing:
-        if len(live) != self.num_slots:
-            raise ValueError(f"a top-k router has a fixed pool of {self.num_slots}, got {live}")
+        self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
             clean_TE = self.logits(x_TD.float())
             noisy_TE = clean_TE

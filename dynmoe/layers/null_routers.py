@@ -107,8 +107,7 @@ class NullExpertRouter(SoftmaxRouter):
         token_mask_T: Tensor | None = None,
         shape: Sequence[int] | None = None,
     ) -> Routing:
-        if len(live) != self.num_slots:
-            raise ValueError(f"a null-expert router has a fixed pool of {self.num_slots}")
+        self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
             rows_CD = torch.cat([self.weight, self.null_weight]).float()
             logits_TC = F.linear(x_TD.float(), rows_CD)

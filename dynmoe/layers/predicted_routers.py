@@ -75,8 +75,7 @@ class GeMoERouter(SoftmaxRouter):
         token_mask_T: Tensor | None = None,
         shape: Sequence[int] | None = None,
     ) -> Routing:
-        if len(live) != self.num_slots:
-            raise ValueError(f"GeMoE's router has a fixed pool of {self.num_slots}")
+        self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
             logits_TE = F.linear(x_TD, self.weight.float())
@@ -179,8 +178,7 @@ class UniFRouter(Router):
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
     ) -> Routing:
         blocks = self.num_blocks
-        if len(live) != self.expert_copies * blocks:
-            raise ValueError(f"UniF-MoE's router has a fixed pool of {self.expert_copies * blocks}")
+        self.check_pool(live, self.expert_copies * blocks)
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD, weight_ED = x_TD.float(), self.weight.float()
             logits_TE = F.linear(x_TD, weight_ED)

@@ -72,8 +72,7 @@ class ReLURouter(Router):
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
     ) -> Routing:
-        if len(live) != self.num_slots:
-            raise ValueError(f"a ReLU router has a fixed pool of {self.num_slots}")
+        self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = F.linear(x_TD.float(), self.weight.float())
             mask_TE = hide_padding(scores_TE > 0, token_mask_T)

@@ -149,6 +149,18 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
+    def check_pool(self, live: Sequence[int], slots: int | None = None) -> None:
+        """Check that every slot holds an expert, for a router whose pool is fixed.
+
+        Raises:
+            ValueError: others than ``slots`` of them live (``num_slots``, which such routers have).
+        """
+        wanted = self.num_slots if slots is None else slots
+        if len(live) != wanted:
+            raise ValueError(
+                f"a {type(self).__name__} has a fixed pool of {wanted} experts, found {list(live)}"
+            )
+
     def prepare(self, experts: Experts, live: Sequence[int]) -> None:
         """Read what routing needs of the experts; called before every ``forward`` of a layer."""
 

@@ -97,8 +97,7 @@ class ZeroCostRouter(SoftmaxRouter):
         token_mask_T: Tensor | None = None,
         shape: Sequence[int] | None = None,
     ) -> Routing:
-        if len(live) != self.num_slots:
-            raise ValueError(f"a zero-cost router has a fixed pool of {self.num_slots} FFNs")
+        self.check_pool(live)
         ffns, free = self.num_slots, self.columns - self.num_zero
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()

@@ -100,7 +100,7 @@ def preset(name: str, **options: object) -> Router:
         return OmegaConf.merge(*(read(base) for base in bases), own)
 
     moe = OmegaConf.create({"moe": read(name), "task": {"placement": "all"}})
-    router: Any = OmegaConf.to_container(moe, resolve=True)["moe"]["router"]  # type: ignore
+    router: Any = OmegaConf.to_container(moe.moe.router, resolve=True)
     make = getattr(dynmoe.layers, router.pop("_target_").rsplit(".", 1)[1])
     router.pop("_partial_")
     torch.manual_seed(1)
