@@ -109,6 +109,8 @@ def _sparse_forward(
         # NOTE: an expert without rows is not called: its Parameters stay out of the graph.
         called = [(expert, run) for expert, run in zip(experts, runs, strict=True) if len(run)]
         out_RD = torch.cat([same_rows(expert(run), run) for expert, run in called])
+    if routing.conflict is not None:
+        out_RD = routing.conflict.watch(out_RD, p, routing.mask_TE)
     return dispatch.combine(out_RD, routing.weights_TE, p)
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dynmoe.layers.conflict import Conflict, ConflictLoss
 from dynmoe.layers.experts import (
     Experts,
     Init,
@@ -60,6 +61,9 @@ class Routed(NamedTuple):
     """Integers, the input's shape without D: chosen experts without an FFN (``Routing.free_T``)."""
     observed: Tensor | None = None
     """``Routing.observed``."""
+    conflict: Tensor | None = None
+    """A scalar 0, whose gradient is that of the loss of token gradient conflict
+    (dynmoe/layers/conflict.py); None without."""
 
 
 class MaskedLayer(nn.Module):
@@ -90,14 +94,15 @@ class MoELayer(MaskedLayer):
     for experts added later with ``init="pretrained"``. ``recompute`` computes the activations
     inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
     ``shared_experts`` more FFNs serve every token, whatever the router: their outputs are added
-    (``experts.shared_expert`` says how they start). k counts routed experts alone.
+    (``experts.shared_expert`` says how they start). k counts routed experts alone. ``conflict``:
+    the loss of token gradient conflict; weight 0 and None are without.
 
     Raises:
         TypeError: ``router`` makes no ``Router``, or ``mlp`` is no module.
         ValueError: ``num_experts`` is not 1 to ``max_experts``, or ``mlp`` does not map rows
             [N, ``dim``] alone to rows of the same shape and dtype; of several FFNs one does not,
             they are not ``num_experts`` of equal shapes, or they come with an ``init`` or a
-            ``keep_origin``, which need a single one.
+            ``keep_origin``, which need a single one; a ``conflict`` for a router without logits.
         ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``), or
             makes a shared expert of one without linear layers.
     """
@@ -122,6 +127,7 @@ class MoELayer(MaskedLayer):
         keep_origin: bool = False,
         recompute: bool = False,
         shared_experts: int = 0,
+        conflict: ConflictLoss | None = None,
     ) -> None:
         super().__init__()
         max_experts = num_experts if max_experts is None else max_experts
@@ -143,6 +149,13 @@ class MoELayer(MaskedLayer):
             origin = copy.deepcopy(mlp) if keep_origin else None
         self.dim = dim
         self.router = _made_router(router, dim, max_experts)
+        self.conflict = conflict if conflict is not None and conflict.weight else None
+        if self.conflict is not None and not self.router.has_logits:
+            raise ValueError(
+                f"conflict.weight is {self.conflict.weight:g}: expected 0 with a "
+                f"{type(self.router).__name__}, which has no logits of its own. Set it to 0, or "
+                "choose a softmax router, e.g. TopKRouter (moe=topk)"
+            )
         self.experts = Experts(mlp, max_experts, init, recompute, self.router.expert_copies)
         first = mlp if isinstance(mlp, nn.Module) else mlp[0]
         self.shared = nn.ModuleList(shared_expert(first, init) for _ in range(shared_experts))
@@ -229,6 +242,12 @@ class MoELayer(MaskedLayer):
         if compiled and self.live != live:  # written to since: the next call compiles anew
             live = self.live
             routing = self._route(x_TD, live, token_mask_T, shape)
+        # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
+        if self.conflict is not None and self.training and torch.is_grad_enabled():
+            # NOTE: detached: conflicts in the layers below are of the other losses' gradients.
+            with torch.autocast(x_TD.device.type, enabled=False):
+                logits_TC = self.router.logits(x_TD.detach().float(), live)
+            routing = routing._replace(conflict=Conflict(self.conflict, logits_TC))
         y_TD = self._sum(x_TD, routing, live)
         observer = self.observer if self.training else None
         if self.training and observer is None and y_TD.requires_grad and self.router.has_state:
@@ -243,6 +262,7 @@ class MoELayer(MaskedLayer):
                 None if token_mask_T is None else token_mask_T.view(shape),
                 None if routing.free_T is None else routing.free_T.view(shape),
                 None if routing.observed is None else routing.observed.detach(),
+                None if routing.conflict is None else routing.conflict.loss,
             )
             if self.tape is not None:
                 self.tape.append(call)
@@ -490,6 +510,20 @@ def aux_loss(tape: Mapping[str, Sequence[Routed]]) -> Tensor:
     Add it to the loss of a training step, times a small weight (DynMoE: 0.01). 0 for an empty tape.
     """
     return sum((call.aux for calls in tape.values() for call in calls), torch.zeros(()))
+
+
+def conflict_loss(model: nn.Module, tape: Mapping[str, Sequence[Routed]], step: int = 0) -> Tensor:
+    """Return the weighted losses of token gradient conflict on a tape of ``record_routing``, a
+    scalar 0 whose gradient is theirs, in fp32; those that are due after ``step`` optimizer steps.
+
+    Add it to the loss of a training step, beside ``aux_loss``.
+    """
+    total = torch.zeros(())
+    for name, layer in moe_layers(model).items():
+        if layer.conflict is not None and layer.conflict.is_due(step):
+            found = [call.conflict for call in tape[name] if call.conflict is not None]
+            total = sum((layer.conflict.weight * each for each in found), total)
+    return total
 
 
 @contextmanager

@@ -1,0 +1,284 @@
+"""Token gradient conflict: one backward pass against golden values and a two-pass specification."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dynmoe.layers import (
+    AverageKeyRouter,
+    BiasedTopKRouter,
+    BlockFFNRouter,
+    ConflictLoss,
+    CosineTopKRouter,
+    ExpertChoiceRouter,
+    ExpertThresholdRouter,
+    GeMoERouter,
+    MaskedTopKRouter,
+    MoELayer,
+    NullExpertRouter,
+    PrefixRouter,
+    ReLURouter,
+    TopAnyRouter,
+    TopKRouter,
+    ZeroCostRouter,
+    aux_loss,
+    conflict_loss,
+    mask_padding,
+    record_routing,
+)
+from dynmoe.layers.conflict import cosines, gradient
+from tests.layers.golden_cases import cases
+
+DIM = 8
+
+
+def mlp(dim: int = DIM, hidden: int = 12) -> nn.Module:
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+class Model(nn.Module):
+    """Two residual MoE layers and a head."""
+
+    def __init__(self, router: Any, weight: float, experts: Any = mlp, again: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        loss = ConflictLoss(weight, threshold=0.2)
+        self.layers = nn.ModuleList(
+            MoELayer(experts(), DIM, router, 4, init="fresh", conflict=loss) for _ in range(2)
+        )
+        self.layers[1].conflict = copy.copy(loss) if weight else None
+        self.head = nn.Linear(DIM, 3)
+        self.again = again
+        for p in self.parameters():  # fresh experts hardly differ
+            nn.init.normal_(p, std=0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.again:
+                x = x + checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = x + layer(x)
+        return self.head(x)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    make = torch.Generator().manual_seed(3)
+    return torch.randn(2, 12, DIM, generator=make), torch.randint(3, (2, 12), generator=make)
+
+
+def step(model: Model, scale: float = 1.0, real_BN: Tensor | None = None) -> dict[str, Tensor]:
+    x, label = batch()
+    torch.manual_seed(7)  # noise of routers
+    with record_routing(model) as tape, mask_padding(model, real_BN):
+        logits = model(x)
+    if real_BN is not None:
+        logits, label = logits[real_BN], label[real_BN]
+    loss = F.cross_entropy(logits.flatten(0, -2), label.flatten()) + 0.01 * aux_loss(tape)
+    (scale * (loss + conflict_loss(model, tape))).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def two_passes(router: Any, weight: float, real_BN: Tensor | None = None) -> dict[str, Tensor]:
+    """The gradients of all losses by the definition: pairs one by one, flags first."""
+    model = Model(router, 0.0)
+    runs: list[tuple[MoELayer, int, Tensor]] = []
+    for layer in model.layers:
+        for column, slot in enumerate(layer.live):
+            layer.experts.slots[slot].register_forward_hook(partial(_kept, runs, layer, column))
+        layer.experts.layout = None  # experts are called one by one
+        layer.router.register_forward_hook(_remember)
+    x, label = batch()
+    torch.manual_seed(7)
+    with record_routing(model) as tape, mask_padding(model, real_BN):
+        logits = model(x)
+    if real_BN is not None:
+        logits, label = logits[real_BN], label[real_BN]
+    loss = F.cross_entropy(logits.flatten(0, -2), label.flatten()) + 0.01 * aux_loss(tape)
+    grads = torch.autograd.grad(loss, [out for *_, out in runs], retain_graph=True)
+    for layer in model.layers:
+        x_TD, routing = layer.router.last
+        z_TC = layer.router.logits(x_TD.detach(), layer.live)
+        terms = []
+        for (owner, column, _), grad_ND in zip(runs, grads, strict=True):
+            if owner is not layer:
+                continue
+            tokens = routing.dispatch_TE[:, column].nonzero().flatten().tolist()
+            mean_D = grad_ND.mean(0)
+            for t, grad_D in zip(tokens, grad_ND, strict=True):
+                if not routing.mask_TE[t, column] or not grad_D.any():
+                    continue
+                if F.cosine_similarity(grad_D, mean_D, dim=0, eps=1e-20) < 0.2:
+                    terms.append(-(-z_TC[t]).log_softmax(0)[column])
+        if terms:
+            loss = loss + weight * torch.stack(terms).mean()
+        model.found = getattr(model, "found", 0) + len(terms)
+    assert model.found  # else nothing would be compared
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _kept(runs: list[Any], layer: MoELayer, column: int, _: Any, __: Any, out: Tensor) -> None:
+    runs.append((layer, column, out))
+
+
+def _remember(router: Any, args: Any, out: Any) -> None:
+    router.last = args[0], out
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, atol=2e-6, rtol=2e-5, msg=name)
+
+
+ROUTERS = {
+    "top_k": partial(TopKRouter, top_k=2),
+    "cosine": partial(CosineTopKRouter, top_k=2, projection=6),
+    "loss_free": partial(BiasedTopKRouter, top_k=2),
+    "beam": partial(MaskedTopKRouter, top_k=2),
+    "null": partial(NullExpertRouter, num_null=2, top_k=3),
+    "prefix": partial(PrefixRouter, top_p=0.6, normalise_logits=True),
+    "gemoe": GeMoERouter,
+    "relu": ReLURouter,
+    "block_ffn": BlockFFNRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "threshold": ExpertThresholdRouter,
+    "zero_cost": partial(ZeroCostRouter, gate_residual=False),
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+def test_one_backward_is_the_two_passes(router: Any) -> None:
+    assert_equal(step(Model(router, 0.7)), two_passes(router, 0.7))
+
+
+def test_padding_is_in_no_pair() -> None:
+    real_BN = torch.arange(12) < torch.tensor([[12], [7]])
+    router = ROUTERS["top_k"]
+    assert_equal(step(Model(router, 0.7), 1.0, real_BN), two_passes(router, 0.7, real_BN))
+
+
+def test_foreign_experts_recomputation_and_scale_change_nothing() -> None:
+    router = ROUTERS["top_k"]
+    one = Model(router, 0.7)
+    expected = step(one)
+    again = Model(router, 0.7, again=True)
+    assert_equal(step(again), expected)
+    device = torch.device("cpu")
+    for layer, other in zip(one.layers, again.layers, strict=True):
+        found = layer.conflict.take(device)
+        assert found[0] == 48 and 0 < found[1] < 48  # 24 tokens, each with 2 experts, once
+        assert torch.equal(other.conflict.take(device), found)
+        assert not layer.conflict.take(device).any()
+    foreign = Model(router, 0.7)
+    for layer in foreign.layers:
+        layer.experts.layout = None
+    assert_equal(step(foreign), expected)
+    # The share of one micro-batch in a step.
+    quarter = step(Model(router, 0.7), 0.25)
+    assert_equal({name: 4 * grad for name, grad in quarter.items()}, expected)
+
+
+def test_weight_0_is_off() -> None:
+    model, plain = Model(ROUTERS["top_k"], 0.0), Model(ROUTERS["top_k"], 0.0)
+    for layer in plain.layers:
+        assert layer.conflict is None
+    off, expected = step(model), step(plain)
+    assert all(torch.equal(off[name], expected[name]) for name in expected)
+
+
+def test_only_due_steps_have_the_loss() -> None:
+    loss = ConflictLoss(1.0, every=3, start=4)
+    assert [step for step in range(12) if loss.is_due(step)] == [4, 7, 10]
+    router, plain = ROUTERS["top_k"], step(Model(ROUTERS["top_k"], 0.0))
+    late = Model(router, 0.7)
+    for layer in late.layers:
+        layer.conflict.start = 1
+    found = step(late)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert not late.layers[0].conflict.take(torch.device("cpu")).any()
+
+
+@pytest.mark.parametrize("case", cases("stgc"), ids=lambda case: case["name"])
+def test_golden(case: dict[str, Any]) -> None:
+    weights = [torch.tensor(case[key]) for key in ("W1_EHD", "b1_EH", "W2_EDH")]
+    experts = []
+    for w1, b1, w2 in zip(*weights, strict=True):
+        expert = mlp(w1.shape[1], w1.shape[0])
+        values = {"0.weight": w1, "0.bias": b1, "2.weight": w2, "2.bias": torch.zeros(len(w2))}
+        expert.load_state_dict(values)
+        experts.append(expert)
+    x_TD, head = torch.tensor(case["x_TD"]), torch.tensor(case["head_CD"])
+    router = partial(TopKRouter, top_k=case["top_k"])
+    loss = ConflictLoss(1.0, case["tau"])
+    layer = MoELayer(experts, x_TD.shape[1], router, len(experts), conflict=loss)
+    layer.router.weight.data = torch.tensor(case["router_ED"])
+    grads = []
+    for weight in (0.0, 1.0):
+        loss.weight = weight
+        with record_routing(layer) as tape:
+            y_TD = x_TD + layer(x_TD)
+        main = F.cross_entropy(y_TD @ head.t(), torch.tensor(case["label_T"]))
+        assert main.item() == pytest.approx(case["main_loss"], abs=1e-5)
+        layer.zero_grad()
+        (main + conflict_loss(layer, tape)).backward()
+        grads.append(layer.router.weight.grad.clone())
+    flags_TE, cosine_sum, pairs = torch.zeros(len(x_TD), len(experts)), 0.0, 0
+    for each in case["experts"]:
+        rows = torch.tensor(each["output_grad_RD"])
+        order = torch.arange(len(rows))
+        found, counts = cosines(rows, order[:1], torch.zeros_like(order), order)
+        assert counts.all()
+        torch.testing.assert_close(found, torch.tensor(each["cos_output_grad"]), atol=1e-5, rtol=0)
+        cosine_sum, pairs = cosine_sum + found.sum().item(), pairs + len(rows)
+        flags_TE[each["tokens"], each["expert"]] = torch.tensor(
+            each["conflicting_by_output_grad"], dtype=torch.float
+        )
+    z_TE = torch.tensor(case["logits_TE"])
+    expected = gradient(z_TE, flags_TE).t() @ x_TD
+    torch.testing.assert_close(grads[1] - grads[0], expected, atol=1e-5, rtol=0)
+    found_3 = loss.take(torch.device("cpu")) / 2
+    assert found_3[:2].tolist() == [pairs, flags_TE.sum().item()]
+    assert found_3[2].item() == pytest.approx(cosine_sum, abs=1e-4)
+
+    by_bias = torch.zeros_like(flags_TE)
+    for each in case["experts"]:
+        by_bias[each["tokens"], each["expert"]] = torch.tensor(
+            each["conflicting_by_bias_grad"], dtype=torch.float
+        )
+    torch.testing.assert_close(
+        gradient(z_TE, by_bias), torch.tensor(case["loss_cel_grad_logits_TE"]), atol=1e-5, rtol=0
+    )
+
+
+def test_equal_tokens_do_not_conflict() -> None:
+    layer = MoELayer(mlp(), DIM, ROUTERS["top_k"], 4, conflict=ConflictLoss())
+    with record_routing(layer) as tape:
+        y = layer(torch.ones(6, DIM))
+    (y.sum() + conflict_loss(layer, tape)).backward()
+    pairs, flagged, cosine = layer.conflict.take(torch.device("cpu")).tolist()
+    assert (pairs, flagged) == (12, 0)
+    assert cosine == pytest.approx(12)
+
+
+@pytest.mark.parametrize("router", [TopAnyRouter, AverageKeyRouter, ZeroCostRouter])
+def test_a_router_without_logits_is_refused(router: Any) -> None:
+    options = {"top_k": 2} if router is AverageKeyRouter else {}
+    with pytest.raises(ValueError, match=r"conflict.weight.*logits.*moe=topk"):
+        MoELayer(mlp(), DIM, partial(router, **options), 4, conflict=ConflictLoss())
+
+
+@pytest.mark.parametrize(
+    "options", [{"weight": -1.0}, {"threshold": 2.0}, {"every": 0}, {"start": -1}]
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"conflict.{next(iter(options))}"):
+        ConflictLoss(**options)
