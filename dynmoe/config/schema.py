@@ -79,7 +79,16 @@ class MoE:
     router: dict[str, Any] | None
     adaptation: dict[str, Any] | None
     shared_experts: int = 0
+    conflict: dict[str, Any] | None = None
     top_k: int = 1  # fixed routers only
+
+
+@dataclass
+class Conflict:
+    weight: float
+    threshold: float = 0.0
+    every: int = 1
+    start: int = 0
 
 
 @dataclass
@@ -157,6 +166,7 @@ SCHEMAS: dict[str, type] = {
     "protocol.stages.*": Recipes,
     "stage": Stage,
     "moe": MoE,
+    "moe.conflict": Conflict,
     "paths": Paths,
     "plan": EstimateSettings,
     "runtime": Runtime,

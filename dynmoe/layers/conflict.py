@@ -15,17 +15,15 @@ token, R rows sorted by expert, D model width.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dynmoe.errors import ConfigError
 from dynmoe.layers.dispatch import Pairs, sum_by_token
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 
 class ConflictLoss:
@@ -36,19 +34,22 @@ class ConflictLoss:
     - ``every``, ``start``: the loss counts in every so many optimizer steps, from step ``start``.
 
     Raises:
-        ValueError: a number out of its range.
+        ConfigError: a number out of its range.
     """
 
     def __init__(
         self, weight: float = 1.0, threshold: float = 0.0, every: int = 1, start: int = 0
     ) -> None:
         if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"conflict.weight is {weight}: expected 0 or more")
+            raise ConfigError(f"moe.conflict.weight: expected 0 or more, found {weight}")
         if not -1 <= threshold <= 1:
-            raise ValueError(f"conflict.threshold is {threshold}: expected a cosine, -1 to 1")
+            raise ConfigError(
+                f"moe.conflict.threshold: expected a cosine, -1 to 1, found {threshold}"
+            )
         if every < 1 or start < 0:
-            raise ValueError(
-                f"conflict.every is {every}, conflict.start {start}: expected 1 or more, 0 or more"
+            raise ConfigError(
+                f"moe.conflict: expected every of 1 or more and start of 0 or more, found "
+                f"every={every}, start={start}"
             )
         self.weight = weight
         self.threshold = threshold

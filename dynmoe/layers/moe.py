@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dynmoe.errors import ConfigError
 from dynmoe.layers.conflict import Conflict, ConflictLoss
 from dynmoe.layers.experts import (
     Experts,
@@ -102,9 +103,10 @@ class MoELayer(MaskedLayer):
         ValueError: ``num_experts`` is not 1 to ``max_experts``, or ``mlp`` does not map rows
             [N, ``dim``] alone to rows of the same shape and dtype; of several FFNs one does not,
             they are not ``num_experts`` of equal shapes, or they come with an ``init`` or a
-            ``keep_origin``, which need a single one; a ``conflict`` for a router without logits.
+            ``keep_origin``, which need a single one.
         ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``), or
-            makes a shared expert of one without linear layers.
+            makes a shared expert of one without linear layers; a ``conflict`` with a router that
+            has no logits.
     """
 
     active_E: Tensor
@@ -151,10 +153,10 @@ class MoELayer(MaskedLayer):
         self.router = _made_router(router, dim, max_experts)
         self.conflict = conflict if conflict is not None and conflict.weight else None
         if self.conflict is not None and not self.router.has_logits:
-            raise ValueError(
-                f"conflict.weight is {self.conflict.weight:g}: expected 0 with a "
-                f"{type(self.router).__name__}, which has no logits of its own. Set it to 0, or "
-                "choose a softmax router, e.g. TopKRouter (moe=topk)"
+            raise ConfigError(
+                f"moe.conflict.weight: expected 0 with a {type(self.router).__name__}, which has "
+                f"no logits of its own, found {self.conflict.weight:g}. Set it to 0, or choose "
+                "TopKRouter (moe=topk) or another router with logits"
             )
         self.experts = Experts(mlp, max_experts, init, recompute, self.router.expert_copies)
         first = mlp if isinstance(mlp, nn.Module) else mlp[0]

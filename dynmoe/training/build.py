@@ -203,6 +203,7 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
         "expert_dropout": moe.expert_dropout,
         "recompute": moe.recompute,
         "shared_experts": moe.get("shared_experts", 0),
+        "conflict": moe.get("conflict"),
         **settings,
     }
     if "router" not in given:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dynmoe.errors import ConfigError
 from dynmoe.layers import (
     AverageKeyRouter,
     BiasedTopKRouter,
@@ -62,10 +63,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            if self.again:
-                x = x + checkpoint(layer, x, use_reentrant=False)
-            else:
-                x = x + layer(x)
+            x = x + (checkpoint(layer, x, use_reentrant=False) if self.again else layer(x))
         return self.head(x)
 
 
@@ -272,7 +270,7 @@ def test_equal_tokens_do_not_conflict() -> None:
 @pytest.mark.parametrize("router", [TopAnyRouter, AverageKeyRouter, ZeroCostRouter])
 def test_a_router_without_logits_is_refused(router: Any) -> None:
     options = {"top_k": 2} if router is AverageKeyRouter else {}
-    with pytest.raises(ValueError, match=r"conflict.weight.*logits.*moe=topk"):
+    with pytest.raises(ConfigError, match=r"moe.conflict.weight.*logits.*moe=topk"):
         MoELayer(mlp(), DIM, partial(router, **options), 4, conflict=ConflictLoss())
 
 
@@ -280,5 +278,5 @@ def test_a_router_without_logits_is_refused(router: Any) -> None:
     "options", [{"weight": -1.0}, {"threshold": 2.0}, {"every": 0}, {"start": -1}]
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=rf"conflict.{next(iter(options))}"):
+    with pytest.raises(ConfigError, match=rf"moe.conflict.*{next(iter(options))}"):
         ConflictLoss(**options)
