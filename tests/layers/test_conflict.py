@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from golden_cases import cases
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +39,7 @@ from dynmoe.layers import (
     record_routing,
 )
 from dynmoe.layers.conflict import cosines, gradient
-from tests.layers.golden_cases import cases
+from dynmoe.metrics.routing import TRAIN, RoutingMeter
 
 DIM = 8
 
@@ -280,3 +283,60 @@ def test_a_router_without_logits_is_refused(router: Any) -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"moe.conflict.*{next(iter(options))}"):
         ConflictLoss(**options)
+
+
+def test_the_share_of_a_stretch_is_recorded() -> None:
+    model = Model(ROUTERS["top_k"], 0.7)
+    meter = RoutingMeter(model)
+    meter.update(TRAIN, {})
+    step(model)
+    layers = {f"layers.{i}": layer.conflict._found_3 for i, layer in enumerate(model.layers)}
+    for record in meter.records([TRAIN], lambda sums: 2 * sums):  # two equal ranks
+        pairs, flagged, cosine = layers[record["layer"]].tolist()
+        assert record["conflict_share"] == flagged / pairs
+        assert record["conflict_cosine"] == pytest.approx(cosine / pairs)
+    for record in meter.records([TRAIN, "dev"], lambda sums: sums):
+        assert record.get("conflict_share") is None
+        assert ("conflict_share" in record) == (record["source"] == TRAIN)
+
+
+def test_low_precision_keeps_the_loss_in_fp32() -> None:
+    model = Model(ROUTERS["top_k"], 0.7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grads = step(model)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert model.layers[0].conflict.take(torch.device("cpu"))[0] == 48
+
+
+def _rank(rank: int, folder: str) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    model = Model(ROUTERS["top_k"], 0.7)
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    x, label = batch()
+    with record_routing(model) as tape:
+        logits = parallel(x[rank : rank + 1])
+    loss = F.cross_entropy(logits[0], label[rank])
+    (loss + conflict_loss(model, tape)).backward()
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_find_conflicts_of_their_own_and_average(tmp_path: Path) -> None:
+    spawn(_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    own = []
+    for rank in (0, 1):
+        model = Model(ROUTERS["top_k"], 0.7)
+        x, label = batch()
+        with record_routing(model) as tape:
+            logits = model(x[rank : rank + 1])
+        (F.cross_entropy(logits[0], label[rank]) + conflict_loss(model, tape)).backward()
+        own.append([p.grad for p in model.parameters()])
+    for a, b, one, two in zip(first, second, *own, strict=True):
+        zero = torch.zeros_like(a)
+        mean = ((zero if one is None else one) + (zero if two is None else two)) / 2
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, mean, atol=1e-6, rtol=1e-5)
