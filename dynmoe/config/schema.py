@@ -87,6 +87,7 @@ class MoE:
 class Conflict:
     weight: float
     threshold: float = 0.0
+    proxy: Literal["output", "bias", "full"] = "output"
     every: int = 1
     start: int = 0
 

@@ -9,16 +9,20 @@ is a 0, through which the backward pass learns how the loss is weighed and scale
 all gradients.
 
 Shape suffixes: T tokens, E living experts, C columns of the logits (E first), P pairs sorted by
-token, R rows sorted by expert, D model width.
+token, R rows sorted by expert, D model width; N rows of one expert, I inputs and O outputs of a
+linear layer.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -31,6 +35,9 @@ class ConflictLoss:
 
     - ``weight``: of the loss, beta in the paper; 0 is no loss, and costs nothing.
     - ``threshold``: pairs with a cosine below it conflict, tau in the paper.
+    - ``proxy``: which gradients are compared: those of the expert's ``output``; of the outputs of
+      all its linear layers, as of their biases (``bias``); of all parameters of these layers
+      (``full``). The last two call experts one after the other: slower, and ``recompute`` rests.
     - ``every``, ``start``: the loss counts in every so many optimizer steps, from step ``start``.
 
     Raises:
@@ -38,7 +45,12 @@ class ConflictLoss:
     """
 
     def __init__(
-        self, weight: float = 1.0, threshold: float = 0.0, every: int = 1, start: int = 0
+        self,
+        weight: float = 1.0,
+        threshold: float = 0.0,
+        proxy: Literal["output", "bias", "full"] = "output",
+        every: int = 1,
+        start: int = 0,
     ) -> None:
         if not (weight >= 0 and math.isfinite(weight)):
             raise ConfigError(f"moe.conflict.weight: expected 0 or more, found {weight}")
@@ -46,6 +58,8 @@ class ConflictLoss:
             raise ConfigError(
                 f"moe.conflict.threshold: expected a cosine, -1 to 1, found {threshold}"
             )
+        if proxy not in ("output", "bias", "full"):
+            raise ConfigError(f"moe.conflict.proxy: expected output, bias or full, found {proxy!r}")
         if every < 1 or start < 0:
             raise ConfigError(
                 f"moe.conflict: expected every of 1 or more and start of 0 or more, found "
@@ -53,6 +67,7 @@ class ConflictLoss:
             )
         self.weight = weight
         self.threshold = threshold
+        self.proxy = proxy
         self.every = every
         self.start = start
         # Not a buffer: DDP would overwrite it with rank 0's at every forward.
@@ -75,50 +90,166 @@ class ConflictLoss:
 
 
 class Conflict:
-    """One call of a layer: finds the conflicts among its pairs in the backward pass."""
+    """One call of a layer: finds the conflicts among its pairs in the backward pass.
+
+    The gradients of the experts' outputs are all there is to see for ``proxy=output``. The others
+    look at every linear layer of the experts, which are then called one by one: ``enter`` is before
+    them, and so the last to get its gradient.
+    """
 
     def __init__(self, of: ConflictLoss, logits_TC: Tensor) -> None:
-        self.of = of
-        self.logits_TC = logits_TC
+        self.by_modules = of.proxy != "output"
         self.loss: Tensor | None = None
         """A scalar 0, whose gradient is that of the loss; fp32. None where no expert ran."""
+        self._logits_TC = logits_TC
+        # NOTE: not this object, which has the loss and so the graph: PyTorch frees no such cycle.
+        self._seen = _Seen(of)
 
-    def watch(self, out_RD: Tensor, p: Pairs, mask_TE: Tensor) -> Tensor:
+    def enter(self, x_TD: Tensor, p: Pairs, mask_TE: Tensor) -> Tensor:
+        """Return ``x_TD``, the tokens that experts get, as they are."""
+        if not self.by_modules:
+            return x_TD
+        x_TD = _Entered.apply(x_TD, self._logits_TC, p, mask_TE, self._seen)
+        return x_TD
+
+    @contextmanager
+    def listening(self, experts: Sequence[nn.Module]) -> Iterator[None]:
+        """Note what the linear layers of ``experts`` read, and their gradients."""
+        hooks = []
+        if self.by_modules:
+            for expert in experts:
+                linears: list[_Linear] = []
+                self._seen.experts.append(linears)
+                hooks += [
+                    each.register_forward_hook(partial(_note, linears, self._seen.of.proxy))
+                    for each in expert.modules()
+                    if isinstance(each, nn.Linear)
+                ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def leave(self, out_RD: Tensor, p: Pairs, mask_TE: Tensor) -> Tensor:
         """Return ``out_RD``, the outputs of the pairs, as they are."""
-        out_RD, self.loss = _Watched.apply(out_RD, self.logits_TC, p, mask_TE, self.of)
+        out_RD, self.loss = _Left.apply(out_RD, self._logits_TC, p, mask_TE, self._seen)
         return out_RD
 
 
-class _Watched(torch.autograd.Function):
+class _Linear:
+    """One linear layer of one expert: its input, and the gradient of its output."""
+
+    def __init__(self, x_NI: Tensor | None, bias: bool) -> None:
+        self.x_NI = x_NI
+        self.bias = bias
+        self.grad_NO: Tensor | None = None
+
+    def take(self, grad_NO: Tensor) -> None:
+        self.grad_NO = grad_NO
+
+
+class _Seen:
+    """What one call leaves for its backward pass."""
+
+    def __init__(self, of: ConflictLoss) -> None:
+        self.of = of
+        self.experts: list[list[_Linear]] = []
+        """Of the experts with rows, in their order."""
+        self.factor: Tensor | None = None
+
+    def found(self, cosine_P: Tensor, has_one_P: Tensor) -> Tensor:
+        """Count the pairs; return which ones conflict."""
+        flags_P = has_one_P & (cosine_P < self.of.threshold)
+        cosine = torch.where(has_one_P, cosine_P, 0).sum()
+        dtype = torch.float32 if cosine.device.type == "mps" else torch.float64
+        self.of.add(torch.stack([has_one_P.sum(), flags_P.sum(), cosine]).to(dtype))
+        return flags_P
+
+
+def _note(linears: list[_Linear], proxy: str, module: nn.Module, args: Any, out: Tensor) -> None:
+    x_NI = args[0].detach() if proxy == "full" else None
+    linears.append(_Linear(x_NI, getattr(module, "bias", None) is not None))
+    out.register_hook(linears[-1].take)
+
+
+class _Left(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, out_RD: Tensor, logits_TC: Tensor, p: Pairs, mask_TE: Tensor, of: ConflictLoss
+        ctx: Any, out_RD: Tensor, logits_TC: Tensor, p: Pairs, mask_TE: Tensor, seen: _Seen
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         real_P = mask_TE[p.token_P, p.expert_P]  # pairs computed for a gradient alone are none
         ctx.save_for_backward(logits_TC, p.end_E, p.token_P, p.expert_P, p.row_P, real_P)
-        ctx.of = of
+        ctx.seen = seen
         return out_RD.view_as(out_RD), logits_TC.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_RD, factor = grads
+        seen: _Seen = ctx.seen
+        logits_TC, end_E, token_P, expert_P, row_P, real_P = ctx.saved_tensors
         if grad_RD is None or factor is None:  # the loss is not asked for
             return grad_RD, None, None, None, None
-        logits_TC, end_E, token_P, expert_P, row_P, real_P = ctx.saved_tensors
+        if seen.of.proxy != "output":
+            seen.factor = factor
+            return grad_RD, None, None, None, None
         start_E = F.pad(end_E[:-1], (1, 0))
-        cosine_P, counts_P = cosines(grad_RD, start_E, expert_P, row_P)
-        counts_P = counts_P & real_P
-        flags_P = counts_P & (cosine_P < ctx.of.threshold)
-        ctx.of.add(
-            torch.stack(
-                [counts_P.sum(), flags_P.sum(), torch.where(counts_P, cosine_P, 0).sum()]
-            ).to(torch.float32 if grad_RD.device.type == "mps" else torch.float64)
-        )
-        flags_TC = torch.zeros_like(logits_TC)
-        flags_TC[token_P, expert_P] = flags_P.to(flags_TC.dtype)
-        return grad_RD, factor * gradient(logits_TC, flags_TC), None, None, None
+        cosine_P, has_one_P = cosines(grad_RD, start_E, expert_P, row_P)
+        flags_P = seen.found(cosine_P, has_one_P & real_P)
+        grad_TC = factor * gradient(logits_TC, token_P, expert_P, flags_P)
+        return grad_RD, grad_TC, None, None, None
+
+
+class _Entered(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, logits_TC: Tensor, p: Pairs, mask_TE: Tensor, seen: _Seen
+    ) -> Tensor:
+        real_P = mask_TE[p.token_P, p.expert_P]
+        ctx.save_for_backward(logits_TC, p.token_P, p.expert_P, p.row_P, real_P)
+        ctx.seen = seen
+        return x_TD.view_as(x_TD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        seen: _Seen = ctx.seen
+        if seen.factor is None:
+            return grads[0], None, None, None, None
+        logits_TC, token_P, expert_P, row_P, real_P = ctx.saved_tensors
+        cosine_P = torch.cat([parameter_cosines(each) for each in seen.experts])[row_P]
+        flags_P = seen.found(cosine_P, cosine_P.isfinite() & real_P)
+        grad_TC = seen.factor * gradient(logits_TC, token_P, expert_P, flags_P)
+        seen.factor, seen.experts = None, []
+        return grads[0], grad_TC, None, None, None
+
+
+def parameter_cosines(linears: Sequence[_Linear]) -> Tensor:
+    """The cosine of each row's gradient with the mean of all, [N], fp32; NaN where one is 0.
+
+    Of all parameters of the linear layers, or of their biases where the inputs are not known. The
+    gradient of a matrix by a row is ``grad x^T``, and no such product is made: that of two rows is
+    the product of their gradients times that of their inputs.
+    """
+    dot_N = square_N = square = torch.zeros(())
+    for each in linears:
+        if each.grad_NO is None:
+            continue
+        grad_NO = each.grad_NO.float()
+        own_N = grad_NO.square().sum(1)
+        if each.x_NI is None or each.bias:
+            sum_O = grad_NO.sum(0)
+            dot_N, square_N = dot_N + grad_NO @ sum_O, square_N + own_N
+            square = square + sum_O.square().sum()
+        if each.x_NI is not None:
+            x_NI = each.x_NI.float()
+            sum_OI = grad_NO.t() @ x_NI
+            dot_N = dot_N + ((grad_NO @ sum_OI) * x_NI).sum(1)
+            square_N = square_N + own_N * x_NI.square().sum(1)
+            square = square + sum_OI.square().sum()
+    return dot_N / (square_N * square).sqrt()
 
 
 def cosines(
@@ -136,8 +267,10 @@ def cosines(
     return cosine_P, (norm_P > 0) & cosine_P.isfinite()
 
 
-def gradient(logits_TC: Tensor, flags_TC: Tensor) -> Tensor:
+def gradient(logits_TC: Tensor, token_P: Tensor, expert_P: Tensor, flags_P: Tensor) -> Tensor:
     """The gradient of the loss by the logits, [T, C]; 0 without a conflicting pair."""
+    flags_TC = torch.zeros_like(logits_TC)
+    flags_TC[token_P, expert_P] = flags_P.to(flags_TC.dtype)
     share_TC = (-logits_TC).softmax(1)
     number = flags_TC.sum().clamp(min=1)
     return (flags_TC - flags_TC.sum(1, keepdim=True) * share_TC) / number

@@ -38,7 +38,6 @@ from dynmoe.layers import (
     mask_padding,
     record_routing,
 )
-from dynmoe.layers.conflict import cosines, gradient
 from dynmoe.metrics.routing import TRAIN, RoutingMeter
 
 DIM = 8
@@ -209,7 +208,15 @@ def test_only_due_steps_have_the_loss() -> None:
 
 
 @pytest.mark.parametrize("case", cases("stgc"), ids=lambda case: case["name"])
-def test_golden(case: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("proxy", "name", "flags"),
+    [
+        ("output", "cos_output_grad", "conflicting_by_output_grad"),
+        ("bias", "cos_bias_grad", "conflicting_by_bias_grad"),
+        ("full", "cos_full_weight_grad", "conflicting_by_full_grad"),
+    ],
+)
+def test_golden(case: dict[str, Any], proxy: Any, name: str, flags: str) -> None:
     weights = [torch.tensor(case[key]) for key in ("W1_EHD", "b1_EH", "W2_EDH")]
     experts = []
     for w1, b1, w2 in zip(*weights, strict=True):
@@ -218,46 +225,72 @@ def test_golden(case: dict[str, Any]) -> None:
         expert.load_state_dict(values)
         experts.append(expert)
     x_TD, head = torch.tensor(case["x_TD"]), torch.tensor(case["head_CD"])
+    loss = ConflictLoss(1.0, case["tau"], proxy)
     router = partial(TopKRouter, top_k=case["top_k"])
-    loss = ConflictLoss(1.0, case["tau"])
     layer = MoELayer(experts, x_TD.shape[1], router, len(experts), conflict=loss)
     layer.router.weight.data = torch.tensor(case["router_ED"])
     grads = []
-    for weight in (0.0, 1.0):
-        loss.weight = weight
+    for wanted in (False, True):
         with record_routing(layer) as tape:
             y_TD = x_TD + layer(x_TD)
         main = F.cross_entropy(y_TD @ head.t(), torch.tensor(case["label_T"]))
         assert main.item() == pytest.approx(case["main_loss"], abs=1e-5)
         layer.zero_grad()
-        (main + conflict_loss(layer, tape)).backward()
+        (main + conflict_loss(layer, tape) if wanted else main).backward()
         grads.append(layer.router.weight.grad.clone())
-    flags_TE, cosine_sum, pairs = torch.zeros(len(x_TD), len(experts)), 0.0, 0
-    for each in case["experts"]:
-        rows = torch.tensor(each["output_grad_RD"])
-        order = torch.arange(len(rows))
-        found, counts = cosines(rows, order[:1], torch.zeros_like(order), order)
-        assert counts.all()
-        torch.testing.assert_close(found, torch.tensor(each["cos_output_grad"]), atol=1e-5, rtol=0)
-        cosine_sum, pairs = cosine_sum + found.sum().item(), pairs + len(rows)
-        flags_TE[each["tokens"], each["expert"]] = torch.tensor(
-            each["conflicting_by_output_grad"], dtype=torch.float
-        )
-    z_TE = torch.tensor(case["logits_TE"])
-    expected = gradient(z_TE, flags_TE).t() @ x_TD
-    torch.testing.assert_close(grads[1] - grads[0], expected, atol=1e-5, rtol=0)
-    found_3 = loss.take(torch.device("cpu")) / 2
-    assert found_3[:2].tolist() == [pairs, flags_TE.sum().item()]
-    assert found_3[2].item() == pytest.approx(cosine_sum, abs=1e-4)
 
-    by_bias = torch.zeros_like(flags_TE)
+    flags_TE, expected = torch.zeros(len(x_TD), len(experts)), 0.0
     for each in case["experts"]:
-        by_bias[each["tokens"], each["expert"]] = torch.tensor(
-            each["conflicting_by_bias_grad"], dtype=torch.float
-        )
-    torch.testing.assert_close(
-        gradient(z_TE, by_bias), torch.tensor(case["loss_cel_grad_logits_TE"]), atol=1e-5, rtol=0
-    )
+        flags_TE[each["tokens"], each["expert"]] = torch.tensor(each[flags], dtype=torch.float)
+        expected += sum(each[name])
+    pairs, flagged, cosine = loss.take(torch.device("cpu")).tolist()
+    assert (pairs, flagged) == (len(x_TD) * case["top_k"], flags_TE.sum().item())
+    assert cosine == pytest.approx(expected, abs=1e-4)
+    grad_TE = by_hand(torch.tensor(case["logits_TE"]), flags_TE)
+    torch.testing.assert_close(grads[1] - grads[0], grad_TE.t() @ x_TD, atol=1e-5, rtol=0)
+    if proxy == "bias":
+        stored_TE = torch.tensor(case["loss_cel_grad_logits_TE"])
+        torch.testing.assert_close(grad_TE, stored_TE, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("proxy", ["bias", "full"])
+@pytest.mark.parametrize("again", [False, True])
+def test_proxies_see_what_autograd_does(proxy: Any, again: bool) -> None:
+    """Of single pairs, whose gradients by all linear layers are asked for one by one."""
+    plain, model = Model(ROUTERS["top_k"], 0.0), Model(ROUTERS["top_k"], 0.7, again=again)
+    for layer in model.layers:
+        layer.conflict.proxy = proxy
+    step(model)
+    found = [layer.conflict.take(torch.device("cpu")) for layer in model.layers]
+
+    rows: dict[tuple[int, int], list[Any]] = {}
+    for number, layer in enumerate(plain.layers):
+        layer.experts.layout = None
+        for slot, expert in enumerate(layer.experts.slots):
+            for linear in (expert[0], expert[2]):
+                linear.register_forward_hook(partial(_seen, rows.setdefault((number, slot), [])))
+    step(plain)
+    for number, found_3 in enumerate(found):
+        cosine_sum, conflicts, pairs = 0.0, 0, 0
+        for slot in range(4):
+            parts = []
+            for x_NI, grads in rows[number, slot]:
+                grad_NO = grads[0]
+                parts.append(grad_NO)
+                if proxy == "full":
+                    parts.append((grad_NO[:, :, None] * x_NI[:, None]).flatten(1))
+            if parts:
+                each = torch.cat(parts, 1)
+                cosine_N = F.cosine_similarity(each, each.mean(0, keepdim=True), dim=1)
+                cosine_sum += cosine_N.sum().item()
+                conflicts, pairs = conflicts + int((cosine_N < 0.2).sum()), pairs + len(each)
+        assert found_3[:2].tolist() == [pairs, conflicts] and pairs == 48
+        assert found_3[2].item() == pytest.approx(cosine_sum, abs=1e-4)
+
+
+def _seen(rows: list[Any], _: Any, args: Any, out: Tensor) -> None:
+    rows.append((args[0].detach(), []))
+    out.register_hook(rows[-1][1].append)
 
 
 def test_equal_tokens_do_not_conflict() -> None:
@@ -340,3 +373,10 @@ def test_ranks_find_conflicts_of_their_own_and_average(tmp_path: Path) -> None:
         mean = ((zero if one is None else one) + (zero if two is None else two)) / 2
         assert torch.equal(a, b)
         torch.testing.assert_close(a, mean, atol=1e-6, rtol=1e-5)
+
+
+def by_hand(z_TE: Tensor, flags_TE: Tensor) -> Tensor:
+    """The gradient of the mean of ``-log softmax(-z_t)[e]`` over flagged pairs."""
+    z_TE = z_TE.clone().requires_grad_()
+    loss = -((-z_TE).log_softmax(1) * flags_TE).sum() / flags_TE.sum().clamp(min=1)
+    return torch.autograd.grad(loss, z_TE)[0]
