@@ -15,6 +15,7 @@ linear layer.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from torch.nn import functional as F
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers.dispatch import Pairs, sum_by_token
+from dynmoe.layers.experts import linears
+from dynmoe.layers.routers import Router
 
 
 class ConflictLoss:
@@ -41,7 +44,7 @@ class ConflictLoss:
     - ``every``, ``start``: the loss counts in every so many optimizer steps, from step ``start``.
 
     Raises:
-        ConfigError: a number out of its range.
+        ConfigError: an option out of its range.
     """
 
     def __init__(
@@ -72,6 +75,24 @@ class ConflictLoss:
         self.start = start
         # Not a buffer: DDP would overwrite it with rank 0's at every forward.
         self._found_3: Tensor | None = None
+
+    def check(self, router: Router, expert: nn.Module) -> None:
+        """Refuse a router without logits, and a ``proxy`` that sees nothing of the expert.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        if not router.has_logits:
+            raise ConfigError(
+                f"moe.conflict.weight: expected 0 with a {type(router).__name__}, which has no "
+                f"logits of its own, found {self.weight:g}. Set it to 0, or choose TopKRouter "
+                "(moe=topk) or another router with logits"
+            )
+        if self.proxy != "output" and not linears(expert):
+            raise ConfigError(
+                f"moe.conflict.proxy: expected output for experts without linear layers, found "
+                f"{self.proxy}. Set it to output"
+            )
 
     def is_due(self, step: int) -> bool:
         """Whether the loss counts in the optimizer step after ``step`` others."""
@@ -118,13 +139,10 @@ class Conflict:
         hooks = []
         if self.by_modules:
             for expert in experts:
-                linears: list[_Linear] = []
-                self._seen.experts.append(linears)
-                hooks += [
-                    each.register_forward_hook(partial(_note, linears, self._seen.of.proxy))
-                    for each in expert.modules()
-                    if isinstance(each, nn.Linear)
-                ]
+                noted: list[_Linear] = []
+                self._seen.experts.append(noted)
+                note = partial(_note, noted, self._seen.of.proxy)
+                hooks += [each.register_forward_hook(note) for each in linears(expert)]
         try:
             yield
         finally:
@@ -167,10 +185,10 @@ class _Seen:
         return flags_P
 
 
-def _note(linears: list[_Linear], proxy: str, module: nn.Module, args: Any, out: Tensor) -> None:
+def _note(noted: list[_Linear], proxy: str, module: nn.Module, args: Any, out: Tensor) -> None:
     x_NI = args[0].detach() if proxy == "full" else None
-    linears.append(_Linear(x_NI, getattr(module, "bias", None) is not None))
-    out.register_hook(linears[-1].take)
+    noted.append(_Linear(x_NI, getattr(module, "bias", None) is not None))
+    out.register_hook(noted[-1].take)
 
 
 class _Left(torch.autograd.Function):
@@ -220,13 +238,15 @@ class _Entered(torch.autograd.Function):
             return grads[0], None, None, None, None
         logits_TC, token_P, expert_P, row_P, real_P = ctx.saved_tensors
         cosine_P = torch.cat([parameter_cosines(each) for each in seen.experts])[row_P]
+        for each in itertools.chain.from_iterable(seen.experts):
+            each.grad_NO = None  # [N, O] of every layer below would be kept to the end
         flags_P = seen.found(cosine_P, cosine_P.isfinite() & real_P)
         grad_TC = seen.factor * gradient(logits_TC, token_P, expert_P, flags_P)
-        seen.factor, seen.experts = None, []
+        seen.factor = None
         return grads[0], grad_TC, None, None, None
 
 
-def parameter_cosines(linears: Sequence[_Linear]) -> Tensor:
+def parameter_cosines(noted: Sequence[_Linear]) -> Tensor:
     """The cosine of each row's gradient with the mean of all, [N], fp32; NaN where one is 0.
 
     Of all parameters of the linear layers, or of their biases where the inputs are not known. The
@@ -234,7 +254,7 @@ def parameter_cosines(linears: Sequence[_Linear]) -> Tensor:
     the product of their gradients times that of their inputs.
     """
     dot_N = square_N = square = torch.zeros(())
-    for each in linears:
+    for each in noted:
         if each.grad_NO is None:
             continue
         grad_NO = each.grad_NO.float()
@@ -249,7 +269,7 @@ def parameter_cosines(linears: Sequence[_Linear]) -> Tensor:
             dot_N = dot_N + ((grad_NO @ sum_OI) * x_NI).sum(1)
             square_N = square_N + own_N * x_NI.square().sum(1)
             square = square + sum_OI.square().sum()
-    return dot_N / (square_N * square).sqrt()
+    return dot_N / (square_N.sqrt() * square.sqrt())
 
 
 def cosines(

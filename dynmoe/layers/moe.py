@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynmoe.errors import ConfigError
 from dynmoe.layers.conflict import Conflict, ConflictLoss
 from dynmoe.layers.experts import (
     Experts,
@@ -106,7 +105,7 @@ class MoELayer(MaskedLayer):
             ``keep_origin``, which need a single one.
         ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``), or
             makes a shared expert of one without linear layers; a ``conflict`` with a router that
-            has no logits.
+            has no logits, or of linear layers that experts do not have.
     """
 
     active_E: Tensor
@@ -152,13 +151,9 @@ class MoELayer(MaskedLayer):
         self.dim = dim
         self.router = _made_router(router, dim, max_experts)
         self.conflict = conflict if conflict is not None and conflict.weight else None
-        if self.conflict is not None and not self.router.has_logits:
-            raise ConfigError(
-                f"moe.conflict.weight: expected 0 with a {type(self.router).__name__}, which has "
-                f"no logits of its own, found {self.conflict.weight:g}. Set it to 0, or choose "
-                "TopKRouter (moe=topk) or another router with logits"
-            )
         self.experts = Experts(mlp, max_experts, init, recompute, self.router.expert_copies)
+        if self.conflict is not None:
+            self.conflict.check(self.router, self.experts.slots[0])
         first = mlp if isinstance(mlp, nn.Module) else mlp[0]
         self.shared = nn.ModuleList(shared_expert(first, init) for _ in range(shared_experts))
         # Without gradients: optimizers leave it out, so it neither moves nor decays.
@@ -514,15 +509,18 @@ def aux_loss(tape: Mapping[str, Sequence[Routed]]) -> Tensor:
     return sum((call.aux for calls in tape.values() for call in calls), torch.zeros(()))
 
 
-def conflict_loss(model: nn.Module, tape: Mapping[str, Sequence[Routed]], step: int = 0) -> Tensor:
+def conflict_loss(
+    model: nn.Module, tape: Mapping[str, Sequence[Routed]], step: int | None = None
+) -> Tensor:
     """Return the weighted losses of token gradient conflict on a tape of ``record_routing``, a
-    scalar 0 whose gradient is theirs, in fp32; those that are due after ``step`` optimizer steps.
+    scalar 0 whose gradient is theirs, in fp32: those that are due after ``step`` optimizer steps,
+    or all of them.
 
     Add it to the loss of a training step, beside ``aux_loss``.
     """
     total = torch.zeros(())
     for name, layer in moe_layers(model).items():
-        if layer.conflict is not None and layer.conflict.is_due(step):
+        if layer.conflict is not None and (step is None or layer.conflict.is_due(step)):
             found = [call.conflict for call in tape[name] if call.conflict is not None]
             total = sum((layer.conflict.weight * each for each in found), total)
     return total

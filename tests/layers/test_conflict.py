@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import cases
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.errors import ConfigError
 from dynmoe.layers import (
     AverageKeyRouter,
@@ -36,6 +38,7 @@ from dynmoe.layers import (
     aux_loss,
     conflict_loss,
     mask_padding,
+    moe_layers,
     record_routing,
 )
 from dynmoe.metrics.routing import TRAIN, RoutingMeter
@@ -310,8 +313,37 @@ def test_a_router_without_logits_is_refused(router: Any) -> None:
         MoELayer(mlp(), DIM, partial(router, **options), 4, conflict=ConflictLoss())
 
 
+def test_a_proxy_that_sees_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"moe.conflict.proxy.*Set it to output"):
+        MoELayer(nn.Tanh(), DIM, ROUTERS["top_k"], 4, conflict=ConflictLoss(proxy="bias"))
+
+
+def test_every_layer_of_a_model_counts_its_own() -> None:
+    vit = VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=DIM, depth=2, num_heads=1, num_classes=3
+    )
+    add_moe_layers(
+        vit,
+        router=ROUTERS["top_k"],
+        num_experts=4,
+        max_experts=4,
+        layers="all",
+        init="copy",
+        conflict={"weight": 0.5, "proxy": "bias"},
+    )
+    with record_routing(vit) as tape:
+        logits = vit(torch.randn(2, 3, 8, 8))
+    (logits.sum() + conflict_loss(vit, tape)).backward()
+    pairs = []
+    for layer in moe_layers(vit).values():
+        assert layer.conflict is not None and layer.conflict.weight == 0.5
+        pairs.append(layer.conflict.take(torch.device("cpu"))[0].item())
+    # Of 2 images of 5 tokens, 2 experts each; the last layer serves the class token alone.
+    assert pairs == [20, 4]
+
+
 @pytest.mark.parametrize(
-    "options", [{"weight": -1.0}, {"threshold": 2.0}, {"every": 0}, {"start": -1}]
+    "options", [{"weight": -1.0}, {"threshold": 2.0}, {"proxy": "x"}, {"every": 0}, {"start": -1}]
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"moe.conflict.*{next(iter(options))}"):
