@@ -77,7 +77,9 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 12, DIM, generator=make), torch.randint(3, (2, 12), generator=make)
 
 
-def step(model: Model, scale: float = 1.0, real_BN: Tensor | None = None) -> dict[str, Tensor]:
+def step(
+    model: Model, scale: float = 1.0, real_BN: Tensor | None = None, taken: int | None = None
+) -> dict[str, Tensor]:
     x, label = batch()
     torch.manual_seed(7)  # noise of routers
     with record_routing(model) as tape, mask_padding(model, real_BN):
@@ -85,7 +87,7 @@ def step(model: Model, scale: float = 1.0, real_BN: Tensor | None = None) -> dic
     if real_BN is not None:
         logits, label = logits[real_BN], label[real_BN]
     loss = F.cross_entropy(logits.flatten(0, -2), label.flatten()) + 0.01 * aux_loss(tape)
-    (scale * (loss + conflict_loss(model, tape))).backward()
+    (scale * (loss + conflict_loss(model, tape, taken))).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -205,7 +207,7 @@ def test_only_due_steps_have_the_loss() -> None:
     late = Model(router, 0.7)
     for layer in late.layers:
         layer.conflict.start = 1
-    found = step(late)
+    found = step(late, taken=0)
     assert all(torch.equal(found[name], plain[name]) for name in plain)
     assert not late.layers[0].conflict.take(torch.device("cpu")).any()
 
