@@ -17,7 +17,15 @@ from dynmoe.adaptation.adapt import Adaptation, Event, check_arguments
 from dynmoe.adaptation.decision import Schedule, Unit
 from dynmoe.adaptation.updates import RouterUpdates
 from dynmoe.errors import ConfigError
-from dynmoe.layers.moe import NewExpert, Routed, aux_loss, mask_padding, record_routing
+from dynmoe.layers.moe import (
+    NewExpert,
+    Routed,
+    aux_loss,
+    conflict_loss,
+    mask_padding,
+    moe_layers,
+    record_routing,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +37,15 @@ class MoETrainerCallback(TrainerCallback):
 
         Trainer(model, args, train_dataset=data, callbacks=[MoETrainerCallback()])
 
-    In training, ``aux_weight`` times the auxiliary loss of all MoE layers is added to the loss in
-    the model's output; in evaluation the loss stays the model's own. With None add it in your own
-    ``Trainer.compute_loss``. Padding (``attention_mask`` of ``input_ids``) routes nowhere. The
-    state of routers moves after each optimizer step (``RouterUpdates``); it is in the model's
-    buffers, and so in its checkpoints.
+    In training, ``aux_weight`` times the auxiliary loss of all MoE layers, and their loss of token
+    gradient conflict, are added to the loss in the model's output; in evaluation the loss stays the
+    model's own. With None add both in your own ``Trainer.compute_loss``. Padding
+    (``attention_mask`` of ``input_ids``) routes nowhere. The state of routers moves after each
+    optimizer step (``RouterUpdates``); it is in the model's buffers, and so in its checkpoints.
 
     Raises:
-        ConfigError: in the first step an output without a loss.
+        ConfigError: in the first step an output without a loss; at the start fp16 with a loss of
+            token gradient conflict.
     """
 
     def __init__(self, aux_weight: float | None = 0.01) -> None:
@@ -46,6 +55,8 @@ class MoETrainerCallback(TrainerCallback):
         self._forward: ExitStack | None = None  # what holds during one forward in training
         self._tape: dict[str, list[Routed]] = {}
         self._loss: Tensor | None = None
+        self._state = TrainerState()
+        self._has_conflicts = False
         self._share = 1.0  # of an auxiliary loss where the Trainer does not take the mean
 
     def on_train_begin(
@@ -68,6 +79,13 @@ class MoETrainerCallback(TrainerCallback):
         # which are then parts of one mean (Trainer.compute_loss and training_step).
         ranks = args.world_size if args.average_tokens_across_devices else 1
         self._share = 1 / (parts * ranks)
+        self._state = state
+        self._has_conflicts = any(layer.conflict for layer in moe_layers(model).values())
+        if self._has_conflicts and args.fp16:
+            raise ConfigError(
+                "TrainingArguments: fp16 scales gradients, which may overflow before conflict "
+                "compares them. Set bf16=True, or conflict=None in the MoE layers"
+            )
         self._process = self._begin(model, optimizer, state, train_dataloader, parts)
         self._hooks = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
@@ -121,6 +139,8 @@ class MoETrainerCallback(TrainerCallback):
             return None
         share = self._share if kwargs.get("num_items_in_batch") is not None else 1.0
         aux = self.aux_weight * share * aux_loss(self._tape)
+        if self._has_conflicts:
+            aux = aux + share * conflict_loss(model, self._tape, self._state.global_step)
         named = isinstance(output, Mapping)
         loss = output.get("loss") if named else output[0]
         if loss is None or loss.numel() != 1:

@@ -8,7 +8,7 @@ Shape suffixes: N rows, D model width, I and O inputs and outputs of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from dynmoe.backbones.families import FAMILIES
 from dynmoe.backbones.forms import Chain, Form, Gated, Packed, Timm, Whole
 from dynmoe.backbones.mixtures import Mixture, own_router
 from dynmoe.errors import ConfigError
+from dynmoe.layers.conflict import ConflictLoss
 from dynmoe.layers.experts import Backend, Init, linears
 from dynmoe.layers.moe import MoELayer
 from dynmoe.layers.routers import Router
@@ -76,6 +77,7 @@ def add_moe_layers(
     backend: Backend = "auto",
     shared_experts: int = 0,
     keep_origin: bool = False,
+    conflict: Mapping[str, Any] | None = None,
 ) -> None:
     """Turn the FFNs of the chosen blocks into MoE layers, in place.
 
@@ -87,8 +89,8 @@ def add_moe_layers(
     ``own_router``. Blocks that are not chosen stay as they are.
     A list as the router's ``target_k`` has one number for each layer.
     ``expert_dropout`` acts after the activation inside experts only (0.1 in GMoE); None keeps the
-    FFN's own. ``recompute``, ``backend``, ``shared_experts``: see ``MoELayer``. All of an MoE layer
-    is trained, whatever was frozen.
+    FFN's own. ``recompute``, ``backend``, ``shared_experts``: see ``MoELayer``. ``conflict``: the
+    options of ``ConflictLoss``. All of an MoE layer is trained, whatever was frozen.
 
     Raises:
         ConfigError: blocks that are not there, or whose FFN is of a form not known or cannot be
@@ -114,6 +116,7 @@ def add_moe_layers(
             backend=backend,
             shared_experts=shared_experts,
             keep_origin=keep_origin,
+            conflict=conflict,
         )
         return
     if init == "keep" or is_own(router):
@@ -146,12 +149,18 @@ def add_moe_layers(
             layer: Any = SoftMoELayer(expert, dim, make, num_experts, **options)
         else:
             options |= {"max_experts": max_experts, "keep_origin": keep_origin, "backend": backend}
+            options |= {"conflict": _conflict(conflict)}
             layer = MoELayer(expert, dim, make, num_experts, **options)
         if layer.router.sees_batch:
             _check_not_causal(host, layer.router)
         form.put(blocks[index], layer)
         before = layer.router
         blocks[index].train(blocks[index].training)  # what is new begins in training mode
+
+
+def _conflict(options: Mapping[str, Any] | None) -> ConflictLoss | None:
+    """One for each layer, which counts its own pairs."""
+    return None if options is None else ConflictLoss(**options)
 
 
 def _check_not_causal(host: Any, router: Any) -> None:
@@ -245,6 +254,7 @@ def _keep_experts(
     backend: Backend,
     shared_experts: int,
     keep_origin: bool,
+    conflict: Mapping[str, Any] | None,
 ) -> None:
     """Turn the mixtures of the chosen blocks into MoE layers of the same experts."""
     kind = host.config.model_type
@@ -290,6 +300,7 @@ def _keep_experts(
             recompute=recompute,
             backend=backend,
             shared_experts=shared_experts,
+            conflict=_conflict(conflict),
         )
         form.put(block, layer)
         before = layer.router

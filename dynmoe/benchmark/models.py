@@ -365,6 +365,9 @@ def classification_loss(model: nn.Module, aux_weight: float, batch: LabelledBatc
         value = F.cross_entropy(output, batch.label)
     for calls in tape.values():
         value = value + aux_weight * sum(call.aux for call in calls)
+        # Its weight does not show in the time.
+        for conflict in (call.conflict for call in calls if call.conflict is not None):
+            value = value + conflict
     return value
 
 

@@ -22,6 +22,7 @@ POSITIVE = Range("more than 0", lambda n: n > 0)
 ABOVE_ONE = Range("more than 1", lambda n: n > 1)
 SHARE = Range("a share from 0 to 1", lambda n: 0 <= n <= 1)
 SOME = Range("a share above 0, up to 1", lambda n: 0 < n <= 1)
+COSINE = Range("a cosine from -1 to 1", lambda n: -1 <= n <= 1)
 BELOW_ONE = Range("0 or more, below 1", lambda n: 0 <= n < 1)
 FROM_THE_END = Range("-1 or less, counted from the end", lambda n: n <= -1)
 # numpy and Lightning take seeds of 32 bits.
@@ -34,7 +35,7 @@ RANGES: dict[Range, str] = {
     SEED: "seed trial_seed hparams_seed data.trial_seed data.environments.seed",
     COUNT: (
         "moe.num_experts moe.max_experts moe.top_k moe.router.top_k moe.router.projection "
-        "moe.router.chunk_length moe.router.max_k moe.router.num_blocks "
+        "moe.conflict.every moe.router.chunk_length moe.router.max_k moe.router.num_blocks "
         " moe.router.num_groups moe.router.limited_groups "
         "moe.adaptation.min_experts "
         "task.epochs task.eval_every task.save_every task.patience protocol.patience "
@@ -53,7 +54,8 @@ RANGES: dict[Range, str] = {
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
-        "moe.shared_experts moe.router.schedule_every moe.router.schedule_start "
+        "moe.shared_experts moe.conflict.weight moe.conflict.start "
+        "moe.router.schedule_every moe.router.schedule_start "
         "moe.router.num_null moe.router.num_constant moe.router.num_copy "
         "moe.router.num_zero moe.router.aux_end moe.router.bias_rate moe.router.free_balance "
         "moe.router.kp moe.router.ki moe.router.warm_up moe.router.slack "
@@ -69,6 +71,7 @@ RANGES: dict[Range, str] = {
     ),
     ABOVE_ONE: "moe.router.lambda_rate",
     SHARE: "moe.router.top_p task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
+    COSINE: "moe.conflict.threshold",
     SOME: "plan.utilisation moe.router.budget_rate",
     BELOW_ONE: (
         "moe.expert_dropout backbone.drop_path backbone.lora.dropout task.optimizer.betas.* "

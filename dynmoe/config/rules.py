@@ -159,6 +159,35 @@ def options_that_need_others(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+# Routers without logits of their own, by the name of their class.
+NO_LOGITS = ("TopAnyRouter", "BudgetTopAnyRouter", "AverageKeyRouter", "UniFRouter", "SoftSlots")
+
+
+def conflict_fits(cfg: DictConfig) -> Iterator[str]:
+    """The loss of token gradient conflict needs logits, and gradients that nobody scales."""
+    weight = read(cfg, "moe.conflict.weight", float)
+    if not weight:
+        return
+    router = read(cfg, "moe.router", dict)
+    name = str((router or {}).get("_target_")).rpartition(".")[2]
+    if router is None or name in NO_LOGITS:
+        moe = read(cfg, "moe.name", str)
+        yield (
+            f"moe.conflict.weight: expected 0 with moe={moe}, which has no router with logits, "
+            f"found {weight:g}. Set it to 0, or choose moe=topk or another softmax router."
+        )
+    elif router.get("gate_residual"):
+        yield (
+            "moe.conflict.weight: needs logits of each layer alone. Set "
+            "moe.router.gate_residual=false, or moe.conflict.weight=0."
+        )
+    if read(cfg, "trainer.precision", object) in ("16-mixed", "16", 16):
+        yield (
+            "trainer.precision: 16-mixed scales gradients, which may overflow before "
+            "moe.conflict compares them. Set bf16-mixed or 32-true, or moe.conflict.weight=0."
+        )
+
+
 def expert_layers(cfg: DictConfig) -> Iterator[str]:
     layers = read(cfg, "moe.layers", list)
     if layers is not None and all(isinstance(index, int) for index in layers):
@@ -497,6 +526,7 @@ RULES: tuple[Rule, ...] = (
         expert_bounds,
         parts_add_up,
         options_that_need_others,
+        conflict_fits,
     ),
     *(expert_layers, adaptation_there, plan_within_experts),
     *(same_modality, test_environments, batch_divides, shares_and_lengths, pretrained_weights),

@@ -80,7 +80,17 @@ class MoE:
     adaptation: dict[str, Any] | None
     backend: Literal["auto", "loop", "per_expert", "grouped_mm"] = "auto"
     shared_experts: int = 0
+    conflict: dict[str, Any] | None = None
     top_k: int = 1  # fixed routers only
+
+
+@dataclass
+class Conflict:
+    weight: float
+    threshold: float = 0.0
+    proxy: Literal["output", "bias", "full"] = "output"
+    every: int = 1
+    start: int = 0
 
 
 @dataclass
@@ -158,6 +168,7 @@ SCHEMAS: dict[str, type] = {
     "protocol.stages.*": Recipes,
     "stage": Stage,
     "moe": MoE,
+    "moe.conflict": Conflict,
     "paths": Paths,
     "plan": EstimateSettings,
     "runtime": Runtime,

@@ -3,6 +3,7 @@
 from dynmoe.layers.biased_routers import BiasedTopKRouter
 from dynmoe.layers.block_ffn import BlockFFNRouter
 from dynmoe.layers.budget import BudgetTopAnyRouter
+from dynmoe.layers.conflict import ConflictLoss
 from dynmoe.layers.expert_choice import ExpertChoiceRouter, ExpertThresholdRouter
 from dynmoe.layers.experts import Experts
 from dynmoe.layers.fixed_routers import AverageKeyRouter, CosineTopKRouter, TopKRouter
@@ -10,6 +11,7 @@ from dynmoe.layers.masked_routers import MaskedTopKRouter
 from dynmoe.layers.moe import (
     MoELayer,
     aux_loss,
+    conflict_loss,
     constant_weights,
     mask_padding,
     moe_layers,
@@ -28,6 +30,7 @@ __all__ = [
     "BiasedTopKRouter",
     "BlockFFNRouter",
     "BudgetTopAnyRouter",
+    "ConflictLoss",
     "CosineTopKRouter",
     "ExpertChoiceRouter",
     "ExpertThresholdRouter",
@@ -48,6 +51,7 @@ __all__ = [
     "UniFRouter",
     "ZeroCostRouter",
     "aux_loss",
+    "conflict_loss",
     "constant_weights",
     "mask_padding",
     "moe_layers",

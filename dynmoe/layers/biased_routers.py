@@ -71,6 +71,9 @@ class BiasedTopKRouter(SoftmaxRouter):
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_slots, dim), std=0.02))
         self.register_buffer("bias_E", torch.zeros(num_slots, dtype=FP32))
 
+    def logits(self, x_TD: Tensor, live: Sequence[int]) -> Tensor:
+        return F.linear(x_TD.float(), self.weight.float())
+
     def forward(
         self,
         x_TD: Tensor,
@@ -80,7 +83,7 @@ class BiasedTopKRouter(SoftmaxRouter):
     ) -> Routing:
         self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            logits_TE = self.logits(x_TD, live)
             softmax = self.score == "softmax"
             scores_TE = logits_TE.softmax(1) if softmax else logits_TE.sigmoid()
             biased_TE = self._within_groups(scores_TE.detach() + self.bias_E)

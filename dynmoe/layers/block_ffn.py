@@ -82,6 +82,9 @@ class BlockFFNRouter(Router):
     def has_state(self) -> bool:
         return self.chunk_weight > 0 and self.schedule_every > 0
 
+    def logits(self, x_TD: Tensor, live: Sequence[int]) -> Tensor:
+        return F.linear(x_TD.float(), self.weight.float())
+
     def forward(
         self,
         x_TD: Tensor,
@@ -91,7 +94,7 @@ class BlockFFNRouter(Router):
     ) -> Routing:
         self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
-            raw_TE = F.linear(x_TD.float(), self.weight.float())
+            raw_TE = self.logits(x_TD, live)
             scores_TE = raw_TE.relu()
             mask_TE = hide_padding(scores_TE > 0, token_mask_T)
             mean_T1 = scores_TE.square().mean(1, keepdim=True)

@@ -117,7 +117,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # NOTE: here single pairs get their gradient. ``grad_RD`` times the weights is that by the
-        # output of every pair: a loss made of such gradients would begin here.
+        # output of every pair: conflict.py, which is next in the backward pass, compares them.
         out_RD, weight_P, token_R, token_P, expert_P, row_P = ctx.saved_tensors
         grad_RD = grads[0].index_select(0, token_R)
         weights_grad_TE = None

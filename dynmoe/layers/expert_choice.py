@@ -39,12 +39,15 @@ class ExpertChoiceRouter(Router):
         self.target_k = _target(target_k, num_slots)
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_slots, dim), std=0.02))
 
+    def logits(self, x_TD: Tensor, live: Sequence[int]) -> Tensor:
+        return F.linear(x_TD.float(), self.weight.float())
+
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
     ) -> Routing:
         self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
-            probs_TE = F.linear(x_TD.float(), self.weight.float()).softmax(1)
+            probs_TE = self.logits(x_TD, live).softmax(1)
             tokens = _real_tokens(x_TD, token_mask_T)
             share = _part(self.target_k / self.num_slots, tokens).clamp(min=1)
             order_ET = _ranked(probs_TE, token_mask_T)[1]
@@ -109,13 +112,16 @@ class ExpertThresholdRouter(Router):
         self.register_buffer("updates", torch.zeros((), dtype=FP32))
         self.register_buffer("warming", torch.tensor(float(warm_up > 0), dtype=FP32))
 
+    def logits(self, x_TD: Tensor, live: Sequence[int]) -> Tensor:
+        return F.linear(x_TD.float(), self.weight.float())
+
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
     ) -> Routing:
         self.check_pool(live)
         observed = None
         with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = F.linear(x_TD.float(), self.weight.float())
+            scores_TE = self.logits(x_TD, live)
             mask_TE = hide_padding(scores_TE >= self.cutoff_E, token_mask_T)
             if self.training:
                 mask_TE, observed = self._of_batch(scores_TE, mask_TE, token_mask_T)

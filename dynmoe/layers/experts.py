@@ -10,6 +10,7 @@ import copy
 import inspect
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -140,10 +141,14 @@ class Experts(nn.Module):
 def _sparse_forward(
     pool: Experts, experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing
 ) -> Tensor:
-    ffns = None if pool.layout is None else read_ffns(experts, pool.layout)
+    conflict = routing.conflict
+    by_modules = conflict is not None and conflict.by_modules
+    ffns = None if pool.layout is None or by_modules else read_ffns(experts, pool.layout)
     p = dispatch.pairs(routing.dispatch_TE, 1 if ffns is None else row_multiple(x_TD))
     if not any(p.counts):  # zeros that backward() can start from, without any expert's Parameters
         return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
+    if conflict is not None:
+        x_TD = conflict.enter(x_TD, p, routing.mask_TE)
     if ffns is not None and pool.kept is not None and pool.stacks and stacks_pay(p.counts):
         out_RD, p = stacked_ffn(x_TD, p, ffns, pool.kept)
     elif ffns is not None:
@@ -152,7 +157,10 @@ def _sparse_forward(
         runs = dispatch.gather(x_TD, p).split(p.counts)
         # NOTE: an expert without rows is not called: its Parameters stay out of the graph.
         called = [(expert, run) for expert, run in zip(experts, runs, strict=True) if len(run)]
-        out_RD = torch.cat([same_rows(expert(run), run) for expert, run in called])
+        with conflict.listening([each for each, _ in called]) if conflict else nullcontext():
+            out_RD = torch.cat([same_rows(expert(run), run) for expert, run in called])
+    if conflict is not None:
+        out_RD = conflict.leave(out_RD, p, routing.mask_TE)
     return dispatch.combine(out_RD, routing.weights_TE, p)
 
 

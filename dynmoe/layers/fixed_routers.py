@@ -86,7 +86,7 @@ class TopKRouter(SoftmaxRouter):
             nn.init.trunc_normal_(torch.empty(self.num_slots, dim), std=0.02)
         )
 
-    def logits(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor, live: Sequence[int] = ()) -> Tensor:
         """Scores before noise and softmax, [T, E], fp32."""
         return F.linear(x_TD, self.weight.float())
 
@@ -198,7 +198,7 @@ class CosineTopKRouter(TopKRouter):
         self.embeddings = nn.Parameter(torch.randn(self.num_slots, self.projection) * 0.01)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / self.init_temperature)))
 
-    def logits(self, x_TD: Tensor) -> Tensor:
+    def logits(self, x_TD: Tensor, live: Sequence[int] = ()) -> Tensor:
         if is_plain_linear(self.project):
             weight_PD, bias_P = self.project.weight.float(), self.project.bias.float()
             projected_TP = F.linear(x_TD, weight_PD, bias_P)

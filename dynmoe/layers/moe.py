@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dynmoe.layers.conflict import Conflict, ConflictLoss
 from dynmoe.layers.experts import (
     Backend,
     Experts,
@@ -61,6 +62,9 @@ class Routed(NamedTuple):
     """Integers, the input's shape without D: chosen experts without an FFN (``Routing.free_T``)."""
     observed: Tensor | None = None
     """``Routing.observed``."""
+    conflict: Tensor | None = None
+    """A scalar 0, whose gradient is that of the loss of token gradient conflict
+    (dynmoe/layers/conflict.py); None without."""
 
 
 class MaskedLayer(nn.Module):
@@ -92,7 +96,8 @@ class MoELayer(MaskedLayer):
     inside experts again in the backward pass instead of keeping them (dynmoe/layers/grouped.py).
     ``backend`` names how their products are done (``Experts``).
     ``shared_experts`` more FFNs serve every token, whatever the router: their outputs are added
-    (``experts.shared_expert`` says how they start). k counts routed experts alone.
+    (``experts.shared_expert`` says how they start). k counts routed experts alone. ``conflict``:
+    the loss of token gradient conflict; weight 0 and None are without.
 
     Raises:
         TypeError: ``router`` makes no ``Router``, or ``mlp`` is no module.
@@ -101,7 +106,8 @@ class MoELayer(MaskedLayer):
             they are not ``num_experts`` of equal shapes, or they come with an ``init`` or a
             ``keep_origin``, which need a single one.
         ConfigError: ``init`` splits an FFN that cannot be split so (``experts.split_ffn``), or
-            makes a shared expert of one without linear layers.
+            makes a shared expert of one without linear layers; a ``conflict`` with a router that
+            has no logits, or of linear layers that experts do not have.
     """
 
     active_E: Tensor
@@ -125,6 +131,7 @@ class MoELayer(MaskedLayer):
         recompute: bool = False,
         backend: Backend = "auto",
         shared_experts: int = 0,
+        conflict: ConflictLoss | None = None,
     ) -> None:
         super().__init__()
         max_experts = num_experts if max_experts is None else max_experts
@@ -146,8 +153,11 @@ class MoELayer(MaskedLayer):
             origin = copy.deepcopy(mlp) if keep_origin else None
         self.dim = dim
         self.router = _made_router(router, dim, max_experts)
+        self.conflict = conflict if conflict is not None and conflict.weight else None
         copies = self.router.expert_copies
         self.experts = Experts(mlp, max_experts, init, recompute, copies, backend)
+        if self.conflict is not None:
+            self.conflict.check(self.router, self.experts.slots[0])
         first = mlp if isinstance(mlp, nn.Module) else mlp[0]
         self.shared = nn.ModuleList(shared_expert(first, init) for _ in range(shared_experts))
         # Without gradients: optimizers leave it out, so it neither moves nor decays.
@@ -233,6 +243,12 @@ class MoELayer(MaskedLayer):
         if compiled and self.live != live:  # written to since: the next call compiles anew
             live = self.live
             routing = self._route(x_TD, live, token_mask_T, shape)
+        # NOTE: recorded or not: a recomputation, which is not, must keep as many tensors.
+        if self.conflict is not None and self.training and torch.is_grad_enabled():
+            # NOTE: detached: conflicts in the layers below are of the other losses' gradients.
+            with torch.autocast(x_TD.device.type, enabled=False):
+                logits_TC = self.router.logits(x_TD.detach().float(), live)
+            routing = routing._replace(conflict=Conflict(self.conflict, logits_TC))
         y_TD = self._sum(x_TD, routing, live)
         observer = self.observer if self.training else None
         if self.training and observer is None and y_TD.requires_grad and self.router.has_state:
@@ -247,6 +263,7 @@ class MoELayer(MaskedLayer):
                 None if token_mask_T is None else token_mask_T.view(shape),
                 None if routing.free_T is None else routing.free_T.view(shape),
                 None if routing.observed is None else routing.observed.detach(),
+                None if routing.conflict is None else routing.conflict.loss,
             )
             if self.tape is not None:
                 self.tape.append(call)
@@ -494,6 +511,23 @@ def aux_loss(tape: Mapping[str, Sequence[Routed]]) -> Tensor:
     Add it to the loss of a training step, times a small weight (DynMoE: 0.01). 0 for an empty tape.
     """
     return sum((call.aux for calls in tape.values() for call in calls), torch.zeros(()))
+
+
+def conflict_loss(
+    model: nn.Module, tape: Mapping[str, Sequence[Routed]], step: int | None = None
+) -> Tensor:
+    """Return the weighted losses of token gradient conflict on a tape of ``record_routing``, a
+    scalar 0 whose gradient is theirs, in fp32: those that are due after ``step`` optimizer steps,
+    or all of them.
+
+    Add it to the loss of a training step, beside ``aux_loss``.
+    """
+    total = torch.zeros(())
+    for name, layer in moe_layers(model).items():
+        if layer.conflict is not None and (step is None or layer.conflict.is_due(step)):
+            found = [call.conflict for call in tape[name] if call.conflict is not None]
+            total = sum((layer.conflict.weight * each for each in found), total)
+    return total
 
 
 @contextmanager

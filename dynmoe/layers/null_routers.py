@@ -100,6 +100,10 @@ class NullExpertRouter(SoftmaxRouter):
     def has_state(self) -> bool:
         return self.balance == "bias" or self.aux_end != 1
 
+    def logits(self, x_TD: Tensor, live: Sequence[int]) -> Tensor:
+        rows_CD = torch.cat([self.weight, self.null_weight]).float()
+        return F.linear(x_TD.float(), rows_CD)
+
     def forward(
         self,
         x_TD: Tensor,
@@ -109,8 +113,7 @@ class NullExpertRouter(SoftmaxRouter):
     ) -> Routing:
         self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
-            rows_CD = torch.cat([self.weight, self.null_weight]).float()
-            logits_TC = F.linear(x_TD.float(), rows_CD)
+            logits_TC = self.logits(x_TD, live)
             probs_TC = logits_TC.softmax(1)
             biased_TC = probs_TC.detach() + F.pad(self.bias_E, (0, self.num_null))
             picks = biased_TC.topk(self.top_k, dim=1).indices

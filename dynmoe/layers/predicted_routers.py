@@ -68,6 +68,9 @@ class GeMoERouter(SoftmaxRouter):
         self.weight = _rows(num_slots, dim)
         self.number_weight = _rows(max_k, dim)
 
+    def logits(self, x_TD: Tensor, live: Sequence[int]) -> Tensor:
+        return F.linear(x_TD.float(), self.weight.float())
+
     def forward(
         self,
         x_TD: Tensor,
@@ -78,7 +81,7 @@ class GeMoERouter(SoftmaxRouter):
         self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
-            logits_TE = F.linear(x_TD, self.weight.float())
+            logits_TE = self.logits(x_TD, live)
             probs_TE = logits_TE.softmax(1)
             number_TJ = F.linear(x_TD, self.number_weight.float()).softmax(1)
             numbers_J = torch.arange(1, self.max_k + 1, device=x_TD.device, dtype=x_TD.dtype)

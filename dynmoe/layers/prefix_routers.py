@@ -99,6 +99,13 @@ class PrefixRouter(SoftmaxRouter):
     def has_state(self) -> bool:
         return self.target_k is not None
 
+    def logits(self, x_TD: Tensor, live: Sequence[int]) -> Tensor:
+        rows_ED = torch.stack([self.rows[slot] for slot in live]).float()
+        logits_TE = F.linear(x_TD.float(), rows_ED)
+        if self.logit_scale is None:
+            return logits_TE
+        return self.logit_scale.float() * _standardised(logits_TE)
+
     def forward(
         self,
         x_TD: Tensor,
@@ -108,10 +115,7 @@ class PrefixRouter(SoftmaxRouter):
     ) -> Routing:
         # NOTE: fp32, because the sum of the larger probabilities is compared with the share.
         with torch.autocast(x_TD.device.type, enabled=False):
-            rows_ED = torch.stack([self.rows[slot] for slot in live]).float()
-            logits_TE = F.linear(x_TD.float(), rows_ED)
-            if self.logit_scale is not None:
-                logits_TE = self.logit_scale.float() * _standardised(logits_TE)
+            logits_TE = self.logits(x_TD, live)
             probs_TE = logits_TE.softmax(1)
             mask_TE = hide_padding(self._prefix(probs_TE.detach()), token_mask_T)
             weights_TE = self._weights(probs_TE * mask_TE, mask_TE)

@@ -69,12 +69,15 @@ class ReLURouter(Router):
         self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_slots, dim), std=0.02))
         self.register_buffer("coefficient", torch.tensor(float(lambda_init), dtype=FP32))
 
+    def logits(self, x_TD: Tensor, live: Sequence[int]) -> Tensor:
+        return F.linear(x_TD.float(), self.weight.float())
+
     def forward(
         self, x_TD: Tensor, live: Sequence[int], token_mask_T: Tensor | None = None
     ) -> Routing:
         self.check_pool(live)
         with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = F.linear(x_TD.float(), self.weight.float())
+            scores_TE = self.logits(x_TD, live)
             mask_TE = hide_padding(scores_TE > 0, token_mask_T)
             weights_TE = scores_TE * mask_TE
             aux = scores_TE.new_zeros(())

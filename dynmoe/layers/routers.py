@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from dynmoe.layers import losses
 
 if TYPE_CHECKING:
+    from dynmoe.layers.conflict import Conflict
     from dynmoe.layers.experts import Experts
 
 
@@ -54,6 +55,8 @@ class Routing(NamedTuple):
     """Integers: how many experts without an FFN the token chose beside its k; 0 on padding."""
     observed: Tensor | None = None
     """[``Router.observes``]: sums over the real tokens that ``Router.update`` wants, detached."""
+    conflict: Conflict | None = None
+    """Of the layer, where it has a loss of token gradient conflict; routers leave it alone."""
 
 
 class StepTotals(NamedTuple):
@@ -172,6 +175,18 @@ class Router(nn.Module):
         ``live`` lists the slots that hold an expert, ascending; column j of every result belongs to
         slot ``live[j]``. ``token_mask_T`` (bool) is False on padding, which must choose no expert,
         be in no loss and not be reported as unserved.
+        """
+        raise NotImplementedError
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether there are ``logits``, which the loss of token gradient conflict needs."""
+        return type(self).logits is not Router.logits
+
+    def logits(self, x_TD: Tensor, live: Sequence[int]) -> Tensor:
+        """Return the scores, larger is likelier, before noise, softmax and the like; fp32, [T, C].
+
+        Column j belongs to slot ``live[j]``; experts without an FFN have columns behind those.
         """
         raise NotImplementedError
 

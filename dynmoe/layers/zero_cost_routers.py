@@ -101,7 +101,7 @@ class ZeroCostRouter(SoftmaxRouter):
         ffns, free = self.num_slots, self.columns - self.num_zero
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
-            logits_TC = self._logits(x_TD)
+            logits_TC = self._after(self.logits(x_TD, live))
             probs_TC = logits_TC.softmax(1)
             picks = probs_TC.topk(self.top_k, dim=1).indices
             picks_TC = torch.zeros_like(probs_TC, dtype=torch.bool).scatter_(1, picks, True)
@@ -128,11 +128,19 @@ class ZeroCostRouter(SoftmaxRouter):
             free_T=picks_TC[:, ffns:].sum(1),
         )
 
-    def _logits(self, x_TD: Tensor) -> Tensor:
+    @property
+    def has_logits(self) -> bool:
+        return not self.hands_on  # those of the layer before are taken once
+
+    def logits(self, x_TD: Tensor, live: Sequence[int]) -> Tensor:
+        x_TD = x_TD.float()
         gated = x_TD if self.gate_in is None else F.linear(x_TD, self.gate_in.float()).tanh()
-        logits_TC = F.linear(gated, self.gate_out.float())
+        return F.linear(gated, self.gate_out.float())
+
+    def _after(self, logits_TC: Tensor) -> Tensor:
+        """The logits with those of the layer before, for which they are the next."""
         if self.residual is not None and self._before is not None:
-            before_TC = self._before.take(len(x_TD))
+            before_TC = self._before.take(len(logits_TC))
             logits_TC = logits_TC + F.linear(before_TC, self.residual.float())
         if self._next is not None:
             self._next.put(logits_TC)

@@ -102,6 +102,9 @@ class RoutingMeter:
                 record = {"source": source, "layer": name, **_record(layer, sums)}
                 if self._details(source):
                     record |= _detailed_record(layer, sums)
+                if layer.conflict is not None and source == TRAIN:
+                    found = reduce(layer.conflict.take(layer.active_E.device))
+                    record |= _conflict_record(*found.tolist())
                 if self._parts:
                     record["parts"] = self._parts_record(layer, sums)
                 records.append(record)
@@ -165,6 +168,14 @@ def _record(layer: MoELayer, sums: _Sums) -> dict[str, Any]:
         **({"mean_free": free / among} if among else {}),
         **({"shared_experts": len(layer.shared)} if len(layer.shared) else {}),
         **layer.router.record(layer.live),
+    }
+
+
+def _conflict_record(pairs: float, conflicts: float, cosines: float) -> dict[str, float | None]:
+    """Of the backward passes in which the loss counted; None without a pair."""
+    return {
+        "conflict_share": conflicts / pairs if pairs else None,
+        "conflict_cosine": cosines / pairs if pairs else None,
     }
 
 

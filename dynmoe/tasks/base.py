@@ -21,7 +21,14 @@ from torchmetrics import Metric
 from transformers import get_cosine_schedule_with_warmup
 
 from dynmoe.errors import DataError
-from dynmoe.layers.moe import Routed, aux_loss, constant_weights, moe_layers, record_routing
+from dynmoe.layers.moe import (
+    Routed,
+    aux_loss,
+    conflict_loss,
+    constant_weights,
+    moe_layers,
+    record_routing,
+)
 from dynmoe.metrics.routing import TRAIN, RoutingMeter
 from dynmoe.seeding import seed_hash
 
@@ -68,6 +75,7 @@ class MoETask(L.LightningModule):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.aux_weight = aux_weight
+        self.has_conflicts = any(layer.conflict for layer in moe_layers(backbone).values())
         self.seed = seed
         self.env_names = list(env_names)
         self.sets = list(env_names)
@@ -113,7 +121,8 @@ class MoETask(L.LightningModule):
         tape: dict[str, list[Routed]],
         part_BN: Sequence[Tensor] | None = None,
     ) -> dict[str, Any]:
-        """Task loss + ``aux_weight`` * the sum of auxiliary losses; what training_step returns.
+        """Task loss + ``aux_weight`` * the sum of auxiliary losses + that of token gradient
+        conflict, whose value is 0; what training_step returns.
 
         ``part_BN``: see ``RoutingMeter``.
         """
@@ -122,7 +131,10 @@ class MoETask(L.LightningModule):
         self._add_to_window(loss.detach(), aux.detach())
         self.log("train/loss", loss.detach())
         self.log("train/aux", aux.detach())
-        return {"loss": loss + self.aux_weight * aux}
+        total = loss + self.aux_weight * aux
+        if self.has_conflicts:
+            total = total + conflict_loss(self.backbone, tape, self.global_step)
+        return {"loss": total}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         micro = batch_idx % self.trainer.accumulate_grad_batches

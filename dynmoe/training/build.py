@@ -204,6 +204,7 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
         "recompute": moe.recompute,
         "backend": moe.get("backend", "auto"),
         "shared_experts": moe.get("shared_experts", 0),
+        "conflict": moe.get("conflict"),
         **settings,
     }
     if "router" not in given:

@@ -128,8 +128,9 @@ class RunRecorder(Checkpoint):
         routing = [{"step": step, **record} for record in pl_module.routing_records()]
         for record in routing:
             if record["source"] == TRAIN:
-                for key in ("mean_k", "unrouted"):
-                    _log(trainer, f"moe/{record['layer']}/{key}", record[key], step)
+                for key in ("mean_k", "unrouted", "conflict_share", "conflict_cosine"):
+                    if record.get(key) is not None:
+                        _log(trainer, f"moe/{record['layer']}/{key}", record[key], step)
                 _log(trainer, f"moe/{record['layer']}/experts", len(record["slots"]), step)
         if trainer.is_global_zero:
             self.folder.append("results", result)

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from test_adapt import DIM, SLOTS, Net, layer, unserved
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dynmoe.adaptation import DynMoETrainerCallback, MoETrainerCallback
 from dynmoe.errors import ConfigError
-from dynmoe.layers import BiasedTopKRouter, aux_loss, record_routing
+from dynmoe.layers import (
+    BiasedTopKRouter,
+    ConflictLoss,
+    MoELayer,
+    TopKRouter,
+    aux_loss,
+    record_routing,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -84,6 +98,25 @@ def test_a_training_too_short_for_an_update_is_told(
 ) -> None:
     trainer(tmp_path, classifier(1), DynMoETrainerCallback(1, 6, 6), max_steps=1).train()
     assert any("after 7 optimizer steps" in each for each in caplog.messages)
+
+
+def test_conflicts_are_found_from_their_first_step_on(tmp_path: Path) -> None:
+    loss = ConflictLoss(1.0, start=4)
+    torch.manual_seed(0)
+    made = MoELayer(torch.nn.Linear(DIM, DIM), DIM, TopKRouter, 4, conflict=loss)
+    trainer(tmp_path, Classifier(made), MoETrainerCallback()).train()
+    pairs = loss.take(torch.device("cpu"))[0]
+    assert pairs == 2 * 4 * 2  # steps 4 and 5, rows, experts of each
+    args = SimpleNamespace(
+        fp16=True,
+        gradient_accumulation_steps=1,
+        world_size=1,
+        average_tokens_across_devices=False,
+    )
+    with pytest.raises(ConfigError, match=r"fp16.*bf16"):
+        MoETrainerCallback().on_train_begin(
+            cast(Any, args), TrainerState(), TrainerControl(), Classifier(made)
+        )
 
 
 class Still(Classifier):

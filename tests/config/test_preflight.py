@@ -39,6 +39,8 @@ def test_an_unknown_key_is_not_its_own_correction() -> None:
 
 CAPACITY = "moe.router.min_capacity: 4 needs a moe.router.capacity_factor (1.5)"
 WHOLE = "moe.init: copy makes whole experts, moe.router blocks. Set moe.init=random"
+NO_LOGITS = "moe.conflict.weight: expected 0 with moe="
+SCALED = "trainer.precision: 16-mixed scales gradients"
 NO_AUX = "moe.router.z_weight: needs moe.aux_weight above 0"
 NOISE = "moe.router.aux: importance_load needs moe.router.noise above 0"
 SLOTS = "moe: max_experts (8) != num_experts (4): without moe.adaptation the pool never changes."
@@ -201,6 +203,14 @@ def test_outputs_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (("moe=topk", "moe.router.aux=importance_load"), NOISE),
         (("moe=topk", "moe.aux_weight=0", "moe.router.z_weight=0.1"), NO_AUX),
         (("moe=unifmoe", "moe.init=copy"), WHOLE),
+        (("moe=dynmoe", "moe.conflict.weight=1"), NO_LOGITS),
+        (("moe=dense", "moe.conflict.weight=1"), NO_LOGITS),
+        (("moe=softmoe", "moe.conflict.weight=1"), NO_LOGITS),
+        (("moe=moepp", "moe.conflict.weight=1"), "moe.conflict.weight: needs logits of each"),
+        (("moe=topk", "moe.conflict.weight=1", "trainer.precision=16-mixed"), SCALED),
+        (("moe=topk", "moe.conflict.threshold=2"), "moe.conflict.threshold: expected a cosine"),
+        (("moe=topk", "moe.conflict.weight=-1"), "moe.conflict.weight: expected 0 or more"),
+        (("moe=topk", "moe.conflict.every=0"), "moe.conflict.every: expected 1 or more"),
     ],
 )
 def test_options_of_a_router_that_need_others(overrides: tuple[str, ...], message: str) -> None:

@@ -105,8 +105,8 @@ COMMON = """
 backbone: _target_ grad_checkpointing model options pretrained
 data: _target_ batch_size eval_batch_size name
 logger: csv tensorboard
-moe: adaptation algorithm aux_weight backend expert_dropout init layers max_experts name num_experts
-moe: recompute router shared_experts
+moe: adaptation algorithm aux_weight backend conflict expert_dropout init layers max_experts name
+moe: num_experts recompute router shared_experts
 paths: cache outputs
 protocol: holdout_fraction name
 runtime: fused_attention malloc matmul_precision progress_every
