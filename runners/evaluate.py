@@ -24,10 +24,10 @@ mode=answer    task=vl: answers the questions of the run's sets, or of the publi
                and writes FOLDER/answers/<set>/ in the format of their evaluators.
 mode=submit    GLUE tasks: predicts the test sets and writes FOLDER/submission/*.tsv in the format
                of the GLUE server.
-mode=budget    evaluates with fewer and more experts per token, nothing trained: budget.rule= (one of
-               threshold, entropy, ratio, quantile, top_k; all that fit), at budget.targets= mean
-               experts per token, [1,1.5,2,3], or at the rule's budget.values=; writes
-               FOLDER/budget.jsonl and figures/budget.png.
+mode=budget    evaluates with fewer and more experts per token, nothing trained: by budget.rule=
+               (threshold, entropy, ratio, quantile or top_k; default: all that fit the router) at
+               budget.targets= mean experts per token ([1,1.5,2,3]), or at the budget.values= of a
+               rule's cut; writes FOLDER/budget.jsonl and FOLDER/figures/budget.png.
 checkpoint=    the checkpoint to load (default: selected).
 --version      prints the version and the commit.
 

@@ -62,10 +62,9 @@ def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]
             records += [evaluated(_at(rule, names, value)) for value in values]
             continue
         for target in targets_of(cfg):
-            if watches[rule].most < target * (1 - TOLERANCE):
-                print(
-                    f"{rule}: mean k {target:g} is out of reach, at most {watches[rule].most:.2f}"
-                )
+            most = watches[rule].most
+            if most < target * (1 - TOLERANCE):
+                print(f"{rule}: mean k {target:g} is out of reach, at most {most:.2f}")
             elif rule == "top_k":
                 if target.is_integer():
                     records.append({**evaluated(_at(rule, names, target)), "target_k": target})

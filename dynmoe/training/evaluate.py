@@ -62,9 +62,8 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         elif not equals and not argument.startswith("-"):
             raise ConfigError(f"{argument}: expected key=value. A run is given as run={argument}")
         else:
-            known = ", ".join(
-                f"{k}=" for k in (*ARGUMENTS, "question_sets.<set>", *KEYS, *OVERRIDES)
-            )
+            keys = (*ARGUMENTS, "question_sets.<set>", *KEYS, *OVERRIDES)
+            known = ", ".join(f"{each}=" for each in keys)
             raise ConfigError(f"{argument}: unknown argument, expected {known}")
     if not given.get("run"):
         raise ConfigError("run=FOLDER is missing: the folder outputs/<name>/<run> of a trained run")
