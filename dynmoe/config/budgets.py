@@ -15,7 +15,14 @@ from dynmoe.config.ranges import BELOW_ONE, COUNT, Range
 
 KEYS = ("budget.rule", "budget.targets", "budget.values")
 TARGETS = (1.0, 1.5, 2.0, 3.0)
-RANGES: dict[str, Range] = {"ratio": BELOW_ONE, "entropy": BELOW_ONE, "top_k": COUNT}
+RULES: dict[str, Range | None] = {
+    "threshold": None,
+    "entropy": BELOW_ONE,
+    "ratio": BELOW_ONE,
+    "quantile": None,
+    "top_k": COUNT,
+}
+"""The rules of `dynmoe.layers.posthoc`, and the range of the cuts of each; None: any number."""
 
 
 def targets_of(cfg: DictConfig) -> list[float]:
@@ -39,8 +46,6 @@ def rule_of(cfg: DictConfig) -> str | None:
 
 def budget_problems(cfg: DictConfig) -> Iterator[str]:
     """Say what is wrong with the keys ``budget.*``, and with a run that has nothing to cut."""
-    from dynmoe.layers.posthoc import RULES
-
     if cfg.moe.get("router") is None:
         yield "mode=budget: this run has no MoE layer. Give a run with a router (moe=dynmoe, topk)"
         return
@@ -56,7 +61,7 @@ def budget_problems(cfg: DictConfig) -> Iterator[str]:
     most = cfg.moe.max_experts
     within = Range(f"more than 0, up to {most}, the experts of a layer", lambda n: 0 < n <= most)
     yield from _wrong("targets", targets, within)
-    yield from _wrong("values", values, RANGES.get(rule or ""))
+    yield from _wrong("values", values, RULES.get(rule or ""))
     if rule == "top_k":
         key, given = ("values", values) if values is not None else ("targets", targets)
         numbers = _numbers(given)

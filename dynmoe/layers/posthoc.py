@@ -126,64 +126,71 @@ def cut(
     )
 
 
-class Watch:
-    """Keys of one rule in an evaluation, counted by their distance from the cut of their layer."""
+class Cuts:
+    """The cuts of one rule, by layer, and counts of an evaluation's keys by their distance from
+    them."""
 
-    def __init__(self, rule: Rule, cuts: Mapping[str, float]) -> None:
+    def __init__(self, rule: Rule, at: Mapping[str, float]) -> None:
         self.rule = rule
-        self.cuts = dict(cuts)
-        self.counts_B: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
-        self.possible: dict[str, int] = {}
+        self.at = dict(at)
+        self._counts_B: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+        self._always = 0
+        self._possible = 0
 
     def count(self, name: str, keys: Keys, token_mask_T: Tensor | None) -> None:
+        """Add the keys of one call of the layer ``name``; padding does not count."""
         key_TE = keys.counted()
-        real_TE = hide_padding(torch.ones_like(key_TE, dtype=torch.bool), token_mask_T)
-        distance_TE = key_TE - self.cuts[name]
-        counts_B = count_distances(distance_TE.view(-1, 1), real_TE.reshape(-1, 1))[0]
+        real_TE = hide_padding(torch.ones_like(keys.best_TE), token_mask_T)
+        distance_TE = key_TE - self.at[name]
+        counts_B = count_distances(distance_TE.reshape(-1, 1), real_TE.reshape(-1, 1))[0]
         # float64, on the host: Apple's GPUs have none.
-        before_B = self.counts_B.get(name, torch.zeros(BINS, dtype=torch.float64))
-        self.counts_B[name] = before_B + counts_B.cpu().double()
-        self.tokens[name] = self.tokens.get(name, 0) + int(real_TE[:, 0].sum())
-        possible = (real_TE & (key_TE > -torch.inf)).sum()
-        self.possible[name] = self.possible.get(name, 0) + int(possible)
+        before_B = self._counts_B.get(name, torch.zeros(BINS, dtype=torch.float64))
+        self._counts_B[name] = before_B + counts_B.cpu().double()
+        self._tokens[name] = self._tokens.get(name, 0) + int(real_TE[:, 0].sum())
+        self._always += int((real_TE & (key_TE == torch.inf)).sum())
+        self._possible += int((real_TE & (key_TE > -torch.inf)).sum())
 
     @property
-    def most(self) -> float:
-        """The largest mean k that a cut reaches."""
-        return sum(self.possible.values()) / max(1, sum(self.tokens.values()))
+    def reach(self) -> tuple[float, float]:
+        """The smallest and the largest mean k that cuts lead to, on the counted tokens."""
+        tokens = max(1, sum(self._tokens.values()))
+        return self._always / tokens, self._possible / tokens
 
-    def cuts_for(self, target_k: float) -> dict[str, float]:
+    def moved_to(self, target_k: float) -> Cuts:
         """Return the cuts at which mean k would be ``target_k`` on the counted tokens: one for all
         layers, or one for each if the rule is ``quantile``."""
-        names = list(self.counts_B)
+        names = list(self._counts_B)
         groups = [[name] for name in names] if self.rule == "quantile" else [names]
         moved = {}
         for group in groups:
-            counts_B = torch.stack([self.counts_B[name] for name in group]).sum(0)
-            wanted = target_k * counts_B.new_tensor([sum(self.tokens[name] for name in group)])
+            counts_B = torch.stack([self._counts_B[name] for name in group]).sum(0)
+            wanted = target_k * counts_B.new_tensor([sum(self._tokens[name] for name in group)])
             distance = distance_to(wanted, counts_B[None]).item()
-            moved |= {name: self.cuts[name] + distance for name in group}
-        return moved
+            moved |= {name: self.at[name] + distance for name in group}
+        return Cuts(self.rule, moved)
 
 
 @contextmanager
 def changed_routing(
-    model: nn.Module, applied: Watch | None, watched: Sequence[Watch] = ()
+    model: nn.Module, applied: Cuts | None, watched: Sequence[Cuts] = ()
 ) -> Iterator[None]:
-    """Within the block the MoE layers route by the cuts of ``applied``, which counts too; those
-    ``watched`` count what they would cut. Layers are told by their names (``moe_layers``)."""
+    """Let the MoE layers of an evaluation route by the cuts of ``applied``, within the block.
+
+    ``applied`` and ``watched`` count the keys that their rules give to the router's own choices.
+    Layers are told by their names (``moe_layers``).
+    """
 
     def hook(name: str) -> Any:
         def changed(router: Router, given: tuple[Any, ...], routing: Routing) -> Routing:
             _, live, token_mask_T = given
-            for watch in watched:
-                watch.count(name, keys(watch.rule, router, live, routing), token_mask_T)
+            for each in watched:
+                each.count(name, keys(each.rule, router, live, routing), token_mask_T)
             if applied is None:
                 return routing
             found = keys(applied.rule, router, live, routing)
             applied.count(name, found, token_mask_T)
-            return cut(routing, found, applied.cuts[name], router, token_mask_T)
+            return cut(routing, found, applied.at[name], router, token_mask_T)
 
         return changed
 

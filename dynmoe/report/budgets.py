@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,66 +16,71 @@ OWN = "own"
 """The rule of a record of the run as it was trained."""
 LABELS = {
     OWN: "as trained",
-    "threshold": "common shift of thresholds",
-    "entropy": "entropy cut",
-    "ratio": "ratio of weights",
+    "threshold": "threshold: one shift of all",
+    "entropy": "entropy of weights",
+    "ratio": "ratio to the largest weight",
     "quantile": "quantile of scores, by layer",
-    "top_k": "the k best",
+    "top_k": "top_k: the k best",
 }
 MARKS = "os^Dv"
+OWN_STYLE = {
+    "color": "black",
+    "marker": "*",
+    "markersize": 13,
+    "linestyle": "none",
+    "zorder": 5,
+}
 
 
 def budget_table(records: Sequence[Record], title: str) -> Table:
     """A row for each evaluation."""
     rows = tuple(
         (
-            LABELS[each["rule"]],
+            LABELS[OWN] if each["rule"] == OWN else each["rule"],
             "-" if each["target_k"] is None else f"{each['target_k']:g}",
             _cut(each),
             format_number(each["mean_k"], ".2f"),
-            " ".join(format_number(k, ".2f") for k in each["layers"].values()),
+            _span(each["layers"].values(), ".2f"),
             measure_number(each["measure"], each["score"], 2),
             measure_number("loss", each["loss"]),
         )
         for each in records
     )
-    columns = ("rule", "target", "cut", "mean k", "by layer", records[0]["measure"], "loss")
-    note = "Cuts were found on the inputs that are scored, without their labels."
+    measure = records[0]["measure"].replace("_", " ")
+    columns = ("rule", "target", "cut", "mean k", "of layers", measure, "loss")
+    note = "Cuts for a target were found on the inputs that are scored, without their labels."
     return Table(f"Budgets after training: {title}", columns, rows, note)
 
 
 def _cut(record: Record) -> str:
     if record["cuts"] is None:
         return "-"
-    values = list(record["cuts"].values())
-    low, high = min(values), max(values)
-    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    cuts = record["cuts"].values()
+    return _span(map(abs, cuts) if record["rule"] == "top_k" else cuts, ".3g")
+
+
+def _span(numbers: Iterable[float], form: str) -> str:
+    values = list(numbers)
+    ends = dict.fromkeys((f"{min(values):{form}}", f"{max(values):{form}}"))
+    return " to ".join(ends)
 
 
 def draw_budgets(records: Sequence[Record], title: str) -> Figure:
     """Score and loss over mean k: a line for each rule, the run's own point in black."""
     figure, panels = lay_out(2, width=3.8, height=3.2, beside=2.4)
     measure = records[0]["measure"]
-    factor = 1 if is_points(measure) else 100
-    unit = "" if is_points(measure) else ", %"
-    panels[0].set_ylabel(f"{measure.replace('_', ' ')}{unit}")
-    panels[1].set_ylabel("mean negative log-likelihood")
-    rules = list(dict.fromkeys(each["rule"] for each in records))
-    for axes, key, times in zip(panels, ("score", "loss"), (factor, 1), strict=True):
-        for number, rule in enumerate(rules):
+    points = is_points(measure)
+    panels[0].set_ylabel(measure.replace("_", " ") + ("" if points else ", %"))
+    panels[1].set_ylabel("mean loss (negative log-likelihood)")
+    rules = dict.fromkeys(each["rule"] for each in records if each["rule"] != OWN)
+    for axes, key, factor in zip(panels, ("score", "loss"), (1 if points else 100, 1), strict=True):
+        for rule, colour, mark in zip((OWN, *rules), ("", *COLOURS), (" ", *MARKS), strict=False):
+            style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 5}
             found = sorted(
-                (each for each in records if each["rule"] == rule), key=lambda each: each["mean_k"]
+                (each["mean_k"], factor * each[key]) for each in records if each["rule"] == rule
             )
-            style: dict[str, Any] = {
-                "color": COLOURS[number - 1],
-                "marker": MARKS[(number - 1) % len(MARKS)],
-                "markersize": 5,
-            }
-            if rule == OWN:
-                style = {"color": "black", "marker": "*", "markersize": 13, "linestyle": "none"}
-                style["zorder"] = 5
-            x, y = [each["mean_k"] for each in found], [times * each[key] for each in found]
-            axes.plot(x, y, label=LABELS[rule], **style)
+            x, y = zip(*found, strict=True)
+            axes.plot(x, y, label=LABELS[rule], **(OWN_STYLE if rule == OWN else style))
         axes.set_xlabel("mean experts per token")
         axes.grid(alpha=0.25)
     handles, labels = panels[0].get_legend_handles_labels()

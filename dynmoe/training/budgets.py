@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from rich.console import Console
 
 from dynmoe.config.budgets import rule_of, targets_of, values_of
 from dynmoe.errors import ConfigError
+from dynmoe.layers import Router, TopKRouter
 from dynmoe.layers.moe import moe_layers
-from dynmoe.layers.posthoc import Rule, Watch, changed_routing, rules_of
+from dynmoe.layers.posthoc import Cuts, Rule, changed_routing, rules_of
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.budgets import OWN, budget_table, draw_budgets
@@ -25,9 +25,9 @@ from dynmoe.training.evaluate import loaded
 from dynmoe.training.instantiation import make
 
 TOLERANCE = 0.01
-"""Distance of mean k from its target, as a share of it, within which no further cut is tried."""
+"""Distance from the target, as a share of it, within which no further cut is tried."""
 PASSES = 5
-"""Evaluations for one target at most: a cut changes what later layers see."""
+"""Evaluations for one target, at most."""
 
 Evaluate = Callable[..., Record]
 
@@ -43,34 +43,25 @@ def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]
     Raises:
         ConfigError: the run's router does not offer the rule, or any.
     """
-    offered = _offered(cfg)
-    rules = [rule for rule in offered if rule_of(cfg) in (None, rule)]
+    rules = [rule for rule in _offered(cfg) if rule_of(cfg) in (None, rule)]
+    reported = _reported(folder)
     data, task, step, trainer = loaded(folder, checkpoint, cfg)
 
-    def evaluated(applied: Watch | None = None, watched: Sequence[Watch] = ()) -> Record:
+    def evaluated(applied: Cuts | None = None, watched: Sequence[Cuts] = ()) -> Record:
         data.repeat_evaluation_of(step)
         with changed_routing(task.backbone, applied, watched):
             trainer.validate(task, datamodule=data, verbose=False)
-        record = _record(task, _reported(folder), applied)
+        record = _record(task, reported, applied)
         return {"step": step, "checkpoint": checkpoint.name, **record}
 
     names = list(moe_layers(task.backbone))
-    watches = {rule: Watch(rule, dict.fromkeys(names, 0.0)) for rule in rules}
-    records = [evaluated(watched=list(watches.values()))]
-    for rule in rules:
+    starts = [Cuts(rule, dict.fromkeys(names, 0.0)) for rule in rules]
+    records = [evaluated(watched=starts)]
+    for start in starts:
         if values := values_of(cfg):
-            records += [evaluated(_at(rule, names, value)) for value in values]
-            continue
-        for target in targets_of(cfg):
-            most = watches[rule].most
-            if most < target * (1 - TOLERANCE):
-                print(f"{rule}: mean k {target:g} is out of reach, at most {most:.2f}")
-            elif rule == "top_k":
-                if target.is_integer():
-                    records.append({**evaluated(_at(rule, names, target)), "target_k": target})
-            else:
-                found, watches[rule] = _reached(evaluated, watches[rule], target)
-                records.append(found)
+            records += [evaluated(_at(start.rule, names, value)) for value in values]
+        else:
+            records += _at_targets(evaluated, start, targets_of(cfg))
     folder.replace("budget", *records)
     title = f"{folder.path.name}, {checkpoint.name}, step {step}"
     Console().print(to_rich(budget_table(records, title)))
@@ -80,14 +71,11 @@ def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]
 
 def _offered(cfg: DictConfig) -> tuple[Rule, ...]:
     """The rules of the run's router, known before data and weights are read."""
-    from dynmoe.layers import Router, TopKRouter
-
-    node = OmegaConf.to_container(cfg.moe.router)
-    assert isinstance(node, dict)
-    if isinstance(node.get("target_k"), list):
+    node: Any = OmegaConf.to_container(cfg.moe.router)
+    if isinstance(node.get("target_k"), list):  # one for each layer
         node["target_k"] = node["target_k"][0]
     make_router: Any = make(node, "moe.router")
-    if node["_target_"].endswith(".own_router"):  # needs the model's own, of which it makes one
+    if node["_target_"].endswith(".own_router"):  # makes one of the model's own
         make_router = partial(TopKRouter, top_k=1)
     router = make_router(8, cfg.moe.max_experts)
     rules = rules_of(router) if isinstance(router, Router) else ()
@@ -105,34 +93,53 @@ def _offered(cfg: DictConfig) -> tuple[Rule, ...]:
     return rules
 
 
-def _at(rule: Rule, names: Sequence[str], value: float) -> Watch:
+def _at(rule: Rule, names: Sequence[str], value: float) -> Cuts:
     # The keys of the k best are 0, -1, ...: ranks, counted down.
-    return Watch(rule, dict.fromkeys(names, -value if rule == "top_k" else value))
+    return Cuts(rule, dict.fromkeys(names, -value if rule == "top_k" else value))
 
 
-def _reached(evaluated: Evaluate, watch: Watch, target: float) -> tuple[Record, Watch]:
-    """The evaluation nearest to the target, and what it counted."""
-    tried: list[tuple[float, Record, Watch]] = []
+def _at_targets(evaluated: Evaluate, cuts: Cuts, targets: Sequence[float]) -> Iterator[Record]:
+    """An evaluation for each target within reach, from one to the next; says which are not."""
+    least, most = cuts.reach
+    for target in targets:
+        if not least * (1 - TOLERANCE) <= target <= most * (1 + TOLERANCE):
+            print(f"{cuts.rule}: mean k {target:g} is out of reach, {least:.2f} to {most:.2f}")
+        elif cuts.rule != "top_k":
+            record, cuts = reached(evaluated, cuts, target)
+            yield record
+        elif target.is_integer():
+            yield {**evaluated(_at(cuts.rule, list(cuts.at), target)), "target_k": target}
+
+
+def reached(evaluated: Evaluate, cuts: Cuts, target: float) -> tuple[Record, Cuts]:
+    """Return the evaluation nearest to the target of ``PASSES`` or fewer, and its cuts.
+
+    Each moves the cuts by the keys that were counted under the last ones: a cut changes what later
+    layers see.
+    """
+    tried: list[tuple[float, Record, Cuts]] = []
     while len(tried) < PASSES:
-        watch = Watch(watch.rule, watch.cuts_for(target))
-        record = {**evaluated(watch), "target_k": target}
-        tried.append((abs(record["mean_k"] - target), record, watch))
+        cuts = cuts.moved_to(target)
+        record = {**evaluated(cuts), "target_k": target}
+        tried.append((abs(record["mean_k"] - target), record, cuts))
         if tried[-1][0] <= TOLERANCE * target:
             break
-    _, record, watch = min(tried, key=lambda each: each[0])
-    return record, watch
+    _, record, cuts = min(tried, key=lambda each: each[0])
+    return record, cuts
 
 
 def _reported(folder: RunFolder) -> Mapping[str, Any]:
+    """Which sets and measure the run reports; empty where no run.json says it."""
     facts = folder.read_run() if (folder.path / "run.json").exists() else {}
     reported: Mapping[str, Any] = facts.get("reported", {})
     return reported
 
 
-def _record(task: Any, reported: Mapping[str, Any], applied: Watch | None) -> Record:
+def _record(task: Any, reported: Mapping[str, Any], applied: Cuts | None) -> Record:
     scores = task.scores()
     measure = reported.get("measure", "score")
-    sets = reported.get("sets") or list(scores)  # a run without a test environment reports none
+    # A run without a test environment reports none.
+    sets = reported.get("sets") or [name for name in scores if measure in scores[name]]
     load: dict[str, int] = {}
     tokens: dict[str, int] = {}
     for each in task.routing_records():
@@ -140,15 +147,17 @@ def _record(task: Any, reported: Mapping[str, Any], applied: Watch | None) -> Re
             name = each["layer"]
             load[name] = load.get(name, 0) + sum(each["load"])
             tokens[name] = tokens.get(name, 0) + each["tokens"]
-    known = [s for s in sets if math.isfinite(measured({"scores": scores}, s, measure))]
+    score, loss = (
+        mean(measured({"scores": scores}, name, key) for name in sets) for key in (measure, "loss")
+    )
     return {
         "rule": OWN if applied is None else applied.rule,
         "target_k": None,
-        "cuts": None if applied is None else applied.cuts,
+        "cuts": None if applied is None else applied.at,
         "mean_k": sum(load.values()) / max(1, sum(tokens.values())),
         "layers": {name: load[name] / max(1, tokens[name]) for name in load},
         "measure": measure,
-        "score": mean(measured({"scores": scores}, name, measure) for name in known or sets),
-        "loss": mean(measured({"scores": scores}, name, "loss") for name in known or sets),
+        "score": score,
+        "loss": loss,
         "scores": scores,
     }

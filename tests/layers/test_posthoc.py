@@ -30,7 +30,7 @@ from dynmoe.layers import (
     ZeroCostRouter,
     record_routing,
 )
-from dynmoe.layers.posthoc import LOWERING, Rule, Watch, changed_routing, cut, keys, rules_of
+from dynmoe.layers.posthoc import LOWERING, Cuts, Rule, changed_routing, cut, keys, rules_of
 from dynmoe.layers.routers import Router, Routing
 
 DIM, SLOTS, TOKENS = 8, 6, 60
@@ -59,7 +59,7 @@ ROUTERS: dict[str, Any] = {
 }
 
 
-def made(name: str) -> Router:
+def made(name: str) -> Any:
     torch.manual_seed(0)
     router: Router = ROUTERS[name](DIM, SLOTS)
     for parameter in router.parameters():
@@ -187,7 +187,7 @@ def test_a_shift_is_that_of_the_thresholds() -> None:
     router, (x_TD, real_T) = made("top_any"), tokens()
     own = router(x_TD, LIVE, real_T)
     found = cut(own, keys("threshold", router, LIVE, own), 0.25, router, real_T)
-    for threshold in router.thresholds:  # type: ignore[union-attr]
+    for threshold in router.thresholds:
         threshold += 0.25
     wanted = router(x_TD, LIVE, real_T)
     assert torch.equal(found.mask_TE, wanted.mask_TE)
@@ -226,17 +226,28 @@ def test_a_model_reaches_a_mean_and_is_left_as_it_was(rule: Rule) -> None:
     model = nn.Sequential(layer(), layer()).eval()
     x, _ = tokens()
     before = model(x)
-    watch = Watch(rule, {"0": 0.0, "1": 0.0})
-    with changed_routing(model, None, [watch]):
+    cuts = Cuts(rule, {"0": 0.0, "1": 0.0})
+    with changed_routing(model, None, [cuts]):
         assert torch.equal(model(x), before)
+    assert cuts.reach == (1, SLOTS)
     for _ in range(4):
-        watch = Watch(rule, watch.cuts_for(1.5))
-        with changed_routing(model, watch), record_routing(model) as tape:
+        cuts = cuts.moved_to(1.5)
+        with changed_routing(model, cuts), record_routing(model) as tape:
             model(x)
     means = [call.mask.sum().item() / TOKENS for (call,) in tape.values()]
     assert sum(means) / 2 == pytest.approx(1.5, abs=0.02)
-    assert (len(set(watch.cuts.values())) == 1) is (rule == "threshold")
+    assert (len(set(cuts.at.values())) == 1) is (rule == "threshold")
     if rule == "quantile":
         assert means == pytest.approx([1.5, 1.5], abs=0.03)
-    assert watch.most == SLOTS
     assert torch.equal(model(x), before)
+
+
+@torch.no_grad()
+def test_padding_and_free_choices_are_not_counted_as_served() -> None:
+    router, (x_TD, real_T) = made("adamoe"), tokens()
+    own = router(x_TD, LIVE, real_T)
+    cuts = Cuts("quantile", {"layer": 0.0})
+    cuts.count("layer", keys("quantile", router, LIVE, own), real_T)
+    kept_T = real_T & (own.free_T == 0)
+    assert 0 < kept_T.sum() < real_T.sum()
+    assert cuts.reach == (pytest.approx((kept_T.sum() / real_T.sum()).item()), SLOTS)
