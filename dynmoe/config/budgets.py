@@ -60,13 +60,16 @@ def budget_problems(cfg: DictConfig) -> Iterator[str]:
         yield "budget.values: cuts of one rule. Add budget.rule=..., or give budget.targets"
     most = cfg.moe.max_experts
     within = Range(f"more than 0, up to {most}, the experts of a layer", lambda n: 0 < n <= most)
-    yield from _wrong("targets", targets, within)
-    yield from _wrong("values", values, RULES.get(rule or ""))
-    if rule == "top_k":
-        key, given = ("values", values) if values is not None else ("targets", targets)
-        numbers = _numbers(given)
-        if numbers and not any(float(each).is_integer() for each in numbers):
-            yield f"budget.{key}: budget.rule=top_k takes whole numbers, found {numbers}"
+    found = [
+        *_wrong("targets", targets, within),
+        *_wrong("values", values, RULES.get(rule or "")),
+    ]
+    yield from found
+    if rule == "top_k" and not found:
+        for key, given in (("targets", targets), ("values", values)):
+            parts = [each for each in _numbers(given) or [] if each != int(each)]
+            if parts:
+                yield f"budget.{key}: budget.rule=top_k takes whole numbers, found {parts}"
 
 
 def _numbers(given: Any) -> list[Any] | None:

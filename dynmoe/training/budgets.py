@@ -56,13 +56,19 @@ def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]
 
     names = list(moe_layers(task.backbone))
     starts = [Cuts(rule, dict.fromkeys(names, 0.0)) for rule in rules]
-    records = [evaluated(watched=starts)]
-    for start in starts:
-        if values := values_of(cfg):
-            records += [evaluated(_at(start.rule, names, value)) for value in values]
-        else:
-            records += _at_targets(evaluated, start, targets_of(cfg))
-    folder.replace("budget", *records)
+    records: list[Record] = []
+
+    def lines() -> Iterator[Record]:
+        yield evaluated(watched=starts)
+        for start in starts:
+            if values := values_of(cfg):
+                yield from (evaluated(_at(start.rule, names, value)) for value in values)
+            else:
+                yield from _at_targets(evaluated, start, targets_of(cfg))
+
+    for record in lines():
+        records.append(record)
+        folder.replace("budget", *records)  # all of them each time: a kill leaves whole lines
     title = f"{folder.path.name}, {checkpoint.name}, step {step}"
     Console().print(to_rich(budget_table(records, title)))
     print(save(draw_budgets(records, title), folder.path / "figures" / "budget.png"))

@@ -59,6 +59,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["mode=budget", "budget.rule=ratio", "budget.values=[1]"],
             "budget.values: expected 0 or more, below 1, found 1",
         ),
+        (["mode=budget", "budget.rule=top_k", "budget.values=[1,2.5]"], r"budget.values: .*whole.*\[2.5\]"),
+        (["mode=budget", "budget.rule=top_k", "budget.values=[a]"], "budget.values: expected numbers.*a"),
         (
             ["mode=budget", "budget.rule=top_k", "budget.targets=[1.5]"],
             "budget.targets: budget.rule=top_k takes whole numbers",
