@@ -23,7 +23,7 @@ LABELS = {
     "top_k": "top_k: the k best",
 }
 MARKS = "os^Dv"
-OWN_STYLE = {
+OWN_STYLE: dict[str, Any] = {
     "color": "black",
     "marker": "*",
     "markersize": 13,
