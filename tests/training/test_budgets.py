@@ -59,8 +59,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["mode=budget", "budget.rule=ratio", "budget.values=[1]"],
             "budget.values: expected 0 or more, below 1, found 1",
         ),
-        (["mode=budget", "budget.rule=top_k", "budget.values=[1,2.5]"], r"budget.values: .*whole.*\[2.5\]"),
-        (["mode=budget", "budget.rule=top_k", "budget.values=[a]"], "budget.values: expected numbers.*a"),
+        (
+            ["mode=budget", "budget.rule=top_k", "budget.values=[1,2.5]"],
+            r"budget.values: .*whole.*\[2.5\]",
+        ),
+        (
+            ["mode=budget", "budget.rule=top_k", "budget.values=[a]"],
+            "budget.values: expected numbers.*a",
+        ),
         (
             ["mode=budget", "budget.rule=top_k", "budget.targets=[1.5]"],
             "budget.targets: budget.rule=top_k takes whole numbers",
@@ -134,7 +140,9 @@ def test_table_and_figure() -> None:
     assert table.rows[1][:5] == ("ratio", "1.5", "0.25 to 0.5", "1.50", "1.00 to 2.00")
     scores, losses = draw_budgets(records, "a run").axes
     own, ratio = scores.lines
-    assert np.asarray(own.get_xydata()).tolist() == [[2.0, 20.0]] and own.get_label() == "as trained"
+    assert (
+        np.asarray(own.get_xydata()).tolist() == [[2.0, 20.0]] and own.get_label() == "as trained"
+    )
     assert np.asarray(ratio.get_xydata()).tolist() == [[1.2, 12.0], [1.5, 15.0]]
     assert np.asarray(losses.lines[1].get_ydata()).tolist() == [1.8, 1.5]
 
