@@ -162,7 +162,7 @@ class Cuts:
         layers, or one for each if the rule is ``quantile``."""
         names = list(self._counts_B)
         groups = [[name] for name in names] if self.rule == "quantile" else [names]
-        moved = {}
+        moved: dict[str, float] = {}
         for group in groups:
             counts_B = torch.stack([self._counts_B[name] for name in group]).sum(0)
             wanted = target_k * counts_B.new_tensor([sum(self._tokens[name] for name in group)])
