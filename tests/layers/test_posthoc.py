@@ -52,7 +52,7 @@ ROUTERS: dict[str, Any] = {
     "blockffn": BlockFFNRouter,
     "expert choice": ExpertChoiceRouter,
     "expert threshold": ExpertThresholdRouter,
-    "adamoe": NullExpertRouter,
+    "adamoe": partial(NullExpertRouter, num_null=2, top_k=2),
     "longcat": partial(NullExpertRouter, renorm="none", null_output="identity"),
     "beam": partial(MaskedTopKRouter, top_k=3),
     "gemoe": GeMoERouter,
