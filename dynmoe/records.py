@@ -29,6 +29,11 @@ measures and losses of a result.
 `routing.jsonl` has a line for each evaluation, MoE layer and `source`: `train`, or the name of an
 environment or evaluation set (`dynmoe.metrics.routing`). `events.jsonl` has the changes of experts,
 `examples.jsonl` single answered questions.
+
+`budget.jsonl` has a line for each evaluation of `dynmoe-eval mode=budget`: `rule` (`own`: the run
+as it is), the `target_k` that was asked for, the `cuts` and the recorded mean k of `layers`,
+`mean_k` over all, `scores`, and the means of the reported `measure` and of the loss over the
+reported sets, `score` and `loss`. `checkpoint` and `step` say which weights.
 """
 
 from __future__ import annotations
@@ -54,7 +59,7 @@ LOCKS = ".locks"
 # Names in the folder of a run before it writes: Hydra's (conf/hydra/job_logging), and the log.
 UNUSED = {".hydra", "run.log"}
 
-Kind = Literal["results", "routing", "events", "examples"]
+Kind = Literal["results", "routing", "events", "examples", "budget"]
 State = Literal["done", "running", "failed", "stopped", "missing"]
 Record = dict[str, Any]
 
@@ -85,6 +90,10 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
+    def replace(self, kind: Kind, *records: Mapping[str, Any]) -> None:
+        """Write these records in the place of all of their kind."""
+        replace_file(self._file(kind), "".join(map(_line, records)))
+
     def read(self, kind: Kind) -> list[Record]:
         """All records of one kind, in the order written; none when the file is not there.
 
@@ -109,7 +118,7 @@ class RunFolder:
         for kind in get_args(Kind):
             if self._file(kind).exists():
                 kept = [record for record in self.read(kind) if record["step"] <= step]
-                replace_file(self._file(kind), "".join(map(_line, kept)))
+                self.replace(kind, *kept)
 
     def write_run(self, facts: Mapping[str, Any]) -> None:
         """Write `run.json`: the facts that are known before the first step."""

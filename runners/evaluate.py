@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
 
 from dynmoe import process
+from dynmoe.records import RunFolder
 from dynmoe.training.evaluate import OVERRIDES, answer, evaluate, parse, submit
 
 HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
 
-  dynmoe-eval run=FOLDER [mode=evaluate|answer|submit] [checkpoint=selected|last|FILE]
+  dynmoe-eval run=FOLDER [mode=evaluate|answer|submit|budget] [checkpoint=selected|last|FILE]
               [key=value ...]
 
 run=FOLDER     the folder of a run, outputs/<name>/<run>.
@@ -20,6 +24,10 @@ mode=answer    task=vl: answers the questions of the run's sets, or of the publi
                and writes FOLDER/answers/<set>/ in the format of their evaluators.
 mode=submit    GLUE tasks: predicts the test sets and writes FOLDER/submission/*.tsv in the format
                of the GLUE server.
+mode=budget    evaluates with fewer and more experts per token, nothing trained: by budget.rule=
+               (threshold, entropy, ratio, quantile or top_k; default: all that fit the router) at
+               budget.targets= mean experts per token ([1,1.5,2,3]), or at the budget.values= of a
+               rule's cut; writes FOLDER/budget.jsonl and FOLDER/figures/budget.png.
 checkpoint=    the checkpoint to load (default: selected).
 --version      prints the version and the commit.
 
@@ -35,7 +43,15 @@ def main() -> None:
             print(HELP.format(keys=", ".join(OVERRIDES)))
             return
         mode, folder, checkpoint, cfg = parse(arguments)
-        {"evaluate": evaluate, "answer": answer, "submit": submit}[mode](folder, checkpoint, cfg)
+        modes = {"evaluate": evaluate, "answer": answer, "submit": submit, "budget": budget}
+        modes[mode](folder, checkpoint, cfg)
+
+
+def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> None:
+    """Import what only this mode needs."""
+    from dynmoe.training import budgets
+
+    budgets.budget(folder, checkpoint, cfg)
 
 
 if __name__ == "__main__":

@@ -90,10 +90,7 @@ class BiasedTopKRouter(SoftmaxRouter):
             chosen_TK = biased_TE.topk(self.top_k, dim=1).indices
             mask_TE = torch.zeros_like(biased_TE, dtype=torch.bool).scatter_(1, chosen_TK, True)
             mask_TE = hide_padding(mask_TE, token_mask_T)
-            weights_TE = scores_TE * mask_TE
-            if self.renormalise:
-                weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-20)
-            weights_TE = weights_TE * self.route_scale
+            weights_TE = self.weigh(scores_TE, mask_TE)
             aux = scores_TE.new_zeros(())
             if self.adds_losses:
                 best = scores_TE.topk(self.top_k, dim=1).indices
@@ -106,6 +103,12 @@ class BiasedTopKRouter(SoftmaxRouter):
                 observed = count_distances(self._margin(biased_TE), real_TE).flatten()
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, mask_TE, observed=observed)
+
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        weights_TE = scores_TE * mask_TE
+        if self.renormalise:
+            weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-20)
+        return weights_TE * self.route_scale
 
     def _within_groups(self, biased_TE: Tensor) -> Tensor:
         """Put -inf outside of each token's groups."""

@@ -97,8 +97,7 @@ class BlockFFNRouter(Router):
             raw_TE = self.logits(x_TD, live)
             scores_TE = raw_TE.relu()
             mask_TE = hide_padding(scores_TE > 0, token_mask_T)
-            mean_T1 = scores_TE.square().mean(1, keepdim=True)
-            normed_TE = scores_TE * (mean_T1 + self.eps).rsqrt()
+            normed_TE = self._normed(scores_TE)
             weights_TE = normed_TE * self.gain_E.float() * mask_TE
             aux, observed, length = raw_TE.new_zeros(()), None, sequence_length(shape)
             exporting = torch.compiler.is_exporting()  # not trained, of any number of sequences
@@ -113,6 +112,15 @@ class BlockFFNRouter(Router):
                 aux = aux + self.locality_weight * near
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, mask_TE, observed=observed)
+
+    def _normed(self, scores_TE: Tensor) -> Tensor:
+        return scores_TE * (scores_TE.square().mean(1, keepdim=True) + self.eps).rsqrt()
+
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        return self._normed(scores_TE) * self.gain_E.float() * mask_TE
+
+    def margins(self, scores_TE: Tensor, live: Sequence[int]) -> Tensor:
+        return scores_TE.masked_fill(scores_TE <= 0, -torch.inf)
 
     def update(self, own: StepTotals, every: Sequence[StepTotals]) -> None:
         # Sums of all layers: they share one factor.

@@ -101,6 +101,7 @@ class BudgetTopAnyRouter(TopAnyRouter):
         self.budget_rate = budget_rate
         self.unserved = unserved
         self.weights = weights
+        self.graded = weights == "softmax"
         self.temperature = temperature
         self.scale = scale
         self.trains_gate = gate_grad != "none"

@@ -57,6 +57,9 @@ class ExpertChoiceRouter(Router):
         aux = probs_TE.new_zeros(())
         return Routing(weights_TE, mask_TE, probs_TE, unserved_T, aux, mask_TE)
 
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        return scores_TE * mask_TE
+
     def record(self, live: Sequence[int]) -> dict[str, Any]:
         return {"thresholds": None, "target_k": self.target_k}
 
@@ -129,6 +132,12 @@ class ExpertThresholdRouter(Router):
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         aux = scores_TE.new_zeros(())
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, mask_TE, observed=observed)
+
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        return scores_TE.sigmoid() * mask_TE
+
+    def margins(self, scores_TE: Tensor, live: Sequence[int]) -> Tensor:
+        return scores_TE - self.cutoff_E
 
     def _of_batch(
         self, scores_TE: Tensor, reach_TE: Tensor, token_mask_T: Tensor | None

@@ -109,14 +109,7 @@ class TopKRouter(SoftmaxRouter):
             else:
                 choice_TK = probs_TE.topk(self.top_k, dim=1).indices
             mask_TE = _chosen(choice_TK, probs_TE, token_mask_T)
-            weights_TE = probs_TE * mask_TE
-            if self.renormalise:
-                # Rows of padding sum to 0.
-                weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
-            if self.weights_sum == "k":
-                weights_TE = weights_TE * self.top_k
-            if self.scale != 1:
-                weights_TE = weights_TE * self.scale
+            weights_TE = self.weigh(probs_TE, mask_TE)
             # NOTE: the loss sees the choices before places are given: an expert that many tokens
             # want must not look balanced because the overflow was dropped.
             aux = probs_TE.new_zeros(())
@@ -133,6 +126,15 @@ class TopKRouter(SoftmaxRouter):
                 weights_TE = weights_TE * mask_TE
             unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         return Routing(weights_TE, mask_TE, probs_TE, unserved_T, aux, mask_TE)
+
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        weights_TE = scores_TE * mask_TE
+        if self.renormalise:
+            # Rows of padding sum to 0.
+            weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
+        if self.weights_sum == "k":
+            weights_TE = weights_TE * mask_TE.sum(1, keepdim=True)
+        return weights_TE if self.scale == 1 else weights_TE * self.scale
 
     def flops(self, dim: int) -> tuple[int, int]:
         return 2 * dim, 0
@@ -226,6 +228,8 @@ class AverageKeyRouter(Router):
         ValueError: ``top_k`` is not 1 to ``num_slots``, or a capacity is impossible.
     """
 
+    graded = False
+
     keys_ED: Tensor
 
     def __init__(
@@ -278,6 +282,12 @@ class AverageKeyRouter(Router):
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         aux = scores_TE.new_zeros(())
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, mask_TE)
+
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        weights_TE = mask_TE.float()
+        if self.weights_sum == "k":
+            return weights_TE
+        return weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1)
 
     def extra_repr(self) -> str:
         return f"k={self.top_k} of {self.num_slots}" + _capacity_repr(self)

@@ -104,6 +104,11 @@ class MaskedTopKRouter(TopKRouter):
             observed=observed,
         )
 
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        best = scores_TE.topk(self.top_k, dim=1).indices
+        choice_TE = torch.zeros_like(mask_TE).scatter_(1, best, True)
+        return super().weigh(scores_TE, choice_TE) * mask_TE
+
     def update(self, own: StepTotals, every: Sequence[StepTotals]) -> None:
         assert self.target_k is not None
         move_shift(self.shift, self.trend, own, self.target_k, self.budget_rate)

@@ -138,6 +138,13 @@ class NullExpertRouter(SoftmaxRouter):
             free_T=picks_TC[:, self.num_slots :].sum(1),
         )
 
+    @property
+    def can_weigh(self) -> bool:
+        return self.renorm != "all"  # shares of null picks would be others too
+
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        return self._weights(scores_TE * mask_TE)
+
     def _weights(self, picked_TC: Tensor) -> Tensor:
         if self.renorm == "none":
             return picked_TC

@@ -89,9 +89,7 @@ class GeMoERouter(SoftmaxRouter):
             k_T1 = soft_k_T.detach().round().long()[:, None]
             rank_TE = _ranks(probs_TE)
             mask_TE = hide_padding(rank_TE < k_T1, token_mask_T)
-            weights_TE = probs_TE * mask_TE
-            if self.renormalise:
-                weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
+            weights_TE = self.weigh(probs_TE, mask_TE)
             through_T1 = 1 + (soft_k_T - soft_k_T.detach())[:, None]  # 1, with the gradient of k
             weights_TE = torch.where(rank_TE == k_T1 - 1, weights_TE * through_T1, weights_TE)
             aux = probs_TE.new_zeros(())
@@ -103,6 +101,12 @@ class GeMoERouter(SoftmaxRouter):
             aux = self._with_losses(aux, logits_TE, probs_TE, mask_TE, token_mask_T, shape)
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         return Routing(weights_TE, mask_TE, probs_TE, unserved_T, aux, mask_TE)
+
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        weights_TE = scores_TE * mask_TE
+        if self.renormalise:
+            weights_TE = weights_TE / weights_TE.sum(1, keepdim=True).clamp(min=1e-9)
+        return weights_TE
 
     def _hinge(self, k_T: Tensor, probs_TE: Tensor, token_mask_T: Tensor | None) -> Tensor:
         """Mean over pairs of what the one of larger entropy lacks."""

@@ -127,12 +127,24 @@ class PrefixRouter(SoftmaxRouter):
     def _prefix(self, probs_TE: Tensor) -> Tensor:
         sorted_TE, order_TE = probs_TE.sort(dim=1, descending=True, stable=True)
         larger_TE = F.pad(sorted_TE.cumsum(1)[:, :-1], (1, 0))
-        p = self.p if self.has_state else self.top_p
+        p = self._share()
         kept_TE = larger_TE < p if self.boundary == "below" else larger_TE <= p
         # Rounding may take the sum to 1 before the last expert.
         kept_TE = kept_TE | (p >= 1)
         kept_TE[:, 0] = True
         return torch.zeros_like(kept_TE).scatter(1, order_TE, kept_TE)
+
+    def _share(self) -> Tensor | float:
+        return self.p if self.has_state else self.top_p
+
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        return self._weights(scores_TE * mask_TE, mask_TE)
+
+    def margins(self, scores_TE: Tensor, live: Sequence[int]) -> Tensor:
+        """By how much the share exceeds the sum of the larger probabilities."""
+        sorted_TE, order_TE = scores_TE.sort(dim=1, descending=True, stable=True)
+        larger_TE = F.pad(sorted_TE.cumsum(1)[:, :-1], (1, 0))
+        return torch.zeros_like(scores_TE).scatter(1, order_TE, self._share() - larger_TE)
 
     def _weights(self, chosen_TE: Tensor, mask_TE: Tensor) -> Tensor:
         if self.renorm == "none":

@@ -87,6 +87,12 @@ class ReLURouter(Router):
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         return Routing(weights_TE, mask_TE, scores_TE, unserved_T, aux, mask_TE)
 
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        return scores_TE.relu() * mask_TE
+
+    def margins(self, scores_TE: Tensor, live: Sequence[int]) -> Tensor:
+        return scores_TE.masked_fill(scores_TE <= 0, -torch.inf)
+
     def update(self, own: StepTotals, every: Sequence[StepTotals]) -> None:
         layers = [own] if self.per_layer else every
         pairs = torch.stack([each.load_S.sum() for each in layers]).sum()

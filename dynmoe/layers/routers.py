@@ -116,6 +116,8 @@ class Router(nn.Module):
     sees_batch: ClassVar[bool] = False
     """Whether experts choose among the tokens of a batch, in evaluation too: refused for causal
     models, whose tokens would be told what follows."""
+    graded: bool = True
+    """Whether the weights of a token's experts may differ."""
     observes: int = 0
     """Numbers in ``Routing.observed``; 0 without."""
     takes_shape: bool = False
@@ -189,6 +191,22 @@ class Router(nn.Module):
         Column j belongs to slot ``live[j]``; experts without an FFN have columns behind those.
         """
         raise NotImplementedError
+
+    def can_weigh(self) -> bool:
+        """Whether ``weigh`` may be called; budgets after training need it (``posthoc.py``)."""
+        return type(self).weigh is not Router.weigh
+
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        """Return the weights of the experts in ``mask_TE``, had the router chosen them at these
+        ``Routing.scores_TE`` in evaluation, [T, E]."""
+        raise NotImplementedError
+
+    def margins(self, scores_TE: Tensor, live: Sequence[int]) -> Tensor | None:
+        """Return by how much each pair passes its threshold: the router takes those above 0.
+
+        -inf on pairs that no other threshold would admit. None: a router without thresholds.
+        """
+        return None
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
         """Return the parameters that belong to one slot alone."""
@@ -381,6 +399,7 @@ class TopAnyRouter(Router):
     """
 
     adaptive = True
+    graded = False
 
     def __init__(
         self,
@@ -443,6 +462,12 @@ class TopAnyRouter(Router):
 
     def _thresholds(self, live: Sequence[int]) -> Tensor:
         return torch.stack([self.thresholds[slot] for slot in live]).float()
+
+    def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
+        return self._weights(mask_TE.to(scores_TE.dtype), mask_TE, scores_TE)
+
+    def margins(self, scores_TE: Tensor, live: Sequence[int]) -> Tensor:
+        return scores_TE - self._thresholds(live)
 
     def _admit(self, scores_TE: Tensor, mask_TE: Tensor, unserved_T: Tensor) -> Tensor:
         return mask_TE

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dynmoe.config.arguments import joined
+from dynmoe.config.budgets import KEYS, budget_problems
 from dynmoe.config.check import value_problems
 from dynmoe.config.machine import data_folder, folders, gpu_there
 from dynmoe.config.options import modality
@@ -33,7 +34,7 @@ OVERRIDES = (
     "backbone.vision.path",
     "trainer.accelerator",
 )
-MODES = ("evaluate", "answer", "submit")
+MODES = ("evaluate", "answer", "submit", "budget")
 ARGUMENTS = ("run", "checkpoint", "mode")
 
 
@@ -46,6 +47,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     """
     given: dict[str, str] = {}
     question_sets: list[str] = []
+    budgets: list[str] = []
     arguments, astray = joined(arguments)
     if astray:
         raise ConfigError("\n".join(astray))
@@ -53,12 +55,15 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         key, equals, value = argument.partition("=")
         if equals and key.startswith("question_sets."):
             question_sets.append(argument)
+        elif equals and key in KEYS:
+            budgets.append(argument)
         elif equals and key in (*ARGUMENTS, *OVERRIDES):
             given[key] = value
         elif not equals and not argument.startswith("-"):
             raise ConfigError(f"{argument}: expected key=value. A run is given as run={argument}")
         else:
-            known = ", ".join(f"{k}=" for k in (*ARGUMENTS, "question_sets.<set>", *OVERRIDES))
+            keys = (*ARGUMENTS, "question_sets.<set>", *KEYS, *OVERRIDES)
+            known = ", ".join(f"{each}=" for each in keys)
             raise ConfigError(f"{argument}: unknown argument, expected {known}")
     if not given.get("run"):
         raise ConfigError("run=FOLDER is missing: the folder outputs/<name>/<run> of a trained run")
@@ -86,19 +91,22 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         cfg.data.tokenizer_path = given["backbone.path"]
     if question_sets and mode != "answer":
         raise ConfigError(f"{question_sets[0]}: questions to answer, expected with mode=answer")
-    values = [f"{key}={value}" for key, value in given.items()]
+    if budgets and mode != "budget":
+        raise ConfigError(f"{budgets[0]}: of budgets after training, expected with mode=budget")
+    values = [f"{key}={value}" for key, value in given.items()] + question_sets + budgets
     try:
-        overrides = OmegaConf.from_dotlist([*values, *question_sets])
+        overrides = OmegaConf.from_dotlist(values)
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
     except (OmegaConfBaseException, YAMLError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{' '.join([*values, *question_sets])}: {reason}") from None
+        raise ConfigError(f"{' '.join(values)}: {reason}") from None
     if wrong := [
         *value_problems(cfg, given),
         *text_run(cfg),
         *folders(cfg),
         *data_folder(cfg),
         *gpu_there(cfg),
+        *(budget_problems(cfg) if mode == "budget" else ()),
     ]:
         raise ConfigError("\n".join(wrong))
     return mode, folder, checkpoint, cfg
@@ -109,7 +117,7 @@ Scores = dict[str, dict[str, float]]
 
 def evaluate(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> Scores:
     """Scores by set and measure, as in ``results.jsonl``; prints them beside the recorded ones."""
-    data, task, step, trainer = _load(folder, checkpoint, cfg)
+    data, task, step, trainer = loaded(folder, checkpoint, cfg)
     data.repeat_evaluation_of(step)
     trainer.validate(task, datamodule=data, verbose=False)
     scores: Scores = task.scores()
@@ -130,7 +138,7 @@ def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
 
     if not str(cfg.data._target_).endswith(".GlueData"):
         raise ConfigError(f"mode=submit: {cfg.data.name} is no task of GLUE")
-    data, task, step, trainer = _load(folder, checkpoint, cfg)
+    data, task, step, trainer = loaded(folder, checkpoint, cfg)
     data.read_tests()
     found = trainer.predict(task, datamodule=data)
     by_set = found if len(data.test_sets) > 1 else [found]
@@ -149,7 +157,7 @@ def submit(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Path]:
     return files
 
 
-def _load(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, Any, int, Any]:
+def loaded(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, Any, int, Any]:
     """Data that has been set up for evaluation, the trained task, its step, and a trainer."""
     from dynmoe.training import build
 

@@ -1,0 +1,89 @@
+"""Table and figure of ``dynmoe-eval mode=budget``: scores over mean experts per token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from dynmoe.records import Record
+from dynmoe.report.drawing import COLOURS, lay_out
+from dynmoe.report.tables import Table, format_number
+from dynmoe.report.words import is_points, measure_number
+
+OWN = "own"
+"""The rule of a record of the run as it was trained."""
+LABELS = {
+    OWN: "as trained",
+    "threshold": "threshold: one shift of all",
+    "entropy": "entropy of weights",
+    "ratio": "ratio to the largest weight",
+    "quantile": "quantile of scores, by layer",
+    "top_k": "top_k: the k best",
+}
+MARKS = "os^Dv"
+OWN_STYLE: dict[str, Any] = {
+    "color": "black",
+    "marker": "*",
+    "markersize": 13,
+    "linestyle": "none",
+    "zorder": 5,
+}
+
+
+def budget_table(records: Sequence[Record], title: str) -> Table:
+    """A row for each evaluation."""
+    rows = tuple(
+        (
+            LABELS[OWN] if each["rule"] == OWN else each["rule"],
+            "-" if each["target_k"] is None else f"{each['target_k']:g}",
+            _cut(each),
+            format_number(each["mean_k"], ".2f"),
+            _span(each["layers"].values(), ".2f"),
+            measure_number(each["measure"], each["score"], 2),
+            measure_number("loss", each["loss"]),
+        )
+        for each in records
+    )
+    measure = records[0]["measure"].replace("_", " ")
+    columns = ("rule", "target", "cut", "mean k", "of layers", measure, "loss")
+    note = "Cuts for a target were found on the inputs that are scored, without their labels."
+    return Table(f"Budgets after training: {title}", columns, rows, note)
+
+
+def _cut(record: Record) -> str:
+    if record["cuts"] is None:
+        return "-"
+    cuts = record["cuts"].values()
+    return _span(map(abs, cuts) if record["rule"] == "top_k" else cuts, ".3g")
+
+
+def _span(numbers: Iterable[float], form: str) -> str:
+    values = list(numbers)
+    ends = dict.fromkeys((f"{min(values):{form}}", f"{max(values):{form}}"))
+    return " to ".join(ends)
+
+
+def draw_budgets(records: Sequence[Record], title: str) -> Figure:
+    """Score and loss over mean k: a line for each rule, the run's own point in black."""
+    figure, panels = lay_out(2, width=3.8, height=3.2, beside=2.4)
+    measure = records[0]["measure"]
+    points = is_points(measure)
+    panels[0].set_ylabel(measure.replace("_", " ") + ("" if points else ", %"))
+    panels[1].set_ylabel("mean loss (negative log-likelihood)")
+    rules = dict.fromkeys(each["rule"] for each in records if each["rule"] != OWN)
+    for axes, key, factor in zip(panels, ("score", "loss"), (1 if points else 100, 1), strict=True):
+        for rule, colour, mark in zip((OWN, *rules), ("", *COLOURS), (" ", *MARKS), strict=False):
+            style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 5}
+            found = sorted(
+                (each["mean_k"], factor * each[key]) for each in records if each["rule"] == rule
+            )
+            x, y = zip(*found, strict=True)
+            axes.plot(x, y, label=LABELS[rule], **(OWN_STYLE if rule == OWN else style))
+        axes.set_xlabel("mean experts per token")
+        axes.grid(alpha=0.25)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.suptitle(title, fontsize="medium")
+    return figure

@@ -1,0 +1,169 @@
+"""A trained run at other budgets, without training: scores over mean experts per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from dynmoe.config.budgets import rule_of, targets_of, values_of
+from dynmoe.errors import ConfigError
+from dynmoe.layers import Router, TopKRouter
+from dynmoe.layers.moe import moe_layers
+from dynmoe.layers.posthoc import Cuts, Rule, changed_routing, rules_of
+from dynmoe.metrics.routing import TRAIN
+from dynmoe.records import Record, RunFolder
+from dynmoe.report.budgets import OWN, budget_table, draw_budgets
+from dynmoe.report.drawing import save
+from dynmoe.report.tables import to_rich
+from dynmoe.selection import mean, measured
+from dynmoe.training.evaluate import loaded
+from dynmoe.training.instantiation import make
+
+TOLERANCE = 0.01
+"""Distance from the target, as a share of it, within which no further cut is tried."""
+PASSES = 5
+"""Evaluations for one target, at most."""
+
+Evaluate = Callable[..., Record]
+
+
+def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]:
+    """Evaluate the run as it is and by every rule at every target or value.
+
+    Writes ``budget.jsonl`` and ``figures/budget.png`` in the run's folder, and prints the table.
+
+    Returns:
+        The lines of ``budget.jsonl``, the run's own routing first.
+
+    Raises:
+        ConfigError: the run's router does not offer the rule, or any.
+    """
+    rules = [rule for rule in _offered(cfg) if rule_of(cfg) in (None, rule)]
+    reported = _reported(folder)
+    data, task, step, trainer = loaded(folder, checkpoint, cfg)
+
+    def evaluated(applied: Cuts | None = None, watched: Sequence[Cuts] = ()) -> Record:
+        data.repeat_evaluation_of(step)
+        with changed_routing(task.backbone, applied, watched):
+            trainer.validate(task, datamodule=data, verbose=False)
+        record = _record(task, reported, applied)
+        return {"step": step, "checkpoint": checkpoint.name, **record}
+
+    names = list(moe_layers(task.backbone))
+    starts = [Cuts(rule, dict.fromkeys(names, 0.0)) for rule in rules]
+    records: list[Record] = []
+
+    def lines() -> Iterator[Record]:
+        yield evaluated(watched=starts)
+        for start in starts:
+            if values := values_of(cfg):
+                yield from (evaluated(_at(start.rule, names, value)) for value in values)
+            else:
+                yield from _at_targets(evaluated, start, targets_of(cfg))
+
+    for record in lines():
+        records.append(record)
+        folder.replace("budget", *records)  # all of them each time: a kill leaves whole lines
+    title = f"{folder.path.name}, {checkpoint.name}, step {step}"
+    Console().print(to_rich(budget_table(records, title)))
+    print(save(draw_budgets(records, title), folder.path / "figures" / "budget.png"))
+    return records
+
+
+def _offered(cfg: DictConfig) -> tuple[Rule, ...]:
+    """The rules of the run's router, known before data and weights are read."""
+    node: Any = OmegaConf.to_container(cfg.moe.router)
+    if isinstance(node.get("target_k"), list):  # one for each layer
+        node["target_k"] = node["target_k"][0]
+    make_router: Any = make(node, "moe.router")
+    if node["_target_"].endswith(".own_router"):  # makes one of the model's own
+        make_router = partial(TopKRouter, top_k=1)
+    router = make_router(8, cfg.moe.max_experts)
+    rules = rules_of(router) if isinstance(router, Router) else ()
+    kind = type(router).__name__
+    if not rules:
+        raise ConfigError(
+            f"mode=budget: {kind} cannot weigh other experts than it chose (Router.weigh), so its "
+            "run has no budget after training. docs/routers.md lists the routers that can"
+        )
+    wanted = rule_of(cfg)
+    if wanted is not None and wanted not in rules:
+        raise ConfigError(
+            f"budget.rule: {wanted} does not fit {kind}, expected one of {', '.join(rules)}"
+        )
+    return rules
+
+
+def _at(rule: Rule, names: Sequence[str], value: float) -> Cuts:
+    # The keys of the k best are 0, -1, ...: ranks, counted down.
+    return Cuts(rule, dict.fromkeys(names, -value if rule == "top_k" else value))
+
+
+def _at_targets(evaluated: Evaluate, cuts: Cuts, targets: Sequence[float]) -> Iterator[Record]:
+    """An evaluation for each target within reach, from one to the next; says which are not."""
+    least, most = cuts.reach
+    for target in targets:
+        if not least * (1 - TOLERANCE) <= target <= most * (1 + TOLERANCE):
+            print(f"{cuts.rule}: mean k {target:g} is out of reach, {least:.2f} to {most:.2f}")
+        elif cuts.rule != "top_k":
+            record, cuts = reached(evaluated, cuts, target)
+            yield record
+        elif target.is_integer():
+            yield {**evaluated(_at(cuts.rule, list(cuts.at), target)), "target_k": target}
+
+
+def reached(evaluated: Evaluate, cuts: Cuts, target: float) -> tuple[Record, Cuts]:
+    """Return the evaluation nearest to the target of ``PASSES`` or fewer, and its cuts.
+
+    Each moves the cuts by the keys that were counted under the last ones: a cut changes what later
+    layers see.
+    """
+    tried: list[tuple[float, Record, Cuts]] = []
+    while len(tried) < PASSES:
+        cuts = cuts.moved_to(target)
+        record = {**evaluated(cuts), "target_k": target}
+        tried.append((abs(record["mean_k"] - target), record, cuts))
+        if tried[-1][0] <= TOLERANCE * target:
+            break
+    _, record, cuts = min(tried, key=lambda each: each[0])
+    return record, cuts
+
+
+def _reported(folder: RunFolder) -> Mapping[str, Any]:
+    """Which sets and measure the run reports; empty where no run.json says it."""
+    facts = folder.read_run() if (folder.path / "run.json").exists() else {}
+    reported: Mapping[str, Any] = facts.get("reported", {})
+    return reported
+
+
+def _record(task: Any, reported: Mapping[str, Any], applied: Cuts | None) -> Record:
+    scores = task.scores()
+    measure = reported.get("measure", "score")
+    # A run without a test environment reports none.
+    sets = reported.get("sets") or [name for name in scores if measure in scores[name]]
+    load: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    for each in task.routing_records():
+        if each["source"] != TRAIN:
+            name = each["layer"]
+            load[name] = load.get(name, 0) + sum(each["load"])
+            tokens[name] = tokens.get(name, 0) + each["tokens"]
+    score, loss = (
+        mean(measured({"scores": scores}, name, key) for name in sets) for key in (measure, "loss")
+    )
+    return {
+        "rule": OWN if applied is None else applied.rule,
+        "target_k": None,
+        "cuts": None if applied is None else applied.at,
+        "mean_k": sum(load.values()) / max(1, sum(tokens.values())),
+        "layers": {name: load[name] / max(1, tokens[name]) for name in load},
+        "measure": measure,
+        "score": score,
+        "loss": loss,
+        "scores": scores,
+    }
