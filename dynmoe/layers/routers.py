@@ -192,6 +192,7 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
+    @property
     def can_weigh(self) -> bool:
         """Whether ``weigh`` may be called; budgets after training need it (``posthoc.py``)."""
         return type(self).weigh is not Router.weigh
