@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.errors import ConfigError
-from dynmoe.layers.moe import constant_weights, mask_padding, moe_layers
+from dynmoe.layers.moe import MoELayer, constant_weights, mask_padding, moe_layers
 
 modality = "vision-language"
 
@@ -134,7 +135,9 @@ class VisionLanguageModel(nn.Module):
         answers that have ended are padding.
         """
         self._token_mask = tokens["attention_mask"].bool()
-        calls = self.language_model.register_forward_pre_hook(self._mask_call, with_kwargs=True)
+        # Looked for once: to walk through all modules takes as long as a small layer.
+        mask_call = partial(self._mask_call, list(moe_layers(self.language_model).values()))
+        calls = self.language_model.register_forward_pre_hook(mask_call, with_kwargs=True)
         constant = constant_weights(self.language_model, stack=True)
         with calls, constant, mask_padding(self.language_model, None):
             out: Tensor = self.language_model.generate(
@@ -154,7 +157,9 @@ class VisionLanguageModel(nn.Module):
         ends = torch.tensor(_as_list(self.config.eos_token_id), device=ids_BN.device)
         return ~torch.isin(ids_BN, ends).any(dim=1)
 
-    def _mask_call(self, model: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
+    def _mask_call(
+        self, layers: Sequence[MoELayer], model: nn.Module, _: Any, inputs: dict[str, Any]
+    ) -> None:
         """Tell the MoE layers what is padding in a call of ``generate``."""
         ids = inputs.get("input_ids")
         mask = self._token_mask
@@ -162,7 +167,7 @@ class VisionLanguageModel(nn.Module):
             assert mask is not None
             ends = torch.tensor(_as_list(self.config.eos_token_id), device=ids.device)
             mask = self._token_mask = mask[:, -1:] & ~torch.isin(ids, ends)
-        for layer in moe_layers(model).values():
+        for layer in layers:
             layer.token_mask = mask
 
     def _forward_and_recompute(
