@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock
 
+from dynmoe.data.cache import chunks, kept_or_made, opened, written
 from dynmoe.data.text.sets import TextSet
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.network import go_offline_if_unreachable
 from dynmoe.seeding import IntArray
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    import pyarrow
     from tokenizers.normalizers import Normalizer
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BATCH = 1000  # texts handed to the tokenizer at once
-LONG_PASS = 20_000  # texts from which a progress bar is shown
 
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep")
 
@@ -32,26 +31,26 @@ TokenRow = dict[str, list[int]]
 PLAIN = {"split_special_tokens": True}
 """[SEP] or </s> in a text is text: it does not divide sentences, nor end them."""
 
-T = TypeVar("T")
-
 
 class EncodedTexts:
     """Token ids of every example, not padded; `lengths` [N] counts them."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        import pyarrow.compute
-
-        self._dataset = dataset
-        counts = pyarrow.compute.list_value_length(dataset.data.column("input_ids"))
-        self.lengths: IntArray = counts.to_numpy().astype(np.int64)
+    def __init__(self, table: pyarrow.Table) -> None:
+        parts = {name: table[name].combine_chunks() for name in table.column_names}
+        self._columns = {name: each.values.to_numpy() for name, each in parts.items()}
+        self._starts = next(iter(parts.values())).offsets.to_numpy()
+        self.lengths: IntArray = np.diff(self._starts).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def rows(self, indices: list[int]) -> list[TokenRow]:
         """The tokenizer's output for each: input_ids, attention_mask, maybe token_type_ids."""
-        columns = self._dataset[indices]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        ends = [(self._starts[index], self._starts[index + 1]) for index in indices]
+        return [
+            {name: values[start:end].tolist() for name, values in self._columns.items()}
+            for start, end in ends
+        ]
 
 
 def encode(
@@ -73,10 +72,10 @@ def encode(
         )
     make = partial(_tokenized, texts, tokenizer, max_length)
     if cache is None:
-        return EncodedTexts(make(None))
+        return make(None)
     settings = [tokenizer.model_input_names, tokenizer.truncation_side, max_length, PLAIN]
     name = f"tokens-{fingerprint(tokenizer, [texts.digest, settings])}.arrow"
-    return EncodedTexts(kept_or_made(cache / name, partial(_kept, len(texts)), make))
+    return kept_or_made(cache / name, partial(_kept, len(texts)), make)
 
 
 def check_max_length(tokenizer: PreTrainedTokenizerBase, texts: int, max_length: int) -> None:
@@ -101,40 +100,6 @@ def count_cut(
         rows = tokenizer(*columns, truncation=False, verbose=False, **PLAIN)["input_ids"]
         cut += sum(len(row) > max_length for row in rows)
     return cut
-
-
-def kept_or_made(file: Path, read: Callable[[Path], T], make: Callable[[Path], T]) -> T:
-    """Return what `read` finds in `file`, a file of the cache, or else what `make` writes there.
-
-    A checksum beside the file tells whether it is as it was made: not all damage shows in reading.
-    `read` raises OSError or ValueError where there is no file or a damaged one. Processes that ask
-    for the same file wait for the first.
-
-    Raises:
-        ConfigError: the folder of `file` cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            checksum = Path(f"{file}.blake2b")
-            try:
-                if checksum.read_text() != _digest(file):
-                    raise ValueError(f"{file}: another checksum")
-                return read(file)
-            except (OSError, ValueError):
-                made = make(file)
-                checksum.write_text(_digest(file))
-                return made
-    except OSError as error:
-        raise ConfigError(
-            f"paths.cache: cannot write to {file.parent}: {error.strerror or error}. "
-            "Choose another folder: paths.cache=FOLDER, or keep none: data.cache=null"
-        ) from error
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "blake2b").hexdigest()
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -234,36 +199,33 @@ def word_level_tokenizer(
     )
 
 
-def _kept(rows: int, file: Path) -> Dataset:
-    """Raises OSError or ValueError (pyarrow.ArrowInvalid): no file, damaged, or of other texts."""
-    from datasets import Dataset
-
-    dataset = Dataset.from_file(str(file))
-    if len(dataset) != rows:  # an Arrow stream may be cut between two of its batches
-        raise ValueError(f"{file}: expected {rows} rows, found {len(dataset)}")
-    return dataset
+def _kept(rows: int, file: Path) -> EncodedTexts:
+    """Raises OSError or ValueError: no file, damaged, or of other texts."""
+    encoded = EncodedTexts(opened(file))
+    if len(encoded) != rows:
+        raise ValueError(f"{file}: expected {rows} rows, found {len(encoded)}")
+    return encoded
 
 
 def _tokenized(
     texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int, file: Path | None
-) -> Dataset:
-    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+) -> EncodedTexts:
+    return EncodedTexts(written(file, partial(_write, texts, tokenizer, max_length)))
 
-    columns = {"first": texts.first}
-    if texts.second is not None:
-        columns["second"] = texts.second
 
-    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return dict(tokenizer(*batch.values(), truncation=True, max_length=max_length, **PLAIN))
+def _write(texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int, sink: Any) -> None:
+    """Write one batch of rows: its columns are mapped as one array each."""
+    import pyarrow
 
-    (enable_progress_bars if len(texts) >= LONG_PASS else disable_progress_bars)()
-    return Dataset.from_dict(columns).map(
-        tokenize,
-        desc="tokenizing",
-        batched=True,
-        batch_size=BATCH,
-        remove_columns=list(columns),
-        cache_file_name=None if file is None else str(file),
-        load_from_cache_file=False,
-        new_fingerprint="tokens" if file is None else file.stem,  # hashing the tokenizer is slow
-    )
+    ids = pyarrow.list_(pyarrow.int32())
+    columns: dict[str, list[Any]] = {}
+    pairs = zip(texts.first, *([] if texts.second is None else [texts.second]), strict=True)
+    for chunk in chunks(pairs, BATCH, "texts tokenized"):
+        batch = map(list, zip(*chunk, strict=True))
+        made = tokenizer(*batch, truncation=True, max_length=max_length, **PLAIN)
+        for name, values in made.items():
+            columns.setdefault(name, []).append(pyarrow.array(values, ids))
+    arrays = {name: pyarrow.concat_arrays(parts) for name, parts in columns.items()}
+    rows = pyarrow.RecordBatch.from_pydict(arrays)
+    with pyarrow.ipc.new_file(sink, rows.schema) as file:
+        file.write_batch(rows)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
 import pyarrow.compute
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from dynmoe.data.text.tokens import fingerprint, kept_or_made
+from dynmoe.data.cache import chunks, kept_or_made, opened, written
+from dynmoe.data.text.tokens import fingerprint
 from dynmoe.data.vl.chat import (
     IGNORE,
     IMAGE,
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 500  # conversations in memory at once
-LONG_PASS = 20_000  # conversations after which progress is shown
 COLUMNS = pyarrow.schema(
     {
         "ids": pyarrow.list_(pyarrow.int32()),  # an image is one `IMAGE`
@@ -127,41 +125,28 @@ def tokenized(
         image_tokens=image_tokens,
         max_length=max_length,
     )
+    write = partial(_write, source, rows_of, image_tokens)
     if cache is None:
-        buffer = pyarrow.BufferOutputStream()
-        _write(source, rows_of, image_tokens, buffer)
-        return TokenStore(pyarrow.ipc.open_file(buffer.getvalue()).read_all(), image_tokens)
+        return TokenStore(written(None, write), image_tokens)
     marks = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
     settings = [repr(TEMPLATES[template]), image_tokens, max_length, str(COLUMNS)]
     name = f"conversations-{fingerprint(tokenizer, [source.digest, marks, settings])}.arrow"
-    return kept_or_made(
-        cache / name,
-        partial(_opened, image_tokens),
-        partial(_made, source, rows_of, image_tokens),
-    )
+
+    def make(file: Path) -> TokenStore:
+        return TokenStore(written(file, write), image_tokens, file)
+
+    return kept_or_made(cache / name, partial(_opened, image_tokens), make)
 
 
 def _opened(image_tokens: int, file: Path) -> TokenStore:
-    """Raises OSError or ValueError (pyarrow.ArrowInvalid): no such file, or a damaged one."""
-    table = pyarrow.ipc.open_file(pyarrow.memory_map(str(file))).read_all()
-    return TokenStore(table, image_tokens, file)
-
-
-def _made(source: ConversationSource, rows_of: RowsOf, image_tokens: int, file: Path) -> TokenStore:
-    part = file.with_suffix(".part")
-    try:
-        with part.open("wb") as sink:
-            _write(source, rows_of, image_tokens, sink)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-    return _opened(image_tokens, file)
+    """Raises OSError or ValueError: no such file, or a damaged one."""
+    return TokenStore(opened(file), image_tokens, file)
 
 
 def _write(source: ConversationSource, rows_of: RowsOf, image_tokens: int, sink: Any) -> None:
     total = left_out = 0
     with pyarrow.ipc.new_file(sink, COLUMNS) as file:
-        for chunk in _chunks(source):
+        for chunk in chunks(source, CHUNK, f"conversations of {source.name} tokenized"):
             rows = rows_of(chunk)
             file.write_batch(pyarrow.RecordBatch.from_pylist(rows, COLUMNS))
             left_out += rows.count({})
@@ -202,21 +187,3 @@ def _row(conversation: Conversation, encoded: EncodedConversation, image_tokens:
         "length": len(ids),
         "answer_tokens": int(np.count_nonzero(labels != IGNORE)),
     }
-
-
-def _chunks(source: ConversationSource) -> Iterator[list[Conversation]]:
-    """The source in pieces, in a long pass with a display of how far it is."""
-    text = TextColumn(f"{source.name}: {{task.completed:,}} conversations tokenized")
-    display = Progress(SpinnerColumn(), text, TimeElapsedColumn())
-    task = display.add_task("", total=None)
-    stream, done = iter(source), 0
-    try:
-        while chunk := list(islice(stream, CHUNK)):
-            yield chunk
-            done += len(chunk)
-            display.update(task, completed=done)
-            if done >= LONG_PASS:
-                display.start()
-    finally:
-        if display.live.is_started:
-            display.stop()

@@ -16,6 +16,7 @@ import pytest
 from chat_tokenizers import whole_words
 from rich.progress import Progress
 
+from dynmoe.data import cache
 from dynmoe.data.vl import store as vl_store
 from dynmoe.data.vl.chat import encode_all
 from dynmoe.data.vl.conversations import Conversation, Message
@@ -196,7 +197,7 @@ def test_progress_is_shown_in_a_long_pass_alone(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Progress, "start", lambda self: started.append(self.tasks[0].completed))
     make(None)
     assert not started
-    monkeypatch.setattr(vl_store, "LONG_PASS", 3)
+    monkeypatch.setattr(cache, "LONG_PASS", 3)
     monkeypatch.setattr(vl_store, "CHUNK", 2)
     make(None)
     assert started == [4]
