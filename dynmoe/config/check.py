@@ -46,7 +46,6 @@ READ = {
     "backbone": ("model", "options", "pretrained"),
     "backbone.vision": ("image_size", "model", "patch_size", "path", "pretrained"),
     "data": ("batch_size", "name"),
-    "moe.adaptation": ("init",),
     "task.optimizer": ("lr", "weight_decay"),
     "trainer": (
         *("accelerator", "accumulate_grad_batches", "devices", "enable_progress_bar", "max_epochs"),
