@@ -68,10 +68,10 @@ def standard_score(norms: Iterable[float]) -> float:
     In fp32, as the code. 0 where all are equal: the norms of an expert without tokens are.
     """
     window = torch.tensor([*norms], dtype=torch.float32)
-    deviation = window.std()
-    if not deviation > 0:
+    deviation, mean = window.std(), window.mean()
+    if not deviation > 1e-6 * mean:  # rounding of the mean
         return 0.0
-    return float((window[-1] - window.mean()) / deviation)
+    return float((window[-1] - mean) / deviation)
 
 
 def p_value(scores: Iterable[float], window: int) -> float:

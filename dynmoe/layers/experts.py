@@ -135,10 +135,10 @@ class Experts(nn.Module):
         """Return the weight of an expert's first matrix, [H, D]; of a gated FFN that has gate and
         up apart both. Empty where no linear layer is found."""
         mlp = self.slots[slot]
-        names = in_order(mlp)
         layout = find_layout(mlp)
-        first = names[:1] if layout is None else list(layout.inner)
-        return [linear.weight for linear in _named(mlp, first)]
+        if layout is None:
+            return [linear.weight for linear in linears(mlp)[:1]]
+        return [linear.weight for linear in _named(mlp, layout.inner)]
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
