@@ -189,7 +189,8 @@ class _StepLoss:
             for batch, index in self.batches:
                 output: Any = step(batch, index) if takes_index else step(batch)
                 loss = output.get("loss") if isinstance(output, Mapping) else output
-                total = total + loss.float()
+                if loss is not None:  # a micro-batch that the model skipped
+                    total = total + loss.float()
         return total
 
     def _copied(self) -> L.LightningModule:

@@ -136,9 +136,8 @@ class Experts(nn.Module):
         up apart both. Empty where no linear layer is found."""
         mlp = self.slots[slot]
         layout = find_layout(mlp)
-        if layout is None:
-            return [linear.weight for linear in linears(mlp)[:1]]
-        return [linear.weight for linear in _named(mlp, layout.inner)]
+        first: list[Any] = linears(mlp)[:1] if layout is None else _named(mlp, layout.inner)
+        return [linear.weight for linear in first]
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
