@@ -65,6 +65,11 @@ ELSEWHERE = {
     "data.steps": " Did you mean 'task.steps'?",
     "data.epochs": " Did you mean 'task.epochs'?",
     "data.eval_every": " Did you mean 'task.eval_every'?",
+    **{
+        f"moe.adaptation.{key}": " It is of DynMoE's windows (schedule=...): leave it out, and set "
+        "moe.adaptation.until, warmup and window."
+        for key in ("start", "length", "period")
+    },
     "data.accumulate": " Did you mean 'trainer.accumulate_grad_batches'?",
 }
 

@@ -241,11 +241,6 @@ def growth_fits(cfg: DictConfig) -> Iterator[str]:
     adaptation = read(cfg, "moe.adaptation", dict) or {}
     if not str(adaptation.get("_target_")).endswith(".MassCallback"):
         return
-    if "period" in adaptation:
-        yield (
-            "schedule: it is of DynMoE's windows, and moe=mass has others. Leave it out, and set "
-            "moe.adaptation.until, warmup and window."
-        )
     if "FSDP" in str(read(cfg, "trainer.strategy._target_", str)):
         yield (
             "trainer.strategy: growth by drift (moe.adaptation) compares whole gradients, of which "
@@ -263,7 +258,7 @@ def growth_fits(cfg: DictConfig) -> Iterator[str]:
     unit = adaptation.get("unit", "share")
     if until is None or warmup is None or window is None or unit not in get_args(GrowthUnit):
         return
-    if min(until, warmup, window) <= 0:  # ranges.py says so
+    if min(until, warmup, window) <= 0 or "period" in adaptation:  # others say so
         return
     try:
         GrowthSchedule(until, warmup, window, unit)

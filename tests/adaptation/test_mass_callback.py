@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from test_callback import fit, tokens
 from torch import Tensor, nn
@@ -96,6 +97,32 @@ def test_the_gradient_is_that_of_the_whole_step() -> None:
     assert norms[0][0][0] > 1e-7
     for one, other in zip(*norms, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_scales_no_norm(fused: bool) -> None:
+    """A fused optimizer unscales gradients in its step, another one before.
+
+    A step that overflows is skipped, and counts nowhere.
+    """
+
+    class Fused(Model):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=fused)
+
+    norms = []
+    for plugins in (None, scaled(2.0**10), scaled(2.0**120)):
+        callback = grow()
+        fit(Fused(), callback, BATCHES[:1], plugins=plugins)
+        experts = callback.state_dict()["layers"]["net"]["experts"]
+        norms.append([kept["norms"].item() for kept in experts.values()])
+    assert norms[0] == pytest.approx(norms[1], rel=0.5) and min(norms[0]) > 0
+    assert norms[2] == []
+
+
+def scaled(scale: float) -> MixedPrecision:
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return MixedPrecision("16-mixed", "cpu", scaler=scaler)
 
 
 @pytest.mark.parametrize("check", ["eval", "train"])
