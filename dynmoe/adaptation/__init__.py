@@ -7,16 +7,21 @@ from dynmoe.lazy import lazy
 if TYPE_CHECKING:
     from dynmoe.adaptation.adapt import Adaptation
     from dynmoe.adaptation.callback import DynMoECallback, RouterCallback
-    from dynmoe.adaptation.decision import Decision, Schedule, decide
+    from dynmoe.adaptation.decision import Decision, GrowthSchedule, Schedule, decide
     from dynmoe.adaptation.fsdp import MoEFSDPStrategy
+    from dynmoe.adaptation.growth import DriftGrowth
+    from dynmoe.adaptation.mass_callback import MassCallback
     from dynmoe.adaptation.trainer_callback import DynMoETrainerCallback, MoETrainerCallback
     from dynmoe.adaptation.updates import RouterUpdates
 
 __all__ = [
     "Adaptation",
     "Decision",
+    "DriftGrowth",
     "DynMoECallback",
     "DynMoETrainerCallback",
+    "GrowthSchedule",
+    "MassCallback",
     "MoEFSDPStrategy",
     "MoETrainerCallback",
     "RouterCallback",
@@ -31,8 +36,10 @@ __getattr__ = lazy(
     {
         "adapt": "Adaptation",
         "callback": "DynMoECallback RouterCallback",
-        "decision": "Decision Schedule decide",
+        "decision": "Decision GrowthSchedule Schedule decide",
         "fsdp": "MoEFSDPStrategy",
+        "growth": "DriftGrowth",
+        "mass_callback": "MassCallback",
         "trainer_callback": "DynMoETrainerCallback MoETrainerCallback",
         "updates": "RouterUpdates",
     },

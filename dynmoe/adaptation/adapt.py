@@ -95,7 +95,7 @@ class Adaptation:
         self._moved = layers_with_state(model)
         self._watch = Watch(self.layers | self._moved, optimizer)
         self.optimizers = self._watch.optimizers
-        self._twins = [_twins(self.layers, average) for average in averages]
+        self._twins = [twins_of(self.layers, average) for average in averages]
         self._window: Tensor | None = None  # all layers' sums in one, see `Watch.flat`
         self._observe()
 
@@ -230,9 +230,9 @@ class Adaptation:
             with whole(layer, self.root):
                 layer.add_expert(change.add, direction_D, self.init, load, seed)
             if self.reset_moments:
-                _forget_moments(self.optimizers, layer, change.add)
+                forget_moments(self.optimizers, layer, change.add)
         for twins in self._twins:
-            _follow(twins[name], layer, change.add)
+            follow(twins[name], layer, change.add)
         return {
             "step": self.steps,
             "layer": name,
@@ -313,7 +313,7 @@ def _check_layers(layers: Mapping[str, MoELayer], min_experts: int, init: NewExp
             )
 
 
-def _twins(layers: Mapping[str, MoELayer], average: nn.Module) -> dict[str, MoELayer]:
+def twins_of(layers: Mapping[str, MoELayer], average: nn.Module) -> dict[str, MoELayer]:
     """The layers of an averaged copy, which are named alike but for a prefix, ``module.``"""
     copies = moe_layers(average)
     prefix = next(
@@ -328,7 +328,7 @@ def _twins(layers: Mapping[str, MoELayer], average: nn.Module) -> dict[str, MoEL
 
 
 @torch.no_grad()
-def _follow(twin: MoELayer, layer: MoELayer, added: int | None) -> None:
+def follow(twin: MoELayer, layer: MoELayer, added: int | None) -> None:
     """Give an averaged copy the layer's set of experts; new ones start at their weights."""
     new = {slot for slot in layer.live if slot not in twin.live or slot == added}
     for slot in new:
@@ -341,7 +341,7 @@ def _follow(twin: MoELayer, layer: MoELayer, added: int | None) -> None:
         twin.remove_expert(slot)
 
 
-def _forget_moments(optimizers: Sequence[Optimizer], layer: MoELayer, slot: int) -> None:
+def forget_moments(optimizers: Sequence[Optimizer], layer: MoELayer, slot: int) -> None:
     for optimizer in optimizers:
         for parameter in layer.slot_parameters(slot):
             # NOTE: without state Adam also counts its steps, for the bias correction, anew.

@@ -38,7 +38,7 @@ class RouterCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
         if layers_with_state(pl_module):
-            self._process = RouterUpdates(pl_module, trainer.optimizers, _steps(trainer))
+            self._process = RouterUpdates(pl_module, trainer.optimizers, planned_steps(trainer))
             self._process.steps = trainer.global_step
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -128,11 +128,11 @@ class DynMoECallback(RouterCallback):
             self.init,
             self.reset_moments,
             self.on_event,
-            averages=[self._part(average) for average in _averages(trainer)],
+            averages=[self._part(average) for average in averages_of(trainer)],
             root=trainer.model,
-            num_steps=_steps(trainer),
+            num_steps=planned_steps(trainer),
         )
-        if trainer.is_global_zero and (reason := schedule.never_updates(_steps(trainer))):
+        if trainer.is_global_zero and (reason := schedule.never_updates(planned_steps(trainer))):
             log.warning(reason)
         if self._restored:  # empty in a checkpoint from before training
             self._process.load_state_dict(self._restored)
@@ -151,25 +151,34 @@ class DynMoECallback(RouterCallback):
         self._restored = state_dict
 
     def _part(self, module: nn.Module) -> nn.Module:
-        owners = {name.partition(".")[0] for name in moe_layers(module)}
-        path = self.model
-        if path is None:
-            # Short names where there is one model, whatever its attribute is called.
-            (path,) = owners if len(owners) == 1 else ("",)
-            if isinstance(getattr(module, path, None), MoELayer):
-                path = ""
-        part: Any = module
-        for word in path.split(".") if path else ():
-            part = getattr(part, word, None)
-        if isinstance(part, nn.Module):
-            return part
-        raise ConfigError(
-            f"DynMoECallback(model={path!r}): {type(module).__name__} has no such module. Its MoE "
-            f"layers are in {', '.join(sorted(owners)) or 'none'}; leave `model` out to find them."
-        )
+        return part_of(module, self.model, type(self).__name__)
 
 
-def _averages(trainer: L.Trainer) -> list[nn.Module]:
+def part_of(module: nn.Module, path: str | None, asks: str) -> nn.Module:
+    """The attribute ``path`` of a LightningModule; None: the only one that has MoE layers, else
+    the whole.
+
+    Raises:
+        ConfigError: there is no such module, for the callback that ``asks``.
+    """
+    owners = {name.partition(".")[0] for name in moe_layers(module)}
+    if path is None:
+        # Short names where there is one model, whatever its attribute is called.
+        (path,) = owners if len(owners) == 1 else ("",)
+        if isinstance(getattr(module, path, None), MoELayer):
+            path = ""
+    part: Any = module
+    for word in path.split(".") if path else ():
+        part = getattr(part, word, None)
+    if isinstance(part, nn.Module):
+        return part
+    raise ConfigError(
+        f"{asks}(model={path!r}): {type(module).__name__} has no such module. Its MoE "
+        f"layers are in {', '.join(sorted(owners)) or 'none'}; leave `model` out to find them."
+    )
+
+
+def averages_of(trainer: L.Trainer) -> list[nn.Module]:
     """The averaged copies of the LightningModule that other callbacks keep.
 
     Raises:
@@ -193,7 +202,7 @@ def _averages(trainer: L.Trainer) -> list[nn.Module]:
     return found
 
 
-def _steps(trainer: L.Trainer) -> float:
+def planned_steps(trainer: L.Trainer) -> float:
     """Return the optimizer steps of the whole training; infinite where Lightning cannot tell."""
     try:
         return trainer.estimated_stepping_batches

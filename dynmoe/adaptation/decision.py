@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 Unit = Literal["step", "epoch"]
+GrowthUnit = Literal["share", "step"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,82 @@ class Schedule:
     def updates_after(self, step: int) -> bool:
         """Tell whether ``step`` is the last one of a window."""
         return step >= self.start and (step - self.start) % self.period == self.length - 1
+
+
+FEWEST_WARMUP, FEWEST_WINDOW = 30, 60
+"""Gradient norms of a warm-up and a window that are given as shares; of MASS's language code."""
+
+
+@dataclass(frozen=True)
+class GrowthSchedule:
+    """How long experts may be split, and by how many gradient norms their drift is judged (MASS).
+
+    Experts are split in the first ``until`` steps. An expert is judged by its last ``window``
+    norms, each compared with those before it from the ``warmup``-th on. ``unit="share"`` gives all
+    three as shares of the training; then warm-up and window have at least 30 and 60 steps.
+
+    Raises:
+        ValueError: a share that is none, a part of a step, fewer than 2 norms; another unit.
+    """
+
+    until: float
+    warmup: float
+    window: float
+    unit: GrowthUnit = "share"
+
+    def __post_init__(self) -> None:
+        one_of("unit", self.unit, get_args(GrowthUnit))
+        found = f"found until={self.until}, warmup={self.warmup}, window={self.window}"
+        numbers = (self.until, self.warmup, self.window)
+        if self.unit == "share":
+            if not all(0 < number <= 1 for number in numbers):
+                raise ValueError(
+                    f"expected shares of the training, above 0 and up to 1, {found}. "
+                    "Steps are given with unit='step'"
+                )
+        elif any(number % 1 for number in numbers) or self.until < 1 or min(numbers[1:]) < 2:
+            # A standard deviation needs two numbers.
+            raise ValueError(
+                "expected whole steps, until from 1 and the others from 2 on, "
+                f"{found}. Shares of the training are given with unit='share'"
+            )
+
+    @property
+    def first_split(self) -> float:
+        """Optimizer steps, this one included, up to the first in which an expert may be split."""
+        return max(self.warmup, self.window)
+
+    def in_steps(self, num_steps: float) -> GrowthSchedule:
+        """Return the same schedule in optimizer steps of a training of ``num_steps``.
+
+        Raises:
+            ValueError: shares of a training whose length is not known.
+        """
+        if self.unit == "step":
+            return self
+        if math.isinf(num_steps):
+            raise ValueError(
+                "until, warmup and window are shares of a training whose number of steps is not "
+                "known. Give them in steps, with unit='step'"
+            )
+        return GrowthSchedule(
+            max(1, int(self.until * num_steps)),
+            max(FEWEST_WARMUP, int(self.warmup * num_steps)),
+            max(FEWEST_WINDOW, int(self.window * num_steps)),
+            "step",
+        )
+
+    def never_splits(self, steps: float) -> str | None:
+        """Say why a schedule in steps splits no expert in a training of ``steps`` steps."""
+        last = min(self.until, steps)
+        if self.first_split <= last:
+            return None
+        return (
+            f"No expert is ever split: the first may be in optimizer step {self.first_split:.0f} "
+            f"(warmup {self.warmup:.0f}, window {self.window:.0f}), splits end after step "
+            f"{last:.0f}. Give a smaller window or warmup with unit=step, a later until, or train "
+            "longer"
+        )
 
 
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:

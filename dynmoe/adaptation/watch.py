@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -49,9 +49,7 @@ class Watch:
 
     def __init__(self, layers: Mapping[str, MoELayer], optimizers: Any) -> None:
         self.layers = dict(layers)
-        given = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-        self.optimizers = [_torch_optimizer(each) for each in _as_list(given)]
-        _check_optimizers(self.layers, self.optimizers)
+        self.optimizers = optimizers_of(self.layers, optimizers)
         self.calls = 0
         """Of all layers; whoever reads it sets it back."""
         self._names = {layer: name for name, layer in self.layers.items()}
@@ -237,8 +235,22 @@ def is_first_rank() -> bool:
     return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
-def _as_list(optimizers: Any) -> list[Any]:
-    return list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
+def optimizers_of(layers: Mapping[str, MoELayer], optimizers: Any) -> list[Optimizer]:
+    """The optimizers of PyTorch among those given, one or several.
+
+    Raises:
+        ConfigError: they are none, or hold no parameter of one of the layers.
+    """
+    several = isinstance(optimizers, Iterable) and not isinstance(optimizers, Optimizer)
+    found = [_torch_optimizer(each) for each in (optimizers if several else [optimizers])]
+    held = {p for each in found for group in each.param_groups for p in group["params"]}
+    for name, layer in layers.items():
+        if held.isdisjoint(layer.parameters()):
+            raise ConfigError(
+                f"adaptation: the optimizer holds no parameter of {name}. Make the optimizer after "
+                "the MoE layers, of all parameters, those of empty slots included."
+            )
+    return found
 
 
 def _torch_optimizer(optimizer: Any) -> Optimizer:
@@ -250,13 +262,3 @@ def _torch_optimizer(optimizer: Any) -> Optimizer:
             f"adaptation: expected a torch.optim.Optimizer, found {type(optimizer).__name__}"
         )
     return optimizer
-
-
-def _check_optimizers(layers: Mapping[str, MoELayer], optimizers: Sequence[Optimizer]) -> None:
-    held = {p for each in optimizers for group in each.param_groups for p in group["params"]}
-    for name, layer in layers.items():
-        if held.isdisjoint(layer.parameters()):
-            raise ConfigError(
-                f"adaptation: the optimizer holds no parameter of {name}. Make the optimizer after "
-                "the MoE layers, of all parameters, those of empty slots included."
-            )

@@ -46,7 +46,6 @@ READ = {
     "backbone": ("model", "options", "pretrained"),
     "backbone.vision": ("image_size", "model", "patch_size", "path", "pretrained"),
     "data": ("batch_size", "name"),
-    "moe.adaptation": ("init",),
     "task.optimizer": ("lr", "weight_decay"),
     "trainer": (
         *("accelerator", "accumulate_grad_batches", "devices", "enable_progress_bar", "max_epochs"),
@@ -66,6 +65,11 @@ ELSEWHERE = {
     "data.steps": " Did you mean 'task.steps'?",
     "data.epochs": " Did you mean 'task.epochs'?",
     "data.eval_every": " Did you mean 'task.eval_every'?",
+    **{
+        f"moe.adaptation.{key}": " It is of DynMoE's windows (schedule=...): leave it out, and set "
+        "moe.adaptation.until, warmup and window."
+        for key in ("start", "length", "period")
+    },
     "data.accumulate": " Did you mean 'trainer.accumulate_grad_batches'?",
 }
 

@@ -37,7 +37,7 @@ RANGES: dict[Range, str] = {
         "moe.num_experts moe.max_experts moe.top_k moe.router.top_k moe.router.projection "
         "moe.conflict.every moe.router.chunk_length moe.router.max_k moe.router.num_blocks "
         " moe.router.num_groups moe.router.limited_groups "
-        "moe.adaptation.min_experts "
+        "moe.adaptation.min_experts moe.adaptation.check_from "
         "task.epochs task.eval_every task.save_every task.patience protocol.patience "
         "protocol.*.epochs protocol.*.eval_every protocol.*.batch_size protocol.*.steps "
         "data.batch_size data.eval_batch_size data.max_length data.max_new_tokens "
@@ -54,6 +54,7 @@ RANGES: dict[Range, str] = {
         "protocol.*.lr protocol.*.weight_decay task.scheduler.num_warmup_steps "
         "moe.aux_weight task.module.aux_weight moe.router.*_weight moe.router.noise "
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
+        "moe.adaptation.patience moe.adaptation.redundancy_weight "
         "moe.shared_experts moe.conflict.weight moe.conflict.start "
         "moe.router.schedule_every moe.router.schedule_start "
         "moe.router.num_null moe.router.num_constant moe.router.num_copy "
@@ -64,6 +65,7 @@ RANGES: dict[Range, str] = {
     ),
     POSITIVE: (
         "moe.adaptation.length moe.adaptation.period moe.router.init_temperature "
+        "moe.adaptation.until moe.adaptation.warmup moe.adaptation.window "
         "moe.router.capacity_factor moe.router.target_k* moe.router.temperature "
         "moe.router.route_scale moe.router.steepness moe.router.eps moe.router.lambda_init "
         "moe.router.slope moe.router.input_scale plan.tflops plan.mean_k plan.mean_tokens "
@@ -72,7 +74,7 @@ RANGES: dict[Range, str] = {
     ABOVE_ONE: "moe.router.lambda_rate",
     SHARE: "moe.router.top_p task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
     COSINE: "moe.conflict.threshold",
-    SOME: "plan.utilisation moe.router.budget_rate",
+    SOME: "plan.utilisation moe.router.budget_rate moe.adaptation.p_value moe.adaptation.cosine",
     BELOW_ONE: (
         "moe.expert_dropout backbone.drop_path backbone.lora.dropout task.optimizer.betas.* "
         "moe.router.ema "

@@ -14,7 +14,7 @@ from typing import get_args
 
 from omegaconf import DictConfig
 
-from dynmoe.adaptation.decision import Schedule, Unit
+from dynmoe.adaptation.decision import GrowthSchedule, GrowthUnit, Schedule, Unit
 from dynmoe.config import machine, models
 from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read, written
@@ -235,6 +235,35 @@ def adaptation_there(cfg: DictConfig) -> Iterator[str]:
             Schedule(start, length, period, unit)
         except ValueError as error:
             yield f"moe.adaptation: {error}"
+
+
+def growth_fits(cfg: DictConfig) -> Iterator[str]:
+    adaptation = read(cfg, "moe.adaptation", dict) or {}
+    if not str(adaptation.get("_target_")).endswith(".MassCallback"):
+        return
+    if "FSDP" in str(read(cfg, "trainer.strategy._target_", str)):
+        yield (
+            "trainer.strategy: growth by drift (moe.adaptation) compares whole gradients, of which "
+            "FSDP gives each device a share. Set trainer=ddp or moe.adaptation=null."
+        )
+    experts, slots = read(cfg, "moe.num_experts", int), read(cfg, "moe.max_experts", int)
+    if experts is not None and experts == slots:
+        yield (
+            f"moe: max_experts ({slots}) == num_experts ({experts}): no slot is free, so no expert "
+            "can be split. Raise moe.max_experts, or set moe.adaptation=null."
+        )
+    until, warmup, window = (
+        read(cfg, f"moe.adaptation.{key}", float) for key in ("until", "warmup", "window")
+    )
+    unit = adaptation.get("unit", "share")
+    if until is None or warmup is None or window is None or unit not in get_args(GrowthUnit):
+        return
+    if min(until, warmup, window) <= 0 or "period" in adaptation:  # others say so
+        return
+    try:
+        GrowthSchedule(until, warmup, window, unit)
+    except ValueError as error:
+        yield f"moe.adaptation: {error}"
 
 
 # The protocol, and the rule that selects a step.
@@ -528,7 +557,7 @@ RULES: tuple[Rule, ...] = (
         options_that_need_others,
         conflict_fits,
     ),
-    *(expert_layers, adaptation_there, plan_within_experts),
+    *(expert_layers, adaptation_there, growth_fits, plan_within_experts),
     *(same_modality, test_environments, batch_divides, shares_and_lengths, pretrained_weights),
     *(machine.data_folder, models.known_vits, models.whole_patches, models.data_fit_backbone),
     *(

@@ -109,6 +109,7 @@ UNFIT = {
     "TQDMProgressBar": "a run has its own progress bar. trainer.enable_progress_bar=false hides it",
     "RichProgressBar": "a run has its own progress bar. trainer.enable_progress_bar=false hides it",
     "DynMoECallback": "a run makes its own. Set moe.adaptation.start=N and its other keys",
+    "MassCallback": "a run makes its own. Choose moe=mass, and set the keys of moe.adaptation",
     "RouterCallback": "a run moves the state of its routers by itself. Leave it out",
 }
 """Callbacks that a run cannot have, by the name of their class: the reason and the fix."""

@@ -131,6 +131,14 @@ class Experts(nn.Module):
         rows = [keys(mlp, layout) for mlp in mlps]
         return torch.stack([w[own].mean(0) for w, own in zip(weights, rows, strict=True)])
 
+    def first_weights(self, slot: int) -> list[nn.Parameter]:
+        """Return the weight of an expert's first matrix, [H, D]; of a gated FFN that has gate and
+        up apart both. Empty where no linear layer is found."""
+        mlp = self.slots[slot]
+        layout = find_layout(mlp)
+        first: list[Any] = linears(mlp)[:1] if layout is None else _named(mlp, layout.inner)
+        return [linear.weight for linear in first]
+
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""
         self.slots = nn.ModuleList(self.slots[slot] for slot in slots)

@@ -36,6 +36,12 @@ def simplicity(directions_ED: Tensor) -> Tensor:
     return torch.linalg.vector_norm(directions_ED, dim=1).mean()
 
 
+def redundancy(first_PD: Tensor, second_PD: Tensor) -> Tensor:
+    """Sum of the squared cosines of P pairs of router rows (MASS, arXiv 2512.19765, its code)."""
+    cosine_P = (F.normalize(first_PD, dim=1) * F.normalize(second_PD, dim=1)).sum(1)
+    return cosine_P.square().sum()
+
+
 def load_balance(
     probs_TE: Tensor, first_TE: Tensor, num_experts: int, real_T: Tensor | None = None
 ) -> Tensor:

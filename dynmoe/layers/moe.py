@@ -405,6 +405,23 @@ class MoELayer(MaskedLayer):
         self.active_E[slot] = True
         _ = self.live
 
+    @torch.no_grad()
+    def split_expert(self, source: int, slot: int) -> None:
+        """Put a copy of a living expert, the router's own of it included, into an empty slot.
+
+        Raises:
+            ValueError: the router is not adaptive, the source is empty or the slot is taken.
+        """
+        if source not in self.live:
+            raise ValueError(f"cannot split slot {source}: the living experts are {self.live}")
+        self.add_expert(slot, torch.ones(self.dim, device=self.active_E.device), "slot")
+        self.experts.slots[slot].load_state_dict(self.experts.slots[source].state_dict())
+        pairs = zip(
+            self.router.slot_parameters(slot), self.router.slot_parameters(source), strict=True
+        )
+        for new, old in pairs:
+            new.copy_(old)
+
     def compact(self) -> MoELayer:
         """Return a copy without the empty slots: equal outputs, fewer parameters. For export."""
         layer, live = copy.deepcopy(self), self.live

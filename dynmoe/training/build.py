@@ -133,7 +133,7 @@ def build_task(cfg: DictConfig, data: TaskData, fused_attention: bool) -> MoETas
     runtime.set_fused_attention(backbone, fused_attention)
     adaptation = cfg.moe.adaptation
     init = starting_init(cfg.moe, backbone, bool(cfg.backbone.pretrained) or start is not None)
-    keep_origin = adaptation is not None and adaptation.init == "pretrained"
+    keep_origin = adaptation is not None and adaptation.get("init") == "pretrained"
     add_layers(cfg.moe, backbone, init=init, keep_origin=keep_origin)
     return make(
         cfg.task.module,

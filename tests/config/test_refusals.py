@@ -63,6 +63,22 @@ TABLE = {
         "moe.adaptation: expected whole steps",
     ),
     f"{IMAGES} moe.adaptation.period=5": ("moe.adaptation: expected start >= 0 and 0 < length",),
+    f"{IMAGES} moe=mass moe.adaptation.window=2": (
+        "moe.adaptation: expected shares of the training",
+        "unit='step'",
+    ),
+    f"{IMAGES} moe=mass moe.adaptation.unit=step": ("moe.adaptation: expected whole steps",),
+    f"{IMAGES} moe=mass moe.adaptation.p_value=2": ("moe.adaptation.p_value: expected a share",),
+    f"{IMAGES} moe=mass moe.adaptation.split=both": (
+        "moe.adaptation.split: expected 'projection_full' or 'projection_both'",
+    ),
+    f"{IMAGES} moe=mass schedule=paper_steps": (
+        "moe.adaptation.period: unknown key",
+        "schedule=...",
+        "moe.adaptation.until",
+    ),
+    f"{IMAGES} moe=mass moe.max_experts=8": ("moe: max_experts (8)", "Raise moe.max_experts"),
+    f"{IMAGES} moe=mass trainer=fsdp": ("trainer.strategy: growth by drift", "trainer=ddp"),
     f"{IMAGES} seed=99999999999999999999": ("seed: expected from 0 to 4294967295",),
     f"{IMAGES} runtime.progress_every=-1": ("runtime.progress_every: expected 0 or more",),
     f"{VL} mode=plan plan.mean_k=99 stage=moe": ("plan.mean_k: expected at most moe.max_experts",),
