@@ -35,7 +35,7 @@ from dynmoe.layers.soft import SoftMoELayer
 from dynmoe.metrics import efficiency
 from dynmoe.records import RecordError, RunFolder
 from dynmoe.tasks.base import MoETask
-from dynmoe.training.callbacks import RunRecorder
+from dynmoe.training.callbacks import RunRecorder, ShrinkingTokens
 from dynmoe.training.finite import FiniteLoss
 from dynmoe.training.instantiation import make
 from dynmoe.training.progress import RunLines, RunProgress
@@ -224,6 +224,8 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
         callbacks.append(RouterCallback())
     else:
         callbacks.append(make(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
+    if (cfg.backbone.get("token_sparsify") or {}).get("shrink_steps"):
+        callbacks.append(ShrinkingTokens())
     callbacks += own_callbacks(cfg)
     recorder = RunRecorder(
         folder,
@@ -424,10 +426,18 @@ def _backbone_name(backbone: DictConfig) -> str:
     changes += [f"{key} {value}" for key, value in backbone.options.items()]
     if backbone.get("lora"):
         changes.append(f"LoRA {', '.join(f'{k} {v}' for k, v in backbone.lora.items())}")
+    if (tokens := backbone.get("token_sparsify")) is not None:
+        changes.append(f"sparse tokens{_options(tokens)}")
+    if (adapter := backbone.get("adapter")) is not None:
+        changes.append(f"adapters{_options(adapter)}")
     if backbone.get("vision"):
         tower = backbone.vision
         changes.append(f"vision {Path(tower.model or tower.path).name}, {tower.image_size} px")
     return f"{name} ({', '.join(changes)})" if changes else name
+
+
+def _options(node: DictConfig) -> str:
+    return "".join(f" {key} {value}" for key, value in node.items())
 
 
 def _weights(backbone: DictConfig) -> str:

@@ -117,7 +117,7 @@ trainer: num_sanity_val_steps precision strategy use_distributed_sampler val_che
 """
 KEYS = {
     "image": """
-backbone: drop_path image_size
+backbone: adapter drop_path image_size token_sparsify
 data: augment_eval class_balanced environments holdout_fraction image_size linear_baseline
 data: test_envs trial_seed workers
 protocol: augment_eval datasets defaults
