@@ -1,5 +1,5 @@
-"""Sparse-Tuning of Vision Transformers (arXiv 2405.14700, liuting20/Sparse-Tuning): blocks leave out
-patches that the class token does not attend to, and adapters beside their FFNs.
+"""Sparse-Tuning of Vision Transformers (arXiv 2405.14700, liuting20/Sparse-Tuning): blocks that
+leave out patches the class token attends to least, and adapters beside their FFNs.
 
 Shape suffixes: B images, N tokens, P patches (tokens after the class and register tokens), K kept
 ones, H heads, D width.

@@ -142,9 +142,17 @@ class Run:
         return {key: self.config.get(key) for key in keys}
 
     @property
-    def has_lora(self) -> bool:
-        """Whether most of its weights are frozen."""
-        return any(key.startswith("backbone.lora.") for key in self.config)
+    def is_mostly_frozen(self) -> bool:
+        """Whether LoRA or adapters are trained in the place of most weights."""
+        node = "backbone.adapter"
+        if any(key.startswith("backbone.lora.") for key in self.config):
+            return True
+        if self.config.get(node) is None and not any(
+            key.startswith(f"{node}.") for key in self.config
+        ):
+            return False
+        freeze = self.config.get(f"{node}.freeze")
+        return bool(self.config.get("backbone.pretrained") if freeze is None else freeze)
 
     @property
     def is_partly_frozen(self) -> bool:
