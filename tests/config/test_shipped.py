@@ -21,6 +21,7 @@ TASKS = {"image": "task=vit_domainbed", "text": "task=glue", "vision-language": 
 # The task with which a group, or one of its options, is meant to be used.
 HOMES = {
     "experiment": "text",
+    "experiment=sparse_tuning": "image",
     "moe=dynmoe_glue": "text",
     "moe=dynmoe_vl": "vision-language",
     "moe=dynmoe_vl_official": "vision-language",
