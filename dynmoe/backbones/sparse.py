@@ -140,8 +140,9 @@ class TokenSparsifier(nn.Module):
     times their scores, which are not normalised. It is a patch like others from then on.
     """
 
-    rate_now: Tensor
-    """The share that is kept now, float64. In checkpoints of models whose share shrinks."""
+    step: Tensor
+    """The optimizer step whose share is kept, -1 before training: then it is ``keep``. An integer,
+    so that no change of precision rounds it. In checkpoints of models whose share shrinks."""
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class TokenSparsifier(nn.Module):
         self.scale = float(attn.scale)
         self._rate = keep  # of the buffer, which may be on a GPU
         if shrink_steps:
-            self.register_buffer("rate_now", torch.tensor(keep, dtype=torch.float64))
+            self.register_buffer("step", torch.tensor(-1))
         # NOTE: q_norm and k_norm are called in every build of attention, as identities too. Bound
         # methods, so that a copy of the block feeds the copy of this.
         self._seen: dict[str, Tensor] = {}
@@ -178,14 +179,18 @@ class TokenSparsifier(nn.Module):
         """Set the share of an optimizer step, in training alone: 1 before ``shrink_start``, then
         down to ``keep`` along half a cosine of ``shrink_steps`` (EViT, ``helpers.py``)."""
         if self.shrink_steps:
-            done = min(1.0, max(0.0, (step - self.shrink_start) / self.shrink_steps))
-            self._rate = self.keep + (1 - self.keep) * (math.cos(done * math.pi) + 1) / 2
-            self.rate_now.fill_(self._rate)
+            self.step.fill_(step)
+            self._set_rate(step)
+
+    def _set_rate(self, step: int) -> None:
+        done = min(1.0, max(0.0, (step - self.shrink_start) / self.shrink_steps))
+        rest = 0.0 if step < 0 else (math.cos(done * math.pi) + 1) / 2
+        self._rate = self.keep + (1 - self.keep) * rest
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        if self.shrink_steps and not self.rate_now.is_meta:
-            self._rate = float(self.rate_now)
+        if self.shrink_steps and not self.step.is_meta:
+            self._set_rate(int(self.step))
 
     def kept(self, patches: int) -> int:
         """Return K."""

@@ -142,7 +142,7 @@ def test_other_kinds_of_runs(tmp_path: Path, run: Run) -> None:
 SPARSE = "backbone.token_sparsify={keep: 0.5, shrink_steps: 9}", "backbone.adapter={dim: 4}"
 
 
-@pytest.mark.parametrize("options", [(), pytest.param(SPARSE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [(), SPARSE])
 def test_an_image_classifier_in_onnxruntime(
     options: tuple[str, ...], tmp_path: Path, run: Run
 ) -> None:
