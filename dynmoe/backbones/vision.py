@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
-from dynmoe.backbones import hub, weights
+from dynmoe.backbones import hub, sparse, weights
 from dynmoe.errors import REASON, ConfigError, reason_of
 from dynmoe.network import go_offline_if_unreachable
 
@@ -34,6 +34,8 @@ def build_vit(
     pretrained: bool | str = False,
     drop_path: float = 0.0,
     grad_checkpointing: bool = False,
+    token_sparsify: Mapping[str, Any] | None = None,
+    adapter: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A timm ViT with a new classification head; ``[B, in_chans, H, W] -> [B, num_classes]``.
@@ -42,10 +44,13 @@ def build_vit(
     or PyTorch, which needs no network: see ``weights.read`` and ``weights.align`` for the forms
     that are understood. Every tensor but the head's has to come from it. Position embeddings are
     resampled to ``image_size`` (pixels). ``grad_checkpointing`` recomputes blocks in the backward
-    pass: less memory, a third more time. ``options`` go to ``timm.create_model`` (embed_dim, ...).
+    pass: less memory, a third more time. ``token_sparsify`` and ``adapter``: fewer tokens in later
+    blocks, and trained adapters in a frozen backbone (``sparse.tune``). ``options`` go to
+    ``timm.create_model`` (embed_dim, ...).
 
     Raises:
-        ConfigError: an unknown model, or weights that cannot be loaded or do not fit.
+        ConfigError: an unknown model, or weights that cannot be loaded or do not fit; tokens or
+            adapters that it cannot have.
     """
     if not timm.is_model(model):
         near = get_close_matches(model.partition(".")[0], timm.list_models(), n=3)
@@ -77,6 +82,8 @@ def build_vit(
         raise ConfigError(f"backbone.model={model}: {VIT_NEEDED}")
     if pretrained:
         vit = _pretrained_vit(create, vit, pretrained)
+    if token_sparsify is not None or adapter is not None:
+        sparse.tune(vit, token_sparsify, adapter, bool(pretrained))
     if grad_checkpointing:
         vit.set_grad_checkpointing()  # type: ignore[operator]
     return vit

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.benchmark.candidates import Candidate
 from dynmoe.benchmark.layer import fit_thresholds
+from dynmoe.benchmark.options import SPARSE_KEYS
 from dynmoe.benchmark.results import Facts
 from dynmoe.benchmark.rivals import naive_loop
 from dynmoe.data.base import TaskData
@@ -314,11 +315,19 @@ def fresh(
     Raises:
         ConfigError: a backbone that cannot be built, MoE layers nowhere or that do not fit.
     """
-    torch.manual_seed(0)
-    dense: nn.Module = make(cfg.backbone, **work.backbone_arguments)
-    set_fused_attention(dense, fused_attention)
     device = work.batches[0].label.device
-    dense.to(device)
+
+    def backbone(left_out: Sequence[str] = ()) -> nn.Module:
+        torch.manual_seed(0)
+        node = copy.deepcopy(cfg.backbone)
+        for key in left_out:
+            node[key] = None
+        made: nn.Module = make(node, **work.backbone_arguments)
+        set_fused_attention(made, fused_attention)
+        return made.to(device)
+
+    dense = backbone()
+    whole = backbone(SPARSE_KEYS) if "sparse" in cases else dense
     host = getattr(dense, "language_model", dense)
     layers = cfg.moe.layers if given_layers else list(range(1, len(blocks_of(host)[0]), 2))
     if layers == "none" or not len(layers):
@@ -327,6 +336,7 @@ def fresh(
     facts = {
         "model": model_name(cfg.backbone),
         "options": str(cfg.backbone.options),
+        **{key: str(cfg.backbone[key]) for key in SPARSE_KEYS if cfg.backbone.get(key) is not None},
         **work.facts,
         "moe_layers": layers,
         "experts": cfg.moe.num_experts,
@@ -338,6 +348,8 @@ def fresh(
         own = plugin.convert_module(copy.deepcopy(dense))
         batches = [plugin.convert_input(batch) for batch in work.batches]
         built = build_models(cfg, own, layers, cases, ks, batches, plugin)
+        if whole is not dense:
+            built["dense"] = plugin.convert_module(copy.deepcopy(whole))
         models += [
             TimedModel(
                 f"{name}, {precision}" if len(precisions) > 1 else name,
@@ -414,6 +426,7 @@ def build_models(
 
     makers: dict[str, Callable[[], nn.Module]] = {
         "dense": lambda: dense,
+        "sparse": lambda: dense,
         "top-1": partial(top_k, 1),
         "top-2": partial(top_k, 2),
         **{f"dynmoe {k:g}": partial(dynmoe, k) for k in ks},

@@ -55,13 +55,16 @@ LAYER_CASES = {
 }
 
 STEP_CASES = {
-    "dense": "the backbone as it is",
+    "dense": "the backbone as it is, without backbone.token_sparsify and backbone.adapter",
+    "sparse": "with them, where one is given: then it always runs, and MoE layers are in it",
     "top-1": "one expert per token, by a linear softmax router; dropless",
     "top-2": "two experts per token",
     "dynmoe": "top-any, its thresholds fitted to k experts per token: one case for each --k",
     "loop": "the first k, by a plain loop over the experts; with --only",
     "all then mask": "the first k, every expert on every token; with --only",
 }
+SPARSE_KEYS = ("token_sparsify", "adapter")
+"""Of a backbone; the dense case is without."""
 GENERATE_CASES = ["dense", "top-2", "dynmoe"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -96,13 +99,22 @@ def parse_shape(text: str) -> Shape:
     return Shape(text, *sizes)
 
 
-def step_cases(names: Sequence[str], ks: Sequence[float], experts: int) -> list[str]:
+def step_cases(
+    names: Sequence[str], ks: Sequence[float], experts: int, is_sparse: bool = False
+) -> list[str]:
     """Return the cases of ``step`` and ``generate`` in their order, ``dense`` always first.
 
+    ``is_sparse``: the backbone has fewer tokens or adapters.
+
     Raises:
-        ConfigError: an unknown case, or more experts per token than there are.
+        ConfigError: an unknown case, or more experts per token than there are; ``sparse`` of a
+            backbone that is not.
     """
     _check_names(names, STEP_CASES)
+    if "sparse" in names and not is_sparse:
+        raise ConfigError(
+            "--only sparse: expected 'backbone.token_sparsify={keep: 0.7}' or backbone.adapter={}"
+        )
     for k in ks:
         if not 0 < k <= experts:
             raise ConfigError(
@@ -112,8 +124,9 @@ def step_cases(names: Sequence[str], ks: Sequence[float], experts: int) -> list[
     if "top-2" in names and experts < 2:
         raise ConfigError("top-2: expected moe.num_experts=2 or more, or --only without top-2")
     cases = []
+    always = ["dense", "sparse"] if is_sparse else ["dense"]
     for name in STEP_CASES:
-        if name == "dense" or name in names:
+        if name in always or name in names:
             cases += [f"dynmoe {k:g}" for k in ks] if name == "dynmoe" else [name]
     return cases
 
@@ -479,7 +492,9 @@ def models_of(args: argparse.Namespace) -> tuple[DictConfig, list[str], list[Can
                 f"task={cfg.task.name}: expected a task that answers questions, task=vl"
             )
         only = args.only if is_step else GENERATE_CASES
-        cases = step_cases(only, args.k, cfg.moe.num_experts)
+        given = [cfg.backbone.get(key) for key in SPARSE_KEYS]
+        is_sparse = any(value is not None for value in given)
+        cases = step_cases(only, args.k, cfg.moe.num_experts, is_sparse)
         if is_step:
             images = 32 if modality(cfg) == "image" else None
             cfg.data.batch_size = args.batch or images or cfg.data.batch_size

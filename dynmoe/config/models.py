@@ -103,6 +103,36 @@ def patch_size(cfg: DictConfig, node: str) -> int | None:
     return given or (int(name[1]) if name else None) or read(cfg, f"{node}.patch_size", int)
 
 
+def sparse_tokens(cfg: DictConfig) -> Iterator[str]:
+    """Blocks with fewer tokens, links of adapters; models are looked at when they are built."""
+    node = "backbone.token_sparsify"
+    blocks, keep = read(cfg, f"{node}.blocks", list), read(cfg, f"{node}.keep", list)
+    if any(not isinstance(block, int) for block in blocks or ()):
+        return
+    if blocks is not None and blocks != sorted(set(blocks)):
+        yield f"{node}.blocks: expected rising indices of blocks, each once, found {blocks}"
+    number = depth(cfg)
+    beyond = [] if number is None else [n for n in blocks or () if n >= number[1]]
+    if number is not None and beyond:
+        yield (
+            f"{node}.blocks: there is no block {beyond[0]}: {number[0]} is {number[1]}. Choose "
+            f"some of 0 to {number[1] - 1}, or quarters"
+        )
+    if blocks is not None and keep is not None and len(blocks) != len(keep):
+        yield (
+            f"{node}.keep: expected one share, or {len(blocks)}, one for each of the blocks, found "
+            f"{len(keep)}"
+        )
+    links = read(cfg, "backbone.adapter.links", bool)
+    early = links is False or 0 in (blocks or ())
+    if read(cfg, "backbone.adapter.link_embeddings", bool) and early:
+        yield (
+            "backbone.adapter.link_embeddings: adds the embeddings at the end of the first linked "
+            "stage. Set backbone.adapter.links=true and no block 0 in "
+            f"{node}.blocks, or link_embeddings=false"
+        )
+
+
 def data_fit_backbone(cfg: DictConfig) -> Iterator[str]:
     """Keys of the data that are copies of the backbone's."""
     node = "backbone.vision" if modality(cfg, "data") == "vision-language" else "backbone"

@@ -44,7 +44,7 @@ RANGES: dict[Range, str] = {
         "data.image_size data.patch_size data.content.px data.content.*_scenes "
         "data.content.test_questions data.content.max_turns "
         "backbone.image_size backbone.vision.image_size backbone.vision.patch_size "
-        "backbone.lora.r backbone.lora.alpha "
+        "backbone.lora.r backbone.lora.alpha backbone.adapter.dim backbone.adapter.inner "
         "trainer.accumulate_grad_batches trainer.num_nodes trainer.log_every_n_steps "
         "plan.conversations"
     ),
@@ -56,6 +56,7 @@ RANGES: dict[Range, str] = {
         "moe.router.smoothing moe.router.min_capacity moe.adaptation.start "
         "moe.adaptation.patience moe.adaptation.redundancy_weight "
         "moe.shared_experts moe.conflict.weight moe.conflict.start "
+        "backbone.token_sparsify.blocks.* backbone.token_sparsify.shrink_* "
         "moe.router.schedule_every moe.router.schedule_start "
         "moe.router.num_null moe.router.num_constant moe.router.num_copy "
         "moe.router.num_zero moe.router.aux_end moe.router.bias_rate moe.router.free_balance "
@@ -74,7 +75,10 @@ RANGES: dict[Range, str] = {
     ABOVE_ONE: "moe.router.lambda_rate",
     SHARE: "moe.router.top_p task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
     COSINE: "moe.conflict.threshold",
-    SOME: "plan.utilisation moe.router.budget_rate moe.adaptation.p_value moe.adaptation.cosine",
+    SOME: (
+        "plan.utilisation moe.router.budget_rate moe.adaptation.p_value moe.adaptation.cosine "
+        "backbone.token_sparsify.keep*"
+    ),
     BELOW_ONE: (
         "moe.expert_dropout backbone.drop_path backbone.lora.dropout task.optimizer.betas.* "
         "moe.router.ema "

@@ -560,6 +560,7 @@ RULES: tuple[Rule, ...] = (
     *(expert_layers, adaptation_there, growth_fits, plan_within_experts),
     *(same_modality, test_environments, batch_divides, shares_and_lengths, pretrained_weights),
     *(machine.data_folder, models.known_vits, models.whole_patches, models.data_fit_backbone),
+    models.sparse_tokens,
     *(
         text_run,
         models.language_model,

@@ -94,6 +94,25 @@ class Conflict:
 
 
 @dataclass
+class TokenSparsify:
+    keep: float | list[float] = 0.7
+    blocks: Literal["quarters"] | list[int] = "quarters"
+    fuse: bool = True
+    shrink_start: int = 0
+    shrink_steps: int = 0
+
+
+@dataclass
+class AdapterOptions:
+    dim: int = 64
+    inner: int = 32
+    links: bool = True
+    link_embeddings: bool = False
+    link_last: bool = True
+    freeze: bool | None = None
+
+
+@dataclass
 class Stage:
     name: str
     after: str | None
@@ -169,6 +188,8 @@ SCHEMAS: dict[str, type] = {
     "stage": Stage,
     "moe": MoE,
     "moe.conflict": Conflict,
+    "backbone.token_sparsify": TokenSparsify,
+    "backbone.adapter": AdapterOptions,
     "paths": Paths,
     "plan": EstimateSettings,
     "runtime": Runtime,

@@ -151,8 +151,11 @@ def search_table(collection: Collection, cost: SearchCost) -> Table:
         "recorded in training. Recorded hours: training and evaluation; runs side by side on one "
         "machine slow one another."
     )
-    if any(run.has_lora for run in runs):
-        note += " X: with LoRA most weights are frozen, and such a step's FLOPs are not counted."
+    if any(run.is_mostly_frozen for run in runs):
+        note += (
+            " X: with LoRA or adapters most weights are frozen, and such a step's FLOPs are not "
+            "counted."
+        )
     if any(run.is_partly_frozen for run in runs):
         note += " Frozen weights, of which no gradient is computed, are counted like all others."
     columns = ["", "runs", "training, TFLOP", "hours, recorded"]

@@ -137,10 +137,11 @@ def _bill(runs: Sequence[Run], step_ms: Mapping[str, float]) -> Bill:
 def _training_flops(run: Run) -> float:
     """3 x the forward pass x samples, with the experts and the k of each recorded window.
 
-    Not known of LoRA runs, whose backward pass leaves out the products of frozen weights.
+    Not known of runs with LoRA or adapters, whose backward pass leaves out the products of frozen
+    weights.
     """
     costs = run.facts["costs"]
-    if run.has_lora or costs["flops"] is None:
+    if run.is_mostly_frozen or costs["flops"] is None:
         return math.nan
     # A fixed mixture routes the same at every step; reading one step saves most of the time.
     lines = run.routing_at_outcome if run.kind == "fixed" else run.training_routing

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from dynmoe.config.schema import TokenSparsify
 from dynmoe.records import Record, RecordError, RunFolder, stretches
 from dynmoe.report.words import HEADLINES, WORDS, Words
 from dynmoe.selection import RULES, judged, selected
@@ -142,9 +143,14 @@ class Run:
         return {key: self.config.get(key) for key in keys}
 
     @property
-    def has_lora(self) -> bool:
-        """Whether most of its weights are frozen."""
-        return any(key.startswith("backbone.lora.") for key in self.config)
+    def is_mostly_frozen(self) -> bool:
+        """Whether LoRA or adapters are trained in the place of most weights."""
+        if _has_node(self.config, "backbone.lora"):
+            return True
+        if not _has_node(self.config, "backbone.adapter"):
+            return False
+        freeze = self.config.get("backbone.adapter.freeze")
+        return bool(self.config.get("backbone.pretrained") if freeze is None else freeze)
 
     @property
     def is_partly_frozen(self) -> bool:
@@ -284,7 +290,12 @@ def _token_mean(lines: Sequence[Record], key: str) -> float:
 
 
 def short_name(run: Run) -> str:
-    """Name of the mixture: `dense`, `top-2 of 8`, `GMoE top-1 of 6`, `DynMoE`."""
+    """Name of the mixture, and of what its backbone leaves out or adds: `dense`, `top-2 of 8`,
+    `GMoE top-1 of 6`, `DynMoE, adapters, 0.7 of patches`."""
+    return ", ".join([_mixture_name(run), *_tuned(run.config)])
+
+
+def _mixture_name(run: Run) -> str:
     config = run.config
     if run.kind == "dense":
         return DENSE
@@ -294,6 +305,19 @@ def short_name(run: Run) -> str:
         return f"{config['moe.algorithm']}, {config['moe.num_experts']} experts"
     own = "" if config["moe.algorithm"] == "TopK" else f"{config['moe.algorithm']} "
     return f"{own}top-{config['moe.top_k']} of {config['moe.num_experts']}"
+
+
+def _tuned(config: Config) -> Iterator[str]:
+    """Sparse-Tuning's parts; options that are not written have their defaults."""
+    if _has_node(config, "backbone.adapter"):
+        yield "adapters"
+    if _has_node(config, "backbone.token_sparsify"):
+        yield f"{config.get('backbone.token_sparsify.keep', TokenSparsify.keep)} of patches"
+
+
+def _has_node(config: Config, node: str) -> bool:
+    """Whether a mapping is there, empty ones included."""
+    return config.get(node) is not None or any(key.startswith(f"{node}.") for key in config)
 
 
 def order(run: Run) -> tuple[Any, ...]:

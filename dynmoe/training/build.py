@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -27,6 +27,7 @@ from dynmoe.backbones.surgery import add_moe_layers, is_mixture
 from dynmoe.config import models
 from dynmoe.config.machine import NO_GPU
 from dynmoe.config.runs import flat, start_folder
+from dynmoe.config.schema import SCHEMAS
 from dynmoe.config.trainer import UNFIT
 from dynmoe.data.base import StepPlan, TaskData
 from dynmoe.errors import ConfigError, reason_of
@@ -35,7 +36,7 @@ from dynmoe.layers.soft import SoftMoELayer
 from dynmoe.metrics import efficiency
 from dynmoe.records import RecordError, RunFolder
 from dynmoe.tasks.base import MoETask
-from dynmoe.training.callbacks import RunRecorder
+from dynmoe.training.callbacks import RunRecorder, ShrinkingTokens
 from dynmoe.training.finite import FiniteLoss
 from dynmoe.training.instantiation import make
 from dynmoe.training.progress import RunLines, RunProgress
@@ -54,6 +55,9 @@ warnings.filterwarnings("ignore", message=r".*in eval mode at the start.*")  # f
 
 
 TOWER = "vision."
+
+# Keys of a backbone, how its name tells of them, and the option that it always has.
+TUNED = {"token_sparsify": ("sparse tokens", "keep"), "adapter": ("adapters", "dim")}
 
 SETS = 6  # that are listed one by one
 
@@ -224,6 +228,8 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
         callbacks.append(RouterCallback())
     else:
         callbacks.append(make(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
+    if (cfg.backbone.get("token_sparsify") or {}).get("shrink_steps"):
+        callbacks.append(ShrinkingTokens())
     callbacks += own_callbacks(cfg)
     recorder = RunRecorder(
         folder,
@@ -367,6 +373,8 @@ def facts(
         **data.facts,
         "config": flat(cfg),
         "costs": costs,
+        "trained_parameters": sum(p.numel() for p in task.parameters() if p.requires_grad),
+        "tokens_by_block": _tokens_by_block(task.backbone),
         "start_experts": {n: len(m.live) for n, m in moe_layers(task.backbone).items()},
         "versions": {
             "dynmoe": dynmoe_version(),
@@ -388,6 +396,15 @@ def facts(
     }
 
 
+def _tokens_by_block(backbone: nn.Module) -> list[int] | None:
+    """Tokens of an image after each block where blocks leave some out; else None."""
+    if not any(hasattr(block, "sparsifier") for block in getattr(backbone, "blocks", ())):
+        return None
+    from dynmoe.backbones.sparse import token_counts  # loads timm
+
+    return token_counts(backbone)
+
+
 def _bf16_gain(task: MoETask, trainer: L.Trainer) -> float | None:
     """What bf16 would be worth to a run in fp32 on this CPU: None where nothing is known of it."""
     in_fp32 = trainer.precision in ("32-true", "32", 32)
@@ -401,6 +418,11 @@ def announcement(facts: Mapping[str, Any], resumed: int) -> list[str]:
     threads = facts["threads"]
     experts = ", ".join(map(str, facts["start_experts"].values()))
     layers = f"MoE layers with {experts} experts" if experts else "no MoE layer"
+    whole, trained = efficiency.total(facts["costs"]), facts["trained_parameters"]
+    if trained < whole:
+        layers += f"; {trained / 1e6:.1f} of {whole / 1e6:.1f} M parameters are trained"
+    if tokens := facts["tokens_by_block"]:
+        layers += f"; {tokens[-1]} tokens are left in the last block"
     before = f", resumed after step {resumed}" if resumed >= 0 else ""
     return [
         f"model: {facts['algorithm']}, {facts['backbone']}, {facts['weights']}; {layers}",
@@ -424,10 +446,21 @@ def _backbone_name(backbone: DictConfig) -> str:
     changes += [f"{key} {value}" for key, value in backbone.options.items()]
     if backbone.get("lora"):
         changes.append(f"LoRA {', '.join(f'{k} {v}' for k, v in backbone.lora.items())}")
+    for key, (word, always) in TUNED.items():
+        if (node := backbone.get(key)) is not None:
+            given = {always: getattr(SCHEMAS[f"backbone.{key}"], always)} | dict(node)
+            changes.append(f"{word} {', '.join(_unusual(f'backbone.{key}', given, always))}")
     if backbone.get("vision"):
         tower = backbone.vision
         changes.append(f"vision {Path(tower.model or tower.path).name}, {tower.image_size} px")
     return f"{name} ({', '.join(changes)})" if changes else name
+
+
+def _unusual(node: str, given: Mapping[str, Any], always: str) -> Iterator[str]:
+    """Values other than the defaults of a node, and that of the key ``always``."""
+    for key, value in given.items():
+        if key == always or value != getattr(SCHEMAS[node], key):
+            yield f"{key} {value}"
 
 
 def _weights(backbone: DictConfig) -> str:

@@ -19,6 +19,19 @@ from dynmoe.records import RunFolder
 from dynmoe.selection import judged, selected
 
 
+class ShrinkingTokens(L.Callback):
+    """Tells the blocks that keep ever fewer patches which optimizer step is next."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        from dynmoe.backbones.sparse import TokenSparsifier  # loads timm
+
+        for module in pl_module.modules():
+            if isinstance(module, TokenSparsifier):
+                module.go_to(trainer.global_step)
+
+
 class RunRecorder(Checkpoint):
     """After each evaluation: one line in ``results.jsonl``, the routing, then the checkpoints.
 

@@ -107,6 +107,19 @@ def test_ideal_by_hand(tmp_path: Path, run: Run) -> None:
 
 
 @pytest.mark.usefixtures("short_samples")
+def test_a_sparse_backbone_beside_the_dense_one(tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "sparse.json"
+    few = ["--only", "dynmoe", "--k", "1", "--mode", "inference", "--json", str(file)]
+    run(*STEP, *few, "backbone.token_sparsify={keep: 0.25}", "backbone.adapter={dim: 4}")
+    content = json.loads(file.read_text())
+    rows = {row["case"]: row for row in content["rows"]}
+    assert list(rows) == ["dense", "sparse", "dynmoe 1"]
+    assert rows["sparse"]["ideal"] > 1.1 and rows["dense"]["ideal"] == 1
+    assert rows["sparse"]["parameters"] > rows["dense"]["parameters"]
+    assert content["workload"]["token_sparsify"] == "{'keep': 0.25}"
+
+
+@pytest.mark.usefixtures("short_samples")
 def test_baseline_may_have_other_settings_but_no_other_workload(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run, refused: Refused
 ) -> None:
@@ -127,6 +140,7 @@ def test_baseline_may_have_other_settings_but_no_other_workload(
     ("arguments", "message"),
     [
         (["--only", "dynmo"], "--only dynmo: unknown case, expected some of 'dense', 'top-1'"),
+        (["--only", "sparse"], "--only sparse: expected 'backbone.token_sparsify={keep: 0.7}'"),
         (["--k", "9"], "--k 9: expected a mean number of experts per token above 0 and up to 8"),
         (["--k", "2", "moe.num_experts=1"], "--k 2: expected a mean number of experts"),
         (["--k", "1", "moe.num_experts=1"], "top-2: expected moe.num_experts=2 or more"),

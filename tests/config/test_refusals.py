@@ -50,6 +50,22 @@ TABLE = {
         "task.steps: expected at most 9223372036854775807",
     ),
     f"{IMAGES} moe.expert_dropout=2": ("moe.expert_dropout: expected 0 or more, below 1",),
+    f"{IMAGES} backbone.token_sparsify={{keep:1.5}}": (
+        "backbone.token_sparsify.keep: expected a share above 0, up to 1",
+    ),
+    f"{IMAGES} backbone.token_sparsify={{blocks:[1,9]}}": (
+        "backbone.token_sparsify.blocks: there is no block 9",
+        "0 to 5",
+    ),
+    f"{IMAGES} backbone.token_sparsify={{kep:0.5}}": ("token_sparsify.kep: unknown", "'keep'"),
+    f"{IMAGES} backbone.token_sparsify={{keep:[0.5],blocks:[1,2]}}": (
+        "backbone.token_sparsify.keep: expected one share, or 2",
+    ),
+    f"{IMAGES} backbone.adapter={{link_embeddings:true,links:false}}": (
+        "backbone.adapter.link_embeddings:",
+        "backbone.adapter.links=true",
+    ),
+    f"{IMAGES} backbone.adapter={{dim:0}}": ("backbone.adapter.dim: expected 1 or more",),
     f"{IMAGES} backbone.drop_path=-0.1": ("backbone.drop_path: expected 0 or more, below 1",),
     f"{IMAGES} +task.optimizer.betas=[0.9,1.5]": ("task.optimizer.betas.1: expected 0 or more",),
     f"{IMAGES} trainer.accumulate_grad_batches=-1": ("accumulate_grad_batches: expected 1 or",),

@@ -21,6 +21,7 @@ TASKS = {"image": "task=vit_domainbed", "text": "task=glue", "vision-language": 
 # The task with which a group, or one of its options, is meant to be used.
 HOMES = {
     "experiment": "text",
+    "experiment=sparse_tuning": "image",
     "moe=dynmoe_glue": "text",
     "moe=dynmoe_vl": "vision-language",
     "moe=dynmoe_vl_official": "vision-language",
@@ -117,7 +118,7 @@ trainer: num_sanity_val_steps precision strategy use_distributed_sampler val_che
 """
 KEYS = {
     "image": """
-backbone: drop_path image_size
+backbone: adapter drop_path image_size token_sparsify
 data: augment_eval class_balanced environments holdout_fraction image_size linear_baseline
 data: test_envs trial_seed workers
 protocol: augment_eval datasets defaults

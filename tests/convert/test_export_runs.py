@@ -139,10 +139,17 @@ def test_other_kinds_of_runs(tmp_path: Path, run: Run) -> None:
         assert note["largest_difference"] < 1e-5
 
 
-def test_an_image_classifier_in_onnxruntime(tmp_path: Path, run: Run) -> None:
+SPARSE = "backbone.token_sparsify={keep: 0.5, shrink_steps: 9}", "backbone.adapter={dim: 4}"
+
+
+@pytest.mark.parametrize("options", [(), SPARSE])
+def test_an_image_classifier_in_onnxruntime(
+    options: tuple[str, ...], tmp_path: Path, run: Run
+) -> None:
     import onnxruntime
 
-    folder = trained_run(tiny_config(f"paths.outputs={tmp_path}", "task.steps=4"), tmp_path / "run")
+    cfg = tiny_config(f"paths.outputs={tmp_path}", "task.steps=4", *options)
+    folder = trained_run(cfg, tmp_path / "run")
     run(f"run={folder.path}", f"to={tmp_path}/out")
     facts = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
     assert facts["output"]["classes"] == [str(digit) for digit in range(10)]

@@ -80,6 +80,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "zero-cost experts": lambda: with_moe(vit(), ZeroCostRouter, 4),
     "uneven blocks": lambda: with_moe(uneven(), TopAnyRouter, 4),
     "recomputed blocks": lambda: with_moe(vit(grad_checkpointing=True), TopAnyRouter, 4),
+    "sparse tokens, adapters": lambda: with_moe(
+        vit(token_sparsify={"keep": 0.5, "blocks": [1]}, adapter={"dim": 4}), TopAnyRouter, 4
+    ),
     "SwiGLU, LayerScale": lambda: with_moe(vit("vit_giant_patch14_dinov2"), TopAnyRouter, 4),
 }
 
@@ -185,7 +188,8 @@ def test_flops_of_a_training_step(model: nn.Module, images: Tensor) -> None:
     by_formula = flops(costs, living(model), k)
     assert by_formula is not None
     patches = 2 * BATCH * (PX // 7) ** 2 * 7**2 * DIM
-    unserved = 2 * BATCH * ((PX // 7) ** 2 + 1) * DIM * len(tape)  # on the tape, `RoutingStats`
+    tokens = sum(layer["tokens"] for layer in costs["flops"]["layers"].values())
+    unserved = 2 * BATCH * tokens * DIM  # on the tape, `RoutingStats`
     expected = 3 * (BATCH * by_formula + gram(model)) - patches + unserved
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-12)
 

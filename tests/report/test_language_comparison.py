@@ -107,13 +107,30 @@ def test_where_data_and_weights_lie_is_no_setting(tmp_path: Path) -> None:
     assert names == ["dense, backbone.model=bert", *["dense, backbone.model=minilm"] * 3]
 
 
-def test_the_bill_of_lora_runs_is_not_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [{"backbone.lora.r": 8}, {"backbone.lora": None, "backbone.adapter.freeze": True}],
+    ids=["LoRA", "adapters"],
+)
+def test_the_bill_of_runs_with_frozen_weights_is_not_known(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
     for setting in ("top-1 of 2", "DynMoE"):
-        write(tmp_path, setting, 0.6, config={"backbone.lora.r": 8})
+        write(tmp_path, setting, 0.6, config=config)
     collection = read(tmp_path / "RTE")
-    cost = search_cost(collection, collection.problems[0], "DynMoE", {})
+    own = next(run.setting for run in collection.runs if run.kind == "adaptive")
+    cost = search_cost(collection, collection.problems[0], own, {})
     table = search_table(collection, cost)
     assert [row[2] for row in table.rows] == ["X", "X", "X"] and "are frozen" in table.note
+
+
+def test_names_tell_of_sparse_tokens_and_adapters(tmp_path: Path) -> None:
+    plain = {"backbone.token_sparsify": None, "backbone.adapter": None}
+    keep = {"backbone.token_sparsify.keep": 0.5}
+    for config in (plain, {**plain, "backbone.adapter": {}}, {"backbone.adapter.dim": 4, **keep}):
+        write(tmp_path, "dense", 0.6, config=config)
+    names = [run.setting for run in read(tmp_path / "RTE").runs]
+    assert names == ["dense", "dense, adapters", "dense, adapters, 0.5 of patches"]
 
 
 def test_flops_are_of_a_text_of_mean_length(tmp_path: Path) -> None:

@@ -114,6 +114,9 @@ def test_what_a_run_is_before_it_trains() -> None:
         "eval_every": 50,
         "device": "cpu",
         "threads": 1,
+        "costs": {"slots": {}, "parameters": {"other": 22_000_000, "layers": {}}},
+        "trained_parameters": 22_000_000,
+        "tokens_by_block": None,
     }
     assert announcement(facts, -1) == [
         "model: TopK, vit, from scratch; MoE layers with 4, 4 experts",
@@ -125,3 +128,7 @@ def test_what_a_run_is_before_it_trains() -> None:
     model, data, steps, device = announcement(many, 99)
     assert model.endswith("no MoE layer") and data == "data: PACS, 70 examples in 7 sets"
     assert steps.endswith("resumed after step 99") and device == "device: cpu, 2 threads"
+    frozen = {**facts, "trained_parameters": 1_300_000, "tokens_by_block": [197, 140, 72]}
+    assert announcement(frozen, -1)[0].endswith(
+        "4, 4 experts; 1.3 of 22.0 M parameters are trained; 72 tokens are left in the last block"
+    )

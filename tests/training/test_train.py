@@ -164,39 +164,56 @@ class StopAt(L.Callback):
             raise Stop
 
 
+SPARSE = (
+    "backbone.token_sparsify={keep: 0.5, blocks: [1, 3], shrink_start: 2, shrink_steps: 5}",
+    "backbone.adapter={dim: 4}",
+)
+
+
 @pytest.mark.parametrize(
-    ("moe", "step"),
+    ("moe", "step", "options"),
     [
-        ("dynmoe", 5),
-        pytest.param("dynmoe", 3, marks=SLOW),
-        pytest.param("dynmoe", 7, marks=SLOW),
-        pytest.param("gmoe", 5, marks=SLOW),
+        ("dynmoe", 5, ()),
+        pytest.param("dynmoe", 3, (), marks=SLOW),
+        pytest.param("dynmoe", 7, (), marks=SLOW),
+        pytest.param("gmoe", 5, (), marks=SLOW),
+        pytest.param("dynmoe", 5, SPARSE, marks=SLOW),
     ],
 )
 def test_an_interrupted_run_resumes_without_a_trace(
     step: int,
     moe: str,
+    options: tuple[str, ...],
     run: Run,
     trained: Trained,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Dropout, stochastic depth, routing noise, a half-filled window: later records are equal."""
-    straight = everything(trained(moe=moe))
+    straight = everything(trained(*options, moe=moe))
     from dynmoe.training import build
 
     callbacks = build.build_callbacks
     with monkeypatch.context() as patch:
         patch.setattr(build, "build_callbacks", lambda *a: [*callbacks(*a), StopAt(step)])
         with pytest.raises(Stop):
-            run(moe=moe, name="broken")
+            run(*options, moe=moe, name="broken")
     broken = RunFolder(tmp_path / "broken")
     assert 0 < len(broken.read("results")) < 3 and not broken.is_done
     # A record that the checkpoint has not seen, and a line cut short by the kill.
     broken.append("results", {**broken.read("results")[-1], "step": 99})
     with (broken.path / "results.jsonl").open("a") as file:
         file.write('{"step": 1')
-    assert everything(run(moe=moe, name="broken")) == straight
+    assert everything(run(*options, moe=moe, name="broken")) == straight
+
+
+@SLOW
+def test_fewer_patches_are_routed_as_the_share_shrinks(trained: Trained) -> None:
+    """All 4 patches are kept after steps 0 and 4 (a share of 0.83), 2 and the fused one after 8."""
+    records = trained(*SPARSE).read("routing")
+    last = [each for each in records if each["layer"] == "blocks.2.mlp"]
+    tokens = {each["step"]: len(each["k_by_position"]) for each in last if "k_by_position" in each}
+    assert tokens == {0: 5, 4: 5, 8: 4}
 
 
 def test_nothing_of_a_finished_run_is_repeated(
