@@ -50,7 +50,7 @@ def test_the_official_code_rounds_so(case: dict[str, Any]) -> None:
 
 def naive_gptq(weight_OI: Tensor, hessian_II: Tensor, how: Rounding, percdamp: float) -> Tensor:
     """Optimal brain quantisation of a row's columns in their order: after each, the best change of
-    the later ones given the inverse Hessian of what is left (fp64; the first group's grid alone)."""
+    the later ones, given the inverse Hessian of what is left. One group, in fp64."""
     weight_OI, hessian_II = weight_OI.double().clone(), hessian_II.double().clone()
     hessian_II += percdamp * hessian_II.diagonal().mean() * torch.eye(len(hessian_II)).double()
     grid = find_grid(weight_OI, how)
