@@ -224,7 +224,8 @@ def test_an_expert_without_tokens_is_rounded_and_named() -> None:
     model, batches = text(TopAnyRouter, layers=[1])
     (layer,) = moe_layers(model).values()
     with torch.no_grad():
-        layer.router.thresholds[2].fill_(1e6)
+        for expert, threshold in enumerate(layer.router.thresholds):
+            threshold.fill_(1e6 if expert == 2 else -1e6)
     bits, before = all_bits(model), state(model)
     done = calibrate(model, batches, bits, HOW)
     assert len(done.fallback) == 2 and all("slots.2." in name for name in done.fallback)
