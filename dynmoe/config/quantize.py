@@ -52,14 +52,15 @@ class Choice(NamedTuple):
 class Quantisation:
     """One quantisation; ``BITS_OF`` tells which of its options are keys ``quant.bits.*``.
 
-    Bits are given in this order, later ones win: default, attention, shared experts, chosen
-    experts, FFNs of chosen blocks, chosen linear layers of FFNs, named modules. None: those of
-    before.
+    Bits are given in this order, later ones win: default, attention, FFNs that are no mixtures,
+    shared experts, chosen experts, FFNs of chosen blocks, chosen linear layers of FFNs, named
+    modules. None: those of before.
     """
 
     method: str = "gptq"
     default: int = 4
     attention: int | None = None
+    dense: int | None = None
     shared: int | None = None
     experts: Choice | None = None
     blocks: Choice | None = None
@@ -80,7 +81,7 @@ class Quantisation:
         return {k: str(v) if isinstance(v, Choice) else v for k, v in values.items()}
 
 
-BITS_OF = ("default", "attention", "shared", "experts", "blocks", "linears", "high", "named")
+BITS_OF = ("default", "attention", "dense", "shared", *RULES, "high", "named")
 OPTIONS = {
     f"bits.{each.name}" if each.name in BITS_OF else each.name: each.name
     for each in fields(Quantisation)
@@ -201,7 +202,7 @@ def _fits(key: str, value: Any) -> bool:
             and all(isinstance(n, str) and _is_bits(bits) for n, bits in value.items())
         )
     if key.startswith("bits."):
-        return _is_bits(value) or (value is None and policy in ("attention", "shared"))
+        return _is_bits(value) or (value is None and policy in ("attention", "dense", "shared"))
     if key == "method":
         return value in METHODS
     if key == "group_size":

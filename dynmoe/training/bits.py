@@ -117,13 +117,15 @@ def bit_map(places: Sequence[Place], how: Quantisation, seen: Seen) -> dict[str,
         bits.update({place.name: number for place in which})
 
     draw = random.Random(how.seed)
-    if how.attention is not None:
-        give(how.attention, (place for place in places if place.kind == "attention"))
-    if how.shared is not None:
-        shared = [place for place in places if place.kind == "shared"]
-        if not shared:
-            raise ConfigError("quant.bits.shared: this model has no shared experts. Leave it out")
-        give(how.shared, shared)
+    for kind, number in (
+        ("attention", how.attention),
+        ("dense", how.dense),
+        ("shared", how.shared),
+    ):
+        if number is not None:
+            give(number, (place for place in places if place.kind == kind))
+    if how.shared is not None and not any(place.kind == "shared" for place in places):
+        raise ConfigError("quant.bits.shared: this model has no shared experts. Leave it out")
     ffns = [place for place in places if place.kind != "attention"]
     if how.experts is not None:
         chosen = _experts(places, how.experts, seen.load, draw)

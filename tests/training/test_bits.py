@@ -180,6 +180,7 @@ def raised(**options: Any) -> set[str]:
     [
         ({}, ""),
         ({"attention": 4}, "0.attn 1.attn 2.attn"),
+        ({"dense": 4}, "0.ffn"),
         ({"shared": 8}, "1.shared"),
         ({"experts": Choice("frequency", 1)}, "1.1 2.0"),
         ({"experts": Choice("frequency", 2)}, "1.1 1.0 2.0 2.2"),
