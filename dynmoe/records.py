@@ -34,6 +34,12 @@ environment or evaluation set (`dynmoe.metrics.routing`). `events.jsonl` has the
 as it is), the `target_k` that was asked for, the `cuts` and the recorded mean k of `layers`,
 `mean_k` over all, `scores`, and the means of the reported `measure` and of the loss over the
 reported sets, `score` and `loss`. `checkpoint` and `step` say which weights.
+
+`quantize.jsonl` has a line for each evaluation of `dynmoe-eval mode=quantize`, with the same
+scores: `method` (`fp32`: the run as it is; `rtn`, `gptq`, `torchao int8`), the `options`, the
+`bits` of every linear layer and their `average_bits`, without and with grids, the layers rounded to
+nearest for want of calibration data (`fallback`) or because that was better (`kept_rtn`), and the
+mean `output_error` of layers; of exports the `bytes` of the file and `samples_per_s`.
 """
 
 from __future__ import annotations
@@ -59,7 +65,7 @@ LOCKS = ".locks"
 # Names in the folder of a run before it writes: Hydra's (conf/hydra/job_logging), and the log.
 UNUSED = {".hydra", "run.log"}
 
-Kind = Literal["results", "routing", "events", "examples", "budget"]
+Kind = Literal["results", "routing", "events", "examples", "budget", "quantize"]
 State = Literal["done", "running", "failed", "stopped", "missing"]
 Record = dict[str, Any]
 

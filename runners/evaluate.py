@@ -13,8 +13,8 @@ from dynmoe.training.evaluate import OVERRIDES, answer, evaluate, parse, submit
 
 HELP = """dynmoe-eval evaluates a trained run again, from its own configuration and checkpoint.
 
-  dynmoe-eval run=FOLDER [mode=evaluate|answer|submit|budget] [checkpoint=selected|last|FILE]
-              [key=value ...]
+  dynmoe-eval run=FOLDER [mode=evaluate|answer|submit|budget|quantize]
+              [checkpoint=selected|last|FILE] [key=value ...]
 
 run=FOLDER     the folder of a run, outputs/<name>/<run>.
 mode=evaluate  (default) prints every score beside the recorded one; on the same machine they are
@@ -28,6 +28,11 @@ mode=budget    evaluates with fewer and more experts per token, nothing trained:
                (threshold, entropy, ratio, quantile or top_k; default: all that fit the router) at
                budget.targets= mean experts per token ([1,1.5,2,3]), or at the budget.values= of a
                rule's cut; writes FOLDER/budget.jsonl and FOLDER/figures/budget.png.
+mode=quantize  evaluates with weights of few bits, nothing trained: quant.method=gptq or rtn,
+               quant.bits.default=4 and more for some (quant.bits.attention=, .shared=, .experts=,
+               .blocks=, .linears=, .named=); several values, separated by commas, are as many
+               quantisations. quant.export=int8 or int4 also writes torchao's weights. Writes
+               FOLDER/quantize.jsonl and FOLDER/figures/quantize.png.
 checkpoint=    the checkpoint to load (default: selected).
 --version      prints the version and the commit.
 
@@ -43,7 +48,8 @@ def main() -> None:
             print(HELP.format(keys=", ".join(OVERRIDES)))
             return
         mode, folder, checkpoint, cfg = parse(arguments)
-        modes = {"evaluate": evaluate, "answer": answer, "submit": submit, "budget": budget}
+        modes = {"evaluate": evaluate, "answer": answer, "submit": submit}
+        modes |= {"budget": budget, "quantize": quantize}
         modes[mode](folder, checkpoint, cfg)
 
 
@@ -52,6 +58,13 @@ def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> None:
     from dynmoe.training import budgets
 
     budgets.budget(folder, checkpoint, cfg)
+
+
+def quantize(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> None:
+    """Import what only this mode needs."""
+    from dynmoe.training import quantize as quantisation
+
+    quantisation.quantize(folder, checkpoint, cfg)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynmoe import runtime
+from dynmoe.backbones.deploy import compact_layers
 from dynmoe.benchmark import against, results, timing
 from dynmoe.benchmark.against import Build
 from dynmoe.benchmark.candidates import Candidate, groups, keys, modality
@@ -303,8 +304,7 @@ class Inference:
 
 def deployed(model: nn.Module) -> nn.Module:
     """Put the model in evaluation mode and make its MoE layers compact, for good."""
-    for name, layer in moe_layers(model).items():
-        model.set_submodule(name, layer.compact())
+    compact_layers(model)
     return model.eval()
 
 

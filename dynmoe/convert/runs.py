@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynmoe.backbones import weights
+from dynmoe.backbones.deploy import compact_layers, merge_adapters
 from dynmoe.convert.checkpoints import BACKBONE
 from dynmoe.data.text.tokens import load_tokenizer
 from dynmoe.errors import DataError
@@ -74,8 +75,7 @@ def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> Train
     build.add_layers(cfg.moe, model, init=init, keep_origin=keeps_origin)
     weights.load_whole(model, state, f"{checkpoint}, for this run's configuration")
     merge_adapters(model)
-    for name, layer in moe_layers(model).items():
-        model.set_submodule(name, layer.compact())
+    compact_layers(model)
     step = saved["global_step"] - 1
     return TrainedModel(model.eval(), cfg, folder, checkpoint, step, class_names, **about)
 
@@ -86,11 +86,3 @@ def _channels(state: Mapping[str, Tensor]) -> int:
         if name.startswith("patch_embed.") and tensor.ndim == 4:
             return tensor.shape[1]
     raise DataError("run=: expected a ViT that cuts images into patches, found no such weights")
-
-
-def merge_adapters(model: nn.Module) -> None:
-    """Add the products of LoRA's matrices to the weights that they adapt, in place."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "base_layer") and hasattr(module, "merge"):
-            module.merge()
-            model.set_submodule(name, module.base_layer)

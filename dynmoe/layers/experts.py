@@ -65,6 +65,8 @@ class Experts(nn.Module):
 
     kept: dict[Any, Any] | None
     """Weights in the dtype of products, within ``moe.constant_weights``; None elsewhere."""
+    fixed_keys_SD: Tensor | None
+    """See ``fix_keys``."""
     stack: bool
     """Whether it was asked for weights that are stacked."""
 
@@ -104,6 +106,7 @@ class Experts(nn.Module):
             )
         self.kept: dict[Any, Any] | None = None
         self.stack = False
+        self.register_buffer("fixed_keys_SD", None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None, "stack": False}
@@ -123,6 +126,8 @@ class Experts(nn.Module):
     @torch.no_grad()
     def mean_keys(self, live: Sequence[int]) -> Tensor:
         """Return the mean row of each expert's first matrix, a gate's alone, fp32, [E, D]."""
+        if self.fixed_keys_SD is not None:
+            return self.fixed_keys_SD[list(live)]
         layout = self.layout
         first = "" if layout is None else layout.inner[0]
         mlps = [self.slots[slot] for slot in live]
@@ -138,6 +143,11 @@ class Experts(nn.Module):
         layout = find_layout(mlp)
         first: list[Any] = linears(mlp)[:1] if layout is None else _named(mlp, layout.inner)
         return [linear.weight for linear in first]
+
+    def fix_keys(self) -> None:
+        """Keep the mean keys of all slots as they are now, in checkpoints too: routers that read
+        them choose as before when the experts' weights are rounded."""
+        self.register_buffer("fixed_keys_SD", self.mean_keys(range(len(self.slots))))
 
     def keep(self, slots: Sequence[int]) -> None:
         """Drop all other slots for good; slot ``slots[i]`` becomes slot i."""

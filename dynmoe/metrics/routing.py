@@ -47,9 +47,13 @@ class RoutingMeter:
     """
 
     def __init__(self, model: nn.Module, classes: int = 0, parts: Sequence[str] = ()) -> None:
-        self._layers = moe_layers(model)
+        self.watch(model)
         self._classes = classes
         self._parts = tuple(parts)
+
+    def watch(self, model: nn.Module) -> None:
+        """Take the layers that the model has now; what was summed over others is dropped."""
+        self._layers = moe_layers(model)
         self._sums: dict[tuple[str, str], _Sums] = {}
 
     def update(

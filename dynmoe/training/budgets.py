@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,11 @@ from dynmoe.errors import ConfigError
 from dynmoe.layers import Router, TopKRouter
 from dynmoe.layers.moe import moe_layers
 from dynmoe.layers.posthoc import Cuts, Rule, changed_routing, rules_of
-from dynmoe.metrics.routing import TRAIN
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.budgets import OWN, budget_table, draw_budgets
 from dynmoe.report.drawing import save
 from dynmoe.report.tables import to_rich
-from dynmoe.selection import mean, measured
-from dynmoe.training.evaluate import loaded
+from dynmoe.training.evaluate import judged, loaded, reported_by
 from dynmoe.training.instantiation import make
 
 TOLERANCE = 0.01
@@ -44,15 +42,21 @@ def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]
         ConfigError: the run's router does not offer the rule, or any.
     """
     rules = [rule for rule in _offered(cfg) if rule_of(cfg) in (None, rule)]
-    reported = _reported(folder)
+    reported = reported_by(folder)
     data, task, step, trainer = loaded(folder, checkpoint, cfg)
 
     def evaluated(applied: Cuts | None = None, watched: Sequence[Cuts] = ()) -> Record:
         data.repeat_evaluation_of(step)
         with changed_routing(task.backbone, applied, watched):
             trainer.validate(task, datamodule=data, verbose=False)
-        record = _record(task, reported, applied)
-        return {"step": step, "checkpoint": checkpoint.name, **record}
+        return {
+            "step": step,
+            "checkpoint": checkpoint.name,
+            "rule": OWN if applied is None else applied.rule,
+            "target_k": None,
+            "cuts": None if applied is None else applied.at,
+            **judged(task, reported),
+        }
 
     names = list(moe_layers(task.backbone))
     starts = [Cuts(rule, dict.fromkeys(names, 0.0)) for rule in rules]
@@ -132,38 +136,3 @@ def reached(evaluated: Evaluate, cuts: Cuts, target: float) -> tuple[Record, Cut
             break
     _, record, cuts = min(tried, key=lambda each: each[0])
     return record, cuts
-
-
-def _reported(folder: RunFolder) -> Mapping[str, Any]:
-    """Which sets and measure the run reports; empty where no run.json says it."""
-    facts = folder.read_run() if (folder.path / "run.json").exists() else {}
-    reported: Mapping[str, Any] = facts.get("reported", {})
-    return reported
-
-
-def _record(task: Any, reported: Mapping[str, Any], applied: Cuts | None) -> Record:
-    scores = task.scores()
-    measure = reported.get("measure", "score")
-    # A run without a test environment reports none.
-    sets = reported.get("sets") or [name for name in scores if measure in scores[name]]
-    load: dict[str, int] = {}
-    tokens: dict[str, int] = {}
-    for each in task.routing_records():
-        if each["source"] != TRAIN:
-            name = each["layer"]
-            load[name] = load.get(name, 0) + sum(each["load"])
-            tokens[name] = tokens.get(name, 0) + each["tokens"]
-    score, loss = (
-        mean(measured({"scores": scores}, name, key) for name in sets) for key in (measure, "loss")
-    )
-    return {
-        "rule": OWN if applied is None else applied.rule,
-        "target_k": None,
-        "cuts": None if applied is None else applied.at,
-        "mean_k": sum(load.values()) / max(1, sum(tokens.values())),
-        "layers": {name: load[name] / max(1, tokens[name]) for name in load},
-        "measure": measure,
-        "score": score,
-        "loss": loss,
-        "scores": scores,
-    }

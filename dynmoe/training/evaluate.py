@@ -11,16 +11,20 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dynmoe.config.arguments import joined
-from dynmoe.config.budgets import KEYS, budget_problems
+from dynmoe.config.budgets import KEYS as BUDGETS
+from dynmoe.config.budgets import budget_problems
 from dynmoe.config.check import value_problems
 from dynmoe.config.machine import data_folder, folders, gpu_there
 from dynmoe.config.options import modality
+from dynmoe.config.quantize import KEYS as QUANTISATIONS
+from dynmoe.config.quantize import quantize_problems
 from dynmoe.config.rules import text_run
 from dynmoe.config.targets import TargetError, signature
 from dynmoe.errors import ConfigError
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.tables import format_number
 from dynmoe.report.words import PARTS, k_by_part, layer_name, measure_number
+from dynmoe.selection import mean, measured
 from dynmoe.training import trained
 
 OVERRIDES = (
@@ -34,7 +38,9 @@ OVERRIDES = (
     "backbone.vision.path",
     "trainer.accelerator",
 )
-MODES = ("evaluate", "answer", "submit", "budget")
+MODES = ("evaluate", "answer", "submit", "budget", "quantize")
+OF_MODES = {"budget": BUDGETS, "quantize": QUANTISATIONS}
+"""Keys of one mode alone."""
 ARGUMENTS = ("run", "checkpoint", "mode")
 
 
@@ -47,7 +53,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     """
     given: dict[str, str] = {}
     question_sets: list[str] = []
-    budgets: list[str] = []
+    of_modes: dict[str, list[str]] = {}
     arguments, astray = joined(arguments)
     if astray:
         raise ConfigError("\n".join(astray))
@@ -55,14 +61,14 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         key, equals, value = argument.partition("=")
         if equals and key.startswith("question_sets."):
             question_sets.append(argument)
-        elif equals and key in KEYS:
-            budgets.append(argument)
+        elif equals and (mode := next((m for m, keys in OF_MODES.items() if key in keys), "")):
+            of_modes.setdefault(mode, []).append(argument)
         elif equals and key in (*ARGUMENTS, *OVERRIDES):
             given[key] = value
         elif not equals and not argument.startswith("-"):
             raise ConfigError(f"{argument}: expected key=value. A run is given as run={argument}")
         else:
-            keys = (*ARGUMENTS, "question_sets.<set>", *KEYS, *OVERRIDES)
+            keys = (*ARGUMENTS, "question_sets.<set>", *BUDGETS, *QUANTISATIONS, *OVERRIDES)
             known = ", ".join(f"{each}=" for each in keys)
             raise ConfigError(f"{argument}: unknown argument, expected {known}")
     if not given.get("run"):
@@ -91,9 +97,11 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         cfg.data.tokenizer_path = given["backbone.path"]
     if question_sets and mode != "answer":
         raise ConfigError(f"{question_sets[0]}: questions to answer, expected with mode=answer")
-    if budgets and mode != "budget":
-        raise ConfigError(f"{budgets[0]}: of budgets after training, expected with mode=budget")
-    values = [f"{key}={value}" for key, value in given.items()] + question_sets + budgets
+    for other, words in of_modes.items():
+        if other != mode:
+            raise ConfigError(f"{words[0]}: expected with mode={other}, found mode={mode}")
+    values = [f"{key}={value}" for key, value in given.items()] + question_sets
+    values += of_modes.get(mode, [])
     try:
         overrides = OmegaConf.from_dotlist(values)
         cfg = OmegaConf.merge(cfg, overrides)  # type: ignore[assignment]
@@ -107,6 +115,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
         *data_folder(cfg),
         *gpu_there(cfg),
         *(budget_problems(cfg) if mode == "budget" else ()),
+        *(quantize_problems(cfg) if mode == "quantize" else ()),
     ]:
         raise ConfigError("\n".join(wrong))
     return mode, folder, checkpoint, cfg
@@ -168,6 +177,42 @@ def loaded(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, A
         print(f"The data are not those of this run, so scores differ: {change}")
     task, step = build.load(cfg, data, settings["fused_attention"], checkpoint)
     return data, task, step, build.build_trainer(cfg, [], folder, max_steps=1)
+
+
+def reported_by(folder: RunFolder) -> Mapping[str, Any]:
+    """Which sets and measure the run reports; empty where no run.json says it."""
+    facts = folder.read_run() if (folder.path / "run.json").exists() else {}
+    reported: Mapping[str, Any] = facts.get("reported", {})
+    return reported
+
+
+def judged(task: Any, reported: Mapping[str, Any]) -> Record:
+    """Entries of a record of the evaluation that just ended: scores, the means of the reported
+    measure and of the loss over the reported sets, and mean k by layer and over all."""
+    from dynmoe.metrics.routing import TRAIN
+
+    scores = task.scores()
+    measure = reported.get("measure", "score")
+    # A run without a test environment reports none.
+    sets = reported.get("sets") or [name for name in scores if measure in scores[name]]
+    load: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    for each in task.routing_records():
+        if each["source"] != TRAIN:
+            name = each["layer"]
+            load[name] = load.get(name, 0) + sum(each["load"])
+            tokens[name] = tokens.get(name, 0) + each["tokens"]
+    score, loss = (
+        mean(measured({"scores": scores}, name, key) for name in sets) for key in (measure, "loss")
+    )
+    return {
+        "mean_k": sum(load.values()) / max(1, sum(tokens.values())),
+        "layers": {name: load[name] / max(1, tokens[name]) for name in load},
+        "measure": measure,
+        "score": score,
+        "loss": loss,
+        "scores": scores,
+    }
 
 
 def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> Scores:

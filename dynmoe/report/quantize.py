@@ -1,0 +1,128 @@
+"""Table and figure of ``dynmoe-eval mode=quantize``: scores over average bits of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from dynmoe.records import Record
+from dynmoe.report.drawing import COLOURS, lay_out
+from dynmoe.report.tables import Table, format_number
+from dynmoe.report.words import is_points, measure_number
+
+FP32 = "fp32"
+"""The method of the record of the run as it was trained."""
+MARKS = "os^Dv<>p"
+
+
+def quantize_table(records: Sequence[Record], title: str) -> Table:
+    """A row for each evaluation."""
+    first = records[0]
+    measure = first["measure"].replace("_", " ")
+    columns = ("weights", "bits", "with grids", "mean k", measure, "loss")
+    columns += ("error (RTN)", "MB", "samples/s")
+    varied = varied_options(records)
+    rows = [
+        (
+            label(each, varied),
+            _number(each.get("average_bits"), ".2f"),
+            _number(each.get("average_bits_with_grids"), ".2f"),
+            format_number(each["mean_k"], ".2f") if each["layers"] else "-",
+            measure_number(each["measure"], each["score"], 2),
+            measure_number("loss", each["loss"]),
+            _errors(each),
+            _megabytes(each, records),
+            _speed(each, records),
+        )
+        for each in records
+    ]
+    # Columns in which nothing stands.
+    shown = [i for i in range(len(columns)) if i == 0 or any(row[i] != "-" for row in rows)]
+    note = (
+        "Bits: mean over the weights of linear layers in blocks; with grids: and their scales and "
+        "zeros. Error: squared error of a layer's outputs on calibration data over their sum of "
+        "squares, mean over layers; in brackets that of rounding to nearest."
+    )
+    return Table(
+        f"Quantised weights: {title}",
+        tuple(columns[i] for i in shown),
+        tuple(tuple(row[i] for i in shown) for row in rows),
+        note,
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format_number(value, form)
+
+
+def _errors(record: Record) -> str:
+    errors = [record.get(key) for key in ("output_error", "rtn_output_error")]
+    return "-" if None in errors else "{:.2g} ({:.2g})".format(*errors)
+
+
+def _megabytes(record: Record, records: Sequence[Record]) -> str:
+    size = record.get("bytes")
+    if record["method"] == FP32:
+        size = next((each["fp32_bytes"] for each in records if "bytes" in each), None)
+    return "-" if size is None else f"{size / 1e6:.1f}"
+
+
+def _speed(record: Record, records: Sequence[Record]) -> str:
+    speed = record.get("samples_per_s")
+    if record["method"] == FP32:
+        speed = next((each["fp32_samples_per_s"] for each in records if "bytes" in each), None)
+    return "-" if speed is None else f"{speed:.1f}"
+
+
+def varied_options(records: Sequence[Record]) -> list[str]:
+    """Return the options that differ among the quantisations, the bits of most weights last."""
+    options = [each["options"] for each in records if "options" in each]
+    keys = [key for key in (options[0] if options else ()) if key != "method"]
+    found = [key for key in keys if any(each[key] != options[0][key] for each in options)]
+    return sorted(found, key=lambda key: key == "bits.default")
+
+
+def label(record: Record, varied: Sequence[str]) -> str:
+    """The words for a record's weights: method, and the options ``varied`` that are set."""
+    options: Mapping[str, Any] = record.get("options", {})
+    words = [
+        f"{key.removeprefix('bits.')} {_word(options[key])}"
+        for key in varied
+        if key in options and options[key] is not None
+    ]
+    return " ".join([record["method"], *words])
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def draw_quantisations(records: Sequence[Record], title: str) -> Figure:
+    """Score and loss over average bits: a line for each policy over ``bits.default``, the run's own
+    weights a dashed one. Exports, whose bits are torchao's, are not drawn."""
+    figure, panels = lay_out(2, width=3.8, height=3.2, beside=2.9)
+    own = records[0]
+    points = is_points(own["measure"])
+    panels[0].set_ylabel(own["measure"].replace("_", " ") + ("" if points else ", %"))
+    panels[1].set_ylabel("mean loss (negative log-likelihood)")
+    varied = [key for key in varied_options(records) if key != "bits.default"]
+    series: dict[str, list[Record]] = {}
+    for each in records:
+        if "average_bits" in each:
+            series.setdefault(label(each, varied), []).append(each)
+    for axes, key, factor in zip(panels, ("score", "loss"), (1 if points else 100, 1), strict=True):
+        style: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
+        axes.axhline(factor * own[key], label=FP32, **style)
+        for number, (name, found) in enumerate(series.items()):
+            xy = sorted((each["average_bits"], factor * each[key]) for each in found)
+            colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+            x, y = zip(*xy, strict=True)
+            axes.plot(x, y, label=name, color=colour, marker=mark, markersize=5)
+        axes.set_xlabel("average bits of a weight")
+        axes.grid(alpha=0.25)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.suptitle(title, fontsize="medium")
+    return figure
