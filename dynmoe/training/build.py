@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -79,6 +79,7 @@ def step_plan(cfg: DictConfig) -> StepPlan:
         epochs=cfg.task.get("epochs"),
         eval_every=cfg.task.eval_every,
         accumulate=cfg.trainer.accumulate_grad_batches,
+        by_source=cfg.get("mixing") is not None,
     )
 
 
@@ -212,9 +213,11 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
     add_moe_layers(backbone, **given)
 
 
-def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:
+def build_callbacks(
+    cfg: DictConfig, data: TaskData, folder: RunFolder, more: Sequence[L.Callback] = ()
+) -> list[L.Callback]:
     """The end of a run that diverges; the adaptation of experts, or of the state of routers alone;
-    those of ``trainer.callbacks``; records, checkpoints and early stop; progress.
+    ``more``; those of ``trainer.callbacks``; records, checkpoints and early stop; progress.
 
     Raises:
         ConfigError: one that a run cannot have.
@@ -224,7 +227,7 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
         callbacks.append(RouterCallback())
     else:
         callbacks.append(make(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
-    callbacks += own_callbacks(cfg)
+    callbacks += [*more, *own_callbacks(cfg)]
     recorder = RunRecorder(
         folder,
         judging(cfg, data),
@@ -365,6 +368,7 @@ def facts(
         "left_out": data.left_out,
         "baseline": None,
         **data.facts,
+        **({} if data.mixture is None else {"mixing": data.mixture.facts}),
         "config": flat(cfg),
         "costs": costs,
         "start_experts": {n: len(m.live) for n, m in moe_layers(task.backbone).items()},
