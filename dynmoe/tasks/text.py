@@ -73,14 +73,14 @@ class TextClassification(MoETask):
         if batch.head is None:
             found = self.loss(logits, batch.label)
         else:
-            found = self._losses(logits, batch).mean()
+            found = self.sample_losses(logits, batch).mean()
         return self.total_loss(batch.weight * found, tape)
 
     def probe_step(self, batch: TextBatch) -> tuple[Tensor, dict[str, list[Routed]]]:
         logits, tape = self.routed_forward(batch.tokens)
-        return self._losses(logits.float(), batch), tape
+        return self.sample_losses(logits.float(), batch), tape
 
-    def _losses(self, logits: Tensor, batch: TextBatch) -> Tensor:
+    def sample_losses(self, logits: Tensor, batch: TextBatch) -> Tensor:
         """Losses [B], each of its own head."""
         if batch.head is None:
             return self.loss(logits, batch.label, "none")
