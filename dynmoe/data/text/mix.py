@@ -143,8 +143,8 @@ class GlueMixData(GlueData):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        names = [*self._trained.values(), *self._evaluated]
-        return {"train": len(self._lengths), **{name: len(self.sets[name]) for name in names}}
+        evaluated = {name: len(self.sets[name]) for name in self._evaluated}
+        return {"train": len(self._lengths), **evaluated}
 
     @property
     def facts(self) -> dict[str, Any]:
