@@ -42,7 +42,7 @@ def mixing_fits(cfg: DictConfig) -> Iterator[str]:
         yield "mixing.layers: expected one MoE layer or more, found none. Set [-1] for the last"
     yield from _experts_to_compare(cfg, rule)
     yield from _sources(cfg, rule)
-    yield from _reference(node.get("reference"))
+    yield from _by_source(node)
     if every is not None and "fsdp" in _strategy(cfg):
         yield "mixing: probes need whole weights on each device. Choose trainer=ddp, or one device"
 
@@ -78,14 +78,26 @@ def _sources(cfg: DictConfig, rule: str) -> Iterator[str]:
         )
 
 
-def _reference(reference: object) -> Iterator[str]:
-    if isinstance(reference, str) and not (Path(reference).expanduser() / "mixing.jsonl").is_file():
-        yield (
-            "mixing.reference: expected a run folder with a mixing.jsonl, found none in "
-            f"'{reference}'. Runs with probes have one, e.g. mixing=uniform mixing.every=100"
-        )
-    elif not isinstance(reference, str | Mapping | None):
-        yield (f"mixing.reference: expected {{source: loss}} or a run folder, found {reference!r}")
+def _by_source(node: Mapping[str, object]) -> Iterator[str]:
+    """Numbers by source, whose names only the data tell."""
+    reference = node.get("reference")
+    if isinstance(reference, str):
+        missing = reference == "???"  # which is said elsewhere
+        if not missing and not (Path(reference).expanduser() / "mixing.jsonl").is_file():
+            yield (
+                "mixing.reference: expected a run folder with a mixing.jsonl, found none in "
+                f"'{reference}'. Runs with probes have one, e.g. mixing=uniform mixing.every=100"
+            )
+    for key, words in (("weights", ""), ("reference", " or a run folder")):
+        given = node.get(key)
+        numbers = [*given.values()] if isinstance(given, Mapping) else given
+        if given is None or (isinstance(given, str) and (key == "reference" or given == "???")):
+            continue
+        if not isinstance(numbers, list) or not all(type(n) in (int, float) for n in numbers):
+            yield (
+                f"mixing.{key}: expected {{source: number}}, numbers in the order of the sources' "
+                f"names{words}, found {given!r}"
+            )
 
 
 def known_tasks(cfg: DictConfig) -> Iterator[str]:

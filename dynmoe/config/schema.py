@@ -103,7 +103,7 @@ class Mixing:
     layers: list[int] = field(default_factory=list)
     eta: float = 10.0
     c: float | Literal["auto"] = "auto"
-    weights: dict[str, float] | None = None
+    weights: Any = None
     reference: Any = None
 
 

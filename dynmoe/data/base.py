@@ -7,7 +7,6 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -303,8 +302,9 @@ class TaskData(LightningDataModule):
         for source, places in probe_slices(sizes, batch_size, self._rank, self._world_size):
             keys = self._probe_keys(names[source], self._probe_rows[names[source]][places])
             # As a loader does.
-            fetch = getattr(examples, "__getitems__", None) or partial(map, examples.__getitem__)
-            yield source, collate(fetch(keys)) if keys else None
+            fetch = getattr(examples, "__getitems__", None)
+            found = fetch(keys) if fetch and keys else [examples[key] for key in keys]
+            yield source, collate(found) if keys else None
 
     def _probed(self) -> tuple[Dataset[Any], Callable[[Any], Any]]:
         """The training examples, and what makes a batch of some."""

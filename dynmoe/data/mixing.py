@@ -50,10 +50,12 @@ class Mixing:
     """How far a distance, or a loss, moves the weights."""
     c: float | Literal["auto"] = "auto"
     """Share of the uniform distribution in the new weights, so that c / D is the least of them."""
-    weights: Mapping[str, float] | None = None
-    """The first weights, by source; None: equal ones. Of `fixed` those of all steps."""
-    reference: str | Mapping[str, float] | None = None
-    """Of `ref_loss`: the loss of each source, or the folder of a run that recorded them."""
+    weights: Mapping[str, float] | Sequence[float] | None = None
+    """The first weights, by source or in the order of their names; None: equal ones. Of `fixed`
+    those of all steps."""
+    reference: str | Mapping[str, float] | Sequence[float] | None = None
+    """Of `ref_loss`: the loss of each source, likewise, or the folder of a run that recorded
+    them."""
 
     @property
     def moves(self) -> bool:
@@ -122,14 +124,28 @@ def start_weights(mixing: Mixing, sizes: Mapping[str, int]) -> FloatArray:
     elif mixing.weights is None:
         found = np.ones(len(names))
     else:
-        given = {str(name): float(weight) for name, weight in mixing.weights.items()}
-        if given.keys() != set(names) or min(given.values()) < 0 or sum(given.values()) <= 0:
+        given = numbers_of(mixing.weights, names)
+        if given is None or min(given) < 0 or sum(given) <= 0:
             raise ConfigError(
                 "mixing.weights: expected a weight of 0 or more for each of "
-                f"{', '.join(names)}, not all 0, found {given}"
+                f"{', '.join(names)}, not all 0, found {mixing.weights}"
             )
-        found = np.array([given[name] for name in names])
+        found = np.array(given, dtype=np.float64)
     return found / found.sum()
+
+
+def numbers_of(
+    given: Mapping[str, float] | Sequence[float], names: Sequence[str]
+) -> list[float] | None:
+    """The numbers of the sources `names`, from a mapping or in their order; None where they are not
+    one finite number for each."""
+    if isinstance(given, Mapping):
+        by_name = {str(name): number for name, number in given.items()}
+        found = [by_name[name] for name in names] if by_name.keys() == set(names) else []
+    else:
+        found = list(given)
+    fine = [n for n in found if isinstance(n, int | float) and math.isfinite(n)]
+    return fine if len(fine) == len(names) == len(found) else None
 
 
 @dataclass(eq=False)

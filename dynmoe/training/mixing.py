@@ -6,7 +6,6 @@ Shape suffixes: D sources, L MoE layers, S slots of all of them.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dynmoe.data.base import TaskData
-from dynmoe.data.mixing import Mixing, Mixture, load_distances, moved_weights
+from dynmoe.data.mixing import Mixing, Mixture, load_distances, moved_weights, numbers_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import MoELayer, constant_weights, moe_layers
 from dynmoe.records import Record, RunFolder
@@ -90,7 +89,7 @@ def compared_layers(backbone: nn.Module, mixing: Mixing) -> dict[str, MoELayer]:
 
 
 def reference_losses(
-    reference: str | Mapping[str, float] | None, names: Sequence[str]
+    reference: str | Mapping[str, float] | Sequence[float] | None, names: Sequence[str]
 ) -> npt.NDArray[np.float64]:
     """The loss of each source that `mixing.reference` gives: numbers, or the last probe of a run.
 
@@ -104,16 +103,16 @@ def reference_losses(
                 f"mixing.reference: {reference} has no losses of sources. Give the folder of a run "
                 "with probes, e.g. of mixing=uniform mixing.every=100, or {source: loss}"
             )
-        given = dict(zip(probes[-1]["sources"], probes[-1]["loss"], strict=True))
+        last = dict(zip(probes[-1]["sources"], probes[-1]["loss"], strict=True))
+        given: Any = {name: loss for name, loss in last.items() if name in names}
     else:
-        given = dict(reference or {})
-    losses = [given.get(name) for name in names]
-    known = [loss for loss in losses if isinstance(loss, int | float) and math.isfinite(loss)]
-    if len(known) < len(names):
+        given = reference or {}
+    losses = numbers_of(given, names)
+    if losses is None:
         raise ConfigError(
             f"mixing.reference: expected the loss of each source, {', '.join(names)}, found {given}"
         )
-    return np.array(known, dtype=np.float64)
+    return np.array(losses, dtype=np.float64)
 
 
 class DataMixing(L.Callback):

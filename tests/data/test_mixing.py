@@ -119,6 +119,8 @@ def test_first_weights() -> None:
     assert start_weights(Mixing(rule="proportional"), SIZES) == pytest.approx([0.1, 0.3, 0.6])
     own = Mixing(rule="fixed", weights={"b": 3, "a": 1, "c": 0})
     assert start_weights(own, SIZES) == pytest.approx([0.25, 0.75, 0])
+    in_order = Mixing(rule="fixed", weights=[1, 3, 0])
+    assert start_weights(in_order, SIZES) == pytest.approx([0.25, 0.75, 0])
 
 
 @pytest.mark.parametrize(
@@ -127,6 +129,8 @@ def test_first_weights() -> None:
         ({"a": 1, "b": 1}, SIZES, r"mixing\.weights: .* a, b, c"),
         ({"a": 1, "b": 1, "c": -1}, SIZES, r"mixing\.weights: .*0 or more"),
         ({"a": 0, "b": 0, "c": 0}, SIZES, r"mixing\.weights: .*not all 0"),
+        ([1, 2], SIZES, r"mixing\.weights: .*a, b, c"),
+        ([1, 2, float("nan")], SIZES, r"mixing\.weights: "),
         (None, {"a": 10}, "two sources or more.* found a.*data=glue_mix"),
     ],
 )
