@@ -284,7 +284,13 @@ def _token_mean(lines: Sequence[Record], key: str) -> float:
 
 
 def short_name(run: Run) -> str:
-    """Name of the mixture: `dense`, `top-2 of 8`, `GMoE top-1 of 6`, `DynMoE`."""
+    """Name of the experts: `dense`, `top-2 of 8`, `GMoE top-1 of 6`, `DynMoE`; and, where several
+    training sets are mixed, of the rule: `DynMoE, uniform mixing`."""
+    rule = run.config.get("mixing.rule")
+    return _experts_name(run) if rule is None else f"{_experts_name(run)}, {rule} mixing"
+
+
+def _experts_name(run: Run) -> str:
     config = run.config
     if run.kind == "dense":
         return DENSE

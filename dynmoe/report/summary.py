@@ -18,7 +18,7 @@ from rich.text import Text
 from dynmoe.metrics.efficiency import activated, exported
 from dynmoe.report import mixing
 from dynmoe.report.costs import MACHINE, model_costs
-from dynmoe.report.run import NOT_FINITE, Run, conditions, counted, different_facts, short_name
+from dynmoe.report.run import DENSE, NOT_FINITE, Run, conditions, counted, different_facts
 from dynmoe.report.set_tables import kind_tables, parts_table
 from dynmoe.report.tables import Strong, Table, format_number, format_points, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
@@ -59,7 +59,7 @@ def to_markdown(run: Run) -> str:
 
 
 def _title(run: Run) -> str:
-    name = short_name(run) if run.kind == "dense" else run.facts["algorithm"]
+    name = DENSE if run.kind == "dense" else run.facts["algorithm"]
     title = f"{name} on {run.facts['dataset']}"
     return f"{title}, {run.words.place} {run.environment}" if run.tested else title
 
