@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import modality, read
 from dynmoe.config.targets import did_you_mean
 from dynmoe.data.text.tasks import TASKS
@@ -23,6 +24,8 @@ OWN_KEYS = {
     "reference": ("ref_loss",),
     "weights": ("dynamic", "ref_loss", "random", "fixed"),
 }
+# Functions of conversations (dynmoe/data/vl/content.py) that all come from one place.
+ONE_SOURCE = ("easy_vqa", "vqa", "science_qa")
 MOVING = ("dynamic", "ref_loss", "random")
 
 
@@ -69,13 +72,29 @@ def _experts_to_compare(cfg: DictConfig, rule: str) -> Iterator[str]:
 
 
 def _sources(cfg: DictConfig, rule: str) -> Iterator[str]:
-    target = read(cfg, "data._target_", str) or ""
-    if modality(cfg, "data") == "text" and not target.endswith(MIX):
-        name = read(cfg, "data.name", str)
-        yield (
-            f"mixing: {rule} needs several training sets, {name} is one. Choose data=glue_mix "
-            "'data.tasks=[rte,mrpc]', or leave mixing out."
-        )
+    """Data of a single source; where the configuration does not tell, the run does."""
+    target, name = read(cfg, "data._target_", str) or "", read(cfg, "data.name", str)
+    one = f"mixing: {rule} needs several training sets, {name} is one. Choose"
+    kind = modality(cfg, "data")
+    if kind == "text" and not target.endswith(MIX):
+        yield f"{one} data=glue_mix 'data.tasks=[rte,mrpc]', or leave mixing out."
+    elif kind == "image":
+        names, tests = environment_names(cfg), test_indices(cfg)
+        if names and 0 < len(names) - len(set(tests)) < 2:
+            yield (
+                f"mixing: {rule} needs several training environments, data.test_envs={tests} "
+                "leaves one. Test on fewer, or leave mixing out."
+            )
+    elif kind == "vision-language":
+        content = (read(cfg, "data.content._target_", str) or "").rpartition(".")[2]
+        stage = read(cfg, "stage.name", str) or ""
+        files = (read(cfg, "data.content.files", dict) or {}).get(stage, ())
+        captions = content == "scenes" and stage == "align"
+        if content in ONE_SOURCE or captions or (content == "llava" and len(files) < 2):
+            yield (
+                f"{one} data=llava with two files or more in data.content.files.{stage}, "
+                "data=scenes with stage=instruct or moe, or leave mixing out."
+            )
 
 
 def _by_source(node: Mapping[str, object]) -> Iterator[str]:

@@ -48,6 +48,15 @@ def test_accepted(command: tuple[str, ...]) -> None:
         ),
         ((*IMAGES, "mixing=dynamic", "moe=softmoe"), "mixing: dynamic .* moe=softmoe .*moe=dynmoe"),
         (("task=glue", "mixing=uniform"), "mixing: uniform needs several.* data=glue_mix"),
+        (
+            (*IMAGES, "mixing=uniform", "data.test_envs=[0,1,2,3,4]"),
+            r"mixing: uniform .* data\.test_envs=\[0, 1, 2, 3, 4\] leaves one. Test on fewer",
+        ),
+        (("task=vl", "data=easy_vqa", "mixing=uniform"), "mixing: uniform .* data=llava"),
+        (
+            ("task=vl", "stage=align", "moe=dense", "mixing=uniform"),
+            "mixing: uniform .* stage=instruct",
+        ),
         ((*IMAGES, "mixing=dynamic", "mixing.every=null"), r"mixing\.every: mixing=dynamic .*100"),
         ((*IMAGES, "mixing=dynamic", "mixing.every=0"), r"mixing\.every: expected 1 or more"),
         ((*IMAGES, "mixing=dynamic", "mixing.c=2"), r"mixing\.c: expected a share"),
