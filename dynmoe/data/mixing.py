@@ -86,8 +86,7 @@ def load_distances(
         between = 1 - units @ units.T
     else:
         between = np.linalg.norm(shares[:, None] - shares[None], axis=2)
-    gather = {"mean": np.mean, "min": np.min, "max": np.max}[aggregate]
-    delta: FloatArray = gather(between, axis=1)
+    delta: FloatArray = getattr(between, aggregate)(axis=1)
     if metric == "reversed_l2":
         order = np.argsort(delta, kind="stable")
         delta[order] = delta[order[::-1]]

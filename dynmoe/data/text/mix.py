@@ -53,6 +53,10 @@ class GlueMixData(GlueData):
     def _glue_tasks(self) -> list[GlueTask]:
         return [TASKS[name] for name in self.tasks]
 
+    @property
+    def has_pairs(self) -> bool:
+        return any(part.has_pairs for part in self.parts.values())
+
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenize all tasks; a second call does nothing.
 

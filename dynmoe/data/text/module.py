@@ -105,6 +105,11 @@ class GlueData(TaskData):
     def glue_task(self) -> GlueTask:
         return TASKS[self.task]
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether an example may be of two texts."""
+        return len(self.glue_task.columns) > 1
+
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenize; a second call does nothing. Warns of unexpected sizes.
 
