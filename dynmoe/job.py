@@ -136,7 +136,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
         folder.say(f"run folder: {folder.path}")  # at once: loading PyTorch and the data takes time
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from dynmoe.training import build
+    from dynmoe.training import build, mixing
 
     places.make_absolute(cfg)
     settings = build.settle_runtime(cfg)
@@ -146,7 +146,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
     if checkpoint.exists() and (change := build.other_data(folder, data)):
         raise DataError(OTHER_DATA.format(cfg.data.name, change, folder.path))
     task = build.build_task(cfg, data, settings["fused_attention"])
-    callbacks = build.build_callbacks(cfg, data, folder)
+    callbacks = build.build_callbacks(cfg, data, folder, mixing.mix_data(cfg, data, task, folder))
     trainer = build.build_trainer(cfg, callbacks, folder, data.steps)
     if trainer.is_global_zero:
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)

@@ -30,6 +30,12 @@ measures and losses of a result.
 environment or evaluation set (`dynmoe.metrics.routing`). `events.jsonl` has the changes of experts,
 `examples.jsonl` single answered questions.
 
+`mixing.jsonl` has a line for each probe of a run that mixes data (`dynmoe.training.mixing`): by
+source, in the order of `sources`, `delta` (how unlike the others it uses the experts, or how far
+its loss is above the reference), `loss`, the picks of each expert slot in the compared layers
+(`load`), and the sampling `weights` from the second step after it on; `seconds` of the probe.
+`run.json` has the first weights under `mixing`.
+
 `budget.jsonl` has a line for each evaluation of `dynmoe-eval mode=budget`: `rule` (`own`: the run
 as it is), the `target_k` that was asked for, the `cuts` and the recorded mean k of `layers`,
 `mean_k` over all, `scores`, and the means of the reported `measure` and of the loss over the
@@ -65,7 +71,7 @@ LOCKS = ".locks"
 # Names in the folder of a run before it writes: Hydra's (conf/hydra/job_logging), and the log.
 UNUSED = {".hydra", "run.log"}
 
-Kind = Literal["results", "routing", "events", "examples", "budget", "quantize"]
+Kind = Literal["results", "routing", "events", "examples", "budget", "quantize", "mixing"]
 State = Literal["done", "running", "failed", "stopped", "missing"]
 Record = dict[str, Any]
 

@@ -41,8 +41,8 @@ RULES = {
 # Rules that take the last step: the oracle looks at the test environment once per run.
 LAST = ("oracle", "last_step")
 
-# The set that GLUE's rules select by.
-SELECTING_SET = {"best_dev": "dev", "heldout": "heldout"}
+# GLUE's rules, which select by whole sets: those that are reported, or the held-out ones.
+OF_SETS = ("best_dev", "heldout")
 
 
 def rule_of(config: Mapping[str, Any]) -> str:
@@ -60,8 +60,9 @@ def measured_by(rule: str, env_names: Sequence[str], test_envs: Sequence[int]) -
     tests = [env_names[index] for index in test_envs]
     measure = "score"
     selects, reported = tests[:1], tests
-    if rule in SELECTING_SET:
-        selects = [SELECTING_SET[rule]]
+    if rule in OF_SETS:  # of several tasks, each has sets of its own
+        heldout = ["heldout" if name == "dev" else f"{name}/heldout" for name in tests]
+        selects = tests if rule == "best_dev" else heldout
     elif rule in DOMAINBED:
         measure = "accuracy"
         judges = [name for name in env_names if (name in tests) == (rule == "oracle")]
@@ -107,7 +108,8 @@ def selected(records: Sequence[Record], facts: Mapping[str, Any]) -> Record | No
     records, or the rule is leave_one_domain_out, which needs a sweep.
     """
     rule = facts["selection"]
-    if not records or len(facts["test_envs"]) != 1 or rule == "leave_one_domain_out":
+    several = len(facts["test_envs"]) != 1 and rule not in OF_SETS
+    if not records or several or rule == "leave_one_domain_out":
         return None
     if rule in LAST:
         return max(records, key=lambda record: record["step"])

@@ -50,6 +50,20 @@ def write_rte(root: Path) -> Path:
     return root
 
 
+def write_mix(root: Path) -> Path:
+    """RTE; CoLA, acceptable where a cat is; SST-2, positive where a dog is; STS-B."""
+    write_rte(root)
+    write_stsb(root)
+    for name, count, seed in (("train", TRAIN, 3), ("dev", DEV, 4)):
+        draw = random.Random(seed)
+        said = [sentence(draw) for _ in range(count)]
+        cola = [f"a\t{int('cat' in text)}\t\t{text}" for text in said]
+        write(root / "CoLA" / f"{name}.tsv", cola)
+        sst2 = [f"{text}\t{int('dog' in text)}" for text in said]
+        write(root / "SST-2" / f"{name}.tsv", ["sentence\tlabel", *sst2])
+    return root
+
+
 def write_stsb(root: Path) -> Path:
     """STS-B: the score is what is said of the sentences."""
     before = ("index", "genre", "filename", "year", "old_index", "source1", "source2")

@@ -79,6 +79,8 @@ WRITTEN = {"data.question_sets": "'data.question_sets={gqa: /folder}', with the 
 # Meaning of the values that have no default.
 MEANING = {
     "data.root": "the folder of the data set, e.g. data.root=/data/PACS",
+    "mixing.reference": "a run folder with probes, or 'mixing.reference={source: loss}'",
+    "mixing.weights": "the weight of each source, e.g. 'mixing.weights={rte: 1, cola: 2}'",
     "name": "the folder of the runs, e.g. name=my_runs",
     "task": "what to learn, e.g. task=vit_domainbed or task=glue",
 }

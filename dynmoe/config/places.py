@@ -21,7 +21,8 @@ CONTENT = (
     *("data.tokenizer_path", "data.environments.drop_list"),
     *("backbone.path", "backbone.pretrained", "backbone.vision.path", "backbone.vision.pretrained"),
 )
-PLACES = (*DATA, *CONTENT, "stage.start")
+RUNS = ("stage.start", "mixing.reference")
+PLACES = (*DATA, *CONTENT, *RUNS)
 
 BLOCK, BLOCKS = 1 << 16, 8
 """Bytes and number of the parts that stand for a large file: reading weights of 30 GB for a name
@@ -35,7 +36,7 @@ def identity(key: str, value: object) -> object:
     place = Path(os.path.realpath(Path(value).expanduser()))
     if key in DATA:
         return place.name
-    if key == "stage.start":  # a run's folder is named by its configuration
+    if key in RUNS:  # a run's folder is named by its configuration
         return "/".join(place.parts[-2:])
     try:
         return fingerprint(str(place))

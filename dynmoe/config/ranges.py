@@ -46,7 +46,7 @@ RANGES: dict[Range, str] = {
         "backbone.image_size backbone.vision.image_size backbone.vision.patch_size "
         "backbone.lora.r backbone.lora.alpha backbone.adapter.dim backbone.adapter.inner "
         "trainer.accumulate_grad_batches trainer.num_nodes trainer.log_every_n_steps "
-        "plan.conversations"
+        "plan.conversations mixing.every mixing.probe_tokens"
     ),
     ENDLESS: "task.steps trainer.max_steps",
     NOT_NEGATIVE: (
@@ -62,7 +62,7 @@ RANGES: dict[Range, str] = {
         "moe.router.num_zero moe.router.aux_end moe.router.bias_rate moe.router.free_balance "
         "moe.router.kp moe.router.ki moe.router.warm_up moe.router.slack "
         "runtime.progress_every data.cache_gb data.examples data.workers trainer.gradient_clip_val "
-        "*.options.type_vocab_size"
+        "*.options.type_vocab_size mixing.eta mixing.weights.*"
     ),
     POSITIVE: (
         "moe.adaptation.length moe.adaptation.period moe.router.init_temperature "
@@ -73,7 +73,9 @@ RANGES: dict[Range, str] = {
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
     ABOVE_ONE: "moe.router.lambda_rate",
-    SHARE: "moe.router.top_p task.scheduler.warmup protocol.*.warmup data.holdout_fraction",
+    SHARE: (
+        "moe.router.top_p task.scheduler.warmup protocol.*.warmup data.holdout_fraction mixing.c"
+    ),
     COSINE: "moe.conflict.threshold",
     SOME: (
         "plan.utilisation moe.router.budget_rate moe.adaptation.p_value moe.adaptation.cosine "

@@ -15,7 +15,7 @@ from typing import get_args
 from omegaconf import DictConfig
 
 from dynmoe.adaptation.decision import GrowthSchedule, GrowthUnit, Schedule, Unit
-from dynmoe.config import machine, models
+from dynmoe.config import machine, mixing, models
 from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read, written
 from dynmoe.config.targets import did_you_mean
@@ -556,6 +556,8 @@ RULES: tuple[Rule, ...] = (
         parts_add_up,
         options_that_need_others,
         conflict_fits,
+        mixing.mixing_fits,
+        mixing.known_tasks,
     ),
     *(expert_layers, adaptation_there, growth_fits, plan_within_experts),
     *(same_modality, test_environments, batch_divides, shares_and_lengths, pretrained_weights),

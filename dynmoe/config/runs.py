@@ -67,6 +67,9 @@ def _differences(cfg: DictConfig) -> Iterator[str]:
         "moe": options.own("moe", cfg.moe.name),
         "data": {"batch_size": RECIPE["data.batch_size"]},
     }
+    if cfg.get("mixing") is not None:
+        yield f"mixing{cfg.mixing.rule}"
+        files["mixing"] = options.own("mixing", cfg.mixing.rule)
     files["task"] = options.own("task", cfg.task.name).get("task", {})
     for node, file in files.items():
         for key, written in _leaves(file, f"{node}."):
@@ -180,6 +183,8 @@ def previous(cfg: DictConfig) -> DictConfig | None:
         earlier.stage = options.own("stage", stage.after).stage
         earlier.moe = options.own("moe", "dense")
         earlier.name = "${task.name}"
+        if "mixing" in earlier:
+            del earlier["mixing"]  # of the stage that asks for it
         for key, value in RECIPE.items():
             node, _, leaf = key.rpartition(".")
             if leaf in (OmegaConf.select(earlier, node) or ()):  # there may be no scheduler

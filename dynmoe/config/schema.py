@@ -113,6 +113,20 @@ class AdapterOptions:
 
 
 @dataclass
+class Mixing:
+    rule: Literal["dynamic", "uniform", "proportional", "fixed", "ref_loss", "random"]
+    every: int | None
+    probe_tokens: int
+    metric: Literal["l2", "cos", "reversed_l2"] = "l2"
+    aggregate: Literal["mean", "max", "min"] = "mean"
+    layers: list[int] = field(default_factory=list)
+    eta: float = 10.0
+    c: float | Literal["auto"] = "auto"
+    weights: Any = None
+    reference: Any = None
+
+
+@dataclass
 class Stage:
     name: str
     after: str | None
@@ -173,6 +187,7 @@ class Root:
     overwrite: bool
     stage: dict[str, Any] | None = None
     plan: dict[str, Any] | None = None
+    mixing: dict[str, Any] | None = None
 
 
 # The schema of a node by its path; "" is the root, `*` any one key.
@@ -186,6 +201,7 @@ SCHEMAS: dict[str, type] = {
     "protocol.stages.*.scratch": Recipe,
     "protocol.stages.*": Recipes,
     "stage": Stage,
+    "mixing": Mixing,
     "moe": MoE,
     "moe.conflict": Conflict,
     "backbone.token_sparsify": TokenSparsify,

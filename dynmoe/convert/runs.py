@@ -64,7 +64,7 @@ def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> Train
         else:
             data.tokenizer = load_tokenizer(data.tokenizer_path, data.tokenizer_name)
         data.tokenizer.model_max_length = data.max_length
-        about["tokenizer"], about["pairs"] = data.tokenizer, len(data.glue_task.columns) > 1
+        about["tokenizer"], about["pairs"] = data.tokenizer, data.has_pairs
         class_names, arguments = data.class_names, data.backbone_arguments
     else:
         class_names, about["channels"] = list(folder.read_run()["class_names"]), _channels(state)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     )
     from dynmoe.data.images.environments import image_folders
     from dynmoe.data.images.module import DomainData
+    from dynmoe.data.text.mix import GlueMixData
     from dynmoe.data.text.module import GlueData
     from dynmoe.data.vl.content import easy_vqa, llava, questions_only, scenes, science_qa, vqa
     from dynmoe.data.vl.module import VisionLanguageData
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DomainData",
     "GlueData",
+    "GlueMixData",
     "VisionLanguageData",
     "colored_digits",
     "colored_mnist",
@@ -41,6 +43,7 @@ __getattr__ = lazy(
         "images.environments": "image_folders",
         "images.digits": "rotated_digits colored_digits rotated_mnist colored_mnist",
         "text.module": "GlueData",
+        "text.mix": "GlueMixData",
         "vl.module": "VisionLanguageData",
         "vl.content": "easy_vqa llava questions_only scenes science_qa vqa",
     },

@@ -15,6 +15,9 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dynmoe.data.mixing import Mixing, Mixture, held_out, probe_slices, start_weights
+from dynmoe.seeding import IntArray
+
 log = logging.getLogger(__name__)
 
 K = TypeVar("K")
@@ -44,6 +47,8 @@ class StepPlan:
     """Micro-batches of a step on each rank (Lightning's accumulate_grad_batches)."""
     eval_after_first: bool = False
     """Whether evaluations are counted from the first step on: see `next_evaluated`."""
+    by_source: bool = False
+    """Whether the training data are a mixture of sources: `TaskData.mix` follows `setup`."""
 
     def next_evaluated(self, step: int) -> int:
         """The first step, not before `step`, that an evaluation follows.
@@ -57,7 +62,7 @@ class StepPlan:
         return min(step + ahead, self.steps - 1)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class StepBatches(Sampler[list[K]], Generic[K]):
     """Micro-batches of the steps from `next_step()` up to the next evaluation: one Lightning epoch.
 
@@ -69,16 +74,44 @@ class StepBatches(Sampler[list[K]], Generic[K]):
     next_step: Callable[[], int]
     rank: int = 0
     world_size: int = 1
+    steps: range | None = None
+    """The steps of the next pass, where they are others; see `InWindows`."""
 
-    def __iter__(self) -> Iterator[list[K]]:
+    def stretch(self) -> range:
+        """The steps up to the next evaluation."""
         # NOTE: Lightning keeps this object and iterates it again after each evaluation, and after a
         # resume: the step it starts at is asked for here, not when it is made.
         first = self.next_step()
+        return range(first, self.plan.next_evaluated(first) + 1)
+
+    def __iter__(self) -> Iterator[list[K]]:
         parts = self.plan.accumulate * self.world_size
-        for step in range(first, self.plan.next_evaluated(first) + 1):
+        for step in self.stretch() if self.steps is None else self.steps:
             # NOTE: every rank draws the whole batch and takes its own micro-batches of it, m *
             # world_size + rank: the batch is the same one however many ranks and micro-batches.
             yield from self.draw(step, parts)[self.rank :: self.world_size]
+
+
+@dataclass(eq=False)
+class InWindows(Generic[K]):
+    """A loader of `batches` that looks no further ahead than the weights of `mixture` are known.
+
+    Workers fetch many batches before they are asked for: a pass of the loader ends with a window,
+    and the next one begins when the first batch behind it is wanted.
+    """
+
+    loader: DataLoader[Any]
+    batches: StepBatches[K]
+    mixture: Mixture
+
+    def __iter__(self) -> Iterator[Any]:
+        stretch = self.batches.stretch()
+        first = stretch.start
+        while first < stretch.stop:
+            end = min(self.mixture.known_until(first) + 1, stretch.stop)
+            self.batches.steps = range(first, end)
+            yield from self.loader
+            first = end
 
 
 class TaskData(LightningDataModule):
@@ -96,6 +129,8 @@ class TaskData(LightningDataModule):
     """See `StepPlan`."""
 
     name: str
+    batch_size: int
+    """Examples per optimizer step; of images per training environment."""
     test_envs: list[Any]
     """Indices of the `env_names` that results are reported for."""
     skip_invalid: bool = False
@@ -103,8 +138,12 @@ class TaskData(LightningDataModule):
     that break a rule."""
     left_out: dict[str, int]
     """Counts of what is there but not used, by what it is; `run.json` holds it."""
+    mixture: Mixture | None = None
+    """Of a run that draws its sources by weights."""
     _plan: StepPlan
     _repeated_step: int | None = None
+    _train_rows: dict[str, IntArray]
+    _probe_rows: dict[str, IntArray]
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -215,6 +254,66 @@ class TaskData(LightningDataModule):
     def print_check(self, console: Console | None = None) -> None:
         """Print a table of the sets and their sizes."""
 
+    def sources(self) -> dict[str, tuple[IntArray, IntArray | None]]:
+        """The training sets by name: their rows, and the tokens of each row; None: those of
+        `mix`."""
+        return {}
+
+    @property
+    def mixed_batch_size(self) -> int:
+        """Examples of a step where sources are mixed."""
+        return self.batch_size
+
+    def mix(self, mixing: Mixing, tokens: int = 1) -> Mixture:
+        """Draw training batches by the weights of a mixture; call it between `setup` and training.
+
+        `tokens`: of an example, where the data do not tell. With probes, some of each source's
+        examples are held out of training.
+
+        Raises:
+            ConfigError: fewer than two sources, weights that are not theirs, a source too small.
+        """
+        found = dict(sorted(self.sources().items()))
+        seed = self.plan.seed
+        self._train_rows, self._probe_rows = {}, {}
+        for name, (rows, lengths) in found.items():
+            probe = rows[:0]
+            if mixing.every is not None:
+                own = tokens if lengths is None else lengths
+                rows, probe = held_out(rows, own, mixing.probe_tokens, seed, name)
+            self._train_rows[name], self._probe_rows[name] = rows, probe
+        sizes = {name: len(rows) for name, rows in self._train_rows.items()}
+        self.mixture = Mixture(
+            sizes,
+            self.mixed_batch_size,
+            seed,
+            start_weights(mixing, sizes),
+            mixing.every if mixing.moves else None,
+            {name: len(rows) for name, rows in self._probe_rows.items()},
+        )
+        return self.mixture
+
+    def probes(self, batch_size: int) -> Iterator[tuple[int, Any]]:
+        """Batches of this rank of what `mix` held out, each with the number of its source; None
+        for a batch without an example."""
+        examples, collate = self._probed()
+        sizes = [len(rows) for rows in self._probe_rows.values()]
+        names = [*self._probe_rows]
+        for source, places in probe_slices(sizes, batch_size, self._rank, self._world_size):
+            keys = self._probe_keys(names[source], self._probe_rows[names[source]][places])
+            # As a loader does.
+            fetch = getattr(examples, "__getitems__", None)
+            found = fetch(keys) if fetch and keys else [examples[key] for key in keys]
+            yield source, collate(found) if keys else None
+
+    def _probed(self) -> tuple[Dataset[Any], Callable[[Any], Any]]:
+        """The training examples, and what makes a batch of some."""
+        raise NotImplementedError
+
+    def _probe_keys(self, source: str, rows: IntArray) -> list[Any]:
+        """Keys of rows of a source, as `_probed` takes them."""
+        raise NotImplementedError
+
     def repeat_evaluation_of(self, step: int) -> None:
         """Evaluate as training did at `step`: with the same augmentations, if there are any.
 
@@ -237,6 +336,12 @@ class TaskData(LightningDataModule):
 
     def _step_batches(self, draw: Draw[K]) -> StepBatches[K]:
         return StepBatches(self.plan, draw, self._next_step, self._rank, self._world_size)
+
+    def _in_windows(self, loader: DataLoader[Any], batches: StepBatches[K]) -> Any:
+        """The loader, or one that waits for weights which move in training."""
+        if self.mixture is None or self.mixture.every is None:
+            return loader
+        return InWindows(loader, batches, self.mixture)
 
     def _loader(
         self,

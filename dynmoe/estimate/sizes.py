@@ -107,7 +107,7 @@ def measure(cfg: DictConfig) -> RunSizes:
         trained_share=_trained_share(model, activated - costs["parameters"]["other"], activated),
         mean_tokens=tokens,
         conversations=plan.conversations
-        or (LLAVA[cfg.stage.name] if data is None else len(data.store)),
+        or (LLAVA[cfg.stage.name] if data is None else len(data.lengths)),
     )
 
 

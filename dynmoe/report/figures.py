@@ -36,6 +36,7 @@ from dynmoe.report.drawing import (
     whole_numbers,
 )
 from dynmoe.report.example_figures import draw_examples
+from dynmoe.report.mixing import draw_mixing
 from dynmoe.report.routing_figures import (
     draw_experts,
     draw_k_by_part,
@@ -73,6 +74,7 @@ def figures_of(run: Run) -> dict[str, Figure]:
         "thresholds": draw_thresholds(run, thresholds) if thresholds else None,
         "k_by_part": draw_k_by_part([run]),
         "load_by_part": draw_load_by_part([run]),
+        "mixing": draw_mixing([run]),
         "examples": draw_examples(examples, slots, fit) if slots else None,
     }
     return {name: _alone(drawn) for name, drawn in found.items() if drawn is not None}

@@ -21,6 +21,7 @@ from dynmoe.report import (
     claim_tables,
     cost_tables,
     document,
+    mixing,
     routing_figures,
     set_tables,
 )
@@ -143,7 +144,7 @@ def _sections(
                 routing_figures.draw_overlap([run for each in shown for run in each]),
             ],
         ),
-        ("curves", "Training", [claim_figures.draw_curves(runs)]),
+        ("curves", "Training", [claim_figures.draw_curves(runs), mixing.draw_mixing(runs)]),
     ]
     sections = []
     for name, title, blocks in parts:

@@ -290,9 +290,11 @@ def _token_mean(lines: Sequence[Record], key: str) -> float:
 
 
 def short_name(run: Run) -> str:
-    """Name of the mixture, and of what its backbone leaves out or adds: `dense`, `top-2 of 8`,
-    `GMoE top-1 of 6`, `DynMoE, adapters, 0.7 of patches`."""
-    return ", ".join([_mixture_name(run), *_tuned(run.config)])
+    """Name of the mixture, and of what its backbone leaves out or adds and its data are mixed by:
+    `dense`, `top-2 of 8`, `GMoE top-1 of 6`, `DynMoE, adapters, 0.7 of patches, uniform mixing`."""
+    rule = run.config.get("mixing.rule")
+    mixed = [] if rule is None else [f"{rule} mixing"]
+    return ", ".join([_mixture_name(run), *_tuned(run.config), *mixed])
 
 
 def _mixture_name(run: Run) -> str:

@@ -16,8 +16,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from dynmoe.metrics.efficiency import activated, exported
+from dynmoe.report import mixing
 from dynmoe.report.costs import MACHINE, model_costs
-from dynmoe.report.run import NOT_FINITE, Run, conditions, counted, different_facts, short_name
+from dynmoe.report.run import DENSE, NOT_FINITE, Run, conditions, counted, different_facts
 from dynmoe.report.set_tables import kind_tables, parts_table
 from dynmoe.report.tables import Strong, Table, format_number, format_points, to_rich
 from dynmoe.report.tables import to_markdown as to_markdown_rows
@@ -58,7 +59,7 @@ def to_markdown(run: Run) -> str:
 
 
 def _title(run: Run) -> str:
-    name = short_name(run) if run.kind == "dense" else run.facts["algorithm"]
+    name = DENSE if run.kind == "dense" else run.facts["algorithm"]
     title = f"{name} on {run.facts['dataset']}"
     return f"{title}, {run.words.place} {run.environment}" if run.tested else title
 
@@ -81,6 +82,9 @@ def _tables(run: Run) -> Iterator[Table]:
         yield replace(table, conditions="")
     if run.layers:
         yield _experts(run)
+    sources = mixing.sources_table(run)
+    if sources is not None:
+        yield sources
     parts = parts_table([run])
     if parts is not None:
         yield replace(parts, conditions="")
@@ -100,6 +104,9 @@ def _scores(run: Run) -> Table:
         first, *others = (measure_number(key, scores.get(key, float("nan"))) for key in columns)
         shown = Strong(first) if role == "reported" else first
         rows.append((f"{name} ({role})" if role else name, shown, *others))
+    if len(run.scores) > 1 and run.tested == run.facts["reported"]["sets"] != run.tested[:1]:
+        mean = Strong(measure_number(measure, run.outcome.accuracy))
+        rows.append(("mean of those reported", mean, *[""] * (len(columns) - 1)))
     if list(roles.values()).count("selects") > 1:
         mean = measure_number(measure, run.outcome.validation)
         rows.append(("mean of those that select", mean, *[""] * (len(columns) - 1)))
@@ -163,6 +170,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "parameters", f"{total:,}, all of them active ({why})"
     if "mean_tokens" in facts:
         yield "length", f"{facts['mean_tokens']:.1f} tokens per {run.words.example}, on average"
+    if probes := mixing.probe_time(run):
+        yield "data mixing", probes
     loss = format_number(run.results[-1].get("loss", float("nan")), ".4f")
     yield "training loss", f"{loss} (mean over the last window)"
     cut = {name: count for name, count in run.reported.get("cut_answers", {}).items() if count}

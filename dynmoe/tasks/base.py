@@ -136,6 +136,11 @@ class MoETask(L.LightningModule):
             total = total + conflict_loss(self.backbone, tape, self.global_step)
         return {"loss": total}
 
+    def probe_step(self, batch: Any) -> tuple[Tensor, dict[str, list[Routed]]]:
+        """Losses [M] of the samples or scored tokens of a training batch, and its routing: nothing
+        of it is counted or logged."""
+        raise NotImplementedError
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         micro = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(seed_hash(self.seed, "step", self.global_step, micro, self.global_rank))

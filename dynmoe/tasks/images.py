@@ -6,9 +6,11 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from dynmoe.data.images.batches import IN, OUT, ImageBatch
+from dynmoe.layers.moe import Routed
 from dynmoe.tasks.base import MoETask, Scores
 
 SPLITS = {IN: "in", OUT: "out"}
@@ -32,6 +34,10 @@ class DomainGeneralization(MoETask):
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
         logits, tape = self.routed_forward(batch.image)
         return self.total_loss(F.cross_entropy(logits, batch.label), tape)
+
+    def probe_step(self, batch: ImageBatch) -> tuple[Tensor, dict[str, list[Routed]]]:
+        logits, tape = self.routed_forward(batch.image)
+        return F.cross_entropy(logits.float(), batch.label, reduction="none"), tape
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()

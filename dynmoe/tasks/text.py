@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,20 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from dynmoe.data.text.batches import TextBatch
+from dynmoe.layers.moe import Routed
 from dynmoe.tasks.base import MoETask, Scores
+
+
+class Head(NamedTuple):
+    """The columns of the logits that belong to one task."""
+
+    first: int
+    classes: int
+    """0: a regression, of one column."""
+    metrics: Sequence[str]
+
+    def of(self, logits_BC: Tensor) -> Tensor:
+        return logits_BC[:, self.first : self.first + max(1, self.classes)]
 
 
 class TextClassification(MoETask):
@@ -22,6 +35,10 @@ class TextClassification(MoETask):
 
     Every set of ``env_names``, and ``heldout`` where there is one, is measured by ``metrics``,
     whose mean is its ``score`` (GLUE, arXiv 1804.07461, sec. 4), and by the mean loss.
+
+    Several tasks: ``heads``, (first column, classes, metrics) of each, and ``head_of``, the head of
+    each set that is evaluated. Then the sets are those of ``head_of``, ``metrics`` is not used, and
+    ``num_classes`` counts the classes of all heads for the records of routing, 0 without.
     """
 
     modality: ClassVar[str] = "text"
@@ -31,47 +48,82 @@ class TextClassification(MoETask):
         metrics: Sequence[str],
         num_classes: int,
         heldout: bool = False,
+        heads: Sequence[tuple[int, int, Sequence[str]]] = (),
+        head_of: Mapping[str, int] | None = None,
         **task: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, **task)
         self.num_classes = num_classes
-        self.sets += ["heldout"] if heldout else []
-        self.metrics = list(metrics)
+        self.sets = list(head_of) if head_of else self.sets + ["heldout"] * heldout
+        self.heads = [Head(*each) for each in heads] or [Head(0, num_classes, tuple(metrics))]
+        self.head_of = dict(head_of or dict.fromkeys(self.sets, 0))
         # Not buffers, as the losses.
-        self._confusion = torch.zeros(0, num_classes, num_classes, dtype=torch.long)
+        most = max(head.classes for head in self.heads)
+        self._confusion = torch.zeros(0, most, most, dtype=torch.long)
         self._pairs: Any = nn.ModuleDict(
-            {_key(each): Correlations() for each in self.sets if not num_classes}
+            {_key(each): Correlations() for each in self.sets if not self._head(each).classes}
         )
+
+    def _head(self, name: str) -> Head:
+        """The head of an evaluated set."""
+        return self.heads[self.head_of[name]]
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         logits, tape = self.routed_forward(batch.tokens)
-        return self.total_loss(batch.weight * self.loss(logits, batch.label), tape)
+        if batch.head is None:
+            found = self.loss(logits, batch.label)
+        else:
+            found = self.sample_losses(logits, batch).mean()
+        return self.total_loss(batch.weight * found, tape)
 
-    def loss(self, logits: Tensor, label: Tensor, reduction: str = "mean") -> Tensor:
-        if self.num_classes == 0:
-            return F.mse_loss(logits.squeeze(1), label, reduction=reduction)
-        return F.cross_entropy(logits, label, reduction=reduction)
+    def probe_step(self, batch: TextBatch) -> tuple[Tensor, dict[str, list[Routed]]]:
+        logits, tape = self.routed_forward(batch.tokens)
+        return self.sample_losses(logits.float(), batch), tape
+
+    def sample_losses(self, logits: Tensor, batch: TextBatch) -> Tensor:
+        """Losses [B], each of its own head."""
+        if batch.head is None:
+            return self.loss(logits, batch.label, "none")
+        found = logits.new_zeros(len(logits), dtype=torch.float32)
+        for index, head in enumerate(self.heads):
+            rows = (batch.head == index).nonzero().squeeze(1)
+            of_head = self.loss(logits[rows], batch.label[rows], "none", head)
+            found = found.index_put((rows,), of_head.float())
+        return found
+
+    def loss(
+        self, logits: Tensor, label: Tensor, reduction: str = "mean", head: Head | None = None
+    ) -> Tensor:
+        head = head or self.heads[0]
+        own = head.of(logits)
+        if head.classes == 0:
+            return F.mse_loss(own.squeeze(1), label.to(own.dtype), reduction=reduction)
+        return F.cross_entropy(own, label.long(), reduction=reduction)
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self._confusion = self._confusion.new_zeros(
-            len(self.sets), self.num_classes, self.num_classes, device=self.device
-        )
+        most = self._confusion.shape[1]
+        self._confusion = self._confusion.new_zeros(len(self.sets), most, most, device=self.device)
         for each in self._pairs.values():
             each.reset()
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """A batch comes from one set."""
         logits, tape = self.routed_forward(batch.tokens)
-        if self.num_classes:
-            cells = batch.label * self.num_classes + self.predicted(logits)
+        head = self._head(batch.source)
+        if head.classes:
+            most = self._confusion.shape[1]
+            cells = batch.label.long() * most + head.of(logits).argmax(1)
             counts = self._confusion[self.sets.index(batch.source)].view(-1)
             counts += torch.bincount(cells, minlength=len(counts))
         else:
-            self._pairs[_key(batch.source)].update(batch.row, logits.squeeze(1), batch.label)
-        self.count_losses(batch.source, self.loss(logits.float(), batch.label, reduction="none"))
+            found = head.of(logits).squeeze(1)
+            self._pairs[_key(batch.source)].update(batch.row, found, batch.label)
+        losses = self.loss(logits.float(), batch.label, reduction="none", head=head)
+        self.count_losses(batch.source, losses)
         if batch.source in self.env_names:
-            self.routing.update(batch.source, tape, batch.label if self.num_classes else None)
+            label = batch.label.long() + head.first if self.num_classes else None
+            self.routing.update(batch.source, tape, label)
 
     def predict_step(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """The rows of a test set and what is predicted for them."""
@@ -88,10 +140,12 @@ class TextClassification(MoETask):
         for name, count, counts_LP in zip(self.sets, samples, confusion, strict=True):
             if not count:
                 continue
-            if self.num_classes:
-                values = {metric: CLASSIFICATION[metric](counts_LP) for metric in self.metrics}
+            head = self._head(name)
+            if head.classes:
+                own_LP = counts_LP[: head.classes, : head.classes]
+                values = {metric: CLASSIFICATION[metric](own_LP) for metric in head.metrics}
             else:
-                values = dict(zip(self.metrics, self._pairs[_key(name)].compute(), strict=True))
+                values = dict(zip(head.metrics, self._pairs[_key(name)].compute(), strict=True))
             found[name] = {**values, "score": sum(values.values()) / len(values)}
         return found
 

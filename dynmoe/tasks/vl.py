@@ -79,6 +79,11 @@ class VisionLanguage(MoETask):
         part_BN = torch.where(said_BN, PARTS.index("answer"), batch.tokens["image_mask"].long())
         return self.total_loss(loss, tape, [part_BN])
 
+    def probe_step(self, batch: ConversationBatch) -> tuple[Tensor, dict[str, list[Routed]]]:
+        scored_M, target_M = batch.scored
+        logits, tape = self.routed_forward(batch.tokens, scored_M)
+        return F.cross_entropy(logits.float(), target_M, reduction="none"), tape
+
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.answers = {name: {} for name in self.env_names}

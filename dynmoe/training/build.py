@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -83,6 +83,7 @@ def step_plan(cfg: DictConfig) -> StepPlan:
         epochs=cfg.task.get("epochs"),
         eval_every=cfg.task.eval_every,
         accumulate=cfg.trainer.accumulate_grad_batches,
+        by_source=cfg.get("mixing") is not None,
     )
 
 
@@ -216,9 +217,11 @@ def add_layers(moe: DictConfig, backbone: nn.Module, **settings: Any) -> None:
     add_moe_layers(backbone, **given)
 
 
-def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[L.Callback]:
+def build_callbacks(
+    cfg: DictConfig, data: TaskData, folder: RunFolder, more: Sequence[L.Callback] = ()
+) -> list[L.Callback]:
     """The end of a run that diverges; the adaptation of experts, or of the state of routers alone;
-    those of ``trainer.callbacks``; records, checkpoints and early stop; progress.
+    ``more``; those of ``trainer.callbacks``; records, checkpoints and early stop; progress.
 
     Raises:
         ConfigError: one that a run cannot have.
@@ -230,7 +233,7 @@ def build_callbacks(cfg: DictConfig, data: TaskData, folder: RunFolder) -> list[
         callbacks.append(make(cfg.moe.adaptation, on_event=partial(folder.append, "events")))
     if (cfg.backbone.get("token_sparsify") or {}).get("shrink_steps"):
         callbacks.append(ShrinkingTokens())
-    callbacks += own_callbacks(cfg)
+    callbacks += [*more, *own_callbacks(cfg)]
     recorder = RunRecorder(
         folder,
         judging(cfg, data),
@@ -371,6 +374,7 @@ def facts(
         "left_out": data.left_out,
         "baseline": None,
         **data.facts,
+        **({} if data.mixture is None else {"mixing": data.mixture.facts}),
         "config": flat(cfg),
         "costs": costs,
         "trained_parameters": sum(p.numel() for p in task.parameters() if p.requires_grad),

@@ -44,6 +44,8 @@ APART = {
     "data=questions": ["mode=check"],  # no training data
     "moe=dense": [],  # no schedule
     "moe=native": ["backbone.architecture=olmoe"],
+    "mixing=fixed": ["mixing.weights=[1,2]"],
+    "mixing=ref_loss": ["mixing.reference=[1,2]"],
     "stage=align": ["moe=dense"],
     "stage=instruct": ["moe=dense"],
 }

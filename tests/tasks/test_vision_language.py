@@ -199,7 +199,7 @@ def test_the_loss_is_the_mean_over_all_answer_tokens(data: VisionLanguageData, w
 
 
 def test_parts_of_training(data: VisionLanguageData, whole: Step) -> None:
-    rows = [data.store.row(row) for row in the_batch(data).row.tolist()]
+    rows = [data.stores["train"].row(row) for row in the_batch(data).row.tolist()]
     length = sum(len(ids) for ids, _ in rows)
     images = sum(int((ids == IMAGE).sum()) for ids, _ in rows)
     answers = sum(int((labels != IGNORE).sum()) for _, labels in rows)

@@ -144,6 +144,27 @@ def test_two_processes_give_the_records_of_one_on_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_mix_data_as_one(tmp_path: Path) -> None:
+    """Loads and losses of probes are summed, and the batches of the new weights divided."""
+    mixing = ("mixing=dynamic", "mixing.every=2", "mixing.probe_tokens=40", "mixing.eta=50")
+    options = (*TINY_DYNMOE, *NO_DROPOUT, *mixing)
+    one = dynmoe_run(tmp_path / "one", *options)
+    two = dynmoe_run(tmp_path / "two", *options, "trainer=ddp", "trainer.accelerator=cpu")
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    single, double = (only_run(tmp_path / each).read("mixing") for each in ("one", "two"))
+    assert [each["step"] for each in double] == [1, 3, 5, 7, 8]
+    assert double[0]["load"] == single[0]["load"]
+    for a, b in zip(double, single, strict=True):
+        assert a["weights"] == pytest.approx(b["weights"], abs=0.02)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    losses = [
+        [each["loss"] for each in only_run(tmp_path / n).read("results")] for n in ("one", "two")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_evaluation_on_data_that_moved(tmp_path: Path) -> None:
     image = Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28))
     for env in ("a", "b"):

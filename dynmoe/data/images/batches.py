@@ -7,7 +7,7 @@ augmentations it would have had, on any number of ranks and workers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from dynmoe.data.images.environments import Environment
+from dynmoe.data.mixing import Mixture
 from dynmoe.seeding import IntArray, seed_hash
 
 IN, OUT = 0, 1
@@ -101,6 +102,9 @@ class EnvironmentDraw:
 
     They are drawn with replacement, as DomainBed's InfiniteDataLoader draws them. A pool holds a
     training environment's in split. A draw is cut into equal slices of each environment.
+
+    With a `mixture`, whose sources are the pools' `names`, the batch is as large, and its weights
+    say how many examples of it each pool has.
     """
 
     pools: Mapping[int, IntArray]
@@ -108,8 +112,18 @@ class EnvironmentDraw:
     """Sampling probabilities of the entries of each pool; None: uniform."""
     batch_size: int
     seed: int
+    mixture: Mixture | None = None
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def __call__(self, step: int, parts: int) -> list[list[ImageKey]]:
+        if self.mixture is not None:
+            counts = dict(zip(self.mixture.names, self.mixture.counts_at(step), strict=True))
+            keys = [
+                key
+                for env in self.pools
+                for key in self.of_environment(step, env, int(counts[self.names[env]]))
+            ]
+            return [keys[part::parts] for part in range(parts)]
         draws = [self.of_environment(step, env) for env in self.pools]
         size = self.batch_size // parts
         return [
@@ -117,15 +131,16 @@ class EnvironmentDraw:
             for start in range(0, size * parts, size)
         ]
 
-    def of_environment(self, step: int, env: int) -> list[ImageKey]:
-        """The whole batch of one environment at one step."""
+    def of_environment(self, step: int, env: int, count: int | None = None) -> list[ImageKey]:
+        """The `count` examples of one environment at one step; None: `batch_size` of them."""
+        count = self.batch_size if count is None else count
         # NOTE: seeded by the environment's number, not by its place among the pools: another choice
         # of test environments leaves the draws of those that remain as they were.
         rng = np.random.default_rng(seed_hash(self.seed, "batch", step, env))
         weights = None if self.weights is None else self.weights[env]
-        items = rng.choice(self.pools[env], self.batch_size, p=weights)
+        items = rng.choice(self.pools[env], count, p=weights)
         # NOTE: one for each draw, not for each image: drawn twice it is augmented in two ways.
-        draw_seeds = rng.integers(2**63, size=self.batch_size)
+        draw_seeds = rng.integers(2**63, size=count)
         return [
             ImageKey(env, IN, item, draw_seed)
             for item, draw_seed in zip(items.tolist(), draw_seeds.tolist(), strict=True)

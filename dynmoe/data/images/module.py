@@ -279,15 +279,39 @@ class DomainData(TaskData):
             add(escape(name), [int((e.labels == label).sum()) for e in self.envs])
         (console or Console()).print(table)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> Any:
+        names = {env: self.env_names[env] for env in self.train_envs}
         pools = {env: self.splits[env][IN] for env in self.train_envs}
+        if self.mixture is not None:
+            pools = {env: self._train_rows[name] for env, name in names.items()}
         weights = {
             env: class_balanced_weights(self.envs[env].labels[pool]) for env, pool in pools.items()
         }
         draw = EnvironmentDraw(
-            pools, weights if self.class_balanced else None, self.batch_size, self.plan.seed
+            pools,
+            weights if self.class_balanced else None,
+            self.batch_size,
+            self.plan.seed,
+            self.mixture,
+            names,
         )
-        return self._image_loader(self._step_batches(draw), keep_workers=True)
+        batches = self._step_batches(draw)
+        return self._in_windows(self._image_loader(batches, keep_workers=True), batches)
+
+    def sources(self) -> dict[str, tuple[IntArray, IntArray | None]]:
+        """The in splits of the training environments."""
+        return {self.env_names[env]: (self.splits[env][IN], None) for env in self.train_envs}
+
+    @property
+    def mixed_batch_size(self) -> int:
+        return self.batch_size * len(self.train_envs)
+
+    def _probed(self) -> tuple[ImageExamples, Callable[[Any], Any]]:
+        return self._examples(), collate
+
+    def _probe_keys(self, source: str, rows: IntArray) -> list[ImageKey]:
+        env = self.env_names.index(source)
+        return [ImageKey(env, IN, row, None) for row in rows.tolist()]
 
     def val_dataloader(self) -> DataLoader[Any]:
         batches = ImageEvalBatches(
@@ -302,8 +326,10 @@ class DomainData(TaskData):
         return self._image_loader(batches, keep_workers=False)
 
     def _image_loader(self, batches: Sampler[Any], keep_workers: bool) -> DataLoader[Any]:
-        examples = ImageExamples(self.envs, self.image_size, self.mean, self.std)
-        return self._loader(examples, batches, collate, self.num_workers, keep_workers)
+        return self._loader(self._examples(), batches, collate, self.num_workers, keep_workers)
+
+    def _examples(self) -> ImageExamples:
+        return ImageExamples(self.envs, self.image_size, self.mean, self.std)
 
     @property
     def num_workers(self) -> int:

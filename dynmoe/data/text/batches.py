@@ -6,11 +6,11 @@ have had.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from dynmoe.data.mixing import Mixture, rows_in_turn
 from dynmoe.data.text.sets import LabelArray, TextSet
 from dynmoe.data.text.tokens import EncodedTexts, TokenRow
 from dynmoe.seeding import IntArray, seed_hash
@@ -37,17 +38,20 @@ class Key(NamedTuple):
 
 
 class TextBatch(NamedTuple):
-    """Examples of one set, padded to the longest of them."""
+    """Examples padded to the longest of them, of one set; in training on a mixture of several."""
 
     tokens: dict[str, Tensor]
     """input_ids and attention_mask [B, N] int64, for some models token_type_ids."""
     label: Tensor
     """[B], int64; float32 for regression."""
     source: str
+    """The set of the first example."""
     row: Tensor
-    """[B] int64, rows of the set."""
+    """[B] int64, rows of their sets."""
     weight: float = 1.0
     """See `Key`."""
+    head: Tensor | None = None
+    """[B] int64: which of several tasks each example is of."""
 
     @property
     def inputs(self) -> tuple[dict[str, Tensor]]:
@@ -82,17 +86,8 @@ class EpochDraw:
     def __call__(self, step: int, parts: int) -> list[list[Key]]:
         epoch, place = divmod(step, steps_per_epoch(len(self.lengths), self.batch_size))
         batch = self._kept_epoch(epoch)[place]
-        size, total = len(batch), self._count(batch)
-        # NOTE: no part may be empty, since every rank has to run every micro-batch. Of a last batch
-        # with fewer examples than parts some come again, with weight 0.
-        batch = np.resize(batch, max(size, parts))
-        micro_batches = []
-        for part in range(parts):
-            own = batch[part::parts]
-            # Parts differ in size, and the trainer takes their plain mean: see Key.weight.
-            weight = self._count(own) * parts / total if part < size else 0.0
-            micro_batches.append([Key("train", row, weight) for row in own.tolist()])
-        return micro_batches
+        picks = [("train", row) for row in batch.tolist()]
+        return in_parts(picks, None if self.counts is None else self.counts[batch], parts)
 
     def epoch(self, epoch: int) -> list[IntArray]:
         """The batches of one epoch, as rows of the training set."""
@@ -122,8 +117,54 @@ class EpochDraw:
         rest = [each[cut:] for each, cut in zip(members, cuts, strict=True)]
         return [*whole, np.concatenate(rest)]
 
-    def _count(self, rows: IntArray) -> int:
-        return len(rows) if self.counts is None else int(self.counts[rows].sum())
+
+def in_parts(
+    picks: Sequence[tuple[str, int]], counts: IntArray | None, parts: int
+) -> list[list[Key]]:
+    """The batch of a step, (set, row) of each example, as `parts` micro-batches.
+
+    `counts`: weight of each example in the mean loss; None: 1.
+    """
+    size = len(picks)
+    counts = np.ones(size, dtype=np.int64) if counts is None else counts
+    total = int(counts.sum())
+    # NOTE: no part may be empty, since every rank has to run every micro-batch. Of a last batch
+    # with fewer examples than parts some come again, with weight 0.
+    places = np.resize(np.arange(size), max(size, parts))
+    micro_batches = []
+    for part in range(parts):
+        own = places[part::parts]
+        # Parts differ in size, and the trainer takes their plain mean: see Key.weight.
+        weight = int(counts[own].sum()) * parts / total if part < size else 0.0
+        micro_batches.append([Key(*picks[place], weight) for place in own.tolist()])
+    return micro_batches
+
+
+@dataclass(eq=False)
+class MixedDraw:
+    """The batch of a step: of each source as many examples as the weights of `mixture` say.
+
+    The examples of a source come in turn, each once before any comes again.
+    """
+
+    mixture: Mixture
+    rows: Mapping[str, IntArray]
+    """Rows of each source that are trained on."""
+    seed: int
+    sets: Mapping[str, str]
+    """The name of each source's set in the keys."""
+    counts: Mapping[str, IntArray] | None = None
+    """As `EpochDraw.counts`, for all rows of each source."""
+
+    def __call__(self, step: int, parts: int) -> list[list[Key]]:
+        drawn, now = self.mixture.drawn_before(step), self.mixture.counts_at(step)
+        picks: list[tuple[str, int]] = []
+        counts: list[IntArray] = []
+        for source, start, count in zip(self.mixture.names, drawn, now, strict=True):
+            own = rows_in_turn(self.rows[source], int(start), int(count), self.seed, source)
+            picks += [(self.sets[source], row) for row in own.tolist()]
+            counts += [] if self.counts is None else [self.counts[source][own]]
+        return in_parts(picks, np.concatenate(counts) if counts else None, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,26 +209,44 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 class FetchedTexts(NamedTuple):
-    """Examples of one set, not yet padded."""
+    """Examples not yet padded."""
 
     source: str
     rows: list[int]
     texts: list[TokenRow]
     label: LabelArray
     weight: float
+    head: list[int] | None
 
 
 class TextExamples(Dataset[FetchedTexts]):
-    """All sets in one dataset. A batch is fetched at once, from the set of its first example."""
+    """All sets in one dataset. A batch is fetched at once; its examples of one set follow one
+    another.
 
-    def __init__(self, sets: Mapping[str, TextSet], encoded: Mapping[str, EncodedTexts]) -> None:
+    `heads`: the number of each set's task, where there are several.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, TextSet],
+        encoded: Mapping[str, EncodedTexts],
+        heads: Mapping[str, int] | None = None,
+    ) -> None:
         self.sets = sets
         self.encoded = encoded
+        self.heads = heads
 
     def __getitems__(self, keys: list[Key]) -> FetchedTexts:
         (source, _, weight), rows = keys[0], [key.row for key in keys]
-        texts, label = self.encoded[source].rows(rows), self.sets[source].label[rows]
-        return FetchedTexts(source, rows, texts, label, weight)
+        texts: list[TokenRow] = []
+        labels: list[LabelArray] = []
+        for name, own in groupby(keys, key=lambda key: key.source):
+            of_set = [key.row for key in own]
+            texts += self.encoded[name].rows(of_set)
+            labels.append(self.sets[name].label[of_set])
+        label: Any = labels[0] if len(labels) == 1 else np.concatenate(labels)
+        head = None if self.heads is None else [self.heads[key.source] for key in keys]
+        return FetchedTexts(source, rows, texts, label, weight, head)
 
 
 class Collate:
@@ -203,4 +262,5 @@ class Collate:
             source=fetched.source,
             row=torch.as_tensor(fetched.rows),
             weight=fetched.weight,
+            head=None if fetched.head is None else torch.tensor(fetched.head),
         )

@@ -105,6 +105,11 @@ class GlueData(TaskData):
     def glue_task(self) -> GlueTask:
         return TASKS[self.task]
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether an example may be of two texts."""
+        return len(self.glue_task.columns) > 1
+
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenize; a second call does nothing. Warns of unexpected sizes.
 
@@ -114,6 +119,16 @@ class GlueData(TaskData):
         """
         if self.sets:
             return
+        sets = self.read_labelled()
+        train = sets["train"]
+        self.take(sets, self.made_tokenizer([*train.first, *(train.second or [])]))
+
+    def read_labelled(self) -> dict[str, TextSet]:
+        """The labelled sets, not tokenized; what is held out is a set of its own.
+
+        Raises:
+            DataError: the data cannot be trained on; lists every problem.
+        """
         sets = self._read(LABELLED)
         for name in self.ood:
             sets[name] = read_ood(name, self.ood_root, self.glue_task, self.skip_invalid)
@@ -131,10 +146,25 @@ class GlueData(TaskData):
                 f"data {self.name}: protocol.holdout_fraction={self.holdout_fraction} of "
                 f"{len(train)} training examples leaves none to hold out"
             )
+        return sets
+
+    def made_tokenizer(self, texts: list[str]) -> PreTrainedTokenizerBase:
+        """The tokenizer that is named, else one of the words of `texts`.
+
+        Raises:
+            ConfigError: no such tokenizer.
+        """
         if self.tokenizer_path is None and self.tokenizer_name is None:
-            self.tokenizer = word_tokenizer([*train.first, *(train.second or [])], VOCABULARY)
-        else:
-            self.tokenizer = load_tokenizer(self.tokenizer_path, self.tokenizer_name)
+            return word_tokenizer(texts, VOCABULARY)
+        return load_tokenizer(self.tokenizer_path, self.tokenizer_name)
+
+    def take(self, sets: dict[str, TextSet], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Tokenize the sets, and warn of what they lack.
+
+        Raises:
+            ConfigError: a `max_length` that leaves no text.
+        """
+        self.tokenizer = tokenizer
         check_max_length(self.tokenizer, len(self.glue_task.columns), self.max_length)
         self._encoded = {name: self._encode(each) for name, each in sets.items()}
         self.sets = sets
@@ -245,12 +275,16 @@ class GlueData(TaskData):
             table.add_row(class_name, *map(str, counts))
         (console or Console()).print(table)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> Any:
         draw = EpochDraw(self._encoded["train"].lengths, self.batch_size, self.plan.seed)
         return self._text_loader(self._step_batches(draw))
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._eval_loader([name for name in self.sets if name not in ("train", *TESTS)])
+        return self._eval_loader(self._evaluated)
+
+    @property
+    def _evaluated(self) -> list[str]:
+        return [name for name in self.sets if name not in ("train", *TESTS)]
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """A loader for each of `test_sets`."""
@@ -281,9 +315,10 @@ class GlueData(TaskData):
         return self._text_loader(batches)
 
     def _text_loader(self, batches: Sampler[Any]) -> DataLoader[Any]:
-        return self._loader(
-            TextExamples(self.sets, self._encoded), batches, Collate(self.tokenizer)
-        )
+        return self._loader(self._examples(), batches, Collate(self.tokenizer))
+
+    def _examples(self) -> TextExamples:
+        return TextExamples(self.sets, self._encoded)
 
 
 # The files that the GLUE server (gluebenchmark.com) takes: one prediction a line.

@@ -40,8 +40,9 @@ class ConversationBatch(NamedTuple):
     label: Tensor
     """[B, N] int64: the token at each position that a loss is taken of, else IGNORE."""
     source: str
+    """The set of the first conversation."""
     row: Tensor
-    """[B] int64, rows of the store."""
+    """[B] int64, rows of their stores."""
     weight: float = 1.0
     """See `Key`."""
 
@@ -81,7 +82,7 @@ class QuestionBatch(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """Examples of one set, not yet padded."""
+    """Examples not yet padded: questions of one set, conversations of several in a mixture."""
 
     source: str
     rows: list[int]
@@ -93,7 +94,7 @@ class Fetched(NamedTuple):
 
 
 class Conversations(Dataset[Fetched]):
-    """All sets of conversations in one dataset; a batch is of the set of its first example."""
+    """All sets of conversations in one dataset."""
 
     def __init__(
         self,
@@ -107,11 +108,14 @@ class Conversations(Dataset[Fetched]):
 
     def __getitems__(self, keys: list[Key]) -> Fetched:
         (source, _, weight), rows = keys[0], [key.row for key in keys]
-        store = self.stores[source]
-        ids, labels = zip(*(store.row(row) for row in rows), strict=True)
-        names = [name for row in rows for name in store.images(row)]
-        images = _pixels(names, self.load_image[source], self.transform)
-        return Fetched(source, rows, list(ids), list(labels), images, weight)
+        ids, labels = zip(*(self.stores[key.source].row(key.row) for key in keys), strict=True)
+        images = [
+            self.transform(self.load_image[key.source](name))
+            for key in keys
+            for name in self.stores[key.source].images(key.row)
+        ]
+        pixels = _stacked(images, self.transform)
+        return Fetched(source, rows, list(ids), list(labels), pixels, weight)
 
 
 class Questions(Dataset[Fetched]):
@@ -187,7 +191,10 @@ def _padded(rows: list[IdArray], value: int, side: str) -> Tensor:
 
 
 def _pixels(names: Sequence[str], load_image: LoadImage, transform: ImageTransform) -> Tensor:
-    images = [transform(load_image(name)) for name in names]
+    return _stacked([transform(load_image(name)) for name in names], transform)
+
+
+def _stacked(images: list[Tensor], transform: ImageTransform) -> Tensor:
     return torch.stack(images) if images else torch.empty(0, 3, transform.size, transform.size)
 
 

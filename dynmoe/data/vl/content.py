@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,36 @@ class Content:
     """Texts with every word of all stages, to make a vocabulary from."""
     baseline: Callable[[], dict[str, Any]] | None = None
     """Scores on the first set without its images (`baselines`)."""
+    sources: Mapping[str, Callable[[], ConversationSource]] = field(default_factory=dict)
+    """The same conversations by where they are from, for a mixture; empty: all from one place."""
 
 
 def scenes(stage: str, px: int, train_scenes: int, test_scenes: int, seed: int = 0) -> Content:
     """Rendered scenes (dynmoe/data/vl/scenes.py): captions to align, then questions.
 
     The set `shuffled` asks the questions of `test` about other questions' images: a right answer
-    comes from the text, or by chance, as the other image may have the same answer.
+    comes from the text, or by chance, as the other image may have the same answer. Sources of
+    questions are `BY_IMAGES`.
     """
     test = scene_questions(seed, test_scenes, px)
     read = partial(scene_source, seed=seed, size=train_scenes, px=px)
-    return _captions_then_questions(stage, read, test, test.with_other_images())
+    found = _captions_then_questions(stage, read, test, test.with_other_images())
+    if stage == "align":
+        return found
+    kinds = {name: partial(_of_images, read, n) for n, name in enumerate(BY_IMAGES)}
+    return replace(found, sources=kinds)
+
+
+BY_IMAGES = ("text", "one_image", "two_images")
+"""Sources of scenes: conversations about so many images."""
+
+
+def _of_images(read: Callable[[SourceKind], ConversationSource], number: int) -> ConversationSource:
+    return read("questions").only(partial(_has_images, number), BY_IMAGES[number])
+
+
+def _has_images(number: int, conversation: Conversation) -> bool:
+    return len(conversation.images) == number
 
 
 def easy_vqa(
@@ -152,7 +171,8 @@ def llava(
     image_placement: readers.Placement = "llava",
     skip_invalid: bool = False,
 ) -> Content:
-    """LLaVA's conversation files of a stage. Questions come from ``data.question_sets``.
+    """LLaVA's conversation files of a stage, each a source. Questions come from
+    ``data.question_sets``.
 
     ``image_placement`` and ``skip_invalid``: see ``readers.read_llava``.
 
@@ -161,11 +181,15 @@ def llava(
     """
     folder = Path(root).expanduser()
 
-    def read() -> ConversationSource:
-        paths = [str(folder / name) for name in files[stage]]
+    def read(names: Sequence[str]) -> ConversationSource:
+        paths = [str(folder / name) for name in names]
         return readers.read_llava("LLaVA", paths, str(folder), image_placement, skip_invalid)
 
-    return Content(read)
+    own = files[stage]
+    stems = [Path(name).stem for name in own]
+    names = stems if len(set(stems)) == len(stems) else own
+    each = {name: partial(read, [file]) for name, file in zip(names, own, strict=True)}
+    return Content(partial(read, own), sources=each)
 
 
 def vqa(

@@ -68,11 +68,22 @@ class ConversationSource:
     def __iter__(self) -> Iterator[Conversation]:
         return iter(self.read())
 
+    def only(self, wanted: Callable[[Conversation], bool], name: str) -> ConversationSource:
+        """The conversations that are `wanted`, under another name."""
+        digest = text_digest(f"{self.digest}\n{name}")
+        return replace(self, name=name, read=partial(_only, self.read, wanted), digest=digest)
+
     def without_images(self, keys: Collection[str]) -> ConversationSource:
         """The conversations that need none of these images."""
         bad = frozenset(keys)
         digest = text_digest("\n".join([self.digest, *sorted(bad)]))
         return replace(self, read=partial(_without, self.read, bad), digest=digest)
+
+
+def _only(
+    read: Callable[[], Iterable[Conversation]], wanted: Callable[[Conversation], bool]
+) -> Iterator[Conversation]:
+    return filter(wanted, read())
 
 
 def _without(

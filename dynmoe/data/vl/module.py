@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from dynmoe.data.base import TaskData
-from dynmoe.data.text.batches import EpochDraw, EvalBatches, steps_per_epoch
+from dynmoe.data.text.batches import EpochDraw, EvalBatches, Key, MixedDraw, steps_per_epoch
 from dynmoe.data.text.tokens import vocabulary_size
 from dynmoe.data.vl import chat
 from dynmoe.data.vl.batches import (
@@ -130,14 +130,16 @@ class VisionLanguageData(TaskData):
                         f"{self.question_sets.get(name, 'FOLDER')}"
                     )
         if stage != "validate" and self._has_conversations:
-            _ = self.store  # tokenized now
+            _ = self.stores  # tokenized now
             self._warn_of_questions_trained_on()
 
     def _warn_of_questions_trained_on(self) -> None:
         """Only the data's own reported set is looked at: others have images in other folders."""
         for name in [*self._content.sets][:1]:
             questions = self.sets[name]
-            if isinstance(questions, ExactMatch) and (count := trained_on(questions, self._source)):
+            if not isinstance(questions, ExactMatch):
+                continue
+            if count := sum(trained_on(questions, each) for each in self._sources.values()):
                 log.warning(
                     "data %s: %s: %d of %d questions are in the training data too, with the same "
                     "image and answer",
@@ -190,48 +192,67 @@ class VisionLanguageData(TaskData):
         return self._content.train is not None
 
     @cached_property
-    def store(self) -> TokenStore:
-        """The conversations to train on.
+    def stores(self) -> dict[str, TokenStore]:
+        """The conversations to train on, by source; without a mixture all are `train`.
 
         Raises:
             DataError: there are none.
         """
+        return {name: self._tokenized(each) for name, each in self._sources.items()}
+
+    def _tokenized(self, source: ConversationSource) -> TokenStore:
         store = tokenized(
-            self._source,
+            source,
             self.tokenizer,
             self.template,
             self.asked.image_tokens,
             self.max_length,
             None if self.cache is None else Path(self.cache),
         )
+        of = f" of {source.name}" if self._plan.by_source else ""
         if store.left_out:
-            what = f"conversations longer than data.max_length={self.max_length} before an answer"
+            what = (
+                f"conversations{of} longer than data.max_length={self.max_length} before an answer"
+            )
             self.leave_out(what, store.left_out)
         if store.controls:
             log.warning(
-                "data %s: %d conversations have control tokens in what is said, like </s>; a space "
-                "in each makes them text",
+                "data %s: %d conversations%s have control tokens in what is said, like </s>; a "
+                "space in each makes them text",
                 self.name,
                 store.controls,
+                of,
             )
         return store
 
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of the conversations to train on."""
+        return np.concatenate([each.lengths for each in self.stores.values()])
+
     @cached_property
-    def _source(self) -> ConversationSource:
+    def _sources(self) -> dict[str, ConversationSource]:
         if self._content.train is None:
             raise DataError(
                 f"data {self.name}: has no conversations to train on, only questions. Choose other "
                 "data, e.g. data=llava data.root=FOLDER"
             )
-        source = self._content.train()
+        if self._plan.by_source and self._content.sources:
+            read = {name: make() for name, make in sorted(self._content.sources.items())}
+        else:
+            read = {"train": self._content.train()}
+        return {name: self._with_good_conversations(name, each) for name, each in read.items()}
+
+    def _with_good_conversations(self, name: str, source: ConversationSource) -> ConversationSource:
+        of = "" if name == "train" else f"{name}: "
         for what, count in source.left_out.items():
-            self.leave_out(what, count)
+            self.leave_out(f"{of}{what}", count)
         if source.image_path is None:
             return source
-        bad = self._check_images("train", _keys(source), source.image_path, self.skip_invalid)
+        bad = self._check_images(name, _keys(source), source.image_path, self.skip_invalid)
         if bad:
             needed = sum(not bad.isdisjoint(each.images) for each in source)
-            self.leave_out(f"conversations with images {BAD}", needed)
+            self.leave_out(f"{of}conversations with images {BAD}", needed)
             source = source.without_images(bad)
         return source
 
@@ -322,19 +343,20 @@ class VisionLanguageData(TaskData):
         """Has the length of the mean conversation, and one image."""
         answer = float(max(self.answer_tokens.values()))
         if self._has_conversations:
-            answer = float(self.store.answer_tokens.mean())
+            counts = [each.answer_tokens for each in self.stores.values()]
+            answer = float(np.concatenate(counts).mean())
         return sample_of(self.mean_tokens, answer, self.asked.image_tokens, self._transform.size)
 
     @property
     def mean_tokens(self) -> float:
         """Mean tokens of conversations; of questions if there are no conversations."""
         if self._has_conversations:
-            return float(self.store.lengths.mean())
+            return float(self.lengths.mean())
         return self.asked.mean_tokens
 
     @property
     def sizes(self) -> dict[str, Any]:
-        sizes: dict[str, Any] = {"train": len(self.store) if self._has_conversations else 0}
+        sizes: dict[str, Any] = {"train": len(self.lengths) if self._has_conversations else 0}
         return sizes | {name: len(each.questions) for name, each in self.sets.items()}
 
     @property
@@ -349,7 +371,7 @@ class VisionLanguageData(TaskData):
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_per_epoch(len(self.store), self.batch_size)
+        return steps_per_epoch(len(self.lengths), self.batch_size)
 
     @property
     def eval_every(self) -> int:
@@ -358,7 +380,9 @@ class VisionLanguageData(TaskData):
 
     @property
     def data_hash(self) -> str:
-        digests = [self._source.digest] if self._has_conversations else []
+        digests = (
+            [each.digest for each in self._sources.values()] if self._has_conversations else []
+        )
         digests += [f"{name} {each.digest}" for name, each in self.sets.items()]
         return sha256("\n".join(digests).encode()).hexdigest()[:8]
 
@@ -369,7 +393,7 @@ class VisionLanguageData(TaskData):
             table.add_column(column, justify="right" if column else "left")
         rows: list[tuple[str, IntArray, IntArray]] = []
         if self._has_conversations:
-            rows.append(("train", self.store.num_images, self.store.lengths))
+            rows += [(name, each.num_images, each.lengths) for name, each in self.stores.items()]
         for name, questions in self.sets.items():
             images = np.array([len(question.images) for question in questions.questions])
             rows.append((name, images, self.asked.lengths[name]))
@@ -378,18 +402,35 @@ class VisionLanguageData(TaskData):
             table.add_row(name, *map(str, numbers))
         (console or Console()).print(table)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        draw = EpochDraw(
-            self.store.lengths,
-            self.batch_size,
-            self.plan.seed,
-            counts=self.store.answer_tokens,
-            groups=(self.store.num_images > 0).astype(np.int64),
-        )
-        load = {"train": self._source.load_image}
-        examples = Conversations({"train": self.store}, load, self._transform)
-        collate = partial(collate_conversations, self.tokenizer.pad_token_id)
-        return self._loader(examples, self._step_batches(draw), collate, self.workers)
+    def train_dataloader(self) -> Any:
+        if self.mixture is None:
+            (store,) = self.stores.values()
+            draw: Any = EpochDraw(
+                store.lengths,
+                self.batch_size,
+                self.plan.seed,
+                counts=store.answer_tokens,
+                groups=(store.num_images > 0).astype(np.int64),
+            )
+        else:
+            counts = {name: each.answer_tokens for name, each in self.stores.items()}
+            sets = {name: name for name in self.stores}
+            draw = MixedDraw(self.mixture, self._train_rows, self.plan.seed, sets, counts)
+        batches = self._step_batches(draw)
+        examples, collate = self._probed()
+        return self._in_windows(self._loader(examples, batches, collate, self.workers), batches)
+
+    def sources(self) -> dict[str, tuple[IntArray, IntArray | None]]:
+        """The conversations by where they are from: files, or kinds."""
+        return {name: (np.arange(len(each)), each.lengths) for name, each in self.stores.items()}
+
+    def _probed(self) -> tuple[Conversations, Callable[[Any], Any]]:
+        load = {name: each.load_image for name, each in self._sources.items()}
+        examples = Conversations(self.stores, load, self._transform)
+        return examples, partial(collate_conversations, self.tokenizer.pad_token_id)
+
+    def _probe_keys(self, source: str, rows: IntArray) -> list[Key]:
+        return [Key(source, row) for row in rows.tolist()]
 
     def val_dataloader(self) -> DataLoader[Any]:
         for name, questions in self.sets.items():

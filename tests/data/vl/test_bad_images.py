@@ -132,13 +132,13 @@ def test_what_is_bad_is_left_out_and_counted(root: Path) -> None:
         **shuffled,
     }
     assert made.sizes == {"train": 1, "test": 1, "shuffled": 1}
-    assert made.store.images(0) == ["whole.png"]
+    assert made.stores["train"].images(0) == ["whole.png"]
 
 
 def test_bad_images_of_conversation_files_are_left_out(root: Path) -> None:
     content = llava("moe", str(root), {"moe": ["llava.jsonl"]}, skip_invalid=True)
     made = data(root, "", lambda: content, skip_invalid=True)
-    assert [each.images for each in made._source] == [("images/whole.png",)]
+    assert [each.images for each in made._sources["train"]] == [("images/whole.png",)]
     content = llava("moe", str(root), {"moe": ["llava.jsonl"]})
     with pytest.raises(DataError, match=r"images not in .*gone.png.*data.skip_invalid=true"):
-        assert data(root, "", lambda: content)._source
+        assert data(root, "", lambda: content)._sources
