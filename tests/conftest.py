@@ -6,6 +6,7 @@ command. Hydra sets the values of each command itself.
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from hydra._internal import config_loader_impl
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import IConfigRepository
+from hydra._internal.config_repository import ConfigRepository, IConfigRepository
 from hydra._internal.defaults_list import DefaultsList
 from hydra.core.override_parser.types import Override
 from hypothesis import settings
@@ -70,4 +71,7 @@ def equal_groups_are_read_once() -> Iterator[None]:
         patch.setattr(config_loader_impl, "create_defaults_list", selected)
         patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", composed)
         patch.setattr(base, "parse", cache(base.parse))  # of interpolations
+        # Every composition copies the sources first, and then changes their list at most.
+        share = lambda repo, _: copy.copy(repo)  # noqa: E731
+        patch.setattr(ConfigRepository, "__deepcopy__", share, raising=False)
         yield

@@ -23,6 +23,7 @@ TINY = (
     "task.steps=9",
     "task.eval_every=4",
     "data.batch_size=4",
+    "data.eval_batch_size=256",
     "data.linear_baseline=false",
     "backbone.options={patch_size: 14, embed_dim: 16, depth: 4, num_heads: 2}",
     "backbone.drop_path=0.2",

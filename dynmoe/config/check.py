@@ -305,7 +305,7 @@ def _hydra_config_of(cfg: DictConfig) -> Iterator[None]:
     if OmegaConf.is_missing(cfg.hydra.runtime, "output_dir"):
         with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = "."  # any folder: the check only reads it
-    HydraConfig.instance().set_config(cfg)
+    HydraConfig.instance().cfg = cfg  # set_config would copy it
     try:
         yield
     finally:

@@ -116,6 +116,7 @@ def search_path() -> Iterator[None]:
     """Hydra on our configuration files, outside of hydra.main."""
     runs.register()
     with initialize_config_module("dynmoe.conf", version_base="1.3"):
+        options.read_files_once(options.loader())
         yield
 
 
@@ -142,10 +143,12 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
     if wrong:
         return [f"sweep={name}: {text}" if name else text for text in wrong]
     if ours:
-        found = list(_grid_problems(composer, node, overrides))
-        if all(": required, " in text for text in found):  # by any task
-            return found
-        return _for_another_task(composer, overrides) or found
+        found, more = list[str](), _grid_problems(composer, node, overrides)
+        for text in more:
+            found.append(text)
+            if ": required, " not in text:  # which would be so with any task
+                return _for_another_task(composer, overrides) or [*found, *more]
+        return found
     if OmegaConf.select(cfg, "mode") == "plan":
         return ["mode: a search draws its jobs one after another and cannot list them first"]
     given = [f"{key!s}={value}" for values in _swept(node) for key, value in values.items()]
@@ -191,7 +194,8 @@ def _for_another_task(composer: Composer, overrides: Sequence[Override]) -> list
 
     if fits(task):
         return []
-    fitting = [name for name in options.options("task", composer.search) if fits(name)]
+    others = [name for name in options.options("task", composer.search) if name != task]
+    fitting = [name for name in others if fits(name)]
     meant = " or ".join(f"task={name}" for name in fitting)
     return [f"sweep={sweep} is for {meant}, found task={task}"] if fitting else []
 

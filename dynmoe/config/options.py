@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -15,6 +16,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -86,6 +88,29 @@ def loader() -> ConfigLoader:
 @cache
 def _own_loader() -> ConfigLoader:
     return ConfigLoaderImpl(create_config_search_path("pkg://dynmoe.conf"))
+
+
+def read_files_once(loader: ConfigLoader) -> None:
+    """Let Hydra's `loader` read each file of a package once: a sweep is composed job by job."""
+    for source in loader.repository.get_sources():  # type: ignore[attr-defined]
+        if source.scheme() == "pkg":
+            source.load_config = _reader(source)
+
+
+_files: dict[tuple[str, str, str], bytes] = {}
+
+
+def _reader(source: ConfigSource) -> Callable[[str], ConfigResult]:
+    read = source.load_config
+
+    def load_config(config_path: str) -> ConfigResult:
+        key = source.provider, source.full_path(), config_path
+        if key not in _files:
+            _files[key] = pickle.dumps(read(config_path))
+        found: ConfigResult = pickle.loads(_files[key])  # composing changes what it is given
+        return found
+
+    return load_config
 
 
 # Reading of a configuration that may be wrong in many places.

@@ -54,10 +54,10 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
-def scenes(tmp_path: Path) -> tuple[Any, models.Workload]:
+def scenes(tmp_path: Path, *more: str) -> tuple[Any, models.Workload]:
     """A configuration with 4 experts, and its training batches."""
     own = ("moe=dynmoe_vl", "moe.num_experts=4", "moe.max_experts=4", "data.max_length=96")
-    cfg = configuration(tmp_path, *ALONE, *own)
+    cfg = configuration(tmp_path, *ALONE, *own, *more)
     return cfg, models.of_data(cfg, models.data_of(cfg), CPU)
 
 
@@ -114,7 +114,7 @@ def test_a_step_is_that_of_the_stage(tmp_path: Path) -> None:
 
 def test_costs_are_those_of_one_conversation_where_all_are_alike(tmp_path: Path) -> None:
     """Padding counts outside of MoE layers alone."""
-    cfg, work = scenes(tmp_path)
+    cfg, work = scenes(tmp_path, "backbone.options.num_hidden_layers=2")
     cases, outside = ["dense", "top-1", "top-2"], dict[tuple[Any, ...], float]()
     built, _ = models.fresh(cfg, work, cases, [1.5], False, False, ["32-true"])
     batch: Any = work.batches[0]

@@ -96,9 +96,19 @@ def no_padding() -> Iterator[None]:
     torch.set_float32_matmul_precision(precision)
 
 
-@pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    return MODELS[request.param]().eval()
+@pytest.fixture(params=MODELS, scope="module")
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(name: str) -> nn.Module:
+    return MODELS[name]().eval()
+
+
+@pytest.fixture(scope="module")
+def costs(name: str) -> dict[str, Any]:
+    return count(MODELS[name]().eval(), torch.zeros(1, 1, PX, PX))
 
 
 @pytest.fixture
@@ -143,17 +153,19 @@ def gram(model: nn.Module) -> int:
     return sum(2 * len(m.live) ** 2 * DIM for m in layers if isinstance(m.router, TopAnyRouter))
 
 
-def test_parameters_are_the_models(model: nn.Module, images: Tensor) -> None:
-    costs, experts = count(model, images[:1]), living(model)
+def test_parameters_are_the_models(model: nn.Module, costs: dict[str, Any]) -> None:
+    experts = living(model)
     assert total(costs) == size(model)
     for name, layer in moe_layers(model).items():
         model.set_submodule(name, layer.compact())
     assert exported(costs, experts) == size(model)
 
 
-def test_activated_parameters_token_by_token(model: nn.Module, images: Tensor) -> None:
+def test_activated_parameters_token_by_token(
+    model: nn.Module, costs: dict[str, Any], images: Tensor
+) -> None:
     """What lies outside, the living experts' routers, and the chosen experts' FFNs."""
-    costs, experts, masks = count(model, images[:1]), living(model), masks_of(model, images)
+    experts, masks = living(model), masks_of(model, images)
     used = float(size(model) - sum(map(size, moe_layers(model).values())))
     for name, layer in moe_layers(model).items():
         slots = layer.experts.slots
@@ -164,8 +176,8 @@ def test_activated_parameters_token_by_token(model: nn.Module, images: Tensor) -
     assert activated(costs, experts, mean_k(masks)) == pytest.approx(used, rel=1e-12)
 
 
-def test_flops_of_a_forward_pass(model: nn.Module, images: Tensor) -> None:
-    costs, k = count(model, images[:1]), mean_k(masks_of(model, images))
+def test_flops_of_a_forward_pass(model: nn.Module, costs: dict[str, Any], images: Tensor) -> None:
+    k = mean_k(masks_of(model, images))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     by_formula = flops(costs, living(model), k)
@@ -173,12 +185,12 @@ def test_flops_of_a_forward_pass(model: nn.Module, images: Tensor) -> None:
     assert BATCH * by_formula == pytest.approx(counter.get_total_flops(), rel=1e-12)
 
 
-def test_flops_of_a_training_step(model: nn.Module, images: Tensor) -> None:
+def test_flops_of_a_training_step(model: nn.Module, costs: dict[str, Any], images: Tensor) -> None:
     """Three times the forward pass, but for the gradient of the images, which nobody needs."""
     if getattr(model, "grad_checkpointing", False):
         model.set_grad_checkpointing(False)  # type: ignore[operator]
     model.train()
-    costs, k = count(model, images[:1]), mean_k(masks_of(model, images))
+    k = mean_k(masks_of(model, images))
     torch.manual_seed(2)
     with FlopCounterMode(display=False) as counter:
         with record_routing(model) as tape:

@@ -85,9 +85,9 @@ def test_flops_of_known_architectures(name: str) -> None:
 
 
 @pytest.mark.parametrize("moe", MOES)
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_flops_with_moe_layers(name: str, moe: str) -> None:
-    model = text_classifier(name)
+def test_flops_with_moe_layers(moe: str) -> None:
+    """Of each router; FFNs of other forms are above."""
+    model = text_classifier("bert")
     router, init = MOES[moe]
     add_moe_layers(model, router=router, num_experts=4, max_experts=4, layers=[1], init=init)
     check(model)

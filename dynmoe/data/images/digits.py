@@ -6,6 +6,7 @@ Arjovsky et al. 2019, "Invariant Risk Minimization".
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,11 @@ def colored_mnist(root: str, seed: int) -> list[Environment]:
 
 def rotated_digits(seed: int) -> list[Environment]:
     """RotatedMNIST's rule on the 1,797 digits that scikit-learn carries: nothing to download."""
+    return list(_rotated_digits(seed))
+
+
+@cache  # the jobs of a sweep are often in one process
+def _rotated_digits(seed: int) -> list[Environment]:
     return rotated(*_embedded_digits(), seed)
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from dynmoe.config.check import problems, report
 from dynmoe.config.models import causal_model
+from dynmoe.config.options import read_files_once
 from dynmoe.config.runs import flat, run_name
 from dynmoe.config.sweeps import read_sweep
 from dynmoe.errors import ConfigError, UserError
@@ -108,6 +109,7 @@ class DynMoESweeper(Sweeper):
         """
         assert self.config is not None and self.hydra_context is not None
         config, loader = self.config, self.hydra_context.config_loader
+        read_files_once(loader)
         parser = OverridesParser.create(config_loader=loader)
         sweep = read_sweep(parser, self.node, parser.parse_overrides(arguments))
         found: list[str] = []
