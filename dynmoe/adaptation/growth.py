@@ -341,7 +341,12 @@ def check_growth(
         ("p_value", p_value, 0 < p_value <= 1, "above 0, up to 1"),
         ("cosine", cosine, 0 < cosine <= 1, "above 0, up to 1"),
         ("patience", patience, patience >= 0 and patience == int(patience), "an integer from 0"),
-        ("check_from", check_from, check_from >= 2 and check_from == int(check_from), "2 or more"),
+        (
+            "check_from",
+            check_from,
+            check_from >= 2 and check_from == int(check_from),
+            "an integer from 2",
+        ),
         ("redundancy_weight", redundancy_weight, redundancy_weight >= 0, "0 or more"),
     ):
         if not holds:

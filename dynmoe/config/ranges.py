@@ -37,7 +37,7 @@ RANGES: dict[Range, str] = {
         "moe.num_experts moe.max_experts moe.top_k moe.router.top_k moe.router.projection "
         "moe.conflict.every moe.router.chunk_length moe.router.max_k moe.router.num_blocks "
         " moe.router.num_groups moe.router.limited_groups "
-        "moe.adaptation.min_experts moe.adaptation.check_from "
+        "moe.adaptation.min_experts "
         "task.epochs task.eval_every task.save_every task.patience protocol.patience "
         "protocol.*.epochs protocol.*.eval_every protocol.*.batch_size protocol.*.steps "
         "data.batch_size data.eval_batch_size data.max_length data.max_new_tokens "
@@ -72,7 +72,7 @@ RANGES: dict[Range, str] = {
         "moe.router.slope moe.router.input_scale plan.tflops plan.mean_k plan.mean_tokens "
         "data.std.* backbone.vision.std.* *.options.mlp_ratio"
     ),
-    ABOVE_ONE: "moe.router.lambda_rate",
+    ABOVE_ONE: "moe.router.lambda_rate moe.adaptation.check_from",
     SHARE: (
         "moe.router.top_p task.scheduler.warmup protocol.*.warmup data.holdout_fraction mixing.c"
     ),
