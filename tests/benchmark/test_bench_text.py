@@ -82,6 +82,7 @@ def test_step_on_texts(
     assert "tokens/s" in shown and "ideal counts real tokens in MoE layers" in shown
 
 
+@pytest.mark.slow
 def test_step_on_numbers(glue: Path, tmp_path: Path, run: Run) -> None:
     file = tmp_path / "step.json"
     options = [*QUICK, "--only", "dense", "--mode", "train", "--batch", "5", "--json", str(file)]
@@ -116,6 +117,7 @@ def test_costs_leave_padding_out_of_moe_layers(glue: Path) -> None:
     assert plain - counted == pytest.approx(saved / sum(sizes))
 
 
+@pytest.mark.slow
 def test_times_a_language_sweep(
     glue: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Run
 ) -> None:

@@ -75,7 +75,10 @@ def test_every_product_is_counted(kind: str, tmp_path: Path) -> None:
     assert count(model, *sample())["flops"]["other"] == vision + projector + decoder + head
 
 
-@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind == "clip" else pytest.mark.slow) for kind in TOWERS],
+)
 def test_mixtures_of_experts(kind: str, tmp_path: Path) -> None:
     model = model_of(kind, tmp_path).eval()
     dense = count(model, *sample())
