@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynmoe.adaptation import RouterUpdates
+from dynmoe.config.quantize import Quantisation
 from dynmoe.layers import (
     AverageKeyRouter,
     BiasedTopKRouter,
@@ -35,6 +36,8 @@ from dynmoe.layers import (
     aux_loss,
     record_routing,
 )
+from dynmoe.training.bits import places_in
+from dynmoe.training.calibrate import calibrate
 
 DIM, SLOTS, TOKENS = 8, 4, 50
 LIVE = tuple(range(SLOTS))
@@ -340,3 +343,52 @@ def test_a_step_that_does_not_count_moves_nothing(name: str) -> None:
     train(model, batches(1), loss=float("nan"))
     train(model, [[torch.zeros(0, DIM)]])
     assert all(torch.equal(before[key], value) for key, value in state(model).items())
+
+
+class Block(nn.Module):
+    """An FFN behind a residual connection, as ``blocks_of`` finds it."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+class Stack(nn.Module):
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        dense = nn.Sequential(nn.Linear(DIM, 16), nn.GELU(), nn.Linear(16, DIM))
+        self.blocks = nn.ModuleList([Block(layer), Block(dense)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_experts_can_be_quantised(name: str) -> None:
+    """On the rows that the router gives them; routers that read experts choose as before."""
+    mlp = nn.Sequential(nn.Linear(DIM, 16), nn.GELU(), nn.Linear(16, DIM, bias=False))
+    model = Stack(MoELayer(mlp, DIM, ROUTERS[name], SLOTS, init="copy")).eval()
+    layer: Any = model.blocks[0].mlp
+    x_BND = torch.randn(5, 10, DIM)
+    with torch.no_grad():
+        for p in layer.experts.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        layer.experts.fix_keys()
+        with record_routing(model) as tape:
+            model(x_BND)
+    (load,) = [call.stats.load_E.tolist() for calls in tape.values() for call in calls]
+    how = Quantisation(default=3, group_size=8)
+    bits = dict.fromkeys((place.name for place in places_in(model)), 3)
+    done = calibrate(model, [(x_BND,)], bits, how)
+    idle = {e for e in range(SLOTS) if not load[e]}
+    assert {int(each.split(".")[4]) for each in done.fallback} == idle
+    assert len(done.errors) == len(bits) - 2 * len(idle)
+    assert all(error <= rtn for error, rtn in done.errors.values())
+    with torch.no_grad(), record_routing(model) as again:
+        model(x_BND)
+    assert [c.stats.load_E.tolist() for calls in again.values() for c in calls] == [load]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,16 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tiny_runs import Trained
 
+from dynmoe.backbones.surgery import add_moe_layers
+from dynmoe.backbones.vision import build_vit
 from dynmoe.config.compose import search_path
 from dynmoe.config.quantize import Choice, Quantisation, batches_of, exports_of, quantisations_of
 from dynmoe.errors import ConfigError
+from dynmoe.layers import TopKRouter
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.quantize import FP32, draw_quantisations, quantize_table
 from dynmoe.training import evaluate, torchao_export
+from dynmoe.training.bits import places_in
 from dynmoe.training.quantize import quantize
 
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
@@ -214,15 +220,40 @@ def test_a_trained_run_with_fewer_bits(run: RunFolder, capsys: pytest.CaptureFix
 
 
 @pytest.mark.skipif(not HAS_TORCHAO, reason="needs torchao")
-def test_exports(run: RunFolder) -> None:
-    own, _, int8, int4 = quantised(run, "quant.method=rtn", "quant.export=int8,int4")
-    for each, name in ((int8, "int8"), (int4, "int4")):
-        assert each["method"] == f"torchao {name}" and not each["left_out"]
-        out = run.path / "quantized" / name
-        assert (out / "weights.pt").stat().st_size == each["bytes"] < each["fp32_bytes"]
-        model = torchao_export.load(run.path, name)
-        kind = type(model.get_submodule("blocks.0.attn.qkv").weight).__name__
+def test_an_export_computes_with_its_files(tmp_path: Path) -> None:
+    options = {"patch_size": 14, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    model = build_vit("vit_tiny_patch16_224", 3, image_size=28, options=options).eval()
+    router = partial(TopKRouter, top_k=4)
+    add_moe_layers(model, router=router, num_experts=4, max_experts=4, layers=[1], init="copy")
+    images, places = torch.randn(4, 3, 28, 28), places_in(model)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(images)
+    sizes = []
+    for name, tolerance in (("int8", 0.02), ("int4", 0.3)):
+        args = (RunFolder(tmp_path), Path("last.ckpt"), model, places, name, [(images,)])
+        exported, about = torchao_export.export(*args)
+        assert not about["left_out"] and about["samples_per_s"] > 0
+        file = tmp_path / "quantized" / name / "weights.pt"
+        assert file.stat().st_size == about["bytes"] < about["fp32_bytes"]
+        sizes.append(about["bytes"])
+        again = copy.deepcopy(model).to(torchao_export.FORMATS[name].dtype)
+        again.load_state_dict(torch.load(file, weights_only=True), assign=True)
+        kind = type(again.get_submodule("blocks.1.mlp.experts.slots.0.fc1").weight).__name__
         assert kind.lower().startswith(name)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=name == "int4"):
+            found, read = exported(images).float(), again(images).float()
+        assert torch.equal(found, read)
+        assert float((found - expected).norm() / expected.norm()) < tolerance
+    assert sizes[1] < sizes[0]
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TORCHAO, reason="needs torchao")
+def test_an_exported_run(run: RunFolder) -> None:
+    own, int8, _ = quantised(run, "quant.method=rtn", "quant.export=int8")
+    assert int8["method"] == "torchao int8" and not int8["left_out"]
     assert int8["loss"] == pytest.approx(own["loss"], rel=1e-2)
-    assert int4["bytes"] < int8["bytes"]
-    assert torch.isfinite(torch.tensor(int4["loss"]))
+    model = torchao_export.load(run.path, "int8")
+    assert type(model.get_submodule("blocks.1.attn.qkv").weight).__name__ == "Int8Tensor"
