@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
@@ -281,6 +282,8 @@ class TaskData(LightningDataModule):
             if mixing.every is not None:
                 own = tokens if lengths is None else lengths
                 rows, probe = held_out(rows, own, mixing.probe_tokens, seed, name)
+                if lengths is not None:  # batches of similar lengths
+                    probe = probe[np.argsort(lengths[probe], kind="stable")]
             self._train_rows[name], self._probe_rows[name] = rows, probe
         sizes = {name: len(rows) for name, rows in self._train_rows.items()}
         self.mixture = Mixture(

@@ -27,6 +27,9 @@ Metric = Literal["l2", "cos", "reversed_l2"]
 Aggregate = Literal["mean", "min", "max"]
 FloatArray = npt.NDArray[np.float64]
 
+MOST = 0.2
+"""Share of a source's examples, at most, that is held out for probes."""
+
 FEW = 8
 """Experts up to which loads differ so much that the authors' c lets one source take over."""
 
@@ -40,7 +43,8 @@ class Mixing:
     every: int | None = None
     """Optimizer steps between two probes; None: none, where the weights do not move."""
     probe_tokens: int = 2000
-    """Tokens of a source, at least, that are held out of training and probed."""
+    """Tokens of a source that are held out of training and probed; fewer of a small source:
+    `MOST`."""
     metric: Metric = "l2"
     """See `load_distances`."""
     aggregate: Aggregate = "mean"
@@ -248,20 +252,21 @@ def held_out(
 ) -> tuple[IntArray, IntArray]:
     """Cut a source's `rows` into those to train on and those to probe, each ascending.
 
-    `tokens`: of each row, or of all alike. The probe has `wanted` tokens or more.
+    `tokens`: of each row, or of all alike. The probe has `wanted` tokens or more, but not more
+    than the share `MOST` of the rows.
 
     Raises:
-        ConfigError: that is more than half of the rows.
+        ConfigError: there is one row alone.
     """
     order = np.random.default_rng(seed_hash(seed, "probe", source)).permutation(len(rows))
     lengths = np.broadcast_to(tokens, len(rows))[order]
     count = int(np.searchsorted(np.cumsum(lengths), wanted)) + 1
-    if 2 * count > len(rows):
+    if len(rows) < 2:
         raise ConfigError(
-            f"mixing.probe_tokens: {wanted} are more than half of the {int(lengths.sum())} tokens "
-            f"of {source} ({len(rows)} training examples), and probes are held out of training. "
-            "Set fewer, or leave the source out"
+            f"mixing: {source} has {len(rows)} training example, and probes are held out of "
+            "training. Give it more, leave it out, or choose mixing=uniform without probes"
         )
+    count = min(count, max(1, int(MOST * len(rows))))
     return np.sort(rows[order[count:]]), np.sort(rows[order[:count]])
 
 

@@ -254,8 +254,11 @@ def test_probes_are_held_out() -> None:
         held_out(rows, 17, 100, 0, "a")[1].tolist() != held_out(rows, 17, 100, 0, "b")[1].tolist()
     )
     assert len(held_out(rows, 17, 100, 0, "a")[1]) == 6
-    with pytest.raises(ConfigError, match=r"mixing\.probe_tokens: 2000 .* of rte .*Set fewer"):
-        held_out(np.arange(10), np.full(10, 20), 2000, 0, "rte")
+    small = held_out(np.arange(10), np.full(10, 20), 2000, 0, "rte")  # a fifth at most
+    assert [len(part) for part in small] == [8, 2]
+    assert [len(part) for part in held_out(np.arange(2), 9, 2000, 0, "rte")] == [1, 1]
+    with pytest.raises(ConfigError, match="mixing: rte has 1 training example.*leave it out"):
+        held_out(np.arange(1), 9, 2000, 0, "rte")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

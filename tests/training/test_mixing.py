@@ -217,7 +217,6 @@ def test_a_reference_of_other_sources_is_refused(reference: Any, match: str) -> 
     ("overrides", "match"),
     [
         (["mixing.layers=[2]"], r"mixing\.layers: expected indices of 2 MoE layers, from -2 to 1"),
-        (["mixing.probe_tokens=2000"], r"mixing\.probe_tokens: 2000 are more than half"),
         (["mixing.weights={rte: 1}"], r"mixing\.weights: .*cola, rte, stsb"),
     ],
 )
