@@ -7,6 +7,7 @@ command. Hydra sets the values of each command itself.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,14 @@ from hypothesis import settings
 from omegaconf import DictConfig, base
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: one thread is faster than several
+
+gc.disable()  # until all is imported: most of it stays
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")

@@ -305,7 +305,8 @@ def _hydra_config_of(cfg: DictConfig) -> Iterator[None]:
     if OmegaConf.is_missing(cfg.hydra.runtime, "output_dir"):
         with read_write(cfg.hydra.runtime), open_dict(cfg.hydra.runtime):
             cfg.hydra.runtime.output_dir = "."  # any folder: the check only reads it
-    HydraConfig.instance().cfg = cfg  # set_config would copy it
+    # set_config would copy it
+    HydraConfig.instance().cfg = cfg  # type: ignore[assignment]
     try:
         yield
     finally:
