@@ -257,7 +257,7 @@ def test_probes_are_held_out() -> None:
     small = held_out(np.arange(10), np.full(10, 20), 2000, 0, "rte")  # a fifth at most
     assert [len(part) for part in small] == [8, 2]
     assert [len(part) for part in held_out(np.arange(2), 9, 2000, 0, "rte")] == [1, 1]
-    with pytest.raises(ConfigError, match="mixing: rte has 1 training example.*leave it out"):
+    with pytest.raises(ConfigError, match=r"mixing: rte has 1 training example.*leave it out"):
         held_out(np.arange(1), 9, 2000, 0, "rte")
 
 
