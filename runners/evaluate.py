@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -48,8 +49,10 @@ def main() -> None:
             print(HELP.format(keys=", ".join(OVERRIDES)))
             return
         mode, folder, checkpoint, cfg = parse(arguments)
-        modes = {"evaluate": evaluate, "answer": answer, "submit": submit}
-        modes |= {"budget": budget, "quantize": quantize}
+        modes: dict[str, Callable[..., object]] = {
+            **{"evaluate": evaluate, "answer": answer, "submit": submit},
+            **{"budget": budget, "quantize": quantize},
+        }
         modes[mode](folder, checkpoint, cfg)
 
 

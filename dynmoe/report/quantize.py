@@ -21,8 +21,8 @@ def quantize_table(records: Sequence[Record], title: str) -> Table:
     """A row for each evaluation."""
     first = records[0]
     measure = first["measure"].replace("_", " ")
-    columns = ("weights", "bits", "with grids", "mean k", measure, "loss")
-    columns += ("error (RTN)", "MB", "samples/s")
+    known = ("weights", "bits", "with grids", "mean k", measure, "loss")
+    columns = (*known, "error (RTN)", "MB", "samples/s")
     varied = varied_options(records)
     rows = [
         (
@@ -58,8 +58,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _errors(record: Record) -> str:
-    errors = [record.get(key) for key in ("output_error", "rtn_output_error")]
-    return "-" if None in errors else "{:.2g} ({:.2g})".format(*errors)
+    error, rtn_error = record.get("output_error"), record.get("rtn_output_error")
+    return "-" if error is None else f"{error:.2g} ({rtn_error:.2g})"
 
 
 def _megabytes(record: Record, records: Sequence[Record]) -> str:

@@ -101,7 +101,7 @@ class Replay:
                 forwards[module] = _returning(outputs[batch])
         try:
             for module, forward in forwards.items():
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
             yield
         finally:
             for module in forwards:
