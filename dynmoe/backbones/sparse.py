@@ -185,7 +185,7 @@ class TokenSparsifier(nn.Module):
     def _set_rate(self, step: int) -> None:
         done = min(1.0, max(0.0, (step - self.shrink_start) / self.shrink_steps))
         rest = 0.0 if step < 0 else (math.cos(done * math.pi) + 1) / 2
-        self._rate = self.keep + (1 - self.keep) * rest
+        self._rate = min(1.0, self.keep + (1 - self.keep) * rest)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
