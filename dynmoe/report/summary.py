@@ -105,8 +105,8 @@ def _scores(run: Run) -> Table:
         shown = Strong(first) if role == "reported" else first
         rows.append((f"{name} ({role})" if role else name, shown, *others))
     if len(run.scores) > 1 and run.tested == run.facts["reported"]["sets"] != run.tested[:1]:
-        mean = Strong(measure_number(measure, run.outcome.accuracy))
-        rows.append(("mean of those reported", mean, *[""] * (len(columns) - 1)))
+        shown = Strong(measure_number(measure, run.outcome.accuracy))
+        rows.append(("mean of those reported", shown, *[""] * (len(columns) - 1)))
     if list(roles.values()).count("selects") > 1:
         mean = measure_number(measure, run.outcome.validation)
         rows.append(("mean of those that select", mean, *[""] * (len(columns) - 1)))
