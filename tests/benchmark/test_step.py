@@ -139,7 +139,7 @@ def test_baseline_may_have_other_settings_but_no_other_workload(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "dynmo"], "--only dynmo: unknown case, expected some of 'dense', 'top-1'"),
+        (["--only", "dynmo"], "--only dynmo: unknown case, expected some of 'dense', 'sparse'"),
         (["--only", "sparse"], "--only sparse: expected 'backbone.token_sparsify={keep: 0.7}'"),
         (["--k", "9"], "--k 9: expected a mean number of experts per token above 0 and up to 8"),
         (["--k", "2", "moe.num_experts=1"], "--k 2: expected a mean number of experts"),
