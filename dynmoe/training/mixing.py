@@ -149,7 +149,7 @@ class DataMixing(L.Callback):
         return self.mixture.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.mixture.load_state_dict(state_dict)  # type: ignore[arg-type]
+        self.mixture.load_state_dict(state_dict)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._step = trainer.global_step

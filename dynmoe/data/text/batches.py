@@ -136,7 +136,8 @@ def in_parts(
         own = places[part::parts]
         # Parts differ in size, and the trainer takes their plain mean: see Key.weight.
         weight = int(counts[own].sum()) * parts / total if part < size else 0.0
-        micro_batches.append([Key(*picks[place], weight) for place in own.tolist()])
+        examples = (picks[place] for place in own.tolist())
+        micro_batches.append([Key(source, row, weight) for source, row in examples])
     return micro_batches
 
 
