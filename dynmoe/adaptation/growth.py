@@ -288,6 +288,8 @@ class DriftGrowth:
         slot = min(set(range(layer.max_experts)) - set(layer.live))
         layer.split_expert(source, slot)
         forget_moments(self.optimizers, layer, slot)
+        for parameter in layer.slot_parameters(slot):
+            parameter.grad = None  # of the copy that was removed from this slot in this step
         router = layer.router.slot_parameters
         shared = [
             *zip(self._first[name][source], self._first[name][slot], strict=True),

@@ -240,6 +240,17 @@ def test_the_newest_copy_has_to_prove_itself() -> None:
     assert growth.is_over and layer.live == (0, 1, 2)
 
 
+def test_a_copy_gets_no_gradient_of_the_one_whose_slot_it_takes() -> None:
+    layer = make()
+    growth = make_growth(layer, check_from=2)
+    events = drive(layer, growth, 0, 3)
+    while events[-1]["removed"] != [2]:
+        events = drive(layer, growth, 0, 1, loss=lambda: torch.tensor(1.0)) or events
+    assert events[-1]["added"] == 2
+    with_one = [p.grad is not None for p in layer.experts.slots[2].parameters()]
+    assert with_one == [True, False, False, False]  # the first matrix alone
+
+
 def test_a_copy_that_helps_stays() -> None:
     layer = make()
     growth = make_growth(layer, check_from=2)
