@@ -11,7 +11,7 @@ Shape suffixes: T tokens, E living experts, B bins.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -173,23 +173,28 @@ class Cuts:
 
 @contextmanager
 def changed_routing(
-    model: nn.Module, applied: Cuts | None, watched: Sequence[Cuts] = ()
+    model: nn.Module,
+    applied: Cuts | None,
+    watched: Sequence[Cuts] = (),
+    counts: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
     """Let the MoE layers of an evaluation route by the cuts of ``applied``, within the block.
 
-    ``applied`` and ``watched`` count the keys that their rules give to the router's own choices.
+    ``applied`` and ``watched`` count the keys that their rules give to the router's own choices,
+    on batches where ``counts`` says so.
     Layers are told by their names (``moe_layers``).
     """
 
     def hook(name: str) -> Any:
         def changed(router: Router, given: tuple[Any, ...], routing: Routing) -> Routing:
             _, live, token_mask_T = given
-            for each in watched:
+            for each in watched if counts() else ():
                 each.count(name, keys(each.rule, router, live, routing), token_mask_T)
             if applied is None:
                 return routing
             found = keys(applied.rule, router, live, routing)
-            applied.count(name, found, token_mask_T)
+            if counts():
+                applied.count(name, found, token_mask_T)
             return cut(routing, found, applied.at[name], router, token_mask_T)
 
         return changed

@@ -48,7 +48,9 @@ def budget_table(records: Sequence[Record], title: str) -> Table:
     )
     measure = records[0]["measure"].replace("_", " ")
     columns = ("rule", "target", "cut", "mean k", "of layers", measure, "loss")
-    note = "Cuts for a target were found on the inputs that are scored, without their labels."
+    note = (
+        "Mean k and cuts for a target are of the reported sets' inputs, found without their labels."
+    )
     return Table(f"Budgets after training: {title}", columns, rows, note)
 
 

@@ -136,6 +136,11 @@ class MoETask(L.LightningModule):
             total = total + conflict_loss(self.backbone, tape, self.global_step)
         return {"loss": total}
 
+    def source_of(self, batch: Any) -> str:
+        """The name in ``env_names`` of the environment or set that an evaluation batch is from."""
+        source: str = batch.source
+        return source
+
     def probe_step(self, batch: Any) -> tuple[Tensor, dict[str, list[Routed]]]:
         """Losses [M] of the samples or scored tokens of a training batch, and its routing: nothing
         of it is counted or logged."""

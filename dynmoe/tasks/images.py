@@ -46,13 +46,16 @@ class DomainGeneralization(MoETask):
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         """A batch comes from one split of one environment."""
         logits, tape = self.routed_forward(batch.image)
-        env = self.env_names[int(batch.env[0])]
+        env = self.source_of(batch)
         name = f"{env}/{SPLITS[int(batch.split[0])]}"
         correct = (logits.argmax(1) == batch.label).sum()
         counts = torch.stack([correct, torch.full_like(correct, len(logits))])
         self._counts[self.sets.index(name)] += counts
         self.count_losses(name, F.cross_entropy(logits.float(), batch.label, reduction="none"))
         self.routing.update(env, tape, batch.label)
+
+    def source_of(self, batch: ImageBatch) -> str:
+        return self.env_names[int(batch.env[0])]
 
     def measures(self) -> Scores:
         counts = self.sum_over_ranks(self._counts).tolist()

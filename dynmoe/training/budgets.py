@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -44,10 +45,13 @@ def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]
     rules = [rule for rule in _offered(cfg) if rule_of(cfg) in (None, rule)]
     reported = reported_by(folder)
     data, task, step, trainer = loaded(folder, checkpoint, cfg)
+    # Cuts are found where the score is: another environment has another mean k.
+    place = _Place(reported["places"] or task.env_names)
+    trainer.callbacks.append(place)
 
     def evaluated(applied: Cuts | None = None, watched: Sequence[Cuts] = ()) -> Record:
         data.repeat_evaluation_of(step)
-        with changed_routing(task.backbone, applied, watched):
+        with changed_routing(task.backbone, applied, watched, lambda: place.counts):
             trainer.validate(task, datamodule=data, verbose=False)
         return {
             "step": step,
@@ -77,6 +81,19 @@ def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]
     Console().print(to_rich(budget_table(records, title)))
     print(save(draw_budgets(records, title), folder.path / "figures" / "budget.png"))
     return records
+
+
+class _Place(L.Callback):
+    """Whether the batch under way is from one of the reported ``places``."""
+
+    def __init__(self, places: Sequence[str]) -> None:
+        self.places = places
+        self.counts = False
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, *_: Any
+    ) -> None:
+        self.counts = pl_module.source_of(batch) in self.places
 
 
 def _offered(cfg: DictConfig) -> tuple[Rule, ...]:

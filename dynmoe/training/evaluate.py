@@ -180,25 +180,26 @@ def loaded(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, A
 
 
 def reported_by(folder: RunFolder) -> Mapping[str, Any]:
-    """Which sets and measure the run reports; empty where no run.json says it."""
+    """Which sets and measure the run reports, and the ``places`` (environments or sets) whose
+    routing it reports; empty where no run.json says it."""
     facts = folder.read_run() if (folder.path / "run.json").exists() else {}
-    reported: Mapping[str, Any] = facts.get("reported", {})
-    return reported
+    places = [facts["env_names"][index] for index in facts.get("test_envs", [])]
+    return {**facts.get("reported", {}), "places": places}
 
 
 def judged(task: Any, reported: Mapping[str, Any]) -> Record:
     """Entries of a record of the evaluation that just ended: scores, the means of the reported
-    measure and of the loss over the reported sets, and mean k by layer and over all."""
-    from dynmoe.metrics.routing import TRAIN
-
+    measure and of the loss over the reported sets, and mean k on the reported places, by layer and
+    over all."""
     scores = task.scores()
     measure = reported.get("measure", "score")
     # A run without a test environment reports none.
     sets = reported.get("sets") or [name for name in scores if measure in scores[name]]
+    places = reported.get("places") or task.env_names
     load: dict[str, int] = {}
     tokens: dict[str, int] = {}
     for each in task.routing_records():
-        if each["source"] != TRAIN:
+        if each["source"] in places:
             name = each["layer"]
             load[name] = load.get(name, 0) + sum(each["load"])
             tokens[name] = tokens.get(name, 0) + each["tokens"]

@@ -230,6 +230,9 @@ def test_a_model_reaches_a_mean_and_is_left_as_it_was(rule: Rule) -> None:
     with changed_routing(model, None, [cuts]):
         assert torch.equal(model(x), before)
     assert cuts.reach == (1, SLOTS)
+    with changed_routing(model, None, [cuts], counts=lambda: False):
+        model(-x)
+    assert cuts._tokens == {"0": TOKENS, "1": TOKENS}
     for _ in range(4):
         cuts = cuts.moved_to(1.5)
         with changed_routing(model, cuts), record_routing(model) as tape:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,6 +147,23 @@ def test_table_and_figure() -> None:
     )
     assert np.asarray(ratio.get_xydata()).tolist() == [[1.2, 12.0], [1.5, 15.0]]
     assert np.asarray(losses.lines[1].get_ydata()).tolist() == [1.8, 1.5]
+
+
+def test_mean_k_is_of_the_reported_places(tmp_path: Path) -> None:
+    """A score on one environment, and how many experts its tokens have there."""
+    folder = RunFolder(tmp_path)
+    reported = {"sets": ["b/in"], "measure": "accuracy"}
+    facts = {"reported": reported, "env_names": ["a", "b"], "test_envs": [1]}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    scores = {name: {"accuracy": 0.5, "loss": 1.0} for name in ("a/in", "b/in")}
+    loads = {"train": 90, "a": 40, "b": 15}
+    routing = [{"source": s, "layer": "0", "load": [n], "tokens": 10} for s, n in loads.items()]
+    task = SimpleNamespace(
+        env_names=["a", "b"], scores=lambda: scores, routing_records=lambda: routing
+    )
+    found = evaluate.judged(task, evaluate.reported_by(folder))
+    assert found["mean_k"] == 1.5 and found["layers"] == {"0": 1.5}
+    assert evaluate.judged(task, {"measure": "accuracy"})["mean_k"] == 2.75
 
 
 def evaluated(folder: RunFolder, *words: str) -> dict[tuple[str, float | None], Record]:
