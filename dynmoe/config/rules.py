@@ -80,6 +80,11 @@ def plan_within_experts(cfg: DictConfig) -> Iterator[str]:
 def target_k_within_experts(cfg: DictConfig) -> Iterator[str]:
     router, slots = read(cfg, "moe.router", dict) or {}, read(cfg, "moe.max_experts", int)
     target = router.get("target_k")
+    if target == []:
+        yield (
+            "moe.router.target_k: expected one number, or one for each MoE layer, found none. "
+            "Write moe.router.target_k=2"
+        )
     given = target if isinstance(target, list) else [target]
     numbers = [k for k in given if isinstance(k, int | float) and not isinstance(k, bool)]
     if slots is not None and any(k > slots for k in numbers):

@@ -260,6 +260,7 @@ DECODER = "backbone.architecture=gpt2"
         ("13", "moe.router.target_k: expected at most the number of experts, 12, found 13."),
         ("[2,0.5]", "moe.router.target_k: 0.5 experts per token need moe.router.unserved=nothing"),
         ("0", "moe.router.target_k: expected more than 0, found 0"),
+        ("[]", "moe.router.target_k: expected one number, or one for each MoE layer"),
     ],
 )
 def test_a_budget_within_reach(target: str, message: str) -> None:
