@@ -129,6 +129,8 @@ def quantize_problems(cfg: DictConfig) -> Iterator[str]:
             yield f"{PREFIX}{key}: expected {_expected(key)}, found {_shown(wrong)}"
         elif key in ("bits.experts", "bits.shared") and any(each is not None for each in values):
             yield from _unfit(cfg, key, [_value(key, each) for each in values])
+        elif key == "bits.blocks":
+            yield from _unpredictable(cfg, key, [_value(key, each) for each in values])
 
 
 def _unfit(cfg: DictConfig, key: str, values: list[Any]) -> Iterator[str]:
@@ -148,6 +150,16 @@ def _unfit(cfg: DictConfig, key: str, values: list[Any]) -> Iterator[str]:
         yield (
             f"{PREFIX}{key}: in Soft MoE every expert serves as much as the others. Choose "
             f"{PREFIX}{key}=random:N"
+        )
+
+
+def _unpredictable(cfg: DictConfig, key: str, values: list[Any]) -> Iterator[str]:
+    """The predictor, of blocks that do not hand on every token they get."""
+    fewer = OmegaConf.select(cfg, "backbone.token_sparsify") is not None
+    if fewer and any(each.rule == "predictor" for each in values if each is not None):
+        yield (
+            f"{PREFIX}{key}: predictor compares each token before and after a block, and "
+            "backbone.token_sparsify leaves some out between. Choose first:N, last:N or random:N"
         )
 
 

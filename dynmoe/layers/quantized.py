@@ -23,6 +23,8 @@ SHRINKS = 80
 """Ranges that the search of the smallest error tries, one per cent smaller each."""
 NORM = 2.4
 """Power of the error that it compares."""
+LEAST_DAMP = 1e-6
+"""Share of the mean diagonal that an undamped Hessian gets if it cannot be inverted."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +144,12 @@ def gptq(
 ) -> Quantized:
     """Round column after column, each time moving the later columns against the error so far.
 
-    ``hessian_II``: the sum of x x^T over the layer's inputs; its size does not matter. Columns
-    without any input become 0, all of them where there was no input at all: round to nearest then.
-    ``percdamp``: the share of its mean diagonal that is added to the diagonal; ten times as much,
-    as often as it takes, where the sum cannot be inverted. ``desc_act``: columns with much input
-    first. ``static_groups``: groups of neighbours, with the grids of the weights as given.
+    ``hessian_II``: the sum of x x^T over the layer's inputs, finite; its size does not matter.
+    Columns without any input become 0, all of them where there was no input at all: round to
+    nearest then. ``percdamp``: the share of its mean diagonal that is added to the diagonal; ten
+    times as much, as often as it takes, where the sum cannot be inverted (of 0: ``LEAST_DAMP``
+    first). ``desc_act``: columns with much input first. ``static_groups``: groups of neighbours,
+    with the grids of the weights as given.
     """
     weight_OI = weight_OI.float().clone()
     inputs = weight_OI.shape[1]
@@ -195,7 +198,8 @@ def gptq(
 
 def _inverse_factor(hessian_II: Tensor, percdamp: float) -> Tensor:
     """Return the upper Cholesky factor of the inverse of the damped Hessian, which is changed."""
-    damp = percdamp * float(hessian_II.diagonal().mean())
+    mean = float(hessian_II.diagonal().mean())
+    damp = percdamp * mean
     while True:
         hessian_II.diagonal().add_(damp)
         lower_II, failed = torch.linalg.cholesky_ex(hessian_II)
@@ -204,7 +208,7 @@ def _inverse_factor(hessian_II: Tensor, percdamp: float) -> Tensor:
             upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
             if not failed:
                 return upper_II
-        damp *= 10
+        damp = 10 * damp or LEAST_DAMP * mean
 
 
 def output_error(change_OI: Tensor, hessian_II: Tensor) -> float:

@@ -61,8 +61,8 @@ def _run(
             before, after = (
                 replay.padding.of(each)
                 for each in (
-                    given[0] if given else named["hidden_states"],
-                    output if isinstance(output, Tensor) else output[0],
+                    _tokens(given[0] if given else named["hidden_states"]),
+                    _tokens(output),
                 )
             )
             # Tokens from all over the batch.
@@ -86,6 +86,12 @@ def _run(
     for number in predicted:
         rows, cosines = zip(*pairs[number], strict=True)
         seen.similarity[number] = predicted_similarity(torch.cat(rows), torch.cat(cosines))
+
+
+def _tokens(stream: Any) -> Tensor:
+    """The tokens of what enters or leaves a block; some blocks hand more on beside them."""
+    tokens: Tensor = stream if isinstance(stream, Tensor) else stream[0]
+    return tokens
 
 
 @torch.enable_grad()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.config.quantize import UNTOUCHED, Quantisation
+from dynmoe.errors import Diverged
 from dynmoe.layers.moe import MaskedLayer, moe_layers
 from dynmoe.layers.quantized import Rounding, gptq, output_error, round_to_nearest
 from dynmoe.training.bits import Place, blocks_in, places_in
@@ -168,6 +169,9 @@ def calibrate(
 
     ``backbone``: in evaluation mode, its MoE layers compact. ``bits``: by name, of all layers of
     ``places_in``. ``progress`` is told of each block that is done.
+
+    Raises:
+        Diverged: inputs of a layer that are not finite.
     """
     replay, done = Replay(backbone, batches), Done()
     places = [place for place in places_in(backbone) if bits[place.name] != UNTOUCHED]
@@ -306,6 +310,11 @@ def _write(
         done.fallback.append(place.name)
         place.weight_OI.copy_(rtn_OI)
         return
+    if not hessian_II.isfinite().all():
+        raise Diverged(
+            f"{place.name}: its inputs on the calibration data are not finite. "
+            "Choose another checkpoint=..., or quant.method=rtn, which looks at no data"
+        )
     options = (how.percdamp, how.desc_act, how.static_groups)
     found_OI = gptq(weight_OI, hessian_II, rounding, *options).weight_OI
     whole = output_error(weight_OI, hessian_II)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from golden_cases import cases
 from torch import Tensor
 
 from dynmoe.layers.quantized import (
+    LEAST_DAMP,
     Rounding,
     find_grid,
     gptq,
@@ -142,3 +144,22 @@ def test_one_row_of_input_is_enough() -> None:
     assert found.isfinite().all()
     rtn = round_to_nearest(weight_OI, how).weight_OI
     assert output_error(weight_OI - found, hessian_II) < output_error(weight_OI - rtn, hessian_II)
+
+
+def test_inputs_that_cannot_be_inverted_are_damped_even_if_damping_is_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cholesky, tries = torch.linalg.cholesky_ex, itertools.count()
+
+    def tried(*given: Any, **named: Any) -> Any:
+        assert next(tries) < 100, "for ever"
+        return cholesky(*given, **named)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", tried)
+    weight_OI, rows_NI = drawn(0, rows=3)
+    hessian_II, how = rows_NI.t() @ rows_NI, Rounding(3, 8)
+    found = gptq(weight_OI, hessian_II, how, percdamp=0.0).weight_OI
+    torch.testing.assert_close(found, gptq(weight_OI, hessian_II, how, LEAST_DAMP).weight_OI)
+    rounded_OI = round_to_nearest(weight_OI, how).weight_OI
+    error, rtn_error = (output_error(weight_OI - w, hessian_II) for w in (found, rounded_OI))
+    assert error < rtn_error

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.backbones.deploy import compact_layers
+from dynmoe.backbones.sparse import tune
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.backbones.text import build_text_classifier
 from dynmoe.backbones.vision import build_vit
 from dynmoe.config.quantize import Choice, Quantisation
+from dynmoe.errors import Diverged
 from dynmoe.layers import AverageKeyRouter, TopAnyRouter, TopKRouter
 from dynmoe.layers.moe import moe_layers
 from dynmoe.layers.quantized import Rounding, gptq, output_error, round_to_nearest
@@ -262,6 +264,22 @@ def test_observations_of_the_unquantised_model() -> None:
     assert set(seen.similarity) == {0, 2} and all(-1 < s < 1 for s in seen.similarity.values())
     assert set(seen.outliers) == {place.name for place in places if place.kind != "attention"}
     assert look(model, places, batches, [Quantisation()]).load == {}
+
+
+def test_an_adapter_that_adds_nothing_leaves_the_prediction() -> None:
+    model, batches = images(TOP_2)
+    how = [Quantisation(blocks=Choice("predictor", 1))]
+    plain = look(model, places_in(model), batches, how)
+    tune(model, None, {"dim": 4, "inner": 2}, pretrained=False)  # linked: blocks hand on a sum
+    model.eval()
+    assert look(model, places_in(model), batches, how).similarity == plain.similarity
+
+
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    model, batches = images(TOP_2)
+    batches[1][0][0, 0, 0, 0] = torch.nan
+    with pytest.raises(Diverged, match=r"blocks.0.attn.qkv: .*quant.method=rtn"):
+        calibrate(model, batches, all_bits(model), HOW)
 
 
 def test_the_predictor_learns_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,15 @@ def test_policies_for_experts_that_are_not_there(saved: Path, tmp_path: Path) ->
     evaluate.parse([f"run={folder}", "mode=quantize", "quant.bits.shared=4"])
 
 
+def test_the_predictor_needs_blocks_that_hand_on_every_token(saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "run"))
+    configured(folder, "moe=topk", "backbone.token_sparsify={keep: 0.7}")
+    words = [f"run={folder}", "mode=quantize"]
+    with pytest.raises(ConfigError, match=r"quant.bits.blocks: predictor .*Choose first:N"):
+        evaluate.parse([*words, "quant.bits.blocks=null,predictor:1"])
+    evaluate.parse([*words, "quant.bits.blocks=null,first:1"])
+
+
 def test_every_combination_is_a_quantisation(saved: Path) -> None:
     words = (
         "quant.method=rtn quant.bits.default=2,[4] quant.bits.experts=null,frequency:2 "
