@@ -141,6 +141,10 @@ def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
     return list(dict.fromkeys(direct or reversed(list(once.values()))))
 
 
+# Names of sources may look like numbers (15, of rotated digits), and Hydra has no quotes for keys.
+BY_SOURCE = ("mixing.weights", "mixing.reference")
+
+
 def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) -> None:
     """Problems of one node and those below it; indirect ones come from an interpolation."""
     known = _known_keys(cfg, path, direct)
@@ -154,7 +158,7 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
         dotted = f"{path}.{key!s}" if path else str(key)
         if dotted == "hydra" or key in INSTANTIATE:
             continue
-        if not isinstance(key, str):
+        if not isinstance(key, str) and not (path in BY_SOURCE and type(key) is int):
             direct.append(f"{dotted}: expected text as a key, found {shown(key)}")
             continue
         try:

@@ -140,11 +140,12 @@ def _identity(cfg: DictConfig) -> dict[str, Any]:
 def _relevant(cfg: DictConfig, prefix: str) -> dict[str, Any]:
     # Node by node, so that an interpolation below a key that is left out is never resolved.
     found: dict[str, Any] = {}
-    for key in map(str, cfg):
+    for name in cfg:  # of a source of mixing: a number, perhaps
+        key = str(name)
         dotted = f"{prefix}{key}"
         if dotted in NOT_IN_IDENTITY:
             continue
-        value = cfg[key]
+        value = cfg[name]
         if isinstance(value, DictConfig):
             value = _relevant(value, f"{dotted}.")
         elif OmegaConf.is_config(value):

@@ -29,6 +29,8 @@ def found(*overrides: str) -> list[str]:
         (*IMAGES, "mixing=uniform", "mixing.every=50", "moe=dense"),
         (*IMAGES, "mixing=proportional", "trainer=fsdp", "trainer.accelerator=cpu"),
         (*IMAGES, "mixing=random", "mixing.weights=[1,2,1,1,1]"),
+        (*IMAGES, "mixing=fixed", "mixing.weights={15: 2, 30: 1, 45: 1, 60: 1, 75: 1}"),
+        (*IMAGES, "mixing=ref_loss", "mixing.reference={15: 2, 30: 1, 45: 1, 60: 1, 75: 1}"),
         (*IMAGES, "mixing=ref_loss", "mixing.reference=[0.5,1,1,1,1]", "moe=dense"),
         (*MIX, "mixing=dynamic", "data.tasks=[rte,stsb,mnli]"),
         (*MIX,),
