@@ -26,6 +26,7 @@ OWN_KEYS = {
 }
 # Functions of conversations (dynmoe/data/vl/content.py) that all come from one place.
 ONE_SOURCE = ("easy_vqa", "vqa", "science_qa")
+NEEDED = {"weights": "fixed", "reference": "ref_loss"}
 MOVING = ("dynamic", "ref_loss", "random")
 
 
@@ -110,6 +111,8 @@ def _by_source(node: Mapping[str, object]) -> Iterator[str]:
     for key, words in (("weights", ""), ("reference", " or a run folder")):
         given = node.get(key)
         numbers = [*given.values()] if isinstance(given, Mapping) else given
+        if given is None and node.get("rule") == NEEDED.get(key):
+            yield f"mixing.{key}: expected {{source: number}}{words}, found none"
         if given is None or (isinstance(given, str) and (key == "reference" or given == "???")):
             continue
         if not isinstance(numbers, list) or not all(type(n) in (int, float) for n in numbers):
@@ -117,6 +120,8 @@ def _by_source(node: Mapping[str, object]) -> Iterator[str]:
                 f"mixing.{key}: expected {{source: number}}, numbers in the order of the sources' "
                 f"names{words}, found {given!r}"
             )
+        elif key == "weights" and not any(numbers):
+            yield f"mixing.weights: expected some above 0, found {given!r}"
 
 
 def known_tasks(cfg: DictConfig) -> Iterator[str]:

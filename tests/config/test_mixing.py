@@ -78,6 +78,9 @@ def test_accepted(command: tuple[str, ...]) -> None:
             r"mixing\.reference: .* or a run folder",
         ),
         ((*MIX, "mixing=fixed", "mixing.weights=3"), r"mixing\.weights: expected {source"),
+        ((*IMAGES, "mixing=fixed", "mixing.weights=null"), r"mixing\.weights: .* found none"),
+        ((*IMAGES, "mixing=ref_loss", "mixing.reference=null"), r"mixing\.reference: .* none"),
+        ((*MIX, "mixing=fixed", "mixing.weights=[0,0]"), r"mixing\.weights: .* some above 0"),
         ((*MIX, "mixing=fixed", "mixing.weights={rte: a}"), r"mixing\.weights: expected {source"),
         (
             (*IMAGES, "mixing=dynamic", "trainer=fsdp", "trainer.accelerator=cpu"),
