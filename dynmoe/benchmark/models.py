@@ -47,6 +47,7 @@ from dynmoe.metrics.efficiency import Costs, count
 from dynmoe.runtime import set_fused_attention
 from dynmoe.training import build as training
 from dynmoe.training.instantiation import make
+from dynmoe.training.mixing import connect
 
 BATCHES = 8
 """They differ, and with them the loads of the experts, as in training."""
@@ -90,7 +91,7 @@ def of_data(cfg: DictConfig, data: TaskData, device: torch.device) -> Workload:
     Raises:
         UserError: data that cannot be read.
     """
-    batches = training_batches(data, device)
+    batches = training_batches(data, device, cfg)
     facts = {
         "data": data.name,
         "max_length": cfg.data.max_length,
@@ -127,13 +128,17 @@ def data_of(cfg: DictConfig, workers: int = 0) -> TaskData:
     return training.build_data(cfg, steps=ENDLESS, eval_every=ENDLESS, accumulate=1)
 
 
-def training_batches(data: TaskData, device: torch.device) -> list[Any]:
-    """Return the first batches that are trained on.
+def training_batches(
+    data: TaskData, device: torch.device, cfg: DictConfig | None = None
+) -> list[Any]:
+    """Return the first batches that are trained on; ``cfg`` tells whether sources are mixed.
 
     Raises:
         UserError: data that cannot be read.
     """
     data.setup()
+    if cfg is not None:
+        connect(cfg, data, None)
     data.repeat_evaluation_of(0)  # go on after step 0, which an evaluation follows
     batches = islice(data.train_dataloader(), BATCHES)
     return [move_data_to_device(batch, device) for batch in batches]

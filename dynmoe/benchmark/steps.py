@@ -228,7 +228,7 @@ def _trained_groups(
             batches = question_batches(data, device)
             facts = question_facts(batches, args.new_tokens)
         else:
-            batches = training_batches(data, device)
+            batches = training_batches(data, device, members[0].cfg)
             facts = {"batch": max(len(batch.label) for batch in batches), **token_facts(batches)}
         models = trained(members, data, fused_attention, device, *args.precision)
         yield Group(f"{problem.dataset} ({number}/{len(together)})", models, batches, facts)

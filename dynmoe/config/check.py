@@ -171,12 +171,12 @@ def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) ->
         except InterpolationToMissingValueError:
             pass  # reported at the key that is missing
         except InterpolationKeyError as error:
-            is_here = str(error).partition("'")[2].partition("'")[0] in str(written(cfg, key))
+            is_here = str(error).partition("'")[2].partition("'")[0] in str(written(cfg, str(key)))
             (direct if is_here else indirect).append(f"{dotted}: {_first_line(error)}")
         except OmegaConfBaseException as error:
             indirect.append(f"{dotted}: {_first_line(error)}")
         else:
-            parameter = known.parameters.get(key) if known is not None else None
+            parameter = known.parameters.get(str(key)) if known is not None else None
             found = indirect if OmegaConf.is_interpolation(cfg, key) else direct
             found += _value_problems(dotted, plain, parameter)
             if isinstance(value, DictConfig):

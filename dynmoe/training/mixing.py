@@ -41,12 +41,11 @@ def mix_data(cfg: DictConfig, data: TaskData, task: MoETask, folder: RunFolder) 
         ConfigError: data of a single source, a model without the MoE layers that are compared,
             weights or reference losses that are not those of the sources.
     """
-    if cfg.get("mixing") is None:
+    mixing = connect(cfg, data, task.backbone)
+    if mixing is None:
         return []
-    mixing = Mixing(**OmegaConf.to_container(cfg.mixing, resolve=True))  # type: ignore[arg-type]
-    layers = compared_layers(task.backbone, mixing)
-    patches = getattr(getattr(task.backbone, "patch_embed", None), "num_patches", 1)
-    mixture = data.mix(mixing, tokens=patches)
+    layers, mixture = compared_layers(task.backbone, mixing), data.mixture
+    assert mixture is not None
     if mixing.rule == "dynamic" and len(mixture.names) == 2:
         log.warning(
             "mixing=dynamic: two sources (%s) are equally unlike each other, so their weights move "
@@ -61,6 +60,21 @@ def mix_data(cfg: DictConfig, data: TaskData, task: MoETask, folder: RunFolder) 
     return [
         DataMixing(data, mixing, mixing.smoothing(cfg.moe.num_experts), layers, reference, folder)
     ]
+
+
+def connect(cfg: DictConfig, data: TaskData, backbone: nn.Module | None) -> Mixing | None:
+    """Let training batches be drawn by the first weights of `mixing`, if the configuration has it,
+    and keep what is probed out of them. For all that reads training batches.
+
+    Raises:
+        ConfigError: data of a single source, or weights that are not those of the sources.
+    """
+    if cfg.get("mixing") is None:
+        return None
+    mixing = Mixing(**OmegaConf.to_container(cfg.mixing, resolve=True))  # type: ignore[arg-type]
+    patches = getattr(getattr(backbone, "patch_embed", None), "num_patches", 1)
+    data.mix(mixing, tokens=patches)
+    return mixing
 
 
 def compared_layers(backbone: nn.Module, mixing: Mixing) -> dict[str, MoELayer]:

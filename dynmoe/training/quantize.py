@@ -27,6 +27,7 @@ from dynmoe.training.bits import Place, average_bits, bit_map, places_in
 from dynmoe.training.block_scores import look
 from dynmoe.training.calibrate import Done, Inputs, calibrate, round_all, rounding_of
 from dynmoe.training.evaluate import judged, loaded, reported_by
+from dynmoe.training.mixing import connect
 
 
 def quantize(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]:
@@ -49,6 +50,7 @@ def quantize(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Recor
     deploy(task)
     backbone, device = task.backbone, trainer.strategy.root_device
     places = places_in(backbone)
+    connect(cfg, data, backbone)
     batches = calibration_batches(data, batches_of(cfg), trainer)
     task.eval().to(device)
     seen = look(backbone, places, batches, wanted)

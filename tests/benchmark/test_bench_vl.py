@@ -61,6 +61,14 @@ def scenes(tmp_path: Path, *more: str) -> tuple[Any, models.Workload]:
     return cfg, models.of_data(cfg, models.data_of(cfg), CPU)
 
 
+def test_batches_of_several_sources(tmp_path: Path) -> None:
+    """Rows of conversations without, with one and with two images, by equal weights."""
+    _, work = scenes(tmp_path, "mixing=uniform")
+    images = [each.inputs[0]["image_mask"].any(1) for each in work.batches]
+    assert len(work.batches) == BATCHES
+    assert any(row.any() for row in images) and not all(row.all() for row in images)
+
+
 def test_what_the_batches_hold(tmp_path: Path) -> None:
     _, work = scenes(tmp_path)
     assert len(work.batches) == BATCHES

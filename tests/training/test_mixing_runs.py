@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tiny_runs import Run
 from tiny_texts import DEV, TRAIN, config, write_mix
 
 from dynmoe import job
+from dynmoe.data.base import TaskData
 from dynmoe.data.mixing import load_distances, moved_weights
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
@@ -21,6 +23,7 @@ from dynmoe.report.run import read_run
 from dynmoe.tasks.text import TextClassification
 from dynmoe.training import evaluate
 from dynmoe.training.mixing import DataMixing, reference_losses
+from dynmoe.training.quantize import quantize
 
 # 9 steps an epoch, two epochs; probes after every third step.
 MIX = (
@@ -254,3 +257,24 @@ def test_weights_of_environments_move(run: Run) -> None:
 def test_workers_do_not_fetch_ahead_of_the_weights(run: Run) -> None:
     alone, workers = run(*IMAGES, name="alone"), run(*IMAGES, "data.workers=2", name="workers")
     assert everything(alone) == everything(workers)
+
+
+def test_calibration_reads_what_is_trained_on(
+    trained: RunFolder, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with mixed data, quantised: probes are held out of its calibration too."""
+    copied, seen = RunFolder(tmp_path / "run"), []
+    shutil.copytree(trained.path, copied.path)
+    mix = TaskData.mix
+
+    def watched(data: TaskData, *args: Any, **options: Any) -> Any:
+        seen.append(mix(data, *args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(TaskData, "mix", watched)
+    own = (f"paths.outputs={root}", *MIX, "+quant.bits.default=8", "+quant.calib.batches=1")
+    cfg = config(root, *own)
+    lines = quantize(copied, copied.path / "checkpoints" / "last.ckpt", cfg)
+    assert [line["method"] for line in lines] == ["fp32", "gptq"]
+    (mixture,) = seen
+    assert mixture.facts == trained.read_run()["mixing"]
