@@ -44,7 +44,7 @@ from dynmoe.benchmark.models import (
 from dynmoe.benchmark.options import GENERATE_NOTE, RUNS_NOTE, STEP_NOTE, TEXT_NOTE, models_of
 from dynmoe.benchmark.results import PEAK, RATIO, ROUNDS, Column, Row
 from dynmoe.data.vl.batches import QuestionBatch
-from dynmoe.layers import moe_layers, record_routing
+from dynmoe.layers import MoELayer, moe_layers, record_routing
 from dynmoe.metrics.efficiency import activated, flops
 
 NAME = Column("case", "case"), Column("case", "setting"), Column("precision", "precision")
@@ -258,6 +258,7 @@ class Training:
     precision: Precision
 
     def __post_init__(self) -> None:
+        MoELayer.warns_of_still_state = False  # k is to stay the same
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
