@@ -47,7 +47,7 @@ demo-language: install  ## Train DynMoE on WordNet's glosses: 1 to 2 minutes on 
 demo-vl: install  ## Train a small LLaVA with DynMoE on rendered scenes, all three stages: about 5 minutes on 2 CPU cores
 	$(RUN) task=vl
 
-test: install-dev  ## Run the tests (about 5 minutes on 2 CPU cores)
+test: install-dev  ## Run the tests (about 3 minutes on 2 idle CPU cores)
 	$(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist loadfile
 
 test-all: install-dev lint  ## Run lint and all tests, as CI does

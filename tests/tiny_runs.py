@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
+from PIL import Image
 
 from dynmoe import cli
 from dynmoe.records import RunFolder
@@ -42,3 +45,15 @@ def tiny_config(*overrides: str, moe: str = "dynmoe") -> DictConfig:
     with initialize_config_module("dynmoe.conf", version_base="1.3"):
         base = TINY_DYNMOE if moe.startswith("dynmoe") else TINY
         return compose("config", [*base, f"moe={moe}", *overrides])
+
+
+def forty_images(root: Path) -> tuple[str, ...]:
+    """Write two environments of two classes; return overrides for one step on them."""
+    image = Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28))
+    for env in ("a", "b"):
+        for label in ("x", "y"):
+            folder = root / env / label
+            folder.mkdir(parents=True)
+            for i in range(10):
+                image.rotate(i * 9 + 90 * (label == "y")).save(folder / f"{i}.png")
+    return "data=image_folder", f"data.root={root}", "backbone=vit_digits", "task.steps=1"

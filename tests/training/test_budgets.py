@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from hydra import compose
 from omegaconf import OmegaConf
-from PIL import Image
-from tiny_runs import Trained
+from tiny_runs import Trained, forty_images
 
 from dynmoe.config.budgets import RULES
 from dynmoe.config.compose import search_path
@@ -175,16 +174,7 @@ def evaluated(folder: RunFolder, *words: str) -> dict[tuple[str, float | None], 
 @pytest.fixture(scope="module")
 def top_2(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run on 40 images."""
-    image = Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28))
-    root = tmp_path_factory.mktemp("images")
-    for env in ("a", "b"):
-        for label in ("x", "y"):
-            folder = root / env / label
-            folder.mkdir(parents=True)
-            for i in range(10):
-                image.rotate(i * 9 + 90 * (label == "y")).save(folder / f"{i}.png")
-    data = ("data=image_folder", f"data.root={root}", "backbone=vit_digits", "task.steps=1")
-    return trained(*data, moe="topk")
+    return trained(*forty_images(tmp_path_factory.mktemp("images")), moe="topk")
 
 
 def test_a_trained_run_at_a_wanted_mean_and_at_given_cuts(top_2: RunFolder) -> None:

@@ -13,8 +13,7 @@ import pytest
 import torch
 from hydra import compose
 from omegaconf import OmegaConf
-from PIL import Image
-from tiny_runs import Trained
+from tiny_runs import Trained, forty_images
 
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.backbones.vision import build_vit
@@ -186,16 +185,7 @@ def test_figure() -> None:
 @pytest.fixture(scope="module")
 def run(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run on 40 images."""
-    image = Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28))
-    root = tmp_path_factory.mktemp("images")
-    for env in ("a", "b"):
-        for label in ("x", "y"):
-            folder = root / env / label
-            folder.mkdir(parents=True)
-            for i in range(10):
-                image.rotate(i * 9 + 90 * (label == "y")).save(folder / f"{i}.png")
-    data = ("data=image_folder", f"data.root={root}", "backbone=vit_digits", "task.steps=1")
-    return trained(*data, moe="dynmoe")
+    return trained(*forty_images(tmp_path_factory.mktemp("images")), moe="dynmoe")
 
 
 def quantised(folder: RunFolder, *words: str) -> list[Record]:
