@@ -37,8 +37,14 @@ class Pairs(NamedTuple):
     """Where each token's run of pairs starts."""
 
 
-def pairs(mask_TE: Tensor, multiple: int = 1) -> Pairs:
-    """List the pairs of a boolean mask, the rows of each expert rounded up to a ``multiple``.
+def few_sizes(rows: int) -> int:
+    """Round up to a multiple of 8 that is one of 16 between two powers of 2: at most 1/16 more."""
+    step = 1 << max(3, (rows - 1).bit_length() - 5)
+    return -(-rows // step) * step
+
+
+def pairs(mask_TE: Tensor, rounded: bool = False) -> Pairs:
+    """List the pairs of a boolean mask, if ``rounded`` with ``few_sizes`` of the experts' rows.
 
     The rows of an expert are in the order of tokens.
     """
@@ -46,21 +52,21 @@ def pairs(mask_TE: Tensor, multiple: int = 1) -> Pairs:
     host_counts = pairs_E.tolist()  # NOTE: the device must have finished the routing here.
     # nonzero_static, because nonzero would ask the device for its size, which is known by now.
     token_P, expert_P = mask_TE.nonzero_static(size=sum(host_counts)).t().contiguous()
-    end_E = ((pairs_E + multiple - 1) // multiple * multiple).cumsum(0)
-    gap_E = end_E - pairs_E.cumsum(0)  # rows without a pair, up to the expert's own last
+    counts = [few_sizes(n) for n in host_counts] if rounded else host_counts
+    end_E = pairs_E.cumsum(0)
     by_expert_P = expert_P.argsort(stable=True)  # stable: tokens stay in order within an expert
     rows = torch.arange(len(token_P), device=mask_TE.device)
-    if multiple > 1:  # shift every expert's rows by the gaps of those before it
-        rows += (gap_E - gap_E.diff(prepend=gap_E.new_zeros(1)))[expert_P[by_expert_P]]
+    token_R = token_P[by_expert_P]
+    if counts != host_counts:
+        # Rows without a pair repeat a real token, whose activations are finite: 0 times them is 0.
+        last_E = token_R[(end_E - 1).clamp(min=0)]
+        rows_E = torch.tensor(counts, device=mask_TE.device)
+        shift_E = (rows_E - pairs_E).cumsum(0) - (rows_E - pairs_E)
+        rows += shift_E[expert_P[by_expert_P]]
+        end_E, token_R = rows_E.cumsum(0), last_E.repeat_interleave(rows_E)
     row_P = torch.empty_like(token_P)
     row_P[by_expert_P] = rows
-    counts = [-(-n // multiple) * multiple for n in host_counts]
-    token_R = token_P[by_expert_P]
-    if multiple > 1 and len(token_P):
-        # Rows without a pair repeat a real token, whose activations are finite: 0 times them is 0.
-        last_E = token_R[(pairs_E.cumsum(0) - 1).clamp(min=0)]
-        token_R = last_E.repeat_interleave(torch.tensor(counts, device=last_E.device))
-        token_R[row_P] = token_P
+    token_R[row_P] = token_P
     k_T = mask_TE.sum(1)
     return Pairs(counts, end_E, token_R, token_P, expert_P, row_P, k_T.cumsum(0) - k_T)
 

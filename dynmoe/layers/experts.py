@@ -30,9 +30,9 @@ from dynmoe.layers.ffn import (
     read_ffns,
 )
 from dynmoe.layers.grouped import (
+    compiles_shapes,
     compute_dtype,
     grouped_ffn,
-    row_multiple,
     stacked_ffn,
     stacks_pay,
 )
@@ -162,7 +162,7 @@ def _sparse_forward(
     conflict = routing.conflict
     by_modules = conflict is not None and conflict.by_modules
     ffns = None if pool.layout is None or by_modules else read_ffns(experts, pool.layout)
-    p = dispatch.pairs(routing.dispatch_TE, 1 if ffns is None else row_multiple(x_TD))
+    p = dispatch.pairs(routing.dispatch_TE, ffns is not None and compiles_shapes(x_TD))
     if not any(p.counts):  # zeros that backward() can start from, without any expert's Parameters
         return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
     if conflict is not None:

@@ -35,20 +35,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def row_multiple(x: Tensor) -> int:
-    """Return the number that the rows of each expert are best rounded up to a multiple of.
+def compiles_shapes(x: Tensor) -> bool:
+    """Tell whether products of new shapes take long, so that few sizes are worth rows in vain.
 
-    On a CPU, oneDNN compiles a kernel for every new shape, 1 to 3 ms each, and keeps the last 1024.
-    Loads are new in every step, and a small product takes ten times as long the first time
-    (docs/performance.md). Multiples of 8 make few shapes, and at most 7 rows of an expert are
-    computed in vain. fp32 products at precision "highest" and fp64 go to a BLAS that compiles
+    On a CPU, oneDNN compiles a kernel for every new shape, 1 to 5 ms each, and keeps the last 1024.
+    Loads are new in every step, and a product takes three to ten times as long the first time
+    (docs/performance.md). fp32 products at precision "highest" and fp64 go to a BLAS that compiles
     nothing.
     """
     if x.device.type != "cpu":
-        return 1
+        return False
     dtype, precision = compute_dtype(x), torch.get_float32_matmul_precision()
-    blas = dtype == torch.float64 or (dtype == torch.float32 and precision == "highest")
-    return 1 if blas else 8
+    return not (dtype == torch.float64 or (dtype == torch.float32 and precision == "highest"))
 
 
 def uses_grouped_mm(x: Tensor, hidden: int) -> bool:

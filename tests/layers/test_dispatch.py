@@ -76,9 +76,9 @@ def test_live_slots_need_not_be_the_first_ones() -> None:
     )
 
 
-@pytest.mark.parametrize("multiple", [1, 8])
-def test_gradcheck_of_gather_and_combine(multiple: int) -> None:
-    p = dispatch.pairs(random_mask(6, 4, 0.5), multiple)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_gradcheck_of_gather_and_combine(rounded: bool) -> None:
+    p = dispatch.pairs(random_mask(6, 4, 0.5), rounded)
     x_TD = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     weights_TE = torch.rand(6, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
@@ -86,16 +86,24 @@ def test_gradcheck_of_gather_and_combine(multiple: int) -> None:
     )
 
 
-@pytest.mark.parametrize("multiple", [1, 3, 8])
+def test_few_sizes() -> None:
+    sizes = [dispatch.few_sizes(n) for n in range(4097)]
+    assert sizes[:10] == [0, 8, 8, 8, 8, 8, 8, 8, 8, 16]
+    assert all(n <= size < n + max(8, n / 16) for n, size in enumerate(sizes))
+    assert sorted({size for size in sizes if 512 < size <= 1024}) == list(range(544, 1025, 32))
+
+
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("name", MASKS)
-def test_pairs_name_every_routed_pair_once(name: str, multiple: int) -> None:
+def test_pairs_name_every_routed_pair_once(name: str, rounded: bool) -> None:
     mask_TE = MASKS[name]
-    p = dispatch.pairs(mask_TE, multiple)
+    p = dispatch.pairs(mask_TE, rounded)
     expected = [(t, e) for t in range(len(mask_TE)) for e in range(mask_TE.shape[1])]
     expected = [(t, e) for t, e in expected if mask_TE[t, e]]
     assert list(zip(p.token_P.tolist(), p.expert_P.tolist(), strict=True)) == expected
     assert p.start_T.tolist() == [sum(t < u for t, _ in expected) for u in range(len(mask_TE))]
-    assert p.counts == [-(-n // multiple) * multiple for n in mask_TE.sum(0).tolist()]
+    counts = mask_TE.sum(0).tolist()
+    assert p.counts == ([dispatch.few_sizes(n) for n in counts] if rounded else counts)
     assert p.end_E.tolist() == torch.tensor(p.counts).cumsum(0).tolist()
     assert p.token_R[p.row_P].equal(p.token_P)
     assert len(set(p.row_P.tolist())) == len(expected)

@@ -46,7 +46,7 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
 
 def choose_path(patch: pytest.MonkeyPatch, path: str, mlp: nn.Module) -> nn.Module:
     patch.setattr(grouped, "uses_grouped_mm", lambda *a: path == "grouped_mm")
-    patch.setattr("dynmoe.layers.experts.row_multiple", lambda x: 8 if path == "rounded up" else 1)
+    patch.setattr("dynmoe.layers.experts.compiles_shapes", lambda x: path == "rounded up")
     return Doubled(mlp) if path == "any module" else mlp
 
 
@@ -477,12 +477,12 @@ def test_a_pass_without_pairs_can_go_backward(path: str, tokens: int, take) -> N
 
 def test_rows_are_rounded_where_every_shape_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     x_TD = torch.zeros(1, 1)
-    for precision, multiple in (("highest", 1), ("medium", 8)):
+    for precision in ("highest", "medium"):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda p=precision: p)
-        assert grouped.row_multiple(x_TD) == multiple
-        assert grouped.row_multiple(x_TD.double()) == 1
-        assert grouped.row_multiple(x_TD.bfloat16()) == 8
-        assert grouped.row_multiple(x_TD.to("meta")) == 1
+        assert grouped.compiles_shapes(x_TD) == (precision == "medium")
+        assert not grouped.compiles_shapes(x_TD.double())
+        assert grouped.compiles_shapes(x_TD.bfloat16())
+        assert not grouped.compiles_shapes(x_TD.to("meta"))
 
 
 def test_rows_without_a_pair_change_nothing() -> None:
