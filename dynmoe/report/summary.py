@@ -190,7 +190,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         f"matmul {settings['matmul_precision']}, malloc {settings['malloc']}, "
         f"{attention} attention, {optimizer} optimizer",
     )
-    gain = settings.get("bf16_gain") or 1
+    gain = facts.get("bf16_gain") or 1
     if gain >= WORTH_SAYING:
         yield (
             "faster here",
