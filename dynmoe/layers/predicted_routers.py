@@ -32,8 +32,9 @@ class GeMoERouter(SoftmaxRouter):
 
     - ``renormalise``: the chosen probabilities are divided by their sum.
     - ``monotone_weight``: of the mean hinge over ``pairs`` of tokens: ``all``, whose number is the
-      square of the tokens', or ``spread``, those 1, 2, 4, ... tokens apart. The entropy has no
-      gradient in it.
+      square of the tokens', or ``spread``, those 1, 2, 4, ... tokens apart. It trains A alone
+      (ours; in the paper the model around is frozen): equal tokens meet it too, and a model that
+      is trained from scratch made all of its tokens equal.
     - ``balance_weight``: of ``losses.pair_balance``. ``z_weight``, ``sequence_weight``: see
       ``SoftmaxRouter``.
 
@@ -83,9 +84,7 @@ class GeMoERouter(SoftmaxRouter):
             x_TD = x_TD.float()
             logits_TE = self.logits(x_TD, live)
             probs_TE = logits_TE.softmax(1)
-            number_TJ = F.linear(x_TD, self.number_weight.float()).softmax(1)
-            numbers_J = torch.arange(1, self.max_k + 1, device=x_TD.device, dtype=x_TD.dtype)
-            soft_k_T = (number_TJ * numbers_J).sum(1)
+            soft_k_T = self._soft_k(x_TD)
             k_T1 = soft_k_T.detach().round().long()[:, None]
             rank_TE = _ranks(probs_TE)
             mask_TE = hide_padding(rank_TE < k_T1, token_mask_T)
@@ -96,11 +95,16 @@ class GeMoERouter(SoftmaxRouter):
             if self.recorded and not torch.compiler.is_exporting():
                 aux = self.balance_weight * losses.pair_balance(probs_TE, mask_TE, token_mask_T)
                 if self.monotone_weight:
-                    hinge = self._hinge(soft_k_T, probs_TE.detach(), token_mask_T)
+                    hinge = self._hinge(self._soft_k(x_TD.detach()), probs_TE.detach(), token_mask_T)
                     aux = aux + self.monotone_weight * hinge
             aux = self._with_losses(aux, logits_TE, probs_TE, mask_TE, token_mask_T, shape)
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
         return Routing(weights_TE, mask_TE, probs_TE, unserved_T, aux, mask_TE)
+
+    def _soft_k(self, x_TD: Tensor) -> Tensor:
+        number_TJ = F.linear(x_TD, self.number_weight.float()).softmax(1)
+        numbers_J = torch.arange(1, self.max_k + 1, device=x_TD.device, dtype=x_TD.dtype)
+        return (number_TJ * numbers_J).sum(1)
 
     def weigh(self, scores_TE: Tensor, mask_TE: Tensor) -> Tensor:
         weights_TE = scores_TE * mask_TE
