@@ -18,6 +18,7 @@ from dynmoe.adaptation.decision import Schedule, decide, one_of
 from dynmoe.adaptation.updates import layers_with_state, update_routers
 from dynmoe.adaptation.watch import Sums, Watch, is_first_rank, none
 from dynmoe.errors import ConfigError
+from dynmoe.layers.ffn import find_layout
 from dynmoe.layers.moe import MoELayer, NewExpert, RoutingStats, moe_layers
 
 log = logging.getLogger(__name__)
@@ -54,14 +55,15 @@ class Adaptation:
     average of its weights (``torch.optim.swa_utils.AveragedModel``): their experts come and go with
     the model's, and a new expert's average starts at its weights. ``reset_moments`` starts all
     parameters of a new expert's slot without optimizer state; the official code keeps the old.
-    ``on_event`` gets one dict per layer and update, on rank 0.
+    ``remove_below``: see ``decide``. ``on_event`` gets one dict per layer and update, on rank 0.
 
     Raises:
         ConfigError: no MoE layer, none whose experts may change, layers that share parameters or
             are sharded by FSDP2, an optimizer that does not hold them, or an average of another
             model.
         ValueError: an argument that is none of its choices, more ``min_experts`` than a layer has
-            slots, or ``init="pretrained"`` of layers without ``keep_origin``.
+            slots, ``init="pretrained"`` of layers without ``keep_origin``, or ``"copy_redrawn"`` of
+            experts whose hidden units are not known.
     """
 
     def __init__(
@@ -76,14 +78,16 @@ class Adaptation:
         averages: Iterable[nn.Module] = (),
         root: nn.Module | None = None,
         num_steps: float = math.inf,
+        remove_below: float = 0.0,
     ) -> None:
         if schedule.unit == "epoch":
             raise ConfigError("schedule: give it in steps, schedule.in_steps(steps_per_epoch)")
-        check_arguments(min_experts, init, reset_moments)
+        check_arguments(min_experts, init, reset_moments, remove_below)
         self.schedule = schedule
         self.min_experts = min_experts
         self.init: NewExpert = init
         self.reset_moments = reset_moments
+        self.remove_below = remove_below
         self.on_event = on_event
         self.num_steps = num_steps
         self.steps = 0
@@ -221,7 +225,8 @@ class Adaptation:
         direction_D = total.unserved_D
         length = torch.linalg.vector_norm(direction_D).item()
         points = math.isfinite(length) and length > 0
-        change = decide(load, k_hist[0] if points else 0, layer.max_experts, self.min_experts)
+        unserved = k_hist[0] if points else 0
+        change = decide(load, unserved, layer.max_experts, self.min_experts, self.remove_below)
         for slot in change.remove:
             layer.remove_expert(slot)
         if change.add is not None:
@@ -288,7 +293,9 @@ def adaptive_layers(model: nn.Module) -> dict[str, MoELayer]:
     return found
 
 
-def check_arguments(min_experts: int, init: NewExpert, reset_moments: bool) -> None:
+def check_arguments(
+    min_experts: int, init: NewExpert, reset_moments: bool, remove_below: float
+) -> None:
     """Refuse values that no layer could be adapted with.
 
     Raises:
@@ -298,6 +305,11 @@ def check_arguments(min_experts: int, init: NewExpert, reset_moments: bool) -> N
     one_of("reset_moments", reset_moments, (True, False))
     if isinstance(min_experts, bool) or not isinstance(min_experts, int) or min_experts < 1:
         raise ValueError(f"min_experts: expected an integer, 1 or more, found {min_experts!r}")
+    if not 0 <= remove_below < 1:
+        raise ValueError(
+            "remove_below: expected a share of the mean load of experts, 0 or more and below 1, "
+            f"found {remove_below!r}"
+        )
 
 
 def _check_layers(layers: Mapping[str, MoELayer], min_experts: int, init: NewExpert) -> None:
@@ -310,6 +322,11 @@ def _check_layers(layers: Mapping[str, MoELayer], min_experts: int, init: NewExp
         if init == "pretrained" and layer.origin is None:
             raise ValueError(
                 f"init: 'pretrained' needs layers made with keep_origin=True, {name} is not"
+            )
+        if init == "copy_redrawn" and find_layout(layer.experts.slots[0]) is None:
+            raise ValueError(
+                "init: 'copy_redrawn' needs FFNs of plain linear layers, those of "
+                f"{name} are {type(layer.experts.slots[0]).__name__}. Give 'copy_most_used'"
             )
 
 

@@ -98,15 +98,17 @@ class DynMoECallback(RouterCallback):
         reset_moments: bool = True,
         on_event: Callable[[Event], None] | None = None,
         model: str | None = None,
+        remove_below: float = 0.0,
     ) -> None:
         try:
             self.schedule = Schedule(start, length, period, unit)
-            check_arguments(min_experts, init, reset_moments)
+            check_arguments(min_experts, init, reset_moments, remove_below)
         except ValueError as error:
             raise ConfigError(f"moe.adaptation: {error}") from error
         self.min_experts = min_experts
         self.init: NewExpert = init
         self.reset_moments = reset_moments
+        self.remove_below = remove_below
         self.on_event = on_event
         self.model = model
         self._process: Adaptation | None = None
@@ -131,6 +133,7 @@ class DynMoECallback(RouterCallback):
             averages=[self._part(average) for average in averages_of(trainer)],
             root=trainer.model,
             num_steps=planned_steps(trainer),
+            remove_below=self.remove_below,
         )
         if trainer.is_global_zero and (reason := schedule.never_updates(planned_steps(trainer))):
             log.warning(reason)

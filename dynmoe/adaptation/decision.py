@@ -175,22 +175,29 @@ class Decision(NamedTuple):
 
 
 def decide(
-    load: Mapping[int, int], unserved: int, num_slots: int, min_experts: int = 1
+    load: Mapping[int, int],
+    unserved: int,
+    num_slots: int,
+    min_experts: int = 1,
+    remove_below: float = 0.0,
 ) -> Decision:
     """Make one update of DynMoE's Algorithm 1 (arXiv 2405.14297) for one layer.
 
     A pure function of one window's counts.
 
     ``load`` maps every living slot to the tokens that chose it in the window; ``unserved`` is the
-    number of tokens that chose none. Experts without a token go, except that ``min_experts`` stay
-    (lowest slots first). One expert is added if any token was unserved and a slot is free, in the
-    lowest free slot, those just emptied included. A window without any token decides nothing.
+    number of tokens that chose none. Experts without a token go, or with a load below the share
+    ``remove_below`` of the mean load (ours), except that ``min_experts`` stay (those with most
+    tokens, then lowest slots). One expert is added if any token was unserved and a slot is free, in
+    the lowest free slot, those just emptied included. A window without any token decides nothing.
     """
     if sum(load.values()) + unserved == 0:
         return Decision((), None)
-    idle = [slot for slot in sorted(load) if load[slot] == 0]
+    least = remove_below * sum(load.values()) / len(load)
+    idle = [slot for slot in sorted(load) if load[slot] == 0 or load[slot] < least]
     must_stay = max(0, min_experts - (len(load) - len(idle)))
-    remove = tuple(idle[must_stay:])
+    idle.sort(key=lambda slot: -load[slot])  # stable: lowest slots first among equals
+    remove = tuple(sorted(idle[must_stay:]))
     free = [slot for slot in range(num_slots) if slot not in load or slot in remove]
     add = free[0] if unserved > 0 and free else None
     return Decision(remove, add)

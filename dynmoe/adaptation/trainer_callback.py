@@ -187,16 +187,18 @@ class DynMoETrainerCallback(MoETrainerCallback, ExportableState):
         reset_moments: bool = True,
         aux_weight: float | None = 0.01,
         on_event: Callable[[Event], None] | None = None,
+        remove_below: float = 0.0,
     ) -> None:
         super().__init__(aux_weight)
         try:
             self.schedule = Schedule(start, length, period, unit)
-            check_arguments(min_experts, init, reset_moments)
+            check_arguments(min_experts, init, reset_moments, remove_below)
         except ValueError as error:
             raise ConfigError(f"DynMoETrainerCallback: {error}") from error
         self.min_experts = min_experts
         self.init: NewExpert = init
         self.reset_moments = reset_moments
+        self.remove_below = remove_below
         self.on_event = on_event
 
     def _begin(
@@ -214,6 +216,7 @@ class DynMoETrainerCallback(MoETrainerCallback, ExportableState):
             self.reset_moments,
             self.on_event,
             num_steps=state.max_steps,
+            remove_below=self.remove_below,
         )
         if state.is_world_process_zero and (reason := schedule.never_updates(state.max_steps)):
             log.warning(reason)
@@ -232,6 +235,7 @@ class DynMoETrainerCallback(MoETrainerCallback, ExportableState):
             "min_experts": self.min_experts,
             "init": self.init,
             "reset_moments": self.reset_moments,
+            "remove_below": self.remove_below,
             "aux_weight": self.aux_weight,
         }
         now = None if self._process is None else self._process.state_dict()

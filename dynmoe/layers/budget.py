@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynmoe.layers.quantile import BINS, count_distances, distance_to
@@ -36,7 +36,8 @@ class BudgetTopAnyRouter(TopAnyRouter):
     - ``unserved``: a training token below all thresholds gets ``nothing``, as in the paper, or its
       ``best`` expert, as at evaluation: then mean k is the same number in both.
     - ``weights``: the ``mean`` of the chosen experts, or the ``softmax`` of their scores divided by
-      ``temperature``, through which directions have a gradient beside the gate's.
+      ``temperature``, through which directions have a gradient beside the gate's;
+      ``learn_temperature`` trains its logarithm.
     - ``scale``: weights ``sum`` to 1: the output of equal experts does not depend on k. ``norm``:
       their squares sum to 1 / target_k: the output of independent experts does not depend on k.
     - ``gate_grad``: as in ``TopAnyRouter``, or ``none``: thresholds stay, softmax weights and
@@ -61,6 +62,7 @@ class BudgetTopAnyRouter(TopAnyRouter):
         unserved: Literal["best", "nothing"] = "best",
         weights: Literal["mean", "softmax"] = "mean",
         temperature: float = 0.1,
+        learn_temperature: bool = False,
         scale: Literal["sum", "norm"] = "sum",
         gate_grad: Literal["chosen", "all", "none"] = "chosen",
         missing: Literal["before", "after"] = "before",
@@ -102,7 +104,11 @@ class BudgetTopAnyRouter(TopAnyRouter):
         self.unserved = unserved
         self.weights = weights
         self.graded = weights == "softmax"
-        self.temperature = temperature
+        self.temperature: float | nn.Parameter = temperature
+        if learn_temperature:
+            if weights != "softmax":
+                raise ValueError("learn_temperature=true needs weights=softmax")
+            self.temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.scale = scale
         self.trains_gate = gate_grad != "none"
         self.missing = missing
@@ -147,7 +153,9 @@ class BudgetTopAnyRouter(TopAnyRouter):
         k_T1 = mask_TE.sum(1, keepdim=True).clamp(min=1)
         if self.weights == "softmax":
             # A row without an expert is all of one value, and the gate makes it 0.
-            logits_TE = (scores_TE / self.temperature).masked_fill(~mask_TE, -1e9)
+            learned = isinstance(self.temperature, nn.Parameter)
+            temperature = self.temperature.exp() if learned else self.temperature
+            logits_TE = (scores_TE / temperature).masked_fill(~mask_TE, -1e9)
             share_TE = logits_TE.softmax(1)
             length_T1 = torch.linalg.vector_norm(share_TE, dim=1, keepdim=True)
         else:

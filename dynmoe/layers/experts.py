@@ -343,6 +343,36 @@ def redraw(mlp: nn.Module, generator: torch.Generator | None = None) -> None:
 
 
 @torch.no_grad()
+def redraw_units(mlp: nn.Module, share: float, generator: torch.Generator) -> None:
+    """Draw a share of the hidden units anew, normal with mean and std of what these had.
+
+    It is done matrix by matrix, biases of the units included (Drop-Upcycling, arXiv 2502.19261).
+
+    Raises:
+        ValueError: an FFN whose hidden units are not known.
+    """
+    if (layout := find_layout(mlp)) is None:
+        raise ValueError(
+            f"init=copy_redrawn: expected FFNs of plain linear layers, found {type(mlp).__name__}"
+        )
+    (outer,) = _named(mlp, [layout.outer])
+    hidden, device = outer.in_features, outer.weight.device
+    units = torch.randperm(hidden, generator=generator, device=device)[: round(share * hidden)]
+    for inner in _named(mlp, layout.inner):
+        for half in range(len(inner.weight) // hidden):  # gate and up in one
+            _redraw_rows(inner.weight[half * hidden :], units, generator)
+            if inner.bias is not None:
+                _redraw_rows(inner.bias[half * hidden :], units, generator)
+    _redraw_rows(outer.weight.t(), units, generator)
+
+
+def _redraw_rows(x: Tensor, rows: Tensor, generator: torch.Generator) -> None:
+    old = x[rows].float()
+    noise = torch.randn(old.shape, generator=generator, device=x.device)
+    x[rows] = (old.mean() + old.std() * noise).to(x.dtype)
+
+
+@torch.no_grad()
 def shared_expert(mlp: nn.Module, init: Init) -> nn.Module:
     """Return an FFN like ``mlp`` that is to be added to the routed experts.
 

@@ -23,6 +23,7 @@ from dynmoe.layers.experts import (
     check_experts,
     check_ffn,
     redraw,
+    redraw_units,
     shared_expert,
     with_shared,
 )
@@ -30,7 +31,7 @@ from dynmoe.layers.routers import Router, Routing
 
 log = logging.getLogger(__name__)
 
-NewExpert = Literal["slot", "copy_most_used", "mean", "pretrained", "fresh"]
+NewExpert = Literal["slot", "copy_most_used", "copy_redrawn", "mean", "pretrained", "fresh"]
 
 WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 """Names under which PyTorch's wrappers hold the module that they wrap."""
@@ -365,12 +366,14 @@ class MoELayer(MaskedLayer):
         """Put an expert into an empty slot, for tokens like ``direction_D`` (``Router.point``).
 
         ``init`` is where its FFN comes from: whatever the ``slot`` holds (the official code), a
-        copy of the living expert with most tokens in ``load``, the ``mean`` of the living ones,
-        the ``pretrained`` FFN that the experts were made from, or a ``fresh`` draw with ``seed``.
+        copy of the living expert with most tokens in ``load``, such a copy of which half of the
+        hidden units are drawn anew (``copy_redrawn``), the ``mean`` of the living ones, the
+        ``pretrained`` FFN that the experts were made from, or a ``fresh`` draw with ``seed``.
 
         Raises:
             ValueError: the router is not adaptive, the slot is taken, the direction is not finite,
-                or ``pretrained`` without ``keep_origin``.
+                ``pretrained`` without ``keep_origin``, or ``copy_redrawn`` of an FFN whose hidden
+                units are not known.
         """
         if not self.adaptive:
             raise ValueError(f"a {type(self.router).__name__} has a fixed pool of experts")
@@ -382,11 +385,16 @@ class MoELayer(MaskedLayer):
         # optimizer and to DDP, which list them once.
         target = self.experts.slots[slot]
         living = [self.experts.slots[other] for other in self.live]
-        if init == "copy_most_used":
+        # NOTE: a separate generator: all ranks draw the same weights, and what the global one
+        # draws next (dropout, noise) does not depend on whether an expert was added.
+        generator = torch.Generator(next(target.parameters()).device).manual_seed(seed)
+        if init in ("copy_most_used", "copy_redrawn"):
             load = load or {}
             # The lowest of equally used slots, so that all ranks copy the same.
             most_used = max(self.live, key=lambda other: (load.get(other, 0), -other))
             target.load_state_dict(self.experts.slots[most_used].state_dict())
+            if init == "copy_redrawn":
+                redraw_units(target, 0.5, generator)
         elif init == "mean":
             for p, *others in zip(
                 target.parameters(), *(mlp.parameters() for mlp in living), strict=True
@@ -397,10 +405,7 @@ class MoELayer(MaskedLayer):
                 raise ValueError("init=pretrained needs a layer made with keep_origin=True")
             target.load_state_dict(self.origin.state_dict())
         elif init == "fresh":
-            # NOTE: a separate generator: all ranks draw the same weights, and what the global one
-            # draws next (dropout, noise) does not depend on whether an expert was added.
-            device = next(target.parameters()).device
-            redraw(target, torch.Generator(device).manual_seed(seed))
+            redraw(target, generator)
         self.router.point(slot, direction_D)
         self.active_E[slot] = True
         _ = self.live

@@ -432,6 +432,7 @@ def test_a_schedule_in_epochs() -> None:
         ({"init": "pretrained"}, "keep_origin=True"),
         ({"reset_moments": "no"}, "True or False, found 'no'"),
         ({"min_experts": 0}, "1 or more, found 0"),
+        ({"remove_below": 1.0}, "below 1, found 1"),
         ({"min_experts": 99}, f"at most {SLOTS}, the slots of layers.0, found 99"),
     ],
 )

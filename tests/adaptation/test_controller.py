@@ -26,6 +26,15 @@ TABLE = {
         ({0: 0, 1: 8, 2: 0}, 0, 4, 2),
         Decision((2,), None),
     ),
+    "a share of the mean load is not enough": (
+        ({0: 1, 1: 12, 2: 5}, 0, 4, 1, 0.25),
+        Decision((0,), None),
+    ),
+    "the share itself is": (({0: 2, 1: 14, 2: 8}, 0, 4, 1, 0.25), Decision((), None)),
+    "of the least used those with most tokens stay": (
+        ({0: 1, 1: 0, 2: 2, 3: 997}, 0, 4, 3, 0.25),
+        Decision((1,), None),
+    ),
     "no token at all decides nothing": (({0: 0, 1: 0}, 0, 4, 1), Decision((), None)),
 }
 

@@ -137,6 +137,16 @@ def test_weights_by_hand() -> None:
             if scale == "norm":
                 share_E = share_E / share_E.square().sum().sqrt() / 2**0.5
             torch.testing.assert_close(routing.weights_TE[t, chosen], share_E)
+    learned = BudgetTopAnyRouter(
+        DIM, SLOTS, weights="softmax", temperature=0.2, learn_temperature=True, scale=scale
+    )
+    learned.load_state_dict(router.state_dict(), strict=False)
+    found = learned(x_TD, LIVE).weights_TE
+    torch.testing.assert_close(found, router(x_TD, LIVE).weights_TE)
+    (found * torch.randn(512, len(LIVE))).sum().backward()
+    assert isinstance(learned.temperature, nn.Parameter) and learned.temperature.grad.abs() > 0
+    with pytest.raises(ValueError, match="needs weights=softmax"):
+        BudgetTopAnyRouter(DIM, SLOTS, learn_temperature=True)
     router = BudgetTopAnyRouter(DIM, SLOTS, target_k=3.0, scale="norm")
     weights_TE = router(x_TD, LIVE).weights_TE
     torch.testing.assert_close(weights_TE.square().sum(1), torch.full((512,), 1 / 3))

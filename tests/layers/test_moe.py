@@ -22,6 +22,8 @@ from dynmoe.layers import (
     mask_padding,
     record_routing,
 )
+from dynmoe.layers.experts import linears
+from dynmoe.layers.ffn import PackedGatedFFN
 
 DIM = 12
 
@@ -151,6 +153,29 @@ def test_new_expert(init: str) -> None:
         assert torch.equal(got, twin.experts.slots[4][0].weight)  # by seed, not by global RNG
     else:
         torch.testing.assert_close(got, expected[init])
+
+
+@pytest.mark.parametrize("gate_up", [False, True])
+def test_a_copy_of_which_half_the_units_are_drawn_anew(gate_up: bool) -> None:
+    mlp: nn.Module = nn.Sequential(nn.Linear(DIM, 64), nn.GELU(), nn.Linear(64, DIM))
+    if gate_up:
+        mlp = PackedGatedFFN(nn.Linear(DIM, 128), nn.SiLU(), nn.Linear(64, DIM), 0.0)
+    layer = MoELayer(mlp, DIM, TopAnyRouter, 2, 3)
+    twin = copy.deepcopy(layer)
+    for each in (layer, twin):
+        each.add_expert(2, torch.ones(DIM), "copy_redrawn", load={1: 9}, seed=7)
+    old, new, again = (
+        linears(m) for m in (layer.experts.slots[1], layer.experts.slots[2], twin.experts.slots[2])
+    )
+    assert all(a.weight.equal(b.weight) for a, b in zip(new, again, strict=True))  # by its seed
+    changed = (old[0].weight != new[0].weight).all(1) & (old[0].bias != new[0].bias)
+    units = changed.view(-1, 64)
+    assert units.sum(1).eq(32).all() and units.eq(units[0]).all()  # gate and up of one unit
+    assert (old[1].weight != new[1].weight).all(0).equal(units[0])
+    assert old[1].bias.equal(new[1].bias)
+    same = ~changed
+    assert old[0].weight[same].equal(new[0].weight[same])
+    torch.testing.assert_close(new[0].weight.std(), old[0].weight.std(), rtol=0.1, atol=0)
 
 
 def test_new_expert_serves_the_tokens_it_was_made_for() -> None:
