@@ -95,7 +95,8 @@ class GeMoERouter(SoftmaxRouter):
             if self.recorded and not torch.compiler.is_exporting():
                 aux = self.balance_weight * losses.pair_balance(probs_TE, mask_TE, token_mask_T)
                 if self.monotone_weight:
-                    hinge = self._hinge(self._soft_k(x_TD.detach()), probs_TE.detach(), token_mask_T)
+                    k_T = self._soft_k(x_TD.detach())
+                    hinge = self._hinge(k_T, probs_TE.detach(), token_mask_T)
                     aux = aux + self.monotone_weight * hinge
             aux = self._with_losses(aux, logits_TE, probs_TE, mask_TE, token_mask_T, shape)
         unserved_T = hide_padding(~mask_TE.any(1), token_mask_T)
