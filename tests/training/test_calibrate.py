@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynmoe.backbones.deploy import compact_layers
+from dynmoe.backbones.mixtures import own_router
 from dynmoe.backbones.sparse import tune
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.backbones.text import build_text_classifier
@@ -36,7 +37,13 @@ SIZES: dict[str, dict[str, int]] = {
     "gpt2": {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_inner": 32},
 }
 SIZES["llama"] = {**SIZES["bert"], "num_key_value_heads": 2}
+SIZES["olmoe"] = {**SIZES["llama"], "num_experts": 4, "num_experts_per_tok": 2}
+SIZES["qwen2_moe"] = {
+    **{**SIZES["olmoe"], "moe_intermediate_size": 32},
+    "shared_expert_intermediate_size": 24,
+}
 TOP_2 = partial(TopKRouter, top_k=2)
+NATIVE = {"router": own_router, "init": "keep", "layers": "all"}
 Batches = list[tuple[Any, ...]]
 
 
@@ -82,6 +89,9 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Batches]]] = {
     "gpt2": partial(text, kind="gpt2"),
     "vit": images,
     "soft": partial(images, router=SoftSlots),
+    "shared": partial(text, shared_experts=1),
+    "olmoe": partial(text, kind="olmoe", **NATIVE),
+    "qwen2_moe": partial(text, kind="qwen2_moe", **NATIVE),  # with a shared expert and its gate
     "moe++": partial(text, router=partial(ZeroCostRouter, top_k=2)),
 }
 
@@ -159,6 +169,8 @@ def test_less_error_than_rounding_in_every_layer(kind: str) -> None:
     bits = all_bits(model)
     done = calibrate(model, batches, bits, HOW)
     assert not done.fallback and set(done.errors) == set(bits)
+    kinds = {place.kind for place in places_in(model)}
+    assert ("shared" in kinds) == (kind in ("shared", "qwen2_moe")) and "expert" in kinds
     assert all(error <= rtn for error, rtn in done.errors.values())
     assert sum(error < rtn for error, rtn in done.errors.values()) > 0.8 * len(bits)
     rounded, _ = MODELS[kind]()
