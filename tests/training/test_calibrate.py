@@ -18,7 +18,7 @@ from dynmoe.backbones.text import build_text_classifier
 from dynmoe.backbones.vision import build_vit
 from dynmoe.config.quantize import Choice, Quantisation
 from dynmoe.errors import Diverged
-from dynmoe.layers import AverageKeyRouter, TopAnyRouter, TopKRouter
+from dynmoe.layers import AverageKeyRouter, ExpertThresholdRouter, TopAnyRouter, TopKRouter
 from dynmoe.layers.moe import moe_layers
 from dynmoe.layers.quantized import Rounding, gptq, output_error, round_to_nearest
 from dynmoe.layers.soft import SoftSlots
@@ -197,6 +197,28 @@ def test_eight_bits_change_hardly_anything(make: Any, method: str) -> None:
         calibrate(model, batches, bits, how)
     after = outputs(model, batches)
     assert 0 < (after - before).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("router", [TopAnyRouter, partial(ExpertThresholdRouter, target_k=2)])
+def test_what_eight_bits_change_is_choices(router: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the routing of before, outputs hardly move."""
+    model, batches = images(router)
+    before, chosen = outputs(model, batches), []
+    for layer in moe_layers(model).values():
+        straight = layer.router.forward
+
+        def kept(*given: Any, straight: Any = straight, **named: Any) -> Any:
+            chosen.append(straight(*given, **named))
+            return chosen[-1]
+
+        monkeypatch.setattr(layer.router, "forward", kept)
+    assert torch.equal(outputs(model, batches), before)
+    again = iter(list(chosen))
+    for layer in moe_layers(model).values():
+        monkeypatch.setattr(layer.router, "forward", lambda *given, **named: next(again))
+    round_all(model, all_bits(model, 8), Quantisation(default=8))
+    change = outputs(model, batches) - before
+    assert 0 < change.norm() < 0.03 * before.norm() and next(again, None) is None
 
 
 def test_parts_of_a_stage_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
