@@ -23,8 +23,8 @@
 `run.json` has the facts of the run: configuration, data, costs, machine, and the rule, `selection`,
 with the `selects` and `reported` of every line; `nonfinite_step` if a loss was not finite.
 
-Numbers that are not finite are null in all files, as JSON has no others; `read` gives NaN for the
-measures and losses of a result.
+Numbers that are not finite are null in all files, as JSON has no others; `read` gives NaN for
+measures and losses.
 
 `routing.jsonl` has a line for each evaluation, MoE layer and `source`: `train`, or the name of an
 environment or evaluation set (`dynmoe.metrics.routing`). `events.jsonl` has the changes of experts,
@@ -39,13 +39,15 @@ its loss is above the reference), `loss`, the picks of each expert slot in the c
 `budget.jsonl` has a line for each evaluation of `dynmoe-eval mode=budget`: `rule` (`own`: the run
 as it is), the `target_k` that was asked for, the `cuts` and the recorded mean k of `layers`,
 `mean_k` over all, `scores`, and the means of the reported `measure` and of the loss over the
-reported sets, `score` and `loss`. `checkpoint` and `step` say which weights.
+reported sets, `score` and `loss`. `checkpoint` and `step` say which weights. A further evaluation
+adds its lines.
 
-`quantize.jsonl` has a line for each evaluation of `dynmoe-eval mode=quantize`, with the same
-scores: `method` (`fp32`: the run as it is; `rtn`, `gptq`, `torchao int8`), the `options`, the
-`bits` of every linear layer and their `average_bits`, without and with grids, the layers rounded to
-nearest for want of calibration data (`fallback`) or because that was better (`kept_rtn`), and the
-mean `output_error` of layers; of exports the `bytes` of the file and `samples_per_s`.
+`quantize.jsonl` has a line for each evaluation of `dynmoe-eval mode=quantize` in the same way, with
+the same scores: `method` (`fp32`: the run as it is; `rtn`, `gptq`, `torchao int8`), the `options`,
+the `bits` of every linear layer and their `average_bits`, without and with grids, the layers
+rounded to nearest for want of calibration data (`fallback`) or because that was better
+(`kept_rtn`), and the mean `output_error` of layers; of exports the `bytes` of the file and
+`samples_per_s`.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -75,6 +77,13 @@ Kind = Literal["results", "routing", "events", "examples", "budget", "quantize",
 State = Literal["done", "running", "failed", "stopped", "missing"]
 Record = dict[str, Any]
 
+# Numbers of a line that are null where they are not finite, beside its scores; empty: all.
+NULL: dict[str, tuple[str, ...]] = {
+    "results": (),
+    "budget": ("score", "loss"),
+    "quantize": ("score", "loss"),
+}
+
 
 class RecordError(UserError):
     """A run folder that cannot be read: a missing file, or a damaged line."""
@@ -94,13 +103,18 @@ class RunFolder:
         """Add one line per record, in one write that is on disk when the call returns.
 
         Every record has a `step`. A resumed run calls `truncate_after` first, which also removes a
-        line that was cut short.
+        line that was cut short; others call `mend`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with self._file(kind).open("a", encoding="utf-8", newline="\n") as file:
             file.write("".join(map(_line, records)))
             file.flush()
             os.fsync(file.fileno())
+
+    def mend(self, kind: Kind) -> None:
+        """Remove a last line that was cut short, so that lines can be added."""
+        if _is_torn(self._file(kind)):
+            self.replace(kind, *self.read(kind))
 
     def replace(self, kind: Kind, *records: Mapping[str, Any]) -> None:
         """Write these records in the place of all of their kind."""
@@ -118,7 +132,8 @@ class RunFolder:
         # Bytes: a cut may fall inside a character.
         whole_lines = file.read_bytes().split(b"\n")[:-1]
         found = [_record(file, number, line) for number, line in enumerate(whole_lines, start=1)]
-        return [_with_nan(record) for record in found] if kind == "results" else found
+        null = NULL.get(kind)
+        return found if null is None else [_with_nan(record, null) for record in found]
 
     @property
     def torn(self) -> list[Path]:
@@ -276,9 +291,12 @@ def _finite(value: Any) -> Any:
     return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _with_nan(result: Record) -> Record:
-    """A result whose measures and losses are NaN where they are null."""
-    found = {key: math.nan if value is None else value for key, value in result.items()}
+def _with_nan(record: Record, keys: Sequence[str]) -> Record:
+    """A record whose measures and losses are NaN where they are null."""
+    found = {
+        key: math.nan if value is None and (key in keys or not keys) else value
+        for key, value in record.items()
+    }
     if isinstance(scores := found.get("scores"), dict):
         found["scores"] = {
             name: {key: math.nan if value is None else value for key, value in measures.items()}

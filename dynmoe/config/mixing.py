@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from dynmoe.config.environments import environment_names, test_indices
+from dynmoe.config.models import moe_layers
 from dynmoe.config.options import modality, read
 from dynmoe.config.targets import did_you_mean
 from dynmoe.data.text.tasks import TASKS
@@ -42,13 +43,28 @@ def mixing_fits(cfg: DictConfig) -> Iterator[str]:
             yield f"mixing.{key}: mixing={rule} has no use for it. Leave it out"
     if rule in MOVING and every is None:
         yield f"mixing.every: mixing={rule} moves the weights after probes. Set it, e.g. to 100"
-    if node.get("layers") == []:
-        yield "mixing.layers: expected one MoE layer or more, found none. Set [-1] for the last"
+    yield from _compared_layers(cfg, node.get("layers"))
     yield from _experts_to_compare(cfg, rule)
     yield from _sources(cfg, rule)
     yield from _by_source(node)
     if every is not None and "fsdp" in _strategy(cfg):
         yield "mixing: probes need whole weights on each device. Choose trainer=ddp, or one device"
+
+
+def _compared_layers(cfg: DictConfig, layers: object) -> Iterator[str]:
+    if layers == []:
+        yield "mixing.layers: expected one MoE layer or more, found none. Set [-1] for the last"
+    count, given = moe_layers(cfg), layers if isinstance(layers, list) else []
+    if count and any(type(each) is int and not -count <= each < count for each in given):
+        yield outside(count, given)
+
+
+def outside(count: int, layers: Sequence[int]) -> str:
+    """Say that `mixing.layers` names MoE layers that are not there."""
+    return (
+        f"mixing.layers: expected indices of {count} MoE layers, from {-count} to {count - 1}, "
+        f"found {list(layers)}. Set [-1] for the last"
+    )
 
 
 def _strategy(cfg: DictConfig) -> str:

@@ -294,6 +294,21 @@ def depth(cfg: DictConfig) -> tuple[str, int] | None:
     return None
 
 
+def moe_layers(cfg: DictConfig) -> int | None:
+    """The number of MoE layers (`moe.layers`, backbones/surgery.py); None: not known here."""
+    wanted = read(cfg, "moe.layers", list) or read(cfg, "moe.layers", str)
+    if isinstance(wanted, list):
+        return len(set(wanted))
+    if wanted in ("every_two", "last_two"):
+        return 2
+    known = depth(cfg)
+    if known is None or model_type(cfg) in FAMILIES:  # some of their blocks may be dense
+        return None
+    blocks = known[1]
+    counts = {"sparse": blocks - blocks // 2, "first_half": blocks // 2, "all": blocks}
+    return {**counts, "second_half": counts["sparse"]}.get(wanted or "")
+
+
 def folder_config(cfg: DictConfig) -> dict[str, Any]:
     """config.json of `backbone.path`; empty where there is none that can be read."""
     path = read(cfg, "backbone.path", str)

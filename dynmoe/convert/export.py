@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from omegaconf import DictConfig
 
+from dynmoe.config.mixing import MIX
 from dynmoe.config.options import modality
 from dynmoe.convert.checkpoints import share, write
 from dynmoe.errors import ConfigError, UserError
@@ -85,6 +86,7 @@ def order(given: Mapping[str, str]) -> Order:
                 "The command that started it goes on"
             )
         check_router(cfg, chosen)
+        _check_heads(cfg, chosen)
     for key in ("backbone.path", "data.root"):
         if key in given:
             _override(cfg, key, given[key])
@@ -129,6 +131,21 @@ def check_router(cfg: DictConfig, chosen: str) -> None:
                 f"on the others of its batch, which no other software computes. Train with "
                 f"moe.router.{option}={good}"
             )
+
+
+def _check_heads(cfg: DictConfig, chosen: str) -> None:
+    """Refuse a model with a head for each of several tasks.
+
+    Raises:
+        ConfigError: it has them.
+    """
+    if str(cfg.data._target_).endswith(MIX):
+        tasks = ", ".join(cfg.data.tasks)
+        raise ConfigError(
+            f"format={chosen}: this run on {cfg.data.name} has a head for each task ({tasks}), "
+            f"which no class of transformers has. Train on one, e.g. data={cfg.data.tasks[0]}; "
+            "dynmoe-eval reads every run"
+        )
 
 
 def _override(cfg: DictConfig, key: str, value: str) -> None:

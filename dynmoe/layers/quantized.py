@@ -156,20 +156,19 @@ def gptq(
     size = how.columns(inputs)
     # NOTE: before columns without input become 0, as in the official code; groups come after it.
     grids = [find_grid(weight_OI, how)] if how.group_size == -1 else []
-    hessian_II = hessian_II.float().clone()
-    diagonal_I = hessian_II.diagonal()
+    diagonal_I = hessian_II.diagonal().float()
     dead_I = diagonal_I == 0
-    diagonal_I[dead_I] = 1
     weight_OI[:, dead_I] = 0
     if static_groups and not grids:
         grids = [find_grid(part_Og, how) for part_Og in weight_OI.split(size, 1)]
     static = bool(grids)
     order_I = torch.arange(inputs, device=weight_OI.device)
     if desc_act:
-        order_I = diagonal_I.argsort(descending=True)
-        weight_OI, hessian_II = weight_OI[:, order_I], hessian_II[order_I][:, order_I]
+        order_I = diagonal_I.masked_fill(dead_I, 1).argsort(descending=True)
+        weight_OI, dead_I = weight_OI[:, order_I], dead_I[order_I]
+        hessian_II = hessian_II[order_I[:, None], order_I]
     places = order_I.tolist() if static else list(range(inputs))
-    upper_II = _inverse_factor(hessian_II, percdamp)
+    upper_II = _inverse_factor(hessian_II, dead_I, percdamp)
     diagonal = upper_II.diagonal().tolist()
     rounded_OI = torch.empty_like(weight_OI)
     for start in range(0, inputs, BLOCK):
@@ -196,19 +195,28 @@ def gptq(
     return _quantized(rounded_OI[:, back_I], grids, group_I[back_I])
 
 
-def _inverse_factor(hessian_II: Tensor, percdamp: float) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of the damped Hessian, which is changed."""
-    mean = float(hessian_II.diagonal().mean())
-    damp = percdamp * mean
+def _inverse_factor(hessian_II: Tensor, dead_I: Tensor, percdamp: float) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of the damped Hessian.
+
+    Beside the Hessian there are two more matrices of its size at most.
+    """
+    damps: list[float] = []
     while True:
-        hessian_II.diagonal().add_(damp)
-        lower_II, failed = torch.linalg.cholesky_ex(hessian_II)
+        damped_II = hessian_II.to(torch.float32, copy=True)
+        diagonal_I = damped_II.diagonal()
+        diagonal_I[dead_I] = 1
+        mean = float(diagonal_I.mean())
+        damps.append((10 * damps[-1] or LEAST_DAMP * mean) if damps else percdamp * mean)
+        for damp in damps:
+            diagonal_I.add_(damp)
+        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        del damped_II, diagonal_I
         if not failed:
             inverse_II = torch.cholesky_inverse(lower_II)
+            del lower_II
             upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
             if not failed:
                 return upper_II
-        damp = 10 * damp or LEAST_DAMP * mean
 
 
 def output_error(change_OI: Tensor, hessian_II: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from dynmoe.records import Record
 from dynmoe.report.drawing import COLOURS, lay_out
+from dynmoe.report.evaluations import labels
 from dynmoe.report.tables import Table, format_number
 from dynmoe.report.words import is_points, measure_number
 
@@ -22,21 +24,28 @@ LABELS = {
     "quantile": "quantile of scores, by layer",
     "top_k": "top_k: the k best",
 }
-MARKS = "os^Dv"
+MARKS, OWN_MARKS = "os^Dv", "*PX"
 OWN_STYLE: dict[str, Any] = {
     "color": "black",
-    "marker": "*",
     "markersize": 13,
     "linestyle": "none",
     "zorder": 5,
 }
 
 
+def subject_of(record: Record) -> list[Any]:
+    """The entries by which a line is about the same as another, of the same weights: a cut that was
+    found for a target is not one."""
+    target_k = record["target_k"]
+    return [record["rule"], target_k, record["cuts"] if target_k is None else None]
+
+
 def budget_table(records: Sequence[Record], title: str) -> Table:
     """A row for each evaluation."""
+    names = labels(records, lambda each: LABELS[OWN] if each["rule"] == OWN else each["rule"])
     rows = tuple(
         (
-            LABELS[OWN] if each["rule"] == OWN else each["rule"],
+            name,
             "-" if each["target_k"] is None else f"{each['target_k']:g}",
             _cut(each),
             format_number(each["mean_k"], ".2f"),
@@ -44,7 +53,7 @@ def budget_table(records: Sequence[Record], title: str) -> Table:
             measure_number(each["measure"], each["score"], 2),
             measure_number("loss", each["loss"]),
         )
-        for each in records
+        for name, each in zip(names, records, strict=True)
     )
     measure = records[0]["measure"].replace("_", " ")
     columns = ("rule", "target", "cut", "mean k", "of layers", measure, "loss")
@@ -74,18 +83,21 @@ def draw_budgets(records: Sequence[Record], title: str) -> Figure:
     points = is_points(measure)
     panels[0].set_ylabel(measure.replace("_", " ") + ("" if points else ", %"))
     panels[1].set_ylabel("mean loss (negative log-likelihood)")
-    rules = dict.fromkeys(each["rule"] for each in records if each["rule"] != OWN)
+    own: dict[str, list[Record]] = {}
+    series: dict[str, list[Record]] = {}
+    names = labels(records, lambda each: LABELS[each["rule"]])
+    for name, each in zip(names, records, strict=True):
+        (own if each["rule"] == OWN else series).setdefault(name, []).append(each)
+    styles = [{**OWN_STYLE, "marker": mark} for _, mark in zip(own, itertools.cycle(OWN_MARKS))]
+    for _, colour, mark in zip(series, itertools.cycle(COLOURS), itertools.cycle(MARKS)):
+        styles.append({"color": colour, "marker": mark, "markersize": 5})
     for axes, key, factor in zip(panels, ("score", "loss"), (1 if points else 100, 1), strict=True):
-        for rule, colour, mark in zip((OWN, *rules), ("", *COLOURS), (" ", *MARKS), strict=False):
-            style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 5}
-            found = sorted(
-                (each["mean_k"], factor * each[key]) for each in records if each["rule"] == rule
-            )
-            x, y = zip(*found, strict=True)
-            axes.plot(x, y, label=LABELS[rule], **(OWN_STYLE if rule == OWN else style))
+        for (name, found), style in zip((own | series).items(), styles, strict=True):
+            x, y = zip(*sorted((each["mean_k"], factor * each[key]) for each in found), strict=True)
+            axes.plot(x, y, label=name, **style)
         axes.set_xlabel("mean experts per token")
         axes.grid(alpha=0.25)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    shown = panels[0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize="medium")
     return figure

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from dynmoe.records import Record
-from dynmoe.report.drawing import COLOURS, lay_out
+from dynmoe.report.drawing import COLOURS, DASHES, lay_out
+from dynmoe.report.evaluations import labels
 from dynmoe.report.tables import Table, format_number
 from dynmoe.report.words import is_points, measure_number
 
 FP32 = "fp32"
 """The method of the record of the run as it was trained."""
 MARKS = "os^Dv<>p"
+
+
+def subject_of(record: Record) -> list[Any]:
+    """The entries by which a line is about the same as another, of the same weights."""
+    return [record["method"], record.get("options")]
 
 
 def quantize_table(records: Sequence[Record], title: str) -> Table:
@@ -24,9 +31,10 @@ def quantize_table(records: Sequence[Record], title: str) -> Table:
     known = ("weights", "bits", "with grids", "mean k", measure, "loss")
     columns = (*known, "error (RTN)", "MB", "samples/s")
     varied = varied_options(records)
+    names = labels(records, lambda each: label(each, varied))
     rows = [
         (
-            label(each, varied),
+            name,
             _number(each.get("average_bits"), ".2f"),
             _number(each.get("average_bits_with_grids"), ".2f"),
             format_number(each["mean_k"], ".2f") if each["layers"] else "-",
@@ -36,7 +44,7 @@ def quantize_table(records: Sequence[Record], title: str) -> Table:
             _megabytes(each, records),
             _speed(each, records),
         )
-        for each in records
+        for name, each in zip(names, records, strict=True)
     ]
     # Columns in which nothing stands.
     shown = [i for i in range(len(columns)) if i == 0 or any(row[i] != "-" for row in rows)]
@@ -79,8 +87,8 @@ def _speed(record: Record, records: Sequence[Record]) -> str:
 def varied_options(records: Sequence[Record]) -> list[str]:
     """Return the options that differ among the quantisations, the bits of most weights last."""
     options = [each["options"] for each in records if "options" in each]
-    keys = [key for key in (options[0] if options else ()) if key != "method"]
-    found = [key for key in keys if any(each[key] != options[0][key] for each in options)]
+    keys = {key: None for each in options for key in each if key != "method"}
+    found = [key for key in keys if len({str(each.get(key)) for each in options}) > 1]
     return sorted(found, key=lambda key: key == "bits.default")
 
 
@@ -101,20 +109,25 @@ def _word(value: Any) -> str:
 
 def draw_quantisations(records: Sequence[Record], title: str) -> Figure:
     """Score and loss over average bits: a line for each policy over ``bits.default``, the run's own
-    weights a dashed one. Exports, whose bits are torchao's, are not drawn."""
+    weights a broken one. Exports, whose bits are torchao's, are not drawn."""
     figure, panels = lay_out(2, width=3.8, height=3.2, beside=2.9)
-    own = records[0]
-    points = is_points(own["measure"])
-    panels[0].set_ylabel(own["measure"].replace("_", " ") + ("" if points else ", %"))
+    measure = records[0]["measure"]
+    points = is_points(measure)
+    panels[0].set_ylabel(measure.replace("_", " ") + ("" if points else ", %"))
     panels[1].set_ylabel("mean loss (negative log-likelihood)")
     varied = [key for key in varied_options(records) if key != "bits.default"]
+    own: dict[str, Record] = {}
     series: dict[str, list[Record]] = {}
-    for each in records:
-        if "average_bits" in each:
-            series.setdefault(label(each, varied), []).append(each)
+    names = labels(records, lambda each: label(each, varied))
+    for name, each in zip(names, records, strict=True):
+        if each["method"] == FP32:
+            own[name] = each
+        elif "average_bits" in each:
+            series.setdefault(name, []).append(each)
     for axes, key, factor in zip(panels, ("score", "loss"), (1 if points else 100, 1), strict=True):
-        style: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1}
-        axes.axhline(factor * own[key], label=FP32, **style)
+        for (name, each), dashes in zip(own.items(), itertools.cycle(DASHES[1:])):
+            style: dict[str, Any] = {"color": "black", "linestyle": dashes, "linewidth": 1}
+            axes.axhline(factor * each[key], label=name, **style)
         for number, (name, found) in enumerate(series.items()):
             xy = sorted((each["average_bits"], factor * each[key]) for each in found)
             colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
@@ -122,7 +135,7 @@ def draw_quantisations(records: Sequence[Record], title: str) -> Figure:
             axes.plot(x, y, label=name, color=colour, marker=mark, markersize=5)
         axes.set_xlabel("average bits of a weight")
         axes.grid(alpha=0.25)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    shown = panels[0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize="medium")
     return figure

@@ -17,8 +17,9 @@ from dynmoe.layers import Router, TopKRouter
 from dynmoe.layers.moe import moe_layers
 from dynmoe.layers.posthoc import Cuts, Rule, changed_routing, rules_of
 from dynmoe.records import Record, RunFolder
-from dynmoe.report.budgets import OWN, budget_table, draw_budgets
+from dynmoe.report.budgets import OWN, budget_table, draw_budgets, subject_of
 from dynmoe.report.drawing import save
+from dynmoe.report.evaluations import newest, title_of
 from dynmoe.report.tables import to_rich
 from dynmoe.training.evaluate import judged, loaded, reported_by
 from dynmoe.training.instantiation import make
@@ -34,10 +35,10 @@ Evaluate = Callable[..., Record]
 def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]:
     """Evaluate the run as it is and by every rule at every target or value.
 
-    Writes ``budget.jsonl`` and ``figures/budget.png`` in the run's folder, and prints the table.
+    Adds to ``budget.jsonl``, draws it (``figures/budget.png``) and prints its table.
 
     Returns:
-        The lines of ``budget.jsonl``, the run's own routing first.
+        The new lines of ``budget.jsonl``, the run's own routing first.
 
     Raises:
         ConfigError: the run's router does not offer the rule, or any.
@@ -74,12 +75,14 @@ def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]
             else:
                 yield from _at_targets(evaluated, start, targets_of(cfg))
 
+    folder.mend("budget")
     for record in lines():
         records.append(record)
-        folder.replace("budget", *records)  # all of them each time: a kill leaves whole lines
-    title = f"{folder.path.name}, {checkpoint.name}, step {step}"
-    Console().print(to_rich(budget_table(records, title)))
-    print(save(draw_budgets(records, title), folder.path / "figures" / "budget.png"))
+        folder.append("budget", record)
+    known = newest(folder.read("budget"), subject_of)
+    title = title_of(folder.path.name, known)
+    Console().print(to_rich(budget_table(known, title)))
+    print(save(draw_budgets(known, title), folder.path / "figures" / "budget.png"))
     return records
 
 

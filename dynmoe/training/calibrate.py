@@ -25,8 +25,8 @@ from dynmoe.training.bits import Place, blocks_in, places_in
 
 Inputs = tuple[Any, ...]
 """Positional arguments of the backbone: one calibration batch."""
-HESSIANS = 6
-"""A pass over the calibration data gathers at most a sixth of the model's memory, or one layer's;
+HESSIANS = 12
+"""A pass over the calibration data gathers at most a twelfth of the model's memory, or one layer's;
 more take more passes, with the same result."""
 
 
@@ -57,24 +57,23 @@ class Replay:
         self.blocks = list(blocks_in(backbone))
         self.padding = Padding()
         self.keeps = not any(each.router.hands_on for each in moe_layers(backbone).values())
+        self._outputs: list[Any] = [None] * len(batches)
+        """Of the last block that is done, by batch; those of a vision tower beside them."""
         self._kept: dict[nn.Module, list[Any]] = {}
-        self._done = 0
 
     def finish(self, number: int) -> None:
-        """Keep the outputs of a block as it is now."""
+        """Keep the outputs of a block as it is now, in the place of those of the one before."""
         if not self.keeps:
             return
-        outputs: list[Any] = []
+        batches = iter(range(len(self.batches)))
 
         def keep(block: nn.Module, given: Any, output: Any) -> None:
-            outputs.append(output)
+            self._outputs[next(batches)] = output
             raise _Enough
 
         with hooked([self.blocks[number].register_forward_hook(keep)]):
             self.run(range(len(self.batches)))
-        for block in self.blocks[: number + 1]:
-            self._kept[block] = outputs
-        self._done = number + 1
+        self._kept[self.blocks[number]] = self._outputs
 
     @torch.no_grad()
     def run(self, batches: Sequence[int]) -> None:
@@ -304,11 +303,10 @@ def _write(
     place: Place, hessian_II: Tensor | None, rounding: Rounding, how: Quantisation, done: Done
 ) -> None:
     weight_OI = place.weight_OI.float()
-    rtn_OI = round_to_nearest(weight_OI, rounding).weight_OI
     # NOTE: without any input all columns count as dead, and GPTQ would make the weight 0.
     if hessian_II is None or not hessian_II.diagonal().any():
         done.fallback.append(place.name)
-        place.weight_OI.copy_(rtn_OI)
+        place.weight_OI.copy_(round_to_nearest(weight_OI, rounding).weight_OI)
         return
     if not hessian_II.isfinite().all():
         raise Diverged(
@@ -317,6 +315,7 @@ def _write(
         )
     options = (how.percdamp, how.desc_act, how.static_groups)
     found_OI = gptq(weight_OI, hessian_II, rounding, *options).weight_OI
+    rtn_OI = round_to_nearest(weight_OI, rounding).weight_OI
     whole = output_error(weight_OI, hessian_II)
     error, rtn_error = (
         output_error(weight_OI - each, hessian_II) / max(whole, 1e-30)

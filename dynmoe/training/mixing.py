@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from dynmoe.config.mixing import outside
 from dynmoe.data.base import TaskData
 from dynmoe.data.mixing import Mixing, Mixture, load_distances, moved_weights, numbers_of
 from dynmoe.errors import ConfigError
@@ -96,10 +97,7 @@ def compared_layers(backbone: nn.Module, mixing: Mixing) -> dict[str, MoELayer]:
     try:
         return {names[index]: found[names[index]] for index in mixing.layers}
     except IndexError:
-        raise ConfigError(
-            f"mixing.layers: expected indices of {len(names)} MoE layers, from {-len(names)} to "
-            f"{len(names) - 1}, found {list(mixing.layers)}"
-        ) from None
+        raise ConfigError(outside(len(names), mixing.layers)) from None
 
 
 def reference_losses(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from dynmoe.backbones.deploy import compact_layers, merge_adapters
 from dynmoe.config.quantize import Quantisation, batches_of, exports_of, quantisations_of
@@ -20,7 +22,8 @@ from dynmoe.layers import Router
 from dynmoe.layers.moe import moe_layers
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.drawing import save
-from dynmoe.report.quantize import FP32, draw_quantisations, quantize_table
+from dynmoe.report.evaluations import newest, title_of
+from dynmoe.report.quantize import FP32, draw_quantisations, quantize_table, subject_of
 from dynmoe.report.tables import to_rich
 from dynmoe.training import build, torchao_export
 from dynmoe.training.bits import Place, average_bits, bit_map, places_in
@@ -33,11 +36,11 @@ from dynmoe.training.mixing import connect
 def quantize(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]:
     """Evaluate the run as it is, with every quantisation that was asked for, and every export.
 
-    Writes ``quantize.jsonl``, ``figures/quantize.png`` and ``quantized/<format>/`` in the run's
-    folder, and prints the table.
+    Writes ``quantized/<format>/``, adds to ``quantize.jsonl``, draws it (``figures/quantize.png``)
+    and prints its table.
 
     Returns:
-        The lines of ``quantize.jsonl``, the run's own weights first.
+        The new lines of ``quantize.jsonl``, the run's own weights first.
 
     Raises:
         ConfigError: a policy for modules that the model does not have, or an export without
@@ -63,25 +66,28 @@ def quantize(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Recor
         by.validate(task, datamodule=data, verbose=False)
         record = {"step": step, "checkpoint": checkpoint.name, **about, **judged(task, reported)}
         records.append(record)
-        folder.replace("quantize", *records)  # all of them each time: a kill leaves whole lines
+        folder.append("quantize", record)
 
+    folder.mend("quantize")
     evaluated({"method": FP32})
     for name in formats:  # of the weights as they are: torchao rounds them itself
         exported, about = torchao_export.export(folder, checkpoint, backbone, places, name, batches)
         with _in_place_of(task, exported):
             evaluated(about, trainer_for(cfg, folder, name))
-    weights = [place.weight_OI.clone() for place in places] if len(wanted) > 1 else None
-    for how, bits in zip(wanted, maps, strict=True):
-        restore(places, weights)
-        task.eval().to(device)
-        start = time.perf_counter()
-        done = _quantised(backbone, batches, bits, how)
-        seconds = time.perf_counter() - start
-        evaluated({**described(places, how, bits, done), "seconds": round(seconds, 2)})
-        _tell(done)
-    title = f"{folder.path.name}, {checkpoint.name}, step {step}"
-    Console().print(to_rich(quantize_table(records, title)))
-    print(save(draw_quantisations(records, title), folder.path / "figures" / "quantize.png"))
+    with unquantised(places if len(wanted) > 1 else (), folder.path) as restore:
+        for how, bits in zip(wanted, maps, strict=True):
+            restore()
+            task.eval().to(device)
+            start = time.perf_counter()
+            done = _quantised(backbone, batches, bits, how)
+            seconds = time.perf_counter() - start
+            how_done = described(places, how, bits, done, len(batches))
+            evaluated({**how_done, "seconds": round(seconds, 2)})
+            _tell(done)
+    known = newest(folder.read("quantize"), subject_of)
+    title = title_of(folder.path.name, known)
+    Console().print(to_rich(quantize_table(known, title)))
+    print(save(draw_quantisations(known, title), folder.path / "figures" / "quantize.png"))
     return records
 
 
@@ -133,11 +139,21 @@ def calibration_batches(data: Any, number: int, trainer: Any) -> list[Inputs]:
     return found
 
 
-def restore(places: Sequence[Place], weights: Sequence[Tensor] | None) -> None:
-    """Write the weights of before back; None: they are as before."""
-    if weights is not None:
-        for place, weight_OI in zip(places, weights, strict=True):
-            place.weight_OI.copy_(weight_OI)
+@contextmanager
+def unquantised(places: Sequence[Place], folder: Path) -> Iterator[Callable[[], None]]:
+    """Give a function that writes the weights of now back. They wait in a file below ``folder``: a
+    model fits into memory once, not always twice."""
+    with TemporaryDirectory(dir=folder, prefix=".quantize") as own:
+        file = Path(own, "weights.pt")
+        torch.save([place.weight_OI for place in places], file)
+
+        def restore() -> None:
+            # NOTE: a mapped file ends with its last tensor, so that its pages are not kept.
+            weights = torch.load(file, map_location="cpu", mmap=True)
+            for place, weight_OI in zip(places, weights, strict=True):
+                place.weight_OI.copy_(weight_OI)
+
+        yield restore
 
 
 def _quantised(
@@ -157,7 +173,11 @@ def _quantised(
 
 
 def described(
-    places: Sequence[Place], how: Quantisation, bits: Mapping[str, int], done: Done
+    places: Sequence[Place],
+    how: Quantisation,
+    bits: Mapping[str, int],
+    done: Done,
+    batches: int,
 ) -> Record:
     """The entries of a record that say how the weights were quantised."""
     shapes = {place.name: (*place.weight_OI.shape,) for place in places}
@@ -171,7 +191,7 @@ def described(
         kinds.setdefault(place.kind, Counter())[bits[place.name]] += 1
     return {
         "method": how.method,
-        "options": how.options(),
+        "options": {**how.options(), "calib.batches": batches},
         "average_bits": mean,
         "average_bits_with_grids": with_grids,
         "layers_by_kind": {kind: dict(counts) for kind, counts in kinds.items()},

@@ -64,6 +64,18 @@ def test_accepted(command: tuple[str, ...]) -> None:
         ((*IMAGES, "mixing=dynamic", "mixing.c=2"), r"mixing\.c: expected a share"),
         ((*IMAGES, "mixing=dynamic", "mixing.eta=-1"), r"mixing\.eta: expected 0 or more"),
         ((*IMAGES, "mixing=dynamic", "mixing.layers=[]"), r"mixing\.layers: .* \[-1\]"),
+        (
+            (*IMAGES, "mixing=dynamic", "mixing.layers=[9]"),
+            r"mixing\.layers: .*2 MoE layers, from -2 to 1, found \[9\]",
+        ),
+        (
+            (*MIX, "mixing=dynamic", "moe.layers=[1,2]", "mixing.layers=[0,-3]"),
+            r"mixing\.layers: .*2 MoE layers",
+        ),
+        (
+            (*MIX, "mixing=dynamic", "moe.layers=all", "mixing.layers=[4]"),
+            r"mixing\.layers: .*4 MoE layers",
+        ),
         ((*IMAGES, "mixing=dynamic", "mixing.metric=l1"), r"mixing\.metric: expected"),
         ((*IMAGES, "mixing=uniform", "mixing.eta=3"), r"mixing\.eta: mixing=uniform has no use"),
         ((*IMAGES, "mixing=dynamc"), "mixing: .*dynamic"),

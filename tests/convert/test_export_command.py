@@ -93,6 +93,12 @@ def test_routers_that_a_format_cannot_have_are_refused(
     assert f"format={format_}" in message and router in message and "dynmoe-eval" in message
 
 
+def test_a_head_for_each_task_is_refused(made: Made, tmp_path: Path, refused: Refused) -> None:
+    run = made("text", data___target_="dynmoe.data.GlueMixData", data__tasks=["cola", "rte"])
+    message = refused(f"run={run}", f"to={tmp_path}/out")
+    assert "format=transformers" in message and "(cola, rte)" in message and "data=cola" in message
+
+
 def test_missing_packages_are_named(
     made: Made, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:

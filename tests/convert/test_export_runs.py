@@ -140,9 +140,10 @@ def test_other_kinds_of_runs(tmp_path: Path, run: Run) -> None:
 
 
 SPARSE = "backbone.token_sparsify={keep: 0.5, shrink_steps: 9}", "backbone.adapter={dim: 4}"
+MIXED = "mixing=dynamic", "mixing.every=2", "mixing.probe_tokens=40"
 
 
-@pytest.mark.parametrize("options", [(), SPARSE])
+@pytest.mark.parametrize("options", [(), SPARSE, MIXED])
 def test_an_image_classifier_in_onnxruntime(
     options: tuple[str, ...], tmp_path: Path, run: Run
 ) -> None:

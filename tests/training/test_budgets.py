@@ -19,7 +19,8 @@ from dynmoe.errors import ConfigError
 from dynmoe.layers import posthoc
 from dynmoe.layers.posthoc import Cuts
 from dynmoe.records import Record, RunFolder
-from dynmoe.report.budgets import OWN, budget_table, draw_budgets
+from dynmoe.report.budgets import OWN, budget_table, draw_budgets, subject_of
+from dynmoe.report.evaluations import newest, title_of
 from dynmoe.training import evaluate
 from dynmoe.training.budgets import PASSES, budget, reached
 
@@ -130,7 +131,8 @@ def line(rule: str, mean_k: float, cut: float | None = None) -> Record:
     cuts = None if cut is None else {"a": cut, "b": 2 * cut}
     layers = {"a": mean_k - 0.5, "b": mean_k + 0.5}
     numbers = {"mean_k": mean_k, "score": mean_k / 10, "loss": 3 - mean_k}
-    return {"rule": rule, "target_k": cut and 1.5, "cuts": cuts, "layers": layers} | numbers
+    about = {"step": 8, "checkpoint": "last.ckpt", "rule": rule}
+    return about | {"target_k": cut and 1.5, "cuts": cuts, "layers": layers} | numbers
 
 
 def test_table_and_figure() -> None:
@@ -146,6 +148,21 @@ def test_table_and_figure() -> None:
     )
     assert np.asarray(ratio.get_xydata()).tolist() == [[1.2, 12.0], [1.5, 15.0]]
     assert np.asarray(losses.lines[1].get_ydata()).tolist() == [1.8, 1.5]
+
+
+def test_evaluations_of_several_weights() -> None:
+    """A cut that was found for a target anew takes the place of the one before."""
+    first = [{**line(OWN, 2.0), "measure": "accuracy"}]
+    first += [{**line("ratio", 1.5, cut), "measure": "accuracy"} for cut in (0.25, 0.26)]
+    others = [{**each, "checkpoint": "selected.ckpt", "step": 4} for each in first]
+    found = newest([*others, *first, others[0]], subject_of)
+    assert found == [others[0], others[2], first[0], first[2]]
+    names = [row[0] for row in budget_table(found, title_of("a run", found)).rows]
+    assert names[1:3] == ["selected.ckpt, step 4: ratio", "last.ckpt, step 8: as trained"]
+    (scores, _) = draw_budgets(found, "a run").axes
+    assert [line.get_marker() for line in scores.lines] == ["*", "P", "o", "s"]
+    values = [{**first[1], "target_k": None, "cuts": {"a": cut}} for cut in (0.25, 0.5)]
+    assert newest(values, subject_of) == values
 
 
 def test_mean_k_is_of_the_reported_places(tmp_path: Path) -> None:
@@ -188,8 +205,8 @@ def test_a_trained_run_at_a_wanted_mean_and_at_given_cuts(top_2: RunFolder) -> N
     assert list(more["layers"].values()) == pytest.approx([2.5] * len(own["layers"]), rel=0.05)
     assert (top_2.path / "figures" / "budget.png").stat().st_size > 0
     again = evaluated(top_2, "budget.rule=ratio", "budget.values=[0]")
-    assert list(again) == [("own", None), ("ratio", None)]
-    assert again["ratio", None]["scores"] == own["scores"]
+    assert list(again) == [("own", None), ("quantile", 2.5), ("ratio", None)]
+    assert again["ratio", None]["scores"] == own["scores"] and again["quantile", 2.5] == more
 
 
 @pytest.mark.slow

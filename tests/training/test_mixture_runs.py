@@ -19,6 +19,7 @@ from dynmoe import job
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
 from dynmoe.training import build, evaluate
+from dynmoe.training.quantize import quantize
 
 
 def write_olmoe(folder: Path) -> Path:
@@ -62,7 +63,7 @@ def test_a_mixture_is_refused_before_its_weights_are_read(tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("moe", ["native", "dynmoe"])
 def test_a_folder_of_olmoe_all_the_way(moe: str, tmp_path: Path) -> None:
-    """Trained under its own router or another, recorded, saved, and evaluated again."""
+    """Trained under its own router or another, recorded, saved, evaluated again, and quantised."""
     root, model = write_rte(tmp_path / "glue"), write_olmoe(tmp_path / "olmoe")
     windows = ("moe.adaptation.length=1", "moe.adaptation.period=1")
     cfg = command(
@@ -82,3 +83,8 @@ def test_a_folder_of_olmoe_all_the_way(moe: str, tmp_path: Path) -> None:
     assert bool(trained.read("events")) == (moe == "dynmoe")
     again = evaluate.evaluate(*evaluate.parse([f"run={trained.path}", "checkpoint=last"])[1:])
     assert again == trained.read("results")[-1]["scores"]
+    bits = ("quant.bits.default=8", "quant.bits.experts=frequency:1", "quant.calib.batches=1")
+    given = [f"run={trained.path}", "checkpoint=last", "mode=quantize", *bits]
+    own, eight = quantize(*evaluate.parse(given)[1:])
+    assert own["scores"] == again and eight["loss"] == pytest.approx(own["loss"], rel=0.05)
+    assert eight["layers_by_kind"]["expert"].keys() == {4, 8}  # the most frequent one has 4

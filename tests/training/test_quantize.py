@@ -22,7 +22,8 @@ from dynmoe.config.quantize import Choice, Quantisation, batches_of, exports_of,
 from dynmoe.errors import ConfigError
 from dynmoe.layers import TopKRouter
 from dynmoe.records import Record, RunFolder
-from dynmoe.report.quantize import FP32, draw_quantisations, quantize_table
+from dynmoe.report.evaluations import newest, title_of
+from dynmoe.report.quantize import FP32, draw_quantisations, quantize_table, subject_of
 from dynmoe.training import evaluate, torchao_export
 from dynmoe.training.bits import places_in
 from dynmoe.training.quantize import quantize
@@ -131,7 +132,7 @@ def test_an_export_without_torchao_is_refused_first(saved: Path) -> None:
 
 def line(method: str, bits: float | None, score: float, **options: object) -> Record:
     record: Record = {"method": method, "score": score, "loss": 1 - score, "measure": "accuracy"}
-    record |= {"mean_k": 1.5, "layers": {"a": 1.5}}
+    record |= {"mean_k": 1.5, "layers": {"a": 1.5}, "step": 8, "checkpoint": "last.ckpt"}
     if bits is not None:
         base = {"method": method, "bits.default": 4, "bits.attention": None, "bits.experts": None}
         record |= {"options": {**base, **options}, "average_bits": bits}
@@ -182,6 +183,35 @@ def test_figure() -> None:
     assert np.asarray(losses.lines[1].get_ydata()).tolist() == pytest.approx([0.5, 0.2])
 
 
+def test_evaluations_of_several_weights() -> None:
+    """Each with its own line of reference; an equal evaluation shows once."""
+    others = [{**each, "checkpoint": "selected.ckpt", "step": 4} for each in LINES]
+    again = {**LINES[1], "score": 0.55}
+    found = newest([*LINES, *others, again, EXPORT], subject_of)
+    assert found == [LINES[0], again, *LINES[2:], EXPORT, *others]
+    assert title_of("a run", LINES) == "a run, last.ckpt, step 8"
+    assert title_of("a run", found) == "a run"
+    table = quantize_table(found, "a run")
+    assert table.rows[0][0] == "last.ckpt, step 8: fp32"
+    assert table.rows[-1][0] == "selected.ckpt, step 4: gptq experts frequency:2 default 2"
+    lines = draw_quantisations(found, "a run").axes[0].lines
+    assert [line.get_linestyle() for line in lines[:2]] == ["--", ":"]
+    assert lines[2].get_label() == "last.ckpt, step 8: gptq"
+    assert np.asarray(lines[2].get_ydata()).tolist() == [pytest.approx(55), 80.0]
+
+
+def test_a_line_that_is_no_number_or_cut_short(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append("quantize", {**LINES[1], "loss": float("nan")})
+    with (tmp_path / "quantize.jsonl").open("a") as file:
+        file.write('{"step": 8, "met')
+    folder.mend("quantize")
+    folder.append("quantize", LINES[2])
+    first, second = folder.read("quantize")
+    assert np.isnan(first["loss"]) and first["options"]["bits.attention"] is None
+    assert second == LINES[2] and quantize_table([first, second], "").rows[0][4] == "50.00"
+
+
 @pytest.fixture(scope="module")
 def run(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run on 40 images."""
@@ -190,8 +220,8 @@ def run(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> RunFolder
 
 def quantised(folder: RunFolder, *words: str) -> list[Record]:
     given = [f"run={folder.path}", "mode=quantize", "checkpoint=last", "data.workers=0", *words]
-    quantize(*evaluate.parse(given)[1:])
-    return folder.read("quantize")
+    new = quantize(*evaluate.parse(given)[1:])
+    return folder.read("quantize")[-len(new) :]
 
 
 def test_a_trained_run_with_fewer_bits(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,6 +246,12 @@ def test_a_trained_run_with_fewer_bits(run: RunFolder, capsys: pytest.CaptureFix
     if found[3]["fallback"]:
         said = " ".join(capsys.readouterr().out.split())
         assert found[3]["fallback"][0] in said
+    assert not [*run.path.glob(".quantize*")]  # where the weights of before were
+    before = run.read("quantize")
+    own, more = quantised(run, "quant.method=rtn", "quant.bits.default=3")
+    assert run.read("quantize") == [*before, own, more]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rtn named {'blocks.1': 16} default 8" in said and "rtn default 3" in said
 
 
 @pytest.mark.skipif(not HAS_TORCHAO, reason="needs torchao")

@@ -12,25 +12,43 @@ from pathlib import Path
 import pytest
 from tiny_runs import TINY_DYNMOE
 
-from dynmoe.records import RunFolder
+from dynmoe.records import Kind, RunFolder
 
 LONG = (*TINY_DYNMOE, "task.steps=9999", "task.eval_every=3")
+RECORDED: dict[Kind, tuple[str, ...]] = {
+    "mixing": ("step", "delta", "loss", "load", "weights"),
+    "results": ("step", "scores"),
+    "events": ("step", "layer", "before", "after"),
+}
 SENTENCE = "dynmoe-run: stopped by SIGTERM. The same command goes on from the last evaluation.\n"
 
 
-def stopped(tmp_path: Path, *overrides: str, runs: int) -> tuple[int, str, str]:
-    """Status, output and errors of a command that gets SIGTERM once all its runs have records."""
-    command = [sys.executable, "-m", "runners.run", *overrides, f"paths.outputs={tmp_path}"]
+def command(outputs: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "runners.run", *overrides, f"paths.outputs={outputs}"]
+
+
+def stopped(
+    tmp_path: Path,
+    *overrides: str,
+    runs: int = 1,
+    by: signal.Signals = signal.SIGTERM,
+    probes: int = 0,
+) -> tuple[int, str, str]:
+    """Status, output and errors of a command that gets a signal once all its runs have records, and
+    so many probes of a mixture."""
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         # ascii: neither the end nor the lines before it may fail
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=env)
+        given = command(tmp_path, *overrides)
+        process = subprocess.Popen(given, stdout=out, stderr=err, env=env)
         for _ in range(4000):
-            if len(list(tmp_path.glob("*/*/checkpoints/last.ckpt"))) == runs:
+            known = [RunFolder(path.parent) for path in tmp_path.glob("*/*/checkpoints")]
+            saved = [each for each in known if (each.path / "checkpoints/last.ckpt").exists()]
+            if sum(len(each.read("mixing")) >= probes for each in saved) == runs:
                 break
             assert process.poll() is None, (tmp_path / "err").read_text()
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(by)
         status = process.wait(timeout=60)
     return status, (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
 
@@ -43,6 +61,30 @@ def test_a_run_stops_and_goes_on(tmp_path: Path) -> None:
     assert RunFolder(path).state == "stopped"
     assert f"run folder: {path}" in out
     assert "stopped at step" in (path / "run.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_mixed_data_goes_on(tmp_path: Path) -> None:
+    """By the same command, to the records of a run that was never killed."""
+    mixed = (*TINY_DYNMOE, "task.steps=150", "task.eval_every=50", "+task.save_every=7")
+    mixed += ("mixing=dynamic", "mixing.every=4", "mixing.probe_tokens=40", "mixing.eta=50")
+    ended, straight = tmp_path / "killed", tmp_path / "straight"
+    ended.mkdir()
+    status, _, _ = stopped(ended, *mixed, by=signal.SIGKILL, probes=3)
+    (path,) = ended.glob("vit_domainbed/[!.]*")
+    assert status == -signal.SIGKILL and RunFolder(path).state == "stopped"
+    assert 3 <= len(RunFolder(path).read("mixing")) < 38
+    for outputs in (ended, straight):
+        subprocess.run(command(outputs, *mixed), check=True, capture_output=True)
+    found, expected = (
+        RunFolder(next(outputs.glob("vit_domainbed/[!.]*"))) for outputs in (ended, straight)
+    )
+    assert found.state == "done" and len(found.read("mixing")) == 38
+    for kind, keys in RECORDED.items():
+        first, second = (
+            [[each[key] for key in keys] for each in run.read(kind)] for run in (found, expected)
+        )
+        assert first == second, kind
 
 
 @pytest.mark.slow
