@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from dynmoe.records import Record
 from dynmoe.report.drawing import COLOURS, lay_out
 from dynmoe.report.tables import Table, format_number
-from dynmoe.report.words import is_points, measure_number
+from dynmoe.report.words import measure_number, panels_of
 
 OWN = "own"
 """The rule of a record of the run as it was trained."""
@@ -41,17 +41,21 @@ def budget_table(records: Sequence[Record], title: str) -> Table:
             _cut(each),
             format_number(each["mean_k"], ".2f"),
             _span(each["layers"].values(), ".2f"),
-            measure_number(each["measure"], each["score"], 2),
-            measure_number("loss", each["loss"]),
+            *(measure_number(key, value, 2) for key, value in _results(each).items()),
         )
         for each in records
     )
-    measure = records[0]["measure"].replace("_", " ")
-    columns = ("rule", "target", "cut", "mean k", "of layers", measure, "loss")
+    measures = (key.replace("_", " ") for key in _results(records[0]))
+    columns = ("rule", "target", "cut", "mean k", "of layers", *measures)
     note = (
         "Mean k and cuts for a target are of the reported sets' inputs, found without their labels."
     )
     return Table(f"Budgets after training: {title}", columns, rows, note)
+
+
+def _results(record: Record) -> dict[str, float]:
+    """The reported measure, and the loss if that is another one."""
+    return {record["measure"]: record["score"], "loss": record["loss"]}
 
 
 def _cut(record: Record) -> str:
@@ -69,13 +73,11 @@ def _span(numbers: Iterable[float], form: str) -> str:
 
 def draw_budgets(records: Sequence[Record], title: str) -> Figure:
     """Score and loss over mean k: a line for each rule, the run's own point in black."""
-    figure, panels = lay_out(2, width=3.8, height=3.2, beside=2.4)
-    measure = records[0]["measure"]
-    points = is_points(measure)
-    panels[0].set_ylabel(measure.replace("_", " ") + ("" if points else ", %"))
-    panels[1].set_ylabel("mean loss (negative log-likelihood)")
+    shown = panels_of(records[0]["measure"])
+    figure, panels = lay_out(len(shown), width=3.8, height=3.2, beside=2.4)
     rules = dict.fromkeys(each["rule"] for each in records if each["rule"] != OWN)
-    for axes, key, factor in zip(panels, ("score", "loss"), (1 if points else 100, 1), strict=True):
+    for axes, (key, (label, factor)) in zip(panels, shown.items(), strict=True):
+        axes.set_ylabel(label)
         for rule, colour, mark in zip((OWN, *rules), ("", *COLOURS), (" ", *MARKS), strict=False):
             style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 5}
             found = sorted(
