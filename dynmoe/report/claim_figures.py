@@ -151,8 +151,8 @@ def draw_claim(claim: Claim) -> Picture | None:
         "dense, and every setting of the grid",
         f"{'Left' if scale.less_is_better else 'Right'} of 0 {claim.setting} is better. Dots are "
         "matched repetitions, lines 95 % intervals of a paired t test, not corrected; where there "
-        f"is no test there is no line. The mark is by the test's p (< {LEVEL}), corrected by Holm's method for "
-        f"{shown[0].family} comparisons.",
+        f"is no test there is no line. The mark is by the test's p (< {LEVEL}), corrected by "
+        f"Holm's method for {shown[0].family} comparisons.",
     )
 
 

@@ -49,7 +49,7 @@ def gloss_corpus(trial_seed: int) -> Corpus:
     """
     train, dev = (read_glosses(split).texts[0] for split in ("train", "dev"))
     dealt = _dealt(dev, {"validation": 0.5, "test": 0.5}, trial_seed)
-    return Corpus(_ordered({"train": list(train), **dealt}), {})
+    return Corpus(_ordered({**dealt, "train": train}), {})
 
 
 def folder_corpus(
@@ -235,7 +235,8 @@ def _number(text: str) -> float:
 def _ordered(sets: dict[str, list[str]]) -> dict[str, list[str]]:
     """Each set in the order of a hash; copies of a text are far from one another."""
     found = {}
-    for name, documents in sets.items():
+    for name in (each for each in SETS if each in sets):
+        documents = sets[name]
         seen: Counter[str] = Counter()
         keyed = []
         for text in documents:
