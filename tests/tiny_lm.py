@@ -25,18 +25,27 @@ TINY_LM = (
     "data.batch_size=4",
     "task.steps=6",
     "task.eval_every=3",
-    "backbone.options={hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, "
-    "num_key_value_heads: 2, intermediate_size: 32}",
     "logger=none",
     "trainer.enable_progress_bar=false",
+)
+LLAMA = (
+    "backbone.options={hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, "
+    "num_key_value_heads: 2, intermediate_size: 32}",
+)
+GPT2 = (
+    "backbone=lm_tiny_gpt2",
+    "backbone.options={n_embd: 16, n_layer: 2, n_head: 2, n_positions: 32}",
 )
 FEW_EXPERTS = ("moe.num_experts=2", "moe.max_experts=4")
 
 
-def config(root: Path, *overrides: str, moe: str = "dynmoe") -> DictConfig:
-    few = FEW_EXPERTS if moe == "dynmoe" else ()
+def config(
+    root: Path, *overrides: str, moe: str = "dynmoe", backbone: tuple[str, ...] = LLAMA
+) -> DictConfig:
+    mixture = [*(FEW_EXPERTS if moe == "dynmoe" else ()), "moe.layers=all"]
+    given = [f"moe={moe}", *([] if moe == "dense" else mixture), *backbone, *overrides]
     with initialize_config_module("dynmoe.conf", version_base="1.3"):
-        return compose("config", [*TINY_LM, f"data.root={root}", f"moe={moe}", *few, *overrides])
+        return compose("config", [*TINY_LM, f"data.root={root}", *given])
 
 
 def documents(count: int = 40, seed: int = 0) -> list[str]:

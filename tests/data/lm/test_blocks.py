@@ -21,6 +21,7 @@ from dynmoe.data.lm.blocks import (
     end_of,
 )
 from dynmoe.data.lm.module import CorpusData
+from dynmoe.data.text.batches import Key
 from dynmoe.training.build import build_data
 
 TEXTS = [*documents(20), "naïve — 東京 🙂 \t end", f"it says {END} and goes on", "x"]
@@ -54,8 +55,8 @@ def test_padding_is_at_the_end_alone() -> None:
     rows = len(stream.counts(16))
     blocks = Blocks({"train": stream}, 16, 0)
     last, whole = (
-        blocks.__getitems__([("train", row, 1.0) for row in rows_])  # type: ignore[list-item]
-        for rows_ in ((0, rows - 1), (0, 1))
+        blocks.__getitems__([Key("train", row) for row in chosen])
+        for chosen in ((0, rows - 1), (0, 1))
     )
     short = int(stream.counts(16)[-1])
     assert last.tokens["attention_mask"].sum(1).tolist() == [16, short]
