@@ -102,6 +102,7 @@ def test_budgets_after_training(straight: RunFolder) -> None:
     assert others and others[0]["mean_k"] == pytest.approx(1, rel=0.2)
 
 
+@pytest.mark.slow  # all figures of a report
 def test_the_report(straight: RunFolder, tmp_path: Path) -> None:
     (straight.path / "done").touch()
     page.write(read_runs([straight.path]), tmp_path)
