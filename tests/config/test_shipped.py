@@ -42,6 +42,7 @@ HOMES = {
     "schedule=vl_code_phi2": "vision-language",
     "stage": "vision-language",
     "sweep=glue_small": "text",
+    "sweep=lm_small": "text-stream",
     "sweep=paper_glue": "text",
     "sweep=vl_small": "vision-language",
 }
