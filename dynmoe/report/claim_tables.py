@@ -257,11 +257,11 @@ def _caveats(claim: Claim) -> Iterator[str]:
     whole = claim.overall
     last, scale = whole.at_the_end, claim.words.scale
     if last is not None and claim.problem.validates:
-        own, of_grid = (format_result(x, scale) for x in (last.own, last.grid))
+        reached, of_grid = (format_result(x, scale) for x in (last.own, last.grid))
         grid = "" if math.isnan(last.grid) else f", the mean of the grid {of_grid}"
         yield (
             f"At the end of training instead of the selected steps: {claim.setting} "
-            f"{own}{grid}, rank {last.rank}."
+            f"{reached}{grid}, rank {last.rank}."
         )
     if claim.problem.selection == "best_dev":
         yield (

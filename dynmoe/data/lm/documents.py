@@ -72,8 +72,12 @@ def folder_corpus(
     """
     files = _files(root)
     given = {"validation": validation, "test": test}
-    patterns = {name: list(held) for name, held in given.items() if not _is_share(held)}
-    shares = {name: float(held) for name, held in given.items() if _is_share(held) and held}
+    shares = {name: held for name, held in given.items() if isinstance(held, int | float) and held}
+    patterns = {
+        name: list(held)
+        for name, held in given.items()
+        if held is not None and not isinstance(held, int | float)
+    }
     found: dict[str, list[str]] = {name: [] for name in SETS}
     left_out: Counter[str] = Counter()
     problems: list[str] = []
@@ -110,10 +114,6 @@ def folder_corpus(
                 *(shared, len(sets[name]), name),
             )
     return Corpus(_ordered({name: sets[name] for name in wanted}), dict(left_out))
-
-
-def _is_share(held: Held) -> bool:
-    return held is None or isinstance(held, int | float)
 
 
 def _files(root: Path) -> list[Path]:
@@ -250,7 +250,7 @@ def _empty(name: str, held: Held, count: int, unit: Unit) -> str:
     fix = "Give more documents, or other shares"
     if unit != "line":
         fix += "; data.unit=paragraph or line divides text files into more documents"
-    if name != "train" and not _is_share(held):
+    if held is not None and not isinstance(held, int | float):
         fix = "Expected patterns of file names relative to data.root, e.g. 'valid/*.jsonl'"
     rule = f"data.{name}={held}" if name != "train" else "data.root"
     return f"{rule}: no document of {count} for {name}. {fix}."
