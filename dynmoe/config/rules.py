@@ -295,7 +295,7 @@ def only_of_one_modality(cfg: DictConfig) -> Iterator[str]:
     kind = modality(cfg, "task.module")
     stops = kind in ("text", "text-stream")
     if read(cfg, "task.patience", object) is not None and not stops:
-        yield "task.patience: only runs of task=glue and task=lm stop early. Leave it out"
+        yield "task.patience: only text runs stop early. Leave it out"
     if read(cfg, "hparams_seed", int) and kind != "image":
         yield "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer.lr instead"
     name = read(cfg, "protocol.name", str)
