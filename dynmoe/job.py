@@ -27,7 +27,8 @@ WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the
 
 
 def job(cfg: DictConfig) -> float | None:
-    """One run, from its configuration to its summary. Returns the score it is selected by.
+    """One run, from its configuration to its summary. Returns the number it is selected by, a loss
+    with the opposite sign: more is better.
 
     A finished run is shown, not repeated; an interrupted one goes on from its last evaluation.
     """
@@ -210,7 +211,8 @@ def show(folder: RunFolder, quiet: bool = False) -> float:
     elif not quiet:
         Console().print(summary.to_console(run))
         print(f"Run folder, with figures/ and summary.md:\n{folder.path}")  # one line, to be copied
-    return run.outcome.validation
+    found = run.outcome.validation
+    return -found if run.scale.less_is_better else found
 
 
 def _refuse_other_data(cfg: DictConfig, folder: RunFolder) -> None:

@@ -1,5 +1,5 @@
 """Which step of which run a result is reported for: DomainBed's three selection rules, GLUE's two,
-and LLaVA's.
+that of language modelling, and LLaVA's.
 
 `measured_by` says once, when a run is written, which sets and which measure its rule selects by
 and which are reported; `judged` and `selected` read only that and the scores of a record (a line
@@ -12,7 +12,8 @@ in split, its larger part.
 
 GLUE: the test sets have no public labels, so the score on dev is reported. Published tables choose
 the epoch, and the learning rate, by that same score (`best_dev`), which is optimistic for every
-method; `heldout` chooses by examples set aside from the training set. LLaVA takes the last step.
+method; `heldout` chooses by examples set aside from the training set. Language models are chosen by
+the loss on validation documents, of which less is better (`goodness`). LLaVA takes the last step.
 
 One deviation from DomainBed: a NaN validation accuracy never beats a number. DomainBed does the
 same between draws, but within a run its plain `max` keeps a NaN that comes first.
@@ -35,14 +36,25 @@ RULES = {
     "leave_one_domain_out": "leave-one-domain-out validation",
     "best_dev": "best score on dev, which is also reported",
     "heldout": "held-out part of the training set",
+    "validation": "loss on the validation set",
     "last_step": "the last step",
 }
 
 # Rules that take the last step: the oracle looks at the test environment once per run.
 LAST = ("oracle", "last_step")
 
-# GLUE's rules, which select by whole sets: those that are reported, or the held-out ones.
-OF_SETS = ("best_dev", "heldout")
+# Rules that select by whole sets: those that are reported, or others.
+OF_SETS = ("best_dev", "heldout", "validation")
+
+# Measures of which less is better.
+LESS_IS_BETTER = ("loss", "bits_per_byte", "perplexity")
+
+
+def goodness(measure: str, value: float) -> float:
+    """A number that is the larger the better the value is; NaN is lowest."""
+    if math.isnan(value):
+        return -math.inf
+    return -value if measure in LESS_IS_BETTER else value
 
 
 def rule_of(config: Mapping[str, Any]) -> str:
@@ -54,13 +66,15 @@ def measured_by(rule: str, env_names: Sequence[str], test_envs: Sequence[int]) -
     """The entries `selects` and `reported` of `run.json`: `{"sets": [...], "measure": ...}` each.
 
     The mean over the sets counts. Rules of DomainBed select and report accuracies on the splits
-    `<environment>/in` and `<environment>/out`, the others the score of whole sets. `last_step`
-    selects by no score; its first reported set says how well the run does.
+    `<environment>/in` and `<environment>/out`, `validation` the loss, the others the score of whole
+    sets. `last_step` selects by no score; its first reported set says how well the run does.
     """
     tests = [env_names[index] for index in test_envs]
     measure = "score"
     selects, reported = tests[:1], tests
-    if rule in OF_SETS:  # of several tasks, each has sets of its own
+    if rule == "validation":
+        measure, selects = "loss", ["validation"]
+    elif rule in OF_SETS:  # of several tasks, each has sets of its own
         heldout = ["heldout" if name == "dev" else f"{name}/heldout" for name in tests]
         selects = tests if rule == "best_dev" else heldout
     elif rule in DOMAINBED:
@@ -113,7 +127,8 @@ def selected(records: Sequence[Record], facts: Mapping[str, Any]) -> Record | No
         return None
     if rule in LAST:
         return max(records, key=lambda record: record["step"])
-    best = _best(judged(record, facts) for record in records)
+    judging = (judged(record, facts) for record in records)
+    best = _best(judging, facts["selects"]["measure"])
     return None if best is None else best.record
 
 
@@ -191,13 +206,9 @@ def best_of_sweep(records: Iterable[Record], rule: str, test_env: int) -> Choice
     return _best(choice for choice in reversed(choices) if choice is not None)
 
 
-def _best(choices: Iterable[Choice]) -> Choice | None:
-    """The first of the best; NaN is lowest."""
-    return max(
-        choices,
-        key=lambda choice: -math.inf if math.isnan(choice.validation) else choice.validation,
-        default=None,
-    )
+def _best(choices: Iterable[Choice], measure: str = "accuracy") -> Choice | None:
+    """The first of the best."""
+    return max(choices, key=lambda choice: goodness(measure, choice.validation), default=None)
 
 
 def _holding_out(test_envs: set[int], records: Iterable[Record]) -> list[Record]:

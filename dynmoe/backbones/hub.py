@@ -227,6 +227,23 @@ TARGETS = (
 )
 
 
+def adapt(model: Any, fresh: Collection[str], lora: Mapping[str, Any] | None) -> None:
+    """``add_adapters`` by the node ``backbone.lora``; None: none.
+
+    Raises:
+        ConfigError: unknown keys or values, a model they do not fit, or no peft.
+    """
+    if lora is None:
+        return
+    try:
+        add_adapters(model, fresh, **lora)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"backbone.lora: expected keys among r, alpha, dropout and a model whose attention "
+            f"they fit, found {dict(lora)} for {model.config.model_type}: {error}"
+        ) from error
+
+
 def add_adapters(
     model: Any, fresh: Collection[str] = (), r: int = 8, alpha: int = 16, dropout: float = 0.1
 ) -> None:

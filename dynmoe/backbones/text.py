@@ -19,25 +19,22 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from dynmoe.backbones import hub
 from dynmoe.backbones.families import FAMILIES
-from dynmoe.backbones.hub import add_adapters
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import mask_padding
 
 modality = "text"
 
 
-class TextClassifier(nn.Module):
-    """A sequence classifier of transformers, whose MoE layers leave padding out.
+class TextModel(nn.Module):
+    """A model of transformers that reads texts, and whose MoE layers leave padding out.
 
-    ``{"input_ids": [B, N], "attention_mask": [B, N], ...} -> [B, C]``; without a mask nothing is
-    padding. ``grad_checkpointing`` recomputes blocks in the backward pass, with the padding of
-    their own forward.
+    ``grad_checkpointing`` recomputes blocks in the backward pass, with the padding of their own
+    forward.
     """
 
     def __init__(self, model: Any, grad_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model.train()  # from_pretrained leaves it in evaluation mode
-        self._arguments = frozenset(inspect.signature(model.forward).parameters)
         self._token_mask: Tensor | None = None
         if grad_checkpointing:
             # NOTE: the second is the name in early versions of transformers 5.
@@ -51,8 +48,8 @@ class TextClassifier(nn.Module):
         """The configuration of transformers."""
         return self.model.config
 
-    def check_length(self, tokens: int) -> None:
-        """Check that texts of so many tokens have a position for each.
+    def check_length(self, tokens: int, key: str = "data.max_length") -> None:
+        """Check that texts of so many tokens, which ``key`` asks for, have a position for each.
 
         Raises:
             ConfigError: there are fewer positions. Relative and rotary ones have no end.
@@ -60,9 +57,23 @@ class TextClassifier(nn.Module):
         places = hub.positions(self.model)
         if places is not None and tokens > places:
             raise ConfigError(
-                f"data.max_length={tokens}: this backbone has positions for {places} tokens. Set "
-                f"data.max_length={places}, or choose another backbone."
+                f"{key}={tokens}: this backbone has positions for {places} tokens. Set "
+                f"{key}={places}, or choose another backbone."
             )
+
+    def _forward_and_recompute(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), mask_padding(self.model, self._token_mask)
+
+
+class TextClassifier(TextModel):
+    """A sequence classifier: ``{"input_ids": [B, N], "attention_mask": [B, N], ...} -> [B, C]``;
+    without a mask nothing is padding."""
+
+    def __init__(self, model: Any, grad_checkpointing: bool = False) -> None:
+        super().__init__(model, grad_checkpointing)
+        self._arguments = frozenset(inspect.signature(model.forward).parameters)
 
     def check_pairs(self) -> None:
         """Check that the two texts of a pair may be told apart by ``token_type_ids``.
@@ -84,11 +95,6 @@ class TextClassifier(nn.Module):
             # Models without token types need not be told them by a tokenizer that writes them.
             known = {name: each for name, each in tokens.items() if name in self._arguments}
             return self.model(**known).logits
-
-    def _forward_and_recompute(
-        self,
-    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), mask_padding(self.model, self._token_mask)
 
 
 def build_text_classifier(
@@ -141,14 +147,7 @@ def build_text_classifier(
                 f"{str(error).splitlines()[0]}"
             ) from error
     hub.check_vocabulary(classifier, vocab_size, model, path)
-    if lora is not None:
-        try:
-            add_adapters(classifier, fresh, **lora)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"backbone.lora: expected keys among r, alpha, dropout and a model whose attention "
-                f"they fit, found {dict(lora)} for {config.model_type}: {error}"
-            ) from error
+    hub.adapt(classifier, fresh, lora)
     return TextClassifier(classifier, grad_checkpointing)
 
 

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import PreTrainedConfig
 
 from dynmoe.backbones import hub
+from dynmoe.backbones.causal import causal_language_model
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import MoELayer, constant_weights, mask_padding, moe_layers
@@ -203,24 +203,13 @@ def build_vision_language_model(
         ConfigError: a language model that is not there or cannot be built, that sees the tokens
             it predicts, or that has fewer embeddings than the data have tokens.
     """
-    config = hub.configuration(model, path, architecture, options or {})
-    if architecture is not None:
-        config.pad_token_id = pad_token_id
-        if vocab_size is not None:
-            config.vocab_size = vocab_size
-    if eos_token_id is not None:
-        config.eos_token_id = eos_token_id
-    language_model = _language_model(model, path, config, pretrained)
-    _check_causal(language_model.config)
-    language_model.generation_config = language_model.generation_config.__class__()
-    hub.check_vocabulary(language_model, vocab_size, model, path)
-    embeddings = language_model.get_input_embeddings()
-    # Padding is masked. Where it is the end token, that one has to learn, which nn.Embedding
-    # would keep from it.
-    embeddings.padding_idx = None
+    language_model = causal_language_model(
+        model, path, architecture, pretrained, options, vocab_size, pad_token_id, eos_token_id
+    )
+    width = language_model.get_input_embeddings().embedding_dim
     return VisionLanguageModel(
         vision,
-        build_projector(projector, vision.width, embeddings.embedding_dim),
+        build_projector(projector, vision.width, width),
         language_model,
         grad_checkpointing,
         pad_token_id,
@@ -265,33 +254,6 @@ def train_only(model: VisionLanguageModel, parts: Sequence[Part]) -> None:
             f"among {', '.join(get_args(Part))}"
         )
     model.train()
-
-
-def _language_model(model: str | None, path: str | None, config: Any, pretrained: bool) -> Any:
-    if not pretrained:
-        try:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except ValueError as error:
-            raise ConfigError(
-                f"backbone: transformers makes no causal language model of a '{config.model_type}' "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-    if model is None and path is None:
-        raise ConfigError(
-            "backbone.pretrained=true: an architecture has no weights. Give backbone.model or "
-            "backbone.path, or train from scratch with backbone.pretrained=false."
-        )
-    return hub.with_weights(AutoModelForCausalLM, model, path, config)
-
-
-def _check_causal(config: PreTrainedConfig) -> None:
-    """transformers makes encoders that see the following tokens, too; it only warns."""
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if masked and getattr(config, "is_decoder", None) is False:
-        raise ConfigError(
-            f"backbone: a '{config.model_type}' sees the tokens that it has to predict. Take a "
-            "decoder, e.g. backbone.architecture=llama, or set backbone.options.is_decoder=true."
-        )
 
 
 def _as_list(ids: Any) -> list[int]:

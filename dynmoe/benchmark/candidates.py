@@ -101,6 +101,7 @@ STEP_DEFAULTS = {
         *FEW_EXPERTS,
     ],
     "glue": ["backbone.pretrained=false", *FEW_EXPERTS],
+    "lm": ["backbone.pretrained=false", *FEW_EXPERTS],
     "vl": [
         "backbone.pretrained=false",
         "backbone.vision.pretrained=false",
@@ -138,5 +139,6 @@ def keys(overrides: Sequence[str]) -> set[str]:
 
 
 def modality(cfg: DictConfig) -> str | None:
-    """Return the modality of the task: ``image``, ``text`` or ``vision-language``."""
+    """Return the modality of the task: ``image``, ``text``, ``text-stream`` or
+    ``vision-language``."""
     return options.modality(cfg, "task.module")

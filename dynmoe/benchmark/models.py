@@ -57,7 +57,8 @@ ENDLESS = 10**9
 
 
 class LabelledBatch(Protocol):
-    """A ``ImageBatch`` of images, a ``TextBatch`` or a ``ConversationBatch``."""
+    """A batch of images, texts, blocks or conversations: ``ImageBatch``, ``TextBatch``,
+    ``TokenBatch``, ``ConversationBatch``."""
 
     @property
     def inputs(self) -> tuple[Any, ...]: ...
@@ -94,7 +95,7 @@ def of_data(cfg: DictConfig, data: TaskData, device: torch.device) -> Workload:
     batches = training_batches(data, device, cfg)
     facts = {
         "data": data.name,
-        "max_length": cfg.data.max_length,
+        "max_length": cfg.data.get("max_length", cfg.data.get("length")),
         "batch": cfg.data.batch_size,
         **token_facts(batches),
     }
@@ -179,12 +180,19 @@ def tokens_of(batches: Sequence[LabelledBatch]) -> float | None:
     """Return the mean number of real tokens of a batch; None for images."""
     if isinstance(batches[0], ImageBatch):
         return None
-    return fmean(int(batch.inputs[0]["attention_mask"].sum()) for batch in batches)
+    return fmean(int(mask.sum()) for mask in map(_mask, batches))
+
+
+def _mask(batch: LabelledBatch) -> Tensor:
+    """The attention mask [B, N]; of ones where a batch has none."""
+    tokens: dict[str, Tensor] = batch.inputs[0]
+    found = tokens.get("attention_mask")
+    return torch.ones_like(tokens["input_ids"]) if found is None else found
 
 
 def padded_share(batches: Sequence[LabelledBatch]) -> float:
     """Return the share of padding in the positions that are computed."""
-    masks = [batch.inputs[0]["attention_mask"] for batch in batches]
+    masks = list(map(_mask, batches))
     return 1 - sum(int(m.sum()) for m in masks) / sum(m.numel() for m in masks)
 
 
@@ -378,8 +386,8 @@ def classification_loss(model: nn.Module, aux_weight: float, batch: LabelledBatc
         value = F.cross_entropy(output.float(), batch.scored[1])
     elif batch.label.is_floating_point():
         value = F.mse_loss(output.squeeze(1), batch.label)
-    else:
-        value = F.cross_entropy(output, batch.label)
+    else:  # of classes, or of the next tokens of blocks
+        value = F.cross_entropy(output.flatten(0, -2), batch.label.flatten())
     for calls in tape.values():
         value = value + aux_weight * sum(call.aux for call in calls)
         # Its weight does not show in the time.

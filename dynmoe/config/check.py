@@ -19,7 +19,14 @@ from omegaconf.errors import (
 from dynmoe.config.annotations import mismatches, shown, takes_objects
 from dynmoe.config.options import written
 from dynmoe.config.ranges import outside
-from dynmoe.config.rules import RULES, SWEEP_RULES, protocol_fits, same_modality, stage_is_chosen
+from dynmoe.config.rules import (
+    RULES,
+    SWEEP_RULES,
+    is_language_model,
+    protocol_fits,
+    same_modality,
+    stage_is_chosen,
+)
 from dynmoe.config.runs import names_once, previous
 from dynmoe.config.schema import schema
 from dynmoe.config.targets import Parameter, Signature, TargetError, did_you_mean, signature
@@ -131,7 +138,8 @@ def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
     indirect: list[str] = []
     _walk(cfg, "", direct, indirect)
     # Image data copy keys that text backbones and protocols lack: rules name the cause.
-    if any(any(rule(cfg)) for rule in (same_modality, protocol_fits, stage_is_chosen)):
+    fits = (same_modality, is_language_model, protocol_fits, stage_is_chosen)
+    if any(any(rule(cfg)) for rule in fits):
         direct = [text for text in direct if "Interpolation key" not in text]
     for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
         direct.extend(rule(cfg))

@@ -95,6 +95,8 @@ def _sources(cfg: DictConfig, rule: str) -> Iterator[str]:
     kind = modality(cfg, "data")
     if kind == "text" and not target.endswith(MIX):
         yield f"{one} data=glue_mix 'data.tasks=[rte,mrpc]', or leave mixing out."
+    elif kind == "text-stream":
+        yield f"{one} another task, or leave mixing out."
     elif kind == "image":
         names, tests = environment_names(cfg), test_indices(cfg)
         if names and 0 < len(names) - len(set(tests)) < 2:

@@ -168,6 +168,13 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
         )
     elif kind in FAMILIES:
         return
+    elif modality(cfg, "backbone") == "text-stream" and (causal := causal_models()):
+        is_decoder = bool(_setting(cfg, "is_decoder"))
+        if kind not in causal or (kind in encoders() and not is_decoder):
+            yield (
+                f"{key}: a '{kind}' model sees the tokens that it has to predict, or transformers "
+                "has no causal language model of it. Take a decoder, e.g. llama, gpt2, qwen3"
+            )
     elif modality(cfg, "backbone") == "text" and kind not in (has := text_classifiers()) and has:
         yield (
             f"{key}: transformers has no text classifier of '{kind}' models "
@@ -266,9 +273,9 @@ def causal_model(cfg: DictConfig) -> Iterator[str]:
     except TargetError:
         return
     kind = model_type(cfg)
-    is_vl = modality(cfg, "backbone") == "vision-language"
+    generates = modality(cfg, "backbone") in ("text-stream", "vision-language")
     known = encoders()
-    causal = is_vl or bool(kind is not None and known and kind not in known)
+    causal = generates or bool(kind is not None and known and kind not in known)
     if sees_batch is True and causal:
         name = read(cfg, "moe.name", str)
         yield (
@@ -339,6 +346,12 @@ def transformers_types() -> tuple[str, ...]:
 def text_classifiers() -> tuple[str, ...]:
     """Model types with a text classifier in transformers (models/auto); empty without it."""
     return _auto_types("SEQUENCE_CLASSIFICATION")
+
+
+@lru_cache
+def causal_models() -> tuple[str, ...]:
+    """Model types with a causal language model in transformers (models/auto); empty without it."""
+    return _auto_types("CAUSAL_LM")
 
 
 @lru_cache

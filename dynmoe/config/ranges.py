@@ -23,6 +23,7 @@ ABOVE_ONE = Range("more than 1", lambda n: n > 1)
 SHARE = Range("a share from 0 to 1", lambda n: 0 <= n <= 1)
 SOME = Range("a share above 0, up to 1", lambda n: 0 < n <= 1)
 COSINE = Range("a cosine from -1 to 1", lambda n: -1 <= n <= 1)
+BYTES = Range("257 or more, the bytes and an end token", lambda n: n >= 257)
 BELOW_ONE = Range("0 or more, below 1", lambda n: 0 <= n < 1)
 FROM_THE_END = Range("-1 or less, counted from the end", lambda n: n <= -1)
 # numpy and Lightning take seeds of 32 bits.
@@ -41,13 +42,14 @@ RANGES: dict[Range, str] = {
         "task.epochs task.eval_every task.save_every task.patience protocol.patience "
         "protocol.*.epochs protocol.*.eval_every protocol.*.batch_size protocol.*.steps "
         "data.batch_size data.eval_batch_size data.max_length data.max_new_tokens "
-        "data.image_size data.patch_size data.content.px data.content.*_scenes "
+        "data.length data.image_size data.patch_size data.content.px data.content.*_scenes "
         "data.content.test_questions data.content.max_turns "
         "backbone.image_size backbone.vision.image_size backbone.vision.patch_size "
         "backbone.lora.r backbone.lora.alpha backbone.adapter.dim backbone.adapter.inner "
         "trainer.accumulate_grad_batches trainer.num_nodes trainer.log_every_n_steps "
         "plan.conversations mixing.every mixing.probe_tokens"
     ),
+    BYTES: "data.vocabulary",
     ENDLESS: "task.steps trainer.max_steps",
     NOT_NEGATIVE: (
         "task.optimizer.lr task.optimizer.weight_decay task.optimizer.eps "
@@ -83,7 +85,7 @@ RANGES: dict[Range, str] = {
     ),
     BELOW_ONE: (
         "moe.expert_dropout backbone.drop_path backbone.lora.dropout task.optimizer.betas.* "
-        "moe.router.ema "
+        "moe.router.ema data.validation data.test "
         "task.optimizer.momentum *.options.*drop*_rate *.options.*drop* *.options.*pdrop"
     ),
     FROM_THE_END: "backbone.vision.layer",

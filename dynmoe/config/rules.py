@@ -277,11 +277,13 @@ def growth_fits(cfg: DictConfig) -> Iterator[str]:
 SELECTIONS = {
     "image": ("training_domain_validation", "oracle", "leave_one_domain_out"),
     "text": ("best_dev", "heldout"),
+    "text-stream": ("validation",),
     "vision-language": ("last_step",),
 }
 PROTOCOLS = {
     "image": "domainbed, gmoe or swad",
     "text": "glue or glue_heldout",
+    "text-stream": "lm",
     "vision-language": "llava",
 }
 
@@ -291,7 +293,8 @@ OWN_DRAWS = ("gmoe", "swad")  # protocols whose code draws from other ranges tha
 
 def only_of_one_modality(cfg: DictConfig) -> Iterator[str]:
     kind = modality(cfg, "task.module")
-    if read(cfg, "task.patience", object) is not None and kind != "text":
+    stops = kind in ("text", "text-stream")
+    if read(cfg, "task.patience", object) is not None and not stops:
         yield "task.patience: only text runs stop early. Leave it out"
     if read(cfg, "hparams_seed", int) and kind != "image":
         yield "hparams_seed: draws DomainBed's hyper-parameters. Sweep task.optimizer.lr instead"
@@ -448,6 +451,46 @@ def text_run(cfg: DictConfig) -> Iterator[str]:
         yield "data.linear_baseline: needs classes, this task has none. Set it to false"
 
 
+# Language modelling.
+
+
+def corpus_run(cfg: DictConfig) -> Iterator[str]:
+    """The library and the sets that a run on documents needs."""
+    if modality(cfg, "data") != "text-stream":
+        return
+    if find_spec("pyarrow") is None:
+        yield 'task: needs pyarrow: pip install -e ".[language]"'
+    shares = {name: read(cfg, f"data.{name}", float) for name in ("validation", "test")}
+    given = sum(share for share in shares.values() if share is not None)
+    if shares["validation"] == 0 or read(cfg, "data.validation", list) == []:
+        yield (
+            "data.validation: expected a share above 0, or patterns of files: it selects the step. "
+            "Set data.validation=0.05"
+        )
+    if given >= 1:
+        yield (
+            f"data: validation and test are {given:g} of the documents together, which leaves none "
+            "to train on. Lower them"
+        )
+
+
+# The key that only backbones of one modality have.
+MARKS = {"image_size": "image", "vision": "vision-language"}
+
+
+def is_language_model(cfg: DictConfig) -> Iterator[str]:
+    """task=lm sets the builder of its backbone: one of another kind shows in its keys."""
+    if modality(cfg, "task.module") != "text-stream":
+        return
+    node = cfg.get("backbone", {})
+    for key, kind in MARKS.items():
+        if key in node:
+            yield (
+                f"backbone: task.module works on text-stream, this backbone on {kind}. Choose "
+                "backbone=lm_tiny, lm_tiny_gpt2, smollm2, gpt2, pythia or qwen2."
+            )
+
+
 # Any run.
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -570,6 +613,8 @@ RULES: tuple[Rule, ...] = (
     models.sparse_tokens,
     *(
         text_run,
+        corpus_run,
+        is_language_model,
         models.language_model,
         models.own_mixture,
         models.causal_model,

@@ -25,7 +25,8 @@ from dynmoe.config.options import device_count
 # Dotted keys that do not change the result of a run.
 NOT_IN_IDENTITY = (
     *("hydra", "logger", "mode", "name", "overwrite", "paths", "plan", "sweep"),
-    *("protocol.datasets", "protocol.defaults", "protocol.stages"),  # other keys copy those in use
+    # Other keys copy those in use.
+    *("protocol.datasets", "protocol.defaults", "protocol.scratch", "protocol.stages"),
     *("runtime.malloc", "runtime.progress_every", "moe.recompute", "moe.backend"),
     *("task.save_every", "task.on_nonfinite"),
     "backbone.grad_checkpointing",  # the same numbers, computed twice

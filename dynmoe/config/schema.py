@@ -18,6 +18,7 @@ Selection = Literal[
     "leave_one_domain_out",
     "best_dev",
     "heldout",
+    "validation",
     "last_step",
 ]
 Placement = Literal["last_two", "every_two", "sparse", "first_half", "second_half", "all", "none"]
@@ -58,9 +59,10 @@ class Protocol:
     holdout_fraction: float
     defaults: dict[str, Any] | None = None
     datasets: dict[str, Any] | None = None
+    scratch: dict[str, Any] | None = None
     augment_eval: bool = False  # images only
     stages: dict[str, Any] | None = None  # recipes by stage, instead of defaults and datasets
-    selection: Selection | None = None  # these three: texts and vision-language only
+    selection: Selection | None = None  # these three: not of images
     patience: int | None = None
     searched: list[str] | None = None
 
@@ -196,6 +198,7 @@ SCHEMAS: dict[str, type] = {
     "protocol": Protocol,
     "protocol.defaults": Recipe,
     "protocol.datasets.*": Recipe,
+    "protocol.scratch": Recipe,
     "protocol.stages.*.defaults": Recipe,
     "protocol.stages.*.datasets.*": Recipe,
     "protocol.stages.*.scratch": Recipe,

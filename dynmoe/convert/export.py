@@ -72,6 +72,8 @@ def order(given: Mapping[str, str]) -> Order:
     fitting = [name for name, each in FORMATS.items() if kind in each.modalities]
     chosen = given.get("format") or next(iter(fitting), "")
     if chosen not in fitting:
+        if not fitting:
+            raise ConfigError(f"run={given['run']}: there is no format for {kind} runs yet")
         known = f"not for {kind} runs" if chosen in FORMATS else "unknown"
         raise ConfigError(f"format={chosen}: {known}, expected {' or '.join(fitting)}")
     if chosen != "llava":

@@ -1,4 +1,4 @@
-"""Data modules, by what a run reads: images, texts, or images with text."""
+"""Data modules, by what a run reads: images, texts, documents, or images with text."""
 
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     )
     from dynmoe.data.images.environments import image_folders
     from dynmoe.data.images.module import DomainData
+    from dynmoe.data.lm.module import CorpusData
     from dynmoe.data.text.mix import GlueMixData
     from dynmoe.data.text.module import GlueData
     from dynmoe.data.vl.content import easy_vqa, llava, questions_only, scenes, science_qa, vqa
     from dynmoe.data.vl.module import VisionLanguageData
 
 __all__ = [
+    "CorpusData",
     "DomainData",
     "GlueData",
     "GlueMixData",
@@ -42,6 +44,7 @@ __getattr__ = lazy(
         "images.module": "DomainData",
         "images.environments": "image_folders",
         "images.digits": "rotated_digits colored_digits rotated_mnist colored_mnist",
+        "lm.module": "CorpusData",
         "text.module": "GlueData",
         "text.mix": "GlueMixData",
         "vl.module": "VisionLanguageData",

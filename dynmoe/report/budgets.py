@@ -12,7 +12,7 @@ from dynmoe.records import Record
 from dynmoe.report.drawing import COLOURS, lay_out
 from dynmoe.report.evaluations import labels
 from dynmoe.report.tables import Table, format_number
-from dynmoe.report.words import is_points, measure_number
+from dynmoe.report.words import measure_number, panels_of
 
 OWN = "own"
 """The rule of a record of the run as it was trained."""
@@ -50,17 +50,21 @@ def budget_table(records: Sequence[Record], title: str) -> Table:
             _cut(each),
             format_number(each["mean_k"], ".2f"),
             _span(each["layers"].values(), ".2f"),
-            measure_number(each["measure"], each["score"], 2),
-            measure_number("loss", each["loss"]),
+            *(measure_number(key, value, 2) for key, value in _results(each).items()),
         )
         for name, each in zip(names, records, strict=True)
     )
-    measure = records[0]["measure"].replace("_", " ")
-    columns = ("rule", "target", "cut", "mean k", "of layers", measure, "loss")
+    measures = (key.replace("_", " ") for key in _results(records[0]))
+    columns = ("rule", "target", "cut", "mean k", "of layers", *measures)
     note = (
         "Mean k and cuts for a target are of the reported sets' inputs, found without their labels."
     )
     return Table(f"Budgets after training: {title}", columns, rows, note)
+
+
+def _results(record: Record) -> dict[str, float]:
+    """The reported measure, and the loss if that is another one."""
+    return {record["measure"]: record["score"], "loss": record["loss"]}
 
 
 def _cut(record: Record) -> str:
@@ -78,11 +82,8 @@ def _span(numbers: Iterable[float], form: str) -> str:
 
 def draw_budgets(records: Sequence[Record], title: str) -> Figure:
     """Score and loss over mean k: a line for each rule, the run's own point in black."""
-    figure, panels = lay_out(2, width=3.8, height=3.2, beside=2.4)
-    measure = records[0]["measure"]
-    points = is_points(measure)
-    panels[0].set_ylabel(measure.replace("_", " ") + ("" if points else ", %"))
-    panels[1].set_ylabel("mean loss (negative log-likelihood)")
+    shown = panels_of(records[0]["measure"])
+    figure, panels = lay_out(len(shown), width=3.8, height=3.2, beside=2.4)
     own: dict[str, list[Record]] = {}
     series: dict[str, list[Record]] = {}
     names = labels(records, lambda each: LABELS[each["rule"]])
@@ -91,13 +92,14 @@ def draw_budgets(records: Sequence[Record], title: str) -> Figure:
     styles = [{**OWN_STYLE, "marker": mark} for _, mark in zip(own, itertools.cycle(OWN_MARKS))]
     for _, colour, mark in zip(series, itertools.cycle(COLOURS), itertools.cycle(MARKS)):
         styles.append({"color": colour, "marker": mark, "markersize": 5})
-    for axes, key, factor in zip(panels, ("score", "loss"), (1 if points else 100, 1), strict=True):
+    for axes, (key, (text, factor)) in zip(panels, shown.items(), strict=True):
+        axes.set_ylabel(text)
         for (name, found), style in zip((own | series).items(), styles, strict=True):
             x, y = zip(*sorted((each["mean_k"], factor * each[key]) for each in found), strict=True)
             axes.plot(x, y, label=name, **style)
         axes.set_xlabel("mean experts per token")
         axes.grid(alpha=0.25)
-    shown = panels[0].get_legend_handles_labels()
-    figure.legend(*shown, loc="outside right center", frameon=False)
+    legend = panels[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize="medium")
     return figure

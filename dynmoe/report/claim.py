@@ -24,6 +24,7 @@ import numpy as np
 from dynmoe.report.paired import PairedTest, corrected, paired
 from dynmoe.report.run import Problem, Repetition, Run, environments, settings
 from dynmoe.report.runs import Absent, Collection
+from dynmoe.report.tables import SHARE, Scale
 from dynmoe.report.words import Words
 
 Rival = Literal["mean", "best", "worst", "pick", "dense", "grid"]
@@ -33,7 +34,7 @@ MEAN = "mean of environments"
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(PairedTest):
-    """An adaptive setting minus a rival, in accuracy, paired by repetition."""
+    """An adaptive setting minus a rival, in the reported measure, paired by repetition."""
 
     rival: Rival
     """mean, best, worst of the grid; pick: in each repetition its best by validation, if there is
@@ -70,12 +71,13 @@ class SettingComparison:
     """Mean accuracy of every compared setting, in order."""
     at_the_end: AtTheEnd | None = None
     """None without results."""
+    scale: Scale = SHARE
 
     @property
     def rank(self) -> int | None:
         """Among `means`; 1 is best, equal settings share the better rank. None without results."""
         own = float(np.mean(self.accuracies)) if self.accuracies else math.nan
-        return None if math.isnan(own) else _rank(own, self.means.values())
+        return None if math.isnan(own) else _rank(own, self.means.values(), self.scale)
 
     def name(self, difference: Difference) -> str:
         """Name of its rival, the same for rivals that are the same setting: a test counts once."""
@@ -121,8 +123,8 @@ def examine(collection: Collection, problem: Problem) -> list[Claim]:
         gaps = {n: lacks(n, place, cell, repetitions, absent) for n, cell in pool.items()}
         left_out = tuple(f"{name} ({gap})" for name, gap in gaps.items() if gap)
         done = {name: cell for name, cell in pool.items() if cell}
-        finest = resolution(runs, place)
-        return _compare(setting, place, done, kinds, left_out, problem.validates, finest)
+        finest, scale = resolution(runs, place), runs[0].scale
+        return _compare(setting, place, done, kinds, left_out, problem.validates, finest, scale)
 
     return _corrected(
         Claim(
@@ -171,7 +173,9 @@ def _tested(claim: Claim, comparison: SettingComparison, difference: Difference)
 
 def resolution(runs: Sequence[Run], place: str) -> float:
     """Return the change of accuracy that one test sample makes in an environment, or in the mean
-    of all; 0 if the number of samples was not recorded."""
+    of all; 0 if the number of samples was not recorded, and for a loss, which may change by any."""
+    if runs[0].scale.less_is_better:
+        return 0.0
     sizes: defaultdict[str, int] = defaultdict(int)
     for run in runs:
         counts = [run.facts["sizes"].get(name, 0) for name in run.facts["reported"]["sets"]]
@@ -202,8 +206,8 @@ def _samples(runs: Sequence[Run]) -> tuple[int, ...]:
     return tuple(size for _, size in sorted(found))
 
 
-def _rank(own: float, others: Iterable[float]) -> int:
-    return 1 + sum(other > own for other in others)
+def _rank(own: float, others: Iterable[float], scale: Scale) -> int:
+    return 1 + sum(scale.better * (other - own) > 0 for other in others)
 
 
 def _compare(
@@ -214,6 +218,7 @@ def _compare(
     left_out: tuple[str, ...],
     validates: bool,
     finest: float,
+    scale: Scale,
 ) -> SettingComparison:
     """Compare on the repetitions that most settings have, with the settings that have them all."""
     repetitions = matched(cells.get(setting, {}), [c for n, c in cells.items() if n != setting])
@@ -230,7 +235,11 @@ def _compare(
     grid, dense = ([n for n in scores if kinds[n] == kind] for kind in ("fixed", "dense"))
     rivals: list[tuple[Rival, str, Sequence[float]]] = []
     if grid:
-        best, worst = max(grid, key=means.__getitem__), min(grid, key=means.__getitem__)
+
+        def good(name: str) -> float:
+            return scale.better * means[name]
+
+        best, worst = max(grid, key=good), min(grid, key=good)
         rivals = [
             ("mean", "", np.mean([accuracies[name] for name in grid], axis=0).tolist()),
             ("best", best, accuracies[best]),
@@ -238,7 +247,7 @@ def _compare(
         ]
     if grid and validates:
         picks = [
-            max(grid, key=lambda name: _known(scores[name][index].validation))
+            max(grid, key=lambda name: _known(scale.better * scores[name][index].validation))
             for index in range(len(repetitions))
         ]
         picked = [accuracies[name][index] for index, name in enumerate(picks)]
@@ -255,6 +264,7 @@ def _compare(
             Difference(
                 paired(own, others),
                 finest,
+                scale=scale,
                 rival=rival,
                 setting=name,
                 accuracies=tuple(others),
@@ -265,8 +275,9 @@ def _compare(
         AtTheEnd(
             last[setting],
             float(np.mean([last[name] for name in grid])) if grid else math.nan,
-            _rank(last[setting], last.values()),
+            _rank(last[setting], last.values(), scale),
         ),
+        scale,
     )
 
 

@@ -40,7 +40,8 @@ from dynmoe.report.drawing import (
 )
 from dynmoe.report.paired import LEVEL, Verdict
 from dynmoe.report.run import Kind, Run, by_setting, environments
-from dynmoe.report.words import capital
+from dynmoe.report.tables import SHARE
+from dynmoe.report.words import Words, capital
 from dynmoe.selection import judged
 
 Style = Mapping[str, Any]
@@ -114,24 +115,25 @@ def draw_claim(claim: Claim) -> Picture | None:
     shown = [*whole.against("mean"), *whole.against("dense"), *whole.against("grid")]
     if not shown:
         return None
-    title = textwrap.fill(headline(claim), 88)
+    title, scale = textwrap.fill(headline(claim), 88), claim.words.scale
+    factor = scale.factor
     height = 1 + 0.28 * len(shown) + 0.2 * title.count("\n")
     figure, (axes,) = lay_out(1, width=7, height=height, beside=0)
     axes.axvline(0, color="black", linewidth=0.8, zorder=1)
     for row, each in enumerate(shown):
         look = LOOKS[each.verdict]
         if len(each.values) <= MOST_DOTS:
-            dots = [100 * value for value in each.values]
+            dots = [factor * value for value in each.values]
             axes.plot(dots, [row] * len(dots), ".", color=look["color"], markersize=4, alpha=0.5)
         if each.interval is not None:
             low, high = each.interval
-            axes.plot([100 * low, 100 * high], [row, row], color=look["color"], linewidth=1.4)
-        axes.plot(100 * each.mean, row, markersize=7, **look)
+            axes.plot([factor * low, factor * high], [row, row], color=look["color"], linewidth=1.4)
+        axes.plot(factor * each.mean, row, markersize=7, **look)
     names = [each.setting + marks[each.setting] or "mean of the grid" for each in shown]
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     count = len(whole.repetitions)
-    points = "percentage points" if claim.words.scale == "%" else "points"
+    points = "percentage points" if scale == SHARE else scale.steps
     axes.set_xlabel(f"{claim.setting} minus it: {claim.words.noun}, {points} (n = {count})")
     figure.suptitle(title, fontsize="medium")
     axes.grid(axis="x", alpha=0.25)
@@ -147,10 +149,10 @@ def draw_claim(claim: Claim) -> Picture | None:
         figure,
         f"Paired differences in {claim.words.noun}: {claim.setting} minus the mean of the grid, "
         "dense, and every setting of the grid",
-        f"Right of 0 {claim.setting} is better. Dots are matched repetitions, lines 95 % "
-        "intervals of a paired t test, not corrected; where there is no test there is no line. The "
-        f"mark is by the test's p (< {LEVEL}), corrected by Holm's method for "
-        f"{shown[0].family} comparisons.",
+        f"{'Left' if scale.less_is_better else 'Right'} of 0 {claim.setting} is better. Dots are "
+        "matched repetitions, lines 95 % intervals of a paired t test, not corrected; where there "
+        f"is no test there is no line. The mark is by the test's p (< {LEVEL}), corrected by "
+        f"Holm's method for {shown[0].family} comparisons.",
     )
 
 
@@ -170,10 +172,12 @@ def draw_curves(runs: Sequence[Run]) -> Picture | None:
         ).items():
             _draw_curve(axes, members, style[setting])
         axes.set_title(f"{words.place} {place}")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=words.unit.strip()))
+        if words.scale.factor == 100:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=words.scale.unit.strip()))
         over_steps(axes)
-    scale = "" if words.unit else f", {words.scale}"  # a unit stands at the ticks
-    name_axes(figure, STEP, f"{words.measure} on the {words.place}{scale}")
+    at_ticks = words.scale == SHARE
+    unit = "" if at_ticks else f", {words.scale.name}"
+    name_axes(figure, STEP, f"{words.measure} on the {words.place}{unit}")
     # One line for all of the grid, and one for each other family.
     kinds = {run.setting: run.kind for run in runs}
     lines = {
@@ -247,9 +251,9 @@ def draw_accuracy_by_parameters(runs: Sequence[Run]) -> Picture | None:
     return _draw_against(
         "accuracy_by_parameters",
         runs,
-        {label: set_apart(known) if known else []},
+        {label: set_apart(known, runs[0].scale.less_is_better) if known else []},
         "its activated parameters",
-        "up and left. Settings of almost as many parameters are shifted a little.",
+        "{up} and left. Settings of almost as many parameters are shifted a little.",
     )
 
 
@@ -278,7 +282,7 @@ def draw_accuracy_by_experts(runs: Sequence[Run], timings: Timings) -> Picture |
             MODES["train"]: _timed(points, timings, "train"),
         },
         "the experts that a token activates, and their cost",
-        "up and left. Experts: mean over MoE layers and runs, parts of an FFN by their size. "
+        "{up} and left. Experts: mean over MoE layers and runs, parts of an FFN by their size. "
         "Horizontal bars span the lowest to the highest run, those of times the quartiles. Dotted "
         "lines: settings without a number of experts.",
     )
@@ -311,7 +315,7 @@ def draw_accuracy_by_time(runs: Sequence[Run], timings: Timings) -> Picture | No
         runs,
         {label: _timed(points, timings, mode) for mode, label in MODES.items()},
         "its measured time",
-        "up, and left for ms, right for samples/s. Horizontal bars span the quartiles. "
+        "{up}, and left for ms, right for samples/s. Horizontal bars span the quartiles. "
         f"Measurements are interleaved: {timings.conditions}.",
     )
 
@@ -322,7 +326,8 @@ def _draw_against(
     """Draw a panel for each cost, by its label, that has points.
 
     Names stand at the points. Where many routers share one cost, families are joined by lines and
-    named beside the panels, from the best down.
+    named beside the panels, from the best down. `better` says where that is, with `{up}` in the
+    place of up.
     """
     shown: Mapping[str, Sequence[Point]] = {
         each: points for each, points in costs.items() if points
@@ -332,13 +337,13 @@ def _draw_against(
     words, places, by_family = runs[0].words, environments(runs), _is_zoo(runs)
     result = f"accuracy, mean of {len(places)} test environments, %"
     if len(places) == 1:
-        result = f"{words.measure} on {words.place} {places[0]}, {words.scale}"
+        result = f"{words.measure} on {words.place} {places[0]}, {words.scale.name}"
     if by_family:
         shown = _told_apart(shown)
     width, beside = (5.4, 2.2) if by_family else (7.6, 0)
     figure, panels = lay_out(len(shown), width=width, height=4.3, columns=1, beside=beside)
     for (label, points), axes in zip(shown.items(), panels, strict=True):
-        scatter(axes, points, more_is_better=label == MODES["inference"])
+        scatter(axes, points, label == MODES["inference"], words.scale.less_is_better)
         axes.set(xlabel=label, ylabel=result)
         if label not in MODES.values():
             axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
@@ -346,7 +351,8 @@ def _draw_against(
             _join(axes, points)
     if by_family:
         once = {point.name: point for points in shown.values() for point in points}
-        figure.legend(handles=_names(once.values()), loc="outside right center", frameon=False)
+        names = _names(once.values(), words.scale.better)
+        figure.legend(handles=names, loc="outside right center", frameon=False)
     else:
         for points, axes in zip(shown.values(), panels, strict=True):
             name_points(axes, points)
@@ -355,10 +361,17 @@ def _draw_against(
         name,
         figure,
         f"{capital(words.noun)} of every setting against {what}, with the Pareto front",
-        f"Higher is {'more accurate' if words.noun == 'accuracy' else 'better'}, the standard "
+        f"{_better(words)}, the standard "
         "error over repetitions as a bar; no setting beats those on the dashed line in both "
-        f"measures.{joined} Better is {better}",
+        f"measures.{joined} Better is "
+        + better.format(up="down" if words.scale.less_is_better else "up"),
     )
+
+
+def _better(words: Words) -> str:
+    if words.scale.less_is_better:
+        return "Lower is better"
+    return f"Higher is {'more accurate' if words.noun == 'accuracy' else 'better'}"
 
 
 def _told_apart(panels: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
@@ -384,9 +397,10 @@ def _join(axes: Axes, points: Iterable[Point]) -> None:
         axes.plot(*places, color=members[0].style["color"], linewidth=1, alpha=0.6)
 
 
-def _names(points: Iterable[Point]) -> list[Line2D]:
-    """Return a legend's entry for each family, or for its only setting, the best one first."""
-    best = sorted(points, key=lambda point: -point.y)
+def _names(points: Iterable[Point], better: int) -> list[Line2D]:
+    """Return a legend's entry for each family, or for its only setting, the best one first;
+    ``better``: the sign of an improvement."""
+    best = sorted(points, key=lambda point: -better * point.y)
     sizes = Counter(family(point.name) for point in best)
     looks: dict[str, Style] = {}
     for point in best:
@@ -399,11 +413,12 @@ def _names(points: Iterable[Point]) -> list[Line2D]:
 
 
 def _points(runs: Sequence[Run]) -> list[Point]:
-    """Return every setting's result times 100, on the repetitions it has; x is NaN."""
+    """Return every setting's result as it is written, on the repetitions it has; x is NaN."""
     cells, place = score_cells(runs), columns(runs)[-1]
+    factor = runs[0].scale.factor
     points = []
     for setting, style in styles(runs).items():
-        found = [100 * score.accuracy for score in cells[setting, place].values()]
+        found = [factor * score.accuracy for score in cells[setting, place].values()]
         if found:
             error = float(np.std(found)) / math.sqrt(len(found))
             points.append(Point(setting, math.nan, float(np.mean(found)), error, style))

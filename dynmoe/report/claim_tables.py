@@ -20,8 +20,8 @@ from dynmoe.report.cost_tables import taken
 from dynmoe.report.paired import FEWEST, LEVEL
 from dynmoe.report.run import Problem, conditions, counted, environments, seeds, settings
 from dynmoe.report.runs import Collection
-from dynmoe.report.tables import Strong, Table, format_mean, format_points
-from dynmoe.report.words import capital
+from dynmoe.report.tables import SHARE, Strong, Table, format_mean, format_points, format_result
+from dynmoe.report.words import NOUNS, capital
 
 # Rivals that sentences and tables name, in order.
 RIVALS: dict[Rival, str] = {
@@ -56,7 +56,7 @@ def headline(claim: Claim) -> str:
         return f"{where}: there is no grid of fixed settings to compare with."
     (mean,), (best,) = whole.against("mean"), whole.against("best")
     count = len(whole.repetitions)
-    to_mean, to_best = (f"{format_points(each.mean)} points" for each in (mean, best))
+    to_mean, to_best = (_difference(each) for each in (mean, best))
     if mean.why and best.why:
         apart = f"against the mean, {mean.why}; against the best, {best.why}"
         why = mean.why if mean.why == best.why else apart
@@ -65,23 +65,27 @@ def headline(claim: Claim) -> str:
             f"verdict: {why}."
         )
     if len(whole.against("grid")) == 1:
-        only = f"{best.verdict} {best.setting}, the grid's only setting"
+        only = f"{best.said} {best.setting}, the grid's only setting"
         return f"{where}, {only} ({to_best}; n = {count})."
     if best.why:
-        known = f"{mean.verdict} the mean of the grid ({to_mean}; n = {count})"
+        known = f"{mean.said} the mean of the grid ({to_mean}; n = {count})"
         return f"{where}, {known}; no verdict against its best ({to_best}): {best.why}."
     if mean.why:
-        known = f"{best.verdict} the best of the grid ({to_best}; n = {count})"
+        known = f"{best.said} the best of the grid ({to_best}; n = {count})"
         return f"{where}, {known}; no verdict against its mean ({to_mean}): {mean.why}."
-    link = f"and {best.verdict}"
+    link = f"and {best.said}"
     if (mean.verdict, best.verdict) == ("beats", "is below"):
         link = "but not"
     elif mean.verdict == best.verdict:
         link = "nor from" if mean.verdict == "is not significantly different from" else "and"
     return (
-        f"{where}, {mean.verdict} the mean of the grid ({to_mean}) {link} its best "
+        f"{where}, {mean.said} the mean of the grid ({to_mean}) {link} its best "
         f"({to_best}; n = {count})."
     )
+
+
+def _difference(difference: Difference) -> str:
+    return f"{format_points(difference.mean, difference.scale)} {difference.scale.steps}"
 
 
 def sentences(claim: Claim) -> list[str]:
@@ -90,9 +94,10 @@ def sentences(claim: Claim) -> list[str]:
     found = [headline(claim)]
     if whole.rank is not None:
         # `71.2 +/- 0.3 %`, or `65.2 +/- 0.3 (Matthews correlation, x 100)`
-        unit = words.unit if words.measure == "accuracy" else f" ({words.column})"
+        plain = words.measure in NOUNS
+        unit = words.scale.unit if plain else f" ({words.column})"
         found.append(
-            f"{claim.setting} reaches {format_mean(whole.accuracies)}{unit}: rank "
+            f"{claim.setting} reaches {format_mean(whole.accuracies, words.scale)}{unit}: rank "
             f"{whole.rank} of {counted(len(whole.means), 'setting')} by mean {words.noun}."
         )
     # In a grid of one setting all its rivals are the same.
@@ -127,14 +132,17 @@ def lacking(collection: Collection, problem: Problem) -> list[str]:
 def claim_table(collection: Collection, claim: Claim) -> Table:
     """The adaptive setting and its rivals in every environment, with paired differences."""
     rows: list[tuple[str, ...]] = []
+    scale = claim.words.scale
     for comparison in claim.comparisons:
         place, count = comparison.environment, str(len(comparison.repetitions))
-        rows.append((claim.setting, place, format_mean(comparison.accuracies), *[""] * 3, count))
+        own = format_mean(comparison.accuracies, scale)
+        rows.append((claim.setting, place, own, *[""] * 3, count))
         for each in comparison.differences:
             if each.rival in RIVALS:
                 style = Strong if each.is_significant else str
                 cells = map(style, (each.points, *each.p_cells))
-                rows.append((_rival(each), place, format_mean(each.accuracies), *cells, count))
+                theirs = format_mean(each.accuracies, scale)
+                rows.append((_rival(each), place, theirs, *cells, count))
     notes = [
         ERROR,
         PAIRED.format(claim.words.part, families(claim)),
@@ -149,7 +157,7 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
         f"{claim.setting} against the grid on {claim.problem.dataset}",
         (
             *("setting", claim.words.place, claim.words.column),
-            *(f"{claim.setting} minus it, points", "p", "by Holm", "n"),
+            *(f"{claim.setting} minus it, {scale.steps}", "p", "by Holm", "n"),
         ),
         tuple(rows),
         note=" ".join(notes),
@@ -197,6 +205,7 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
     """Every setting in every environment, on all repetitions it has."""
     runs = collection.of(problem)
     words, values = runs[0].words, taken(collection, problem)
+    scale = words.scale
     keys = [f"{', '.join(runs[0].searched)} taken"] if values else []
     absent = [entry for entry in collection.absent if entry.problem == problem]
     cells, places = score_cells(runs), columns(runs)
@@ -205,26 +214,26 @@ def accuracy_table(collection: Collection, problem: Problem) -> Table:
     names = list(dict.fromkeys(settings_asked))
 
     def mean(name: str, place: str) -> float:
-        found = [score.accuracy for score in cells[name, place].values()]
+        found = [scale.better * score.accuracy for score in cells[name, place].values()]
         return sum(found) / len(found) if found else -math.inf
 
     best = {place: max(mean(name, place) for name in names) for place in places}
 
     def cell(name: str, place: str) -> str:
         found = cells[name, place]
-        text = format_mean([found[repetition].accuracy for repetition in sorted(found)])
+        text = format_mean([found[repetition].accuracy for repetition in sorted(found)], scale)
         gaps = lacks(name, place, found, repetitions, absent)
         text = f"{text} ({gaps})" if gaps else text
         return Strong(text) if found and mean(name, place) == best[place] else text
 
     return Table(
-        f"{capital(words.measure)} of every setting on {problem.dataset}, {words.scale}",
+        f"{capital(words.measure)} of every setting on {problem.dataset}, {scale.name}",
         ("setting", *(p if p == MEAN else f"{words.place} {p}" for p in places), *keys),
         tuple(
             (name, *(cell(name, place) for place in places), *[values.get(name, "X")] * len(keys))
             for name in names
         ),
-        note=f"{ERROR} Bold: the highest of a column.",
+        note=f"{ERROR} Bold: the {words.best} of a column.",
         conditions=conditions(runs),
     )
 
@@ -235,23 +244,24 @@ def _sentence(claim: Claim, difference: Difference, said: str) -> str:
     if difference.rival == "mean":
         rival = f"{rival} ({counted(len(claim.overall.against('grid')), 'setting')})"
     article = "" if difference.rival == "dense" else "the "
-    rival = f"{article}{rival}, {format_mean(difference.accuracies)}{claim.words.unit}"
-    points = f"{difference.points} points"
+    scale = claim.words.scale
+    rival = f"{article}{rival}, {format_mean(difference.accuracies, scale)}{scale.unit}"
+    points = f"{difference.points} {scale.steps}"
     if difference.why:
         why = "" if difference.why == said else f"; no verdict: {difference.why}"
         return f"Against {rival}: {points}{why}."
-    return f"It {difference.verdict} {rival}: {points}, {difference.p_words}."
+    return f"It {difference.said} {rival}: {points}, {difference.p_words}."
 
 
 def _caveats(claim: Claim) -> Iterator[str]:
     whole = claim.overall
-    last, unit = whole.at_the_end, claim.words.unit
+    last, scale = whole.at_the_end, claim.words.scale
     if last is not None and claim.problem.validates:
-        of_grid = f", the mean of the grid {100 * last.grid:.1f}{unit}"
-        grid = "" if math.isnan(last.grid) else of_grid
+        reached, of_grid = (format_result(x, scale) for x in (last.own, last.grid))
+        grid = "" if math.isnan(last.grid) else f", the mean of the grid {of_grid}"
         yield (
             f"At the end of training instead of the selected steps: {claim.setting} "
-            f"{100 * last.own:.1f}{unit}{grid}, rank {last.rank}."
+            f"{reached}{grid}, rank {last.rank}."
         )
     if claim.problem.selection == "best_dev":
         yield (
@@ -322,13 +332,19 @@ def overview_table(claims: Mapping[Problem, Sequence[Claim]]) -> Table:
     for problem, found in claims.items():
         for claim in found:
             mean, best = ([*claim.overall.against(rival), None][0] for rival in ("mean", "best"))
-            accuracies = [each.accuracies if each else () for each in (claim.overall, mean, best)]
+            scale = claim.words.scale
+            cells = [
+                format_mean(each.accuracies if each else (), scale)
+                for each in (claim.overall, mean, best)
+            ]
             verdicts = [_verdict(each) for each in (mean, best)]
-            cells = map(format_mean, accuracies)
             rows.append((problem.dataset, claim.setting, *cells, *verdicts))
+    words = [claim.words for found in claims.values() for claim in found]
     columns = ("accuracy, %", "mean of the grid, %", "best of the grid, %")
-    if any(claim.words.noun == "score" for found in claims.values() for claim in found):
-        columns = ("score, x 100", "mean of the grid", "best of the grid")
+    if any(each.noun != "accuracy" for each in words):
+        columns = ("result", "mean of the grid", "best of the grid")
+        if all(each.scale.factor == SHARE.factor for each in words):
+            columns = ("score, x 100", *columns[1:])
     return Table(
         "The claim on every data set",
         ("data set", "setting", *columns, "against the mean", "against the best"),
@@ -342,4 +358,4 @@ def overview_table(claims: Mapping[Problem, Sequence[Claim]]) -> Table:
 def _verdict(difference: Difference | None) -> str:
     if difference is None:
         return "nothing to compare with"
-    return f"no verdict: {difference.why}" if difference.why else difference.verdict
+    return f"no verdict: {difference.why}" if difference.why else difference.said

@@ -73,7 +73,7 @@ def router_table(runs: Sequence[Run]) -> Table | None:
         target = members[0].target_k
         off = "-" if target is None else f"{100 * (trained / target - 1):+.1f}"
         held = "-" if target is None else number(target)
-        score = format_mean([run.outcome.accuracy for run in members])
+        score = format_mean([run.outcome.accuracy for run in members], members[0].scale)
         unrouted = 100 * float(np.mean([layer.unrouted for layer in layers]))
         cells = (held, number(trained), off, number(tested), number(unrouted), score)
         rows.append((setting, *cells, str(len(members))))
@@ -296,8 +296,8 @@ def values_table(collection: Collection, problem: Problem) -> Table | None:
     rows: list[tuple[str, ...]] = []
     for setting, by_value in tried.items():
         for value, runs in by_value.items():
-            validation = format_mean([run.outcome.validation for run in runs])
-            result = format_mean([run.outcome.accuracy for run in runs])
+            validation = format_mean([run.outcome.validation for run in runs], first.scale)
+            result = format_mean([run.outcome.accuracy for run in runs], first.scale)
             if runs[0].folder.path in chosen:
                 validation = Strong(validation)
             rows.append((setting, value, validation, result, str(len(runs))))
@@ -305,7 +305,7 @@ def values_table(collection: Collection, problem: Problem) -> Table | None:
         f"The search on {problem.dataset}",
         (
             *("setting", ", ".join(first.searched)),
-            *(f"validation, {first.words.scale}", first.words.column, "n"),
+            *(f"validation, {first.scale.name}", first.words.column, "n"),
         ),
         tuple(rows),
         note="Bold: the value of the best mean validation, among those with the most repetitions; "

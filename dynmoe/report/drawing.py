@@ -169,15 +169,21 @@ class Point(NamedTuple):
     x_range: tuple[float, float] | None = None
 
 
-def scatter(axes: Axes, points: Sequence[Point], more_is_better: bool = False) -> None:
-    """Draw the points and, dashed, the Pareto front: y is better high, x low or high."""
+def scatter(
+    axes: Axes,
+    points: Sequence[Point],
+    more_is_better: bool = False,
+    less_y_is_better: bool = False,
+) -> None:
+    """Draw the points and, dashed, the Pareto front: x is better low, or high if more is better; y
+    high, or low."""
     for point in points:
         low, high = point.x_range or (point.x, point.x)
         bars: dict[str, Any] = {"color": point.style["color"], "linewidth": 0.8, "alpha": 0.6}
         axes.plot([point.x] * 2, [point.y - point.y_error, point.y + point.y_error], **bars)
         axes.plot([low, high], [point.y] * 2, **bars)
         axes.plot(point.x, point.y, **{**point.style, "linestyle": "none"})
-    best = front(points, more_is_better)
+    best = front(points, more_is_better, less_y_is_better)
     # Stairs: at a given x the best y is that of the last point that costs no more, or of the next
     # one that is as fast.
     # They reach as far as there are points.
@@ -192,12 +198,13 @@ def scatter(axes: Axes, points: Sequence[Point], more_is_better: bool = False) -
     axes.grid(alpha=0.25)
 
 
-def set_apart(points: Sequence[Point]) -> list[Point]:
+def set_apart(points: Sequence[Point], less_y_is_better: bool = False) -> list[Point]:
     """Move points of almost the same x a little sideways, so that no error bar hides another.
 
     They keep their order, the better one of equal x first, so the front stays as it is.
     """
-    ordered = sorted(points, key=lambda point: (point.x, -point.y))
+    sign = -1 if less_y_is_better else 1
+    ordered = sorted(points, key=lambda point: (point.x, -sign * point.y))
     least = CLEARANCE * (ordered[-1].x - ordered[0].x)
     groups = [ordered[:1]]
     for before, point in itertools.pairwise(ordered):
@@ -211,12 +218,14 @@ def set_apart(points: Sequence[Point]) -> list[Point]:
     return moved
 
 
-def front(points: Sequence[Point], more_is_better: bool = False) -> list[Point]:
+def front(
+    points: Sequence[Point], more_is_better: bool = False, less_y_is_better: bool = False
+) -> list[Point]:
     """Return the points that no other one beats in both measures, by rising x."""
-    sign = -1 if more_is_better else 1
+    sign, up = -1 if more_is_better else 1, -1 if less_y_is_better else 1
     best: list[Point] = []
-    for point in sorted(points, key=lambda point: (sign * point.x, -point.y)):
-        if not best or point.y > best[-1].y:
+    for point in sorted(points, key=lambda point: (sign * point.x, -up * point.y)):
+        if not best or up * point.y > up * best[-1].y:
             best.append(point)
     return best[::sign]
 

@@ -61,7 +61,8 @@ class Word(NamedTuple):
 def draw_examples(
     examples: Sequence[Record], slots: Mapping[str, Sequence[int]], fit: str = "pad"
 ) -> Figure | None:
-    """The first questions, in the first and the last MoE layer; None without MoE layers.
+    """The first questions, or blocks of a text, in the first and the last MoE layer; None without
+    MoE layers.
 
     `slots`: the living experts of each layer, in the order of a token's 0s and 1s; `fit`: how the
     model sees an image that is no square (pad, crop, stretch).
@@ -74,10 +75,12 @@ def draw_examples(
     used = [{name: _used(each, name, slots) for name in layers} for each in shown]
     lines = [_lines(each, found) for each, found in zip(shown, used, strict=True)]
     colours = _colours(shown, used)
-    text_from = MARGIN + (1 + len(layers)) * (PICTURE + GAP)
+    pictures = any(example["image"] is not None for example in shown)
+    text_from = MARGIN + pictures * (1 + len(layers)) * (PICTURE + GAP)
     line = WORD + len(layers) * STRIP + LINE
     heights = [max(PICTURE, HEAD + len(each) * line) + GAP + TITLE for each in lines]
     width, height = text_from + TEXT + MARGIN, TITLE + sum(heights) + GAP + LEGEND
+    height += 0 if pictures else LINE  # a second row of the legend
     figure = PlainFigure(figsize=(width / 72, height / 72))
 
     def panel(x: float, top: float, wide: float, high: float) -> Axes:
@@ -105,11 +108,12 @@ def draw_examples(
         top += high
     labels = {_text(each): colour for each, colour in colours.items() if colour in COLOURS}
     labels |= {"others": OTHERS} if OTHERS in colours.values() else {}
+    answers = "; bold: the answer" if any(example["answer"] for example in shown) else ""
     figure.legend(
         handles=[Patch(facecolor=c, edgecolor=GREY, label=text) for text, c in labels.items()],
-        title="experts of a layer (slots) that a token used; bold: the answer",
+        title=f"experts of a layer (slots) that a token used{answers}",
         loc="lower center",
-        ncols=8,
+        ncols=8 if pictures else 4,
         frameon=False,
         fontsize="small",
         title_fontsize="small",

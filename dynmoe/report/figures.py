@@ -47,7 +47,7 @@ from dynmoe.report.routing_figures import (
     on_tests,
 )
 from dynmoe.report.run import Run
-from dynmoe.report.tables import format_number
+from dynmoe.report.tables import format_result
 from dynmoe.report.words import layer_name
 from dynmoe.selection import RULES, judged, measured
 
@@ -103,13 +103,14 @@ def draw_scores(run: Run) -> Figure:
     the baseline if there is one."""
     figure, (axes,) = lay_out(1, width=7.6, height=4.2)
     measure, reported = run.facts["reported"]["measure"], run.facts["reported"]["sets"]
+    factor = run.scale.factor
     steps = [record["step"] for record in run.results]
     legend: list[Line2D] = []
     validates = run.problem.validates and run.outcome.is_selected
     if validates and run.facts["selects"]["sets"] != reported:
-        values = [100 * judged(record, run.facts).validation for record in run.results]
+        values = [factor * judged(record, run.facts).validation for record in run.results]
         legend += _second(axes, steps, values, "validation (selects)")
-    legend += _draw_sets(axes, run, lambda record, name: 100 * measured(record, name, measure))
+    legend += _draw_sets(axes, run, lambda record, name: factor * measured(record, name, measure))
     legend += _marks(axes, run)
     axes.set(xlabel=STEP, ylabel=run.words.column)
     _finish(figure, axes, run, legend)
@@ -211,7 +212,7 @@ def _finding(run: Run) -> str:
     found, rule = run.outcome, run.facts["selection"]
     chosen = f", chosen by {RULES[rule]}" if found.is_selected and run.problem.validates else ""
     sets = ", ".join(run.facts["reported"]["sets"])
-    score = format_number(100 * found.accuracy, ".1f", run.words.unit)
+    score = format_result(found.accuracy, run.scale)
     return f"{_subject(run)}: {score} on {sets} at step {found.step}{chosen}"
 
 
@@ -230,7 +231,8 @@ def _marks(axes: Axes, run: Run) -> list[Line2D]:
     for name in reported["sets"] if baseline else ():
         share = measured(baseline, name, reported["measure"])
         if not math.isnan(share):
-            line = axes.axhline(100 * share, color=GREY, linewidth=1, linestyle=":", zorder=1)
+            height = run.scale.factor * share
+            line = axes.axhline(height, color=GREY, linewidth=1, linestyle=":", zorder=1)
             line.set_label(f"{baseline['name']},\n{name}")
             lines.append(line)
     return lines

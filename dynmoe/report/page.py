@@ -7,7 +7,6 @@ how the runs were made, and which are missing.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +29,7 @@ from dynmoe.report.costs import Timings, generation_rows, read_timings, search_c
 from dynmoe.report.document import Block, Code, Document, Items, Picture, Section, Sheet
 from dynmoe.report.run import Problem, Run, by_setting, conditions, every, seeds, start_name
 from dynmoe.report.runs import Collection
-from dynmoe.report.tables import Strong, Table
+from dynmoe.report.tables import Strong, Table, format_mean
 from dynmoe.report.words import capital
 from dynmoe.selection import RULES
 
@@ -210,9 +209,9 @@ def _exemplary(runs: Sequence[Run]) -> list[str]:
     ranks: dict[str, tuple[bool, float]] = {}
     for setting, members in by_setting([run for run in runs if run.kind == "fixed"]).items():
         config = members[0].config
-        accuracies = [run.outcome.accuracy for run in members]
+        results = [run.scale.better * run.outcome.accuracy for run in members]
         chooses = config.get("moe.top_k", 0) < config["moe.num_experts"]
-        ranks[setting] = chooses, sum(accuracies) / len(accuracies)
+        ranks[setting] = chooses, sum(results) / len(results)
     adaptive = dict.fromkeys(run.setting for run in runs if run.kind == "adaptive")
     return [*adaptive, *sorted(ranks, key=ranks.__getitem__)[-1:]]
 
@@ -293,15 +292,16 @@ def every_run(collection: Collection, problem: Problem) -> Table:
     words = runs[0].words
     step, note, more = "last step", "", []
     if problem.validates:
-        step, note = "selected step", "; validation: the score that the rule selects by"
-        more = [f"validation, {words.scale}", f"{words.noun} at the last step, {words.scale}"]
-    rows = []
+        step, note = "selected step", f"; validation: the {words.noun} that the rule selects by"
+        unit = words.scale.name
+        more = [f"validation, {unit}", f"{words.noun} at the last step, {unit}"]
+    rows, scale = [], words.scale._replace(digits=max(2, words.scale.digits))
     for run in runs:
         found = run.outcome
         numbers = (found.accuracy, found.validation, found.last)[: 1 + len(more)]
-        percent = ("X" if math.isnan(share) else f"{100 * share:.2f}" for share in numbers)
+        cells = (format_mean([number], scale) for number in numbers)
         rows.append(
-            (run.setting, run.environment, *map(str, (*run.repetition, found.step)), *percent)
+            (run.setting, run.environment, *map(str, (*run.repetition, found.step)), *cells)
         )
     return Table(
         f"Every run on {problem.dataset}",

@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
-from dynmoe.report.tables import format_points
+from dynmoe.report.tables import SHARE, Scale, format_points
 
 Verdict = Literal["beats", "is not significantly different from", "is below", "unknown"]
 Key = TypeVar("Key", bound=Hashable)
@@ -31,11 +31,13 @@ nearly equal differences reach by chance."""
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Differences by repetition, and what they prove. Accuracies are shares of 1."""
+    """Differences by repetition, and what they prove."""
 
     values: tuple[float, ...]
     resolution: float = 0.0
-    """Difference that one test sample makes; 0 where their number was not recorded."""
+    """Difference that one test sample makes; 0 where their number was not recorded, and where it
+    may be any."""
+    scale: Scale = SHARE
     corrected: float | None = None
     """p by Holm's method; None before it is corrected, and without a test."""
     family: int = 1
@@ -76,7 +78,13 @@ class PairedTest:
             return "unknown"
         if p >= LEVEL:
             return "is not significantly different from"
-        return "beats" if self.mean > 0 else "is below"
+        return "beats" if self.scale.better * self.mean > 0 else "is below"
+
+    @property
+    def said(self) -> str:
+        """The verdict as a sentence says it: a worse loss is above."""
+        worse = self.verdict == "is below" and self.scale.less_is_better
+        return "is worse than" if worse else self.verdict
 
     @property
     def is_significant(self) -> bool:
@@ -85,8 +93,8 @@ class PairedTest:
     @property
     def points(self) -> str:
         """The mean in points with its interval: `+1.0 [−1.3, +3.1]`."""
-        ends = f" [{', '.join(map(format_points, self.interval))}]" if self.interval else ""
-        return format_points(self.mean) + ends
+        mean, *ends = (format_points(x, self.scale) for x in (self.mean, *(self.interval or ())))
+        return f"{mean} [{', '.join(ends)}]" if ends else mean
 
     @property
     def p_cells(self) -> tuple[str, str]:

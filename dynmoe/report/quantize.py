@@ -12,7 +12,7 @@ from dynmoe.records import Record
 from dynmoe.report.drawing import COLOURS, DASHES, lay_out
 from dynmoe.report.evaluations import labels
 from dynmoe.report.tables import Table, format_number
-from dynmoe.report.words import is_points, measure_number
+from dynmoe.report.words import measure_number, panels_of
 
 FP32 = "fp32"
 """The method of the record of the run as it was trained."""
@@ -46,8 +46,12 @@ def quantize_table(records: Sequence[Record], title: str) -> Table:
         )
         for name, each in zip(names, records, strict=True)
     ]
-    # Columns in which nothing stands.
-    shown = [i for i in range(len(columns)) if i == 0 or any(row[i] != "-" for row in rows)]
+    # Not columns in which nothing stands, nor the loss again where it is the measure.
+    shown = [
+        i
+        for i in range(len(columns))
+        if columns[i] not in columns[:i] and (i == 0 or any(row[i] != "-" for row in rows))
+    ]
     note = (
         "Bits: mean over the weights of linear layers in blocks; with grids: and their scales and "
         "zeros. Error: squared error of a layer's outputs on calibration data over their sum of "
@@ -110,11 +114,8 @@ def _word(value: Any) -> str:
 def draw_quantisations(records: Sequence[Record], title: str) -> Figure:
     """Score and loss over average bits: a line for each policy over ``bits.default``, the run's own
     weights a broken one. Exports, whose bits are torchao's, are not drawn."""
-    figure, panels = lay_out(2, width=3.8, height=3.2, beside=2.9)
-    measure = records[0]["measure"]
-    points = is_points(measure)
-    panels[0].set_ylabel(measure.replace("_", " ") + ("" if points else ", %"))
-    panels[1].set_ylabel("mean loss (negative log-likelihood)")
+    shown = panels_of(records[0]["measure"])
+    figure, panels = lay_out(len(shown), width=3.8, height=3.2, beside=2.9)
     varied = [key for key in varied_options(records) if key != "bits.default"]
     own: dict[str, Record] = {}
     series: dict[str, list[Record]] = {}
@@ -124,7 +125,8 @@ def draw_quantisations(records: Sequence[Record], title: str) -> Figure:
             own[name] = each
         elif "average_bits" in each:
             series.setdefault(name, []).append(each)
-    for axes, key, factor in zip(panels, ("score", "loss"), (1 if points else 100, 1), strict=True):
+    for axes, (key, (text, factor)) in zip(panels, shown.items(), strict=True):
+        axes.set_ylabel(text)
         for (name, each), dashes in zip(own.items(), itertools.cycle(DASHES[1:])):
             style: dict[str, Any] = {"color": "black", "linestyle": dashes, "linewidth": 1}
             axes.axhline(factor * each[key], label=name, **style)

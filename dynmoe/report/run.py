@@ -24,6 +24,7 @@ import numpy as np
 
 from dynmoe.config.schema import TokenSparsify
 from dynmoe.records import Record, RecordError, RunFolder, stretches
+from dynmoe.report.tables import Scale
 from dynmoe.report.words import HEADLINES, WORDS, Words
 from dynmoe.selection import RULES, judged, selected
 
@@ -63,7 +64,7 @@ class Outcome:
 
     step: int
     accuracy: float
-    """The reported number, as a share of 1 (`dynmoe.selection.judged`)."""
+    """The reported number (`dynmoe.selection.judged`): a share of 1, or a loss."""
     validation: float
     """The number that the rule selects by, in the same unit."""
     last: float
@@ -162,7 +163,12 @@ class Run:
     def words(self) -> Words:
         reported = "".join(self.facts["reported"]["sets"][:1])
         measure = HEADLINES.get(reported, str(self.facts["measure"]))
-        return WORDS[self.facts["modality"]]._replace(measure=measure)
+        return WORDS[self.facts["modality"]].of(measure, self.facts["reported"]["measure"])
+
+    @property
+    def scale(self) -> Scale:
+        """Of the measure that it is selected by, and reported by."""
+        return self.words.scale
 
     @property
     def kind(self) -> Kind:

@@ -447,7 +447,8 @@ def _with_best_values(runs: Iterable[Run]) -> Iterable[Run]:
 
 
 def _mean_validation(runs: Iterable[Run]) -> float:
-    mean = float(np.mean([run.outcome.validation for run in runs]))
+    """More is better."""
+    mean = float(np.mean([run.scale.better * run.outcome.validation for run in runs]))
     return -math.inf if math.isnan(mean) else mean
 
 

@@ -27,12 +27,11 @@ from dynmoe.report.words import (
     PARTS,
     SHUFFLED,
     capital,
-    is_points,
     k_by_part,
     kind_name,
     kinds_of,
     layer_name,
-    measure_number,
+    scale_of,
     set_notes,
     unit_of,
 )
@@ -61,14 +60,16 @@ def sets_table(collection: Collection, problem: Problem) -> Table | None:
     if not _has_scores(runs) or len(names) == 1:
         return None
     names += [SHUFFLED] if any(SHUFFLED in run.scores for run in runs) else []
-    words, step = runs[0].words, "At the last step; no set had a part in it."
+    words, measure = runs[0].words, runs[0].facts["reported"]["measure"]
+    step = "At the last step; no set had a part in it."
     if problem.validates:
         step = "At the step that selection chose; no set but the one that selects had a part in it."
     return Table(
-        f"{capital(words.measure)} on every evaluation set of {problem.dataset}, {words.scale}",
+        f"{capital(words.measure)} on every evaluation set of {problem.dataset}, "
+        f"{words.scale.name}",
         ("setting", *names),
         tuple(
-            (setting, *(format_mean(_values(own, name)) for name in names))
+            (setting, *(format_mean(_values(own, name, measure), words.scale) for name in names))
             for setting, own in by_setting(runs).items()
         ),
         note=" ".join([step, *set_notes(names)]),
@@ -86,7 +87,11 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
     tasks = [problem.dataset for problem in problems]
     columns = [*tasks, "mean of tasks"] if len(tasks) > 1 else tasks
     rows = _rows(runs, tasks)
-    best = [max(map(_mean, cells)) for cells in zip(*rows.values(), strict=True)]
+    scale = runs[0].scale
+    best = [
+        max((scale.better * _mean(cell) for cell in cells if cell), default=-math.inf)
+        for cells in zip(*rows.values(), strict=True)
+    ]
     most = max(len(cell) for cells in rows.values() for cell in cells)
     theirs = list(_published(tasks, len(columns)))
     measures = {run.problem.dataset: run.words.measure for run in runs}
@@ -98,16 +103,17 @@ def _table(collection: Collection, problems: Sequence[Problem]) -> Table:
     if any(taken(collection, problem) for problem in problems):
         keys = ", ".join(dict.fromkeys(key for run in runs for key in run.searched))
         notes.append(f"For each cell, the {keys} of the best mean validation is taken.")
-    notes.append("Bold: the highest of our own in a column.")
+    notes.append(f"Bold: the {runs[0].words.best} of our own in a column.")
 
     def text(cell: Cell, highest: float) -> str:
         few = f" (n = {len(cell)})" if 0 < len(cell) < most else ""
-        shown = format_mean(list(cell.values())) + few
-        return Strong(shown) if cell and _mean(cell) == highest else shown
+        shown = format_mean(list(cell.values()), scale) + few
+        return Strong(shown) if cell and scale.better * _mean(cell) == highest else shown
 
     own = [(name, *map(text, cells, best)) for name, cells in rows.items()]
     return Table(
-        f"Results of every setting on {', '.join(tasks)}, x 100",
+        f"Results of every setting on {', '.join(tasks)}, "
+        + ("x 100" if scale.factor == 100 else scale.name),
         ("setting", *columns),
         (*own, *theirs),
         note=" ".join([*notes, NOTE] if theirs else notes),
@@ -135,7 +141,7 @@ def _rows(runs: Sequence[Run], tasks: Sequence[str]) -> dict[str, list[Cell]]:
 
 
 def _mean(cell: Cell) -> float:
-    return float(np.mean(list(cell.values()))) if cell else -math.inf
+    return float(np.mean(list(cell.values())))
 
 
 def _published(tasks: Sequence[str], columns: int) -> Iterator[tuple[str, ...]]:
@@ -250,10 +256,7 @@ def _sets(runs: Sequence[Run]) -> list[str]:
 
 def _cell(kind: str, values: Sequence[float], best: float | None = None) -> str:
     """In per cent or points, with the standard error of several repetitions."""
-    if len(values) == 1:
-        return measure_number(kind, values[0])
-    shown = [value / 100 for value in values] if is_points(kind) else list(values)
-    text = format_mean(shown)
+    text = format_mean(values, scale_of(kind))
     return Strong(text) if values and best == float(np.mean(values)) else text
 
 
@@ -281,7 +284,7 @@ def image_use_table(runs: Sequence[Run]) -> Table | None:
         if share is not None
     ]
     return Table(
-        f"{capital(words.measure)} with the right images and with others, {words.scale}",
+        f"{capital(words.measure)} with the right images and with others, {words.scale.name}",
         ("setting", name, SHUFFLED, f"{name} minus {SHUFFLED}, points", "p", "by Holm", "n"),
         tuple(rows),
         note=f"{SHUFFLED}: the questions and right answers of {name}, each about the image of "

@@ -20,16 +20,26 @@ from dynmoe.report import mixing
 from dynmoe.report.costs import MACHINE, model_costs
 from dynmoe.report.run import DENSE, NOT_FINITE, Run, conditions, counted, different_facts
 from dynmoe.report.set_tables import kind_tables, parts_table
-from dynmoe.report.tables import Strong, Table, format_number, format_points, to_rich
+from dynmoe.report.tables import (
+    Scale,
+    Strong,
+    Table,
+    format_number,
+    format_points,
+    format_result,
+    to_rich,
+)
 from dynmoe.report.tables import to_markdown as to_markdown_rows
 from dynmoe.report.words import (
     METRICS,
+    capital,
     is_points,
     kind_name,
     kinds_of,
     layer_name,
     measure_number,
     metrics_of,
+    scale_of,
     set_notes,
 )
 from dynmoe.selection import RULES
@@ -95,7 +105,7 @@ def _scores(run: Run) -> Table:
     if there are several, and for the loss."""
     measure = run.facts["reported"]["measure"]
     metrics = list(dict.fromkeys(key for each in run.scores.values() for key in metrics_of(each)))
-    columns = [measure, *metrics, "loss"]
+    columns = list(dict.fromkeys([measure, *metrics, "loss"]))
     roles = {name: "selects" for name in run.facts["selects"]["sets"] if run.problem.validates}
     roles |= dict.fromkeys(run.facts["reported"]["sets"], "reported")
     rows: list[tuple[str, ...]] = []
@@ -112,7 +122,7 @@ def _scores(run: Run) -> Table:
         rows.append(("mean of those that select", mean, *[""] * (len(columns) - 1)))
     return Table(
         f"Scores at {_step(run)}",
-        (run.words.part, run.words.column, *(METRICS[key] for key in metrics), "loss"),
+        (run.words.part, run.words.column, *(METRICS.get(key, key) for key in columns[1:])),
         tuple(rows),
         note="\n".join([*set_notes(list(run.scores)), *_baseline(run)]),
     )
@@ -120,11 +130,11 @@ def _scores(run: Run) -> Table:
 
 def _baseline(run: Run) -> Iterator[str]:
     baseline = run.facts["baseline"] or {"scores": {}}
-    reported, unit = run.facts["reported"], run.words.unit
+    reported, scale = run.facts["reported"], run.scale
     for name in reported["sets"]:
         share = baseline["scores"].get(name, {}).get(reported["measure"])
         if share is not None:
-            yield f"{baseline['name']}: {format_number(100 * share, '.1f', unit)} on {name}"
+            yield f"{baseline['name']}: {format_result(share, scale)} on {name}"
     if "majority" in baseline:
         yield f"most frequent answer of all: {100 * baseline['majority']:.1f} %"
     if run.facts.get("stage") == "align":
@@ -259,15 +269,16 @@ def _sentences(a: Run, b: Run) -> Iterator[str]:
         yield f"{name} is {run.setting}: {run.folder.path}"
     if not _same_test(a, b):
         tests = (f"{run.facts['dataset']}, {run.environment}" for run in (a, b))
-        nouns = "Accuracies" if a.words.nouns == b.words.nouns == "accuracies" else "Scores"
+        nouns = capital(a.words.nouns if a.words.nouns == b.words.nouns else "scores")
         yield "{} are not compared: A is tested on {}, B on {}.".format(nouns, *tests)
         return
     first, second = a.outcome.accuracy, b.outcome.accuracy
-    points = format_points(abs(second - first))[1:]
-    verdict = f"{points} points {'above' if second > first else 'below'}"
+    points = f"{format_points(abs(second - first), a.scale)[1:]} {a.scale.steps}"
+    verdict = f"{points} {'above' if second > first else 'below'}"
+    theirs, ours = (format_result(run.outcome.accuracy, run.scale) for run in (b, a))
     yield (
         f"On {a.environment}, B is {'level with' if second == first else verdict} A: "
-        f"{100 * second:.1f}{b.words.unit} against {100 * first:.1f}{a.words.unit}."
+        f"{theirs} against {ours}."
     )
     seeds = [f"seed {seed}, trial seed {trial}" for seed, trial in (a.repetition, b.repetition)]
     if a.repetition == b.repetition:
@@ -324,24 +335,26 @@ def _scores_of_both(a: Run, b: Run) -> Table:
         measures |= {key: METRICS[key] for key in metrics_of(ours)}
         measures |= {key: kind_name(key) for key in kinds_of(ours) if not is_points(key)}
         for key, measure in measures.items():
-            row = _shares(ours.get(key, math.nan), theirs.get(key, math.nan))
+            row = _both(ours.get(key, math.nan), theirs.get(key, math.nan), scale_of(key))
             is_reported = name in reported["sets"] and key == reported["measure"]
             rows.append((name, measure, *(map(Strong, row) if is_reported else row)))
-    validation = _shares(a.outcome.validation, b.outcome.validation)
+    validation = _both(a.outcome.validation, b.outcome.validation, a.scale)
+    times = " times 100" if a.scale.factor == 100 else ""
     if len(a.facts["selects"]["sets"]) > 1:
         rows.append(("mean of those that select", a.words.measure, *validation))
     return Table(
-        f"Scores times 100, A at step {a.outcome.step}, B at step {b.outcome.step}",
-        (a.words.part, "measure", "A", "B", "B − A, points"),
+        f"Scores{times}, A at step {a.outcome.step}, B at step {b.outcome.step}",
+        (a.words.part, "measure", "A", "B", f"B − A, {a.scale.steps}"),
         tuple(rows),
         conditions=conditions([a, b]),
     )
 
 
-def _shares(first: float, second: float) -> tuple[str, ...]:
-    difference = second - first
-    points = "–" if math.isnan(difference) else format_points(difference)
-    return format_number(100 * first, ".1f"), format_number(100 * second, ".1f"), points
+def _both(first: float, second: float, scale: Scale) -> tuple[str, ...]:
+    difference, form = second - first, f".{scale.digits}f"
+    points = "–" if math.isnan(difference) else format_points(difference, scale)
+    numbers = (format_number(scale.factor * value, form) for value in (first, second))
+    return *numbers, points
 
 
 def _costs_of_both(a: Run, b: Run, timed: bool) -> Table:

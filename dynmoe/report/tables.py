@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from rich import box
@@ -26,6 +26,28 @@ LATEX = {
     "–": "--",
     "×": r"$\times$",
 }
+
+
+class Scale(NamedTuple):
+    """How the numbers of a measure are written and compared."""
+
+    name: str = "%"
+    """Their unit in the head of a column."""
+    unit: str = " %"
+    """Text that follows a number within a sentence."""
+    steps: str = "points"
+    """The unit of differences."""
+    factor: float = 100
+    digits: int = 1
+    less_is_better: bool = False
+
+    @property
+    def better(self) -> int:
+        """The sign of a difference that is an improvement."""
+        return -1 if self.less_is_better else 1
+
+
+SHARE = Scale()
 
 
 class Strong(str):
@@ -52,16 +74,23 @@ class Table:
         return " ".join(text for text in (self.note, self.conditions) if text)
 
 
-def format_mean(accuracies: Sequence[float]) -> str:
-    """Mean and standard error over repetitions, in per cent: `20.0 +/- 4.7`; `20.0` of a single
-    one, which has no error; `X` without any, or where one is not a number."""
-    values = list(accuracies)
+def format_mean(results: Sequence[float], scale: Scale = SHARE) -> str:
+    """Mean and standard error over repetitions: `20.0 +/- 4.7`; `20.0` of a single one, which has
+    no error; `X` without any, or where one is not a number."""
+    values = list(results)
     if not values or not np.isfinite(values).all():
         return "X"
-    return f"{100 * values[0]:.1f}" if len(values) == 1 else format_trials(values)
+    if len(values) == 1:
+        return f"{scale.factor * values[0]:.{scale.digits}f}"
+    return format_trials(values, scale)
 
 
-def format_trials(accuracies: Sequence[float]) -> str:
+def format_result(result: float, scale: Scale = SHARE) -> str:
+    """A number with its unit, for a sentence; a dash for NaN."""
+    return format_number(scale.factor * result, f".{scale.digits}f", scale.unit)
+
+
+def format_trials(results: Sequence[float], scale: Scale = SHARE) -> str:
     """Mean and standard error over trials as DomainBed prints them: `20.0 +/- 0.0` of one trial.
 
     The standard error is the population standard deviation (ddof 0) over the root of the number
@@ -69,21 +98,22 @@ def format_trials(accuracies: Sequence[float]) -> str:
     ours compare. Per cent come last, as there: of 40.5, 73.5 and 30.75 % the mean prints as 48.3,
     and as 48.2 where per cent come first.
     """
-    if len(accuracies) == 0:
+    if len(results) == 0:
         return "X"
-    values = np.asarray(accuracies, dtype=float)
+    values = np.asarray(results, dtype=float)
     error = (values / np.sqrt(len(values))).std()
-    return f"{100 * values.mean():.1f} +/- {100 * error:.1f}"
+    mean, error = (f"{scale.factor * x:.{scale.digits}f}" for x in (values.mean(), error))
+    return f"{mean} +/- {error}"
 
 
-def format_points(difference: float) -> str:
-    """A difference of accuracies in percentage points, with its sign: `−2.3`; `0.0` has none.
+def format_points(difference: float, scale: Scale = SHARE) -> str:
+    """A difference with its sign, of accuracies in percentage points: `−2.3`; `0.0` has none.
 
-    A difference that would round to 0 without being 0 has two decimals; below 0.005 it is 0.
+    A difference that would round to 0 without being 0 has one decimal more; below that it is 0.
     """
-    points = round(100 * difference, 2)
-    digits = 2 if points and not round(points, 1) else 1
-    return f"{points:+.{digits}f}".replace("-", "−") if points else "0.0"
+    points = round(scale.factor * difference, scale.digits + 1)
+    digits = scale.digits + bool(points and not round(points, scale.digits))
+    return f"{points:+.{digits}f}".replace("-", "−") if points else f"{0:.{scale.digits}f}"
 
 
 def format_number(value: float, form: str, unit: str = "") -> str:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dynmoe.records import Record
-from dynmoe.report.tables import format_number
+from dynmoe.report.tables import SHARE, Scale, format_number
+from dynmoe.selection import LESS_IS_BETTER
 
 # The single measures of a task, in tables.
 METRICS = {
@@ -19,6 +20,8 @@ METRICS = {
     "matthews": "Matthews correlation",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
+    "bits_per_byte": "bits per byte",
+    "perplexity": "perplexity",
 }
 
 # Sets of questions whose score is not the share of right answers.
@@ -34,6 +37,8 @@ HEADLINES = {
 class Words(NamedTuple):
     measure: str
     """The reported measure."""
+    scale: Scale = SHARE
+    """Of the reported measure."""
     place: str = "evaluation set"
     """Place that the measure is reported on."""
     part: str = "evaluation set"
@@ -54,26 +59,29 @@ class Words(NamedTuple):
     @property
     def noun(self) -> str:
         """The measure in short, within sentences."""
-        return "accuracy" if self.measure == "accuracy" else "score"
+        return self.measure if self.measure in NOUNS else "score"
 
     @property
     def nouns(self) -> str:
-        return "accuracies" if self.measure == "accuracy" else "scores"
+        return NOUNS.get(self.measure, "scores")
 
     @property
-    def scale(self) -> str:
-        """Scale of all numbers: correlations, which may be below 0, are no shares."""
-        return "%" if "accuracy" in self.measure else "x 100"
-
-    @property
-    def unit(self) -> str:
-        """Text that follows a number within a sentence."""
-        return " %" if self.scale == "%" else ""
+    def best(self) -> str:
+        """The best number of several."""
+        return "lowest" if self.scale.less_is_better else "highest"
 
     @property
     def column(self) -> str:
         """The heading of a column of numbers."""
-        return f"{self.measure}, {self.scale}"
+        return f"{self.measure}, {self.scale.name}"
+
+    def of(self, measure: str, key: str) -> Words:
+        """The words for another measure, whose name in records is `key`."""
+        return self._replace(measure=measure, scale=scale_of(key, measure))
+
+
+NOUNS = {"accuracy": "accuracies", "loss": "losses"}
+"""Measures that sentences call by their names, and their plurals."""
 
 
 # By what the data hold; `run.json` says it.
@@ -89,6 +97,12 @@ WORDS = {
         positions="class token; then patches, row by row",
     ),
     "text": Words("accuracy"),
+    "text-stream": Words(
+        "loss",
+        sample="block of the training set's mean length",
+        example="block",
+        positions="the first of a block",
+    ),
     "vision-language": Words(
         "accuracy",
         sample="conversation about one image of the training set's mean length",
@@ -143,11 +157,43 @@ def kind_name(kind: str) -> str:
     return kind.removeprefix("kind_").removesuffix(POINTS).replace("_", " ")
 
 
+LOSSES = {
+    "loss": Scale("nats per token", " nats per token", "nats", 1, 4, True),
+    "bits_per_byte": Scale("bits per byte", " bits per byte", "bits", 1, 4, True),
+    "perplexity": Scale("perplexity", "", "perplexity", 1, 2, True),
+}
+"""The measures of `selection.LESS_IS_BETTER`."""
+assert tuple(LOSSES) == LESS_IS_BETTER
+
+
+def scale_of(key: str, measure: str = "accuracy") -> Scale:
+    """The scale of a measure by its name in records, and in words.
+
+    Correlations, which may be below 0, are no shares: they stand there times 100.
+    """
+    if key in LOSSES:
+        return LOSSES[key]
+    if is_points(key):
+        return Scale("points", "", "points", 1)
+    return SHARE if "accuracy" in measure else Scale("x 100", "")
+
+
 def measure_number(measure: str, value: float, digits: int = 1) -> str:
-    """Text of a measure: in per cent; points and losses as they are."""
+    """Text of a measure: in per cent with so many digits; points and losses as they are."""
+    scale = scale_of(measure)
+    digits = scale.digits if scale.less_is_better else digits
+    return format_number(scale.factor * value, f".{digits}f")
+
+
+def panels_of(measure: str) -> dict[str, tuple[str, float]]:
+    """The panels of a figure of evaluations: the reported measure and the mean loss, once where
+    they are the same; label and factor of each by its key."""
+    scale = scale_of(measure)
+    unit = "" if is_points(measure) else f", {scale.name}"
+    loss = {"loss": ("mean loss (negative log-likelihood)", 1.0)}
     if measure == "loss":
-        return format_number(value, ".4f")
-    return format_number(value if is_points(measure) else 100 * value, f".{digits}f")
+        return loss
+    return {"score": (f"{measure.replace('_', ' ')}{unit}", scale.factor), **loss}
 
 
 def unit_of(kinds: Sequence[str]) -> str:

@@ -313,14 +313,18 @@ def example_record(
         prompt, *steps = calls
         served = [prompt.mask[row][real_N]]
         served += [step.mask[row] for step in steps if _is_real(step, row)]
-        bits = ["".join(str(int(bit)) for bit in token) for part in served for token in part]
-        experts[name] = bits
+        bits = experts[name] = [token for part in served for token in routed_tokens(part)]
         read = len(bits) - len(words)
     return {
         "tokens": words + [decode([i]) for i in ids_BN[row, :read].tolist()],
         "answer_from": len(words),
         "experts": experts,
     }
+
+
+def routed_tokens(mask_NE: Tensor) -> list[str]:
+    """A string of 0 and 1 for each token: the living experts that served it."""
+    return ["".join(str(int(bit)) for bit in token) for token in mask_NE.tolist()]
 
 
 def _is_real(call: Routed, row: int) -> bool:

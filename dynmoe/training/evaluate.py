@@ -18,7 +18,7 @@ from dynmoe.config.machine import data_folder, folders, gpu_there
 from dynmoe.config.options import modality
 from dynmoe.config.quantize import KEYS as QUANTISATIONS
 from dynmoe.config.quantize import quantize_problems
-from dynmoe.config.rules import text_run
+from dynmoe.config.rules import corpus_run, text_run
 from dynmoe.config.targets import TargetError, signature
 from dynmoe.errors import ConfigError
 from dynmoe.records import Record, RunFolder
@@ -111,6 +111,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     if wrong := [
         *value_problems(cfg, given),
         *text_run(cfg),
+        *corpus_run(cfg),
         *folders(cfg),
         *data_folder(cfg),
         *gpu_there(cfg),

@@ -16,7 +16,12 @@ from dynmoe.config.compose import preflight, search_path
 from dynmoe.config.options import modality, own
 
 CONF = Path(dynmoe.conf.__file__).parent
-TASKS = {"image": "task=vit_domainbed", "text": "task=glue", "vision-language": "task=vl"}
+TASKS = {
+    "image": "task=vit_domainbed",
+    "text": "task=glue",
+    "text-stream": "task=lm",
+    "vision-language": "task=vl",
+}
 
 # The task with which a group, or one of its options, is meant to be used.
 HOMES = {
@@ -30,12 +35,14 @@ HOMES = {
     "protocol=glue": "text",
     "protocol=glue_heldout": "text",
     "protocol=llava": "vision-language",
+    "protocol=lm": "text-stream",
     "schedule=glue_code": "text",
     "schedule=glue_paper": "text",
     "schedule=vl_code": "vision-language",
     "schedule=vl_code_phi2": "vision-language",
     "stage": "vision-language",
     "sweep=glue_small": "text",
+    "sweep=lm_small": "text-stream",
     "sweep=paper_glue": "text",
     "sweep=vl_small": "vision-language",
 }
@@ -131,6 +138,12 @@ data: cache holdout_fraction linear_baseline max_length ood ood_root root skip_i
 data: tokenizer_name tokenizer_path trial_seed
 protocol: datasets defaults patience searched selection
 task: epochs patience scheduler
+""",
+    "text-stream": """
+backbone: architecture lora path
+data: cache examples length tokenizer_name tokenizer_path trial_seed vocabulary
+protocol: datasets defaults patience scratch searched selection
+task: epochs patience save_every scheduler
 """,
     "vision-language": """
 : plan stage

@@ -6,6 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import as_file, files
@@ -79,7 +80,7 @@ def _loaders(task: GlueTask, source: Source, root: str | None) -> dict[str, Load
             "The package embeds Glosses only (data=glosses); GLUE comes from tsv, parquet or hub."
         )
     if source == "embedded":
-        return {name: partial(_read_glosses, name) for name in ("train", "dev")}
+        return {name: partial(read_glosses, name) for name in ("train", "dev")}
     if source == "hub":
         return hub_loaders(task)
     if root is None or not Path(root).expanduser().is_dir():
@@ -152,28 +153,35 @@ def read_table(
     """
     names: Sequence[str]
     rows: Iterable[dict[str, Any]]
+    with unpacking(path):
+        if ".jsonl" in path.name.lower():
+            rows = list(json_objects(path))
+            names = list(rows[0]) if rows else []
+        else:
+            lines: Iterator[list[str]] = (line.split("\t") for line in lines_of(path))
+            names = next(lines, [])
+            _check_tabs(path, names, header or required)
+            if header is not None and not set(required) <= set(names):
+                names, lines = header, chain([list(names)], lines)
+            rows = (dict(zip(names, fields, strict=False)) for fields in lines)
+        if missing := [name for name in required if name not in names]:
+            raise DataError(
+                f"{path}: no column {', '.join(missing)}. "
+                f"Found {', '.join(names) or 'an empty file'}."
+            )
+        if twice := [name for name in (*required, *optional) if list(names).count(name) > 1]:
+            raise DataError(
+                f"{path}: several columns are called {', '.join(twice)}. Keep one of each."
+            )
+        return _table(path, [*required, *(name for name in optional if name in names)], rows)
+
+
+@contextmanager
+def unpacking(path: Path) -> Iterator[None]:
+    """`reading` of a file that gzip may have packed."""
     with reading(path):
         try:
-            if ".jsonl" in path.name.lower():
-                rows = list(_json_objects(path))
-                names = list(rows[0]) if rows else []
-            else:
-                lines: Iterator[list[str]] = (line.split("\t") for line in _lines(path))
-                names = next(lines, [])
-                _check_tabs(path, names, header or required)
-                if header is not None and not set(required) <= set(names):
-                    names, lines = header, chain([list(names)], lines)
-                rows = (dict(zip(names, fields, strict=False)) for fields in lines)
-            if missing := [name for name in required if name not in names]:
-                raise DataError(
-                    f"{path}: no column {', '.join(missing)}. "
-                    f"Found {', '.join(names) or 'an empty file'}."
-                )
-            if twice := [name for name in (*required, *optional) if list(names).count(name) > 1]:
-                raise DataError(
-                    f"{path}: several columns are called {', '.join(twice)}. Keep one of each."
-                )
-            return _table(path, [*required, *(name for name in optional if name in names)], rows)
+            yield
         except (EOFError, zlib.error, gzip.BadGzipFile):
             raise DataError(f"{path}: damaged gzip file. Fetch or pack it again.") from None
 
@@ -188,17 +196,19 @@ def _check_tabs(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None
         )
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Non-blank lines without their end; only a line feed ends one, as texts may hold others."""
+def lines_of(path: Path, blank: bool = False) -> Iterator[str]:
+    """Lines without their end, blank ones if asked for; only a line feed ends one, as texts may
+    hold others."""
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
         for line in lines:
-            if stripped := line.rstrip("\r\n"):
+            stripped = line.rstrip("\r\n")
+            if stripped or blank:
                 yield stripped
 
 
-def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
-    for line in _lines(path):
+def json_objects(path: Path) -> Iterator[dict[str, Any]]:
+    for line in lines_of(path):
         try:
             yield dict(json.loads(line, object_pairs_hook=unique_keys))
         except DataError as error:
@@ -430,7 +440,7 @@ def _raw_parquet(task: GlueTask, where: str, table: pyarrow.Table) -> RawTexts:
     )
 
 
-def _read_glosses(split: str) -> RawTexts:
+def read_glosses(split: str) -> RawTexts:
     """Glosses: 4,800 noun definitions of WordNet 3.0, classified by topic; nothing to download.
 
     Made once from WordNet's data.noun: the label is the lexicographer file of the noun, one of ten;
