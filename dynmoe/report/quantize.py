@@ -137,7 +137,7 @@ def draw_quantisations(records: Sequence[Record], title: str) -> Figure:
             axes.plot(x, y, label=name, color=colour, marker=mark, markersize=5)
         axes.set_xlabel("average bits of a weight")
         axes.grid(alpha=0.25)
-    shown = panels[0].get_legend_handles_labels()
-    figure.legend(*shown, loc="outside right center", frameon=False)
+    legend = panels[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize="medium")
     return figure
