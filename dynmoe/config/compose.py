@@ -28,7 +28,7 @@ from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_
 from dynmoe.config.targets import did_you_mean
 
 # Extras of pyproject.toml that bring launchers and sweepers.
-EXTRAS = ("joblib", "optuna", "ray", "submitit")
+EXTRAS = ("joblib", "optuna")
 
 
 class MissingGroup(Exception):
