@@ -50,8 +50,8 @@ PreemptMode=REQUEUE
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
-PartitionName=low Nodes={host} Default=YES DefaultTime=30 State=UP PriorityTier=1 PreemptMode=REQUEUE
-PartitionName=high Nodes={host} DefaultTime=30 State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=low Nodes={host} Default=YES DefaultTime=30 PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=high Nodes={host} DefaultTime=30 PriorityTier=10 PreemptMode=OFF
 """
 
 

@@ -28,8 +28,8 @@ from dynmoe.records import RunFolder
 from dynmoe.sweep import slurm
 from dynmoe.sweep.manifest import locked
 
-SOON, SELDOM = 2.0, 30.0
-"""Seconds between two questions to Slurm, at first and later."""
+LOOK = 0.5  # seconds between two looks at the files of results
+SOON, SELDOM = 2.0, 30.0  # seconds between two questions to Slurm, at first and later
 
 SURE = 3
 """Questions in a row after which a job that is not in the queue counts as gone: one that is
@@ -178,7 +178,7 @@ class LocalLauncher(WorkLauncher):
         jobs = self.executor().submit_array(work)
         try:
             while not all(job.done() for job in jobs):
-                time.sleep(0.2)
+                time.sleep(LOOK)
         except KeyboardInterrupt:
             for job in jobs:
                 job.cancel()
@@ -288,7 +288,7 @@ class SlurmLauncher(LocalLauncher):
                     if absent[name] == SURE:
                         found[name] = self._gone(name, number, state, files[name].stderr)
                         del ids[name]
-            time.sleep(0.5)
+            time.sleep(LOOK)
         return found
 
     def _gone(self, name: str, number: str, state: str | None, log: Path) -> JobReturn:
