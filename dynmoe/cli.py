@@ -28,7 +28,7 @@ from dynmoe import process
 from dynmoe.config import options, runs
 from dynmoe.config.arguments import read_arguments
 from dynmoe.config.check import check, report
-from dynmoe.config.compose import preflight, search_path
+from dynmoe.config.compose import own_launchers, preflight, search_path
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import Held, RunFolder
 
@@ -73,6 +73,7 @@ def _run(job: Job, prog: str) -> None:
     # Hydra looks through installed packages for its plugins, and overlooks editable ones.
     for plugin in (DynMoESweeper, *LAUNCHERS):
         Plugins.instance().register(plugin)
+    own_launchers()
     main = hydra.main(config_path="pkg://dynmoe.conf", config_name="config", version_base="1.3")
     try:
         main(_guarded(job, prog))()

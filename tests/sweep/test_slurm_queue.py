@@ -110,13 +110,8 @@ def then(monkeypatch: pytest.MonkeyPatch) -> Events:
     """What happens, one after the other, while a launcher waits."""
 
     def set_events(*events: Callable[[], object]) -> None:
-        left = list(events)
-
-        def sleep(_: float) -> None:
-            if left:
-                left.pop(0)()
-
-        monkeypatch.setattr(_launchers.time, "sleep", sleep)
+        left = [*events, *[lambda: None] * 99]
+        monkeypatch.setattr(_launchers, "sleep", lambda _: left.pop(0)())
 
     return set_events
 

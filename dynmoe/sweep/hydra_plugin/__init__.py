@@ -102,7 +102,9 @@ class DynMoESweeper(Sweeper):
         todo = [
             job
             for job in jobs
-            if again or job.name in waiting or job.state not in ("done", "running")
+            if again
+            or job.state not in ("done", "running")
+            or (job.name in waiting and not job.folder.is_done)
         ]
         counts = f"{len(jobs) - len(todo)} done or running, {len(todo)} to do"
         print(f"{len(jobs)} job{'s' * (len(jobs) != 1)} in {folder}: {counts}")

@@ -9,11 +9,11 @@ from __future__ import annotations
 import pickle
 import signal
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from hydra.core.singleton import Singleton
@@ -178,7 +178,7 @@ class LocalLauncher(WorkLauncher):
         jobs = self.executor().submit_array(work)
         try:
             while not all(job.done() for job in jobs):
-                time.sleep(LOOK)
+                sleep(LOOK)
         except KeyboardInterrupt:
             for job in jobs:
                 job.cancel()
@@ -195,6 +195,7 @@ class SlurmLauncher(LocalLauncher):
     """Slurm's queue: a job that is in it is not submitted again, but waited for."""
 
     cluster = "slurm"
+    _is_away = False  # it does not answer
 
     @property
     def folder(self) -> Path:
@@ -205,22 +206,32 @@ class SlurmLauncher(LocalLauncher):
         return slurm.Batches(self.folder / ".submitit")
 
     def waiting(self) -> dict[str, str]:
-        """The ids of the jobs that are in the queue, by the names of their runs."""
-        return self.batches.waiting(slurm.states())
+        """The ids of the jobs that are in the queue, by the names of their runs; Slurm takes a
+        moment to see that one has ended."""
+        found = self.batches.waiting(slurm.states())
+        return {name: job for name, job in found.items() if not self._files(job)[0].exists()}
+
+    def _files(self, job: str) -> tuple[Path, Path]:
+        """The result of a job, and its errors."""
+        from submitit.core.utils import JobPaths
+
+        paths = JobPaths(self.params["submitit_folder"], job, 0)
+        return paths.result_pickle, paths.stderr
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         names = [self._name(overrides) for overrides in job_overrides]
         work = self.work(SubmittedWork, job_overrides, initial_job_idx)
-        with locked(self.folder):
-            there = self.waiting()
-            ids = {name: there[name] for name in names if name in there}
-            if ids:
-                print(f"in the queue of Slurm already, waited for: {_listed(ids.values())}")
-            new = {n: each for n, each in zip(names, work, strict=True) if n not in ids}
-            ids |= self._submit(new)
+        ids: dict[str, str] = {}
         try:
+            with locked(self.folder):
+                there = self.waiting()
+                ids |= {name: there[name] for name in names if name in there}
+                if ids:
+                    print(f"in the queue of Slurm already, waited for: {_listed(ids.values())}")
+                new = {n: each for n, each in zip(names, work, strict=True) if n not in ids}
+                self._submit(new, ids)
             found = self._wait(ids)
         except KeyboardInterrupt:
             self._say_what_stays(ids)
@@ -233,15 +244,14 @@ class SlurmLauncher(LocalLauncher):
         name, mode = str(config.hydra.sweep.subdir), config.get("mode")
         return name if mode == "train" else f"{mode}:{name}"
 
-    def _submit(self, work: Mapping[str, Work]) -> dict[str, str]:
-        """Submit the jobs, those of an array together. Returns their ids.
+    def _submit(self, work: Mapping[str, Work], ids: dict[str, str]) -> None:
+        """Submit the jobs, those of an array together, and add their ids.
 
         Raises:
             UserError: sbatch refuses them.
         """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        ids: dict[str, str] = {}
         names = list(work)
         for start in range(0, len(names), slurm.LONGEST):
             runs = names[start : start + slurm.LONGEST]
@@ -257,47 +267,49 @@ class SlurmLauncher(LocalLauncher):
                 said = [line for line in str(error).splitlines() if "sbatch: " in line]
                 raise UserError("; ".join(said) or str(error)) from None
             ids |= {name: job.job_id for name, job in zip(runs, jobs, strict=True)}
-        if ids:
-            print(f"submitted to Slurm: {_listed(ids.values())}")
-        return ids
+            print(f"submitted to Slurm: {_listed(job.job_id for job in jobs)}")
 
     def _wait(self, ids: dict[str, str]) -> dict[str, JobReturn]:
-        """Wait until no job of `ids` is left in it; how each ended."""
-        from submitit.core.utils import JobPaths
-
+        """Wait until no job is left in `ids`; how each ended."""
         found: dict[str, JobReturn] = {}
-        files = {n: JobPaths(self.params["submitit_folder"], ids[n], 0) for n in ids}
-        absent = dict.fromkeys(ids, 0)
-        pause, asked, unknown = SOON, time.monotonic(), ""
+        results = {name: self._files(job)[0] for name, job in ids.items()}
+        absent = dict.fromkeys(ids, 0)  # questions in a row
+        pause, asked = SOON, monotonic()
         while ids:
-            for name in [name for name in ids if files[name].result_pickle.exists()]:
-                found[name] = _read_result(files[name].result_pickle)
+            for name in [name for name in ids if results[name].exists()]:
+                found[name] = _read_result(results[name])
                 del ids[name]
-            if time.monotonic() - asked >= pause:
-                try:
-                    states = slurm.states()
-                except UserError as error:  # the controller may be away for a while
-                    if not unknown:
-                        print(f"dynmoe-run: {error}. Waiting for it", file=sys.stderr)
-                    states, unknown = None, str(error)
-                pause, asked = min(SELDOM, 1.5 * pause), time.monotonic()
-                for name, number in list(ids.items()) if states is not None else ():
-                    state, unknown = states.get(number, (None,))[0], ""
+            if monotonic() - asked >= pause:
+                states = self._states(ids)
+                pause, asked = min(SELDOM, 1.5 * pause), monotonic()
+                for name, state in states.items():
                     absent[name] = 0 if slurm.in_queue(state) else absent[name] + 1
                     pause = SOON if absent[name] else pause
                     if absent[name] == SURE:
-                        found[name] = self._gone(name, number, state, files[name].stderr)
-                        del ids[name]
-            time.sleep(LOOK)
+                        found[name] = self._gone(name, ids.pop(name), state)
+            sleep(LOOK)
         return found
 
-    def _gone(self, name: str, number: str, state: str | None, log: Path) -> JobReturn:
+    def _states(self, ids: Mapping[str, str]) -> dict[str, str | None]:
+        """The states of jobs, None of one that is gone; empty while Slurm does not answer."""
+        try:
+            states = slurm.states()
+        except UserError as error:
+            if not self._is_away:
+                print(f"dynmoe-run: {error}. Waiting for it", file=sys.stderr)
+            self._is_away = True
+            return {}
+        self._is_away = False
+        return {name: states.get(job, (None,))[0] for name, job in ids.items()}
+
+    def _gone(self, name: str, number: str, state: str | None) -> JobReturn:
         """A job that has left the queue without a result: its folder says why, if Slurm does."""
         run = RunFolder(self.folder / name)
         if run.is_done:
             return JobReturn(status=JobStatus.COMPLETED)
         why = slurm.ENDED[state] if state else "it was cancelled, or its process was killed"
-        message = f"job {number} of Slurm has ended, {state or 'state not known'}: {why} ({log})"
+        ended = f"job {number} of Slurm has ended, {state or 'state not known'}: {why}"
+        message = f"{ended} ({self._files(number)[1]})"
         if self.config.get("mode") == "train" and run.state != "running":
             run.mark_failed(message)
         return _failed(message)
