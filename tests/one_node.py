@@ -110,10 +110,14 @@ class OneNode:
     def stop(self) -> None:
         """End all jobs, then the daemons."""
         if "slurmctld" in self._daemons:
-            self.run("scancel", *self.queue())
-            wait_for(lambda: not self.queue(), 40)
+            self.cancel_all()
         for name in list(self._daemons)[::-1]:
             self.stop_daemon(name)
+
+    def cancel_all(self) -> None:
+        if jobs := self.queue():
+            self.run("scancel", *jobs)
+            wait_for(lambda: not self.queue())
 
     def run(self, *command: str) -> str:
         """The output of a command of Slurm."""
@@ -126,7 +130,7 @@ class OneNode:
         return dict(line.split() for line in lines)
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(holds: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"not within {seconds} s"

@@ -66,11 +66,12 @@ class Site:
         return said.strip()
 
     def text(self, name: str = "out") -> str:
-        return (self.folder / name).read_text()
+        file = self.folder / name
+        return file.read_text() if file.exists() else ""
 
-    def waits(self, *jobs: str, seconds: float = 120) -> None:
+    def waits(self, *jobs: str) -> None:
         """Wait until the jobs have left the queue."""
-        wait_for(lambda: not set(jobs) & set(self.node.queue()), seconds)
+        wait_for(lambda: not set(jobs) & set(self.node.queue()))
 
     @property
     def runs(self) -> list[RunFolder]:
@@ -83,8 +84,9 @@ class Site:
 
 
 @pytest.fixture
-def site(node: OneNode, tmp_path: Path) -> Site:
-    return Site(node, tmp_path)
+def site(node: OneNode, tmp_path: Path) -> Iterator[Site]:
+    yield Site(node, tmp_path)
+    node.cancel_all()
 
 
 def results(run: RunFolder) -> list[dict[str, Any]]:
@@ -99,7 +101,7 @@ def begun(site: Site) -> bool:
     return bool(list(site.folder.glob("vit_domainbed/*/checkpoints/last.ckpt")))
 
 
-def ends(process: subprocess.Popen[bytes], seconds: float = 180) -> int:
+def ends(process: subprocess.Popen[bytes], seconds: float = 400) -> int:
     return process.wait(timeout=seconds)
 
 
@@ -119,7 +121,7 @@ def test_each_job_of_a_sweep_is_submitted_once(site: Site) -> None:
     assert [ends(each) for each in again] == [1, 1]
     assert site.submitted == 1
     assert sorted(run.state for run in site.runs) == ["done"] * 3 + ["failed"]
-    assert "CANCELLED: it was cancelled" in site.text("second")
+    assert "it was cancelled before it began" in site.text("second")
 
     assert ends(site.launch("seed=0,1,2,3", name="last")) == 0
     assert site.submitted == 2 and [run.state for run in site.runs] == ["done"] * 4
@@ -127,7 +129,7 @@ def test_each_job_of_a_sweep_is_submitted_once(site: Site) -> None:
 
 def test_a_preempted_job_goes_on_with_equal_records(site: Site, tmp_path: Path) -> None:
     launcher = site.launch(*LONG, "seed=0", "hydra.launcher.cpus_per_task=2")
-    wait_for(lambda: begun(site), 120)
+    wait_for(lambda: begun(site))
     site.node.run("sbatch", "-p", "high", "-c2", "--output=/dev/null", "--wrap", "sleep 1")
     assert ends(launcher) == 0, site.text()
     (run,) = site.runs
@@ -143,9 +145,9 @@ def test_a_script_goes_back_into_the_queue_before_its_limit(site: Site) -> None:
     again = '[ $? = 138 ] && scontrol requeue "$SLURM_JOB_ID"'
     options = "--time=1 --signal=USR1@20 --requeue --open-mode=append"
     job = site.batch("task.steps=99999", "task.eval_every=40", options=options, after=again)
-    wait_for(lambda: "stopped by SIGUSR1" in site.text(f"{job}.out"), 150)
+    wait_for(lambda: "stopped by SIGUSR1" in site.text(f"{job}.out"))
     (run,) = site.runs
-    wait_for(lambda: starts(run) == 2, 60)
+    wait_for(lambda: starts(run) == 2)
     assert "resumed after step" in (run.path / "run.log").read_text()
     assert not list(run.path.rglob("hpc_ckpt*"))
     site.node.run("scancel", job)
@@ -157,7 +159,7 @@ def test_the_last_limit_of_a_launchers_job_is_said_in_words(site: Site) -> None:
     """submitit counts every signal as a limit where the limit is 10 minutes or less."""
     limits = ("hydra.launcher.timeout_min=5", "hydra.launcher.max_num_timeout=0")
     launcher = site.launch("task.steps=99999", "task.eval_every=40", *limits)
-    wait_for(lambda: begun(site), 120)
+    wait_for(lambda: begun(site))
     (job,) = site.node.queue()
     site.node.run("scancel", "--signal=USR2", job)
     assert ends(launcher) == 1
@@ -190,16 +192,16 @@ def test_lost_daemons_and_launchers_lose_nothing(site: Site) -> None:
     """A launcher killed, slurmctld away for a while, slurmd killed."""
     node = site.node
     first = site.launch(*LONG, "seed=0,1,2", name="first")
-    wait_for(lambda: begun(site), 120)
+    wait_for(lambda: begun(site))
     first.kill()
     first.wait()
     second = site.launch(*LONG, "seed=0,1,2", name="second")
     wait_for(lambda: "waited for" in site.text("second"))
     node.stop_daemon("slurmctld", signal.SIGKILL)
     node.stop_daemon("slurmd", signal.SIGKILL)
-    wait_for(lambda: "cannot be asked" in site.text("second"), 60)
+    wait_for(lambda: "cannot be asked" in site.text("second"))
     node.start_daemon("slurmctld", "-D")
     node.start_daemon("slurmd", "-D")
-    assert ends(second, 240) == 0, site.text("second")
+    assert ends(second) == 0, site.text("second")
     assert site.submitted == 1 and [run.state for run in site.runs] == ["done"] * 3
     assert [len(run.read("results")) for run in site.runs] == [13] * 3

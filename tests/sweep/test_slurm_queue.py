@@ -148,14 +148,20 @@ def test_two_launchers_at_once_submit_one_batch(queue: Slurm) -> None:
 
 
 def test_a_cancelled_job_is_not_submitted_again(queue: Slurm, then: Events) -> None:
-    then(lambda: queue.end("1_0", "CANCELLED"), lambda: queue.end("1_1"), *WHILE)
-    done = queue.launch("a", "b")
+    log = queue.sweep / ".submitit" / "1_1" / "1_1_0_log.out"
+    then(
+        lambda: queue.end("1_0", "CANCELLED"),
+        lambda: (queue.end("1_1"), log.parent.mkdir(exist_ok=True), log.touch()),
+        lambda: queue.end("1_2"),
+    )
+    done = queue.launch("a", "b", "c")
     assert queue.submitted == 1
-    assert [each.status for each in done] == [JobStatus.FAILED] * 2
-    failures = [RunFolder(queue.sweep / name).failure for name in "ab"]
+    assert [each.status for each in done] == [JobStatus.FAILED] * 3
+    failures = [RunFolder(queue.sweep / name).failure for name in "abc"]
     assert "1_0" in failures[0] and "CANCELLED: it was cancelled" in failures[0]
-    # Nobody can say more of one that the queue has forgotten.
-    assert "1_1" in failures[1] and "state not known" in failures[1]
+    # The queue forgets jobs; nobody can say more of one that has begun.
+    assert "1_1" in failures[1] and "cancelled, or its process was killed" in failures[1]
+    assert "1_2" in failures[2] and "cancelled before it began" in failures[2]
 
 
 def test_a_job_that_is_requeued_has_not_ended(queue: Slurm, then: Events) -> None:
@@ -186,7 +192,7 @@ def test_a_controller_may_be_away_for_a_while(
 def test_a_run_that_is_done_needs_no_result(queue: Slurm, then: Events) -> None:
     """Its job may have been cancelled while it wrote the result."""
     RunFolder(queue.sweep / "a").mark_done()
-    then(lambda: queue.end("1", "CANCELLED"), *WHILE)
+    then(lambda: queue.end("1", "CANCELLED"))
     assert queue.launch("a")[0].status is JobStatus.COMPLETED
 
 

@@ -10,7 +10,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dynmoe import process
 from dynmoe.errors import UserError
-from dynmoe.records import RunFolder
+from dynmoe.records import Held, RunFolder
 from dynmoe.sweep import slurm
 from dynmoe.sweep.manifest import locked
 
@@ -209,14 +209,15 @@ class SlurmLauncher(LocalLauncher):
         """The ids of the jobs that are in the queue, by the names of their runs; Slurm takes a
         moment to see that one has ended."""
         found = self.batches.waiting(slurm.states())
-        return {name: job for name, job in found.items() if not self._files(job)[0].exists()}
+        return {
+            name: job for name, job in found.items() if not self._paths(job).result_pickle.exists()
+        }
 
-    def _files(self, job: str) -> tuple[Path, Path]:
-        """The result of a job, and its errors."""
+    def _paths(self, job: str) -> Any:
+        """The files of a job, by submitit's names for them."""
         from submitit.core.utils import JobPaths
 
-        paths = JobPaths(self.params["submitit_folder"], job, 0)
-        return paths.result_pickle, paths.stderr
+        return JobPaths(self.params["submitit_folder"], job, 0)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -272,7 +273,7 @@ class SlurmLauncher(LocalLauncher):
     def _wait(self, ids: dict[str, str]) -> dict[str, JobReturn]:
         """Wait until no job is left in `ids`; how each ended."""
         found: dict[str, JobReturn] = {}
-        results = {name: self._files(job)[0] for name, job in ids.items()}
+        results = {name: self._paths(job).result_pickle for name, job in ids.items()}
         absent = dict.fromkeys(ids, 0)  # questions in a row
         pause, asked = SOON, monotonic()
         while ids:
@@ -307,11 +308,17 @@ class SlurmLauncher(LocalLauncher):
         run = RunFolder(self.folder / name)
         if run.is_done:
             return JobReturn(status=JobStatus.COMPLETED)
-        why = slurm.ENDED[state] if state else "it was cancelled, or its process was killed"
-        ended = f"job {number} of Slurm has ended, {state or 'state not known'}: {why}"
-        message = f"{ended} ({self._files(number)[1]})"
-        if self.config.get("mode") == "train" and run.state != "running":
-            run.mark_failed(message)
+        paths = self._paths(number)
+        if state:
+            why = f"{state}: {slurm.ENDED[state]}"
+        elif paths.stdout.exists():
+            why = "it was cancelled, or its process was killed"
+        else:  # Slurm forgets an element of an array at once
+            why = "CANCELLED: it was cancelled before it began"
+        message = f"job {number} of Slurm has ended, {why} ({paths.stderr})"
+        if self.config.get("mode") == "train":
+            with suppress(Held), run.hold():  # other launchers write the same
+                run.mark_failed(message)
         return _failed(message)
 
     def _say_what_stays(self, ids: Mapping[str, str]) -> None:
