@@ -353,8 +353,8 @@ class RayLauncher(WorkLauncher):
         import ray
 
         if not ray.is_initialized():
-            ray.init(**self.params["init"])
-        options = {"max_retries": 0, "num_cpus": 1} | self.params["remote"]
+            ray.init(**self.params["init"] or {})
+        options = {"max_retries": 0, "num_cpus": 1} | (self.params["remote"] or {})
         run = ray.remote(**options)(_call)
         try:
             tasks = [run.remote(work) for work in self.work(Work, job_overrides, initial_job_idx)]
