@@ -106,7 +106,7 @@ def ends(process: subprocess.Popen[bytes], seconds: float = 400) -> int:
 
 
 def test_each_job_of_a_sweep_is_submitted_once(site: Site) -> None:
-    """A stopped launcher, the same command twice at once, a cancelled job; then what is missing alone."""
+    """A stopped launcher, two others at once, a cancelled job; then what is missing alone."""
     first = site.launch("seed=0,1,2,3", name="first")
     wait_for(lambda: len(site.node.queue()) == 4)
     (array,) = {job.partition("_")[0] for job in site.node.queue()}
