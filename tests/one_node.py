@@ -130,7 +130,7 @@ class OneNode:
         return dict(line.split() for line in lines)
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 240) -> None:
+def wait_for(holds: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"not within {seconds} s"

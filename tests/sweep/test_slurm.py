@@ -101,7 +101,7 @@ def begun(site: Site) -> bool:
     return bool(list(site.folder.glob("vit_domainbed/*/checkpoints/last.ckpt")))
 
 
-def ends(process: subprocess.Popen[bytes], seconds: float = 400) -> int:
+def ends(process: subprocess.Popen[bytes], seconds: float = 900) -> int:
     return process.wait(timeout=seconds)
 
 
