@@ -118,7 +118,7 @@ def _read_result(file: Path) -> JobReturn:
     """The result that submitit has kept of a job."""
     outcome, result = pickle.loads(file.read_bytes())
     if outcome == "success":
-        return result  # type: ignore[no-any-return]
+        return result
     return _failed(str(result).strip().rpartition("\n")[2])  # the last line of a traceback
 
 
@@ -128,7 +128,7 @@ class WorkLauncher(Launcher):
     def __init__(self, **params: Any) -> None:
         plain = OmegaConf.to_container(OmegaConf.create(params), resolve=True)
         assert isinstance(plain, dict)
-        self.params = plain
+        self.params: dict[str, Any] = {str(key): value for key, value in plain.items()}
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -369,6 +369,6 @@ def _call(work: Work) -> JobReturn:
 
 def _result_of_ray(ray: Any, task: Any) -> JobReturn:
     try:
-        return ray.get(task)  # type: ignore[no-any-return]
+        return ray.get(task)
     except ray.exceptions.RayError as error:  # a worker was killed, or there is no room for it
         return _failed(f"{type(error).__name__}: {error}".splitlines()[0])
