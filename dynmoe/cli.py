@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra_plugins.dynmoe_sweeper import DynMoESweeper
+from hydra_plugins.dynmoe_sweeper import LAUNCHERS, DynMoESweeper
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,7 +28,7 @@ from dynmoe import process
 from dynmoe.config import options, runs
 from dynmoe.config.arguments import read_arguments
 from dynmoe.config.check import check, report
-from dynmoe.config.compose import preflight, search_path
+from dynmoe.config.compose import own_launchers, preflight, search_path
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import Held, RunFolder
 
@@ -71,7 +71,9 @@ def _run(job: Job, prog: str) -> None:
         # NOTE: Hydra would compose the command once more to learn its mode: a fifth of a second.
         Hydra.get_mode = lambda *_, **__: verdict.mode  # type: ignore[method-assign]
     # Hydra looks through installed packages for its plugins, and overlooks editable ones.
-    Plugins.instance().register(DynMoESweeper)
+    for plugin in (DynMoESweeper, *LAUNCHERS):
+        Plugins.instance().register(plugin)
+    own_launchers()
     main = hydra.main(config_path="pkg://dynmoe.conf", config_name="config", version_base="1.3")
     try:
         main(_guarded(job, prog))()

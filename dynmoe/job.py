@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe import process
+from dynmoe import process, ranks
 from dynmoe.config import places, runs
 from dynmoe.errors import ConfigError, DataError, Diverged, UserError, reason_of
-from dynmoe.records import RunFolder
+from dynmoe.records import LOCKS, RunFolder
 
 if TYPE_CHECKING:
     from dynmoe.data.base import TaskData
@@ -35,34 +33,41 @@ def job(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
+    word = folder.path.parent / LOCKS / f"{folder.path.name}.start"
+    if ranks.rank() > 0:
+        if cfg.mode == "train" and ranks.told_to_train(word):
+            train(cfg, folder)
+        return None
     if cfg.mode == "check":
         check_data(cfg)
         return None
     if cfg.mode == "plan":
         show_plan(cfg, folder)
         return None
-    with nullcontext() if _is_child() else folder.hold():
-        if cfg.overwrite and not _is_child():
-            _clear(folder.path)
-        folder.forget_failure()
-        if folder.is_done:
-            _refuse_other_data(cfg, folder)
-            folder.say(
-                "This run was finished before; nothing is trained (overwrite=true repeats it)."
-            )
-        else:
-            complete_stage_before(cfg)
-            first_rank = train(cfg, folder)
-            _release_memory()
-            if not first_rank:
-                return None
-        return show(folder)
+    try:
+        with folder.hold():
+            if cfg.overwrite:
+                _clear(folder.path)
+            folder.forget_failure()
+            if folder.is_done:
+                _refuse_other_data(cfg, folder)
+                folder.say(
+                    "This run was finished before; nothing is trained (overwrite=true repeats it)."
+                )
+            else:
+                complete_stage_before(cfg)
+                ranks.tell_others(word, ranks.TRAIN)
+                train(cfg, folder)
+                _release_memory()
+            return show(folder)
+    finally:
+        ranks.tell_others(word, ranks.LEAVE)
 
 
 def complete_stage_before(cfg: DictConfig) -> None:
     """Train the run that this one starts from, unless it is done. Runs that share it wait."""
     earlier = runs.previous(cfg)
-    if earlier is None or _is_child():
+    if earlier is None:
         return
     folder = RunFolder(runs.run_folder(earlier))
     with folder.hold(wait=WAIT):
@@ -127,15 +132,15 @@ def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
         show_estimate(cfg)
 
 
-def train(cfg: DictConfig, folder: RunFolder) -> bool:
-    """Build, fit, and leave records and checkpoints in the folder. False on ranks other than 0.
+def train(cfg: DictConfig, folder: RunFolder) -> None:
+    """Build, fit, and leave records and checkpoints in the folder.
 
     Raises:
         Diverged: the loss or the weights are not finite; the folder says so in `failed.txt`.
         UserError: something ended training before its last step.
         ConfigError: a callback that Lightning refuses.
     """
-    if not _is_child():
+    if ranks.rank() == 0:
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.say(f"run folder: {folder.path}")  # at once: loading PyTorch and the data takes time
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -158,8 +163,6 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
         folder.write_run(facts)
         step = _step_of(checkpoint)
         folder.truncate_after(step)
-        for file in folder.path.glob("hpc_ckpt_*.ckpt"):  # Lightning's, of an earlier version
-            file.unlink()
         begin = build.announcement(facts, step)
         for line in [", ".join(begin)] if process.is_worker() else begin:
             folder.say(line)
@@ -180,7 +183,6 @@ def train(cfg: DictConfig, folder: RunFolder) -> bool:
             )
     if trainer.is_global_zero:
         add_baseline(folder, data)
-    return trainer.is_global_zero
 
 
 def add_baseline(folder: RunFolder, data: TaskData) -> None:
@@ -262,11 +264,6 @@ def _release_memory() -> None:
 
     gc.collect()  # models and trainers know each other
     runtime.release_memory()
-
-
-def _is_child() -> bool:
-    """Return whether this process is a data-parallel rank other than 0."""
-    return int(os.environ.get("LOCAL_RANK", 0)) > 0
 
 
 def _clear(folder: Path) -> None:

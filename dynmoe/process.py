@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Literal, TextIO
 
+from dynmoe import ranks
 from dynmoe.errors import UserError
 from dynmoe.version import version
 
@@ -76,7 +77,7 @@ def command(prog: str, after: str = "") -> Iterator[None]:
 def _say_stopped(signum: int) -> None:
     """Say once, of data-parallel processes by one, that the command was stopped."""
     global _last_words
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and _last_words:
+    if ranks.rank() == 0 and _last_words:
         by = "" if signum == signal.SIGINT else f" by {signal.Signals(signum).name}"
         print(_last_words.format(by), file=sys.stderr, flush=True)
     _last_words = ""

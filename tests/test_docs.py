@@ -16,8 +16,8 @@ PAGES = [
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "findings/README.md")
 ]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
-MISSING = re.compile("no folder|found none in")
-"""Problems that the reader's own folders solve."""
+MISSING = re.compile("no folder|found none in|not installed")
+"""Problems that the reader's own folders, and an extra, solve."""
 
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 

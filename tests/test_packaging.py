@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     "errors files network seeding lazy version",
+    "ranks",
     "image_files process",
     "layers questions runtime",
     "records selection metrics adaptation backbones",

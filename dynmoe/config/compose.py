@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -28,7 +30,9 @@ from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_
 from dynmoe.config.targets import did_you_mean
 
 # Extras of pyproject.toml that bring launchers and sweepers.
-EXTRAS = ("joblib", "optuna", "ray", "submitit")
+EXTRAS = ("joblib", "optuna")
+
+LAUNCHERS = ("ray", "submitit_local", "submitit_slurm")  # files of conf/hydra/launcher
 
 
 class MissingGroup(Exception):
@@ -111,10 +115,20 @@ def _missing_plugin(message: str) -> str:
     return f"{group}: no option '{name}'.{did_you_mean(name, known)} Options: {', '.join(known)}"
 
 
+def own_launchers() -> None:
+    """Let conf/hydra/launcher hold where hydra-submitit-launcher or hydra-ray-launcher are, too:
+    Hydra checks a file against what they register by its name."""
+    Plugins.instance()  # which registers them
+    registered: Any = ConfigStore.instance().repo.get("hydra", {})
+    for name in LAUNCHERS:
+        registered.get("launcher", {}).pop(f"{name}.yaml", None)
+
+
 @contextmanager
 def search_path() -> Iterator[None]:
     """Hydra on our configuration files, outside of hydra.main."""
     runs.register()
+    own_launchers()
     with initialize_config_module("dynmoe.conf", version_base="1.3"):
         options.read_files_once(options.loader())
         yield

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 
+from dynmoe.config.clusters import runs_elsewhere
 from dynmoe.config.options import modality, read, written
 
 LONGEST = 255  # bytes of a file's name, on the usual file systems
@@ -49,9 +50,7 @@ def gpu_there(cfg: DictConfig) -> Iterator[str]:
     """Without a driver there is no need to ask PyTorch, which takes seconds to load."""
     if read(cfg, "trainer.accelerator", str) not in ("gpu", "cuda"):
         return
-    launcher = read(cfg, "hydra.launcher._target_", str) or ""
-    elsewhere = any(name in launcher.lower() for name in ("submitit", "ray"))
-    if sys.platform != "linux" or read(cfg, "mode", str) != "train" or elsewhere:
+    if sys.platform != "linux" or read(cfg, "mode", str) != "train" or runs_elsewhere(cfg):
         return
     if not (any(any(Path("/dev").glob(name)) for name in DEVICES) or shutil.which("nvidia-smi")):
         yield f"trainer.accelerator: {NO_GPU}"

@@ -15,7 +15,7 @@ from typing import get_args
 from omegaconf import DictConfig
 
 from dynmoe.adaptation.decision import GrowthSchedule, GrowthUnit, Schedule, Unit
-from dynmoe.config import machine, mixing, models
+from dynmoe.config import clusters, machine, mixing, models
 from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read, written
 from dynmoe.config.targets import did_you_mean
@@ -572,18 +572,6 @@ def pretrained_weights(cfg: DictConfig) -> Iterator[str]:
         )
 
 
-def one_device_per_job(cfg: DictConfig) -> Iterator[str]:
-    """Lightning starts its other processes with the whole command line, the sweep's -m included."""
-    strategy = read(cfg, "trainer.strategy", str) or read(cfg, "trainer.strategy._target_", str)
-    distributed = any(word in str(strategy).lower() for word in ("ddp", "fsdp", "deepspeed"))
-    if distributed or device_count(cfg) != 1:
-        yield (
-            "trainer: a sweep runs each job on one device, found "
-            f"devices={read(cfg, 'trainer.devices', object)}, strategy={strategy}. "
-            "Set trainer.devices=1 trainer.strategy=auto, or start the jobs one by one."
-        )
-
-
 def clipping_optimizer(cfg: DictConfig) -> Iterator[str]:
     """Lightning refuses this pair at the first step (plugins/precision/amp.py, clip_gradients)."""
     clips = read(cfg, "trainer.gradient_clip_val", float)
@@ -633,6 +621,6 @@ RULES: tuple[Rule, ...] = (
     ),
     *(machine.libraries, machine.loggers, only_of_one_modality, protocol_fits, selection_fits),
     *(machine.run_folder, clipping_optimizer, own_callbacks),
-    *(trainer_options, several_devices),
+    *(trainer_options, several_devices, clusters.as_many_as_started),
 )
-SWEEP_RULES: tuple[Rule, ...] = (one_device_per_job,)
+SWEEP_RULES: tuple[Rule, ...] = (clusters.one_device_per_job, clusters.launcher_fits)

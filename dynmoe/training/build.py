@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +15,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+)
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 
-from dynmoe import process, runtime, selection
+from dynmoe import process, ranks, runtime, selection
 from dynmoe.adaptation import RouterCallback
 from dynmoe.backbones import hub, weights
 from dynmoe.backbones.families import FAMILIES
@@ -284,29 +289,52 @@ def build_trainer(
             only this machine could tell.
     """
     loggers = [make(node) for node in (cfg.logger or {}).values()]
-    # NOTE: else Lightning answers Slurm's signal with a checkpoint of its own in the run folder,
-    # and starts from it whenever there is no other.
-    plugins: dict[str, Any] = {}
-    if SLURMEnvironment.detect() and not cfg.trainer.get("plugins"):
-        plugins["plugins"] = [SLURMEnvironment(auto_requeue=False)]
     try:
         trainer: L.Trainer = make(
             cfg.trainer,
-            **plugins,
+            plugins=trainer_plugins(cfg),
             max_steps=max_steps,
             callbacks=callbacks,
             enable_progress_bar=shows_bar(cfg),
             logger=loggers,
-            default_root_dir=str(folder.path),
+            # NOTE: under Slurm Lightning starts a run without a checkpoint from any hpc_ckpt_*.ckpt
+            # in this folder, which it once wrote into the run folder: here is none.
+            default_root_dir=str(folder.path / "checkpoints"),
         )
     except ConfigError as error:
         raise ConfigError(f"{error} (trainer=cpu runs anywhere)") from error
+    if trainer.world_size != trainer.num_devices * trainer.num_nodes:
+        raise ConfigError(
+            f"trainer: devices={cfg.trainer.devices} are {trainer.num_devices} on each of "
+            f"{trainer.num_nodes} nodes, but {trainer.world_size} processes were started. "
+            f"Start one for each: srun --ntasks-per-node={trainer.num_devices} dynmoe-run ..."
+        )
     if trainer.world_size > 1 and cfg.trainer.strategy == "auto":
         raise ConfigError(
             f"trainer: several devices need trainer=ddp, found {trainer.world_size} of them for "
             f"devices={cfg.trainer.devices}. Set trainer=ddp or trainer.devices=1"
         )
     return trainer
+
+
+def trainer_plugins(cfg: DictConfig) -> list[Any]:
+    """``trainer.plugins``, and the environment of Lightning that says who starts processes.
+
+    Lightning's own choice under Slurm answers its signals with a checkpoint beside ours.
+    """
+    given: Any = cfg.trainer.get("plugins")
+    if OmegaConf.is_config(given):
+        given = make(given, "trainer.plugins")
+    plugins = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    tasks = ranks.tasks()
+    if tasks is None or any(isinstance(each, ClusterEnvironment) for each in plugins):
+        return plugins
+    if tasks == 1:  # a batch script of a job with several tasks is one process, too
+        return [*plugins, LightningEnvironment()]
+    # It refuses `srun -n2`, which does not set this, and says no reason.
+    nodes = cfg.trainer.get("num_nodes") or 1
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(tasks // nodes))
+    return [*plugins, SLURMEnvironment(auto_requeue=False)]
 
 
 def judging(cfg: DictConfig, data: TaskData) -> dict[str, Any]:

@@ -33,15 +33,15 @@ def finished(folder: Path, *arguments: str) -> list[RunFolder]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "plugin"),
+    ("launcher", "package"),
     [
-        ("joblib", "hydra_joblib_launcher"),
-        ("submitit_local", "hydra_submitit_launcher"),
-        ("ray", "hydra_ray_launcher"),  # not in the developers' extra: it wants an older joblib
+        ("joblib", "hydra_plugins.hydra_joblib_launcher"),
+        ("submitit_local", "submitit"),
+        ("ray", "ray"),  # not in the developers' extra: it is large
     ],
 )
-def test_launchers(launcher: str, plugin: str, tmp_path: Path) -> None:
-    pytest.importorskip(f"hydra_plugins.{plugin}")
+def test_launchers(launcher: str, package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
     runs = finished(
         tmp_path, "hydra.mode=MULTIRUN", "moe=dense,dynmoe", f"hydra/launcher={launcher}"
     )

@@ -95,4 +95,4 @@ def test_a_checkpoint_that_lightning_wrote_for_slurm_starts_nothing(
     (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of an earlier command")
     job.train(tiny_config("task.steps=1", moe="dense"), folder)
     assert [record["step"] for record in folder.read("results")] == [0]
-    assert not list(tmp_path.glob("hpc_ckpt_*"))
+    assert list(tmp_path.rglob("hpc_ckpt_*")) == [tmp_path / "hpc_ckpt_1.ckpt"]

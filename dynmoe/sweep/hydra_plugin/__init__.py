@@ -28,6 +28,11 @@ from dynmoe.errors import ConfigError, UserError
 from dynmoe.sweep import manifest
 from dynmoe.sweep.manifest import Job
 
+# Hydra runs the modules of hydra_plugins once more when it looks for plugins, those with _ not.
+from ._launchers import LocalLauncher, RayLauncher, SlurmLauncher
+
+LAUNCHERS = (LocalLauncher, RayLauncher, SlurmLauncher)
+
 
 class DynMoESweeper(Sweeper):
     """Settings x parameters, on any launcher.
@@ -92,7 +97,15 @@ class DynMoESweeper(Sweeper):
                 command = ["dynmoe-run", *(text.removeprefix("++") for text in sys.argv[1:])]
                 manifest.record(folder, sweep, shlex.join(command), base, jobs)
         again = self.config.get("overwrite")
-        todo = [job for job in jobs if again or job.state not in ("done", "running")]
+        # Jobs of Slurm that run are waited for; those of another launcher are left to it.
+        waiting = self.launcher.waiting() if isinstance(self.launcher, SlurmLauncher) else {}
+        todo = [
+            job
+            for job in jobs
+            if again
+            or job.state not in ("done", "running")
+            or (job.name in waiting and not job.folder.is_done)
+        ]
         counts = f"{len(jobs) - len(todo)} done or running, {len(todo)} to do"
         print(f"{len(jobs)} job{'s' * (len(jobs) != 1)} in {folder}: {counts}")
         for job in todo:
@@ -137,6 +150,8 @@ class DynMoESweeper(Sweeper):
                     overrides = [list(job.overrides) for job in rest]
                     returns += self.launcher.launch(overrides, initial_job_idx=start)
                     break
+                except UserError:
+                    raise
                 except Exception as error:  # a process of the launcher was killed
                     print(f"dynmoe-run: the launcher stopped: {error}", file=sys.stderr)
                     before, rest = len(rest), [job for job in rest if job.state == "missing"]

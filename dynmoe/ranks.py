@@ -1,0 +1,80 @@
+"""Processes that train together: their number and this one's, known before PyTorch is loaded.
+
+Either Lightning starts them, once the first one trains, or Slurm's `srun` starts all at once. A
+batch script is one process, whatever number of tasks its job has.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from dynmoe.errors import UserError
+
+TRAIN, LEAVE = "train", "leave"
+PATIENCE = 600.0  # seconds: the first process may have to load a model of a stage before
+
+
+def tasks() -> int | None:
+    """Processes that Slurm has started for this command; None where Lightning starts its own.
+
+    That is outside of Slurm, under torchrun, and in a shell that a user works in.
+    """
+    if "SLURM_NTASKS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    count = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ["SLURM_NTASKS"]))
+    started = count if _in_step() else 1
+    in_shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return None if in_shell and started == 1 else started
+
+
+def rank() -> int:
+    """Which one of the processes this is: 0 writes records."""
+    if (tasks() or 1) > 1:
+        return int(os.environ["SLURM_PROCID"])
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def _in_step() -> bool:
+    # A batch script has a rank as well, 0.
+    return "SLURM_STEP_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0"
+
+
+def _start() -> str:
+    """A name of this start of a job's processes, the same in all of them."""
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return ".".join(os.environ.get(name, "0") for name in names)
+
+
+def tell_others(file: Path, word: str) -> None:
+    """The first process says whether the others train with it: `TRAIN` or `LEAVE`."""
+    if (tasks() or 1) > 1:
+        # At once: a reader sees a whole line or none.
+        temporary = file.with_name(f"{file.name}.tmp")
+        temporary.write_text(f"{_start()} {word}\n")
+        temporary.replace(file)
+
+
+def told_to_train(file: Path, patience: float = PATIENCE) -> bool:
+    """Wait for the word of the first process, which alone looks at the folder of the run.
+
+    Processes that Lightning starts need no word.
+
+    Raises:
+        UserError: there was none.
+    """
+    if (tasks() or 1) == 1:
+        return True
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            start, _, word = file.read_text().strip().partition(" ")
+            if start == _start():
+                return word == TRAIN
+        time.sleep(0.2)
+    raise UserError(
+        f"{file}: task {rank()} of srun heard nothing from task 0 within {patience:.0f} s. Look at "
+        "the output of task 0; paths.outputs has to be a folder that all nodes see"
+    )

@@ -1,0 +1,79 @@
+"""Who trains with whom, by the variables that Slurm and Lightning set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dynmoe import ranks
+from dynmoe.errors import UserError
+
+BATCH = {"NTASKS": "2", "PROCID": "0", "JOB_NAME": "train", "JOB_ID": "7"}
+STEP = {**BATCH, "STEP_ID": "0", "STEP_NUM_TASKS": "2"}
+
+
+def slurm(patch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "LOCAL_RANK"))]:
+        patch.delenv(name)
+    for name, value in variables.items():
+        patch.setenv(f"SLURM_{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "tasks"),
+    [
+        ({}, None),
+        (BATCH, 1),  # a batch script is one process
+        (STEP, 2),
+        ({**STEP, "STEP_NUM_TASKS": "1"}, 1),  # srun -n1 in a job of two tasks
+        ({**BATCH, "PROCID": "1"}, 2),
+        ({**BATCH, "JOB_NAME": "interactive"}, None),  # a shell of salloc: Lightning may start some
+        ({**STEP, "JOB_NAME": "bash", "STEP_NUM_TASKS": "1"}, None),  # srun --pty bash
+        ({**STEP, "JOB_NAME": "interactive"}, 2),
+    ],
+)
+def test_tasks_of_slurm(
+    variables: dict[str, str], tasks: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm(monkeypatch, variables)
+    assert ranks.tasks() == tasks
+
+
+def test_torchrun_starts_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(monkeypatch, STEP)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert ranks.tasks() is None
+
+
+def test_the_rank_is_slurms_or_lightnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(monkeypatch, {**STEP, "PROCID": "1"})
+    assert ranks.rank() == 1
+    slurm(monkeypatch, BATCH)
+    assert ranks.rank() == 0
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert ranks.rank() == 3
+
+
+def test_the_others_do_as_the_first_one_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.start"
+    slurm(monkeypatch, STEP)
+    for word, trains in ((ranks.TRAIN, True), (ranks.LEAVE, False)):
+        ranks.tell_others(file, word)
+        assert ranks.told_to_train(file) is trains
+    # The word of an earlier start is none.
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="task 0"):
+        ranks.told_to_train(file, patience=0.0)
+
+
+def test_processes_that_lightning_starts_need_no_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm(monkeypatch, {})
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    ranks.tell_others(tmp_path / "run.start", ranks.TRAIN)
+    assert not any(tmp_path.iterdir()) and ranks.told_to_train(tmp_path / "run.start")
