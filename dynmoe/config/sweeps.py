@@ -155,8 +155,10 @@ def _mapping_problems(place: str, node: Any) -> Iterator[str]:
                 f"{place}.{key}: expected text, found a list. Several values are written "
                 f"'{several}', one that is a list '[{several}]'"
             )
-        elif isinstance(value, dict) or value is None:
-            yield f"{place}.{key}: expected a value, found {value}"
+        elif value is None:
+            yield f"{place}.{key}: expected text, found null. The value null is written 'null'"
+        elif isinstance(value, dict):
+            yield f"{place}.{key}: expected text, found a mapping. It is written '{{key: value}}'"
 
 
 def _parsed_axes(parser: OverridesParser, values: Mapping[str, Any]) -> Axes:

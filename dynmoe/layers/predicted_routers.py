@@ -95,7 +95,8 @@ class GeMoERouter(SoftmaxRouter):
             if self.recorded and not torch.compiler.is_exporting():
                 aux = self.balance_weight * losses.pair_balance(probs_TE, mask_TE, token_mask_T)
                 if self.monotone_weight:
-                    k_T = self._soft_k(x_TD.detach())
+                    # Once more for its own gradient, if there is one.
+                    k_T = self._soft_k(x_TD.detach()) if torch.is_grad_enabled() else soft_k_T
                     hinge = self._hinge(k_T, probs_TE.detach(), token_mask_T)
                     aux = aux + self.monotone_weight * hinge
             aux = self._with_losses(aux, logits_TE, probs_TE, mask_TE, token_mask_T, shape)

@@ -42,6 +42,7 @@ HOMES = {
     "schedule=vl_code_phi2": "vision-language",
     "stage": "vision-language",
     "sweep=glue_small": "text",
+    "sweep=ablation": "text-stream",
     "sweep=lm_small": "text-stream",
     "sweep=paper_glue": "text",
     "sweep=vl_small": "vision-language",
@@ -91,8 +92,9 @@ def commands() -> list[list[str]]:
 
 def rows() -> list[Any]:
     """The commands; a sweep over twenty mixtures composes each of them."""
+    large = {"sweep=routers", "sweep=ablation"}
     return [
-        pytest.param(each, marks=pytest.mark.slow) if "sweep=routers" in each else each
+        pytest.param(each, marks=pytest.mark.slow) if large & {*each} else each
         for each in commands()
     ]
 
