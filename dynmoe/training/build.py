@@ -52,6 +52,7 @@ from dynmoe.version import version as dynmoe_version
 for _name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=r".*using a custom batch sampler.*")
+warnings.filterwarnings("ignore", message=r".*`srun` command is available.*")  # see ranks.tasks
 warnings.filterwarnings("ignore", message=r".*LeafSpec.*")  # inside Lightning 2.6, torch >= 2.11
 warnings.filterwarnings("ignore", message=r".*does not have many workers.*")
 warnings.filterwarnings("ignore", message=r".*will save all targets and predictions.*")

@@ -25,7 +25,7 @@ from dynmoe import cli, job
 step = VisionLanguage.training_step
 
 def training_step(self, batch, index):
-    place = f"{Path(self.trainer.default_root_dir).parent.name} {self.global_step}"
+    place = f"{Path(self.trainer.default_root_dir).parents[1].name} {self.global_step}"
     if place == os.environ.get("KILL"):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, index)

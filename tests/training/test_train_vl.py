@@ -120,7 +120,7 @@ def test_runs_that_are_stopped_in_every_stage_go_on(
     step, stopped = VisionLanguage.training_step, set()
 
     def training_step(self: VisionLanguage, batch: Any, index: int) -> Any:
-        stage = Path(self.trainer.default_root_dir).parent.name
+        stage = Path(self.trainer.default_root_dir).parents[1].name
         if self.global_step == 3 and stage not in stopped:
             stopped.add(stage)
             raise RuntimeError(f"killed in {stage}")
