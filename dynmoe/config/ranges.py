@@ -85,7 +85,7 @@ RANGES: dict[Range, str] = {
     ),
     BELOW_ONE: (
         "moe.expert_dropout backbone.drop_path backbone.lora.dropout task.optimizer.betas.* "
-        "moe.router.ema data.validation data.test "
+        "moe.router.ema moe.adaptation.remove_below data.validation data.test "
         "task.optimizer.momentum *.options.*drop*_rate *.options.*drop* *.options.*pdrop"
     ),
     FROM_THE_END: "backbone.vision.layer",

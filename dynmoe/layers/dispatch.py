@@ -38,7 +38,8 @@ class Pairs(NamedTuple):
 
 
 def few_sizes(rows: int) -> int:
-    """Round up to a multiple of 8 that is one of 16 between two powers of 2: at most 1/16 more."""
+    """Round up to a multiple of 8 that is one of 16 between two powers of 2: at most 7, or 1/16,
+    more."""
     step = 1 << max(3, (rows - 1).bit_length() - 5)
     return -(-rows // step) * step
 
@@ -64,9 +65,9 @@ def pairs(mask_TE: Tensor, rounded: bool = False) -> Pairs:
         shift_E = (rows_E - pairs_E).cumsum(0) - (rows_E - pairs_E)
         rows += shift_E[expert_P[by_expert_P]]
         end_E, token_R = rows_E.cumsum(0), last_E.repeat_interleave(rows_E)
+        token_R[rows] = token_P[by_expert_P]
     row_P = torch.empty_like(token_P)
     row_P[by_expert_P] = rows
-    token_R[row_P] = token_P
     k_T = mask_TE.sum(1)
     return Pairs(counts, end_E, token_R, token_P, expert_P, row_P, k_T.cumsum(0) - k_T)
 

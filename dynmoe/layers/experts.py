@@ -369,7 +369,7 @@ def redraw_units(mlp: nn.Module, share: float, generator: torch.Generator) -> No
 def _redraw_rows(x: Tensor, rows: Tensor, generator: torch.Generator) -> None:
     old = x[rows].float()
     noise = torch.randn(old.shape, generator=generator, device=x.device)
-    x[rows] = (old.mean() + old.std() * noise).to(x.dtype)
+    x[rows] = (old.mean() + old.std(correction=0) * noise).to(x.dtype)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ group, N rows of input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -200,23 +201,28 @@ def _inverse_factor(hessian_II: Tensor, dead_I: Tensor, percdamp: float) -> Tens
 
     Beside the Hessian there are two more matrices of its size at most.
     """
-    damps: list[float] = []
-    while True:
-        damped_II = hessian_II.to(torch.float32, copy=True)
-        diagonal_I = damped_II.diagonal()
-        diagonal_I[dead_I] = 1
-        mean = float(diagonal_I.mean())
-        damps.append((10 * damps[-1] or LEAST_DAMP * mean) if damps else percdamp * mean)
-        for damp in damps:
-            diagonal_I.add_(damp)
-        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-        del damped_II, diagonal_I
-        if not failed:
-            inverse_II = torch.cholesky_inverse(lower_II)
-            del lower_II
-            upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
-            if not failed:
-                return upper_II
+    mean = float(hessian_II.diagonal().float().masked_fill(dead_I, 1).mean())
+    damps = [percdamp * mean]
+    while (upper_II := _factor_with(hessian_II, dead_I, damps)) is None:
+        damps.append(10 * damps[-1] or LEAST_DAMP * mean)
+    return upper_II
+
+
+def _factor_with(hessian_II: Tensor, dead_I: Tensor, damps: Sequence[float]) -> Tensor | None:
+    """The factor with so much damping; None if it is not enough."""
+    damped_II = hessian_II.to(torch.float32, copy=True)
+    diagonal_I = damped_II.diagonal()
+    diagonal_I[dead_I] = 1
+    for damp in damps:
+        diagonal_I.add_(damp)
+    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+    del damped_II, diagonal_I
+    if failed:
+        return None
+    inverse_II = torch.cholesky_inverse(lower_II)
+    del lower_II
+    upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
+    return None if failed else upper_II
 
 
 def output_error(change_OI: Tensor, hessian_II: Tensor) -> float:

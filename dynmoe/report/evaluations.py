@@ -6,6 +6,7 @@ evaluations the newest.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,31 +16,31 @@ from dynmoe.records import Record
 
 def newest(records: Sequence[Record], about: Callable[[Record], Any]) -> list[Record]:
     """Return the last of the lines about the same, in the order of their first ones; weights by
-    weights. ``about``: beside the weights."""
+    weights, and data by data. ``about``: beside these."""
     found: dict[str, Record] = {}
-    weights: list[str] = []
+    origins: list[list[str]] = []
     for record in records:
-        found[json.dumps([weights_of(record), about(record)], sort_keys=True)] = record
-        weights.append(weights_of(record))
-    return sorted(found.values(), key=lambda each: weights.index(weights_of(each)))
+        found[json.dumps([_origin(record), about(record)], sort_keys=True)] = record
+        origins.append(_origin(record))
+    return sorted(found.values(), key=lambda each: origins.index(_origin(each)))
 
 
-def weights_of(record: Record) -> str:
-    """Say which weights a line is about."""
-    return f"{record['checkpoint']}, step {record['step']}"
-
-
-def are_several(records: Sequence[Record]) -> bool:
-    """Whether the lines are about several weights."""
-    return len({weights_of(each) for each in records}) > 1
+def _origin(record: Record) -> list[str]:
+    """The weights that a line is about, and the data: those of another folder may be given."""
+    weights = f"{record['checkpoint']}, step {record['step']}"
+    return [weights, f"data {record['data_hash']}"]
 
 
 def title_of(name: str, records: Sequence[Record]) -> str:
     """The run's name; with the weights, if all lines are about the same."""
-    return name if are_several(records) else f"{name}, {weights_of(records[0])}"
+    weights = {_origin(each)[0] for each in records}
+    return f"{name}, {weights.pop()}" if len(weights) == 1 else name
 
 
 def labels(records: Sequence[Record], words: Callable[[Record], str]) -> list[str]:
-    """The words for each line; behind its weights, if there are several."""
-    several = are_several(records)
-    return [(f"{weights_of(each)}: " if several else "") + words(each) for each in records]
+    """The words for each line; behind its weights and its data, if there are several."""
+    columns = zip(*(_origin(each) for each in records), strict=True)
+    several = [len({*column}) > 1 for column in columns]
+    return [
+        ": ".join([*itertools.compress(_origin(each), several), words(each)]) for each in records
+    ]

@@ -57,6 +57,7 @@ def budget(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Record]
         return {
             "step": step,
             "checkpoint": checkpoint.name,
+            "data_hash": data.data_hash,
             "rule": OWN if applied is None else applied.rule,
             "target_k": None,
             "cuts": None if applied is None else applied.at,

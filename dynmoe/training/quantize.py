@@ -64,7 +64,8 @@ def quantize(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> list[Recor
     def evaluated(about: Record, by: Any = trainer) -> None:
         data.repeat_evaluation_of(step)
         by.validate(task, datamodule=data, verbose=False)
-        record = {"step": step, "checkpoint": checkpoint.name, **about, **judged(task, reported)}
+        weights = {"step": step, "checkpoint": checkpoint.name, "data_hash": data.data_hash}
+        record = {**weights, **about, **judged(task, reported)}
         records.append(record)
         folder.append("quantize", record)
 
@@ -191,7 +192,7 @@ def described(
         kinds.setdefault(place.kind, Counter())[bits[place.name]] += 1
     return {
         "method": how.method,
-        "options": {**how.options(), "calib.batches": batches},
+        "options": how.options() | ({} if how.method == "rtn" else {"calib.batches": batches}),
         "average_bits": mean,
         "average_bits_with_grids": with_grids,
         "layers_by_kind": {kind: dict(counts) for kind, counts in kinds.items()},

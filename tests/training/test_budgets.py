@@ -131,7 +131,7 @@ def line(rule: str, mean_k: float, cut: float | None = None) -> Record:
     cuts = None if cut is None else {"a": cut, "b": 2 * cut}
     layers = {"a": mean_k - 0.5, "b": mean_k + 0.5}
     numbers = {"mean_k": mean_k, "score": mean_k / 10, "loss": 3 - mean_k}
-    about = {"step": 8, "checkpoint": "last.ckpt", "rule": rule}
+    about = {"step": 8, "checkpoint": "last.ckpt", "data_hash": "1f", "rule": rule}
     return about | {"target_k": cut and 1.5, "cuts": cuts, "layers": layers} | numbers
 
 

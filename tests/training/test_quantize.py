@@ -133,6 +133,7 @@ def test_an_export_without_torchao_is_refused_first(saved: Path) -> None:
 def line(method: str, bits: float | None, score: float, **options: object) -> Record:
     record: Record = {"method": method, "score": score, "loss": 1 - score, "measure": "accuracy"}
     record |= {"mean_k": 1.5, "layers": {"a": 1.5}, "step": 8, "checkpoint": "last.ckpt"}
+    record["data_hash"] = "1f"
     if bits is not None:
         base = {"method": method, "bits.default": 4, "bits.attention": None, "bits.experts": None}
         record |= {"options": {**base, **options}, "average_bits": bits}
@@ -198,6 +199,15 @@ def test_evaluations_of_several_weights() -> None:
     assert [line.get_linestyle() for line in lines[:2]] == ["--", ":"]
     assert lines[2].get_label() == "last.ckpt, step 8: gptq"
     assert np.asarray(lines[2].get_ydata()).tolist() == [pytest.approx(55), 80.0]
+
+
+def test_evaluations_on_other_data() -> None:
+    """They are told apart: no loss of one data set beside the weights of another."""
+    others = [{**each, "data_hash": "2e"} for each in LINES]
+    found = newest([*LINES, *others], subject_of)
+    assert found == [*LINES, *others] and title_of("a run", found) == "a run, last.ckpt, step 8"
+    rows = [row[0] for row in quantize_table(found, "a run").rows]
+    assert rows[0] == "data 1f: fp32" and rows[len(LINES)] == "data 2e: fp32"
 
 
 def test_a_line_that_is_no_number_or_cut_short(tmp_path: Path) -> None:
