@@ -19,6 +19,7 @@ from dynmoe.metrics.efficiency import activated, exported
 from dynmoe.report import mixing
 from dynmoe.report.costs import MACHINE, model_costs
 from dynmoe.report.run import DENSE, NOT_FINITE, Run, conditions, counted, different_facts
+from dynmoe.report.runs import different_tokens
 from dynmoe.report.set_tables import kind_tables, parts_table
 from dynmoe.report.tables import (
     Scale,
@@ -295,6 +296,8 @@ def _warnings(a: Run, b: Run, obstacles: list[str]) -> Iterator[str]:
     data = different_facts(facts, ("data_hash",))
     if data and _same_test(a, b):
         yield f"Other data or other splits of them: {data[0]}."
+    for warning in different_tokens(facts) if _same_test(a, b) else ():
+        yield f"{capital(warning)}."
     if obstacles:
         yield f"Times and memory are not compared: {', '.join(obstacles)}."
 
