@@ -151,7 +151,7 @@ def _documents(
         DataError: it cannot be read, or has a row without a text.
     """
     name = file.name.lower()
-    if ".txt" in name:
+    if name.removesuffix(".gz").endswith(".txt"):
         found: Iterable[str] = _texts(file, unit)
     else:
         rows = _parquet(file, text_key) if name.endswith(".parquet") else _jsonl(file)

@@ -90,6 +90,14 @@ def test_units_and_formats(tmp_path: Path) -> None:
         assert everything(corpus(tmp_path, unit=unit)) == sorted([*expected, *more])
 
 
+def test_the_last_ending_says_the_format(tmp_path: Path) -> None:
+    texts = documents(30)
+    lines = "\n".join(json.dumps({"text": text}) for text in texts)
+    (tmp_path / "x.txt.jsonl").write_text(lines)
+    (tmp_path / "y.jsonl.txt").write_text("plain")
+    assert everything(corpus(tmp_path)) == sorted([*texts, "plain"])
+
+
 def test_sets_by_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = documents(30)
     (tmp_path / "valid").mkdir()
