@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dynmoe.data.text.sets import as_text
-from dynmoe.data.text.sources import json_objects, lines_of, read_glosses, unpacking
+from dynmoe.data.text.sources import json_object, lines_of, read_glosses, unpacking
 from dynmoe.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,11 @@ def _documents(
     if name.removesuffix(".gz").endswith(".txt"):
         found: Iterable[str] = _texts(file, unit)
     else:
-        rows = _parquet(file, text_key) if name.endswith(".parquet") else _jsonl(file)
+        rows = (
+            _parquet(file, text_key)
+            if name.endswith(".parquet")
+            else _jsonl(file, skip_invalid, left_out)
+        )
         found = _fields(file, rows, text_key, skip_invalid, left_out)
     with unpacking(file):
         kept = [text for text in found if text.strip()]
@@ -170,8 +174,16 @@ def _texts(file: Path, unit: Unit) -> Iterator[str]:
     yield from [text] if unit == "file" else (part.strip("\n") for part in BLANK.split(text))
 
 
-def _jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    yield from json_objects(file)
+def _jsonl(file: Path, skip_invalid: bool, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+    for line in lines_of(file):
+        try:
+            row = json_object(file, line)
+        except DataError:
+            if not skip_invalid:
+                raise
+            left_out["lines that are no JSON object"] += 1
+        else:
+            yield row
 
 
 def _parquet(file: Path, text_key: str) -> Iterator[dict[str, Any]]:
@@ -200,7 +212,12 @@ def _fields(
     left_out: Counter[str],
 ) -> Iterator[str]:
     for number, row in enumerate(rows):
-        text = as_text(row.get(text_key), f"{file}, row {number}, {text_key}")
+        try:
+            text = as_text(row.get(text_key), f"{file}, row {number}, {text_key}")
+        except DataError:
+            if not skip_invalid:
+                raise
+            text = None
         if text is not None:
             yield text
         elif skip_invalid:

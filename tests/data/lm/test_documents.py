@@ -135,10 +135,16 @@ def test_what_cannot_be_read_can_be_left_out(tmp_path: Path) -> None:
     written = write_corpus(tmp_path)
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     rows = [{"text": "fine, and new"}, {"text": None}, {"other": 1}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = [*map(json.dumps, rows), '{"text": "cut sho', '{"text": "\\ud83d"}', '{"text": [1]}']
+    lines.append('{"text": "after them"}')
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     found = corpus(tmp_path, skip_invalid=True)
-    assert everything(found) == sorted([*written, "fine, and new"])
-    assert found.left_out == {"files that cannot be read": 1, "rows without a text": 2}
+    assert everything(found) == sorted([*written, "fine, and new", "after them"])
+    assert found.left_out == {
+        "files that cannot be read": 1,
+        "lines that are no JSON object": 1,
+        "rows without a text": 4,
+    }
 
 
 def test_patterns_without_a_file_are_named(tmp_path: Path) -> None:
