@@ -147,6 +147,28 @@ def test_what_cannot_be_read_can_be_left_out(tmp_path: Path) -> None:
     }
 
 
+def test_what_was_left_out_is_named_where_nothing_remains(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{\n{"body": "x"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"no document of 0 .*no JSON object: 1.*skip_invalid") as e:
+        corpus(tmp_path, skip_invalid=True)
+    assert "rows without a text: 1" in str(e.value) and "be read: 1" in str(e.value)
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    written = write_corpus(tmp_path / "elsewhere")
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("a", "b", ".hidden"):
+        (root / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "round").symlink_to(root, target_is_directory=True)
+    assert everything(corpus(root)) == sorted(written)
+    (root / "own").mkdir()
+    (root / "own" / "a.txt").write_text("held out")
+    (root / "all").symlink_to(root / "own", target_is_directory=True)
+    assert corpus(root, test=["own/*"]).sets["test"] == ["held out"]
+
+
 def test_patterns_without_a_file_are_named(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     with pytest.raises(DataError, match=r"data\.test=\['nothing\*'\].*patterns"):
