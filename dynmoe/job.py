@@ -150,8 +150,10 @@ def train(cfg: DictConfig, folder: RunFolder) -> None:
     places.make_absolute(cfg)
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
-    data.setup()
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
+    if checkpoint.exists():
+        data.restore(folder.path)
+    data.setup()
     if checkpoint.exists() and (change := build.other_data(folder, data)):
         raise DataError(OTHER_DATA.format(cfg.data.name, change, folder.path))
     task = build.build_task(cfg, data, settings["fused_attention"])
@@ -159,6 +161,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> None:
     trainer = build.build_trainer(cfg, callbacks, folder, data.steps)
     if trainer.is_global_zero:
         OmegaConf.save(cfg, folder.path / "config.yaml", resolve=True)
+        data.keep(folder.path)
         facts = build.facts(cfg, data, task, trainer, settings)
         folder.write_run(facts)
         step = _step_of(checkpoint)
@@ -229,6 +232,7 @@ def _refuse_other_data(cfg: DictConfig, folder: RunFolder) -> None:
     from dynmoe.training import build
 
     data = build.build_data(cfg)
+    data.restore(folder.path)
     data.setup()
     if change := build.other_data(folder, data):
         raise DataError(OTHER_DATA.format(cfg.data.name, change, folder.path))
@@ -273,6 +277,6 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "figures", "tensorboard", "csv"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md"):
+    for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md", "tokenizer.json"):
         for file in folder.glob(pattern):
             file.unlink()

@@ -7,6 +7,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -158,6 +159,12 @@ class TaskData(LightningDataModule):
     def connect(self, plan: StepPlan) -> None:
         """Take the plan of the run, before `setup`."""
         self._plan = plan
+
+    def restore(self, folder: Path) -> None:
+        """Take what `keep` left in the folder of a run, before `setup`."""
+
+    def keep(self, folder: Path) -> None:
+        """Write what was learnt from the data, without which the run's model means nothing."""
 
     @abstractmethod
     def setup(self, stage: str | None = None) -> None:

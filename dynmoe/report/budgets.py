@@ -59,6 +59,11 @@ def budget_table(records: Sequence[Record], title: str) -> Table:
     note = (
         "Mean k and cuts for a target are of the reported sets' inputs, found without their labels."
     )
+    if records[0]["measure"] == "loss":  # of texts whose tokens are inputs and labels
+        note = (
+            "Mean k and cuts for a target are of the reported sets' own tokens: cuts are found on "
+            "the texts that the loss is measured on, by mean k alone."
+        )
     return Table(f"Budgets after training: {title}", columns, rows, note)
 
 

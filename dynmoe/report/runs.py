@@ -299,7 +299,34 @@ def different_conditions(runs: Sequence[Run]) -> list[str]:
                 f"{problem.dataset}: compared runs differ in {', '.join(different)}; do not trust "
                 "small differences"
             )
+        tokens = different_tokens([run.facts for run in members])
+        found += [f"{problem.dataset}: {warning}" for warning in tokens]
     return found
+
+
+def different_tokens(facts: Sequence[Record]) -> list[str]:
+    """Warnings of language models whose losses are means over other tokens, or over tokens that
+    have other lengths of text before them."""
+    facts = [each for each in facts if "tokenizer" in each]
+    # A trial seed deals other documents to training, and so to a vocabulary that is learnt.
+    trials: defaultdict[int, list[Record]] = defaultdict(list)
+    for each in facts:
+        trials[each["trial_seed"]].append(each)
+    keys = ("tokenizer", "vocabulary")
+    by_trial = (different_facts(members, keys) for members in trials.values())
+    lengths = different_facts([each["config"] for each in facts], ["data.length"])
+    warnings = []
+    if tokenizers := next(filter(None, by_trial), ()):
+        warnings.append(
+            f"compared runs differ in {', '.join(tokenizers)}; loss, perplexity and accuracy are "
+            "of other tokens, bits per byte compare"
+        )
+    if lengths:
+        warnings.append(
+            f"compared runs differ in {lengths[0]}; tokens of longer blocks have more text before "
+            "them, in bits per byte too"
+        )
+    return warnings
 
 
 # The entries of records that reports need, checked as they are read: a damaged one is named there.

@@ -19,6 +19,7 @@ from dynmoe.metrics.efficiency import activated, exported
 from dynmoe.report import mixing
 from dynmoe.report.costs import MACHINE, model_costs
 from dynmoe.report.run import DENSE, NOT_FINITE, Run, conditions, counted, different_facts
+from dynmoe.report.runs import different_tokens
 from dynmoe.report.set_tables import kind_tables, parts_table
 from dynmoe.report.tables import (
     Scale,
@@ -295,6 +296,8 @@ def _warnings(a: Run, b: Run, obstacles: list[str]) -> Iterator[str]:
     data = different_facts(facts, ("data_hash",))
     if data and _same_test(a, b):
         yield f"Other data or other splits of them: {data[0]}."
+    for warning in different_tokens(facts) if _same_test(a, b) else ():
+        yield f"{capital(warning)}."
     if obstacles:
         yield f"Times and memory are not compared: {', '.join(obstacles)}."
 
@@ -328,6 +331,7 @@ def _scores_of_both(a: Run, b: Run) -> Table:
     """On each set that both have: what is reported, each metric, where several make the score, and
     each kind of question."""
     reported = a.facts["reported"]
+    in_shares = a.scale.factor == 100  # as the title says; beside a loss each row names its unit
     rows: list[tuple[str, ...]] = []
     for name in (name for name in a.scores if name in b.scores):
         ours, theirs = a.scores[name], b.scores[name]
@@ -335,16 +339,19 @@ def _scores_of_both(a: Run, b: Run) -> Table:
         measures |= {key: METRICS[key] for key in metrics_of(ours)}
         measures |= {key: kind_name(key) for key in kinds_of(ours) if not is_points(key)}
         for key, measure in measures.items():
-            row = _both(ours.get(key, math.nan), theirs.get(key, math.nan), scale_of(key))
+            scale = scale_of(key, measure)
+            row = _both(ours.get(key, math.nan), theirs.get(key, math.nan), scale)
+            if not in_shares and scale.name != measure:
+                measure = f"{measure}, {scale.name}"
             is_reported = name in reported["sets"] and key == reported["measure"]
             rows.append((name, measure, *(map(Strong, row) if is_reported else row)))
     validation = _both(a.outcome.validation, b.outcome.validation, a.scale)
-    times = " times 100" if a.scale.factor == 100 else ""
+    times, unit = (" times 100", f", {a.scale.steps}") if in_shares else ("", "")
     if len(a.facts["selects"]["sets"]) > 1:
         rows.append(("mean of those that select", a.words.measure, *validation))
     return Table(
         f"Scores{times}, A at step {a.outcome.step}, B at step {b.outcome.step}",
-        (a.words.part, "measure", "A", "B", f"B − A, {a.scale.steps}"),
+        (a.words.part, "measure", "A", "B", f"B − A{unit}"),
         tuple(rows),
         conditions=conditions([a, b]),
     )

@@ -95,18 +95,22 @@ def step_plan(cfg: DictConfig) -> StepPlan:
 
 def other_data(folder: RunFolder, data: TaskData) -> str | None:
     """How the data, which have been set up, differ from those that `run.json` tells of, if they do:
-    images by name and size of their files, texts by every character."""
+    images by name and size of their files, texts by every character, and by their tokenizer."""
     try:
         before = folder.read_run()
     except RecordError:
         return None  # damaged or lost: nothing to compare with, and written anew in training
-    if before.get("data_hash") == data.data_hash:
+    hashes = {"data hash": (before.get("data_hash"), data.data_hash)}
+    if "tokenizer" in before:
+        hashes["tokenizer"] = (before["tokenizer"], data.facts.get("tokenizer"))
+    others = [f"{what} {old} -> {new}" for what, (old, new) in hashes.items() if old != new]
+    if not others:
         return None
     known = before.get("sizes", {})
     sizes = {name: (known.get(name), size) for name, size in data.sizes.items()}
     changed = [f"{name} {old} -> {new}" for name, (old, new) in sizes.items() if old != new]
     counts = f"; examples: {', '.join(changed)}" if changed else ""
-    return f"data hash {before.get('data_hash')} -> {data.data_hash}{counts}"
+    return f"{', '.join(others)}{counts}"
 
 
 def settle_runtime(cfg: DictConfig) -> dict[str, Any]:

@@ -173,6 +173,7 @@ def loaded(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> tuple[Any, A
 
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
+    data.restore(folder.path)
     data.setup("validate")
     if data.modality != "vision-language" and (change := build.other_data(folder, data)):
         print(f"The data are not those of this run, so scores differ: {change}")

@@ -195,6 +195,7 @@ def load(run: str | Path, name: str) -> nn.Module:
     cfg = trained.configuration(folder)
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
+    data.restore(folder.path)
     data.setup("validate")
     task, _ = build.load(cfg, data, settings["fused_attention"], Path(about["checkpoint"]))
     deploy(task)

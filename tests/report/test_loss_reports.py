@@ -16,7 +16,7 @@ from dynmoe.report.cost_tables import values_table
 from dynmoe.report.drawing import Point, front, set_apart
 from dynmoe.report.figures import draw_loss, draw_scores
 from dynmoe.report.run import read_run
-from dynmoe.report.runs import Collection, read_runs
+from dynmoe.report.runs import Collection, different_tokens, read_runs
 from dynmoe.report.set_tables import sets_table, task_tables
 from dynmoe.report.summary import compare, to_markdown
 from dynmoe.report.tables import Strong, Table, format_mean, format_points, format_result
@@ -74,6 +74,31 @@ def test_the_step_of_the_least_validation_loss_is_reported(sweep: Path) -> None:
     assert run.outcome.step == STEPS[1]
     assert run.outcome.accuracy == pytest.approx(run.outcome.validation + GAP)
     assert run.outcome.last > run.outcome.accuracy
+
+
+def test_other_tokens_are_warned_of(tmp_path: Path) -> None:
+    vocabularies = [("dense", "a1", 300), ("top-1 of 2", "b2", 600), ("DynMoE", "a1", 300)]
+    first, second, third = (
+        read_run(
+            write_lm_run(tmp_path, setting, facts={"tokenizer": tokenizer, "vocabulary": size})
+        )
+        for setting, tokenizer, size in vocabularies
+    )
+    (warning,) = read_runs([tmp_path]).warnings
+    assert "tokenizer (a1; b2), vocabulary (300; 600)" in warning
+    assert "bits per byte compare" in warning
+    (beside,) = compare(first, second).warnings
+    assert "bits per byte compare" in beside and not compare(first, third).warnings
+
+
+def test_learnt_vocabularies_of_other_trials_are_expected() -> None:
+    facts = [
+        {"tokenizer": name, "trial_seed": trial, "config": {"data.length": length}}
+        for name, trial, length in (("a1", 0, 128), ("b2", 1, 128), ("b2", 1, 256))
+    ]
+    assert different_tokens(facts[:2]) == []
+    (warning,) = different_tokens(facts)
+    assert "data.length (128; 256)" in warning
 
 
 def test_less_is_better_in_the_claim(claim: Claim) -> None:
@@ -160,10 +185,11 @@ def test_one_run_and_two(collection: Collection) -> None:
     found = compare(dense, dynmoe)
     assert any("0.2000 nats below A: 2.4000 nats per token" in text for text in found.sentences)
     scores = next(table for table in found.tables if table.title.startswith("Scores"))
-    assert scores.columns[-1] == "B − A, nats" and "times 100" not in scores.title
+    assert scores.columns[-1] == "B − A" and "times 100" not in scores.title
     rows = {row[:2]: row[2:] for row in scores.rows}
-    assert rows["test", "loss"] == ("2.6000", "2.4000", "−0.2000")
-    assert rows["test", "accuracy"] == ("25.0", "25.0", "0.0")
+    assert rows["test", "loss, nats per token"] == ("2.6000", "2.4000", "−0.2000")
+    assert rows["test", "accuracy, %"] == ("25.0", "25.0", "0.0")
+    assert {"bits per byte", "perplexity"} <= {measure for _, measure in rows}
 
 
 def test_the_page(sweep: Path, tmp_path: Path) -> None:

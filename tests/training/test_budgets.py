@@ -141,6 +141,9 @@ def test_table_and_figure() -> None:
     table = budget_table(records, "a run")
     assert table.rows[0] == ("as trained", "-", "-", "2.00", "1.50 to 2.50", "20.00", "1.0000")
     assert table.rows[1][:5] == ("ratio", "1.5", "0.25 to 0.5", "1.50", "1.00 to 2.00")
+    assert "without their labels" in table.note
+    stream = budget_table([{**each, "measure": "loss"} for each in records], "a run")
+    assert "labels" not in stream.note and "by mean k alone" in stream.note
     scores, losses = draw_budgets(records, "a run").axes
     own, ratio = scores.lines
     assert (

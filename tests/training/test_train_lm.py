@@ -12,11 +12,12 @@ from tiny_lm import config, write_corpus
 
 from dynmoe import job
 from dynmoe.benchmark import models as bench_models
+from dynmoe.errors import DataError
 from dynmoe.records import RunFolder
 from dynmoe.report import page
 from dynmoe.report.runs import read_runs
 from dynmoe.tasks.lm import LanguageModelling
-from dynmoe.training import budgets, evaluate
+from dynmoe.training import budgets, build, evaluate
 
 WINDOW = ("moe.adaptation.length=1", "moe.adaptation.period=2")
 
@@ -93,6 +94,34 @@ def test_evaluation_repeats_the_recorded_scores(
     for name, measures in recorded.items():
         assert scores[name] == pytest.approx(measures, rel=1e-5)
     assert "bits per byte" in capsys.readouterr().out
+
+
+def test_another_corpus_is_read_with_the_vocabulary_of_the_run(
+    straight: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = straight.read_run()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.txt").write_text(
+        "\n".join(f"zebras {each} quiz vexed jackdaws" for each in range(40))
+    )
+    _, folder, checkpoint, cfg = evaluate.parse([f"run={straight.path}", f"data.root={other}"])
+    data, *_ = evaluate.loaded(folder, checkpoint, cfg)
+    assert data.facts["tokenizer"] == facts["tokenizer"]
+    out = capsys.readouterr().out
+    assert "data hash" in out and "tokenizer" not in out
+    anew: Any = build.build_data(cfg)
+    anew.setup()
+    assert anew.facts["tokenizer"] != facts["tokenizer"]
+    assert f"tokenizer {facts['tokenizer']} -> " in str(build.other_data(folder, anew))
+
+
+def test_a_damaged_vocabulary_is_named(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    data = build.build_data(config(root, "data.cache=null"))
+    data.restore(tmp_path)
+    with pytest.raises(DataError, match=r"tokenizer\.json.*overwrite=true"):
+        data.setup()
 
 
 def test_budgets_after_training(straight: RunFolder) -> None:

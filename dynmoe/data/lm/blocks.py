@@ -72,6 +72,25 @@ def byte_pair_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END)
 
 
+def kept_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of `byte_pair_tokenizer` from its file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        made = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise DataError(
+            f"{file}: not the tokenizer that a run has learnt ({error}). Put it back, or train the "
+            "run again with overwrite=true"
+        ) from None
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END)
+
+
 def end_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends a document.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dynmoe.data.text.sets import as_text
-from dynmoe.data.text.sources import json_objects, lines_of, read_glosses, unpacking
+from dynmoe.data.text.sources import json_object, lines_of, read_glosses, unpacking
 from dynmoe.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def folder_corpus(
     skip_invalid: bool = False,
 ) -> Corpus:
     """The documents of the files `*.txt`, `*.jsonl` (also packed, `.gz`) and `*.parquet` below a
-    folder; hidden ones are left out.
+    folder; hidden ones are left out, links to folders are followed.
 
     `text_key`: the field or column of a document's text; `unit`: a document of a text file.
     `skip_invalid` leaves out files and rows that cannot be read.
@@ -105,7 +106,8 @@ def folder_corpus(
     wanted = [name for name in SETS if name != "test" or name in patterns or name in shares]
     for name in wanted:
         if not sets[name]:
-            raise DataError(_empty(name, given.get(name), sum(map(len, sets.values())), unit))
+            count = sum(map(len, sets.values()))
+            raise DataError(_empty(name, given.get(name), count, unit, left_out))
     for name in patterns:
         known = set(sets["train"])
         if shared := sum(text in known for text in sets[name]):
@@ -120,19 +122,29 @@ def _files(root: Path) -> list[Path]:
     """Raises DataError where there is none."""
     if not root.is_dir():
         raise DataError(f"data.root: no folder {root}. Give the folder of the text files.")
-    below = (path for path in root.rglob("*") if path.name.lower().endswith(ENDINGS))
-    files = sorted(
-        path
-        for path in below
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and not path.is_dir()
-    )
+    files = sorted(path for path in _below(root) if path.name.lower().endswith(ENDINGS))
     if not files:
         raise DataError(
             f"data.root: no text files below {root}. Expected {', '.join(ENDINGS[::2])} "
             "(the first two also packed, .gz)."
         )
     return files
+
+
+def _below(root: Path) -> Iterator[Path]:
+    """The files below a folder that are not hidden, each folder once: first by its own name, then
+    by links, which may lead round in a circle."""
+    seen, starts = set(), [root]
+    for start in starts:  # grows on the way
+        for folder, inside, names in os.walk(start):
+            real = os.path.realpath(folder)
+            if real in seen:
+                inside.clear()
+                continue
+            seen.add(real)
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            starts += [link for name in inside if (link := Path(folder, name)).is_symlink()]
+            yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def _set_of(name: str, patterns: dict[str, list[str]]) -> str:
@@ -151,10 +163,14 @@ def _documents(
         DataError: it cannot be read, or has a row without a text.
     """
     name = file.name.lower()
-    if ".txt" in name:
+    if name.removesuffix(".gz").endswith(".txt"):
         found: Iterable[str] = _texts(file, unit)
     else:
-        rows = _parquet(file, text_key) if name.endswith(".parquet") else _jsonl(file)
+        rows = (
+            _parquet(file, text_key)
+            if name.endswith(".parquet")
+            else _jsonl(file, skip_invalid, left_out)
+        )
         found = _fields(file, rows, text_key, skip_invalid, left_out)
     with unpacking(file):
         kept = [text for text in found if text.strip()]
@@ -170,8 +186,16 @@ def _texts(file: Path, unit: Unit) -> Iterator[str]:
     yield from [text] if unit == "file" else (part.strip("\n") for part in BLANK.split(text))
 
 
-def _jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    yield from json_objects(file)
+def _jsonl(file: Path, skip_invalid: bool, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+    for line in lines_of(file):
+        try:
+            row = json_object(file, line)
+        except DataError:
+            if not skip_invalid:
+                raise
+            left_out["lines that are no JSON object"] += 1
+        else:
+            yield row
 
 
 def _parquet(file: Path, text_key: str) -> Iterator[dict[str, Any]]:
@@ -200,7 +224,12 @@ def _fields(
     left_out: Counter[str],
 ) -> Iterator[str]:
     for number, row in enumerate(rows):
-        text = as_text(row.get(text_key), f"{file}, row {number}, {text_key}")
+        try:
+            text = as_text(row.get(text_key), f"{file}, row {number}, {text_key}")
+        except DataError:
+            if not skip_invalid:
+                raise
+            text = None
         if text is not None:
             yield text
         elif skip_invalid:
@@ -246,14 +275,18 @@ def _ordered(sets: dict[str, list[str]]) -> dict[str, list[str]]:
     return found
 
 
-def _empty(name: str, held: Held, count: int, unit: Unit) -> str:
+def _empty(name: str, held: Held, count: int, unit: Unit, left_out: Counter[str]) -> str:
     fix = "Give more documents, or other shares"
     if unit != "line":
         fix += "; data.unit=paragraph or line divides text files into more documents"
     if held is not None and not isinstance(held, int | float):
         fix = "Expected patterns of file names relative to data.root, e.g. 'valid/*.jsonl'"
     rule = f"data.{name}={held}" if name != "train" else "data.root"
-    return f"{rule}: no document of {count} for {name}. {fix}."
+    found = f"{rule}: no document of {count} for {name}"
+    if left_out:
+        counts = ", ".join(f"{what}: {number}" for what, number in left_out.items())
+        found += f". Left out: {counts}; data.skip_invalid=false names the first of them"
+    return f"{found}. {fix}."
 
 
 def digest(sets: dict[str, list[str]]) -> str:

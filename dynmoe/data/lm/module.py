@@ -21,10 +21,15 @@ from dynmoe.data.lm.blocks import (
     byte_pair_tokenizer,
     encoded,
     end_of,
+    kept_tokenizer,
 )
 from dynmoe.data.lm.documents import Unit, digest, folder_corpus, gloss_corpus
 from dynmoe.data.text.batches import EpochDraw, EvalBatches, steps_per_epoch
-from dynmoe.data.text.tokens import load_tokenizer, vocabulary_size
+from dynmoe.data.text.tokens import fingerprint, load_tokenizer, vocabulary_size
+from dynmoe.records import replace_file
+
+TOKENIZER = "tokenizer.json"
+"""The file of a run folder with the vocabulary that was learnt."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -78,7 +83,21 @@ class CorpusData(TaskData):
         """UTF-8 bytes of the documents of each set."""
         self._streams: dict[str, Stream] = {}
         self._digest = ""
+        self._kept: Path | None = None
         self.test_envs = [1 if self.test or self.root is None else 0]
+
+    def restore(self, folder: Path) -> None:
+        self._kept = folder / TOKENIZER
+
+    def keep(self, folder: Path) -> None:
+        if self.learns:
+            text = self.tokenizer.backend_tokenizer.to_str(pretty=True)
+            replace_file(folder / TOKENIZER, text + "\n")
+
+    @property
+    def learns(self) -> bool:
+        """Whether the vocabulary is learnt from the training set."""
+        return self.tokenizer_path is None and self.tokenizer_name is None
 
     def setup(self, stage: str | None = None) -> None:
         """Read, deal and tokenize; a second call does nothing.
@@ -117,14 +136,17 @@ class CorpusData(TaskData):
         self.sets = found.sets
 
     def made_tokenizer(self, texts: list[str]) -> PreTrainedTokenizerBase:
-        """The tokenizer that is named, else one learnt from the texts.
+        """The tokenizer that is named, else that of the run, else one learnt from the texts.
 
         Raises:
             ConfigError: no such tokenizer.
+            DataError: that of the run is damaged.
         """
-        if self.tokenizer_path is None and self.tokenizer_name is None:
-            return byte_pair_tokenizer(texts, self.vocabulary)
-        return load_tokenizer(self.tokenizer_path, self.tokenizer_name)
+        if not self.learns:
+            return load_tokenizer(self.tokenizer_path, self.tokenizer_name)
+        if self._kept is not None and self._kept.exists():
+            return kept_tokenizer(self._kept)
+        return byte_pair_tokenizer(texts, self.vocabulary)
 
     @property
     def env_names(self) -> list[str]:
@@ -175,6 +197,7 @@ class CorpusData(TaskData):
             "tokens": {name: len(each) for name, each in self._streams.items()},
             "bytes": self.bytes,
             "vocabulary": vocabulary_size(self.tokenizer),
+            "tokenizer": fingerprint(self.tokenizer, []),
         }
 
     @property

@@ -209,12 +209,17 @@ def lines_of(path: Path, blank: bool = False) -> Iterator[str]:
 
 def json_objects(path: Path) -> Iterator[dict[str, Any]]:
     for line in lines_of(path):
-        try:
-            yield dict(json.loads(line, object_pairs_hook=unique_keys))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-        except (ValueError, TypeError, RecursionError) as error:
-            raise DataError(f"{path}: not one JSON object per line: {error}.") from None
+        yield json_object(path, line)
+
+
+def json_object(path: Path, line: str) -> dict[str, Any]:
+    """Raises DataError, which names the file, if the line is none, or has a key twice."""
+    try:
+        return dict(json.loads(line, object_pairs_hook=unique_keys))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: not one JSON object per line: {error}.") from None
 
 
 def _table(where: Path, names: Sequence[str], rows: Iterable[dict[str, Any]]) -> TextTable:

@@ -90,6 +90,14 @@ def test_units_and_formats(tmp_path: Path) -> None:
         assert everything(corpus(tmp_path, unit=unit)) == sorted([*expected, *more])
 
 
+def test_the_last_ending_says_the_format(tmp_path: Path) -> None:
+    texts = documents(30)
+    lines = "\n".join(json.dumps({"text": text}) for text in texts)
+    (tmp_path / "x.txt.jsonl").write_text(lines)
+    (tmp_path / "y.jsonl.txt").write_text("plain")
+    assert everything(corpus(tmp_path)) == sorted([*texts, "plain"])
+
+
 def test_sets_by_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = documents(30)
     (tmp_path / "valid").mkdir()
@@ -127,10 +135,38 @@ def test_what_cannot_be_read_can_be_left_out(tmp_path: Path) -> None:
     written = write_corpus(tmp_path)
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     rows = [{"text": "fine, and new"}, {"text": None}, {"other": 1}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = [*map(json.dumps, rows), '{"text": "cut sho', '{"text": "\\ud83d"}', '{"text": [1]}']
+    lines.append('{"text": "after them"}')
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     found = corpus(tmp_path, skip_invalid=True)
-    assert everything(found) == sorted([*written, "fine, and new"])
-    assert found.left_out == {"files that cannot be read": 1, "rows without a text": 2}
+    assert everything(found) == sorted([*written, "fine, and new", "after them"])
+    assert found.left_out == {
+        "files that cannot be read": 1,
+        "lines that are no JSON object": 1,
+        "rows without a text": 4,
+    }
+
+
+def test_what_was_left_out_is_named_where_nothing_remains(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{\n{"body": "x"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"no document of 0 .*no JSON object: 1.*skip_invalid") as e:
+        corpus(tmp_path, skip_invalid=True)
+    assert "rows without a text: 1" in str(e.value) and "be read: 1" in str(e.value)
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    written = write_corpus(tmp_path / "elsewhere")
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("a", "b", ".hidden"):
+        (root / name).symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "round").symlink_to(root, target_is_directory=True)
+    assert everything(corpus(root)) == sorted(written)
+    (root / "own").mkdir()
+    (root / "own" / "a.txt").write_text("held out")
+    (root / "all").symlink_to(root / "own", target_is_directory=True)
+    assert corpus(root, test=["own/*"]).sets["test"] == ["held out"]
 
 
 def test_patterns_without_a_file_are_named(tmp_path: Path) -> None:
