@@ -46,8 +46,8 @@ def job(cfg: DictConfig) -> float | None:
         return None
     try:
         with folder.hold():
-            if cfg.overwrite:
-                _clear(folder.path)
+            if cfg.overwrite and not _is_cleared(folder):
+                _clear(folder)
             folder.forget_failure()
             if folder.is_done:
                 _refuse_other_data(cfg, folder)
@@ -266,8 +266,20 @@ def _release_memory() -> None:
     runtime.release_memory()
 
 
-def _clear(folder: Path) -> None:
+def _cleared(folder: RunFolder) -> Path:
+    """The file that names the job of Slurm that has cleared the folder last."""
+    return folder.path.parent / LOCKS / f"{folder.path.name}.cleared"
+
+
+def _is_cleared(folder: RunFolder) -> bool:
+    """Whether this job of Slurm did so before it was requeued: it goes on then."""
+    file = _cleared(folder)
+    return ranks.is_requeued() and file.exists() and file.read_text() == ranks.slurm_job()
+
+
+def _clear(run: RunFolder) -> None:
     """Remove what an earlier run of this configuration wrote."""
+    folder = run.path
     # First what tells its end: a kill on the way must not leave a finished run without results.
     for name in ("done", "failed.txt"):
         (folder / name).unlink(missing_ok=True)
@@ -276,3 +288,5 @@ def _clear(folder: Path) -> None:
     for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md"):
         for file in folder.glob(pattern):
             file.unlink()
+    if ranks.slurm_job():
+        _cleared(run).write_text(ranks.slurm_job())

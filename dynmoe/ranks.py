@@ -37,6 +37,16 @@ def rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def slurm_job() -> str:
+    """The id of the job of Slurm that this is part of, the same after a requeue; else empty."""
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def is_requeued() -> bool:
+    """Whether Slurm has started this job before."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
 def _in_step() -> bool:
     # A batch script has a rank as well, 0.
     return "SLURM_STEP_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0"

@@ -249,3 +249,11 @@ def test_the_last_time_limit_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -
             os.kill(os.getpid(), signal.SIGUSR2)
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_second_start_does_not_overwrite_the_first(queue: Slurm) -> None:
+    work, *_ = queue.launcher().work(_launchers.SubmittedWork, [["overwrite=true"]], 0)
+    again = work.checkpoint().function  # type: ignore[attr-defined]
+    assert again.overrides == ["overwrite=true", "++overwrite=false"]
+    assert again.checkpoint().function.overrides[-1] == "++overwrite=false"
+    assert isinstance(again, _launchers.SubmittedWork) and again.number == work.number

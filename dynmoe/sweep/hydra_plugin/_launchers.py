@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -83,7 +83,8 @@ class SubmittedWork(Work):
         """The job that goes into the queue in the place of this one."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+        # The first start has removed what was there; the next one goes on from its checkpoint.
+        return DelayedSubmission(replace(self, overrides=[*self.overrides, "++overwrite=false"]))
 
 
 def _say_time_is_over() -> None:
