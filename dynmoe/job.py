@@ -33,7 +33,7 @@ def job(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    word = folder.path.parent / LOCKS / f"{folder.path.name}.start"
+    word, trained = folder.path.parent / LOCKS / folder.path.name, False
     if ranks.rank() > 0:
         if cfg.mode == "train" and ranks.told_to_train(word):
             train(cfg, folder)
@@ -58,10 +58,14 @@ def job(cfg: DictConfig) -> float | None:
                 complete_stage_before(cfg)
                 ranks.tell_others(word, ranks.TRAIN)
                 train(cfg, folder)
+                trained = True
                 _release_memory()
             return show(folder)
     finally:
-        ranks.tell_others(word, ranks.LEAVE)
+        if trained:
+            ranks.all_have_heard(word)
+        else:
+            ranks.tell_others(word, ranks.LEAVE)
 
 
 def complete_stage_before(cfg: DictConfig) -> None:

@@ -6,6 +6,7 @@ batch script is one process, whatever number of tasks its job has.
 
 from __future__ import annotations
 
+import glob
 import os
 import time
 from contextlib import suppress
@@ -52,22 +53,38 @@ def _in_step() -> bool:
     return "SLURM_STEP_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0"
 
 
-def _start() -> str:
-    """A name of this start of a job's processes, the same in all of them."""
+def _file(run: Path) -> Path:
+    """The file of the word about a run, one for each start: two jobs of one run are two."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    return ".".join(os.environ.get(name, "0") for name in names)
+    start = ".".join(os.environ.get(name, "0") for name in names)
+    return run.with_name(f"{run.name}.{start}.start")
 
 
-def tell_others(file: Path, word: str) -> None:
-    """The first process says whether the others train with it: `TRAIN` or `LEAVE`."""
+def tell_others(run: Path, word: str) -> None:
+    """The first process says whether the others train with it: `TRAIN` or `LEAVE`.
+
+    Files lie beside `run`, a path; those that nobody waits for any more are removed.
+    """
     if (tasks() or 1) > 1:
+        file = _file(run)
         # At once: a reader sees a whole line or none.
         temporary = file.with_name(f"{file.name}.tmp")
-        temporary.write_text(f"{_start()} {word}\n")
+        temporary.write_text(f"{word}\n")
+        now = temporary.stat().st_mtime  # by the clock of the file system
         temporary.replace(file)
+        for other in run.parent.glob(f"{glob.escape(run.name)}.*.start"):
+            with suppress(OSError):  # another process may be removing it
+                if now - other.stat().st_mtime > 2 * PATIENCE:
+                    other.unlink()
 
 
-def told_to_train(file: Path, patience: float = PATIENCE) -> bool:
+def all_have_heard(run: Path) -> None:
+    """Remove the word of this start: all processes have trained."""
+    if (tasks() or 1) > 1:
+        _file(run).unlink(missing_ok=True)
+
+
+def told_to_train(run: Path, patience: float = PATIENCE) -> bool:
     """Wait for the word of the first process, which alone looks at the folder of the run.
 
     Processes that Lightning starts need no word.
@@ -77,12 +94,10 @@ def told_to_train(file: Path, patience: float = PATIENCE) -> bool:
     """
     if (tasks() or 1) == 1:
         return True
-    deadline = time.monotonic() + patience
+    file, deadline = _file(run), time.monotonic() + patience
     while time.monotonic() < deadline:
         with suppress(OSError):
-            start, _, word = file.read_text().strip().partition(" ")
-            if start == _start():
-                return word == TRAIN
+            return file.read_text().strip() == TRAIN
         time.sleep(0.2)
     raise UserError(
         f"{file}: task {rank()} of srun heard nothing from task 0 within {patience:.0f} s. Look at "

@@ -59,15 +59,41 @@ def test_the_rank_is_slurms_or_lightnings(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_others_do_as_the_first_one_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "run.start"
+    run = tmp_path / "run"
     slurm(monkeypatch, STEP)
     for word, trains in ((ranks.TRAIN, True), (ranks.LEAVE, False)):
-        ranks.tell_others(file, word)
-        assert ranks.told_to_train(file) is trains
+        ranks.tell_others(run, word)
+        assert ranks.told_to_train(run) is trains
     # The word of an earlier start is none.
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(UserError, match="task 0"):
-        ranks.told_to_train(file, patience=0.0)
+        ranks.told_to_train(run, patience=0.01)
+
+
+def test_two_jobs_of_one_run_do_not_hear_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    slurm(monkeypatch, {**STEP, "JOB_ID": "1"})
+    ranks.tell_others(run, ranks.TRAIN)
+    slurm(monkeypatch, {**STEP, "JOB_ID": "2"})
+    ranks.tell_others(run, ranks.LEAVE)  # it has found the folder held
+    slurm(monkeypatch, {**STEP, "JOB_ID": "1"})
+    assert ranks.told_to_train(run)  # a late process of the first job
+
+
+def test_words_are_removed_after_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, other = tmp_path / "run", tmp_path / "run.of_another_name"
+    slurm(monkeypatch, {**STEP, "JOB_ID": "1"})
+    ranks.tell_others(run, ranks.LEAVE)
+    ranks.tell_others(other, ranks.LEAVE)
+    (old,) = tmp_path.glob("run.1.*")
+    os.utime(old, (0, 0))
+    slurm(monkeypatch, {**STEP, "JOB_ID": "2"})
+    ranks.tell_others(run, ranks.TRAIN)
+    assert len([*tmp_path.glob("run.*")]) == 2
+    ranks.all_have_heard(run)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.of_another_name.1.0.0.start"]
 
 
 def test_processes_that_lightning_starts_need_no_word(
@@ -75,5 +101,5 @@ def test_processes_that_lightning_starts_need_no_word(
 ) -> None:
     slurm(monkeypatch, {})
     monkeypatch.setenv("LOCAL_RANK", "1")
-    ranks.tell_others(tmp_path / "run.start", ranks.TRAIN)
-    assert not any(tmp_path.iterdir()) and ranks.told_to_train(tmp_path / "run.start")
+    ranks.tell_others(tmp_path / "run", ranks.TRAIN)
+    assert not any(tmp_path.iterdir()) and ranks.told_to_train(tmp_path / "run")
