@@ -102,6 +102,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE", str(tmp_path))
     monkeypatch.setattr(_launchers, "SOON", 0.0)
+    monkeypatch.setattr(_launchers, "GRACE", 0.0)
     return Slurm(tmp_path)
 
 
@@ -194,6 +195,26 @@ def test_a_run_that_is_done_needs_no_result(queue: Slurm, then: Events) -> None:
     RunFolder(queue.sweep / "a").mark_done()
     then(lambda: queue.end("1", "CANCELLED"))
     assert queue.launch("a")[0].status is JobStatus.COMPLETED
+
+
+def test_a_result_may_be_seen_late(
+    queue: Slurm, then: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS hides new files for a while."""
+    clock = [0.0]
+    monkeypatch.setattr(_launchers, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(_launchers, "GRACE", 60.0)
+
+    def later() -> None:
+        clock[0] += 2.0
+
+    then(lambda: queue.end("1", "COMPLETED"), *[later] * 25, lambda: queue.finish("1"))
+    assert queue.launch("a")[0].status is JobStatus.COMPLETED
+    assert not RunFolder(queue.sweep / "a").failure
+
+    then(lambda: queue.end("2", "COMPLETED"), *[later] * 40)
+    assert queue.launch("b")[0].status is JobStatus.FAILED
+    assert "without a result" in RunFolder(queue.sweep / "b").failure
 
 
 def test_an_error_in_a_job_is_one_line(queue: Slurm, then: Events) -> None:

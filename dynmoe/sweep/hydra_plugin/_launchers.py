@@ -31,9 +31,10 @@ from dynmoe.sweep.manifest import locked
 LOOK = 0.5  # seconds between two looks at the files of results
 SOON, SELDOM = 2.0, 30.0  # seconds between two questions to Slurm, at first and later
 
-SURE = 3
-"""Questions in a row after which a job that is not in the queue counts as gone: one that is
-requeued may be out of it for a moment, and a file system may show its result late."""
+SURE, GRACE = 3, 60.0
+"""Questions in a row, and seconds since the first of them, after which a job that is not in the
+queue counts as gone: one that is requeued may be out of it for a moment, and NFS may show a new
+file, its result, up to a minute late (acregmax, acdirmax)."""
 
 # What AutoExecutor of submitit calls the same on every cluster; other options have a prefix.
 COMMON = (
@@ -275,7 +276,7 @@ class SlurmLauncher(LocalLauncher):
         """Wait until no job is left in `ids`; how each ended."""
         found: dict[str, JobReturn] = {}
         results = {name: self._paths(job).result_pickle for name, job in ids.items()}
-        absent = dict.fromkeys(ids, 0)  # questions in a row
+        absent = {name: [0, 0.0] for name in ids}  # questions in a row, the time of the first
         pause, asked = SOON, monotonic()
         while ids:
             for name in [name for name in ids if results[name].exists()]:
@@ -285,9 +286,13 @@ class SlurmLauncher(LocalLauncher):
                 states = self._states(ids)
                 pause, asked = min(SELDOM, 1.5 * pause), monotonic()
                 for name, state in states.items():
-                    absent[name] = 0 if slurm.in_queue(state) else absent[name] + 1
-                    pause = SOON if absent[name] else pause
-                    if absent[name] == SURE:
+                    count, since = absent[name]
+                    if slurm.in_queue(state):
+                        absent[name] = [0, 0.0]
+                        continue
+                    absent[name] = [count + 1, since if count else asked]
+                    pause = SOON
+                    if count + 1 >= SURE and asked - absent[name][1] >= GRACE:
                         found[name] = self._gone(name, ids.pop(name), state)
             sleep(LOOK)
         return found
