@@ -197,6 +197,24 @@ def test_a_run_that_is_done_needs_no_result(queue: Slurm, then: Events) -> None:
     assert queue.launch("a")[0].status is JobStatus.COMPLETED
 
 
+def test_a_job_that_ends_between_two_looks_is_not_submitted_again(
+    queue: Slurm, then: Events
+) -> None:
+    then(stop)
+    with pytest.raises(KeyboardInterrupt):
+        queue.launch("a", "b")
+    launcher = queue.launcher()
+    assert launcher.look() == {"a": "1_0", "b": "1_1"}
+    queue.finish("1_0", ("error", "ValueError: why\n"))
+    queue.end("1_1", "CANCELLED")
+    then()
+    done = launcher.launch([["a"], ["b"]], 0)
+    assert queue.submitted == 1 and [each.status for each in done] == [JobStatus.FAILED] * 2
+    # A second launch of the same run is meant to be one.
+    then(lambda: queue.finish("2"))
+    assert launcher.launch([["a"]], 0)[0].status is JobStatus.COMPLETED
+
+
 def test_a_result_may_be_seen_late(
     queue: Slurm, then: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:

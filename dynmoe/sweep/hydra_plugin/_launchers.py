@@ -198,6 +198,7 @@ class SlurmLauncher(LocalLauncher):
 
     cluster = "slurm"
     _is_away = False  # it does not answer
+    _seen: Mapping[str, str] = {}
 
     @property
     def folder(self) -> Path:
@@ -215,6 +216,12 @@ class SlurmLauncher(LocalLauncher):
             name: job for name, job in found.items() if not self._paths(job).result_pickle.exists()
         }
 
+    def look(self) -> Mapping[str, str]:
+        """`waiting()`, by which the jobs to launch are chosen: of these `launch` submits none again
+        that ends in between, but reads how it ended."""
+        self._seen = self.waiting()
+        return self._seen
+
     def _paths(self, job: str) -> Any:
         """The files of a job, by submitit's names for them."""
         from submitit.core.utils import JobPaths
@@ -229,7 +236,8 @@ class SlurmLauncher(LocalLauncher):
         ids: dict[str, str] = {}
         try:
             with locked(self.folder):
-                there = self.waiting()
+                there = {**self._seen, **self.waiting()}
+                self._seen = {n: job for n, job in self._seen.items() if n not in names}
                 ids |= {name: there[name] for name in names if name in there}
                 if ids:
                     print(f"in the queue of Slurm already, waited for: {_listed(ids.values())}")
