@@ -25,17 +25,38 @@ def tasks() -> int | None:
     """
     if "SLURM_NTASKS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return None
-    count = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ["SLURM_NTASKS"]))
+    in_step = "SLURM_STEP_NUM_TASKS" in os.environ
+    count = _number("SLURM_STEP_NUM_TASKS" if in_step else "SLURM_NTASKS")
     started = count if _in_step() else 1
     in_shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return None if in_shell and started == 1 else started
 
 
 def rank() -> int:
-    """Which one of the processes this is: 0 writes records."""
+    """Which one of the processes this is: 0 writes records.
+
+    Raises:
+        UserError: variables of Slurm that are no numbers.
+    """
     if (tasks() or 1) > 1:
-        return int(os.environ["SLURM_PROCID"])
+        return _number("SLURM_PROCID")
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def _number(name: str) -> int:
+    """A variable of Slurm.
+
+    Raises:
+        UserError: it is missing or no number.
+    """
+    text = os.environ.get(name)
+    if text is None or not text.isdecimal():
+        found = "none" if text is None else f"'{text}'"
+        raise UserError(
+            f"{name}: expected a whole number, found {found}. srun sets it; outside of Slurm unset "
+            "every variable that begins with SLURM_"
+        )
+    return int(text)
 
 
 def slurm_job() -> str:

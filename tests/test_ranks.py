@@ -41,6 +41,23 @@ def test_tasks_of_slurm(
     assert ranks.tasks() == tasks
 
 
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({"NTASKS": ""}, "SLURM_NTASKS: .* found ''"),
+        ({"NTASKS": "two"}, "SLURM_NTASKS: .* found 'two'"),
+        ({**STEP, "STEP_NUM_TASKS": "-1"}, "SLURM_STEP_NUM_TASKS: .* found '-1'"),
+        ({"NTASKS": "2", "STEP_ID": "0"}, "SLURM_PROCID: .* found none"),
+    ],
+)
+def test_variables_by_hand_are_refused(
+    variables: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm(monkeypatch, variables)
+    with pytest.raises(UserError, match=f"^{name}.*unset"):
+        ranks.rank()
+
+
 def test_torchrun_starts_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm(monkeypatch, STEP)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
