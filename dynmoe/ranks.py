@@ -35,26 +35,34 @@ def tasks() -> int | None:
 def rank() -> int:
     """Which one of the processes this is: 0 writes records.
 
+    Where Lightning starts processes on several nodes (`trainer.num_nodes`), only 0 is sure: how
+    many a node has is not known here.
+
     Raises:
-        UserError: variables of Slurm that are no numbers.
+        UserError: a variable that is no number.
     """
     if (tasks() or 1) > 1:
         return _number("SLURM_PROCID")
-    return int(os.environ.get("LOCAL_RANK", 0))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun counts over all nodes
+        return _number("RANK")
+    # Lightning finds the first node by this address; NODE_RANK alone may be of something else.
+    node = _number("NODE_RANK", "0") if "MASTER_ADDR" in os.environ else 0
+    return node + _number("LOCAL_RANK", "0")
 
 
-def _number(name: str) -> int:
-    """A variable of Slurm.
+def _number(name: str, default: str | None = None) -> int:
+    """A variable that a launcher of processes sets.
 
     Raises:
         UserError: it is missing or no number.
     """
-    text = os.environ.get(name)
+    text = os.environ.get(name, default)
     if text is None or not text.isdecimal():
         found = "none" if text is None else f"'{text}'"
+        like = "every variable that begins with SLURM_" if name.startswith("SLURM_") else "it"
         raise UserError(
-            f"{name}: expected a whole number, found {found}. srun sets it; outside of Slurm unset "
-            "every variable that begins with SLURM_"
+            f"{name}: expected a whole number, found {found}. srun or torchrun sets it; without "
+            f"them unset {like}"
         )
     return int(text)
 

@@ -11,11 +11,12 @@ from dynmoe import ranks
 from dynmoe.errors import UserError
 
 BATCH = {"NTASKS": "2", "PROCID": "0", "JOB_NAME": "train", "JOB_ID": "7"}
+OTHERS = ("SLURM_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR")
 STEP = {**BATCH, "STEP_ID": "0", "STEP_NUM_TASKS": "2"}
 
 
 def slurm(patch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "LOCAL_RANK"))]:
+    for name in [name for name in os.environ if name.startswith(OTHERS)]:
         patch.delenv(name)
     for name, value in variables.items():
         patch.setenv(f"SLURM_{name}", value)
@@ -71,6 +72,23 @@ def test_the_rank_is_slurms_or_lightnings(monkeypatch: pytest.MonkeyPatch) -> No
     assert ranks.rank() == 0
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert ranks.rank() == 3
+
+
+def test_other_nodes_are_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(monkeypatch, {})
+    for name, value in {"NODE_RANK": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.rank() == 0  # of something else: Lightning trains here alone
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    assert ranks.rank() > 0
+    monkeypatch.delenv("LOCAL_RANK")  # Lightning starts the other processes of the node later
+    assert ranks.rank() > 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("RANK", "4")
+    assert ranks.rank() == 4
+    monkeypatch.setenv("RANK", "")
+    with pytest.raises(UserError, match=r"^RANK: .*unset it$"):
+        ranks.rank()
 
 
 def test_the_others_do_as_the_first_one_says(
