@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.dynmoe_sweeper import SlurmLauncher, _launchers
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe import process
+from dynmoe import process, ranks
 from dynmoe.errors import UserError
 from dynmoe.records import RunFolder
 from dynmoe.sweep import slurm
@@ -78,10 +78,10 @@ class Slurm:
         (folder / f"{job}_0_result.pkl").write_bytes(pickle.dumps(done))
         self.end(job, "COMPLETED")
 
-    def launcher(self, mode: str = "train") -> SlurmLauncher:
+    def launcher(self, mode: str = "train", overwrite: bool = False) -> SlurmLauncher:
         launcher = SlurmLauncher(**PARAMS, submitit_folder=f"{self.sweep}/.submitit/%j")
         node = {"sweep": {"dir": str(self.sweep), "subdir": ""}}
-        config = {"mode": mode, "trainer": {"devices": 1}, "hydra": node}
+        config = {"mode": mode, "overwrite": overwrite, "trainer": {"devices": 1}, "hydra": node}
         launcher.setup(
             hydra_context=SimpleNamespace(config_loader=Loader()),
             task_function=str,
@@ -89,7 +89,7 @@ class Slurm:
         )
         return launcher
 
-    def launch(self, *runs: str, **options: str) -> Sequence[JobReturn]:
+    def launch(self, *runs: str, **options: Any) -> Sequence[JobReturn]:
         return self.launcher(**options).launch([[run] for run in runs], 0)
 
 
@@ -288,6 +288,26 @@ def test_the_last_time_limit_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -
             os.kill(os.getpid(), signal.SIGUSR2)
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_job_in_the_queue_is_not_overwritten(
+    queue: Slurm, then: Events, capsys: pytest.CaptureFixture[str]
+) -> None:
+    then(stop)
+    with pytest.raises(KeyboardInterrupt):
+        queue.launch("a", overwrite=True)
+    assert "overwrite" not in capsys.readouterr().out
+    then(lambda: queue.finish("1"))
+    queue.launch("a", overwrite=True)
+    out = capsys.readouterr().out
+    assert "overwrite=true begins none" in out and "scancel 1\n" in out and queue.submitted == 1
+
+
+def test_a_task_of_ray_is_no_task_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NTASKS": "2", "PROCID": "1", "STEP_ID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert ranks.tasks() == 2
+    assert _launchers._call(lambda: (ranks.tasks(), ranks.rank())) == (None, 0)  # type: ignore
 
 
 def test_a_second_start_does_not_overwrite_the_first(queue: Slurm) -> None:

@@ -6,6 +6,7 @@ record in their folders, and that is what the sweeper reads.
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import sys
@@ -241,6 +242,11 @@ class SlurmLauncher(LocalLauncher):
                 ids |= {name: there[name] for name in names if name in there}
                 if ids:
                     print(f"in the queue of Slurm already, waited for: {_listed(ids.values())}")
+                    if self.config.get("overwrite"):
+                        print(
+                            "overwrite=true begins none of these again; for that end them first: "
+                            f"scancel {_listed(ids.values())}"
+                        )
                 new = {n: each for n, each in zip(names, work, strict=True) if n not in ids}
                 self._submit(new, ids)
             found = self._wait(ids)
@@ -378,6 +384,9 @@ class RayLauncher(WorkLauncher):
 
 
 def _call(work: Work) -> JobReturn:
+    # Ray may have been started by one of several tasks of Slurm: this process is none of them.
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        del os.environ[name]
     return work()
 
 
