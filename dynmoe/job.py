@@ -33,7 +33,7 @@ def job(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    word = folder.path.parent / LOCKS / f"{folder.path.name}.start"
+    word, trained = folder.path.parent / LOCKS / folder.path.name, False
     if ranks.rank() > 0:
         if cfg.mode == "train" and ranks.told_to_train(word):
             train(cfg, folder)
@@ -46,8 +46,8 @@ def job(cfg: DictConfig) -> float | None:
         return None
     try:
         with folder.hold():
-            if cfg.overwrite:
-                _clear(folder.path)
+            if cfg.overwrite and not _is_cleared(folder):
+                _clear(folder)
             folder.forget_failure()
             if folder.is_done:
                 _refuse_other_data(cfg, folder)
@@ -58,10 +58,14 @@ def job(cfg: DictConfig) -> float | None:
                 complete_stage_before(cfg)
                 ranks.tell_others(word, ranks.TRAIN)
                 train(cfg, folder)
+                trained = True
                 _release_memory()
             return show(folder)
     finally:
-        ranks.tell_others(word, ranks.LEAVE)
+        if trained:
+            ranks.all_have_heard(word)
+        else:
+            ranks.tell_others(word, ranks.LEAVE)
 
 
 def complete_stage_before(cfg: DictConfig) -> None:
@@ -270,8 +274,20 @@ def _release_memory() -> None:
     runtime.release_memory()
 
 
-def _clear(folder: Path) -> None:
+def _cleared(folder: RunFolder) -> Path:
+    """The file that names the job of Slurm that has cleared the folder last."""
+    return folder.path.parent / LOCKS / f"{folder.path.name}.cleared"
+
+
+def _is_cleared(folder: RunFolder) -> bool:
+    """Whether this job of Slurm did so before it was requeued: it goes on then."""
+    file = _cleared(folder)
+    return ranks.is_requeued() and file.exists() and file.read_text() == ranks.slurm_job()
+
+
+def _clear(run: RunFolder) -> None:
     """Remove what an earlier run of this configuration wrote."""
+    folder = run.path
     # First what tells its end: a kill on the way must not leave a finished run without results.
     for name in ("done", "failed.txt"):
         (folder / name).unlink(missing_ok=True)
@@ -280,3 +296,5 @@ def _clear(folder: Path) -> None:
     for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md", "tokenizer.json"):
         for file in folder.glob(pattern):
             file.unlink()
+    if ranks.slurm_job():
+        _cleared(run).write_text(ranks.slurm_job())

@@ -6,6 +6,7 @@ batch script is one process, whatever number of tasks its job has.
 
 from __future__ import annotations
 
+import glob
 import os
 import time
 from contextlib import suppress
@@ -24,17 +25,56 @@ def tasks() -> int | None:
     """
     if "SLURM_NTASKS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return None
-    count = int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ["SLURM_NTASKS"]))
+    in_step = "SLURM_STEP_NUM_TASKS" in os.environ
+    count = _number("SLURM_STEP_NUM_TASKS" if in_step else "SLURM_NTASKS")
     started = count if _in_step() else 1
     in_shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return None if in_shell and started == 1 else started
 
 
 def rank() -> int:
-    """Which one of the processes this is: 0 writes records."""
+    """Which one of the processes this is: 0 writes records.
+
+    Where Lightning starts processes on several nodes (`trainer.num_nodes`), only 0 is sure: how
+    many a node has is not known here.
+
+    Raises:
+        UserError: a variable that is no number.
+    """
     if (tasks() or 1) > 1:
-        return int(os.environ["SLURM_PROCID"])
-    return int(os.environ.get("LOCAL_RANK", 0))
+        return _number("SLURM_PROCID")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun counts over all nodes
+        return _number("RANK")
+    # Lightning finds the first node by this address; NODE_RANK alone may be of something else.
+    node = _number("NODE_RANK", "0") if "MASTER_ADDR" in os.environ else 0
+    return node + _number("LOCAL_RANK", "0")
+
+
+def _number(name: str, default: str | None = None) -> int:
+    """A variable that a launcher of processes sets.
+
+    Raises:
+        UserError: it is missing or no number.
+    """
+    text = os.environ.get(name, default)
+    if text is None or not text.isdecimal():
+        found = "none" if text is None else f"'{text}'"
+        like = "every variable that begins with SLURM_" if name.startswith("SLURM_") else "it"
+        raise UserError(
+            f"{name}: expected a whole number, found {found}. srun or torchrun sets it; without "
+            f"them unset {like}"
+        )
+    return int(text)
+
+
+def slurm_job() -> str:
+    """The id of the job of Slurm that this is part of, the same after a requeue; else empty."""
+    return os.environ.get("SLURM_JOB_ID", "")
+
+
+def is_requeued() -> bool:
+    """Whether Slurm has started this job before."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 def _in_step() -> bool:
@@ -42,22 +82,38 @@ def _in_step() -> bool:
     return "SLURM_STEP_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0"
 
 
-def _start() -> str:
-    """A name of this start of a job's processes, the same in all of them."""
+def _file(run: Path) -> Path:
+    """The file of the word about a run, one for each start: two jobs of one run are two."""
     names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    return ".".join(os.environ.get(name, "0") for name in names)
+    start = ".".join(os.environ.get(name, "0") for name in names)
+    return run.with_name(f"{run.name}.{start}.start")
 
 
-def tell_others(file: Path, word: str) -> None:
-    """The first process says whether the others train with it: `TRAIN` or `LEAVE`."""
+def tell_others(run: Path, word: str) -> None:
+    """The first process says whether the others train with it: `TRAIN` or `LEAVE`.
+
+    Files lie beside `run`, a path; those that nobody waits for any more are removed.
+    """
     if (tasks() or 1) > 1:
+        file = _file(run)
         # At once: a reader sees a whole line or none.
         temporary = file.with_name(f"{file.name}.tmp")
-        temporary.write_text(f"{_start()} {word}\n")
+        temporary.write_text(f"{word}\n")
+        now = temporary.stat().st_mtime  # by the clock of the file system
         temporary.replace(file)
+        for other in run.parent.glob(f"{glob.escape(run.name)}.*.start"):
+            with suppress(OSError):  # another process may be removing it
+                if now - other.stat().st_mtime > 2 * PATIENCE:
+                    other.unlink()
 
 
-def told_to_train(file: Path, patience: float = PATIENCE) -> bool:
+def all_have_heard(run: Path) -> None:
+    """Remove the word of this start: all processes have trained."""
+    if (tasks() or 1) > 1:
+        _file(run).unlink(missing_ok=True)
+
+
+def told_to_train(run: Path, patience: float = PATIENCE) -> bool:
     """Wait for the word of the first process, which alone looks at the folder of the run.
 
     Processes that Lightning starts need no word.
@@ -67,12 +123,10 @@ def told_to_train(file: Path, patience: float = PATIENCE) -> bool:
     """
     if (tasks() or 1) == 1:
         return True
-    deadline = time.monotonic() + patience
+    file, deadline = _file(run), time.monotonic() + patience
     while time.monotonic() < deadline:
         with suppress(OSError):
-            start, _, word = file.read_text().strip().partition(" ")
-            if start == _start():
-                return word == TRAIN
+            return file.read_text().strip() == TRAIN
         time.sleep(0.2)
     raise UserError(
         f"{file}: task {rank()} of srun heard nothing from task 0 within {patience:.0f} s. Look at "

@@ -11,11 +11,12 @@ from dynmoe import ranks
 from dynmoe.errors import UserError
 
 BATCH = {"NTASKS": "2", "PROCID": "0", "JOB_NAME": "train", "JOB_ID": "7"}
+OTHERS = ("SLURM_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "NODE_RANK", "MASTER_ADDR")
 STEP = {**BATCH, "STEP_ID": "0", "STEP_NUM_TASKS": "2"}
 
 
 def slurm(patch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "LOCAL_RANK"))]:
+    for name in [name for name in os.environ if name.startswith(OTHERS)]:
         patch.delenv(name)
     for name, value in variables.items():
         patch.setenv(f"SLURM_{name}", value)
@@ -41,6 +42,23 @@ def test_tasks_of_slurm(
     assert ranks.tasks() == tasks
 
 
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({"NTASKS": ""}, "SLURM_NTASKS: .* found ''"),
+        ({"NTASKS": "two"}, "SLURM_NTASKS: .* found 'two'"),
+        ({**STEP, "STEP_NUM_TASKS": "-1"}, "SLURM_STEP_NUM_TASKS: .* found '-1'"),
+        ({"NTASKS": "2", "STEP_ID": "0"}, "SLURM_PROCID: .* found none"),
+    ],
+)
+def test_variables_by_hand_are_refused(
+    variables: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm(monkeypatch, variables)
+    with pytest.raises(UserError, match=f"^{name}.*unset"):
+        ranks.rank()
+
+
 def test_torchrun_starts_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm(monkeypatch, STEP)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
@@ -56,18 +74,61 @@ def test_the_rank_is_slurms_or_lightnings(monkeypatch: pytest.MonkeyPatch) -> No
     assert ranks.rank() == 3
 
 
+def test_other_nodes_are_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(monkeypatch, {})
+    for name, value in {"NODE_RANK": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.rank() == 0  # of something else: Lightning trains here alone
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    assert ranks.rank() > 0
+    monkeypatch.delenv("LOCAL_RANK")  # Lightning starts the other processes of the node later
+    assert ranks.rank() > 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("RANK", "4")
+    assert ranks.rank() == 4
+    monkeypatch.setenv("RANK", "")
+    with pytest.raises(UserError, match=r"^RANK: .*unset it$"):
+        ranks.rank()
+
+
 def test_the_others_do_as_the_first_one_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "run.start"
+    run = tmp_path / "run"
     slurm(monkeypatch, STEP)
     for word, trains in ((ranks.TRAIN, True), (ranks.LEAVE, False)):
-        ranks.tell_others(file, word)
-        assert ranks.told_to_train(file) is trains
+        ranks.tell_others(run, word)
+        assert ranks.told_to_train(run) is trains
     # The word of an earlier start is none.
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(UserError, match="task 0"):
-        ranks.told_to_train(file, patience=0.0)
+        ranks.told_to_train(run, patience=0.01)
+
+
+def test_two_jobs_of_one_run_do_not_hear_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    slurm(monkeypatch, {**STEP, "JOB_ID": "1"})
+    ranks.tell_others(run, ranks.TRAIN)
+    slurm(monkeypatch, {**STEP, "JOB_ID": "2"})
+    ranks.tell_others(run, ranks.LEAVE)  # it has found the folder held
+    slurm(monkeypatch, {**STEP, "JOB_ID": "1"})
+    assert ranks.told_to_train(run)  # a late process of the first job
+
+
+def test_words_are_removed_after_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, other = tmp_path / "run", tmp_path / "run.of_another_name"
+    slurm(monkeypatch, {**STEP, "JOB_ID": "1"})
+    ranks.tell_others(run, ranks.LEAVE)
+    ranks.tell_others(other, ranks.LEAVE)
+    (old,) = tmp_path.glob("run.1.*")
+    os.utime(old, (0, 0))
+    slurm(monkeypatch, {**STEP, "JOB_ID": "2"})
+    ranks.tell_others(run, ranks.TRAIN)
+    assert len([*tmp_path.glob("run.*")]) == 2
+    ranks.all_have_heard(run)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.of_another_name.1.0.0.start"]
 
 
 def test_processes_that_lightning_starts_need_no_word(
@@ -75,5 +136,5 @@ def test_processes_that_lightning_starts_need_no_word(
 ) -> None:
     slurm(monkeypatch, {})
     monkeypatch.setenv("LOCAL_RANK", "1")
-    ranks.tell_others(tmp_path / "run.start", ranks.TRAIN)
-    assert not any(tmp_path.iterdir()) and ranks.told_to_train(tmp_path / "run.start")
+    ranks.tell_others(tmp_path / "run", ranks.TRAIN)
+    assert not any(tmp_path.iterdir()) and ranks.told_to_train(tmp_path / "run")

@@ -21,6 +21,7 @@ from dynmoe.config.options import written
 from dynmoe.config.ranges import outside
 from dynmoe.config.rules import (
     RULES,
+    RUN_RULES,
     SWEEP_RULES,
     is_language_model,
     protocol_fits,
@@ -106,7 +107,7 @@ def report(found: list[str]) -> str:
 
 
 def problems(cfg: DictConfig, *, multirun: bool = False) -> list[str]:
-    """Reasons why `cfg` cannot run, one message each; `multirun` adds the rules of sweeps.
+    """Reasons why `cfg` cannot run, one message each, by the rules of a sweep or of one run.
 
     The runs of earlier stages, which a run starts if need be, are checked with it.
     """
@@ -141,7 +142,7 @@ def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
     fits = (same_modality, is_language_model, protocol_fits, stage_is_chosen)
     if any(any(rule(cfg)) for rule in fits):
         direct = [text for text in direct if "Interpolation key" not in text]
-    for rule in (*RULES, *(SWEEP_RULES if multirun else ())):
+    for rule in (*RULES, *(SWEEP_RULES if multirun else RUN_RULES)):
         direct.extend(rule(cfg))
     # A wrong value shows again in everything computed from it; this is reported only where nothing
     # else explains it.

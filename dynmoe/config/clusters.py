@@ -77,6 +77,16 @@ def one_device_per_job(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+def launcher_has_a_sweep(cfg: DictConfig) -> Iterator[str]:
+    """Hydra asks no launcher about one run, and would train here."""
+    name = kind(cfg)
+    if name in PACKAGES and not process.is_worker():
+        yield (
+            f"hydra/launcher: {name} starts the jobs of sweeps, and this is one run, which would "
+            "train in this process. Add -m, or sweep=NAME; or leave hydra/launcher out"
+        )
+
+
 def launcher_fits(cfg: DictConfig) -> Iterator[str]:
     """The launcher's package, and what it asks Slurm for."""
     name, node = kind(cfg), launcher_of(cfg)

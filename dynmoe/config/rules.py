@@ -623,4 +623,5 @@ RULES: tuple[Rule, ...] = (
     *(machine.run_folder, clipping_optimizer, own_callbacks),
     *(trainer_options, several_devices, clusters.as_many_as_started),
 )
+RUN_RULES: tuple[Rule, ...] = (clusters.launcher_has_a_sweep,)  # of one run alone
 SWEEP_RULES: tuple[Rule, ...] = (clusters.one_device_per_job, clusters.launcher_fits)

@@ -356,6 +356,12 @@ def test_a_launcher_that_is_not_installed_names_its_extra(
         assert found.startswith("hydra/launcher: needs ") and f'".[{extra}]"' in found
 
 
+def test_a_launcher_of_sweeps_starts_no_single_run() -> None:
+    for name in ("ray", "submitit_local", "submitit_slurm"):
+        (found,) = problems(TASK, f"hydra/launcher={name}")
+        assert found.startswith("hydra/launcher: ") and "Add -m" in found
+
+
 def test_every_value_of_a_sweep_is_checked() -> None:
     found = problems(TASK, "moe=topk,gmoe", "moe.top_k=1,2,7,9", multirun=True)
     assert [text.split(":")[1].split("a token")[0].strip() for text in found] == [

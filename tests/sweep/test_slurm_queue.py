@@ -16,7 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.dynmoe_sweeper import SlurmLauncher, _launchers
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe import process
+from dynmoe import process, ranks
 from dynmoe.errors import UserError
 from dynmoe.records import RunFolder
 from dynmoe.sweep import slurm
@@ -78,10 +78,10 @@ class Slurm:
         (folder / f"{job}_0_result.pkl").write_bytes(pickle.dumps(done))
         self.end(job, "COMPLETED")
 
-    def launcher(self, mode: str = "train") -> SlurmLauncher:
+    def launcher(self, mode: str = "train", overwrite: bool = False) -> SlurmLauncher:
         launcher = SlurmLauncher(**PARAMS, submitit_folder=f"{self.sweep}/.submitit/%j")
         node = {"sweep": {"dir": str(self.sweep), "subdir": ""}}
-        config = {"mode": mode, "trainer": {"devices": 1}, "hydra": node}
+        config = {"mode": mode, "overwrite": overwrite, "trainer": {"devices": 1}, "hydra": node}
         launcher.setup(
             hydra_context=SimpleNamespace(config_loader=Loader()),
             task_function=str,
@@ -89,7 +89,7 @@ class Slurm:
         )
         return launcher
 
-    def launch(self, *runs: str, **options: str) -> Sequence[JobReturn]:
+    def launch(self, *runs: str, **options: Any) -> Sequence[JobReturn]:
         return self.launcher(**options).launch([[run] for run in runs], 0)
 
 
@@ -102,6 +102,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE", str(tmp_path))
     monkeypatch.setattr(_launchers, "SOON", 0.0)
+    monkeypatch.setattr(_launchers, "GRACE", 0.0)
     return Slurm(tmp_path)
 
 
@@ -196,6 +197,44 @@ def test_a_run_that_is_done_needs_no_result(queue: Slurm, then: Events) -> None:
     assert queue.launch("a")[0].status is JobStatus.COMPLETED
 
 
+def test_a_job_that_ends_between_two_looks_is_not_submitted_again(
+    queue: Slurm, then: Events
+) -> None:
+    then(stop)
+    with pytest.raises(KeyboardInterrupt):
+        queue.launch("a", "b")
+    launcher = queue.launcher()
+    assert launcher.look() == {"a": "1_0", "b": "1_1"}
+    queue.finish("1_0", ("error", "ValueError: why\n"))
+    queue.end("1_1", "CANCELLED")
+    then()
+    done = launcher.launch([["a"], ["b"]], 0)
+    assert queue.submitted == 1 and [each.status for each in done] == [JobStatus.FAILED] * 2
+    # A second launch of the same run is meant to be one.
+    then(lambda: queue.finish("2"))
+    assert launcher.launch([["a"]], 0)[0].status is JobStatus.COMPLETED
+
+
+def test_a_result_may_be_seen_late(
+    queue: Slurm, then: Events, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS hides new files for a while."""
+    clock = [0.0]
+    monkeypatch.setattr(_launchers, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(_launchers, "GRACE", 60.0)
+
+    def later() -> None:
+        clock[0] += 2.0
+
+    then(lambda: queue.end("1", "COMPLETED"), *[later] * 25, lambda: queue.finish("1"))
+    assert queue.launch("a")[0].status is JobStatus.COMPLETED
+    assert not RunFolder(queue.sweep / "a").failure
+
+    then(lambda: queue.end("2", "COMPLETED"), *[later] * 40)
+    assert queue.launch("b")[0].status is JobStatus.FAILED
+    assert "without a result" in RunFolder(queue.sweep / "b").failure
+
+
 def test_an_error_in_a_job_is_one_line(queue: Slurm, then: Events) -> None:
     then(lambda: queue.finish("1", ("error", "Traceback\n  many lines\nValueError: why\n")))
     (done,) = queue.launch("a")
@@ -249,3 +288,31 @@ def test_the_last_time_limit_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -
             os.kill(os.getpid(), signal.SIGUSR2)
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_job_in_the_queue_is_not_overwritten(
+    queue: Slurm, then: Events, capsys: pytest.CaptureFixture[str]
+) -> None:
+    then(stop)
+    with pytest.raises(KeyboardInterrupt):
+        queue.launch("a", overwrite=True)
+    assert "overwrite" not in capsys.readouterr().out
+    then(lambda: queue.finish("1"))
+    queue.launch("a", overwrite=True)
+    out = capsys.readouterr().out
+    assert "overwrite=true begins none" in out and "scancel 1\n" in out and queue.submitted == 1
+
+
+def test_a_task_of_ray_is_no_task_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NTASKS": "2", "PROCID": "1", "STEP_ID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert ranks.tasks() == 2
+    assert _launchers._call(lambda: (ranks.tasks(), ranks.rank())) == (None, 0)  # type: ignore
+
+
+def test_a_second_start_does_not_overwrite_the_first(queue: Slurm) -> None:
+    work, *_ = queue.launcher().work(_launchers.SubmittedWork, [["overwrite=true"]], 0)
+    again = work.checkpoint().function  # type: ignore[attr-defined]
+    assert again.overrides == ["overwrite=true", "++overwrite=false"]
+    assert again.checkpoint().function.overrides[-1] == "++overwrite=false"
+    assert isinstance(again, _launchers.SubmittedWork) and again.number == work.number

@@ -98,7 +98,7 @@ class DynMoESweeper(Sweeper):
                 manifest.record(folder, sweep, shlex.join(command), base, jobs)
         again = self.config.get("overwrite")
         # Jobs of Slurm that run are waited for; those of another launcher are left to it.
-        waiting = self.launcher.waiting() if isinstance(self.launcher, SlurmLauncher) else {}
+        waiting = self.launcher.look() if isinstance(self.launcher, SlurmLauncher) else {}
         todo = [
             job
             for job in jobs

@@ -6,12 +6,13 @@ record in their folders, and that is what the sweeper reads.
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -31,9 +32,10 @@ from dynmoe.sweep.manifest import locked
 LOOK = 0.5  # seconds between two looks at the files of results
 SOON, SELDOM = 2.0, 30.0  # seconds between two questions to Slurm, at first and later
 
-SURE = 3
-"""Questions in a row after which a job that is not in the queue counts as gone: one that is
-requeued may be out of it for a moment, and a file system may show its result late."""
+SURE, GRACE = 3, 60.0
+"""Questions in a row, and seconds since the first of them, after which a job that is not in the
+queue counts as gone: one that is requeued may be out of it for a moment, and NFS may show a new
+file, its result, up to a minute late (acregmax, acdirmax)."""
 
 # What AutoExecutor of submitit calls the same on every cluster; other options have a prefix.
 COMMON = (
@@ -83,7 +85,8 @@ class SubmittedWork(Work):
         """The job that goes into the queue in the place of this one."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+        # The first start has removed what was there; the next one goes on from its checkpoint.
+        return DelayedSubmission(replace(self, overrides=[*self.overrides, "++overwrite=false"]))
 
 
 def _say_time_is_over() -> None:
@@ -196,6 +199,7 @@ class SlurmLauncher(LocalLauncher):
 
     cluster = "slurm"
     _is_away = False  # it does not answer
+    _seen: Mapping[str, str] = {}
 
     @property
     def folder(self) -> Path:
@@ -213,6 +217,12 @@ class SlurmLauncher(LocalLauncher):
             name: job for name, job in found.items() if not self._paths(job).result_pickle.exists()
         }
 
+    def look(self) -> Mapping[str, str]:
+        """`waiting()`, by which the jobs to launch are chosen: of these `launch` submits none again
+        that ends in between, but reads how it ended."""
+        self._seen = self.waiting()
+        return self._seen
+
     def _paths(self, job: str) -> Any:
         """The files of a job, by submitit's names for them."""
         from submitit.core.utils import JobPaths
@@ -227,10 +237,16 @@ class SlurmLauncher(LocalLauncher):
         ids: dict[str, str] = {}
         try:
             with locked(self.folder):
-                there = self.waiting()
+                there = {**self._seen, **self.waiting()}
+                self._seen = {n: job for n, job in self._seen.items() if n not in names}
                 ids |= {name: there[name] for name in names if name in there}
                 if ids:
                     print(f"in the queue of Slurm already, waited for: {_listed(ids.values())}")
+                    if self.config.get("overwrite"):
+                        print(
+                            "overwrite=true begins none of these again; for that end them first: "
+                            f"scancel {_listed(ids.values())}"
+                        )
                 new = {n: each for n, each in zip(names, work, strict=True) if n not in ids}
                 self._submit(new, ids)
             found = self._wait(ids)
@@ -274,7 +290,7 @@ class SlurmLauncher(LocalLauncher):
         """Wait until no job is left in `ids`; how each ended."""
         found: dict[str, JobReturn] = {}
         results = {name: self._paths(job).result_pickle for name, job in ids.items()}
-        absent = dict.fromkeys(ids, 0)  # questions in a row
+        absent = {name: [0, 0.0] for name in ids}  # questions in a row, the time of the first
         pause, asked = SOON, monotonic()
         while ids:
             for name in [name for name in ids if results[name].exists()]:
@@ -284,9 +300,13 @@ class SlurmLauncher(LocalLauncher):
                 states = self._states(ids)
                 pause, asked = min(SELDOM, 1.5 * pause), monotonic()
                 for name, state in states.items():
-                    absent[name] = 0 if slurm.in_queue(state) else absent[name] + 1
-                    pause = SOON if absent[name] else pause
-                    if absent[name] == SURE:
+                    count, since = absent[name]
+                    if slurm.in_queue(state):
+                        absent[name] = [0, 0.0]
+                        continue
+                    absent[name] = [count + 1, since if count else asked]
+                    pause = SOON
+                    if count + 1 >= SURE and asked - absent[name][1] >= GRACE:
                         found[name] = self._gone(name, ids.pop(name), state)
             sleep(LOOK)
         return found
@@ -364,6 +384,9 @@ class RayLauncher(WorkLauncher):
 
 
 def _call(work: Work) -> JobReturn:
+    # Ray may have been started by one of several tasks of Slurm: this process is none of them.
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        del os.environ[name]
     return work()
 
 
