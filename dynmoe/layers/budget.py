@@ -153,8 +153,9 @@ class BudgetTopAnyRouter(TopAnyRouter):
         k_T1 = mask_TE.sum(1, keepdim=True).clamp(min=1)
         if self.weights == "softmax":
             # A row without an expert is all of one value, and the gate makes it 0.
-            learned = isinstance(self.temperature, nn.Parameter)
-            temperature = self.temperature.exp() if learned else self.temperature
+            temperature = self.temperature
+            if isinstance(temperature, nn.Parameter):
+                temperature = temperature.exp()
             logits_TE = (scores_TE / temperature).masked_fill(~mask_TE, -1e9)
             share_TE = logits_TE.softmax(1)
             length_T1 = torch.linalg.vector_norm(share_TE, dim=1, keepdim=True)
