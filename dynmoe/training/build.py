@@ -100,7 +100,7 @@ def other_data(folder: RunFolder, data: TaskData) -> str | None:
         before = folder.read_run()
     except RecordError:
         return None  # damaged or lost: nothing to compare with, and written anew in training
-    hashes = {"data hash": (before.get("data_hash"), data.data_hash)}
+    hashes: dict[str, tuple[Any, Any]] = {"data hash": (before.get("data_hash"), data.data_hash)}
     if "tokenizer" in before:
         hashes["tokenizer"] = (before["tokenizer"], data.facts.get("tokenizer"))
     others = [f"{what} {old} -> {new}" for what, (old, new) in hashes.items() if old != new]

@@ -134,7 +134,8 @@ def _files(root: Path) -> list[Path]:
 def _below(root: Path) -> Iterator[Path]:
     """The files below a folder that are not hidden, each folder once: first by its own name, then
     by links, which may lead round in a circle."""
-    seen, starts = set(), [root]
+    seen: set[str] = set()
+    starts = [root]
     for start in starts:  # grows on the way
         for folder, inside, names in os.walk(start):
             real = os.path.realpath(folder)
