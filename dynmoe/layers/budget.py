@@ -153,7 +153,7 @@ class BudgetTopAnyRouter(TopAnyRouter):
         k_T1 = mask_TE.sum(1, keepdim=True).clamp(min=1)
         if self.weights == "softmax":
             # A row without an expert is all of one value, and the gate makes it 0.
-            temperature = self.temperature
+            temperature: float | Tensor = self.temperature
             if isinstance(temperature, nn.Parameter):
                 temperature = temperature.exp()
             logits_TE = (scores_TE / temperature).masked_fill(~mask_TE, -1e9)
