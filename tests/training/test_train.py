@@ -251,7 +251,7 @@ def test_a_kill_while_a_run_is_cleared_leaves_no_finished_one(
 
     monkeypatch.setattr(job.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        job._clear(tmp_path)
+        job._clear(folder)
     assert not folder.is_done
 
 
