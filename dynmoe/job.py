@@ -33,9 +33,9 @@ def job(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    word, trained = folder.path.parent / LOCKS / folder.path.name, False
+    beside, trained = folder.path.parent / LOCKS / folder.path.name, False
     if ranks.rank() > 0:
-        if cfg.mode == "train" and ranks.told_to_train(word):
+        if cfg.mode == "train" and ranks.told_to_train(beside):
             train(cfg, folder)
         return None
     if cfg.mode == "check":
@@ -56,16 +56,16 @@ def job(cfg: DictConfig) -> float | None:
                 )
             else:
                 complete_stage_before(cfg)
-                ranks.tell_others(word, ranks.TRAIN)
+                ranks.tell_others(beside, ranks.TRAIN)
                 train(cfg, folder)
                 trained = True
                 _release_memory()
             return show(folder)
     finally:
         if trained:
-            ranks.all_have_heard(word)
+            ranks.all_have_heard(beside)
         else:
-            ranks.tell_others(word, ranks.LEAVE)
+            ranks.tell_others(beside, ranks.LEAVE)
 
 
 def complete_stage_before(cfg: DictConfig) -> None:

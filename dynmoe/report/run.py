@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -446,11 +446,17 @@ OF_SEED = re.compile(r"_seed\d+_[0-9a-f]{8}$")
 DRAWN = ("task.optimizer.lr", "task.optimizer.weight_decay", "data.batch_size")
 
 
+ABSENT = "absent"
+FEW = 4
+"""Up to so many settings of one short name say every key in which they differ."""
+
+
 def name_settings(runs: Sequence[Run]) -> list[Run]:
     """Return the runs with the names of their settings, unique within a problem.
 
     A name is the short name; where several settings would share it, the keys in which they differ
-    are added: `DynMoE, task.optimizer.lr=0.001`.
+    are added: `DynMoE, task.optimizer.lr=0.001`. Where more than ``FEW`` share it and most have a
+    key alike, the others alone name their value: those with one part changed.
     """
     named = list(runs)
     for problem in dict.fromkeys(run.problem for run in runs):
@@ -460,11 +466,35 @@ def name_settings(runs: Sequence[Run]) -> list[Run]:
         sharing: defaultdict[str, dict[str, Config]] = defaultdict(dict)
         for short, identity in zip(shorts, identities, strict=True):
             sharing[short][_text(identity)] = identity
-        differing = {short: _differing(list(found.values())) for short, found in sharing.items()}
+        words = {short: _words(found) for short, found in sharing.items()}
         for position, short, identity in zip(members, shorts, identities, strict=True):
-            keys = [f"{key}={identity[key]}" for key in differing[short] if key in identity]
-            named[position] = replace(runs[position], setting=", ".join([short, *keys]))
+            setting = ", ".join([short, *words[short][_text(identity)]])
+            named[position] = replace(runs[position], setting=setting)
     return named
+
+
+def _words(identities: Mapping[str, Config]) -> dict[str, list[str]]:
+    """The keys that tell settings of one short name apart, with their values, by setting."""
+    differing = _differing(list(identities.values()))
+    usual = {}
+    for key in differing:
+        counts = Counter(_text({key: each.get(key, ABSENT)}) for each in identities.values())
+        value, count = counts.most_common(1)[0]
+        usual[key] = value if 2 * count > len(identities) > FEW else None
+    found = {
+        name: [
+            f"{key}={each[key]}"
+            for key in differing
+            if key in each and _text({key: each[key]}) != usual[key]
+        ]
+        for name, each in identities.items()
+    }
+    if len({*map(tuple, found.values())}) == len(found):
+        return found
+    return {  # two that differ only in what one of them lacks
+        name: [f"{key}={each[key]}" for key in differing if key in each]
+        for name, each in identities.items()
+    }
 
 
 def start_name(config: Config) -> str | None:

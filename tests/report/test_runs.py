@@ -14,7 +14,7 @@ import pytest
 from sweeps import BATCH, SELECTED, write_run, write_sweep
 
 from dynmoe.records import RecordError, RunFolder
-from dynmoe.report.run import Outcome
+from dynmoe.report.run import Outcome, _words
 from dynmoe.report.runs import Absent, Problem, different_conditions, read_runs
 
 PROBLEM = Problem("RotatedDigits", "domainbed", "training_domain_validation")
@@ -394,3 +394,16 @@ def test_routing_at_the_outcome_is_that_of_the_full_records(tmp_path: Path) -> N
     assert run.routing_at_outcome == [line for line in lines if line["step"] == SELECTED]
     assert run.training_routing == [line for line in lines if line["source"] == "train"]
     assert len(run.routing_at_outcome) == 8
+
+
+def words_of(configs: list[dict[str, Any]]) -> list[list[str]]:
+    return list(_words({str(number): each for number, each in enumerate(configs)}).values())
+
+
+def test_settings_with_one_part_changed_are_named_by_it() -> None:
+    parts: list[dict[str, Any]] = [{}, {"a": 2}, {"a": 3}, {"b": 2}, {"b": 3, "c": None}]
+    configs = [{"a": 1, "b": 1, "x": 1, **part} for part in parts]
+    assert words_of(configs) == [[], ["a=2"], ["a=3"], ["b=2"], ["b=3", "c=None"]]
+    assert words_of(configs[:2]) == [["a=1"], ["a=2"]]
+    one_lacks = [{"a": 1}, {"a": 1, "c": 2}, {"a": 1, "c": 3}, {"a": 1, "c": 4}, {"c": 2}]
+    assert words_of(one_lacks) == [["a=1"], *(["a=1", f"c={c}"] for c in (2, 3, 4)), ["c=2"]]
