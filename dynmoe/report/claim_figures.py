@@ -352,6 +352,8 @@ def _draw_against(
     if by_family:
         once = {point.name: point for points in shown.values() for point in points}
         names = _names(once.values(), words.scale.better)
+        for each in names:  # keys with values would leave no room for the panels
+            each.set_label(textwrap.fill(str(each.get_label()), 30, break_long_words=False))
         figure.legend(handles=names, loc="outside right center", frameon=False)
     else:
         for points, axes in zip(shown.values(), panels, strict=True):
