@@ -45,7 +45,7 @@ def _write(args: argparse.Namespace) -> None:
             raise UserError(NO_OUT.format("two runs, which are compared on the console"))
         _compare(*args.folders)
     else:
-        _report(args.folders, args.out or args.folders[0] / "report")
+        _report(args.folders, args.out or args.folders[0] / "report", args.by_loss)
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -69,13 +69,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="print DomainBed's own result tables of the records in FOLDER, and save them there",
     )
+    parser.add_argument(
+        "--by-loss",
+        action="store_true",
+        help="select and report by mean loss (negative log-likelihood) in the place of the score: "
+        "it shows differences that an accuracy is too coarse for",
+    )
     parser.add_argument("--version", action="store_true", help="print the version and the commit")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes")
     return parser
 
 
-def _report(folders: Sequence[Path], out: Path) -> None:
-    collection = read_runs(folders)
+def _report(folders: Sequence[Path], out: Path, by_loss: bool) -> None:
+    collection = read_runs(folders, by_loss)
     _warn(collection.warnings, Console(stderr=True))
     if not collection.runs:
         raise _nothing_finished(collection)

@@ -20,6 +20,7 @@ from dynmoe.report import (
     claim_tables,
     cost_tables,
     document,
+    frontier,
     mixing,
     routing_figures,
     set_tables,
@@ -191,6 +192,7 @@ def _cost(
 ) -> Iterator[Block | None]:
     costs = [search_cost(collection, problem, claim.setting, timings.step_ms) for claim in claims]
     yield from map(cost_tables.search_sentence, costs)
+    yield _sheet("frontier", frontier.frontier_table(collection, problem))
     yield Sheet("size", cost_tables.cost_table(collection, problem))
     yield cost_tables.unmeasured(collection, timings) or Sheet(
         "time", cost_tables.timing_table(collection, problem, timings)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+from scipy.special import nctdtrinc, stdtr, stdtrit
 
 from dynmoe.report.tables import SHARE, Scale, format_points
 
@@ -24,6 +24,7 @@ Key = TypeVar("Key", bound=Hashable)
 Test = TypeVar("Test", bound="PairedTest")
 
 LEVEL = 0.05
+POWER = 0.8
 FEWEST = 3
 """Repetitions of a test. Of two, t has one degree of freedom: p < 0.05 needs |t| > 12.7, which
 nearly equal differences reach by chance."""
@@ -134,6 +135,13 @@ class PairedTest:
 def paired(own: Sequence[float], others: Sequence[float]) -> tuple[float, ...]:
     """Return the differences, rounded: equal accuracies may differ by 1e-17 in their means."""
     return tuple(round(a - b, 12) for a, b in zip(own, others, strict=True))
+
+
+def detectable(spread: float, count: int) -> float:
+    """Return the mean difference that a two-sided paired t test at `LEVEL` of `count` repetitions
+    finds with the probability `POWER`; `spread`: standard deviation of single differences."""
+    critical = float(stdtrit(count - 1, 1 - LEVEL / 2))
+    return float(nctdtrinc(count - 1, 1 - POWER, critical)) * spread / math.sqrt(count)
 
 
 def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:

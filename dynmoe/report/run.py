@@ -161,9 +161,10 @@ class Run:
 
     @property
     def words(self) -> Words:
-        reported = "".join(self.facts["reported"]["sets"][:1])
-        measure = HEADLINES.get(reported, str(self.facts["measure"]))
-        return WORDS[self.facts["modality"]].of(measure, self.facts["reported"]["measure"])
+        reported, measure = self.facts["reported"], str(self.facts["measure"])
+        if measure != "loss":
+            measure = HEADLINES.get("".join(reported["sets"][:1]), measure)
+        return WORDS[self.facts["modality"]].of(measure, reported["measure"])
 
     @property
     def scale(self) -> Scale:

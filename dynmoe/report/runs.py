@@ -76,8 +76,10 @@ class Collection:
         return [run for run in self.runs if run.problem == problem]
 
 
-def read_runs(folders: Sequence[Path]) -> Collection:
+def read_runs(folders: Sequence[Path], by_loss: bool = False) -> Collection:
     """The runs in the folders, which are sweeps or runs themselves.
+
+    `by_loss`: they are selected and reported by their mean loss in the place of their score.
 
     Raises:
         RecordError: a folder that is not there or holds no run, or a damaged `sweep.json`.
@@ -94,7 +96,7 @@ def read_runs(folders: Sequence[Path]) -> Collection:
         folder = RunFolder(path)
         state = folder.state
         try:
-            run = _read(folder, finished=state == "done") or _asked(folder, job)
+            run = _read(folder, state == "done", by_loss) or _asked(folder, job)
         except RecordError as error:
             warnings.append(f"{error}; left out")
             continue
@@ -157,12 +159,15 @@ def _jobs(folder: Path, sweep: Mapping[str, Any]) -> dict[Path, Job]:
     return {folder / name: asked.get(name, {}) for name in sorted(found | asked.keys())}
 
 
-def _read(folder: RunFolder, finished: bool) -> Run | None:
+def _read(folder: RunFolder, finished: bool, by_loss: bool) -> Run | None:
     """The run, if it has begun; without results unless it is finished."""
     if not finished and not (folder.path / "run.json").exists():
         return None
     facts = folder.read_run()
     check_facts(folder, facts)
+    if by_loss:
+        roles = {role: {**facts[role], "measure": "loss"} for role in ("selects", "reported")}
+        facts |= {"measure": "loss", **roles}
     results = folder.read("results") if finished else []
     if finished and not (results and facts["test_envs"]):
         raise RecordError(f"{folder.path}: expected results on a test environment, found none")

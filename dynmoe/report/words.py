@@ -77,7 +77,10 @@ class Words(NamedTuple):
 
     def of(self, measure: str, key: str) -> Words:
         """The words for another measure, whose name in records is `key`."""
-        return self._replace(measure=measure, scale=scale_of(key, measure))
+        scale = scale_of(key, measure)
+        if key == "loss" != self.measure:  # of a sample, not of a token
+            scale = scale._replace(name="nats", unit=" nats")
+        return self._replace(measure=measure, scale=scale)
 
 
 NOUNS = {"accuracy": "accuracies", "loss": "losses"}

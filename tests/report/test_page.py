@@ -95,7 +95,7 @@ def test_the_claim_comes_first_and_the_conditions_last(tmp_path: Path) -> None:
     )
     assert outline(list(document.sections)) == {
         "claim": ["claim", "claim", "accuracy"],
-        "cost": ["size", "time", "search"],
+        "cost": ["frontier", "size", "time", "search"],
         "accuracy-by-cost": ["accuracy_by_parameters", "accuracy_by_time"],
         "experts": ["experts", "k_by_layer", "k_by_position"],
         "load": ["load_by_environment", "load_by_class", "overlap"],
@@ -135,7 +135,7 @@ def test_every_run_can_be_worked_out_again(tmp_path: Path) -> None:
 
 
 def test_without_a_measurement_a_sentence_says_so(document: Document, sweep: Path) -> None:
-    assert document.sections[1].blocks[2] == (
+    assert document.sections[1].blocks[3] == (
         f"Times and memory are not measured: dynmoe-bench step --runs {sweep} does it."
     )
 

@@ -1,0 +1,151 @@
+"""Quality at equal or lower cost: settings that decide their k against the fixed ones they replace.
+
+A router or a training that finds k by itself has to be as good as what the same FLOPs buy without
+it. So each such setting is compared with all fixed and dense settings that cost no more, on matched
+repetitions, by paired t tests that are corrected for their number (`dynmoe.report.paired`). The
+best of them is chosen by the reported measure itself, which is optimistic for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynmoe.report.claim import MEAN, columns, matched, resolution, score_cells
+from dynmoe.report.cost_tables import number
+from dynmoe.report.costs import model_costs
+from dynmoe.report.paired import LEVEL, POWER, PairedTest, corrected, detectable, paired
+from dynmoe.report.run import Problem, Run, conditions
+from dynmoe.report.runs import Collection
+from dynmoe.report.tables import Strong, Table, format_mean, format_points
+from dynmoe.report.words import capital
+
+SLACK = 0.02
+"""Part by which a fixed setting may cost more and still be a rival: mean k is held, not fixed."""
+
+
+@dataclass(frozen=True)
+class Stand:
+    """A setting that decides its k, and the fixed settings that cost no more."""
+
+    setting: str
+    flops: float
+    """Of the forward pass, over those of the dense setting, or the least."""
+    mean_k: float
+    accuracies: tuple[float, ...]
+    """By repetition."""
+    tests: Mapping[str, PairedTest]
+    """It minus each rival; p is corrected for their number."""
+    best: str
+    """The rival with the best mean; empty without rivals."""
+
+    @property
+    def better(self) -> list[str]:
+        """Rivals that are significantly better at equal or lower cost."""
+        return [name for name, test in self.tests.items() if test.verdict == "is below"]
+
+
+def stands(collection: Collection, problem: Problem) -> list[Stand]:
+    """Return how every setting that decides its k stands; none where costs are not known."""
+    runs = collection.of(problem)
+    place, costs, cells = columns(runs)[-1], model_costs(runs), score_cells(runs)
+    kinds = {run.setting: run.kind for run in runs}
+    fixed = [name for name, kind in kinds.items() if kind in ("fixed", "dense")]
+    dense = [costs[name].flops for name in fixed if kinds[name] == "dense"]
+    unit = dense[0] if dense else min((cost.flops for cost in costs.values()), default=math.nan)
+    finest, scale = resolution(runs, place), runs[0].scale
+    found = []
+    for name in kinds:
+        if name in fixed or not cells[name, place]:
+            continue
+        rivals = [r for r in fixed if costs[r].flops <= (1 + SLACK) * costs[name].flops]
+        held = matched(cells[name, place], [cells[rival, place] for rival in rivals])
+        results = {
+            each: [cells[each, place][repetition].accuracy for repetition in held]
+            for each in (name, *rivals)
+            if set(held) <= cells[each, place].keys()
+        }
+        own = results.pop(name)
+        tests = {
+            rival: PairedTest(paired(own, theirs), finest, scale)
+            for rival, theirs in results.items()
+        }
+        best = max(results, key=lambda r: scale.better * float(np.mean(results[r])), default="")
+        cost = costs[name]
+        found.append(
+            Stand(name, cost.flops / unit, cost.mean_k, tuple(own), corrected(tests), best)
+        )
+    return [each for each in found if not math.isnan(each.flops)]
+
+
+def frontier_table(collection: Collection, problem: Problem) -> Table | None:
+    """Every setting that decides its k beside the best fixed one that costs no more; None without
+    either."""
+    found = [each for each in stands(collection, problem) if each.tests]
+    if not found:
+        return None
+    runs = collection.of(problem)
+    words, scale = runs[0].words, runs[0].scale
+    rows = []
+    for each in sorted(found, key=lambda stand: stand.flops):
+        test = each.tests[each.best]
+        style = Strong if test.is_significant else str
+        rows.append(
+            (
+                each.setting,
+                number(each.mean_k),
+                f"{each.flops:.2f}",
+                format_mean(each.accuracies, scale),
+                each.best,
+                *map(style, (test.points, *test.p_cells)),
+                f"{len(each.better)} of {len(each.tests)}",
+                str(len(each.accuracies)),
+            )
+        )
+    place = columns(runs)[-1]
+    where = f" ({place})" if place == MEAN else ""
+    return Table(
+        f"{capital(words.measure)} at equal or lower cost on {problem.dataset}{where}",
+        (
+            *("setting", "mean k", "FLOPs, x dense", words.column),
+            *("best fixed that costs no more", f"difference, {scale.steps}", "p", "by Holm"),
+            *("fixed that are better", "n"),
+        ),
+        tuple(rows),
+        note="FLOPs of the forward pass over those of the dense model, else of the cheapest. Fixed "
+        f"settings and dense that need at most {SLACK:.0%} more of them are rivals; the best is "
+        f"chosen by the reported {words.noun} itself. Paired t tests on matched repetitions with "
+        "95 % intervals, by Holm for the rivals of a setting. Better: significantly "
+        f"(by Holm < {LEVEL}). {power_sentence(runs)}",
+        conditions=conditions(runs),
+    )
+
+
+def power_sentence(runs: Sequence[Run]) -> str:
+    """The smallest differences between two settings that the repetitions can show; empty where
+    fewer than two settings have the same three repetitions."""
+    place, cells = columns(runs)[-1], score_cells(runs)
+    pool = {name: cells[name, place] for name in dict.fromkeys(run.setting for run in runs)}
+    held = matched({key: None for cell in pool.values() for key in cell}, pool.values())
+    whole = [[cell[r].accuracy for r in held] for cell in pool.values() if set(held) <= cell.keys()]
+    if len(whole) < 2 or len(held) < 3:
+        return ""
+    results = np.array(whole)
+    rest = results - results.mean(0) - results.mean(1, keepdims=True) + results.mean()
+    freedom = (results.shape[0] - 1) * (results.shape[1] - 1)
+    spread = math.sqrt(2 * float((rest**2).sum()) / freedom)
+    scale = runs[0].scale
+    smallest = {
+        count: format_points(detectable(spread, count), scale).lstrip("+")
+        for count in sorted({len(held), 10, 30})
+    }
+    return (
+        f"Paired differences of two settings have a standard deviation of "
+        f"{format_points(spread, scale).lstrip('+')} {scale.steps} here. A test at {LEVEL:.0%}, "
+        f"not corrected, finds with a power of {POWER:.0%} a difference of "
+        + ", ".join(f"{size} by {count} repetitions" for count, size in smallest.items())
+        + "."
+    )
