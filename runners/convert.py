@@ -17,9 +17,9 @@ HELP = """dynmoe-convert writes a trained run for other software, and reads publ
 
 run=FOLDER        a finished run. Slots without an expert are left out. The command loads what it
                   wrote, and fails if its logits are not those of the run's model.
-format=           transformers  of task=glue: from_pretrained loads the folder. Models that no class
-                                of transformers expresses bring their code along, a file that needs
-                                trust_remote_code=True.
+format=           transformers  of task=glue and task=lm: from_pretrained loads the folder. Models
+                                that no class of transformers expresses bring their code along, a
+                                file that needs trust_remote_code=True.
                   onnx          of task=vit_domainbed: model.onnx for any batch, and
                                 preprocessing.json (extra onnx).
                   llava         of task=vl on StableLM, Qwen2 or Phi, or of a converted model:

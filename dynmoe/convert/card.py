@@ -8,7 +8,7 @@ from dynmoe.version import version
 
 HEAD = """---
 library_name: transformers
-pipeline_tag: text-classification
+pipeline_tag: {}
 tags: [mixture-of-experts, dynmoe]
 ---
 """
@@ -18,13 +18,16 @@ def card(trained: TrainedModel, own_code: bool) -> str:
     """Return the text of README.md. ``own_code``: the folder has a file of code."""
     cfg = trained.cfg
     code = ", trust_remote_code=True" if own_code else ""
+    is_lm = trained.model.model.can_generate()
+    task, name = ("text-generation", "write") if is_lm else ("text-classification", "classify")
+    kind = "causal language model" if is_lm else "text classifier"
     parts = [
-        f"{HEAD}# {cfg.moe.algorithm} on {cfg.data.name}",
-        f"A text classifier, trained with dynmoe {version()} (run `{trained.folder.path.name}`, "
+        f"{HEAD.format(task)}# {cfg.moe.algorithm} on {cfg.data.name}",
+        f"A {kind}, trained with dynmoe {version()} (run `{trained.folder.path.name}`, "
         f"`{trained.checkpoint.name}`, step {trained.step}).",
         "```python\n"
         "from transformers import pipeline\n\n"
-        f'classify = pipeline("text-classification", "FOLDER"{code})\n'
+        f'{name} = pipeline("{task}", "FOLDER"{code})\n'
         f"{_call(trained)}\n"
         "```",
     ]
@@ -34,15 +37,19 @@ def card(trained: TrainedModel, own_code: bool) -> str:
             '`experts_implementation=` of `from_pretrained` is "grouped_mm" (default), '
             '"batched_mm" or "eager".'
         )
+    classes = ", ".join(trained.class_names) or "none, it predicts a number"
     parts.append(
-        f"Texts are cut to {cfg.data.max_length} tokens, as in training. Classes: "
-        f"{', '.join(trained.class_names) or 'none, it predicts a number'}."
+        f"Trained on blocks of {cfg.data.length} tokens."
+        if is_lm
+        else f"Texts are cut to {cfg.data.max_length} tokens, as in training. Classes: {classes}."
     )
     parts += [_scores(trained), _layers(trained)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _call(trained: TrainedModel) -> str:
+    if trained.model.model.can_generate():
+        return 'write("A text", max_new_tokens=50)'
     if trained.pairs:
         return 'classify({"text": "First text.", "text_pair": "Second text."}, truncation=True)'
     return 'classify("A text.", truncation=True)'

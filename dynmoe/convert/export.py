@@ -40,7 +40,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "transformers": Format(("text",), "transformers_folder"),
+    "transformers": Format(("text", "text-stream"), "transformers_folder"),
     "onnx": Format(("image",), "onnx_file", ("onnx", "onnxruntime", "onnxscript")),
     "llava": Format(("vision-language",)),
 }

@@ -30,7 +30,7 @@ class TrainedModel:
     checkpoint: Path
     step: int
     class_names: list[str]
-    """Empty for regression."""
+    """Empty for regression and for language models."""
     tokenizer: Any = None
     pairs: bool = False
     """Whether a text is a pair of two."""
@@ -66,6 +66,11 @@ def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> Train
         data.tokenizer.model_max_length = data.max_length
         about["tokenizer"], about["pairs"] = data.tokenizer, data.has_pairs
         class_names, arguments = data.class_names, data.backbone_arguments
+    elif data.modality == "text-stream":
+        data.restore(folder.path)
+        data.read_tokenizer()
+        about["tokenizer"] = data.tokenizer
+        class_names, arguments = [], data.backbone_arguments
     else:
         class_names, about["channels"] = list(folder.read_run()["class_names"]), _channels(state)
         arguments = {"num_classes": len(class_names), "in_chans": about["channels"]}

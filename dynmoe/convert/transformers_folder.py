@@ -54,7 +54,7 @@ def write(trained: TrainedModel, folder: Path) -> float:
     if trained.class_names:
         model.config.id2label = dict(enumerate(trained.class_names))
         model.config.label2id = {name: label for label, name in enumerate(trained.class_names)}
-    else:
+    elif not model.can_generate():
         model.config.problem_type = "regression"
     saved = save_transformers(model, folder)
     trained.tokenizer.save_pretrained(folder)

@@ -14,6 +14,8 @@ from command_line import Run
 from omegaconf import DictConfig
 from test_export_models import COSINE, KEYS, TOP_1, TOP_ANY
 from timm.layers import Mlp
+from tiny_lm import config as lm_config
+from tiny_lm import write_corpus
 from tiny_runs import tiny_config
 from tiny_texts import config as text_config
 from tiny_texts import write_rte, write_stsb
@@ -115,6 +117,27 @@ def test_a_text_classifier_without_dynmoe(rte: RunFolder, tmp_path: Path, run: R
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# DynMoE on RTE" in card and "| dev | accuracy |" in card
     assert "| model.bert.encoder.layer.2.intermediate |" in card
+
+
+def test_a_language_model_is_trained_on(tmp_path: Path, run: Run) -> None:
+    """A dense model and a mixture go out; the former is a backbone of further runs, with the
+    vocabulary that it has learnt."""
+    write_corpus(tmp_path / "corpus")
+    for moe in ("dense", "topk"):
+        cfg = lm_config(tmp_path / "corpus", f"paths.outputs={tmp_path}", moe=moe)
+        folder = trained_run(cfg, tmp_path / moe)
+        run(f"run={folder.path}", f"to={tmp_path}/out_{moe}")
+        note = json.loads((tmp_path / f"out_{moe}" / "export.json").read_text())
+        assert note["largest_difference"] < 1e-5
+        card = (tmp_path / f"out_{moe}" / "README.md").read_text()
+        assert "text-generation" in card and "blocks of 16 tokens" in card
+    out = f"{tmp_path}/out_dense"
+    own = (f"backbone.path={out}", "backbone.architecture=null", "backbone.pretrained=true")
+    cfg = lm_config(tmp_path / "corpus", *own, f"paths.outputs={tmp_path}")
+    job.train(cfg, RunFolder(tmp_path / "further"))
+    later = RunFolder(tmp_path / "further").read("results")
+    before = RunFolder(tmp_path / "dense").read("results")
+    assert later[0]["scores"]["validation"]["loss"] < before[0]["scores"]["validation"]["loss"]
 
 
 def test_other_kinds_of_runs(tmp_path: Path, run: Run) -> None:

@@ -135,6 +135,17 @@ class CorpusData(TaskData):
         }
         self.sets = found.sets
 
+    def read_tokenizer(self) -> None:
+        """Make the tokenizer; documents are read only if it is to be learnt from them.
+
+        Raises:
+            ConfigError, DataError: as ``setup``.
+        """
+        if self.learns and not (self._kept is not None and self._kept.exists()):
+            self.setup()
+        else:
+            self.tokenizer = self.made_tokenizer([])
+
     def made_tokenizer(self, texts: list[str]) -> PreTrainedTokenizerBase:
         """The tokenizer that is named, else that of the run, else one learnt from the texts.
 
