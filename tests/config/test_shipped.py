@@ -92,7 +92,7 @@ def commands() -> list[list[str]]:
 
 def rows() -> list[Any]:
     """The commands; a sweep over twenty mixtures composes each of them."""
-    large = {"sweep=routers", "sweep=ablation"}
+    large = {f"sweep={name}" for name in ("routers", "ablation", "frontier", "frontier_routers")}
     return [
         pytest.param(each, marks=pytest.mark.slow) if large & {*each} else each
         for each in commands()
