@@ -106,7 +106,8 @@ def libraries(cfg: DictConfig) -> Iterator[str]:
 
 
 def loggers(cfg: DictConfig) -> Iterator[str]:
-    raw = OmegaConf.to_container(cfg).get("logger")  # type: ignore[union-attr]
+    group = cfg._get_node("logger")
+    raw = OmegaConf.to_container(group) if isinstance(group, DictConfig) else None
     for name, node in raw.items() if isinstance(raw, dict) else ():
         target = str(node.get("_target_")) if isinstance(node, dict) else ""
         package, install = LOGGERS.get(target.rpartition(".")[2], ("", ""))
