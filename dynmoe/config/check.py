@@ -165,11 +165,13 @@ def _walk(cfg: DictConfig, path: str, keep: Keep) -> Found:
 
 
 def _walked(cfg: DictConfig, path: str, keep: Keep) -> Found:
-    found = [keep(cfg, ("node", path), lambda: (_node_problems(cfg, path), list[str]()))]
+    direct = list(keep(cfg, ("node", path), lambda: _node_problems(cfg, path)))
+    indirect: list[str] = []
     for key in cfg:
-        part = partial(_walk_key, cfg, path, key, keep)
-        found.append(keep(cfg, ("key", path, key), part))
-    return [text for each, _ in found for text in each], [text for _, each in found for text in each]
+        found = keep(cfg, ("key", path, key), partial(_walk_key, cfg, path, key, keep))
+        direct += found[0]
+        indirect += found[1]
+    return direct, indirect
 
 
 def _node_problems(cfg: DictConfig, path: str) -> list[str]:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dynmoe.config import models, options, places
 from dynmoe.config.environments import test_indices
 from dynmoe.config.options import device_count
-from dynmoe.config.shared import Keep, Swept, anew, derived, is_shared, once, unnoticed
+from dynmoe.config.shared import Keep, Swept, anew, copied, derived, is_shared, once, unnoticed
 
 # Dotted keys that do not change the result of a run.
 NOT_IN_IDENTITY = (
@@ -213,7 +213,7 @@ def _previous(cfg: DictConfig) -> DictConfig | None:
     stage = cfg.get("stage")
     if stage is None or stage.after is None or not OmegaConf.is_interpolation(stage, "start"):
         return None
-    earlier = OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key != "hydra"])
+    earlier = copied(cfg, without="hydra")
     with open_dict(earlier):
         earlier.stage = options.own("stage", stage.after).stage
         earlier.moe = options.own("moe", "dense")
@@ -276,11 +276,11 @@ def names_once() -> Iterator[None]:
 
 
 @contextmanager
-def names_are_text() -> Iterator[None]:
-    """Inside, only the types of values matter: jobs that share a configuration read one name, that
-    of the first."""
+def names_are_text(are_text: bool = True) -> Iterator[None]:
+    """Inside, only the types of values matter: jobs that share a configuration may read the name
+    of another one, except where a name is made of it."""
     global _are_text
-    before, _are_text = _are_text, True
+    before, _are_text = _are_text, are_text
     try:
         yield
     finally:
@@ -289,7 +289,7 @@ def names_are_text() -> Iterator[None]:
 
 def _kept(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
     if is_shared(cfg):
-        with unnoticed() if _are_text else nullcontext():
+        with unnoticed() if _are_text else nullcontext(), names_are_text(False):
             return once(cfg, function, lambda: function(cfg))
     if _names is None:
         return function(cfg)

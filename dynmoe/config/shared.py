@@ -8,6 +8,7 @@ other ones. A result is therefore the same as that of a composition of its own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, Protocol, TypeVar
@@ -131,17 +132,26 @@ class Keep(Protocol):
 
 
 def derived(cfg: DictConfig, place: Hashable, make: Callable[[], DictConfig | None]) -> Any:
-    """A configuration that `make` derives from `cfg` by copying values, whatever they are."""
+    """A configuration that `make` derives from `cfg`, with results of its own to keep."""
 
     def made() -> DictConfig | None:
-        assert _values is not None
-        with unnoticed():
-            found = make()
-        if found is not None:
+        found = make()
+        if found is not None and _values is not None and is_shared(cfg):
             _values.roots[id(found)] = found
         return found
 
-    return once(cfg, place, made) if is_shared(cfg) else make()
+    return once(cfg, place, made)
+
+
+def copied(cfg: DictConfig, without: str) -> DictConfig:
+    """A copy that lacks a key. OmegaConf's own, masked_copy, would read the swept values."""
+    found = OmegaConf.create()
+    for key in cfg:
+        if key != without:
+            node = copy.deepcopy(cfg._get_node(key))
+            node._set_parent(found)  # type: ignore[union-attr]
+            found._content[key] = node  # type: ignore[index]
+    return found
 
 
 class Shared(Generic[T]):
