@@ -139,7 +139,7 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
     for override in overrides:
         if override.key_or_group in ("sweep", "mode") and override.is_sweep_override():
             return [f"{override.key_or_group}: one at a time, start them one after the other"]
-    firsts = [single for override in overrides for single in single_values(override)[:1]]
+    firsts = [single for override in overrides for single in single_values(override, 1)]
     made = composer.compose(firsts)
     cfg = made.cfg
     composer.mode = cfg.hydra.mode
@@ -282,9 +282,10 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     """The overrides that can be read, and a message for each that cannot."""
     parsed: list[Override] = []
     found: list[str] = []
+    reader = parser()
     for text in texts:
         try:
-            (override,) = parser().parse_overrides([text])
+            (override,) = reader.parse_overrides([text])
             wrong = empty_range(override)
         except (OverrideParseException, ValueError):  # of range(), which Python makes
             wrong = _unreadable(text)
@@ -305,9 +306,10 @@ def _unreadable(text: str) -> str:
     return f"cannot be read as key=value. Quote special characters: '{key}=\"{quoted}\"'"
 
 
-def single_values(override: Override) -> list[Override]:
-    """The overrides of one key that a sweep goes through; none for an interval."""
-    return parse(each_value(override))[0] if override.is_sweep_override() else [override]
+def single_values(override: Override, first: int | None = None) -> list[Override]:
+    """The overrides of one key that a sweep goes through, or the `first` of them; none for an
+    interval."""
+    return parse(each_value(override)[:first])[0] if override.is_sweep_override() else [override]
 
 
 @dataclass

@@ -67,11 +67,11 @@ def test_kept_by_what_is_read() -> None:
 
     def compose(overrides: Sequence[Override]) -> DictConfig:
         values = {each.key_or_group: each.value() for each in overrides}
-        made.append(OmegaConf.create({**values, "copy": "${b}"}))
+        made.append(OmegaConf.create({**values, "twin": "${b}"}))
         return made[-1]
 
     def total(cfg: DictConfig) -> int:
-        calls.append((cfg.a, cfg.copy if cfg.a > 1 else 0))
+        calls.append((cfg.a, cfg.twin if cfg.a > 1 else 0))
         return sum(calls[-1])
 
     def outer(cfg: DictConfig) -> int:

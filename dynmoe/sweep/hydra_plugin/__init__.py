@@ -149,6 +149,8 @@ class DynMoESweeper(Sweeper):
         return flat(loader.load_sweep_config(config, sweep.base)), list(jobs.values())
 
     def _launch(self, jobs: Sequence[Job]) -> list[JobReturn]:
+        if isinstance(self.launcher, SlurmLauncher):
+            self.launcher.names = {job.overrides: job.name for job in jobs}
         returns: list[JobReturn] = []
         size = self.max_batch_size or max(1, len(jobs))
         for start in range(0, len(jobs), size):
