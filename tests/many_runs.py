@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import sweeps
+
 from dynmoe.config.compose import Composer, parse, search_path
 from dynmoe.config.runs import flat
 
