@@ -187,9 +187,11 @@ def survey(
     """
     if kept is None:
         return _look(paths, decode, description)
-    state = [(os.path.abspath(path), *_size_and_time(path)) for path in paths]
-    what = json.dumps([decode, Image.__version__, state])
-    file = kept / f"images-{hashlib.sha256(what.encode(errors='replace')).hexdigest()[:16]}.json"
+    state = hashlib.sha256(json.dumps([decode, Image.__version__]).encode())
+    for path in paths:  # a million of them are no list
+        line = json.dumps([os.path.abspath(path), *_size_and_time(path)])
+        state.update(line.encode(errors="replace"))
+    file = kept / f"images-{state.hexdigest()[:16]}.json"
     try:
         found = _read_survey(file)
         again = _look([paths[index] for index in found.bad], decode, description)

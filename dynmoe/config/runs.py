@@ -33,7 +33,14 @@ NOT_IN_IDENTITY = (
     *("task.save_every", "task.on_nonfinite", "task.routing_every"),
     "backbone.grad_checkpointing",  # the same numbers, computed twice
     "data.question_sets",  # more of them are answered by dynmoe-eval
-    *("data.cache", "data.cache_gb", "data.checks", "data.eval_batch_size", "data.examples"),
+    *(
+        "data.cache",
+        "data.content.cache",
+        "data.cache_gb",
+        "data.checks",
+        "data.eval_batch_size",
+        "data.examples",
+    ),
     *("data.verify", "data.workers", "trainer.enable_model_summary"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps"),
 )
