@@ -46,28 +46,6 @@ class ImageKeys(Sequence[str]):
             yield from self._column.slice(start, BLOCK).to_pylist()
 
 
-class ImageFiles(Sequence[Path]):
-    """The files of images by their keys: a path is made when it is asked for."""
-
-    def __init__(self, keys: Sequence[str], path: Callable[[str], Path | None]) -> None:
-        self._keys = keys
-        self._path = path
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def __getitem__(self, index: int) -> Path:  # type: ignore[override]  # no slices
-        return self._made(self._keys[index])
-
-    def __iter__(self) -> Iterator[Path]:
-        return map(self._made, self._keys)
-
-    def _made(self, key: str) -> Path:
-        path = self._path(key)
-        assert path is not None
-        return path
-
-
 @dataclass(frozen=True)
 class Reading:
     """What a pass over conversations has found."""

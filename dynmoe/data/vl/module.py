@@ -33,10 +33,10 @@ from dynmoe.data.vl.batches import (
 from dynmoe.data.vl.chat import tokenizer_of
 from dynmoe.data.vl.content import Content, trained_on
 from dynmoe.data.vl.conversations import Conversation, ConversationSource
-from dynmoe.data.vl.image_index import ImageFiles, ImageKeys
+from dynmoe.data.vl.image_index import ImageKeys
 from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import ConfigError, DataError
-from dynmoe.image_files import remarks, survey, unreadable
+from dynmoe.image_files import PathsOf, remarks, survey, unreadable
 from dynmoe.questions import read_question_set
 from dynmoe.questions.base import Question, QuestionSet
 from dynmoe.questions.exact import ExactMatch
@@ -288,7 +288,7 @@ class VisionLanguageData(TaskData):
             return frozenset()
         if not isinstance(keys, ImageKeys):
             keys = [key for key in dict.fromkeys(keys) if image_path(key) is not None]
-        files = ImageFiles(keys, image_path)
+        files = PathsOf(len(keys), lambda index: image_path(keys[index]))
         decode = self.verify == "decode" or skip
         kept = None if self.cache is None or self.verify == "decode" else Path(self.cache)
         found = survey(files, decode=decode, description=f"checking {name}", kept=kept)
