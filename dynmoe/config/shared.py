@@ -32,7 +32,8 @@ class Values:
         self.roots: dict[int, DictConfig] = {}
         """The configurations that the results are of, by their id."""
 
-    def set(self, values: dict[str, Any]) -> None:
+    def go_to(self, values: dict[str, Any]) -> None:
+        """Let the configuration be that of another job."""
         self._now = values
         self._texts = {key: repr(value) for key, value in values.items()}
 
@@ -76,7 +77,7 @@ class Values:
             self._reads = before
 
 
-class Swept(AnyNode):  # type: ignore[misc]
+class Swept(AnyNode):
     """The value of a key that jobs differ in. Copies are of the same key, until they are set."""
 
     def __init__(self, values: Values, swept: str, node: AnyNode) -> None:
@@ -85,7 +86,7 @@ class Swept(AnyNode):  # type: ignore[misc]
         self.__dict__.update(_values=values, _swept=swept, _own=None)
 
     @property
-    def _val(self) -> Any:  # type: ignore[override]
+    def _val(self) -> Any:
         own = self.__dict__["_own"]
         return self.__dict__["_values"].read(self.__dict__["_swept"]) if own is None else own[0]
 
@@ -105,7 +106,8 @@ _values: Values | None = None  # of the job at hand
 
 def once(cfg: DictConfig, place: Hashable, compute: Callable[[], T]) -> T:
     """`compute()`, a function of `cfg` alone that `place` names; kept where jobs share `cfg`."""
-    if _values is None or not is_shared(root := cfg._get_root()):
+    root = cfg._get_root()
+    if _values is None or not (isinstance(root, DictConfig) and is_shared(root)):
         return compute()
     return _values.once((id(root), place), compute)
 
@@ -148,8 +150,8 @@ def copied(cfg: DictConfig, without: str) -> DictConfig:
     found = OmegaConf.create()
     for key in cfg:
         if key != without:
-            node = copy.deepcopy(cfg._get_node(key))
-            node._set_parent(found)  # type: ignore[union-attr]
+            node: Any = copy.deepcopy(cfg._get_node(key))
+            node._set_parent(found)
             found._content[key] = node  # type: ignore[index]
     return found
 
@@ -177,7 +179,7 @@ class Shared(Generic[T]):
         """The composition of one job, which is only valid inside."""
         global _values
         composition, values = self._of(overrides)
-        values.set({each.key_or_group: each.value() for each in self._swept(overrides)})
+        values.go_to({each.key_or_group: each.value() for each in self._swept(overrides)})
         before, _values = _values, values
         try:
             yield composition
@@ -247,7 +249,7 @@ def _leaf(cfg: DictConfig, override: Override) -> AnyNode | None:
         parent = OmegaConf.select(cfg, above) if above else cfg
     except OmegaConfBaseException:
         return None
-    node = parent._get_node(name) if isinstance(parent, DictConfig) else None
+    node: Any = parent._get_node(name) if isinstance(parent, DictConfig) else None
     given = override.value()
     fits = type(node) is AnyNode and repr(node._value()) == repr(given)
     return node if fits and _is_at(cfg, override.key_or_group, node) else None
