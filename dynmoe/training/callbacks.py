@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from dynmoe import process
+from dynmoe.files import replace_synced
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.records import RunFolder
 from dynmoe.selection import LAST, judged, selected
@@ -192,9 +193,10 @@ class RunRecorder(Checkpoint):
         trainer.save_checkpoint(unfinished)
         if trainer.is_global_zero:
             if self._best is not None and self._best["step"] == trainer.global_step - 1:
-                shutil.copyfile(unfinished, checkpoints / "copy.ckpt")
-                (checkpoints / "copy.ckpt").replace(checkpoints / "selected.ckpt")
-            unfinished.replace(checkpoints / "last.ckpt")
+                copy = checkpoints / "copy.ckpt"
+                shutil.copyfile(unfinished, copy)
+                replace_synced(copy, checkpoints / "selected.ckpt")
+            replace_synced(unfinished, checkpoints / "last.ckpt")
         trainer.strategy.barrier()
 
 
