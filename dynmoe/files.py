@@ -1,7 +1,8 @@
-"""Files of data sets, before they are opened."""
+"""Files of data sets, before they are opened; large files, before they take another's place."""
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -17,3 +18,19 @@ def check_regular(path: Path) -> None:
         raise IsADirectoryError(0, "it is a folder")
     if not stat.S_ISREG(mode):
         raise OSError(0, "it is a pipe or a device, not a file")
+
+
+def replace_synced(file: Path, place: Path) -> None:
+    """Move a file to where an earlier one is, once it is on the disk: after a loss of power there
+    is the earlier one or the whole new one."""
+    _sync(file)
+    file.replace(place)
+    _sync(place.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from dynmoe import process, ranks
 from dynmoe.config import places, runs
 from dynmoe.errors import ConfigError, DataError, Diverged, UserError, reason_of
-from dynmoe.records import LOCKS, RunFolder
+from dynmoe.records import LOCKS, Held, RunFolder
 
 if TYPE_CHECKING:
     from dynmoe.data.base import TaskData
@@ -22,6 +25,7 @@ OTHER_DATA = (
     "the run: name=NAME, or begin again: overwrite=true\n{}"
 )
 WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the stage before
+LOOK = 60.0  # seconds until it tells the other processes that it still waits
 
 
 def job(cfg: DictConfig) -> float | None:
@@ -55,7 +59,7 @@ def job(cfg: DictConfig) -> float | None:
                     "This run was finished before; nothing is trained (overwrite=true repeats it)."
                 )
             else:
-                complete_stage_before(cfg)
+                complete_stage_before(cfg, beside)
                 ranks.tell_others(beside, ranks.TRAIN)
                 train(cfg, folder)
                 trained = True
@@ -68,13 +72,14 @@ def job(cfg: DictConfig) -> float | None:
             ranks.tell_others(beside, ranks.LEAVE)
 
 
-def complete_stage_before(cfg: DictConfig) -> None:
-    """Train the run that this one starts from, unless it is done. Runs that share it wait."""
+def complete_stage_before(cfg: DictConfig, beside: Path) -> None:
+    """Train the run that this one starts from, unless it is done. Runs that share it wait, and the
+    other processes of a run with its first one, which gives its word at `beside`."""
     earlier = runs.previous(cfg)
     if earlier is None:
         return
     folder = RunFolder(runs.run_folder(earlier))
-    with folder.hold(wait=WAIT):
+    with _held(folder, beside):
         folder.forget_failure()
         if folder.is_done:
             folder.say(f"stage {earlier.stage.name}: done before, {folder.path}")
@@ -86,7 +91,7 @@ def complete_stage_before(cfg: DictConfig) -> None:
                 "without moe and name first."
             )
         check_model(cfg)
-        complete_stage_before(earlier)
+        complete_stage_before(earlier, beside)
         folder.say(f"stage {earlier.stage.name}")
         try:
             train(earlier, folder)
@@ -95,6 +100,26 @@ def complete_stage_before(cfg: DictConfig) -> None:
             raise
         score = show(folder, quiet=True)
         folder.say(f"stage {earlier.stage.name}: done, score {100 * score:.1f}")
+
+
+@contextmanager
+def _held(folder: RunFolder, beside: Path) -> Iterator[None]:
+    """Hold the folder of a stage, as soon as whoever trains it has ended.
+
+    Raises:
+        Held: not within `WAIT` seconds.
+    """
+    deadline = time.monotonic() + WAIT
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(folder.hold(wait=LOOK))
+                break
+            except Held:
+                if time.monotonic() >= deadline:
+                    raise
+                ranks.tell_others(beside, ranks.WAIT)
+        yield
 
 
 def check_model(cfg: DictConfig) -> None:

@@ -77,7 +77,10 @@ def command(prog: str, after: str = "") -> Iterator[None]:
 def _say_stopped(signum: int) -> None:
     """Say once, of data-parallel processes by one, that the command was stopped."""
     global _last_words
-    if ranks.rank() == 0 and _last_words:
+    is_first = True
+    with suppress(UserError):  # the variables that tell are damaged: nothing else matters now
+        is_first = ranks.rank() == 0
+    if is_first and _last_words:
         by = "" if signum == signal.SIGINT else f" by {signal.Signals(signum).name}"
         print(_last_words.format(by), file=sys.stderr, flush=True)
     _last_words = ""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dynmoe.errors import UserError
 
-TRAIN, LEAVE = "train", "leave"
+TRAIN, LEAVE, WAIT = "train", "leave", "wait"
 PATIENCE = 600.0  # seconds: the first process may have to load a model of a stage before
 
 
@@ -90,7 +90,8 @@ def _file(run: Path) -> Path:
 
 
 def tell_others(run: Path, word: str) -> None:
-    """The first process says whether the others train with it: `TRAIN` or `LEAVE`.
+    """The first process says whether the others train with it, `TRAIN` or `LEAVE`, or, as often as
+    it likes, that it is waiting itself, `WAIT`.
 
     Files lie beside `run`, a path; those that nobody waits for any more are removed.
     """
@@ -119,14 +120,18 @@ def told_to_train(run: Path, patience: float = PATIENCE) -> bool:
     Processes that Lightning starts need no word.
 
     Raises:
-        UserError: there was none.
+        UserError: there was none for `patience` seconds.
     """
     if (tasks() or 1) == 1:
         return True
-    file, deadline = _file(run), time.monotonic() + patience
+    file, deadline, heard = _file(run), time.monotonic() + patience, 0
     while time.monotonic() < deadline:
         with suppress(OSError):
-            return file.read_text().strip() == TRAIN
+            word, written = file.read_text().strip(), file.stat().st_mtime_ns
+            if word != WAIT:
+                return word == TRAIN
+            if written != heard:
+                heard, deadline = written, time.monotonic() + patience
         time.sleep(0.2)
     raise UserError(
         f"{file}: task {rank()} of srun heard nothing from task 0 within {patience:.0f} s. Look at "

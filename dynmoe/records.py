@@ -132,14 +132,20 @@ class RunFolder:
             return []
         # Bytes: a cut may fall inside a character.
         whole_lines = file.read_bytes().split(b"\n")[:-1]
-        found = [_record(file, number, line) for number, line in enumerate(whole_lines, start=1)]
-        null = NULL.get(kind)
-        return found if null is None else [_with_nan(record, null) for record in found]
+        found = _records(file, whole_lines)
+        if (null := NULL.get(kind)) is None:
+            return found
+        return [
+            _with_nan(record, null) if b"null" in line else record
+            for record, line in zip(found, whole_lines, strict=True)
+        ]
 
     @property
     def torn(self) -> list[Path]:
         """The files whose last line was cut short, and is ignored."""
-        return [file for kind in get_args(Kind) if _is_torn(file := self._file(kind))]
+        there = set(os.listdir(self.path)) if self.path.is_dir() else set()
+        files = [self._file(kind) for kind in get_args(Kind)]
+        return [file for file in files if file.name in there and _is_torn(file)]
 
     def truncate_after(self, step: int) -> None:
         """Drop every record later than `step`, the step of the checkpoint the run resumes from."""
@@ -316,12 +322,26 @@ def _is_torn(file: Path) -> bool:
         return False
 
 
+def _records(file: Path, lines: Sequence[bytes]) -> list[Record]:
+    """All lines in one call of the parser, which keeps one copy of each key; where that finds
+    damage, line by line."""
+    with suppress(ValueError):  # no JSON, or no UTF-8
+        found = json.loads(b"[[" + b"],[".join(lines) + b"]]") if lines else []
+        if all(len(each) == 1 and _is_record(each[0]) for each in found):
+            return [each[0] for each in found]
+    return [_record(file, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("step"), int)
+
+
 def _record(file: Path, number: int, line: bytes) -> Record:
     try:
         record = json.loads(line)
     except ValueError:  # no JSON, or no UTF-8
         record = None
-    if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+    if not _is_record(record):
         raise RecordError(
             f"{file}, line {number}: expected a JSON object with a step, "
             f"found {line[:60].decode(errors='replace')!r}; "

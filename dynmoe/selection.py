@@ -234,9 +234,14 @@ def _environments(record: Record) -> list[int]:
 
 def mean(accuracies: Iterable[float]) -> float:
     """NaN of nothing."""
-    import numpy as np  # here: the command line lists the rules, and sums nothing
-
-    # numpy's sum, as in DomainBed: since Python 3.12 the built-in one rounds otherwise, which
-    # can decide a tie.
+    # As numpy sums, as in DomainBed: since Python 3.12 the built-in sum rounds otherwise, which can
+    # decide a tie. It adds fewer than 8 numbers one after another.
     values = list(accuracies)
-    return float(np.mean(values)) if values else math.nan
+    if len(values) >= 8:
+        import numpy as np  # here: the command line lists the rules, and sums nothing
+
+        return float(np.mean(values))
+    total = 0.0
+    for value in values:
+        total += value
+    return total / len(values) if values else math.nan

@@ -57,11 +57,12 @@ def write_run(
     facts: Facts | None = None,
     state: str = "done",
     mean_k: float | None = None,
+    name: str | None = None,
 ) -> RunFolder:
     """One run: `accuracy` is what is reported of it, `validation` (the same) what selects it.
 
     `config` and `facts` go over the usual ones. A `state` other than done leaves the run without
-    `done`; `failed` also gives it a failure.
+    `done`; `failed` also gives it a failure. `name`: its folder, if not by what it is.
     """
     moe = _moe(setting)
     validation = accuracy if validation is None else validation
@@ -69,7 +70,7 @@ def write_run(
     tags = "".join(f"_{key}{value}" for key, value in (config or {}).items())
     if hparams_seed:
         tags += f"_hparams{hparams_seed}"
-    name = re.sub(r"[^\w.-]+", "-", f"digits_{setting}_env{test}_seed{seed}{tags}".lower())
+    name = name or re.sub(r"[^\w.-]+", "-", f"digits_{setting}_env{test}_seed{seed}{tags}".lower())
     folder = RunFolder(sweep / name)
     folder.path.mkdir(parents=True, exist_ok=True)
     content = {

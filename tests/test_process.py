@@ -54,6 +54,17 @@ def test_a_signal_ends_the_command_in_one_sentence(
     assert capsys.readouterr().err == f"dynmoe-test: stopped{by}. After.\n"
 
 
+def test_a_damaged_environment_does_not_hide_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "two")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    with pytest.raises(SystemExit) as end, process.command("dynmoe-test"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "dynmoe-test: stopped by SIGTERM.\n"
+
+
 def test_a_library_that_exits_on_an_interruption_is_understood(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -105,6 +105,28 @@ def test_the_others_do_as_the_first_one_says(
         ranks.told_to_train(run, patience=0.01)
 
 
+def test_the_others_wait_with_the_first_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as it says that it waits: then its last word is an old one."""
+    run, said = tmp_path / "run", [ranks.WAIT, ranks.WAIT, ranks.WAIT, ranks.TRAIN]
+    slurm(monkeypatch, STEP)
+    now = [0.0]
+    monkeypatch.setattr(ranks.time, "monotonic", lambda: now[0])
+
+    def sleep(_: float) -> None:
+        now[0] += 8
+        if said:
+            ranks.tell_others(run, said.pop(0))
+            os.utime(next(tmp_path.glob("run.*.start")), (now[0], now[0]))
+
+    monkeypatch.setattr(ranks.time, "sleep", sleep)
+    assert ranks.told_to_train(run, patience=10) and now == [32.0]
+    ranks.tell_others(run, ranks.WAIT)
+    with pytest.raises(UserError, match="task 0"):
+        ranks.told_to_train(run, patience=10)
+
+
 def test_two_jobs_of_one_run_do_not_hear_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -28,8 +29,9 @@ from dynmoe.config.rules import (
     same_modality,
     stage_is_chosen,
 )
-from dynmoe.config.runs import names_once, previous
+from dynmoe.config.runs import names_are_text, names_once, previous
 from dynmoe.config.schema import schema
+from dynmoe.config.shared import Keep, anew, once
 from dynmoe.config.targets import Parameter, Signature, TargetError, did_you_mean, signature
 from dynmoe.errors import ConfigError
 
@@ -135,65 +137,97 @@ def value_problems(cfg: DictConfig, keys: Iterable[str]) -> list[str]:
 
 
 def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
-    direct: list[str] = []
-    indirect: list[str] = []
-    _walk(cfg, "", direct, indirect)
+    with names_are_text():
+        direct, indirect = _walk(cfg, "", once)
+    rules = (*RULES, *(SWEEP_RULES if multirun else RUN_RULES))
+    said = {rule: once(cfg, rule, lambda rule=rule: list(rule(cfg))) for rule in rules}
     # Image data copy keys that text backbones and protocols lack: rules name the cause.
     fits = (same_modality, is_language_model, protocol_fits, stage_is_chosen)
-    if any(any(rule(cfg)) for rule in fits):
+    if any(said[rule] for rule in fits):
         direct = [text for text in direct if "Interpolation key" not in text]
-    for rule in (*RULES, *(SWEEP_RULES if multirun else RUN_RULES)):
-        direct.extend(rule(cfg))
+    direct = direct + [text for each in said.values() for text in each]
     # A wrong value shows again in everything computed from it; this is reported only where nothing
     # else explains it.
-    once = {text.partition(": ")[2]: text for text in reversed(indirect)}
-    return list(dict.fromkeys(direct or reversed(list(once.values()))))
+    first = {text.partition(": ")[2]: text for text in reversed(indirect)}
+    return list(dict.fromkeys(direct or reversed(list(first.values()))))
 
 
 # Names of sources may look like numbers (15, of rotated digits), and Hydra has no quotes for keys.
 BY_SOURCE = ("mixing.weights", "mixing.reference")
 
+Found = tuple[list[str], list[str]]
+"""Problems, and problems of values that come from an interpolation."""
 
-def _walk(cfg: DictConfig, path: str, direct: list[str], indirect: list[str]) -> None:
-    """Problems of one node and those below it; indirect ones come from an interpolation."""
-    known = _known_keys(cfg, path, direct)
-    if known is not None:
-        direct += _key_problems(cfg, path, known)
-    if _has(cfg, "_target_"):
-        direct += _instantiate_problems(cfg, path)
-    elif path in {*MADE_LATER, *MADE_AT_ONCE} - {"moe.adaptation"} or _is_logger(path):
-        direct.append(f"{path}._target_: missing: the class or function that makes it")
+
+def _walk(cfg: DictConfig, path: str, keep: Keep) -> Found:
+    """Problems of one node and those below it."""
+    return keep(cfg, ("walk", path), lambda: _walked(cfg, path, keep))
+
+
+def _walked(cfg: DictConfig, path: str, keep: Keep) -> Found:
+    direct = list(keep(cfg, ("node", path), lambda: _node_problems(cfg, path)))
+    indirect: list[str] = []
     for key in cfg:
-        dotted = f"{path}.{key!s}" if path else str(key)
-        if dotted == "hydra" or key in INSTANTIATE:
-            continue
-        if not isinstance(key, str) and not (path in BY_SOURCE and type(key) is int):
-            direct.append(f"{dotted}: expected text as a key, found {shown(key)}")
-            continue
-        try:
-            value = cfg[key]
-            is_list = isinstance(value, ListConfig)
-            plain = OmegaConf.to_container(value, resolve=True) if is_list else value
-        except MissingMandatoryValue:
-            meaning = MEANING.get(dotted, f"no default: give {dotted}=VALUE")
-            direct.append(f"{dotted}: required, {meaning}")
-        except InterpolationToMissingValueError:
-            pass  # reported at the key that is missing
-        except InterpolationKeyError as error:
-            is_here = str(error).partition("'")[2].partition("'")[0] in str(written(cfg, str(key)))
-            (direct if is_here else indirect).append(f"{dotted}: {_first_line(error)}")
-        except OmegaConfBaseException as error:
-            indirect.append(f"{dotted}: {_first_line(error)}")
-        else:
-            parameter = known.parameters.get(str(key)) if known is not None else None
-            found = indirect if OmegaConf.is_interpolation(cfg, key) else direct
-            found += _value_problems(dotted, plain, parameter)
-            if isinstance(value, DictConfig):
-                _walk(value, dotted, direct, indirect)
-            elif is_list:
-                for number, each in enumerate(value):
-                    if isinstance(each, DictConfig):
-                        _walk(each, f"{dotted}[{number}]", direct, indirect)
+        found = keep(cfg, ("key", path, key), partial(_walk_key, cfg, path, key, keep))
+        direct += found[0]
+        indirect += found[1]
+    return direct, indirect
+
+
+def _node_problems(cfg: DictConfig, path: str) -> list[str]:
+    found: list[str] = []
+    known = _known_keys(cfg, path, found)
+    if known is not None:
+        found += _key_problems(cfg, path, known)
+    if _has(cfg, "_target_"):
+        found += _instantiate_problems(cfg, path)
+    elif path in {*MADE_LATER, *MADE_AT_ONCE} - {"moe.adaptation"} or _is_logger(path):
+        found.append(f"{path}._target_: missing: the class or function that makes it")
+    return found
+
+
+def _walk_key(cfg: DictConfig, path: str, key: Any, keep: Keep) -> Found:
+    """Problems of one value, and of all below it where it is a node."""
+    direct: list[str] = []
+    indirect: list[str] = []
+    dotted = f"{path}.{key!s}" if path else str(key)
+    if dotted == "hydra" or key in INSTANTIATE:
+        return direct, indirect
+    if not isinstance(key, str) and not (path in BY_SOURCE and type(key) is int):
+        return [f"{dotted}: expected text as a key, found {shown(key)}"], indirect
+    try:
+        value = cfg[key]
+        is_list = isinstance(value, ListConfig)
+        plain = OmegaConf.to_container(value, resolve=True) if is_list else value
+    except MissingMandatoryValue:
+        meaning = MEANING.get(dotted, f"no default: give {dotted}=VALUE")
+        direct.append(f"{dotted}: required, {meaning}")
+    except InterpolationToMissingValueError:
+        pass  # reported at the key that is missing
+    except InterpolationKeyError as error:
+        is_here = str(error).partition("'")[2].partition("'")[0] in str(written(cfg, str(key)))
+        (direct if is_here else indirect).append(f"{dotted}: {_first_line(error)}")
+    except OmegaConfBaseException as error:
+        indirect.append(f"{dotted}: {_first_line(error)}")
+    else:
+        known = _known_keys(cfg, path, [])
+        parameter = known.parameters.get(str(key)) if known is not None else None
+        refers = OmegaConf.is_interpolation(cfg, key)
+        (indirect if refers else direct).extend(_value_problems(dotted, plain, parameter))
+        # Which node an interpolation leads to may be another one in each job.
+        keep = anew if refers else keep
+        nodes = {dotted: value} if isinstance(value, DictConfig) else {}
+        if is_list:
+            nodes = {
+                f"{dotted}[{number}]": each
+                for number, each in enumerate(value)
+                if isinstance(each, DictConfig)
+            }
+        for place, node in nodes.items():
+            below = _walk(node, place, anew if is_list else keep)
+            direct += below[0]
+            indirect += below[1]
+    return direct, indirect
 
 
 def _value_problems(key: str, value: Any, parameter: Parameter | None) -> list[str]:

@@ -26,6 +26,7 @@ from dynmoe.config.check import ELSEWHERE, MEANING, WRITTEN, problems
 from dynmoe.config.models import causal_model
 from dynmoe.config.options import read
 from dynmoe.config.searches import draws, empty_range, hint, search_problems
+from dynmoe.config.shared import Shared
 from dynmoe.config.sweeps import SWEEPER, Axes, each_value, read_sweep, sweeper_problems
 from dynmoe.config.targets import did_you_mean
 
@@ -138,7 +139,7 @@ def _sweep_problems(composer: Composer, overrides: Sequence[Override], multirun:
     for override in overrides:
         if override.key_or_group in ("sweep", "mode") and override.is_sweep_override():
             return [f"{override.key_or_group}: one at a time, start them one after the other"]
-    firsts = [single for override in overrides for single in single_values(override)[:1]]
+    firsts = [single for override in overrides for single in single_values(override, 1)]
     made = composer.compose(firsts)
     cfg = made.cfg
     composer.mode = cfg.hydra.mode
@@ -247,9 +248,9 @@ def _tried(
     for key, values in singles.items():
         jobs += [(key, {**firsts, key: other}) for other in values[1:]]
     for key, job in jobs:
-        made = composer.compose(list(job.values()))
-        if not (unless_causal and any(causal_model(made.cfg))):
-            yield from ((key, text) for text in made.problems(multirun=True))
+        with composer.shared.job(list(job.values())) as made:
+            if not (unless_causal and any(causal_model(made.cfg))):
+                yield from ((key, text) for text in made.problems(multirun=True))
 
 
 def _problems_for_every_option(
@@ -281,9 +282,10 @@ def parse(texts: Sequence[str]) -> tuple[list[Override], list[str]]:
     """The overrides that can be read, and a message for each that cannot."""
     parsed: list[Override] = []
     found: list[str] = []
+    reader = parser()
     for text in texts:
         try:
-            (override,) = parser().parse_overrides([text])
+            (override,) = reader.parse_overrides([text])
             wrong = empty_range(override)
         except (OverrideParseException, ValueError):  # of range(), which Python makes
             wrong = _unreadable(text)
@@ -304,9 +306,10 @@ def _unreadable(text: str) -> str:
     return f"cannot be read as key=value. Quote special characters: '{key}=\"{quoted}\"'"
 
 
-def single_values(override: Override) -> list[Override]:
-    """The overrides of one key that a sweep goes through; none for an interval."""
-    return parse(each_value(override))[0] if override.is_sweep_override() else [override]
+def single_values(override: Override, first: int | None = None) -> list[Override]:
+    """The overrides of one key that a sweep goes through, or the `first` of them; none for an
+    interval."""
+    return parse(each_value(override)[:first])[0] if override.is_sweep_override() else [override]
 
 
 @dataclass
@@ -378,13 +381,18 @@ class Composer:
         # --config-dir and the command line's hydra.searchpath as one override.
         self.search = [f"hydra.searchpath=[{quoted}]"] if folders else []
         self.mode: RunMode | None = None  # of the command, once it is composed
+        self.shared = Shared(
+            self.compose, lambda made: made.cfg, lambda key: bool(self._of_group(key))
+        )
         self._options: dict[str, list[str]] = {}
         self._composed: dict[tuple[str, ...], bytes] = {}  # to read is faster than to copy
 
     def options(self, override: Override) -> list[str]:
         """Options of the group that `override` chooses from; empty where it sets a value."""
-        group = override.key_or_group
-        if override.is_hydra_override() or "." in group:
+        return [] if override.is_hydra_override() else self._of_group(override.key_or_group)
+
+    def _of_group(self, group: str) -> list[str]:
+        if "." in group:
             return []
         if group not in self._options:
             self._options[group] = options.options(group, self.search)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
@@ -106,7 +107,8 @@ def libraries(cfg: DictConfig) -> Iterator[str]:
 
 
 def loggers(cfg: DictConfig) -> Iterator[str]:
-    raw = OmegaConf.to_container(cfg).get("logger")  # type: ignore[union-attr]
+    group = cfg._get_node("logger")
+    raw: Any = OmegaConf.to_container(group) if isinstance(group, DictConfig) else None
     for name, node in raw.items() if isinstance(raw, dict) else ():
         target = str(node.get("_target_")) if isinstance(node, dict) else ""
         package, install = LOGGERS.get(target.rpartition(".")[2], ("", ""))

@@ -333,6 +333,15 @@ def selection_fits(cfg: DictConfig) -> Iterator[str]:
         )
 
 
+def routing_fits(cfg: DictConfig) -> Iterator[str]:
+    every, rule = read(cfg, "task.routing_every", int), read(cfg, "task.selection", str)
+    if every is not None and every > 1 and rule == "leave_one_domain_out":
+        yield (
+            "task.routing_every: leave_one_domain_out selects a step when all runs have ended, and "
+            "reports its routing. Set task.routing_every=1"
+        )
+
+
 # Stages of a vision-language run.
 
 DERIVED = "${previous_run:}"
@@ -620,6 +629,7 @@ RULES: tuple[Rule, ...] = (
         machine.gpu_there,
     ),
     *(machine.libraries, machine.loggers, only_of_one_modality, protocol_fits, selection_fits),
+    routing_fits,
     *(machine.run_folder, clipping_optimizer, own_callbacks),
     *(trainer_options, several_devices, clusters.as_many_as_started),
 )

@@ -12,7 +12,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from dynmoe.config import models, options, places
 from dynmoe.config.environments import test_indices
 from dynmoe.config.options import device_count
+from dynmoe.config.shared import Keep, Swept, anew, copied, derived, is_shared, once, unnoticed
 
 # Dotted keys that do not change the result of a run.
 NOT_IN_IDENTITY = (
@@ -28,10 +30,17 @@ NOT_IN_IDENTITY = (
     # Other keys copy those in use.
     *("protocol.datasets", "protocol.defaults", "protocol.scratch", "protocol.stages"),
     *("runtime.malloc", "runtime.progress_every", "moe.recompute", "moe.backend"),
-    *("task.save_every", "task.on_nonfinite"),
+    *("task.save_every", "task.on_nonfinite", "task.routing_every"),
     "backbone.grad_checkpointing",  # the same numbers, computed twice
     "data.question_sets",  # more of them are answered by dynmoe-eval
-    *("data.cache", "data.cache_gb", "data.checks", "data.eval_batch_size", "data.examples"),
+    *(
+        "data.cache",
+        "data.content.cache",
+        "data.cache_gb",
+        "data.checks",
+        "data.eval_batch_size",
+        "data.examples",
+    ),
     *("data.verify", "data.workers", "trainer.enable_model_summary"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps"),
 )
@@ -64,21 +73,29 @@ def _differences(cfg: DictConfig) -> Iterator[str]:
     for seed in ("trial_seed", "hparams_seed"):
         if cfg[seed] != 0:
             yield f"{seed}{cfg[seed]}"
-    files = {
-        "moe": options.own("moe", cfg.moe.name),
-        "data": {"batch_size": RECIPE["data.batch_size"]},
-    }
-    if cfg.get("mixing") is not None:
+    has_mixing = cfg.get("mixing") is not None
+    if has_mixing:
         yield f"mixing{cfg.mixing.rule}"
-        files["mixing"] = options.own("mixing", cfg.mixing.rule)
-    files["task"] = options.own("task", cfg.task.name).get("task", {})
-    for node, file in files.items():
-        for key, written in _leaves(file, f"{node}."):
-            value = OmegaConf.select(cfg, key)
-            if key in NOT_IN_IDENTITY or value is None or value == _meant(cfg, written, value):
-                continue
-            text = str(value).rpartition(".")[2] if key.endswith("._target_") else str(value)
-            yield f"{key.rpartition('.')[2]}{text.strip('[]').replace(' ', '')[:SHORT]}"
+    for node in ("moe", "data", *(["mixing"] if has_mixing else []), "task"):
+        yield from once(cfg, ("differences", node), lambda node=node: [*_own(cfg, node)])
+
+
+def _own(cfg: DictConfig, node: str) -> Iterator[str]:
+    """Settings of one node that are not those of its file."""
+    for key, written in once(cfg, ("file", node), lambda: [*_leaves(_file(cfg, node), f"{node}.")]):
+        value = OmegaConf.select(cfg, key)
+        if key in NOT_IN_IDENTITY or value is None or value == _meant(cfg, written, value):
+            continue
+        text = str(value).rpartition(".")[2] if key.endswith("._target_") else str(value)
+        yield f"{key.rpartition('.')[2]}{text.strip('[]').replace(' ', '')[:SHORT]}"
+
+
+def _file(cfg: DictConfig, node: str) -> Any:
+    if node == "data":
+        return {"batch_size": RECIPE["data.batch_size"]}
+    if node == "task":
+        return options.own("task", cfg.task.name).get("task", {})
+    return options.own(node, cfg.mixing.rule if node == "mixing" else cfg.moe.name)
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -116,43 +133,61 @@ def flat(cfg: DictConfig) -> dict[str, Any]:
     A key that copies another one, `data.trial_seed: ${trial_seed}`, is left out: two runs that
     differ in one setting differ in one key here.
     """
-    return dict(_flat(_identity(cfg), OmegaConf.to_container(cfg), ""))
+    return dict(_flat(_identity(cfg), "", once(cfg, "copies", lambda: {*_copies(cfg, "")})))
 
 
-def _flat(node: dict[str, Any], raw: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flat(node: dict[str, Any], prefix: str, copies: set[str]) -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
-        written = raw.get(key) if isinstance(raw, dict) else None
-        if isinstance(written, str) and COPY.fullmatch(written):
+        dotted = f"{prefix}{key}"
+        if dotted in copies:
             continue
         if isinstance(value, dict) and value:
-            yield from _flat(value, written, f"{prefix}{key}.")
+            yield from _flat(value, f"{dotted}.", copies)
         else:
-            yield f"{prefix}{key}", value
+            yield dotted, value
+
+
+def _copies(cfg: DictConfig, prefix: str) -> Iterator[str]:
+    """The keys that copy another one; none of them below a node that is an interpolation."""
+    for name in cfg:
+        node, dotted = cfg._get_node(name), f"{prefix}{name!s}"
+        if isinstance(node, Swept):  # a value
+            continue
+        if isinstance(node, DictConfig) and not node._is_interpolation():
+            yield from _copies(node, f"{dotted}.") if not node._is_none() else ()
+        elif isinstance(written := node._value(), str) and COPY.fullmatch(written):  # type: ignore[union-attr]
+            yield dotted
 
 
 def _identity(cfg: DictConfig) -> dict[str, Any]:
-    found = _relevant(cfg, prefix="")
+    found = _relevant(cfg, "", once)
     if "test_envs" in found.get("data", {}):
         # An environment's name or its index: one run.
-        found["data"]["test_envs"] = test_indices(cfg)
+        envs = once(cfg, "test_envs", lambda: test_indices(cfg))
+        found = {**found, "data": {**found["data"], "test_envs": envs}}
     return found
 
 
-def _relevant(cfg: DictConfig, prefix: str) -> dict[str, Any]:
+def _relevant(cfg: DictConfig, prefix: str, keep: Keep) -> dict[str, Any]:
     # Node by node, so that an interpolation below a key that is left out is never resolved.
     found: dict[str, Any] = {}
     for name in cfg:  # of a source of mixing: a number, perhaps
-        key = str(name)
-        dotted = f"{prefix}{key}"
-        if dotted in NOT_IN_IDENTITY:
-            continue
-        value = cfg[name]
-        if isinstance(value, DictConfig):
-            value = _relevant(value, f"{dotted}.")
-        elif OmegaConf.is_config(value):
-            value = OmegaConf.to_container(value, resolve=True)
-        found[key] = places.identity(dotted, value)
+        dotted = f"{prefix}{name!s}"
+        if dotted not in NOT_IN_IDENTITY:
+            value = keep(cfg, ("identity", dotted), partial(_value, cfg, name, dotted, keep))
+            found[str(name)] = value
     return found
+
+
+def _value(cfg: DictConfig, name: Any, dotted: str, keep: Keep) -> Any:
+    value = cfg[name]
+    if isinstance(value, DictConfig):
+        # Which node an interpolation leads to may be another one in each job.
+        keep = anew if OmegaConf.is_interpolation(cfg, name) else keep
+        value = _relevant(value, f"{dotted}.", keep)
+    elif OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
+    return places.identity(dotted, value)
 
 
 # Stages: a stage of training starts from the run of the stage before it, which follows from the
@@ -177,10 +212,15 @@ def previous(cfg: DictConfig) -> DictConfig | None:
 
     None for a first stage, or where a run folder is given.
     """
+    found: DictConfig | None = derived(cfg, "previous", lambda: _previous(cfg))
+    return found
+
+
+def _previous(cfg: DictConfig) -> DictConfig | None:
     stage = cfg.get("stage")
     if stage is None or stage.after is None or not OmegaConf.is_interpolation(stage, "start"):
         return None
-    earlier = OmegaConf.masked_copy(cfg, [key for key in map(str, cfg) if key != "hydra"])
+    earlier = copied(cfg, without="hydra")
     with open_dict(earlier):
         earlier.stage = options.own("stage", stage.after).stage
         earlier.moe = options.own("moe", "dense")
@@ -227,6 +267,7 @@ SAMPLED = ("lr", "batch_size", "weight_decay")
 
 
 _names: dict[tuple[Any, int], tuple[DictConfig, Any]] | None = None
+_are_text = False
 
 
 @contextmanager
@@ -241,7 +282,22 @@ def names_once() -> Iterator[None]:
         _names = before
 
 
+@contextmanager
+def names_are_text(are_text: bool = True) -> Iterator[None]:
+    """Inside, only the types of values matter: jobs that share a configuration may read the name
+    of another one, except where a name is made of it."""
+    global _are_text
+    before, _are_text = _are_text, are_text
+    try:
+        yield
+    finally:
+        _are_text = before
+
+
 def _kept(function: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    if is_shared(cfg):
+        with unnoticed() if _are_text else nullcontext(), names_are_text(False):
+            return once(cfg, function, lambda: function(cfg))
     if _names is None:
         return function(cfg)
     if (function, id(cfg)) not in _names:

@@ -150,6 +150,7 @@ class Task:
     save_every: int | None = None
     patience: int | None = None
     on_nonfinite: Literal["stop", "continue"] = "stop"
+    routing_every: int = 1
     scheduler: dict[str, Any] | None = None
 
 

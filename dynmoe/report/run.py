@@ -104,6 +104,12 @@ class Run:
     chosen: Record | None = None
     """The record that the selection rule chose where it had to look at several runs."""
 
+    def named(self, setting: str) -> Run:
+        """The run with this name of its setting, and what has been read of it already."""
+        found = replace(self, setting=setting)
+        vars(found).update({key: each for key, each in vars(self).items() if key != "setting"})
+        return found
+
     @property
     def config(self) -> dict[str, Any]:
         """Dotted keys and values of all that can change the result."""
@@ -118,7 +124,7 @@ class Run:
         losses = ((record["step"], record.get("loss")) for record in self.results)
         return next((n for n, loss in losses if loss is not None and not math.isfinite(loss)), None)
 
-    @property
+    @cached_property
     def problem(self) -> Problem:
         return Problem(*(self.facts[key] for key in Problem._fields))
 
@@ -143,7 +149,7 @@ class Run:
         keys = self.config.get("protocol.searched") or ()
         return {key: self.config.get(key) for key in keys}
 
-    @property
+    @cached_property
     def is_mostly_frozen(self) -> bool:
         """Whether LoRA or adapters are trained in the place of most weights."""
         if _has_node(self.config, "backbone.lora"):
@@ -159,7 +165,7 @@ class Run:
         whole = {"vision", "projector", "language_model"}
         return not whole <= set(self.config.get("task.module.trains", whole))
 
-    @property
+    @cached_property
     def words(self) -> Words:
         reported, measure = self.facts["reported"], str(self.facts["measure"])
         if measure != "loss":
@@ -171,7 +177,7 @@ class Run:
         """Of the measure that it is selected by, and reported by."""
         return self.words.scale
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
         """`adaptive`: training adds and removes experts. Else the experts stay as they are:
         `fixed` if all tokens activate equally many, `varying` if the router decides how many."""
@@ -202,12 +208,12 @@ class Run:
             is_selected=chosen is not None,
         )
 
-    @property
+    @cached_property
     def reported(self) -> Record:
         """The result of the model that is reported."""
         return next(each for each in self.results if each["step"] == self.outcome.step)
 
-    @property
+    @cached_property
     def scores(self) -> Mapping[str, Mapping[str, float]]:
         """Measures of the reported model by set, in the order of `env_names`."""
         found, order = self.reported["scores"], self.facts["env_names"]
@@ -221,18 +227,22 @@ class Run:
     @cached_property
     def training_routing(self) -> list[Record]:
         """The routing records of training, at every step; those of sets are most of the file."""
-        return [line for line in self.folder.read("routing") if line.get("source") == "train"]
+        lines = self._routing(b'"source": "train"')
+        return [line for line in lines if line.get("source") == "train"]
 
     @cached_property
     def routing_at_outcome(self) -> list[Record]:
         """The routing records of the model that is reported, without reading the others."""
+        lines = self._routing(f'"step": {self.outcome.step},'.encode())
+        return [line for line in lines if line["step"] == self.outcome.step]
+
+    def _routing(self, mark: bytes) -> list[Record]:
+        """The routing records whose line contains `mark`: most of the time of a large report would
+        go into parsing the others."""
         file = self.folder.path / "routing.jsonl"
         if not file.exists():
             return []
-        # Most of the time of a large report would go into parsing lines of other steps.
-        mark = f'"step": {self.outcome.step},'.encode()
-        lines = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1] if mark in line]
-        return [line for line in lines if line["step"] == self.outcome.step]
+        return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1] if mark in line]
 
     @cached_property
     def events(self) -> list[Record]:
@@ -470,7 +480,7 @@ def name_settings(runs: Sequence[Run]) -> list[Run]:
         words = {short: _words(found) for short, found in sharing.items()}
         for position, short, identity in zip(members, shorts, identities, strict=True):
             setting = ", ".join([short, *words[short][_text(identity)]])
-            named[position] = replace(runs[position], setting=setting)
+            named[position] = runs[position].named(setting)
     return named
 
 

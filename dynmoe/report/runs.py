@@ -389,12 +389,17 @@ def check_facts(folder: RunFolder, facts: Record) -> None:
 
 def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -> None:
     """Raises RecordError where a result lacks a score that selects or is reported."""
+    file = folder.path / "results.jsonl"
+    scores = [
+        (name, {facts[role]["measure"]: NUMBER})
+        for role in ("selects", "reported")
+        for name in facts[role]["sets"]
+    ]
     for number, record in enumerate(results, start=1):
-        place = f"{folder.path / 'results.jsonl'}, line {number}"
+        place = f"{file}, line {number}"
         _expect(place, record, RESULT)
-        for role in ("selects", "reported"):
-            for name in facts[role]["sets"]:
-                measure = {facts[role]["measure"]: NUMBER}
+        for name, measure in scores:
+            if not _is_as(record["scores"].get(name), measure):
                 _expect(f"{place}, scores of {name}", record["scores"].get(name), measure)
         for key in ("test_envs", "hparams_seed"):  # by which selection finds a run's records
             if record["args"].get(key) != facts[key]:
@@ -433,6 +438,12 @@ def _expect(place: str, content: Any, keys: Keys) -> None:
     for key, kind in keys.items():
         if key not in content or not isinstance(content[key], kind):
             raise _error(place, f"`{key}` as {KINDS[kind]}", content.get(key, "none"))
+
+
+def _is_as(content: Any, keys: Keys) -> bool:
+    return isinstance(content, dict) and all(
+        key in content and isinstance(content[key], kind) for key, kind in keys.items()
+    )
 
 
 def _error(place: str, expected: str, found: object) -> RecordError:

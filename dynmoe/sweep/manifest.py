@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dynmoe.config.runs import flat
+from dynmoe.config.shared import once
 from dynmoe.config.sweeps import REPETITION, SweepJob
 from dynmoe.errors import ConfigError
 from dynmoe.records import LOCKS, Record, RunFolder, State, replace_file, stretches
@@ -132,7 +133,8 @@ class Job:
     def of(cls, cfg: DictConfig, folder: Path, asked: SweepJob) -> Job:
         """The job with the configuration `cfg` and the run folder `folder`."""
         texts = (asked.overrides, asked.label, asked.setting)
-        return cls(*texts, RunFolder(folder), flat(cfg), cfg.task.steps, cfg.task.eval_every)
+        length = once(cfg, "length", lambda: (cfg.task.steps, cfg.task.eval_every))
+        return cls(*texts, RunFolder(folder), flat(cfg), *length)
 
     @property
     def name(self) -> str:

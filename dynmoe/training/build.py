@@ -251,6 +251,7 @@ def build_callbacks(
         data.epoch_at,
         cfg.task.get("save_every"),
         cfg.task.get("patience"),
+        cfg.task.get("routing_every", 1),
     )
     has_bar = shows_bar(cfg)
     quiet = not cfg.trainer.enable_progress_bar

@@ -14,9 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from dynmoe import process
+from dynmoe.files import replace_synced
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.records import RunFolder
-from dynmoe.selection import judged, selected
+from dynmoe.selection import LAST, judged, selected
 
 
 class ShrinkingTokens(L.Callback):
@@ -41,7 +42,10 @@ class RunRecorder(Checkpoint):
     ``RunFolder.truncate_after`` drops those the checkpoint has not seen.
 
     With ``patience`` training stops after so many evaluations without a better one; the line of
-    the last evaluation then says ``stopped_early``. Both counts are part of the checkpoint.
+    the last evaluation then says ``stopped_early``. Counts are part of the checkpoint.
+
+    The routing of sets, most of the records of a long run, is kept at every ``routing_every``-th
+    evaluation, and where the rule selects a step or training ends; that of training always.
 
     ``constants`` (DomainBed's ``args`` and ``hparams``) are part of every result line;
     ``epoch_at`` gives the epoch of a step. With ``save_every``, ``last.ckpt`` is also written every
@@ -61,11 +65,13 @@ class RunRecorder(Checkpoint):
         epoch_at: Callable[[int], float],
         save_every: int | None = None,
         patience: int | None = None,
+        routing_every: int = 1,
     ) -> None:
         self.folder = folder
         self.facts = facts
         self.save_every = save_every
         self.patience = patience
+        self.routing_every = routing_every
         self.constants = constants
         self.epoch_at = epoch_at
         self.result: dict[str, Any] | None = None  # of the last evaluation
@@ -75,12 +81,15 @@ class RunRecorder(Checkpoint):
         self._last_save = 0
         self._best: dict[str, Any] | None = None  # step and scores of the selected record
         self._without_gain = 0  # evaluations since then
+        self._evaluations = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "without_gain": self._without_gain}
+        counts = {"without_gain": self._without_gain, "evaluations": self._evaluations}
+        return {"best": self._best, **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._without_gain = state_dict["best"], state_dict["without_gain"]
+        self._evaluations = state_dict.get("evaluations", 0)  # of an older version: none
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.strategy.root_device.type == "cuda":
@@ -145,6 +154,9 @@ class RunRecorder(Checkpoint):
                     if record.get(key) is not None:
                         _log(trainer, f"moe/{record['layer']}/{key}", record[key], step)
                 _log(trainer, f"moe/{record['layer']}/experts", len(record["slots"]), step)
+        is_last = trainer.should_stop or trainer.global_step >= trainer.max_steps
+        if not self._keeps_routing(step, is_last):
+            routing = [record for record in routing if record["source"] == TRAIN]
         if trainer.is_global_zero:
             self.folder.append("results", result)
             self.folder.append("routing", *routing)
@@ -160,6 +172,14 @@ class RunRecorder(Checkpoint):
         self._without_gain = 0 if gains else self._without_gain + 1
         self._best = None if chosen is None else dict(chosen)
 
+    def _keeps_routing(self, step: int, is_last: bool) -> bool:
+        """Count an evaluation; whether it records the routing of sets: reports show that of the
+        step that the rule selects, which is the best one so far."""
+        is_best = self._best is not None and self._best["step"] == step
+        selects = is_best and self.facts["selection"] not in LAST
+        number, self._evaluations = self._evaluations, self._evaluations + 1
+        return number % self.routing_every == 0 or selects or is_last
+
     def _is_over(self) -> bool:
         return self.patience is not None and self._without_gain >= self.patience
 
@@ -173,9 +193,10 @@ class RunRecorder(Checkpoint):
         trainer.save_checkpoint(unfinished)
         if trainer.is_global_zero:
             if self._best is not None and self._best["step"] == trainer.global_step - 1:
-                shutil.copyfile(unfinished, checkpoints / "copy.ckpt")
-                (checkpoints / "copy.ckpt").replace(checkpoints / "selected.ckpt")
-            unfinished.replace(checkpoints / "last.ckpt")
+                copy = checkpoints / "copy.ckpt"
+                shutil.copyfile(unfinished, copy)
+                replace_synced(copy, checkpoints / "selected.ckpt")
+            replace_synced(unfinished, checkpoints / "last.ckpt")
         trainer.strategy.barrier()
 
 

@@ -86,7 +86,7 @@ def test_a_later_stage_is_built_before_an_earlier_one_trains(
     monkeypatch.setattr(job, "train", train)
     cfg = config("task=vl", f"paths.outputs={tmp_path}", "backbone.options.num_attention_heads=3")
     with pytest.raises(ConfigError, match="backbone"):
-        job.complete_stage_before(cfg)
+        job.complete_stage_before(cfg, tmp_path / "run")
 
 
 def test_a_refused_earlier_stage_leaves_no_folder(
@@ -98,7 +98,7 @@ def test_a_refused_earlier_stage_leaves_no_folder(
     monkeypatch.setattr(job, "check_model", lambda cfg: None)
     monkeypatch.setattr(build, "build_data", refuse)
     with pytest.raises(DataError):
-        job.complete_stage_before(config("task=vl", f"paths.outputs={tmp_path}"))
+        job.complete_stage_before(config("task=vl", f"paths.outputs={tmp_path}"), tmp_path / "run")
     assert {each.name for each in tmp_path.glob("*/*")} == {".locks"}
 
 

@@ -24,7 +24,7 @@ from dynmoe.data.images.tree import (
     tree_folder,
 )
 from dynmoe.errors import DataError
-from dynmoe.image_files import Survey, in_threads, read_image, survey
+from dynmoe.image_files import PathsOf, Survey, in_threads, read_image, survey
 from dynmoe.seeding import IntArray
 
 
@@ -110,7 +110,7 @@ class FolderEnvironment(Environment):
 
     def survey(self, *, decode: bool, kept: Path | None = None) -> Survey:
         """Look at every file: see `image_files.survey`."""
-        paths = list(map(self.path, range(len(self))))
+        paths = PathsOf(len(self), self.path)
         return survey(paths, decode=decode, description=f"checking {self.name}", kept=kept)
 
     def unreadable(self, found: Survey) -> dict[Path, str]:

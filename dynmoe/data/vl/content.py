@@ -170,11 +170,12 @@ def llava(
     files: Mapping[str, Sequence[str]],
     image_placement: readers.Placement = "llava",
     skip_invalid: bool = False,
+    cache: str | None = None,
 ) -> Content:
     """LLaVA's conversation files of a stage, each a source. Questions come from
     ``data.question_sets``.
 
-    ``image_placement`` and ``skip_invalid``: see ``readers.read_llava``.
+    ``image_placement``, ``skip_invalid``, ``cache``: see ``readers.read_llava``.
 
     Raises:
         DataError: in reading, a file, an image or an entry that is not as it should be.
@@ -183,7 +184,8 @@ def llava(
 
     def read(names: Sequence[str]) -> ConversationSource:
         paths = [str(folder / name) for name in names]
-        return readers.read_llava("LLaVA", paths, str(folder), image_placement, skip_invalid)
+        rest = image_placement, skip_invalid, cache
+        return readers.read_llava("LLaVA", paths, str(folder), *rest)
 
     own = files[stage]
     stems = [Path(name).stem for name in own]

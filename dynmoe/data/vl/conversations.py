@@ -64,6 +64,8 @@ class ConversationSource:
     """From the key of an image to its file, where images are files."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Counts of what the files hold and the conversations do not, by what it is."""
+    keys: Sequence[str] | None = None
+    """The keys of all images, each once, where they are known without a pass."""
 
     def __iter__(self) -> Iterator[Conversation]:
         return iter(self.read())
@@ -71,13 +73,14 @@ class ConversationSource:
     def only(self, wanted: Callable[[Conversation], bool], name: str) -> ConversationSource:
         """The conversations that are `wanted`, under another name."""
         digest = text_digest(f"{self.digest}\n{name}")
-        return replace(self, name=name, read=partial(_only, self.read, wanted), digest=digest)
+        read = partial(_only, self.read, wanted)
+        return replace(self, name=name, read=read, digest=digest, keys=None)
 
     def without_images(self, keys: Collection[str]) -> ConversationSource:
         """The conversations that need none of these images."""
         bad = frozenset(keys)
         digest = text_digest("\n".join([self.digest, *sorted(bad)]))
-        return replace(self, read=partial(_without, self.read, bad), digest=digest)
+        return replace(self, read=partial(_without, self.read, bad), digest=digest, keys=None)
 
 
 def _only(

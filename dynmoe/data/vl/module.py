@@ -33,9 +33,10 @@ from dynmoe.data.vl.batches import (
 from dynmoe.data.vl.chat import tokenizer_of
 from dynmoe.data.vl.content import Content, trained_on
 from dynmoe.data.vl.conversations import Conversation, ConversationSource
+from dynmoe.data.vl.image_index import ImageKeys
 from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import ConfigError, DataError
-from dynmoe.image_files import remarks, survey, unreadable
+from dynmoe.image_files import PathsOf, remarks, survey, unreadable
 from dynmoe.questions import read_question_set
 from dynmoe.questions.base import Question, QuestionSet
 from dynmoe.questions.exact import ExactMatch
@@ -249,7 +250,8 @@ class VisionLanguageData(TaskData):
             self.leave_out(f"{of}{what}", count)
         if source.image_path is None:
             return source
-        bad = self._check_images(name, _keys(source), source.image_path, self.skip_invalid)
+        keys = _keys(source) if source.keys is None else source.keys
+        bad = self._check_images(name, keys, source.image_path, self.skip_invalid)
         if bad:
             needed = sum(not bad.isdisjoint(each.images) for each in source)
             self.leave_out(f"{of}conversations with images {BAD}", needed)
@@ -284,18 +286,18 @@ class VisionLanguageData(TaskData):
         """
         if self.verify == "none" and not skip:
             return frozenset()
-        files = {key: path for key in dict.fromkeys(keys) if (path := image_path(key)) is not None}
+        if not isinstance(keys, ImageKeys):
+            keys = [key for key in dict.fromkeys(keys) if image_path(key) is not None]
+        files = PathsOf(len(keys), lambda index: image_path(keys[index]))
         decode = self.verify == "decode" or skip
         kept = None if self.cache is None or self.verify == "decode" else Path(self.cache)
-        found = survey([*files.values()], decode=decode, description=f"checking {name}", kept=kept)
+        found = survey(files, decode=decode, description=f"checking {name}", kept=kept)
         for text in remarks([found]):
             log.warning("data %s, %s: %s", self.name, name, text)
-        paths = list(files.items())
-        bad = {paths[place]: reason for place, reason in found.bad.items()}
-        if bad and not skip:
-            problem = unreadable({path: reason for (_, path), reason in bad.items()})
+        if found.bad and not skip:
+            problem = unreadable({files[place]: reason for place, reason in found.bad.items()})
             raise DataError(f"data {self.name}, {name}: {problem}")
-        return frozenset(key for key, _ in bad)
+        return frozenset(keys[place] for place in found.bad)
 
     @property
     def env_names(self) -> list[str]:

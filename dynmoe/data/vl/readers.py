@@ -28,6 +28,7 @@ from dynmoe.data.vl.conversations import (
     warn_of_empty_images,
 )
 from dynmoe.data.vl.entries import answer_of, csv_entries, file_digest, json_entries, seen
+from dynmoe.data.vl.image_index import reading_of
 from dynmoe.data.vl.turns import read_turns
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.questions.base import Question
@@ -51,11 +52,13 @@ def read_llava(
     images: str | None = None,
     image_placement: Placement = "llava",
     skip_invalid: bool = False,
+    cache: str | None = None,
 ) -> ConversationSource:
     """Conversations of all `files`, one after the other; image paths start from `images`.
 
-    All entries are read once to find broken ones and missing images before training. With
-    `skip_invalid` broken entries are left out, and images are not looked for.
+    All entries are read once to find broken ones and missing images before training; with a folder
+    `cache` once for all runs, while the files are the same. With `skip_invalid` broken entries are
+    left out, and images are not looked for.
 
     Raises:
         DataError: no such file or folder, a broken entry, or images that are not there.
@@ -75,11 +78,13 @@ def read_llava(
     digest = file_digest(*paths)
     if image_placement != "llava":
         digest = text_digest(f"{digest} {image_placement}")
-    left_out: Counter[str] = Counter()
     read = partial(_llava_conversations, paths, image_placement, skip_invalid)
-    keys = (key for conversation in read(left_out) for key in conversation.images)
-    _check_images(folder, keys, " and ".join(map(str, paths)), skip_invalid)
-    return ConversationSource(name, digest, read, folder.load, folder.path, left_out)
+    rules = f"{digest} {skip_invalid} {' '.join(map(str, paths))}"  # which warnings name
+    found = reading_of(read, rules, None if cache is None else Path(cache))
+    _check_images(folder, found.keys, " and ".join(map(str, paths)), skip_invalid)
+    return ConversationSource(
+        name, digest, read, folder.load, folder.path, found.left_out, found.keys
+    )
 
 
 def _llava_conversations(

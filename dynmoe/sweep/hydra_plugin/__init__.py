@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from rich.console import Console
 
 from dynmoe.config.check import problems, report
 from dynmoe.config.models import causal_model
-from dynmoe.config.options import read_files_once
+from dynmoe.config.options import options, read_files_once
 from dynmoe.config.runs import flat, run_name
+from dynmoe.config.shared import Shared
 from dynmoe.config.sweeps import read_sweep
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.sweep import manifest
@@ -125,22 +127,30 @@ class DynMoESweeper(Sweeper):
         read_files_once(loader)
         parser = OverridesParser.create(config_loader=loader)
         sweep = read_sweep(parser, self.node, parser.parse_overrides(arguments))
+        parsed = cache(lambda text: parser.parse_override(text))
+        shared = Shared(
+            lambda each: loader.load_sweep_config(config, [str(one.input_line) for one in each]),
+            lambda cfg: cfg,
+            cache(lambda key: bool(options(key))),
+        )
         found: list[str] = []
         jobs: dict[str, Job] = {}
         for asked in sweep.jobs:
-            cfg = loader.load_sweep_config(config, list(asked.overrides))
-            if asked.unless_causal and any(causal_model(cfg)):
-                continue
-            wrong = problems(cfg, multirun=True)
-            found += [f"{asked.label}: {text}" for text in wrong]
-            if not wrong:
-                job = Job.of(cfg, folder / run_name(cfg), asked)
-                jobs.setdefault(job.name, job)
+            with shared.job([parsed(text) for text in asked.overrides]) as cfg:
+                if asked.unless_causal and any(causal_model(cfg)):
+                    continue
+                wrong = problems(cfg, multirun=True)
+                found += [f"{asked.label}: {text}" for text in wrong]
+                if not wrong:
+                    job = Job.of(cfg, folder / run_name(cfg), asked)
+                    jobs.setdefault(job.name, job)
         if found:
             raise ConfigError(report(found))
         return flat(loader.load_sweep_config(config, sweep.base)), list(jobs.values())
 
     def _launch(self, jobs: Sequence[Job]) -> list[JobReturn]:
+        if isinstance(self.launcher, SlurmLauncher):
+            self.launcher.names = {job.overrides: job.name for job in jobs}
         returns: list[JobReturn] = []
         size = self.max_batch_size or max(1, len(jobs))
         for start in range(0, len(jobs), size):
