@@ -150,6 +150,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from dynmoe.training import build, mixing
+    from dynmoe.training.peers import together
 
     places.make_absolute(cfg)
     settings = build.settle_runtime(cfg)
@@ -173,8 +174,10 @@ def train(cfg: DictConfig, folder: RunFolder) -> None:
         begin = build.announcement(facts, step)
         for line in [", ".join(begin)] if process.is_worker() else begin:
             folder.say(line)
+    start = checkpoint if checkpoint.exists() else None
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+        with together(trainer):
+            trainer.fit(task, datamodule=data, ckpt_path=start)
     except MisconfigurationException as error:  # of a callback: a monitor without a logger, ...
         raise ConfigError(f"trainer: {error}") from error
     except Diverged as error:
@@ -248,7 +251,7 @@ def _step_of(checkpoint: Path) -> int:
     Raises:
         ConfigError: the file is damaged.
     """
-    from dynmoe.training.trained import read_checkpoint
+    from dynmoe.training.saving import is_whole, read_checkpoint
 
     if not checkpoint.exists():
         return -1
@@ -258,7 +261,7 @@ def _step_of(checkpoint: Path) -> int:
         selected = checkpoint.with_name("selected.ckpt")
         sooner = (
             f"To go on from an earlier evaluation: cp {selected} {checkpoint}. "
-            if selected.exists()
+            if is_whole(selected)
             else ""
         )
         raise ConfigError(f"{error}. {sooner}overwrite=true starts the run again") from error

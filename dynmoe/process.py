@@ -35,6 +35,9 @@ ENDING = [
 PATIENCE = 3.0
 """Seconds after a signal in which further ones are ignored: libraries end their own processes."""
 
+LEAVE_WITHIN = 20.0
+"""Seconds after a signal in which one of several processes has to end. Slurm gives them 30."""
+
 GOES_ON = "The same command goes on from the last evaluation."
 
 _ended_at: float | None = None
@@ -81,6 +84,12 @@ def _say_stopped(signum: int) -> None:
         by = "" if signum == signal.SIGINT else f" by {signal.Signals(signum).name}"
         print(_last_words.format(by), file=sys.stderr, flush=True)
     _last_words = ""
+
+
+def end_at_once(message: str) -> None:
+    """End the process from any thread, while its main thread waits for something that is gone."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def refusal(prog: str, error: UserError) -> SystemExit:
@@ -213,6 +222,42 @@ def follow_command() -> None:
     if on_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         catch_signals()
+
+
+@contextmanager
+def ends_in_time(seconds: float = LEAVE_WITHIN) -> Iterator[None]:
+    """End the process so long after a signal of `ENDING` that reaches it in the body, wherever it
+    is then: it may wait for another process in a collective, where no handler of Python runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there can signals be told
+        return
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: _deafen(tells))
+    args = (hears, seconds)
+    threading.Thread(target=_end_after_a_signal, args=args, name="end", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(tells)  # ends the thread, unless there was a signal
+
+
+def _deafen(tells: int) -> None:
+    """A fork has signals of its own, and would tell its parent."""
+    before = signal.set_wakeup_fd(-1)
+    if before != tells:
+        signal.set_wakeup_fd(before)
+
+
+def _end_after_a_signal(hears: int, seconds: float) -> None:
+    with open(hears, "rb", buffering=0) as told:
+        while heard := told.read(1):
+            if heard[0] in _caught:
+                time.sleep(seconds)
+                _say_stopped(heard[0])
+                os._exit(128 + heard[0])
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

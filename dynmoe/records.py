@@ -153,6 +153,15 @@ class RunFolder:
         text = json.dumps(_finite(facts), indent=2, allow_nan=False)
         replace_file(self.path / "run.json", text + "\n")
 
+    def check_there(self) -> None:
+        """Raise RecordError if the folder of a run that is going on was removed: the lines after
+        that would be those of a run without a beginning."""
+        if not (self.path / "run.json").exists():
+            raise RecordError(
+                f"{self.path}: was removed while the run was writing to it. The same command "
+                "begins again"
+            )
+
     def add_facts(self, **facts: Any) -> None:
         """Add what became known later to `run.json`."""
         self.write_run({**self.read_run(), **facts})

@@ -91,6 +91,9 @@ class RunRecorder(Checkpoint):
         # A run that goes on within an epoch has no start of that epoch.
         self._clock, self._first_step = time.perf_counter(), trainer.global_step
         process.catch_signals_again()  # Lightning has just put its own handlers in place
+        # NOTE: Lightning keeps one less in a checkpoint that is written at the end of an epoch:
+        # the steps of its loggers would be off by one more after every restart.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         # A run that was killed after its last evaluation must not resume training.
         trainer.should_stop = trainer.should_stop or self._is_over()
 
@@ -146,6 +149,7 @@ class RunRecorder(Checkpoint):
                         _log(trainer, f"moe/{record['layer']}/{key}", record[key], step)
                 _log(trainer, f"moe/{record['layer']}/experts", len(record["slots"]), step)
         if trainer.is_global_zero:
+            self.folder.check_there()
             self.folder.append("results", result)
             self.folder.append("routing", *routing)
             if examples := pl_module.example_records():

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dynmoe.errors import ConfigError, reason_of
-from dynmoe.files import check_regular
+from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
 
 
@@ -82,34 +79,3 @@ def given_checkpoint(folder: RunFolder, name: str) -> Path:
     if not file.exists():
         raise ConfigError(f"checkpoint={name}: there is no file {file}. Expected {CHECKPOINTS}")
     return file
-
-
-def read_checkpoint(file: Path, mmap: bool = False) -> dict[str, Any]:
-    """Return the content of a run's checkpoint: ``state_dict``, ``global_step`` and more.
-
-    Raises:
-        ConfigError: the file is damaged, or something else.
-    """
-    import torch
-
-    try:
-        check_regular(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except MemoryError:
-        raise
-    except Exception as error:  # a pickle that is none may raise anything
-        # NOTE: to a file that it cannot trust PyTorch says how to run its code.
-        reason = reason_of(error).partition("(1) In PyTorch")[0]
-        raise _no_checkpoint(file, reason) from error
-    found = content if isinstance(content, dict) else {}
-    if not (
-        isinstance(found.get("state_dict"), Mapping) and isinstance(found.get("global_step"), int)
-    ):
-        raise _no_checkpoint(file, "it has no state_dict and global_step")
-    return found
-
-
-def _no_checkpoint(file: Path, reason: str) -> ConfigError:
-    return ConfigError(
-        f"{file}: not a checkpoint of dynmoe-run (checkpoint={CHECKPOINTS}): {reason.strip()}"
-    )
