@@ -325,8 +325,8 @@ def build_trainer(
 
 
 def trainer_plugins(cfg: DictConfig) -> list[Any]:
-    """``trainer.plugins``, the writer of checkpoints, and the environment of Lightning that says who
-    starts processes.
+    """``trainer.plugins``, the writer of checkpoints, and the environment of Lightning that says
+    who starts processes.
 
     Lightning's own choice under Slurm answers its signals with a checkpoint beside ours.
     """
