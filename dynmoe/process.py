@@ -41,6 +41,7 @@ LEAVE_WITHIN = 20.0
 GOES_ON = "The same command goes on from the last evaluation."
 
 _ended_at: float | None = None
+_has_peers = False  # whether the process trained together with others, and did not end it well
 _last_words = ""
 _pid = 0  # of the process that catches signals: its forks (loaders of data) do not
 _caught: list[int] = []
@@ -57,11 +58,25 @@ def command(prog: str, after: str = "") -> Iterator[None]:
         SystemExit: with 0 after `--version`, 2 on a UserError, 128 + the number of the signal, as
             shells count, on a signal of `ENDING`.
     """
-    global _role, _ended_at, _last_words
-    _role, _ended_at = "command", None
+    global _role, _ended_at, _last_words, _has_peers
+    _role, _ended_at, _has_peers = "command", None, False
     _last_words = f"{prog}: stopped{{}}. {after}".rstrip()
     settle()
     catch_signals()
+    try:
+        with _one_message(prog):
+            yield
+    except SystemExit as end:
+        if _has_peers:
+            # The threads of a broken collective would hold the interpreter up as it ends.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(end.code or 0))
+        raise
+
+
+@contextmanager
+def _one_message(prog: str) -> Iterator[None]:
     try:
         if "--version" in sys.argv[1:]:
             print(f"{prog} {version()}")
@@ -228,6 +243,7 @@ def follow_command() -> None:
 def ends_in_time(seconds: float = LEAVE_WITHIN) -> Iterator[None]:
     """End the process so long after a signal of `ENDING` that reaches it in the body, wherever it
     is then: it may wait for another process in a collective, where no handler of Python runs."""
+    global _has_peers
     if threading.current_thread() is not threading.main_thread():
         yield  # only there can signals be told
         return
@@ -239,6 +255,9 @@ def ends_in_time(seconds: float = LEAVE_WITHIN) -> Iterator[None]:
     threading.Thread(target=_end_after_a_signal, args=args, name="end", daemon=True).start()
     try:
         yield
+    except BaseException:
+        _has_peers = True
+        raise
     finally:
         signal.set_wakeup_fd(before)
         os.close(tells)  # ends the thread, unless there was a signal

@@ -20,6 +20,7 @@ from dynmoe.errors import UserError
 
 LOOK = 0.5  # seconds between two looks at the other processes
 SHOWS = 5.0  # seconds within which it shows that a process has ended whose connection broke
+STARTER = "DYNMOE_STARTER"  # the process that starts the others tells them its number
 PARTING = 10.0  # seconds that a process gets to end by itself once another one is lost
 
 
@@ -64,7 +65,10 @@ class _Watch(threading.Thread):
         self._launcher: Any = trainer.strategy.launcher
         environment = getattr(trainer.strategy, "cluster_environment", None)
         is_started = isinstance(environment, LightningEnvironment) and ranks.rank() > 0
-        self._parent = os.getppid() if is_started else None
+        # The number of the starter, not of the parent now: it may be gone before this one looks.
+        self._parent = int(os.environ.get(STARTER, "0")) if is_started else None
+        if not is_started:
+            os.environ[STARTER] = str(os.getpid())
         self._others: list[subprocess.Popen[bytes]] = []
         self._has_left, self._has_found = threading.Event(), threading.Event()
         self._lost = ""
@@ -122,7 +126,7 @@ def _end(status: int) -> str:
         name = signal.Signals(number).name
     except ValueError:
         return f"has ended with status {status}"
-    return f"was ended by {name}" + (", for want of memory?" if name == "SIGKILL" else "")
+    return f"was ended by {name}" + (" (for want of memory, perhaps)" if name == "SIGKILL" else "")
 
 
 def _sentence(who: str, how: str) -> str:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dynmoe.config.trust import check_targets
 from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
 
 
-def configuration(folder: RunFolder) -> DictConfig:
+def configuration(folder: RunFolder, targets: Sequence[str] = ()) -> DictConfig:
     """Return the run's configuration, for one device, without loggers and token cache.
 
+    `targets`: packages that it may call beside those that every run is made of.
+
     Raises:
-        ConfigError: the folder is no run, or its config.yaml is damaged.
+        ConfigError: the folder is no run, its config.yaml is damaged, or it calls other code.
     """
     saved = folder.path / "config.yaml"
     if not saved.is_file():
@@ -26,6 +30,7 @@ def configuration(folder: RunFolder) -> DictConfig:
         cfg.moe.init = "random"
     cfg.trainer.update(devices=1, strategy="auto")
     cfg.logger = None
+    check_targets(cfg, targets, str(saved))
     cfg.backbone.pretrained = False  # the weights come from a checkpoint
     if "vision" in cfg.backbone:
         cfg.backbone.vision.pretrained = False

@@ -1,0 +1,140 @@
+"""Runs that are killed at random moments and at chosen changes of their folders, and go on."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forks import Ended, Fork, at_change, call, kill_self, start
+from tiny_families import Family, difference, traces
+
+END = 60.0  # seconds within which a run on several devices has to end, whichever process is lost
+
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass
+class Report:
+    """Counts, and a line for each thing that is wrong."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    say: Callable[[str], None] = print
+
+    def fault(self, kind: str, text: str) -> None:
+        self.counts[kind] += 1
+        self.wrong.append(f"{kind}: {text}")
+        self.say(f"{kind}: {text}")
+
+    def check_end(self, ended: Ended, what: str, limit: float | None = None) -> None:
+        """A command may end with any status, but not with a traceback, and not never."""
+        if ended.hung or (limit is not None and ended.seconds > limit):
+            self.fault("hangs", f"{what}: {ended.seconds:.0f} s\n{ended.output[-1500:]}")
+        if ended.has_traceback:
+            self.fault("tracebacks", f"{what}:\n{ended.output[-2500:]}")
+
+
+class Straight:
+    """A run of a family that nothing disturbs, to compare with."""
+
+    def __init__(self, family: Family, work: Path) -> None:
+        self.family = family
+        self.work = work / family.name
+        self.work.mkdir(parents=True)
+        counted = self.work / "changes"
+        watch = at_change(0, self.work / "straight", lambda: None)
+        ended = call(
+            "run",
+            self.arguments("straight"),
+            self.work,
+            inside=lambda: _count_changes(self.work / "straight", counted),
+            ranks=family.ranks,
+            limit=600,
+        )
+        assert watch and ended.status == 0, ended.output
+        self.seconds = ended.seconds
+        self.changes = counted.stat().st_size
+        self.traces = traces(self.work / "straight")
+        assert len(self.traces) > 3
+
+    def arguments(self, outputs: str) -> list[str]:
+        place = self.work / outputs
+        cache = self.work / f"cache_{outputs}"
+        return [*self.family.arguments, f"paths.outputs={place}", f"paths.cache={cache}"]
+
+
+def _count_changes(root: Path, counted: Path) -> None:
+    descriptor = os.open(counted, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    # Every change is one more: `at_change` counts in the fork, which ends without a word.
+    import sys
+
+    from forks import CHANGES, _is_below, _writes
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in CHANGES and _is_below(arguments[0], root):
+            if event != "open" or _writes(*arguments[1:3]):
+                os.write(descriptor, b".")
+
+    sys.addaudithook(hook)
+
+
+def kill_and_go_on(straight: Straight, number: int, draw: random.Random, report: Report) -> None:
+    """One run, killed one to three times, then finished by the same command, and compared."""
+    family, name = straight.family, f"round{number}"
+    arguments, outputs = straight.arguments(name), straight.work / name
+    told = []
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        how = draw.random()
+        if how < 0.5:
+            change = draw.randint(1, straight.changes)
+            inside = at_change(change, outputs, kill_self)
+            fork = start("run", arguments, straight.work, inside=inside, ranks=family.ranks)
+            told.append(f"killed at change {change}")
+        else:
+            fork = start("run", arguments, straight.work, ranks=family.ranks)
+            signum = draw.choice(SIGNALS)
+            told.append(_hit(fork, signum, draw.uniform(0.2, 1.1) * straight.seconds, family, draw))
+        ended = fork.wait()
+        what = f"{family.name} {number}, {', '.join(told)}"
+        report.counts["kills"] += ended.status not in (0, 2)
+        report.check_end(ended, what)
+    ended = call("run", arguments, straight.work, ranks=family.ranks)
+    report.check_end(ended, f"{what}, then finished")
+    if ended.status:
+        report.fault("not finished", f"{what}: status {ended.status}\n{ended.output[-1500:]}")
+    elif found := difference(traces(outputs), straight.traces):
+        report.fault("differing records", f"{what}: {found}")
+    report.counts[f"runs of {family.name}"] += 1
+    shutil.rmtree(outputs, ignore_errors=True)
+    shutil.rmtree(straight.work / f"cache_{name}", ignore_errors=True)
+
+
+def _hit(
+    fork: Fork, signum: signal.Signals, after: float, family: Family, draw: random.Random
+) -> str:
+    """Send a signal to one process of the run, or to all; returns words for it."""
+    time.sleep(after)
+    pids = [fork.pid]
+    whom = "it"
+    if family.ranks > 1:
+        asked = ["pgrep", "-P", str(fork.pid)]
+        others = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+        whom = draw.choice(("rank 0", "rank 1", "both"))
+        pids = {"rank 0": pids, "rank 1": [*map(int, others)], "both": [*pids, *map(int, others)]}[
+            whom
+        ]
+    for pid in pids:
+        try:
+            os.kill(pid, signum)
+        except ProcessLookupError:
+            continue
+    return f"{signum.name} to {whom} after {after:.2f} s"

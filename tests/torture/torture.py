@@ -1,0 +1,78 @@
+"""Faults, by a seed: `python tests/torture/torture.py --rounds 200`, or `make torture ROUNDS=200`.
+
+Prints what it did, each thing that is wrong, and counts at the end; exits 1 where something is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+import forks
+from kills import Report, Straight, kill_and_go_on
+from tiny_families import families
+
+Part = Callable[[Path, int, int, list[str], Report], None]
+
+
+def kills(work: Path, rounds: int, seed: int, names: list[str], report: Report) -> None:
+    """Kill runs of the families in turn."""
+    known = families(work / "data")
+    straight = {}
+    for name in names or known:
+        straight[name] = Straight(known[name], work)
+        report.say(f"{name}: {straight[name].seconds:.1f} s, {straight[name].changes} changes")
+    for number in range(rounds):
+        draw = random.Random(f"{seed} {number}")
+        name = list(straight)[number % len(straight)]
+        kill_and_go_on(straight[name], number, draw, report)
+
+
+PARTS: dict[str, Part] = {"kills": kills}
+
+
+def torture(parts: list[str], rounds: int, seed: int, names: list[str], report: Report) -> Report:
+    """Run the parts in a folder of their own."""
+    work = Path(tempfile.mkdtemp(prefix="torture"))
+    try:
+        known = families(work / "preload_data")
+        place = work / "preload"
+        for name in (
+            {"vision", *names} - {"ddp", "mixed"} if names else ("vision", "language", "lm", "vl")
+        ):
+            begun = time.monotonic()
+            forks.preload([*known[name].arguments, f"paths.outputs={place}"], work)
+            report.say(f"{name}: imported, {time.monotonic() - begun:.0f} s")
+        for part in parts:
+            begun = time.monotonic()
+            PARTS[part](work / part, rounds, seed, names, report)
+            report.say(f"{part}: {time.monotonic() - begun:.0f} s, {dict(report.counts)}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--families", nargs="*", default=[])
+    given = parser.parse_args()
+    report = Report(say=lambda line: print(line, flush=True))
+    torture(given.parts, given.rounds, given.seed, given.families, report)
+    for name, count in sorted(report.counts.items()):
+        print(f"{count:6} {name}")
+    raise SystemExit(bool(report.wrong))
+
+
+if __name__ == "__main__":
+    main()
