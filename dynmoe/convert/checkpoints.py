@@ -66,9 +66,9 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
     """
     from safetensors.torch import save_file
 
+    from dynmoe.config.trust import KEY, packages
     from dynmoe.convert.config import official_config, settings_of
     from dynmoe.convert.weights import to_official as official_weights
-    from dynmoe.config.trust import KEY, packages
     from dynmoe.records import RunFolder
     from dynmoe.training import trained
     from dynmoe.training.saving import read_checkpoint

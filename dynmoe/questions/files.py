@@ -60,8 +60,8 @@ def check_inside(keys: Iterable[str], where: str) -> None:
     for key in keys:
         if PurePath(key).is_absolute() or ".." in PurePath(key).parts:
             raise DataError(
-                f"{where}: image {key[:80]} leads out of the image folder. Write the path from that "
-                "folder on, or give the folder above it."
+                f"{where}: image {key[:80]} leads out of the image folder. Write the path from "
+                "that folder on, or give the folder above it."
             )
 
 

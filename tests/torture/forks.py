@@ -233,25 +233,33 @@ def preload(arguments: Sequence[str], folder: Path) -> None:
             importlib.import_module(name)
 
 
-def at_change(number: int, root: Path, act: Callable[[], None]) -> Callable[[], None]:
-    """Call `act` in a fork before its change `number` (from 1) of something below `root`."""
+def at_changes(root: Path, act: Callable[[int], None]) -> Callable[[], None]:
+    """Call `act` in a fork with the number (from 1) of every change below `root`, before it."""
 
     def watch() -> None:
         seen = 0
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
             nonlocal seen
-            if event not in CHANGES or not _is_below(arguments[0], root):
-                return
-            if event == "open" and not _writes(*arguments[1:3]):
-                return
-            seen += 1
-            if seen == number:
-                act()
+            if event in CHANGES and _is_below(arguments[0], root):
+                if event == "open" and not _writes(*arguments[1:3]):
+                    return
+                seen += 1
+                act(seen)
 
         sys.addaudithook(hook)
 
     return watch
+
+
+def killed_at(number: int, root: Path) -> Callable[[], None]:
+    """Kill a fork before its change `number` below `root`."""
+
+    def act(seen: int) -> None:
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return at_changes(root, act)
 
 
 def _is_below(place: object, root: Path) -> bool:
@@ -262,7 +270,3 @@ def _writes(mode: object, flags: object) -> bool:
     by_mode = isinstance(mode, str) and bool(set(mode) & set("wax+"))
     by_flags = isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
     return by_mode or by_flags
-
-
-def kill_self() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)

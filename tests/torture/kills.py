@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from forks import Ended, Fork, at_change, call, kill_self, start
+from forks import Ended, Fork, at_changes, call, killed_at, start
 from tiny_families import Family, difference, traces
 
 END = 60.0  # seconds within which a run on several devices has to end, whichever process is lost
@@ -50,19 +49,13 @@ class Straight:
         self.family = family
         self.work = work / family.name
         self.work.mkdir(parents=True)
-        counted = self.work / "changes"
-        watch = at_change(0, self.work / "straight", lambda: None)
-        ended = call(
-            "run",
-            self.arguments("straight"),
-            self.work,
-            inside=lambda: _count_changes(self.work / "straight", counted),
-            ranks=family.ranks,
-            limit=600,
-        )
-        assert watch and ended.status == 0, ended.output
+        place, counted = self.work / "straight", self.work / "changes"
+        count = at_changes(place, lambda seen: counted.write_text(str(seen)) and None)
+        arguments = self.arguments("straight")
+        ended = call("run", arguments, self.work, inside=count, ranks=family.ranks, limit=600)
+        assert ended.status == 0, ended.output
         self.seconds = ended.seconds
-        self.changes = counted.stat().st_size
+        self.changes = int(counted.read_text())
         self.traces = traces(self.work / "straight")
         assert len(self.traces) > 3
 
@@ -70,21 +63,6 @@ class Straight:
         place = self.work / outputs
         cache = self.work / f"cache_{outputs}"
         return [*self.family.arguments, f"paths.outputs={place}", f"paths.cache={cache}"]
-
-
-def _count_changes(root: Path, counted: Path) -> None:
-    descriptor = os.open(counted, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    # Every change is one more: `at_change` counts in the fork, which ends without a word.
-    import sys
-
-    from forks import CHANGES, _is_below, _writes
-
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in CHANGES and _is_below(arguments[0], root):
-            if event != "open" or _writes(*arguments[1:3]):
-                os.write(descriptor, b".")
-
-    sys.addaudithook(hook)
 
 
 def kill_and_go_on(straight: Straight, number: int, draw: random.Random, report: Report) -> None:
@@ -96,7 +74,7 @@ def kill_and_go_on(straight: Straight, number: int, draw: random.Random, report:
         how = draw.random()
         if how < 0.5:
             change = draw.randint(1, straight.changes)
-            inside = at_change(change, outputs, kill_self)
+            inside = killed_at(change, outputs)
             fork = start("run", arguments, straight.work, inside=inside, ranks=family.ranks)
             told.append(f"killed at change {change}")
         else:

@@ -1,4 +1,4 @@
-"""Faults, by a seed: `python tests/torture/torture.py --rounds 200`, or `make torture ROUNDS=200`.
+"""Faults, by a seed: `make torture ROUNDS=200`.
 
 Prints what it did, each thing that is wrong, and counts at the end; exits 1 where something is.
 """
@@ -8,13 +8,10 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 import forks
 from kills import Report, Straight, kill_and_go_on
@@ -35,6 +32,9 @@ def kills(work: Path, rounds: int, seed: int, names: list[str], report: Report) 
         name = list(straight)[number % len(straight)]
         kill_and_go_on(straight[name], number, draw, report)
 
+
+IMPORTING = ("vision", "language", "lm", "vl")
+"""Families that import what the others do."""
 
 PARTS: dict[str, Part] = {"kills": kills}
 
