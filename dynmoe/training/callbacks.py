@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from dynmoe import process
 from dynmoe.metrics.routing import TRAIN
-from dynmoe.records import RunFolder
+from dynmoe.records import RunFolder, Seal
 from dynmoe.selection import judged, selected
+
+RECORDS = "records"  # key of a checkpoint: digests of the records up to its step
 
 
 class ShrinkingTokens(L.Callback):
@@ -75,12 +77,19 @@ class RunRecorder(Checkpoint):
         self._last_save = 0
         self._best: dict[str, Any] | None = None  # step and scores of the selected record
         self._without_gain = 0  # evaluations since then
+        self._seal = Seal(folder)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "without_gain": self._without_gain}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._without_gain = state_dict["best"], state_dict["without_gain"]
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.is_global_zero:
+            checkpoint[RECORDS] = self._seal.at(trainer.global_step - 1)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.strategy.root_device.type == "cuda":

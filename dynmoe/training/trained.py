@@ -25,6 +25,7 @@ def configuration(folder: RunFolder, targets: Sequence[str] = ()) -> DictConfig:
     saved = folder.path / "config.yaml"
     if not saved.is_file():
         raise ConfigError(f"{folder.path}: expected a folder with a config.yaml, found none")
+    folder.check_unchanged(saved.name)
     cfg = _saved(saved)
     if cfg.moe.init == "cluster":  # equal shapes, without the k-means
         cfg.moe.init = "random"

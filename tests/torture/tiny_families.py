@@ -99,7 +99,7 @@ def digest(file: Path) -> str:
 
 def _feed(content: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
-        content.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        content.update(value.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Mapping):
         for key in value:
             content.update(str(key).encode())

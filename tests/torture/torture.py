@@ -16,6 +16,7 @@ from pathlib import Path
 import forks
 from kills import Report, Straight, kill_and_go_on
 from tiny_families import families
+from updates import compare
 
 Part = Callable[[Path, int, int, list[str], Report], None]
 
@@ -36,7 +37,13 @@ def kills(work: Path, rounds: int, seed: int, names: list[str], report: Report) 
 IMPORTING = ("vision", "language", "lm", "vl")
 """Families that import what the others do."""
 
-PARTS: dict[str, Part] = {"kills": kills}
+
+def updates(work: Path, rounds: int, seed: int, names: list[str], report: Report) -> None:
+    """Compare five updates of experts a round on two processes."""
+    compare(5 * rounds, seed, work, report)
+
+
+PARTS: dict[str, Part] = {"kills": kills, "updates": updates}
 
 
 def torture(parts: list[str], rounds: int, seed: int, names: list[str], report: Report) -> Report:
