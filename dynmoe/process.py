@@ -5,6 +5,7 @@ PyTorch is not imported here: OpenMP reads its settings when PyTorch is loaded, 
 
 from __future__ import annotations
 
+import _thread
 import codecs
 import io
 import os
@@ -213,9 +214,28 @@ def catch_signals() -> None:
     """
     global _pid
     _pid = os.getpid()
+    if sys.unraisablehook is not _unraised:
+        sys.unraisablehook = _unraised
     if threading.current_thread() is threading.main_thread():
         _caught[:] = [s for s in ENDING if signal.getsignal(s) is not signal.SIG_IGN]
         catch_signals_again()
+
+
+def _unraised(unraisable: Any) -> None:
+    """Ask again: Python drops what is raised while it removes an object, and would go on."""
+    global _ended_at
+    error = unraisable.exc_value
+    if isinstance(error, Stopped) and os.getpid() == _pid:
+        _ended_at = None
+        # A moment later: what the handler raises within this hook is dropped, too.
+        _thread.start_new_thread(_ask_again, (error.signum,))
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _ask_again(signum: int) -> None:
+    time.sleep(0.2)
+    os.kill(_pid, signum)
 
 
 def catch_signals_again() -> None:

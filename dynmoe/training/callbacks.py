@@ -100,15 +100,17 @@ class RunRecorder(Checkpoint):
         # A run that goes on within an epoch has no start of that epoch.
         self._clock, self._first_step = time.perf_counter(), trainer.global_step
         process.catch_signals_again()  # Lightning has just put its own handlers in place
-        # NOTE: Lightning keeps one less in a checkpoint that is written at the end of an epoch:
-        # the steps of its loggers would be off by one more after every restart.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         # A run that was killed after its last evaluation must not resume training.
         trainer.should_stop = trainer.should_stop or self._is_over()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
         self._first_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        # NOTE: Lightning adds one whenever a run goes on from a checkpoint of the end of an epoch:
+        # the steps of its loggers would be off by one more after every restart.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # NOTE: an evaluation follows the last batch, and saves after its record: a run that is
@@ -181,6 +183,8 @@ class RunRecorder(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         self._last_save = trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()  # a run that goes on from here does not log these steps again
         checkpoints = self.folder.path / "checkpoints"
         unfinished = checkpoints / "unfinished.ckpt"
         trainer.save_checkpoint(unfinished)

@@ -36,6 +36,7 @@ class Ended:
     status: int  # negative: the signal that killed it
     output: str
     seconds: float
+    cpu: float = 0.0
     hung: bool = False
 
     @property
@@ -65,7 +66,7 @@ class Fork:
         """Its end. After `limit` seconds all of its processes are killed: it hangs."""
         deadline, hung = time.monotonic() + limit, False
         while True:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
+            done, status, usage = os.wait4(self.pid, os.WNOHANG)
             if done:
                 break
             if time.monotonic() > deadline:
@@ -75,7 +76,8 @@ class Fork:
         seconds = time.monotonic() - self.begun
         kill_group(self.pid)  # what a kill of the command has left
         output = self.log.read_text(errors="replace") if self.log.exists() else ""
-        return Ended(os.waitstatus_to_exitcode(status), output, seconds, hung)
+        cpu = usage.ru_utime + usage.ru_stime
+        return Ended(os.waitstatus_to_exitcode(status), output, seconds, cpu, hung)
 
 
 def kill_group(pid: int) -> None:

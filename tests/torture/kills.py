@@ -51,10 +51,15 @@ class Straight:
         self.work.mkdir(parents=True)
         place, counted = self.work / "straight", self.work / "changes"
         count = at_changes(place, lambda seen: counted.write_text(str(seen)) and None)
+
+        def inside() -> None:
+            without_figures()
+            count()
+
         arguments = self.arguments("straight")
-        ended = call("run", arguments, self.work, inside=count, ranks=family.ranks, limit=600)
+        ended = call("run", arguments, self.work, inside=inside, ranks=family.ranks, limit=600)
         assert ended.status == 0, ended.output
-        self.seconds = ended.seconds
+        self.seconds, self.cpu = ended.seconds, ended.cpu
         self.changes = int(counted.read_text())
         self.traces = traces(self.work / "straight")
         assert len(self.traces) > 3
@@ -65,27 +70,40 @@ class Straight:
         return [*self.family.arguments, f"paths.outputs={place}", f"paths.cache={cache}"]
 
 
+def without_figures() -> None:
+    """Draw none: they take most of the time of a tiny run."""
+    from dynmoe.report import figures
+
+    figures.draw_all = lambda run: None  # type: ignore[assignment]
+
+
 def kill_and_go_on(straight: Straight, number: int, draw: random.Random, report: Report) -> None:
     """One run, killed one to three times, then finished by the same command, and compared."""
     family, name = straight.family, f"round{number}"
     arguments, outputs = straight.arguments(name), straight.work / name
+    draws_figures = number % 8 == 0
     told = []
     for _ in range(draw.choice((1, 1, 2, 3))):
         how = draw.random()
-        if how < 0.5:
-            change = draw.randint(1, straight.changes)
-            inside = killed_at(change, outputs)
-            fork = start("run", arguments, straight.work, inside=inside, ranks=family.ranks)
+        change = draw.randint(1, straight.changes + 20 * draws_figures) if how < 0.5 else 0
+
+        def inside(change: int = change) -> None:
+            if not draws_figures:
+                without_figures()
+            killed_at(change, outputs)()
+
+        fork = start("run", arguments, straight.work, inside=inside, ranks=family.ranks)
+        if change:
             told.append(f"killed at change {change}")
         else:
-            fork = start("run", arguments, straight.work, ranks=family.ranks)
             signum = draw.choice(SIGNALS)
             told.append(_hit(fork, signum, draw.uniform(0.2, 1.1) * straight.seconds, family, draw))
         ended = fork.wait()
         what = f"{family.name} {number}, {', '.join(told)}"
         report.counts["kills"] += ended.status not in (0, 2)
         report.check_end(ended, what)
-    ended = call("run", arguments, straight.work, ranks=family.ranks)
+    quiet = None if draws_figures else without_figures
+    ended = call("run", arguments, straight.work, inside=quiet, ranks=family.ranks)
     report.check_end(ended, f"{what}, then finished")
     if ended.status:
         report.fault("not finished", f"{what}: status {ended.status}\n{ended.output[-1500:]}")

@@ -27,9 +27,13 @@ def kills(work: Path, rounds: int, seed: int, names: list[str], report: Report) 
     straight = {}
     for name in names or known:
         straight[name] = Straight(known[name], work)
-        report.say(f"{name}: {straight[name].seconds:.1f} s, {straight[name].changes} changes")
+        report.say(
+            f"{name}: {straight[name].seconds:.1f} s ({straight[name].cpu:.1f} of CPU), {straight[name].changes} changes"
+        )
     for number in range(rounds):
         draw = random.Random(f"{seed} {number}")
+        if number % 10 == 9:
+            report.say(f"{number + 1} rounds: {dict(report.counts)}")
         name = list(straight)[number % len(straight)]
         kill_and_go_on(straight[name], number, draw, report)
 

@@ -23,7 +23,7 @@ DIM, LAYERS, PERIODS = 8, 2, 25
 
 
 class Net(nn.Module):
-    """MoE layers one after the other, with residual connections."""
+    """MoE layers one after the other, with residual connections, and the loss of their outputs."""
 
     def __init__(self, experts: int, most: int) -> None:
         super().__init__()
@@ -33,9 +33,11 @@ class Net(nn.Module):
         )
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x_ND = x_ND + layer(x_ND)
-        return x_ND
+        with record_routing(self) as tape:
+            for layer in self.layers:
+                x_ND = x_ND + layer(x_ND)
+        # Within the forward: DDP takes for unused what its outputs do not depend on.
+        return x_ND.square().sum() / max(1, len(x_ND)) + 0.01 * aux_loss(tape)
 
 
 def train(rank: int, seed: int, folder: Path) -> None:
@@ -49,7 +51,8 @@ def train(rank: int, seed: int, folder: Path) -> None:
     torch.manual_seed(seed)
     most = draw.randint(2, 6)
     net = Net(draw.randint(1, most), most)
-    model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    how = {"find_unused_parameters": True, "broadcast_buffers": False}  # as trainer=ddp has it
+    model = nn.parallel.DistributedDataParallel(net, **how)
     optimizer = torch.optim.AdamW(model.parameters(), lr=draw.choice((1e-2, 1e-1)))
     period = draw.randint(1, 3)
     adaptation = Adaptation(
@@ -65,9 +68,8 @@ def train(rank: int, seed: int, folder: Path) -> None:
             count = draw.choice((1, 7, 20)) if draw.random() < 0.8 else 40 * rank
             spread = draw.choice((0.1, 1.0, 10.0))
             x_ND = spread * torch.randn(count, DIM, generator=generator)
-            with record_routing(model) as tape:
-                loss = model(x_ND).square().mean() if count else model(x_ND).sum()
-            (loss + 0.01 * aux_loss(tape)).backward()
+            loss = model(x_ND)
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -89,7 +91,7 @@ def compare(updates: int, seed: int, work: Path, report: Report) -> None:
         pids = [_fork(rank, seed * 1000 + number, folder) for rank in (0, 1)]
         ends = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         if any(ends):
-            reason = (folder / "error").read_text() if (folder / "error").exists() else ""
+            reason = "\n".join(file.read_text() for file in folder.glob("error*"))
             report.fault("failed trainings", f"{number}: {ends} {reason}")
             return
         for one, other in zip(*map(_lines, _files(folder)), strict=True):
@@ -123,6 +125,6 @@ def _fork(rank: int, seed: int, folder: Path) -> int:
         train(rank, seed, folder)
         status = 0
     except BaseException:
-        (folder / "error").write_text(traceback.format_exc())
+        (folder / f"error{rank}").write_text(traceback.format_exc())
     finally:
         os._exit(status)
