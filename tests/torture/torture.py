@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import forks
+from damage import States, damage_and_go_on
 from kills import Report, Straight, kill_and_go_on
 from tiny_families import families
 from updates import compare
@@ -27,9 +28,8 @@ def kills(work: Path, rounds: int, seed: int, names: list[str], report: Report) 
     straight = {}
     for name in names or known:
         straight[name] = Straight(known[name], work)
-        report.say(
-            f"{name}: {straight[name].seconds:.1f} s ({straight[name].cpu:.1f} of CPU), {straight[name].changes} changes"
-        )
+        one = straight[name]
+        report.say(f"{name}: {one.seconds:.1f} s ({one.cpu:.1f} of CPU), {one.changes} changes")
     for number in range(rounds):
         draw = random.Random(f"{seed} {number}")
         if number % 10 == 9:
@@ -47,7 +47,18 @@ def updates(work: Path, rounds: int, seed: int, names: list[str], report: Report
     compare(5 * rounds, seed, work, report)
 
 
-PARTS: dict[str, Part] = {"kills": kills, "updates": updates}
+def damage(work: Path, rounds: int, seed: int, names: list[str], report: Report) -> None:
+    """Damage the folders of stopped and finished runs."""
+    known = families(work / "data")
+    states = [States(known[name], work, seed) for name in names or ("vision",)]
+    for number in range(rounds):
+        draw = random.Random(f"{seed} damage {number}")
+        if number % 10 == 9:
+            report.say(f"{number + 1} rounds: {dict(report.counts)}")
+        damage_and_go_on(states[number % len(states)], number, draw, report)
+
+
+PARTS: dict[str, Part] = {"kills": kills, "damage": damage, "updates": updates}
 
 
 def torture(parts: list[str], rounds: int, seed: int, names: list[str], report: Report) -> Report:
