@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import forks
+import fuzz
 from damage import States, damage_and_go_on
 from kills import Report, Straight, kill_and_go_on
 from tiny_families import families
@@ -58,7 +59,10 @@ def damage(work: Path, rounds: int, seed: int, names: list[str], report: Report)
         damage_and_go_on(states[number % len(states)], number, draw, report)
 
 
-PARTS: dict[str, Part] = {"kills": kills, "damage": damage, "updates": updates}
+PARTS: dict[str, Part] = {
+    **{"kills": kills, "damage": damage, "updates": updates},
+    **{"commands": fuzz.commands, "data": fuzz.data_files},
+}
 
 
 def torture(parts: list[str], rounds: int, seed: int, names: list[str], report: Report) -> Report:
