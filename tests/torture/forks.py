@@ -23,7 +23,7 @@ from typing import Any
 
 Main = Callable[[], object]
 
-HANG = 120.0  # seconds that a command of a tiny run never needs, unless it hangs
+HANG = 400.0  # seconds that a command of a tiny run never needs, on a busy machine either
 
 # Events of Python's audit hooks that come before a change of a folder.
 CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}

@@ -16,7 +16,7 @@ from pathlib import Path
 from forks import Ended, Fork, at_changes, call, killed_at, start
 from tiny_families import Family, difference, traces
 
-END = 60.0  # seconds within which a run on several devices has to end, whichever process is lost
+END = 60.0  # seconds within which a run has to end after a signal, whichever process got it
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -34,9 +34,9 @@ class Report:
         self.wrong.append(f"{kind}: {text}")
         self.say(f"{kind}: {text}")
 
-    def check_end(self, ended: Ended, what: str, limit: float | None = None) -> None:
+    def check_end(self, ended: Ended, what: str) -> None:
         """A command may end with any status, but not with a traceback, and not never."""
-        if ended.hung or (limit is not None and ended.seconds > limit):
+        if ended.hung:
             self.fault("hangs", f"{what}: {ended.seconds:.0f} s\n{ended.output[-1500:]}")
         if ended.has_traceback:
             self.fault("tracebacks", f"{what}:\n{ended.output[-2500:]}")
@@ -61,6 +61,7 @@ class Straight:
         assert ended.status == 0, ended.output
         self.seconds, self.cpu = ended.seconds, ended.cpu
         self.changes = int(counted.read_text())
+        self.limit = END + 10 * self.seconds  # of a run that does not hang
         self.traces = traces(self.work / "straight")
         assert len(self.traces) > 3
 
@@ -98,12 +99,17 @@ def kill_and_go_on(straight: Straight, number: int, draw: random.Random, report:
         else:
             signum = draw.choice(SIGNALS)
             told.append(_hit(fork, signum, draw.uniform(0.2, 1.1) * straight.seconds, family, draw))
-        ended = fork.wait()
+        told_at = time.monotonic() - fork.begun
+        ended = fork.wait(straight.limit)
         what = f"{family.name} {number}, {', '.join(told)}"
         report.counts["kills"] += ended.status not in (0, 2)
         report.check_end(ended, what)
+        if not change and ended.status not in (0, 2) and ended.seconds > told_at + END:
+            report.fault("slow ends", f"{what}: {ended.seconds - told_at:.0f} s")
     quiet = None if draws_figures else without_figures
-    ended = call("run", arguments, straight.work, inside=quiet, ranks=family.ranks)
+    ended = call(
+        "run", arguments, straight.work, inside=quiet, ranks=family.ranks, limit=straight.limit
+    )
     report.check_end(ended, f"{what}, then finished")
     if ended.status:
         report.fault("not finished", f"{what}: status {ended.status}\n{ended.output[-1500:]}")
