@@ -236,7 +236,12 @@ def _refuse_other_data(cfg: DictConfig, folder: RunFolder) -> None:
         DataError: they are.
     """
     saved = folder.path / "config.yaml"
-    if not saved.exists() or not places.moved(cfg, DictConfig(OmegaConf.load(saved))):
+    if not saved.exists():
+        return
+    from dynmoe.training import trained
+
+    folder.check_unchanged(saved.name)
+    if not places.moved(cfg, trained.read(saved)):
         return
     from dynmoe.training import build
 

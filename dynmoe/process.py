@@ -43,6 +43,7 @@ GOES_ON = "The same command goes on from the last evaluation."
 
 _ended_at: float | None = None
 _has_peers = False  # whether the process trained together with others, and did not end it well
+_prog = "dynmoe"
 _last_words = ""
 _pid = 0  # of the process that catches signals: its forks (loaders of data) do not
 _caught: list[int] = []
@@ -59,8 +60,8 @@ def command(prog: str, after: str = "") -> Iterator[None]:
         SystemExit: with 0 after `--version`, 2 on a UserError, 128 + the number of the signal, as
             shells count, on a signal of `ENDING`.
     """
-    global _role, _ended_at, _last_words, _has_peers
-    _role, _ended_at, _has_peers = "command", None, False
+    global _prog, _role, _ended_at, _last_words, _has_peers
+    _prog, _role, _ended_at, _has_peers = prog, "command", None, False
     _last_words = f"{prog}: stopped{{}}. {after}".rstrip()
     settle()
     catch_signals()
@@ -104,7 +105,7 @@ def _say_stopped(signum: int) -> None:
 
 def end_at_once(message: str) -> None:
     """End the process from any thread, while its main thread waits for something that is gone."""
-    print(message, file=sys.stderr, flush=True)
+    print(f"{_prog}: {message}", file=sys.stderr, flush=True)
     os._exit(2)
 
 

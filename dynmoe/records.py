@@ -255,7 +255,7 @@ class RunFolder:
     def failure(self) -> str:
         """The first line of the run's error; empty if it did not fail."""
         file = self.path / "failed.txt"
-        return file.read_text(encoding="utf-8").split("\n", 1)[0] if file.exists() else ""
+        return _content(file).decode(errors="replace").split("\n", 1)[0]
 
     @property
     def state(self) -> State:

@@ -63,6 +63,7 @@ class _Watch(threading.Thread):
     def __init__(self, trainer: L.Trainer) -> None:
         super().__init__(name="peers", daemon=True)
         self._launcher: Any = trainer.strategy.launcher
+        self._has_started = hasattr(self._launcher, "_call_children_scripts")  # as commands
         environment = getattr(trainer.strategy, "cluster_environment", None)
         is_started = isinstance(environment, LightningEnvironment) and ranks.rank() > 0
         # The number of the starter, not of the parent now: it may be gone before this one looks.
@@ -87,9 +88,9 @@ class _Watch(threading.Thread):
         """Say which process is lost, if one is."""
         # NOTE: Lightning's own observer would kill this process too (SIGKILL), without a word,
         # 5 s after another one has ended. It ends itself when it has none to observe.
-        started = getattr(self._launcher, "procs", [])
-        self._others += started
-        started.clear()
+        started = self._launcher.procs if self._has_started else []
+        while started:
+            self._others.append(started.pop(0))
         for rank, other in enumerate(self._others, start=ranks.rank() + 1):
             if status := other.poll():
                 return _sentence(f"the process of rank {rank}", _end(status))

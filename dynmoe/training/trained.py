@@ -26,7 +26,7 @@ def configuration(folder: RunFolder, targets: Sequence[str] = ()) -> DictConfig:
     if not saved.is_file():
         raise ConfigError(f"{folder.path}: expected a folder with a config.yaml, found none")
     folder.check_unchanged(saved.name)
-    cfg = _saved(saved)
+    cfg = read(saved)
     if cfg.moe.init == "cluster":  # equal shapes, without the k-means
         cfg.moe.init = "random"
     cfg.trainer.update(devices=1, strategy="auto")
@@ -45,7 +45,12 @@ def configuration(folder: RunFolder, targets: Sequence[str] = ()) -> DictConfig:
 NODES = ("backbone", "data", "moe", "trainer")
 
 
-def _saved(file: Path) -> DictConfig:
+def read(file: Path) -> DictConfig:
+    """Read a run's config.yaml.
+
+    Raises:
+        ConfigError: it is damaged, or something else.
+    """
     try:
         cfg = OmegaConf.load(file)
         if isinstance(cfg, DictConfig):

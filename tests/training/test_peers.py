@@ -18,7 +18,7 @@ from dynmoe.training import peers
 def trainer(*commands: str, world_size: int = 2) -> Any:
     """The first process of a training; the others are shells."""
     procs = [subprocess.Popen(["/bin/sh", "-c", command]) for command in commands]
-    launcher = SimpleNamespace(procs=procs)
+    launcher = SimpleNamespace(procs=procs, _call_children_scripts=None)
     environment = LightningEnvironment()
     strategy = SimpleNamespace(launcher=launcher, cluster_environment=environment)
     return SimpleNamespace(world_size=world_size, strategy=strategy)
