@@ -112,7 +112,7 @@ def _guarded(job: Job, prog: str) -> Job:
             print(f"{prog}: job {hydra_cfg.job.num} is left to the process that is running it")
             return None
         except Exception as error:
-            refused = _user_error(error) or _disk_problem(error, folder)
+            refused = _user_error(error) or _disk_problem(error, folder) or _lost_loader(error)
             if sweep:
                 raise _job_failed(prog, hydra_cfg, cfg, refused or error) from None
             if refused is None:
@@ -152,6 +152,16 @@ def _disk_problem(error: Exception, folder: Path) -> UserError | None:
         return None
     gone = "" if folder.exists() else ", for the folder of the run is gone"
     return UserError(f"{place}: {error.strerror}{gone}. Mend that. {process.GOES_ON}")
+
+
+def _lost_loader(error: Exception) -> UserError | None:
+    """A process that loads data was killed; PyTorch tells the others by its text alone."""
+    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
+        return None
+    return UserError(
+        f"{' '.join(str(error).split())[:200]} If memory is short: data.workers=0 loads in the "
+        f"command's own process. {process.GOES_ON}"
+    )
 
 
 def _job_failed(prog: str, hydra_cfg: HydraConf, cfg: DictConfig, error: Exception) -> RuntimeError:

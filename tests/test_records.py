@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -199,3 +200,11 @@ def test_a_seal_is_of_the_records_up_to_a_step(folder: RunFolder) -> None:
     assert Seal(folder).at(7) == growing.at(7) == seals[3]
     folder.replace("routing", *lines[1:])
     assert Seal(folder).at(3) != seals[2]
+
+
+def test_a_folder_that_is_removed_in_mid_run_is_told(folder: RunFolder) -> None:
+    folder.write_run({})
+    folder.check_there()
+    shutil.rmtree(folder.path)
+    with pytest.raises(UserError, match="was removed while the run was writing"):
+        folder.check_there()

@@ -116,6 +116,32 @@ def test_a_user_error_ends_a_single_run_with_its_message(
     assert run_folders(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "/runs/a: the disk is full. Make room"),
+        (OSError(errno.EFBIG, "File too large", "/tmp/x"), "/tmp/x: the disk is full"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/runs/a/run.json"),
+            "/runs/a/run.json: Rea",
+        ),
+        (
+            FileNotFoundError(2, "No such file", "/runs/a/b.tmp"),
+            "for the folder of the run is gone",
+        ),
+        (FileNotFoundError(2, "No such file", "/other/file"), None),  # a bug: with its traceback
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "data.workers=0"),
+        (RuntimeError("shapes do not fit"), None),
+    ],
+)
+def test_faults_of_the_machine_are_told_in_words(error: Exception, words: str | None) -> None:
+    found = cli._disk_problem(error, Path("/runs/a")) or cli._lost_loader(error)
+    if words is None:
+        assert found is None
+    else:
+        assert words in str(found) and "same command goes on" in str(found)
+
+
 @pytest.mark.parametrize("arguments", [["seed=16"], ["seed=17"], ["-m", "seed=16,1"]])
 def test_ctrl_c_ends_the_command_in_one_line(tmp_path: Path, arguments: list[str]) -> None:
     done = call(tmp_path, *arguments, TASK)
