@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from dynmoe import cli
 from dynmoe.errors import DataError
 from dynmoe.process import GOES_ON
 from dynmoe.records import RunFolder
