@@ -39,10 +39,6 @@ def kills(work: Path, rounds: int, seed: int, names: list[str], report: Report) 
         kill_and_go_on(straight[name], number, draw, report)
 
 
-IMPORTING = ("vision", "language", "lm", "vl")
-"""Families that import what the others do."""
-
-
 def updates(work: Path, rounds: int, seed: int, names: list[str], report: Report) -> None:
     """Compare five updates of experts a round on two processes."""
     compare(5 * rounds, seed, work, report)
@@ -65,19 +61,31 @@ PARTS: dict[str, Part] = {
 }
 
 
+ALONE = ("updates", "data")
+"""Parts that start no commands."""
+
+IMPORTING = ("vision", "language", "lm", "vl")
+"""Families that import what the others do."""
+
+
+def preload(work: Path, names: list[str], report: Report) -> None:
+    """Import what runs of the families import."""
+    known = families(work / "preload_data")
+    for name in [name for name in IMPORTING if name in names or not names] or ["vision"]:
+        begun = time.monotonic()
+        forks.preload([*known[name].arguments, f"paths.outputs={work / 'preload'}"], work)
+        report.say(f"{name}: imported, {time.monotonic() - begun:.0f} s")
+
+
 def torture(parts: list[str], rounds: int, seed: int, names: list[str], report: Report) -> Report:
     """Run the parts in a folder of their own."""
     work = Path(tempfile.mkdtemp(prefix="torture"))
     try:
-        known = families(work / "preload_data")
-        place = work / "preload"
-        for name in (
-            {"vision", *names} - {"ddp", "mixed"} if names else ("vision", "language", "lm", "vl")
-        ):
-            begun = time.monotonic()
-            forks.preload([*known[name].arguments, f"paths.outputs={place}"], work)
-            report.say(f"{name}: imported, {time.monotonic() - begun:.0f} s")
+        is_loaded = False
         for part in parts:
+            if not is_loaded and part not in ALONE:
+                preload(work, names, report)
+                is_loaded = True
             begun = time.monotonic()
             PARTS[part](work / part, rounds, seed, names, report)
             report.say(f"{part}: {time.monotonic() - begun:.0f} s, {dict(report.counts)}")
