@@ -112,12 +112,10 @@ def _feed(content: Any, value: Any) -> None:
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """The first thing that differs; empty where nothing does."""
-    for key in sorted({*found, *expected}):
-        a, b = found.get(key), expected.get(key)
-        if a != b:
-            return f"{key}: {_first(a, b)}"
-    return ""
+    """What differs; empty where nothing does."""
+    keys = sorted({*found, *expected})
+    pairs = {key: (found.get(key), expected.get(key)) for key in keys}
+    return "\n  ".join(f"{key}: {_first(a, b)}" for key, (a, b) in pairs.items() if a != b)
 
 
 def _first(a: Any, b: Any) -> str:
