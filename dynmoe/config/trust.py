@@ -49,10 +49,13 @@ def _is_within(name: str, packages: Sequence[str]) -> bool:
 
 
 def _home(target: object) -> str:
-    """The module that defines a target; empty where that cannot be told."""
+    """The module that defines a target, or the name that names nothing; empty where only Python can
+    tell."""
     try:
         return locate(str(target)).module
-    except (TargetError, Unreadable):
+    except TargetError:  # of another version, perhaps: it cannot be called
+        return str(target)
+    except Unreadable:
         return ""
 
 

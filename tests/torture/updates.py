@@ -122,6 +122,7 @@ def _fork(rank: int, seed: int, folder: Path) -> int:
     status = 1
     try:
         signal.alarm(300)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of every training
         train(rank, seed, folder)
         status = 0
     except BaseException:
