@@ -109,7 +109,14 @@ class States:
         moments = [self.straight.changes * (i + 1) // (STOPPED + 1) for i in range(STOPPED)]
         for number, moment in enumerate([*moments, 0]):
             inside = _both(without_figures, killed_at(moment + draw.randrange(3), self.case))
-            call("run", self.arguments, self.work, inside=inside if moment else without_figures)
+            call(
+                "run",
+                self.arguments,
+                self.work,
+                inside=inside if moment else without_figures,
+                ranks=family.ranks,
+                limit=self.straight.limit,
+            )
             self.kept.append(self.work / f"kept{number}")
             self.case.rename(self.kept[-1])
         self.told = self._evaluation(self.kept[-1])
@@ -156,7 +163,8 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
         "report": [str(run.path)],
     }[command]
     inside = without_figures if command == "run" else None
-    ended = call(command, given, states.work, inside=inside)
+    ranks = states.family.ranks if command == "run" else 1
+    ended = call(command, given, states.work, inside=inside, ranks=ranks)
     report.counts["damaged states"] += 1
     report.counts[f"damaged states, {command}: status {ended.status}"] += 1
     report.check_end(ended, what)
