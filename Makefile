@@ -14,7 +14,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install
 SHOW   := awk '/^ *(Downloading|Using cached) .*[MG]B\)$$|^ *Building|^Installing|^Successfully/ { print; fflush() }'
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev demo demo-language demo-vl test test-all lint bench bench-gpu smoke frontier reproduce-vision reproduce-vision-small \
+.PHONY: help install install-dev demo demo-language demo-vl test test-all torture lint bench bench-gpu smoke frontier reproduce-vision reproduce-vision-small \
 	reproduce-language reproduce-language-small reproduce-vl reproduce-vl-small clean
 
 help:  ## Show this list
@@ -52,6 +52,11 @@ test: install-dev  ## Run the tests (about 3 minutes on 2 idle CPU cores)
 
 test-all: install-dev lint  ## Run lint and all tests, as CI does
 	$(BIN)/python -m pytest
+
+ROUNDS ?= 20
+SEED   ?= 0
+torture: install-dev  ## Kill, damage and race tiny runs, ROUNDS times by SEED, and print counts (docs/faults.md)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python tests/torture/torture.py --rounds $(ROUNDS) --seed $(SEED) $(TORTURE)
 
 lint: install-dev  ## Check format, lint and types
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -111,7 +112,7 @@ def _guarded(job: Job, prog: str) -> Job:
             print(f"{prog}: job {hydra_cfg.job.num} is left to the process that is running it")
             return None
         except Exception as error:
-            refused = _user_error(error) or _full_disk(error, folder)
+            refused = _user_error(error) or _disk_problem(error, folder) or _lost_loader(error)
             if sweep:
                 raise _job_failed(prog, hydra_cfg, cfg, refused or error) from None
             if refused is None:
@@ -137,11 +138,30 @@ def _user_error(error: BaseException | None) -> UserError | None:
     return error if isinstance(error, UserError) else None
 
 
-def _full_disk(error: Exception, folder: Path) -> UserError | None:
-    if not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _disk_problem(error: Exception, folder: Path) -> UserError | None:
+    """A file of the run that cannot be written or read back; other files have their own words."""
+    if not isinstance(error, OSError) or error.errno is None:
         return None
-    place = error.filename or folder
-    return UserError(f"{place}: the disk is full. Make room on it. {process.GOES_ON}")
+    place = Path(os.fsdecode(error.filename2 or error.filename or folder))
+    if error.errno in FULL:
+        return UserError(f"{place}: the disk is full. Make room on it. {process.GOES_ON}")
+    if not place.is_relative_to(folder):
+        return None
+    gone = "" if folder.exists() else ", for the folder of the run is gone"
+    return UserError(f"{place}: {error.strerror}{gone}. Mend that. {process.GOES_ON}")
+
+
+def _lost_loader(error: Exception) -> UserError | None:
+    """A process that loads data was killed; PyTorch tells the others by its text alone."""
+    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
+        return None
+    return UserError(
+        f"{' '.join(str(error).split())[:200]} If memory is short: data.workers=0 loads in the "
+        f"command's own process. {process.GOES_ON}"
+    )
 
 
 def _job_failed(prog: str, hydra_cfg: HydraConf, cfg: DictConfig, error: Exception) -> RuntimeError:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe import process, ranks
 from dynmoe.config import places, runs
 from dynmoe.errors import ConfigError, DataError, Diverged, UserError, reason_of
-from dynmoe.records import LOCKS, Held, RunFolder
+from dynmoe.records import LOCKS, Held, RunFolder, Seal
 
 if TYPE_CHECKING:
     from dynmoe.data.base import TaskData
@@ -175,11 +175,13 @@ def train(cfg: DictConfig, folder: RunFolder) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from dynmoe.training import build, mixing
+    from dynmoe.training.peers import together
 
     places.make_absolute(cfg)
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
+    step = _step_of(folder, checkpoint) if ranks.rank() == 0 else -1
     if checkpoint.exists():
         data.restore(folder.path)
     data.setup()
@@ -193,13 +195,14 @@ def train(cfg: DictConfig, folder: RunFolder) -> None:
         data.keep(folder.path)
         facts = build.facts(cfg, data, task, trainer, settings)
         folder.write_run(facts)
-        step = _step_of(checkpoint)
         folder.truncate_after(step)
         begin = build.announcement(facts, step)
         for line in [", ".join(begin)] if process.is_worker() else begin:
             folder.say(line)
+    start = checkpoint if checkpoint.exists() else None
     try:
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None)
+        with together(trainer):
+            trainer.fit(task, datamodule=data, ckpt_path=start)
     except MisconfigurationException as error:  # of a callback: a monitor without a logger, ...
         raise ConfigError(f"trainer: {error}") from error
     except Diverged as error:
@@ -256,7 +259,12 @@ def _refuse_other_data(cfg: DictConfig, folder: RunFolder) -> None:
         DataError: they are.
     """
     saved = folder.path / "config.yaml"
-    if not saved.exists() or not places.moved(cfg, DictConfig(OmegaConf.load(saved))):
+    if not saved.exists():
+        return
+    from dynmoe.training import trained
+
+    folder.check_unchanged(saved.name)
+    if not places.moved(cfg, trained.read(saved)):
         return
     from dynmoe.training import build
 
@@ -267,28 +275,44 @@ def _refuse_other_data(cfg: DictConfig, folder: RunFolder) -> None:
         raise DataError(OTHER_DATA.format(cfg.data.name, change, folder.path))
 
 
-def _step_of(checkpoint: Path) -> int:
-    """The last optimizer step a checkpoint has seen; -1 without a checkpoint.
+def _step_of(folder: RunFolder, checkpoint: Path) -> int:
+    """The last optimizer step of the checkpoint that the run goes on from; -1 without one.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: the file is damaged, or the records are not those that it has seen.
     """
-    from dynmoe.training.trained import read_checkpoint
+    from dynmoe.training.saving import read_checkpoint
 
     if not checkpoint.exists():
         return -1
     try:
         state = read_checkpoint(checkpoint, mmap=True)
+        _check_records(folder, state, checkpoint.name)
     except ConfigError as error:
         selected = checkpoint.with_name("selected.ckpt")
-        sooner = (
-            f"To go on from an earlier evaluation: cp {selected} {checkpoint}. "
-            if selected.exists()
-            else ""
-        )
+        sooner = ""
+        with suppress(ConfigError):
+            _check_records(folder, read_checkpoint(selected, mmap=True), selected.name)
+            sooner = f"To go on from an earlier evaluation: cp {selected} {checkpoint}. "
         raise ConfigError(f"{error}. {sooner}overwrite=true starts the run again") from error
     step: int = state["global_step"]
     return step - 1
+
+
+def _check_records(folder: RunFolder, state: Mapping[str, Any], name: str) -> None:
+    """Compare the records up to the step of a checkpoint with those that it has seen."""
+    from dynmoe.training.callbacks import RECORDS
+
+    seen, step = state.get(RECORDS), state["global_step"] - 1
+    if seen is None:  # of an earlier version
+        return
+    found = Seal(folder).at(step)
+    if wrong := [kind for kind in sorted({*seen, *found}) if seen.get(kind) != found.get(kind)]:
+        files = ", ".join(str(folder.path / f"{kind}.jsonl") for kind in wrong)
+        raise ConfigError(
+            f"{files}: not as they were at step {step}, when {name} was written; nothing was "
+            "changed"
+        )
 
 
 def _release_memory() -> None:

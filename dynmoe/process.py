@@ -5,6 +5,7 @@ PyTorch is not imported here: OpenMP reads its settings when PyTorch is loaded, 
 
 from __future__ import annotations
 
+import _thread
 import codecs
 import io
 import os
@@ -35,9 +36,14 @@ ENDING = [
 PATIENCE = 3.0
 """Seconds after a signal in which further ones are ignored: libraries end their own processes."""
 
+LEAVE_WITHIN = 20.0
+"""Seconds after a signal in which one of several processes has to end. Slurm gives them 30."""
+
 GOES_ON = "The same command goes on from the last evaluation."
 
 _ended_at: float | None = None
+_has_peers = False  # whether the process trained together with others, and did not end it well
+_prog = "dynmoe"
 _last_words = ""
 _pid = 0  # of the process that catches signals: its forks (loaders of data) do not
 _caught: list[int] = []
@@ -54,11 +60,25 @@ def command(prog: str, after: str = "") -> Iterator[None]:
         SystemExit: with 0 after `--version`, 2 on a UserError, 128 + the number of the signal, as
             shells count, on a signal of `ENDING`.
     """
-    global _role, _ended_at, _last_words
-    _role, _ended_at = "command", None
+    global _prog, _role, _ended_at, _last_words, _has_peers
+    _prog, _role, _ended_at, _has_peers = prog, "command", None, False
     _last_words = f"{prog}: stopped{{}}. {after}".rstrip()
     settle()
     catch_signals()
+    try:
+        with _one_message(prog):
+            yield
+    except SystemExit as end:
+        if _has_peers:
+            # The threads of a broken collective would hold the interpreter up as it ends.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(end.code or 0))
+        raise
+
+
+@contextmanager
+def _one_message(prog: str) -> Iterator[None]:
     try:
         if "--version" in sys.argv[1:]:
             print(f"{prog} {version()}")
@@ -84,6 +104,12 @@ def _say_stopped(signum: int) -> None:
         by = "" if signum == signal.SIGINT else f" by {signal.Signals(signum).name}"
         print(_last_words.format(by), file=sys.stderr, flush=True)
     _last_words = ""
+
+
+def end_at_once(message: str) -> None:
+    """End the process from any thread, while its main thread waits for something that is gone."""
+    print(f"{_prog}: {message}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def refusal(prog: str, error: UserError) -> SystemExit:
@@ -192,9 +218,28 @@ def catch_signals() -> None:
     """
     global _pid
     _pid = os.getpid()
+    if sys.unraisablehook is not _unraised:
+        sys.unraisablehook = _unraised
     if threading.current_thread() is threading.main_thread():
         _caught[:] = [s for s in ENDING if signal.getsignal(s) is not signal.SIG_IGN]
         catch_signals_again()
+
+
+def _unraised(unraisable: Any) -> None:
+    """Ask again: Python drops what is raised while it removes an object, and would go on."""
+    global _ended_at
+    error = unraisable.exc_value
+    if isinstance(error, Stopped) and os.getpid() == _pid:
+        _ended_at = None
+        # A moment later: what the handler raises within this hook is dropped, too.
+        _thread.start_new_thread(_ask_again, (error.signum,))
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _ask_again(signum: int) -> None:
+    time.sleep(0.2)
+    os.kill(_pid, signum)
 
 
 def catch_signals_again() -> None:
@@ -216,6 +261,46 @@ def follow_command() -> None:
     if on_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         catch_signals()
+
+
+@contextmanager
+def ends_in_time(seconds: float = LEAVE_WITHIN) -> Iterator[None]:
+    """End the process so long after a signal of `ENDING` that reaches it in the body, wherever it
+    is then: it may wait for another process in a collective, where no handler of Python runs."""
+    global _has_peers
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there can signals be told
+        return
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: _deafen(tells))
+    args = (hears, seconds)
+    threading.Thread(target=_end_after_a_signal, args=args, name="end", daemon=True).start()
+    try:
+        yield
+    except BaseException:
+        _has_peers = True
+        raise
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(tells)  # ends the thread, unless there was a signal
+
+
+def _deafen(tells: int) -> None:
+    """A fork has signals of its own, and would tell its parent."""
+    before = signal.set_wakeup_fd(-1)
+    if before != tells:
+        signal.set_wakeup_fd(before)
+
+
+def _end_after_a_signal(hears: int, seconds: float) -> None:
+    with open(hears, "rb", buffering=0) as told:
+        while heard := told.read(1):
+            if heard[0] in _caught:
+                time.sleep(seconds)
+                _say_stopped(heard[0])
+                os._exit(128 + heard[0])
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -53,6 +53,7 @@ rounded to nearest for want of calibration data (`fallback`) or because that was
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -75,6 +76,9 @@ LOCKS = ".locks"
 UNUSED = {".hydra", "run.log"}
 
 Kind = Literal["results", "routing", "events", "examples", "budget", "quantize", "mixing"]
+TRAINED: tuple[Kind, ...] = ("results", "routing", "events", "examples", "mixing")
+"""Kinds that the training writes; evaluations of a finished run add to the others."""
+
 State = Literal["done", "running", "failed", "stopped", "missing"]
 Record = dict[str, Any]
 
@@ -125,13 +129,14 @@ class RunFolder:
         """All records of one kind, in the order written; none when the file is not there.
 
         A last line without a newline was cut short by a kill and is ignored; `torn` names its
-        file. Any other line that is not a JSON object with a `step` raises RecordError.
+        file. Any other line that is not a JSON object with a `step` raises RecordError, and so does
+        a file that has changed since the run finished.
         """
         file = self._file(kind)
-        if not file.exists():
-            return []
+        content = _content(file)
+        self._check_unchanged(file, content)
         # Bytes: a cut may fall inside a character.
-        whole_lines = file.read_bytes().split(b"\n")[:-1]
+        whole_lines = content.split(b"\n")[:-1]
         found = _records(file, whole_lines)
         if (null := NULL.get(kind)) is None:
             return found
@@ -159,6 +164,15 @@ class RunFolder:
         text = json.dumps(_finite(facts), indent=2, allow_nan=False)
         replace_file(self.path / "run.json", text + "\n")
 
+    def check_there(self) -> None:
+        """Raise RecordError if the folder of a run that is going on was removed: the lines after
+        that would be those of a run without a beginning."""
+        if not (self.path / "run.json").exists():
+            raise RecordError(
+                f"{self.path}: was removed while the run was writing to it. The same command "
+                "begins again"
+            )
+
     def add_facts(self, **facts: Any) -> None:
         """Add what became known later to `run.json`."""
         self.write_run({**self.read_run(), **facts})
@@ -166,13 +180,15 @@ class RunFolder:
     def read_run(self) -> Record:
         """The facts in `run.json`. Raises RecordError when there is none, or damage."""
         file = self.path / "run.json"
-        try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not file.exists():
             raise RecordError(
                 f"{self.path}: expected a run folder, found no run.json in it; "
                 "give a folder outputs/<name>/<run> that dynmoe-run wrote"
-            ) from None
+            )
+        content = _content(file)
+        self._check_unchanged(file, content)
+        try:
+            facts = json.loads(content)
         except ValueError as error:  # no JSON, or no UTF-8
             raise RecordError(
                 f"{file}: expected JSON, found damage ({error}); run again with overwrite=true"
@@ -200,8 +216,26 @@ class RunFolder:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
 
     def mark_done(self) -> None:
-        """Mark the run as complete. Call it after everything else is written."""
-        replace_file(self.path / "done", "done\n")
+        """Mark the run as complete, with a digest of each file that stays as it is. Call it after
+        everything else is written."""
+        files = [*map(self._file, TRAINED), self.path / "run.json", self.path / "config.yaml"]
+        digests = {file.name: _digest(content) for file in files if (content := _content(file))}
+        replace_file(self.path / "done", json.dumps(digests, indent=1) + "\n")
+
+    def check_unchanged(self, name: str) -> None:
+        """Raises RecordError if the file has changed since the run finished."""
+        self._check_unchanged(self.path / name, _content(self.path / name))
+
+    def _check_unchanged(self, file: Path, content: bytes) -> None:
+        try:
+            expected = json.loads(_content(self.path / "done") or b"{}").get(file.name)
+        except (ValueError, AttributeError):  # a mark of an earlier version, or by hand
+            return
+        if expected is not None and _digest(content) != expected:
+            raise RecordError(
+                f"{file}: is not as it was when the run finished. Put it back, or run again with "
+                f"overwrite=true; to take it as it is: echo > {self.path / 'done'}"
+            )
 
     def mark_failed(self, error: str, traceback: str = "") -> None:
         """Record why a job of a sweep ended early; its files stay."""
@@ -227,7 +261,7 @@ class RunFolder:
     def failure(self) -> str:
         """The first line of the run's error; empty if it did not fail."""
         file = self.path / "failed.txt"
-        return file.read_text(encoding="utf-8").split("\n", 1)[0] if file.exists() else ""
+        return _content(file).decode(errors="replace").split("\n", 1)[0]
 
     @property
     def state(self) -> State:
@@ -277,12 +311,59 @@ class RunFolder:
         return self.path / f"{kind}.jsonl"
 
 
+class Seal:
+    """Digests of what the training has recorded up to a step, kept up while it records: a
+    checkpoint holds them, and a run goes on from it with the same records alone."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._read: dict[str, tuple[int, Any]] = {}
+
+    def at(self, step: int) -> dict[str, str]:
+        """The digest of each kind; steps never go back from one line to the next."""
+        for kind in TRAINED:
+            file = self.folder.path / f"{kind}.jsonl"
+            offset, digest = self._read.get(kind, (0, hashlib.blake2b(digest_size=16)))
+            with suppress(FileNotFoundError), file.open("rb") as lines:
+                lines.seek(offset)
+                for line in lines:
+                    if _step(line) > step:
+                        break
+                    digest.update(line)
+                    offset += len(line)
+            if offset:
+                self._read[kind] = offset, digest
+        return {kind: digest.hexdigest() for kind, (_, digest) in self._read.items()}
+
+
+def _step(line: bytes) -> float:
+    """The step of a line; of one that is damaged or not whole it is behind all others."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def stretches(results: Iterable[Record]) -> Iterator[tuple[int, Record]]:
     """Each result with the number of optimizer steps since the one before it."""
     before = -1
     for record in results:
         yield record["step"] - before, record
         before = record["step"]
+
+
+def _content(file: Path) -> bytes:
+    """The bytes of a file; none where it is not there."""
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:  # a folder of its name, a disk that fails
+        raise RecordError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -345,7 +426,7 @@ def _record(file: Path, number: int, line: bytes) -> Record:
         raise RecordError(
             f"{file}, line {number}: expected a JSON object with a step, "
             f"found {line[:60].decode(errors='replace')!r}; "
-            "delete the line, or run again with overwrite=true"
+            "run again with overwrite=true"
         )
     return record
 

@@ -28,6 +28,8 @@ format=           transformers  of task=glue and task=lm: from_pretrained loads 
 checkpoint=       the checkpoint to write (default: selected; llava: last).
 backbone.path=    the folder of a model that was trained from a folder, if it lies elsewhere now.
 data.root=        the data that the run's tokenizer was made of, if they lie elsewhere now.
+targets=          packages, separated by commas, whose code the run's configuration may call beside
+                  dynmoe's, PyTorch's and Lightning's: that of a router of your own.
 
 from=FOLDER       a MoE-LLaVA or DynMoE-LLaVA model as on the Hugging Face Hub: config.json, weights
                   (*.safetensors or pytorch_model*.bin), and its tokenizer if it has a fast one.
@@ -42,10 +44,11 @@ overwrite=true    replaces what this command wrote before.
 
 KEYS = (
     *("from", "run", "to", "format", "checkpoint", "tokenizer", "vision", "overwrite"),
-    *("backbone.path", "data.root"),
+    *("backbone.path", "data.root", "targets"),
 )
 ONLY_WITH = {
     **{"format": "run", "checkpoint": "run", "backbone.path": "run", "data.root": "run"},
+    "targets": "run",
     **{"tokenizer": "from", "vision": "from"},
 }
 

@@ -35,6 +35,8 @@ mode=quantize  evaluates with weights of few bits, nothing trained: quant.method
                quantisations. quant.export=int8 or int4 also writes torchao's weights. Writes
                FOLDER/quantize.jsonl and FOLDER/figures/quantize.png.
 checkpoint=    the checkpoint to load (default: selected).
+targets=       packages, separated by commas, whose code the run's configuration may call beside
+               dynmoe's, PyTorch's and Lightning's: that of a router of your own.
 --version      prints the version and the commit.
 
 Keys of the configuration that may be given: {keys}

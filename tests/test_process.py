@@ -97,6 +97,42 @@ def test_another_signal_ends_at_once_when_it_comes_later(
     assert done.stderr == (b"" if shown else b"dynmoe-test: stopped. After.\n")
 
 
+def test_a_process_that_waits_for_another_one_ends_in_time() -> None:
+    """A lock that no signal interrupts, as a collective is."""
+    body = """import ctypes, threading
+lock, take = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+with process.ends_in_time(0.2):
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    take(lock)
+    take(lock)"""
+    done = python(body)
+    assert done.returncode == 143
+    assert done.stderr == b"dynmoe-test: stopped by SIGTERM. After.\n"
+
+
+def test_a_fork_tells_its_parent_no_signal() -> None:
+    """A loader of data that is ended does not end the training."""
+    body = """import time
+with process.ends_in_time(0.2):
+    pid = os.fork()
+    if not pid: os.kill(os.getpid(), signal.SIGTERM)
+    os.waitpid(pid, 0)
+    time.sleep(0.5)
+print('goes on')"""
+    assert python(body).stdout == b"goes on\n"
+
+
+def test_a_signal_that_python_drops_is_asked_for_again() -> None:
+    body = """import time
+class Removed:
+    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)
+Removed()
+for _ in range(1000): time.sleep(0.01)"""
+    done = python(body)
+    assert done.returncode == 143
+    assert done.stderr == b"dynmoe-test: stopped by SIGTERM. After.\n"
+
+
 def test_what_is_ignored_stays_ignored() -> None:
     """nohup, and Ctrl-C for a command in the background of a script."""
     body = "os.kill(os.getpid(), signal.SIGHUP)\nprint('goes on')"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from dynmoe.errors import UserError
-from dynmoe.records import Held, Kind, RunFolder
+from dynmoe.records import Held, Kind, RunFolder, Seal
 
 
 @pytest.fixture
@@ -154,3 +155,56 @@ def test_a_folder_is_held_by_one_and_free_again_after(folder: RunFolder) -> None
         refused = pytest.raises(Held, match="another process is running")
         with folder.hold(), refused, RunFolder(folder.path).hold(wait=0):
             pass
+
+
+@pytest.mark.parametrize("harm", ["line lost", "digit", "gone", "facts"])
+def test_a_finished_run_that_has_changed_is_told(folder: RunFolder, harm: str) -> None:
+    folder.write_run({"seed": 1})
+    folder.append("results", {"step": 0, "loss": 0.5}, {"step": 10, "loss": 0.25})
+    folder.mark_done()
+    assert len(folder.read("results")) == 2 and folder.read_run() == {"seed": 1}
+    file = folder.path / ("run.json" if harm == "facts" else "results.jsonl")
+    text = file.read_text()
+    if harm == "gone":
+        file.unlink()
+    else:
+        changed = {"line lost": text[: text.index("\n") + 1], "digit": text.replace("0.5", "0.6")}
+        file.write_text(changed.get(harm, text.replace("1", "2")))
+    read = folder.read_run if harm == "facts" else lambda: folder.read("results")
+    with pytest.raises(UserError, match=rf"{file.name}: is not as it was .*overwrite=true") as told:
+        read()
+    assert f"echo > {folder.path / 'done'}" in str(told.value)
+    (folder.path / "done").write_text("\n")  # what that command does
+    read()
+    assert folder.is_done
+
+
+def test_evaluations_add_to_a_finished_run(folder: RunFolder) -> None:
+    folder.append("results", {"step": 0})
+    folder.mark_done()
+    folder.append("budget", {"step": 0})
+    assert len(folder.read("budget")) == 1 and len(folder.read("results")) == 1
+
+
+def test_a_seal_is_of_the_records_up_to_a_step(folder: RunFolder) -> None:
+    """However they were written: at once, line by line, with later lines or a part of one."""
+    lines = [{"step": 0}, {"step": 3}, {"step": 3, "layer": "b"}, {"step": 7}]
+    growing, seals = Seal(folder), []
+    for line in lines:
+        folder.append("routing", line)
+        seals.append(growing.at(line["step"]))
+    assert len({repr(seal) for seal in seals}) == 4
+    assert Seal(folder).at(3) == seals[2] and Seal(folder).at(6) == seals[2]
+    with (folder.path / "routing.jsonl").open("a") as file:
+        file.write('{"step": 7')
+    assert Seal(folder).at(7) == growing.at(7) == seals[3]
+    folder.replace("routing", *lines[1:])
+    assert Seal(folder).at(3) != seals[2]
+
+
+def test_a_folder_that_is_removed_in_mid_run_is_told(folder: RunFolder) -> None:
+    folder.write_run({})
+    folder.check_there()
+    shutil.rmtree(folder.path)
+    with pytest.raises(UserError, match="was removed while the run was writing"):
+        folder.check_there()

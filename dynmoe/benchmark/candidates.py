@@ -38,9 +38,9 @@ class Candidate(NamedTuple):
     checkpoint: Path
 
 
-def candidates(folder: Path) -> list[Candidate]:
+def candidates(folder: Path, targets: Sequence[str] = ()) -> list[Candidate]:
     """Return a run of each problem and setting, the finished one of the lowest seed and first test
-    environment.
+    environment. ``targets``: see ``trained.configuration``.
 
     Raises:
         UserError: no run is finished, one has no checkpoint, or they cannot be measured
@@ -54,7 +54,7 @@ def candidates(folder: Path) -> list[Candidate]:
     for run in sorted(found.runs, key=lambda run: (run.repetition, run.facts["test_envs"])):
         first.setdefault((run.problem, run.setting), run)
     chosen = {run.folder.path for run in first.values()}
-    members = [_candidate(run) for run in found.runs if run.folder.path in chosen]
+    members = [_candidate(run, targets) for run in found.runs if run.folder.path in chosen]
     first_cfg, path = members[0].cfg, members[0].run.folder.path
     for key in SHARED_KEYS:
         value = OmegaConf.select(first_cfg, key)
@@ -77,11 +77,11 @@ def groups(found: Sequence[Candidate]) -> list[tuple[Problem, list[Candidate]]]:
     return [(problem, group) for (problem, _), group in members.items()]
 
 
-def _candidate(run: Run) -> Candidate:
+def _candidate(run: Run, targets: Sequence[str]) -> Candidate:
     for name in ("selected", "last"):
         checkpoint = trained.checkpoint_of(run.folder, name)
         if checkpoint.exists():
-            return Candidate(run, trained.configuration(run.folder), checkpoint)
+            return Candidate(run, trained.configuration(run.folder, targets), checkpoint)
     raise ConfigError(
         f"{run.folder.path}: expected checkpoints/selected.ckpt or last.ckpt, found neither;"
         " train it again with overwrite=true"

@@ -387,6 +387,8 @@ def _add_models(p: argparse.ArgumentParser) -> None:
     _add_overrides(p)
     text = "measure trained runs: those of a sweep, outputs/<name>, or a single one"
     p.add_argument("--runs", type=Path, metavar="FOLDER", help=text)
+    text = "packages whose code the configurations of these runs may call: of your own router"
+    p.add_argument("--targets", nargs="+", default=[], metavar="PACKAGE", help=text)
     _add_k(p, "mean experts per token in training", DEFAULTS["k"])
     text = "values of trainer.precision, all interleaved (default: that of the configuration)"
     p.add_argument("--precision", nargs="+", choices=PRECISIONS, metavar="P", help=text)
@@ -474,7 +476,7 @@ def models_of(args: argparse.Namespace) -> tuple[DictConfig, list[str], list[Can
     is_step, cases = args.command == "step", list[str]()
     if args.runs:
         _refuse_beside_runs(args)
-        found = candidates(args.runs)
+        found = candidates(args.runs, args.targets)
         cfg = found[0].cfg
         for run, its, _ in () if is_step else found:
             if modality(its) != "vision-language":

@@ -66,18 +66,20 @@ def to_official(given: Mapping[str, str]) -> list[Path]:
     """
     from safetensors.torch import save_file
 
+    from dynmoe.config.trust import KEY, packages
     from dynmoe.convert.config import official_config, settings_of
     from dynmoe.convert.weights import to_official as official_weights
     from dynmoe.records import RunFolder
     from dynmoe.training import trained
+    from dynmoe.training.saving import read_checkpoint
 
     target = Path(given["to"]).expanduser()
     files = [target / "model.safetensors", target / "config.json"]
     check_free(files, given)
     folder = RunFolder(Path(given["run"]).expanduser())
-    cfg = trained.configuration(folder)
+    cfg = trained.configuration(folder, packages(given.get(KEY, "")))
     checkpoint = trained.given_checkpoint(folder, given.get("checkpoint", "last"))
-    state = trained.read_checkpoint(checkpoint)["state_dict"]
+    state = read_checkpoint(checkpoint)["state_dict"]
     ours = {k.removeprefix(BACKBONE): v for k, v in state.items() if k.startswith(BACKBONE)}
     settings = settings_of(cfg, ours)
     converted = official_weights(ours, settings)

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from dynmoe.config.mixing import MIX
 from dynmoe.config.options import modality
+from dynmoe.config.trust import KEY, packages
 from dynmoe.convert.checkpoints import share, write
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import RunFolder
@@ -67,7 +68,7 @@ def order(given: Mapping[str, str]) -> Order:
             a target that must not be replaced.
     """
     folder = RunFolder(Path(given["run"]).expanduser())
-    cfg = trained.configuration(folder)
+    cfg = trained.configuration(folder, packages(given.get(KEY, "")))
     kind = modality(cfg, "data")
     fitting = [name for name, each in FORMATS.items() if kind in each.modalities]
     chosen = given.get("format") or next(iter(fitting), "")

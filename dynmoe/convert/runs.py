@@ -17,7 +17,8 @@ from dynmoe.data.text.tokens import load_tokenizer
 from dynmoe.errors import DataError
 from dynmoe.layers.moe import moe_layers
 from dynmoe.records import RunFolder
-from dynmoe.training import build, trained
+from dynmoe.training import build
+from dynmoe.training.saving import read_checkpoint
 
 
 @dataclass
@@ -50,7 +51,7 @@ def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> Train
         ConfigError: weights that do not fit the configuration.
         DataError: data that cannot be read, or images whose channels are not known.
     """
-    saved = trained.read_checkpoint(checkpoint)
+    saved = read_checkpoint(checkpoint)
     state = {
         name.removeprefix(BACKBONE): tensor
         for name, tensor in saved["state_dict"].items()

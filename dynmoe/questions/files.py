@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from dynmoe.errors import DataError
@@ -51,15 +51,34 @@ def image_folder(images: str | None, *defaults: str) -> dict[str, Sequence[str]]
     return {"images": defaults if images is None else (str(Path(images).absolute()),)}
 
 
+def check_inside(keys: Iterable[str], where: str) -> None:
+    """Look that the paths of images stay below their folder: data shall name no other files.
+
+    Raises:
+        DataError: one leads out of it; `where` names who says so.
+    """
+    for key in keys:
+        if PurePath(key).is_absolute() or ".." in PurePath(key).parts:
+            raise DataError(
+                f"{where}: image {key[:80]} leads out of the image folder. Write the path from "
+                "that folder on, or give the folder above it."
+            )
+
+
 class MissingImages(DataError):
     """Images that are not in their folder."""
 
 
 def check_images(title: str, folder: Path, keys: Iterable[str]) -> None:
-    """Raises MissingImages if any image is not in the folder; `title` names who wants them."""
+    """Raises MissingImages if any image is not in the folder; `title` names who wants them.
+
+    Raises DataError if one leads out of it.
+    """
     listings: dict[Path, set[str]] = {}  # each folder is listed once: a look at every file is slow
     missing: dict[str, None] = {}  # an ordered set
-    for path, key in ((folder / key, key) for key in keys):
+    for key in keys:
+        check_inside([key], title)
+        path = folder / key
         if (below := path.parent) not in listings:
             listings[below] = _files(below)
         if path.name not in listings[below]:

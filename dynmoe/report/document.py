@@ -149,7 +149,8 @@ def _block(block: Block) -> str:
         case Items(lines):
             return "\n".join(f"- {_plain(line)}" for line in lines)
         case Code(text):
-            return f"```\n{text}\n```"
+            fence = "`" * max([3, *(1 + len(each) for each in re.findall("`+", text))])
+            return f"{fence}\n{text}\n{fence}"
         case Sheet(name, table):
             files = f"[CSV](tables/{name}.csv), [LaTeX](tables/{name}.tex)"
             note = f"{_plain(table.foot)} " if table.foot else ""

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -45,7 +46,8 @@ from dynmoe.training.callbacks import RunRecorder, ShrinkingTokens
 from dynmoe.training.finite import FiniteLoss
 from dynmoe.training.instantiation import make
 from dynmoe.training.progress import RunLines, RunProgress
-from dynmoe.training.trained import checkpoint_of, read_checkpoint
+from dynmoe.training.saving import CheckpointFiles, read_checkpoint
+from dynmoe.training.trained import checkpoint_of
 from dynmoe.version import version as dynmoe_version
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
@@ -324,7 +326,8 @@ def build_trainer(
 
 
 def trainer_plugins(cfg: DictConfig) -> list[Any]:
-    """``trainer.plugins``, and the environment of Lightning that says who starts processes.
+    """``trainer.plugins``, the writer of checkpoints, and the environment of Lightning that says
+    who starts processes.
 
     Lightning's own choice under Slurm answers its signals with a checkpoint beside ours.
     """
@@ -332,6 +335,8 @@ def trainer_plugins(cfg: DictConfig) -> list[Any]:
     if OmegaConf.is_config(given):
         given = make(given, "trainer.plugins")
     plugins = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    if not any(isinstance(each, CheckpointIO) for each in plugins):
+        plugins.append(CheckpointFiles())
     tasks = ranks.tasks()
     if tasks is None or any(isinstance(each, ClusterEnvironment) for each in plugins):
         return plugins

@@ -16,8 +16,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from dynmoe import process
 from dynmoe.files import replace_synced
 from dynmoe.metrics.routing import TRAIN
-from dynmoe.records import RunFolder
+from dynmoe.records import RunFolder, Seal
 from dynmoe.selection import LAST, judged, selected
+
+RECORDS = "records"  # key of a checkpoint: digests of the records up to its step
 
 
 class ShrinkingTokens(L.Callback):
@@ -82,6 +84,7 @@ class RunRecorder(Checkpoint):
         self._best: dict[str, Any] | None = None  # step and scores of the selected record
         self._without_gain = 0  # evaluations since then
         self._evaluations = 0
+        self._seal = Seal(folder)
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"without_gain": self._without_gain, "evaluations": self._evaluations}
@@ -90,6 +93,12 @@ class RunRecorder(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._without_gain = state_dict["best"], state_dict["without_gain"]
         self._evaluations = state_dict.get("evaluations", 0)  # of an older version: none
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.is_global_zero:
+            checkpoint[RECORDS] = self._seal.at(trainer.global_step - 1)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.strategy.root_device.type == "cuda":
@@ -106,6 +115,11 @@ class RunRecorder(Checkpoint):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = time.perf_counter()
         self._first_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        # NOTE: Lightning adds one whenever a run goes on from a checkpoint of the end of an epoch:
+        # the steps of its loggers would be off by one more after every restart.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         # NOTE: an evaluation follows the last batch, and saves after its record: a run that is
@@ -158,6 +172,7 @@ class RunRecorder(Checkpoint):
         if not self._keeps_routing(step, is_last):
             routing = [record for record in routing if record["source"] == TRAIN]
         if trainer.is_global_zero:
+            self.folder.check_there()
             self.folder.append("results", result)
             self.folder.append("routing", *routing)
             if examples := pl_module.example_records():
@@ -188,6 +203,8 @@ class RunRecorder(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         self._last_save = trainer.global_step
+        for logger in trainer.loggers:
+            logger.save()  # a run that goes on from here does not log these steps again
         checkpoints = self.folder.path / "checkpoints"
         unfinished = checkpoints / "unfinished.ckpt"
         trainer.save_checkpoint(unfinished)

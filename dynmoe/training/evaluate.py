@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dynmoe.config import trust
 from dynmoe.config.arguments import joined
 from dynmoe.config.budgets import KEYS as BUDGETS
 from dynmoe.config.budgets import budget_problems
@@ -41,7 +42,7 @@ OVERRIDES = (
 MODES = ("evaluate", "answer", "submit", "budget", "quantize")
 OF_MODES = {"budget": BUDGETS, "quantize": QUANTISATIONS}
 """Keys of one mode alone."""
-ARGUMENTS = ("run", "checkpoint", "mode")
+ARGUMENTS = ("run", "checkpoint", "mode", trust.KEY)
 
 
 def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
@@ -74,7 +75,7 @@ def parse(arguments: list[str]) -> tuple[str, RunFolder, Path, DictConfig]:
     if not given.get("run"):
         raise ConfigError("run=FOLDER is missing: the folder outputs/<name>/<run> of a trained run")
     folder = RunFolder(Path(given.pop("run")).expanduser())
-    cfg = trained.configuration(folder)
+    cfg = trained.configuration(folder, trust.packages(given.pop(trust.KEY, "")))
     try:
         signature(str(OmegaConf.select(cfg, "data._target_")))
     except TargetError as error:

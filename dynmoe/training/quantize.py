@@ -150,7 +150,7 @@ def unquantised(places: Sequence[Place], folder: Path) -> Iterator[Callable[[], 
 
         def restore() -> None:
             # NOTE: a mapped file ends with its last tensor, so that its pages are not kept.
-            weights = torch.load(file, map_location="cpu", mmap=True)
+            weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
             for place, weight_OI in zip(places, weights, strict=True):
                 place.weight_OI.copy_(weight_OI)
 

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dynmoe.errors import ConfigError, reason_of
-from dynmoe.files import check_regular
+from dynmoe.config.trust import check_targets
+from dynmoe.errors import ConfigError
 from dynmoe.records import RunFolder
 
 
-def configuration(folder: RunFolder) -> DictConfig:
+def configuration(folder: RunFolder, targets: Sequence[str] = ()) -> DictConfig:
     """Return the run's configuration, for one device, without loggers and token cache.
 
+    `targets`: packages that it may call beside those that every run is made of.
+
     Raises:
-        ConfigError: the folder is no run, or its config.yaml is damaged.
+        ConfigError: the folder is no run, its config.yaml is damaged, or it calls other code.
     """
     saved = folder.path / "config.yaml"
     if not saved.is_file():
         raise ConfigError(f"{folder.path}: expected a folder with a config.yaml, found none")
-    cfg = _saved(saved)
+    folder.check_unchanged(saved.name)
+    cfg = read(saved)
     if cfg.moe.init == "cluster":  # equal shapes, without the k-means
         cfg.moe.init = "random"
     cfg.trainer.update(devices=1, strategy="auto")
     cfg.logger = None
+    check_targets(cfg, targets, str(saved))
     cfg.backbone.pretrained = False  # the weights come from a checkpoint
     if "vision" in cfg.backbone:
         cfg.backbone.vision.pretrained = False
@@ -42,7 +45,12 @@ def configuration(folder: RunFolder) -> DictConfig:
 NODES = ("backbone", "data", "moe", "trainer")
 
 
-def _saved(file: Path) -> DictConfig:
+def read(file: Path) -> DictConfig:
+    """Read a run's config.yaml.
+
+    Raises:
+        ConfigError: it is damaged, or something else.
+    """
     try:
         cfg = OmegaConf.load(file)
         if isinstance(cfg, DictConfig):
@@ -82,34 +90,3 @@ def given_checkpoint(folder: RunFolder, name: str) -> Path:
     if not file.exists():
         raise ConfigError(f"checkpoint={name}: there is no file {file}. Expected {CHECKPOINTS}")
     return file
-
-
-def read_checkpoint(file: Path, mmap: bool = False) -> dict[str, Any]:
-    """Return the content of a run's checkpoint: ``state_dict``, ``global_step`` and more.
-
-    Raises:
-        ConfigError: the file is damaged, or something else.
-    """
-    import torch
-
-    try:
-        check_regular(file)
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except MemoryError:
-        raise
-    except Exception as error:  # a pickle that is none may raise anything
-        # NOTE: to a file that it cannot trust PyTorch says how to run its code.
-        reason = reason_of(error).partition("(1) In PyTorch")[0]
-        raise _no_checkpoint(file, reason) from error
-    found = content if isinstance(content, dict) else {}
-    if not (
-        isinstance(found.get("state_dict"), Mapping) and isinstance(found.get("global_step"), int)
-    ):
-        raise _no_checkpoint(file, "it has no state_dict and global_step")
-    return found
-
-
-def _no_checkpoint(file: Path, reason: str) -> ConfigError:
-    return ConfigError(
-        f"{file}: not a checkpoint of dynmoe-run (checkpoint={CHECKPOINTS}): {reason.strip()}"
-    )

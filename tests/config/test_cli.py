@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from dynmoe import cli
 from dynmoe.errors import DataError
 from dynmoe.process import GOES_ON
 from dynmoe.records import RunFolder
@@ -114,6 +115,32 @@ def test_a_user_error_ends_a_single_run_with_its_message(
     done = call(tmp_path, TASK, f"seed={seed}")
     assert (done.returncode, done.stderr) == (2, f"dynmoe-run: {message}\n")
     assert run_folders(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "/runs/a: the disk is full. Make room"),
+        (OSError(errno.EFBIG, "File too large", "/tmp/x"), "/tmp/x: the disk is full"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/runs/a/run.json"),
+            "/runs/a/run.json: Rea",
+        ),
+        (
+            FileNotFoundError(2, "No such file", "/runs/a/b.tmp"),
+            "for the folder of the run is gone",
+        ),
+        (FileNotFoundError(2, "No such file", "/other/file"), None),  # a bug: with its traceback
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "data.workers=0"),
+        (RuntimeError("shapes do not fit"), None),
+    ],
+)
+def test_faults_of_the_machine_are_told_in_words(error: Exception, words: str | None) -> None:
+    found = cli._disk_problem(error, Path("/runs/a")) or cli._lost_loader(error)
+    if words is None:
+        assert found is None
+    else:
+        assert words in str(found) and "same command goes on" in str(found)
 
 
 @pytest.mark.parametrize("arguments", [["seed=16"], ["seed=17"], ["-m", "seed=16,1"]])

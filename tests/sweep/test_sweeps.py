@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import command
+from hydra_plugins.dynmoe_sweeper import DynMoESweeper
 from omegaconf import DictConfig
 
 from dynmoe import cli, job
@@ -238,6 +240,45 @@ def test_a_killed_launcher_loses_one_job_at_most(sweep: Sweep) -> None:
     assert sweep.call()[0] == 0 and sweep.states == ["done"] * 4
     # At most the job that was running is started twice.
     assert len(before) + len(sweep.log) <= 5
+
+
+class TwoWorkers:
+    """A launcher of two processes that ends with both when one is killed, as joblib's does."""
+
+    def __init__(self, killers: Sequence[str]) -> None:
+        self.killers, self.started = list(killers), list[str]()
+
+    def launch(self, overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[Any]:
+        names = [name for (name,) in overrides]
+        for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
+            for name in pair:
+                self.started.append(name)
+                write(Path(name) / ".hydra" / "overrides.yaml", f"{len(self.started)}")
+                write(Path(name) / "run.json", "{}")
+            if {Path(name).name for name in pair} & set(self.killers):
+                raise ChildProcessError("a worker was killed")
+            for name in pair:
+                RunFolder(name).mark_done()
+        return []
+
+
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def test_a_killed_worker_loses_its_own_job_alone(tmp_path: Path) -> None:
+    """The jobs that ran beside it, and those behind it, are done by the same command."""
+    sweeper, launcher = DynMoESweeper(None), TwoWorkers(killers=["b"])
+    sweeper.launcher = launcher  # type: ignore[assignment]
+    jobs = [
+        Job((str(tmp_path / name),), name, name, RunFolder(tmp_path / name), {}, 1, 1)
+        for name in "abcde"
+    ]
+    sweeper._launch(jobs)
+    assert [job.state for job in jobs] == ["done", "failed", "done", "done", "done"]
+    assert "killed" in jobs[1].folder.failure and "same command" in jobs[1].folder.failure
+    assert [Path(name).name for name in launcher.started] == list("abcdeab")
 
 
 def test_a_key_that_the_sweep_sets_is_refused(sweep: Sweep) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import lightning as L
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -13,6 +14,7 @@ from tiny_runs import TINY_DYNMOE
 
 from dynmoe import job
 from dynmoe.records import RunFolder
+from dynmoe.training.callbacks import RunRecorder
 
 Numbers = dict[tuple[str, int], float]
 
@@ -32,7 +34,7 @@ def fit(folder: Path, *loggers: str) -> None:
             return_hydra_config=True,
         )
     HydraConfig.instance().set_config(cfg)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]
     job.train(cfg, RunFolder(folder))
@@ -41,7 +43,7 @@ def fit(folder: Path, *loggers: str) -> None:
 
 def of_csv(folder: Path) -> Numbers:
     numbers: Numbers = {}
-    for file in folder.glob("csv/*/metrics.csv"):
+    for file in sorted(folder.glob("csv/*/metrics.csv")):  # a later start is right about a step
         for row in csv.DictReader(file.open()):
             step = int(row.pop("step"))
             numbers |= {(name, step): float(text) for name, text in row.items() if text}
@@ -73,6 +75,28 @@ def test_tensorboard_shows_what_csv_does(tmp_path: Path) -> None:
     assert of_tensorboard(tmp_path / "run") == pytest.approx(expected, rel=1e-6)
     names = {name for name, _ in expected}
     assert {"train/loss", "val/0/in/accuracy", "validation", "moe/blocks.2.mlp/experts"} <= names
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_logs_each_step_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 5, twice; every number has the step that it has in a straight run."""
+    fit(tmp_path / "straight", "csv")
+    start = RunRecorder.on_train_batch_start
+
+    def killed(recorder: RunRecorder, trainer: L.Trainer, *rest: object) -> None:
+        if trainer.global_step == 6:
+            raise KeyboardInterrupt
+        start(recorder, trainer, *rest)
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(RunRecorder, "on_train_batch_start", killed)
+            fit(tmp_path / "killed", "csv")
+    fit(tmp_path / "killed", "csv")
+    found, expected = (of_csv(tmp_path / name) for name in ("killed", "straight"))
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.slow

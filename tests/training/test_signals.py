@@ -88,6 +88,39 @@ def test_a_killed_run_with_mixed_data_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "signum", "words"),
+    [
+        (0, signal.SIGTERM, "stopped by SIGTERM"),
+        (1, signal.SIGTERM, "rank 1 was ended by SIGTERM"),
+        (1, signal.SIGKILL, "rank 1 was ended by SIGKILL"),
+        (0, signal.SIGKILL, "first process of this training is gone"),
+    ],
+)
+def test_a_lost_process_ends_the_others(
+    tmp_path: Path, rank: int, signum: signal.Signals, words: str
+) -> None:
+    """Within a minute of the signal, and in words."""
+    given = command(tmp_path, *LONG, "trainer=ddp", "trainer.devices=2")
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen(given, stdout=log, stderr=log, start_new_session=True)
+    while not list(tmp_path.glob("*/*/checkpoints/last.ckpt")):
+        assert first.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+    listed = subprocess.run(["pgrep", "-P", f"{first.pid}"], capture_output=True, text=True)
+    second = int(listed.stdout.split()[0])
+    os.kill((first.pid, second)[rank], signum)
+    assert first.wait(timeout=60) != 0
+    for _ in range(600):
+        if not Path(f"/proc/{second}").exists():
+            break
+        time.sleep(0.1)
+    text = (tmp_path / "log").read_text()
+    assert not Path(f"/proc/{second}").exists()
+    assert words in text and "same command goes on" in text and "Traceback" not in text
+
+
+@pytest.mark.slow
 def test_a_parallel_sweep_stops_with_its_workers(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     sweep = ("hydra.mode=MULTIRUN", "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")

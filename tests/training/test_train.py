@@ -337,6 +337,21 @@ def test_a_damaged_checkpoint_is_named(copied: RunFolder, run: Run) -> None:
         run()
 
 
+@pytest.mark.parametrize("harm", ["lost", "changed", "doubled"])
+def test_records_that_the_checkpoint_has_not_seen_so_are_refused(
+    copied: RunFolder, run: Run, harm: str
+) -> None:
+    """And left as they are; an earlier checkpoint whose records are whole is the way on."""
+    file = copied.path / "results.jsonl"
+    first, *others = file.read_text().splitlines(keepends=True)
+    harmed = {"lost": others, "changed": [first.replace("0", "1"), *others]}
+    file.write_text("".join(harmed.get(harm, [first, first, *others])))
+    before = file.read_text()
+    with pytest.raises(ConfigError, match=r"results\.jsonl: not as they were .*overwrite=true"):
+        run()
+    assert file.read_text() == before
+
+
 def test_a_run_does_not_go_on_with_other_data(
     copied: RunFolder, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dynmoe.errors import DataError
-from dynmoe.questions.files import check_images, load_image
+from dynmoe.questions.files import check_images, check_inside, load_image
 from dynmoe.questions.values import is_text, other_spellings, picture_keys, shown
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ def image_keys(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
         raise DataError(
             f"{where}: expected {key} to be a path or a list of them, found {shown(value)}."
         )
+    check_inside(keys, where)
     return tuple(keys)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dynmoe.data.vl.conversations import IMAGE_PLACEHOLDER, Message, Role, unread_pictures
 from dynmoe.errors import DataError
+from dynmoe.questions.files import check_inside
 from dynmoe.questions.values import is_text, shown
 
 TEMPLATE_NAMES = ("plain", "simple", "v1", "phi", "qwen", "stablelm", "tokenizer")
@@ -85,5 +86,6 @@ def _parts(parts: list[Any], where: str) -> tuple[str, list[str]]:
                 f"{where}: expected texts, and images with a path, found {shown(part)}. Save "
                 "images as files."
             )
+        check_inside([path], where)
         images.append(path)
     return text, images

@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,18 @@ from dynmoe.config.runs import flat, run_name
 from dynmoe.config.shared import Shared
 from dynmoe.config.sweeps import read_sweep
 from dynmoe.errors import ConfigError, UserError
+from dynmoe.records import Held, State
 from dynmoe.sweep import manifest
 from dynmoe.sweep.manifest import Job
 
 # Hydra runs the modules of hydra_plugins once more when it looks for plugins, those with _ not.
 from ._launchers import LocalLauncher, RayLauncher, SlurmLauncher
+
+KILLED = (
+    "its process was killed, and once more when it ran alone: for want of memory? The same command "
+    "goes on from the last evaluation"
+)
+ENDS = 10.0  # seconds in which a process that was killed is gone
 
 LAUNCHERS = (LocalLauncher, RayLauncher, SlurmLauncher)
 
@@ -149,23 +158,45 @@ class DynMoESweeper(Sweeper):
         return flat(loader.load_sweep_config(config, sweep.base)), list(jobs.values())
 
     def _launch(self, jobs: Sequence[Job]) -> list[JobReturn]:
+        """Launch the jobs. A launcher that loses a process ends the jobs of all its processes:
+        they begin again, one by one, and only one that loses its own process again is failed."""
         if isinstance(self.launcher, SlurmLauncher):
             self.launcher.names = {job.overrides: job.name for job in jobs}
         returns: list[JobReturn] = []
         size = self.max_batch_size or max(1, len(jobs))
         for start in range(0, len(jobs), size):
-            rest, before = list(jobs[start : start + size]), 0
-            while rest and len(rest) != before:
-                try:
-                    overrides = [list(job.overrides) for job in rest]
-                    returns += self.launcher.launch(overrides, initial_job_idx=start)
-                    break
-                except UserError:
-                    raise
-                except Exception as error:  # a process of the launcher was killed
-                    print(f"dynmoe-run: the launcher stopped: {error}", file=sys.stderr)
-                    before, rest = len(rest), [job for job in rest if job.state == "missing"]
+            rest, begun, before = list(jobs[start : start + size]), list[Job](), 0
+            while len(rest) != before:
+                before = len(rest)
+                rest, stopped = self._launch_once(rest, start, returns)
+                begun += stopped
+            for job in begun:
+                _, stopped = self._launch_once([job], start, returns)
+                if stopped:
+                    with suppress(Held), job.folder.hold():
+                        job.folder.mark_failed(KILLED)
         return returns
+
+    def _launch_once(
+        self, jobs: Sequence[Job], start: int, returns: list[JobReturn]
+    ) -> tuple[list[Job], list[Job]]:
+        """The jobs that never began and those that began, where the launcher stopped; else none."""
+        if not jobs:
+            return [], []
+        starts = [_started_at(job) for job in jobs]
+        try:
+            overrides = [list(job.overrides) for job in jobs]
+            returns += self.launcher.launch(overrides, initial_job_idx=start)
+            return [], []
+        except UserError:
+            raise
+        except Exception as error:  # a process of the launcher was killed
+            print(f"dynmoe-run: the launcher stopped: {error}", file=sys.stderr)
+        rest, begun = list[Job](), list[Job]()
+        for job, before in zip(jobs, starts, strict=True):
+            if _state_at_rest(job) in ("missing", "stopped"):
+                (rest if _started_at(job) == before else begun).append(job)
+        return rest, begun
 
     def _parallel(self) -> int:
         """Jobs at once, where the launcher says it."""
@@ -173,6 +204,20 @@ class DynMoESweeper(Sweeper):
         launcher = self.config.hydra.launcher
         jobs_at_once = int(launcher.get("n_jobs") or launcher.get("array_parallelism") or 1)
         return jobs_at_once if jobs_at_once > 0 else os.cpu_count() or 1
+
+
+def _started_at(job: Job) -> int | None:
+    """When Hydra started the job last, which writes its files then."""
+    file = job.folder.path / ".hydra" / "overrides.yaml"
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
+def _state_at_rest(job: Job) -> State:
+    """The state of a job whose process is being ended."""
+    deadline = time.monotonic() + ENDS
+    while (state := job.state) == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return state
 
 
 def _print_outcome(folder: Path, jobs: Sequence[Job]) -> None:

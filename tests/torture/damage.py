@@ -1,0 +1,189 @@
+"""Folders of runs whose files are cut, flipped, emptied, exchanged or gone, and then used again."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from forks import call, killed_at
+from kills import Report, Straight, without_figures
+from tiny_families import Family, difference, runs, traces
+
+from dynmoe.records import RunFolder
+
+STOPPED = 4  # moments at which runs were killed that are damaged then
+
+Draw = random.Random
+Harm = Callable[[Path, Draw], str]
+
+
+def cut(file: Path, draw: Draw) -> str:
+    content = file.read_bytes()
+    file.write_bytes(content[: (at := draw.randrange(max(1, len(content))))])
+    return f"cut at {at} of {len(content)}"
+
+
+def flip(file: Path, draw: Draw) -> str:
+    content = bytearray(file.read_bytes())
+    for _ in range(draw.choice((1, 1, 1, 20))):
+        if content:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+    return "flipped"
+
+
+def zero(file: Path, draw: Draw) -> str:
+    content = bytearray(file.read_bytes())
+    first = draw.randrange(max(1, len(content)))
+    content[first:] = bytes(len(content) - first)
+    file.write_bytes(content)
+    return f"zero from {first}"
+
+
+def empty(file: Path, draw: Draw) -> str:
+    file.write_bytes(b"")
+    return "empty"
+
+
+def remove(file: Path, draw: Draw) -> str:
+    file.unlink()
+    return "removed"
+
+
+def garbage(file: Path, draw: Draw) -> str:
+    file.write_bytes(
+        draw.choice((draw.randbytes(200), b"[1, 2]\n", b'{"step": null}\n', b"a: [b\n"))
+    )
+    return "garbage"
+
+
+def folder(file: Path, draw: Draw) -> str:
+    file.unlink()
+    file.mkdir()
+    return "a folder"
+
+
+def lose_line(file: Path, draw: Draw) -> str:
+    lines = file.read_bytes().splitlines(keepends=True)
+    if lines:
+        del lines[(at := draw.randrange(len(lines)))]
+        file.write_bytes(b"".join(lines))
+        return f"line {at} lost"
+    return "as it was"
+
+
+def double_line(file: Path, draw: Draw) -> str:
+    lines = file.read_bytes().splitlines(keepends=True)
+    if lines:
+        at = draw.randrange(len(lines))
+        file.write_bytes(b"".join([*lines, lines[at]]))
+        return f"line {at} doubled"
+    return "as it was"
+
+
+def exchange(file: Path, draw: Draw) -> str:
+    other = draw.choice(sorted(each for each in file.parent.iterdir() if each.is_file()))
+    shutil.copyfile(other, file.with_name("exchanged"))
+    file.with_name("exchanged").replace(file)
+    return f"replaced by {other.name}"
+
+
+HARMS: tuple[Harm, ...] = (
+    *(cut, flip, flip, zero, empty, remove, garbage, folder),
+    *(lose_line, double_line, exchange),
+)
+
+
+class States:
+    """Folders of runs of a family: some killed at a moment, one finished."""
+
+    def __init__(self, family: Family, work: Path, seed: int) -> None:
+        self.straight = Straight(family, work)
+        self.work, self.family = self.straight.work, family
+        self.case = self.work / "case"
+        self.arguments = self.straight.arguments("case")
+        draw = Draw(f"{seed} states")
+        self.kept = []
+        moments = [self.straight.changes * (i + 1) // (STOPPED + 1) for i in range(STOPPED)]
+        for number, moment in enumerate([*moments, 0]):
+            inside = _both(without_figures, killed_at(moment + draw.randrange(3), self.case))
+            call(
+                "run",
+                self.arguments,
+                self.work,
+                inside=inside if moment else without_figures,
+                ranks=family.ranks,
+                limit=self.straight.limit,
+            )
+            self.kept.append(self.work / f"kept{number}")
+            self.case.rename(self.kept[-1])
+        self.told = self._evaluation(self.kept[-1])
+
+    def _evaluation(self, kept: Path) -> str:
+        shutil.copytree(kept, self.case)
+        ended = call("evaluate", [f"run={runs(self.case)[-1].path}"], self.work)
+        assert ended.status == 0, ended.output
+        shutil.rmtree(self.case)
+        return table(ended.output)
+
+
+def table(output: str) -> str:
+    """The scores that dynmoe-eval prints: lines of its table, without what was recorded."""
+    return "\n".join(line for line in output.splitlines() if line.startswith("│"))
+
+
+def _both(*calls: Callable[[], None]) -> Callable[[], None]:
+    def inside() -> None:
+        for each in calls:
+            each()
+
+    return inside
+
+
+def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) -> None:
+    """Damage one or two files of a run, and give a command: it refuses, or all is as it was."""
+    kept = draw.choice(states.kept)
+    shutil.copytree(kept, states.case)
+    run = draw.choice(runs(states.case))
+    told = []
+    for _ in range(draw.choice((1, 1, 1, 2))):
+        files = sorted(file for file in run.path.rglob("*") if file.is_file())
+        # Records, checkpoints and facts more often than what nothing reads.
+        weights = [1 if {".hydra", "csv", "figures"} & set(file.parts) else 4 for file in files]
+        file = draw.choices(files, weights)[0]
+        told.append(f"{file.relative_to(run.path)} {draw.choice(HARMS)(file, draw)}")
+    command = draw.choices(("run", "evaluate", "report"), (5, 3, 2))[0]
+    what = f"{states.family.name} {number} ({kept.name}), {'; '.join(told)}: {command}"
+    lines = _whole_lines(run)
+    given = {
+        "run": states.arguments,
+        "evaluate": [f"run={run.path}"],
+        "report": [str(run.path)],
+    }[command]
+    inside = without_figures if command == "run" else None
+    ranks = states.family.ranks if command == "run" else 1
+    ended = call(command, given, states.work, inside=inside, ranks=ranks)
+    report.counts["damaged states"] += 1
+    report.counts[f"damaged states, {command}: status {ended.status}"] += 1
+    report.check_end(ended, what)
+    if ended.status not in (0, 2):
+        report.fault("other ends", f"{what}: {ended.status}\n{ended.output[-1500:]}")
+    if command == "run" and ended.status == 0:
+        if found := difference(traces(states.case), states.straight.traces):
+            report.fault("silent wrong", f"{what}: {found}\n{ended.output[-600:]}")
+    elif lost := [line for line in lines if line not in _whole_lines(run)]:
+        report.fault("lost lines", f"{what}: {lost[0][:80]!r}\n{ended.output[-600:]}")
+    evaluated = command == "evaluate" and ended.status == 0 and kept == states.kept[-1]
+    if evaluated and table(ended.output) != states.told and "differ" not in ended.output:
+        report.fault("silent wrong", f"{what}:\n{ended.output[-1500:]}\n{states.told}")
+    shutil.rmtree(states.case)
+
+
+def _whole_lines(run: RunFolder) -> list[bytes]:
+    found = []
+    for file in sorted(run.path.glob("*.jsonl")):
+        if file.is_file():
+            found += file.read_bytes().splitlines(keepends=True)
+    return [line for line in found if line.endswith(b"\n")]

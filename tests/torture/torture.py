@@ -1,0 +1,112 @@
+"""Faults, by a seed: `make torture ROUNDS=200`.
+
+Prints what it did, each thing that is wrong, and counts at the end; exits 1 where something is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import forks
+import fuzz
+from damage import States, damage_and_go_on
+from kills import Report, Straight, kill_and_go_on
+from tiny_families import families
+from updates import compare
+
+Part = Callable[[Path, int, int, list[str], Report], None]
+
+
+def kills(work: Path, rounds: int, seed: int, names: list[str], report: Report) -> None:
+    """Kill runs of the families in turn."""
+    known = families(work / "data")
+    straight = {}
+    for name in names or known:
+        straight[name] = Straight(known[name], work)
+        one = straight[name]
+        report.say(f"{name}: {one.seconds:.1f} s ({one.cpu:.1f} of CPU), {one.changes} changes")
+    for number in range(rounds):
+        draw = random.Random(f"{seed} {number}")
+        if number % 10 == 9:
+            report.say(f"{number + 1} rounds: {dict(report.counts)}")
+        name = list(straight)[number % len(straight)]
+        kill_and_go_on(straight[name], number, draw, report)
+
+
+def updates(work: Path, rounds: int, seed: int, names: list[str], report: Report) -> None:
+    """Compare five updates of experts a round on two processes."""
+    compare(5 * rounds, seed, work, report)
+
+
+def damage(work: Path, rounds: int, seed: int, names: list[str], report: Report) -> None:
+    """Damage the folders of stopped and finished runs."""
+    known = families(work / "data")
+    states = [States(known[name], work, seed) for name in names or ("vision",)]
+    for number in range(rounds):
+        draw = random.Random(f"{seed} damage {number}")
+        if number % 10 == 9:
+            report.say(f"{number + 1} rounds: {dict(report.counts)}")
+        damage_and_go_on(states[number % len(states)], number, draw, report)
+
+
+PARTS: dict[str, Part] = {
+    **{"kills": kills, "damage": damage, "updates": updates},
+    **{"commands": fuzz.commands, "data": fuzz.data_files},
+}
+
+
+ALONE = ("updates", "data")
+"""Parts that start no commands."""
+
+IMPORTING = ("vision", "language", "lm", "vl")
+"""Families that import what the others do."""
+
+
+def preload(work: Path, names: list[str], report: Report) -> None:
+    """Import what runs of the families import."""
+    known = families(work / "preload_data")
+    for name in [name for name in IMPORTING if name in names or not names] or ["vision"]:
+        begun = time.monotonic()
+        forks.preload([*known[name].arguments, f"paths.outputs={work / 'preload'}"], work)
+        report.say(f"{name}: imported, {time.monotonic() - begun:.0f} s")
+
+
+def torture(parts: list[str], rounds: int, seed: int, names: list[str], report: Report) -> Report:
+    """Run the parts in a folder of their own."""
+    work = Path(tempfile.mkdtemp(prefix="torture"))
+    try:
+        is_loaded = False
+        for part in parts:
+            if not is_loaded and part not in ALONE:
+                preload(work, names, report)
+                is_loaded = True
+            begun = time.monotonic()
+            PARTS[part](work / part, rounds, seed, names, report)
+            report.say(f"{part}: {time.monotonic() - begun:.0f} s, {dict(report.counts)}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--families", nargs="*", default=[])
+    given = parser.parse_args()
+    report = Report(say=lambda line: print(line, flush=True))
+    torture(given.parts, given.rounds, given.seed, given.families, report)
+    for name, count in sorted(report.counts.items()):
+        print(f"{count:6} {name}")
+    raise SystemExit(bool(report.wrong))
+
+
+if __name__ == "__main__":
+    main()
