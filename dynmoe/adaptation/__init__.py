@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dynmoe.adaptation.callback import DynMoECallback, RouterCallback
     from dynmoe.adaptation.decision import Decision, GrowthSchedule, Schedule, decide
     from dynmoe.adaptation.fsdp import MoEFSDPStrategy
+    from dynmoe.adaptation.fsdp2 import MoEFSDP2Strategy
     from dynmoe.adaptation.growth import DriftGrowth
     from dynmoe.adaptation.mass_callback import MassCallback
     from dynmoe.adaptation.trainer_callback import DynMoETrainerCallback, MoETrainerCallback
@@ -22,6 +23,7 @@ __all__ = [
     "DynMoETrainerCallback",
     "GrowthSchedule",
     "MassCallback",
+    "MoEFSDP2Strategy",
     "MoEFSDPStrategy",
     "MoETrainerCallback",
     "RouterCallback",
@@ -38,6 +40,7 @@ __getattr__ = lazy(
         "callback": "DynMoECallback RouterCallback",
         "decision": "Decision GrowthSchedule Schedule decide",
         "fsdp": "MoEFSDPStrategy",
+        "fsdp2": "MoEFSDP2Strategy",
         "growth": "DriftGrowth",
         "mass_callback": "MassCallback",
         "trainer_callback": "DynMoETrainerCallback MoETrainerCallback",

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from dynmoe.adaptation.decision import Schedule, decide, one_of
@@ -285,10 +285,11 @@ def adaptive_layers(model: nn.Module) -> dict[str, MoELayer]:
                     f"adaptation: {owners[parameter]} and {name} share parameters: a new expert of "
                     "one would overwrite the other's. Share the whole layer, or copy the parts."
                 )
-            if isinstance(parameter, DTensor):
+            if isinstance(parameter, DTensor) and not layer.experts.sharded:
                 raise ConfigError(
-                    f"adaptation: {name} is sharded by FSDP2 (fully_shard), in which a slot cannot "
-                    "be rewritten. Use FullyShardedDataParallel, or leave MoE layers unsharded."
+                    f"adaptation: {name} is sharded by fully_shard, which sums the gradients of "
+                    "experts that only some ranks used wrongly. Train with MoEFSDP2Strategy of "
+                    "dynmoe.adaptation, or leave MoE layers unsharded."
                 )
     return found
 
@@ -378,8 +379,12 @@ def _sizes(sums: Mapping[str, Tensor]) -> dict[str, int]:
 def whole(layer: nn.Module, model: Any) -> Iterator[None]:
     """Make the parameters of ``layer``, a part of ``model``, whole on every rank within the block.
 
-    What is written to them goes into their shares. Without FSDP nothing happens.
+    What is written to them goes into their shares. Without FSDP or FSDP2 nothing happens.
     """
+    if any(isinstance(p, DTensor) for p in layer.parameters()):
+        with _gathered(layer):
+            yield
+        return
     units = FullyShardedDataParallel.fsdp_modules(model)
     around = [unit for unit in units if any(module is layer for module in unit.modules())]
     if not around:
@@ -389,3 +394,28 @@ def whole(layer: nn.Module, model: Any) -> Iterator[None]:
     innermost = min(around, key=lambda unit: sum(1 for _ in unit.modules()))
     with FullyShardedDataParallel.summon_full_params(innermost, recurse=False):
         yield
+
+
+@contextmanager
+@torch.no_grad()
+def _gathered(layer: nn.Module) -> Iterator[None]:
+    """Put whole parameters in the place of shares, and back, with what was written to them."""
+    shares = [
+        (module, name, p)
+        for module in layer.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if isinstance(p, DTensor)
+    ]
+    found = {p: nn.Parameter(p.full_tensor(), p.requires_grad) for _, _, p in shares}
+    for module, name, share in shares:
+        setattr(module, name, found[share])
+    try:
+        yield
+    finally:
+        for module, name, share in shares:
+            setattr(module, name, share)
+        for share, p in found.items():
+            # Every rank has written the same: none has to send it.
+            share.copy_(
+                distribute_tensor(p, share.device_mesh, share.placements, src_data_rank=None)
+            )

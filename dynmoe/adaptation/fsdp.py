@@ -72,9 +72,12 @@ def _metrics(model: nn.Module) -> list[Metric]:
     return [module for module in model.modules() if isinstance(module, Metric)]
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average over all ranks in one call. A parameter with a gradient has one on every rank."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+def average_gradients(parameters: list[nn.Parameter], *others: Tensor) -> None:
+    """Average over all ranks in one call, ``others`` of the same dtype as well.
+
+    A parameter with a gradient has one on every rank.
+    """
+    gradients = [*(p.grad for p in parameters if p.grad is not None), *others]
     if not gradients:
         return
     # NOTE: one call, in the order of parameters: calls that ranks make in different orders hang.

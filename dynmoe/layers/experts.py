@@ -69,6 +69,8 @@ class Experts(nn.Module):
     """See ``fix_keys``."""
     stack: bool
     """Whether it was asked for weights that are stacked."""
+    sharded: bool
+    """Whether weights are whole during a pass alone (dynmoe/adaptation/fsdp2.py)."""
 
     def __init__(
         self,
@@ -106,6 +108,7 @@ class Experts(nn.Module):
             )
         self.kept: dict[Any, Any] | None = None
         self.stack = False
+        self.sharded = False
         self.register_buffer("fixed_keys_SD", None)
 
     def __getstate__(self) -> dict[str, Any]:
