@@ -11,7 +11,6 @@ small. Experts are made whole to be changed (``adapt.whole``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -77,6 +76,8 @@ class MoEFSDP2Strategy(ModelParallelStrategy):
         is_training = trainer.state.fn == TrainerFn.FITTING
         if is_training:
             self.setup_optimizers(trainer)
+            for optimizer in self.optimizers:
+                SplitGroups(optimizer)
         self.setup_precision_plugin()
         if is_training:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -181,6 +182,28 @@ class Shards:
         self._used = {}
 
 
+class SplitGroups:
+    """Within a step of ``optimizer`` no group of it holds both shares and whole parameters, which
+    fused and foreach operations take apart from each other alone."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._groups: list[dict[str, Any]] = []
+        optimizer.register_step_pre_hook(self._split)
+        optimizer.register_step_post_hook(self._join)
+
+    def _split(self, optimizer: Optimizer, *_: Any) -> None:
+        self._groups, optimizer.param_groups = optimizer.param_groups, []
+        for group in self._groups:
+            for kind in (True, False):
+                own = [p for p in group["params"] if isinstance(p, DTensor) == kind]
+                optimizer.param_groups.append({**group, "params": own})
+
+    def _join(self, optimizer: Optimizer, *_: Any) -> None:
+        halves, optimizer.param_groups = optimizer.param_groups, self._groups
+        for group, half in zip(self._groups, halves[::2], strict=True):
+            group.update({key: half[key] for key in half if key != "params"})
+
+
 @torch.no_grad()
 def gathered(state: dict[str, Any]) -> dict[str, Any]:
     """The tensors of ``state``, whole and on the CPU, on rank 0; all ranks call it alike."""
@@ -203,6 +226,4 @@ def share_of(value: Any, parameter: Tensor) -> Any:
     if not isinstance(parameter, DTensor) or getattr(value, "shape", None) != parameter.shape:
         return value
     # Every rank has the whole: none has to send it.
-    return distribute_tensor(
-        value, parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
