@@ -79,6 +79,7 @@ class MoEFSDP2Strategy(ModelParallelStrategy):
             for optimizer in self.optimizers:
                 SplitGroups(optimizer)
         self.setup_precision_plugin()
+        self.precision_plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign]
         if is_training:
             _optimizers_to_device(self.optimizers, self.root_device)
 
@@ -202,6 +203,20 @@ class SplitGroups:
         halves, optimizer.param_groups = optimizer.param_groups, self._groups
         for group, half in zip(self._groups, halves[::2], strict=True):
             group.update({key: half[key] for key in half if key != "params"})
+
+
+def clip_by_norm(optimizer: Optimizer, clip_val: float) -> None:
+    """Clip by the norm over all gradients: PyTorch takes either shares or whole ones."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shares = [p for p in parameters if p.grad is not None and isinstance(p, DTensor)]
+    others = [p for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    norms: list[Any] = [
+        nn.utils.get_total_norm([p.grad for p in part]) for part in (shares, others)
+    ]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    for part in (shares, others):
+        nn.utils.clip_grads_with_norm_(part, clip_val, total)
 
 
 @torch.no_grad()

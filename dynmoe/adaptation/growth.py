@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dynmoe.adaptation.adapt import Event, adaptive_layers, follow, forget_moments, twins_of
@@ -361,7 +362,8 @@ def splittable_layers(model: nn.Module) -> dict[str, MoELayer]:
     Raises:
         ConfigError: there is none, or their gradients cannot be read and divided.
     """
-    if FullyShardedDataParallel.fsdp_modules(model):
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    if sharded or FullyShardedDataParallel.fsdp_modules(model):
         raise ConfigError(
             "growth by drift: FSDP gives each rank a share of every gradient, but whole ones are "
             "compared. Set trainer=ddp or moe.adaptation=null"

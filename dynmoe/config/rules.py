@@ -19,7 +19,7 @@ from dynmoe.config import clusters, machine, mixing, models
 from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read, written
 from dynmoe.config.targets import did_you_mean
-from dynmoe.config.trainer import own_callbacks, several_devices, trainer_options
+from dynmoe.config.trainer import own_callbacks, several_devices, sharded_fits, trainer_options
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 from dynmoe.data.vl.turns import TEMPLATE_NAMES
 from dynmoe.questions import SETS
@@ -621,7 +621,7 @@ RULES: tuple[Rule, ...] = (
     ),
     *(machine.libraries, machine.loggers, only_of_one_modality, protocol_fits, selection_fits),
     *(machine.run_folder, clipping_optimizer, own_callbacks),
-    *(trainer_options, several_devices, clusters.as_many_as_started),
+    *(trainer_options, several_devices, sharded_fits, clusters.as_many_as_started),
 )
 RUN_RULES: tuple[Rule, ...] = (clusters.launcher_has_a_sweep,)  # of one run alone
 SWEEP_RULES: tuple[Rule, ...] = (clusters.one_device_per_job, clusters.launcher_fits)

@@ -82,7 +82,7 @@ def several_devices(cfg: DictConfig) -> Iterator[str]:
         return
     count = f"devices={read(cfg, 'trainer.devices', object)}, num_nodes={nodes}"
     if strategy == "auto":
-        yield f"trainer: several devices need trainer=ddp (or trainer=fsdp), found {count}"
+        yield f"trainer: several devices need trainer=ddp (or trainer=fsdp2), found {count}"
     target = str(read(cfg, "trainer.strategy._target_", str))
     waits = (
         not read(cfg, "trainer.strategy.find_unused_parameters", bool)
@@ -94,6 +94,32 @@ def several_devices(cfg: DictConfig) -> Iterator[str]:
             f"trainer.strategy: with {count} DDP waits for experts that no token of a device "
             "chose. Choose trainer=ddp, which sets find_unused_parameters=true"
         )
+
+
+def sharded_fits(cfg: DictConfig) -> Iterator[str]:
+    """Each device has a share of every weight and gradient under FSDP."""
+    target = str(read(cfg, "trainer.strategy._target_", str))
+    if "FSDP" not in target:
+        return
+    if read(cfg, "trainer.gradient_clip_val", float):
+        if "FSDP2" not in target:
+            yield (
+                "trainer.gradient_clip_val: trainer=fsdp cannot clip by the norm of all shares. "
+                "Set trainer=fsdp2 or trainer.gradient_clip_val=null"
+            )
+        elif read(cfg, "trainer.gradient_clip_algorithm", str) == "value":
+            yield (
+                "trainer.gradient_clip_algorithm: expected norm with trainer=fsdp2, found value. "
+                "Leave it out"
+            )
+    given = read(cfg, "trainer.callbacks", object)
+    for node in given if isinstance(given, list) else [given]:
+        name = str((node if isinstance(node, dict) else {}).get("_target_")).rpartition(".")[2]
+        if name in AVERAGING:
+            yield (
+                f"trainer.callbacks: {name} averages whole weights, of which FSDP gives each "
+                "device a share. Set trainer=ddp, or leave it out"
+            )
 
 
 # Callbacks of the user.

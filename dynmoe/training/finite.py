@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dynmoe.errors import Diverged
 from dynmoe.records import RunFolder
@@ -98,4 +99,7 @@ class FiniteLoss(L.Callback):
 
 
 def _are_finite(task: MoETask) -> bool:
-    return all(bool(p.detach().isfinite().all()) for p in task.parameters() if p.requires_grad)
+    trained = (p.detach() for p in task.parameters() if p.requires_grad)
+    # Of sharded ones this rank's share: the caller asks all ranks.
+    own = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+    return all(bool(p.isfinite().all()) for p in own)

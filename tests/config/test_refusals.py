@@ -95,6 +95,19 @@ TABLE = {
     ),
     f"{IMAGES} moe=mass moe.max_experts=8": ("moe: max_experts (8)", "Raise moe.max_experts"),
     f"{IMAGES} moe=mass trainer=fsdp": ("trainer.strategy: growth by drift", "trainer=ddp"),
+    f"{IMAGES} moe=mass trainer=fsdp2": ("trainer.strategy: growth by drift", "trainer=ddp"),
+    f"{IMAGES} trainer=fsdp trainer.gradient_clip_val=1": (
+        "trainer.gradient_clip_val: trainer=fsdp cannot",
+        "trainer=fsdp2",
+    ),
+    f"{IMAGES} trainer=fsdp2 trainer.gradient_clip_val=1 +trainer.gradient_clip_algorithm=value": (
+        "trainer.gradient_clip_algorithm: expected norm",
+    ),
+    f"{IMAGES} trainer=fsdp2 '+trainer.callbacks=[{{_target_: "
+    "lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.5}]'": (
+        "trainer.callbacks: EMAWeightAveraging averages whole weights",
+        "trainer=ddp",
+    ),
     f"{IMAGES} seed=99999999999999999999": ("seed: expected from 0 to 4294967295",),
     f"{IMAGES} runtime.progress_every=-1": ("runtime.progress_every: expected 0 or more",),
     f"{VL} mode=plan plan.mean_k=99 stage=moe": ("plan.mean_k: expected at most moe.max_experts",),
