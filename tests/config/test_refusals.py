@@ -103,8 +103,8 @@ TABLE = {
     f"{IMAGES} trainer=fsdp2 trainer.gradient_clip_val=1 +trainer.gradient_clip_algorithm=value": (
         "trainer.gradient_clip_algorithm: expected norm",
     ),
-    f"{IMAGES} trainer=fsdp2 '+trainer.callbacks=[{{_target_: "
-    "lightning.pytorch.callbacks.EMAWeightAveraging, decay: 0.5}]'": (
+    f"{IMAGES} trainer=fsdp2 "
+    "+trainer.callbacks._target_=lightning.pytorch.callbacks.EMAWeightAveraging": (
         "trainer.callbacks: EMAWeightAveraging averages whole weights",
         "trainer=ddp",
     ),
