@@ -18,6 +18,7 @@ from dynmoe.adaptation.decision import Schedule, decide, one_of
 from dynmoe.adaptation.updates import layers_with_state, update_routers
 from dynmoe.adaptation.watch import Sums, Watch, is_first_rank, none
 from dynmoe.errors import ConfigError
+from dynmoe.layers.expert_parallel import balanced
 from dynmoe.layers.ffn import find_layout
 from dynmoe.layers.moe import MoELayer, NewExpert, RoutingStats, moe_layers
 
@@ -236,6 +237,9 @@ class Adaptation:
                 layer.add_expert(change.add, direction_D, self.init, load, seed)
             if self.reset_moments:
                 forget_moments(self.optimizers, layer, change.add)
+        if (parallel := layer.experts.parallel) is not None:
+            owners = balanced(parallel.owners, layer.live, load, parallel.size)
+            parallel.move(layer.experts, owners, self.optimizers)
         for twins in self._twins:
             follow(twins[name], layer, change.add)
         return {
@@ -379,8 +383,14 @@ def _sizes(sums: Mapping[str, Tensor]) -> dict[str, int]:
 def whole(layer: nn.Module, model: Any) -> Iterator[None]:
     """Make the parameters of ``layer``, a part of ``model``, whole on every rank within the block.
 
-    What is written to them goes into their shares. Without FSDP or FSDP2 nothing happens.
+    What is written to them goes into their shares, or to the experts' owners. On one device, and
+    under DDP, nothing happens.
     """
+    pool = getattr(layer, "experts", None)
+    if pool is not None and pool.parallel is not None:
+        with pool.parallel.whole(pool):
+            yield
+        return
     if any(isinstance(p, DTensor) for p in layer.parameters()):
         with _gathered(layer):
             yield

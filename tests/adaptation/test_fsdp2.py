@@ -60,7 +60,7 @@ class Model(L.LightningModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         generator = torch.Generator().manual_seed(5)
-        batches = [torch.randn(8, DIM, generator=generator) for _ in range(STEPS // 2)]
+        batches = [torch.randn(4, DIM, generator=generator) for _ in range(STEPS // 2)]
         own = [each.chunk(self.trainer.world_size)[self.global_rank] for each in batches]
         return DataLoader(own, batch_size=None)  # type: ignore[arg-type]
 
@@ -247,3 +247,15 @@ def test_fully_shard_alone_is_refused(mesh: DeviceMesh) -> None:
     net.blocks[0].ffn.experts.sharded = False
     with pytest.raises(ConfigError, match="MoEFSDP2Strategy"):
         Adaptation(net, optimizer, Schedule(0, 1, 1))
+
+
+def test_without_rows_a_frozen_input_has_a_backward_pass_too() -> None:
+    """Or one rank would gather the block for it, and the other would not."""
+    net = Net()
+    layer = net.blocks[0].ffn
+    for x in (torch.randn(3, DIM), torch.randn(0, DIM)):
+        assert layer(x).requires_grad
+        with torch.no_grad():
+            assert not layer(x).requires_grad
+    layer.requires_grad_(False)
+    assert not layer(torch.randn(0, DIM)).requires_grad
