@@ -168,7 +168,7 @@ class Shards:
         """
         layers = self.layers.values()
         used = [self._used.get(layer, torch.zeros_like(layer.active_E)) for layer in layers]
-        dtype = next((p.grad.dtype for p in self.whole if p.grad is not None), torch.float32)
+        dtype = next((p.dtype for p in self.whole), torch.float32)
         flags = [used_S.to(dtype) for used_S in used]
         average_gradients(self.whole, *flags)
         shares = torch.cat(flags).tolist() if flags else []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.nn.functional import all_to_all_single
+from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.optim import Optimizer
 
 from dynmoe.layers import dispatch
@@ -115,9 +115,8 @@ class ExpertParallel:
         return counts
 
     def _exchange(self, rows: Tensor, received: list[int], sent: list[int]) -> Tensor:
-        out = rows.new_empty(sum(received), rows.shape[1])
-        exchanged: Tensor = all_to_all_single(out, rows.contiguous(), received, sent, self.group)
-        return exchanged
+        out = all_to_all_single_autograd(rows.contiguous(), received, sent, self.group)
+        return wait_tensor(out)
 
     # Between steps.
 
