@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from dynmoe.adaptation.adapt import Adaptation
     from dynmoe.adaptation.callback import DynMoECallback, RouterCallback
     from dynmoe.adaptation.decision import Decision, GrowthSchedule, Schedule, decide
+    from dynmoe.adaptation.expert_parallel import MoEExpertParallelStrategy
     from dynmoe.adaptation.fsdp import MoEFSDPStrategy
     from dynmoe.adaptation.fsdp2 import MoEFSDP2Strategy
     from dynmoe.adaptation.growth import DriftGrowth
@@ -23,6 +24,7 @@ __all__ = [
     "DynMoETrainerCallback",
     "GrowthSchedule",
     "MassCallback",
+    "MoEExpertParallelStrategy",
     "MoEFSDP2Strategy",
     "MoEFSDPStrategy",
     "MoETrainerCallback",
@@ -38,6 +40,7 @@ __getattr__ = lazy(
     {
         "adapt": "Adaptation",
         "callback": "DynMoECallback RouterCallback",
+        "expert_parallel": "MoEExpertParallelStrategy",
         "decision": "Decision GrowthSchedule Schedule decide",
         "fsdp": "MoEFSDPStrategy",
         "fsdp2": "MoEFSDP2Strategy",

@@ -337,6 +337,13 @@ def _check_layers(layers: Mapping[str, MoELayer], min_experts: int, init: NewExp
 
 def twins_of(layers: Mapping[str, MoELayer], average: nn.Module) -> dict[str, MoELayer]:
     """The layers of an averaged copy, which are named alike but for a prefix, ``module.``"""
+    if any(
+        layer.experts.sharded or layer.experts.parallel is not None for layer in layers.values()
+    ):
+        raise ConfigError(
+            "averages: each rank has a share of the weights (FSDP2, expert parallelism), and none "
+            "averages them. Train with DDP, or without an average."
+        )
     copies = moe_layers(average)
     prefix = next(
         (name for name in ("", "module.") if {name + x for x in layers} <= {*copies}), None

@@ -97,11 +97,11 @@ def several_devices(cfg: DictConfig) -> Iterator[str]:
 
 
 def sharded_fits(cfg: DictConfig) -> Iterator[str]:
-    """Each device has a share of every weight and gradient under FSDP."""
+    """Each device has a share of weights and gradients."""
     target = str(read(cfg, "trainer.strategy._target_", str))
-    if "FSDP" not in target:
+    if "FSDP" not in target and "ExpertParallel" not in target:
         return
-    if read(cfg, "trainer.gradient_clip_val", float):
+    if "FSDP" in target and read(cfg, "trainer.gradient_clip_val", float):
         if "FSDP2" not in target:
             yield (
                 "trainer.gradient_clip_val: trainer=fsdp cannot clip by the norm of all shares. "
@@ -117,9 +117,40 @@ def sharded_fits(cfg: DictConfig) -> Iterator[str]:
         name = str((node if isinstance(node, dict) else {}).get("_target_")).rpartition(".")[2]
         if name in AVERAGING:
             yield (
-                f"trainer.callbacks: {name} averages whole weights, of which FSDP gives each "
-                "device a share. Set trainer=ddp, or leave it out"
+                f"trainer.callbacks: {name} averages whole weights, of which each device has a "
+                "share. Set trainer=ddp, or leave it out"
             )
+
+
+READ_EXPERTS = ("AverageKeyRouter", "UniFRouter")
+"""Routers that look at the weights of all experts."""
+
+
+def experts_apart(cfg: DictConfig) -> Iterator[str]:
+    """Devices share the experts of each layer (trainer=expert_parallel)."""
+    if "ExpertParallel" not in str(read(cfg, "trainer.strategy._target_", str)):
+        return
+    moe = read(cfg, "moe.name", str)
+    router = str(read(cfg, "moe.router._target_", str)).rpartition(".")[2]
+    if read(cfg, "moe.router", dict) is None or router == "SoftSlots":
+        yield f"trainer.strategy: moe={moe} has no routed experts to share. Set trainer=ddp"
+    if router in READ_EXPERTS:
+        yield (
+            f"trainer.strategy: the router of moe={moe} reads the weights of all experts, which "
+            "devices share. Set trainer=ddp or trainer=fsdp2"
+        )
+    if read(cfg, "moe.conflict.weight", float):
+        yield (
+            "moe.conflict.weight: compares gradients of a token at all of its experts, which "
+            "devices share. Set trainer=ddp, or moe.conflict.weight=0"
+        )
+    size, devices = read(cfg, "trainer.strategy.size", int), device_count(cfg)
+    ranks = None if devices is None else devices * (read(cfg, "trainer.num_nodes", int) or 1)
+    if size is not None and (size < 1 or (ranks is not None and ranks % size)):
+        yield (
+            f"trainer.strategy.size: expected a divisor of the {ranks} devices, found {size}. Set "
+            "trainer.strategy.size=null, for all"
+        )
 
 
 # Callbacks of the user.

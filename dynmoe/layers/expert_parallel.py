@@ -104,14 +104,19 @@ class ExpertParallel:
         )
         out_ND = serve(pool, [pool.slots[live[columns[e]]] for e in own], rows_ND, routed)
         out_RD = self._exchange(out_ND, sent, received)
+        if not any(p.counts):
+            # NOTE: of the same graph, so that this rank takes part in the others' backward pass;
+            # the factor is saved for it, so that a recomputation does not stop before the exchange.
+            nothing = (out_RD * out_RD.new_zeros(())).sum()
+            return torch.zeros_like(x_TD, dtype=out_RD.dtype) + nothing
         return dispatch.combine(out_RD, weights_TE, p)
 
     def _counts(self, own: list[int], device: torch.device) -> list[list[int]]:
         """The rows of each expert on each rank."""
         mine = torch.tensor(own, device=device)
-        every = mine.new_empty(self.size * len(own))
-        distributed.all_gather_into_tensor(every, mine, group=self.group)
-        counts: list[list[int]] = every.view(self.size, -1).tolist()
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        distributed.all_gather(every, mine, group=self.group)
+        counts: list[list[int]] = torch.stack(every).tolist()
         return counts
 
     def _exchange(self, rows: Tensor, received: list[int], sent: list[int]) -> Tensor:

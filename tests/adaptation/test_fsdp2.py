@@ -66,12 +66,17 @@ class Model(L.LightningModule):
 
 
 def fit(
-    folder: Path, name: str, strategy: str | Strategy, epochs: int = 2, start: str | None = None
+    folder: Path,
+    name: str,
+    strategy: str | Strategy,
+    devices: int = 1,
+    epochs: int = 2,
+    start: str | None = None,
 ) -> None:
     events: list[dict[str, Any]] = []
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1 if strategy == "auto" else 2,
+        devices=devices,
         strategy=strategy,
         max_epochs=epochs,
         logger=False,
@@ -90,22 +95,41 @@ def fit(
     torch.save(record, folder / f"{name}.{trainer.global_rank}")
 
 
-def work(rank: int, port: int, folder: Path) -> None:
-    """All trainings of one process; they share a process group."""
+def as_rank(rank: int, ranks: int, port: int) -> None:
+    """Let Lightning take this process for one of several, and start none."""
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "GROUP_RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "TORCHELASTIC_RUN_ID": "test",  # Lightning then starts no processes
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "TORCHELASTIC_RUN_ID": "test",
     }
-    fit(folder, "two", MoEFSDP2Strategy())
-    fit(folder, "half", MoEFSDP2Strategy(reshard_after_forward=False), epochs=1)
-    fit(folder, "resumed", MoEFSDP2Strategy(), start="half")
+
+
+def work(rank: int, port: int, folder: Path) -> None:
+    """All trainings of one process; they share a process group."""
+    as_rank(rank, 2, port)
+    fit(folder, "two", MoEFSDP2Strategy(), 2)
+    fit(folder, "half", MoEFSDP2Strategy(reshard_after_forward=False), 2, epochs=1)
+    fit(folder, "resumed", MoEFSDP2Strategy(), 2, start="half")
     distributed.destroy_process_group()
+
+
+def compare_states(file: Path, expected: Path) -> None:
+    """Weights and the optimizer's state of two checkpoints."""
+    (found, one) = (torch.load(each, weights_only=True) for each in (file, expected))
+    assert list(found["state_dict"]) == list(one["state_dict"])
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][key], value, atol=1e-5, rtol=1e-4)
+    (state,), (other,) = found["optimizer_states"], one["optimizer_states"]
+    assert state["param_groups"] == other["param_groups"]
+    assert sorted(state["state"]) == sorted(other["state"])
+    for key, moments in other["state"].items():
+        for word, value in moments.items():
+            torch.testing.assert_close(state["state"][key][word], value, atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -131,17 +155,8 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
 
     resumed = torch.load(tmp_path / "resumed.0")
     assert resumed["events"] == one["events"][len(one["events"]) // 2 :]
-    files = {n: torch.load(tmp_path / f"{n}.ckpt") for n in ("one", "two", "half", "resumed")}
     for name in ("two", "resumed"):
-        assert list(files[name]["state_dict"]) == list(files["one"]["state_dict"])
-        for key, value in files["one"]["state_dict"].items():
-            torch.testing.assert_close(files[name]["state_dict"][key], value, atol=1e-5, rtol=1e-4)
-        (state,), (expected,) = (files[n]["optimizer_states"] for n in (name, "one"))
-        assert state["param_groups"] == expected["param_groups"]
-        assert sorted(state["state"]) == sorted(expected["state"])
-        for key, moments in expected["state"].items():
-            for word, value in moments.items():
-                torch.testing.assert_close(state["state"][key][word], value, atol=1e-5, rtol=1e-3)
+        compare_states(tmp_path / f"{name}.ckpt", tmp_path / "one.ckpt")
     # One process goes on from what two have saved.
     fit(tmp_path, "alone", "auto", start="half")
     alone = torch.load(tmp_path / "alone.0")
