@@ -6,7 +6,7 @@ the ranks that own an expert in them average its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from dynmoe.adaptation.fsdp import average_gradients
 from dynmoe.errors import ConfigError
 from dynmoe.layers.expert_parallel import ExpertParallel, dealt
 from dynmoe.layers.moe import MoELayer, moe_layers
@@ -73,7 +74,8 @@ class MoEExpertParallelStrategy(DDPStrategy):
         """The state of all experts, on rank 0."""
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
         if self._experts is not None:
-            state["state"] = self._experts.gathered_state(state["state"])
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            state["state"] = self._experts.gathered_state(state["state"], parameters)
         return state
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -108,6 +110,11 @@ class SharedExperts:
         for name, layer in self.layers.items():
             check(name, layer)
             pool = layer.experts
+            if pool.parallel is not None:
+                raise ConfigError(
+                    f"trainer: ranks share the experts of {name} since an earlier fit. Make the "
+                    "model anew, and give its checkpoint"
+                )
             prefix = f"{self._keys[layer]}.experts.slots."
             self.names += [f"{prefix}{key}" for key in pool.slots.state_dict()]
             for tensor in (*pool.slots.parameters(), *pool.slots.buffers()):
@@ -132,18 +139,8 @@ class SharedExperts:
     def average_gradients(self) -> None:
         """Average over replicas: a replica without tokens for an expert adds 0. After each backward
         pass."""
-        replicas = distributed.get_world_size(self.replicas)
-        owned = self._owned()
-        if replicas == 1 or not owned:
-            return
-        used = torch.tensor([p.grad is not None for p in owned], device=owned[0].device).float()
-        distributed.all_reduce(used, group=self.replicas)
-        shared = [p for p, count in zip(owned, used.tolist(), strict=True) if count]
-        for p in shared:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            distributed.all_reduce(p.grad, group=self.replicas)
-            p.grad /= replicas
+        if distributed.get_world_size(self.replicas) > 1:
+            average_gradients(self._owned(), group=self.replicas)
 
     def clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clip by the norm over the gradients of all experts and all other parameters."""
@@ -169,21 +166,26 @@ class SharedExperts:
                     found |= {f"{prefix}{k}": v.cpu().clone() for k, v in state.items()}
         return found
 
-    def gathered_state(self, state: dict[int, Any]) -> dict[int, Any]:
-        """An optimizer's state of all parameters, on rank 0, by their numbers."""
+    def gathered_state(
+        self, state: dict[int, Any], parameters: Sequence[nn.Parameter]
+    ) -> dict[int, Any]:
+        """An optimizer's state with that of all experts, on rank 0. ``parameters`` by number."""
         if not self.is_first_replica:
             return state
-        size = distributed.get_world_size(self.group)
-        every: list[Any] = [None] * size
+        owned = set(self._owned())
         mine = {
             number: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in each.items()}
             for number, each in state.items()
+            if parameters[number] in owned
         }
         is_first = distributed.get_rank() == 0
+        every: list[Any] = [None] * distributed.get_world_size(self.group)
         distributed.gather_object(mine, every if is_first else None, group=self.group, group_dst=0)
-        if not is_first:
-            return state
-        return dict(sorted((number, each) for part in every for number, each in part.items()))
+        if is_first:
+            state = dict(
+                sorted((state | {n: s for part in every for n, s in part.items()}).items())
+            )
+        return state
 
     def forget_others(self, optimizer: Optimizer) -> None:
         """Drop the state of experts that other ranks own."""

@@ -72,8 +72,10 @@ def _metrics(model: nn.Module) -> list[Metric]:
     return [module for module in model.modules() if isinstance(module, Metric)]
 
 
-def average_gradients(parameters: Iterable[nn.Parameter], *others: Tensor) -> None:
-    """Average over all ranks in one call, ``others`` as well.
+def average_gradients(
+    parameters: Iterable[nn.Parameter], *others: Tensor, group: Any = None
+) -> None:
+    """Average over the ranks of ``group`` (None: all) in one call, ``others`` as well.
 
     A parameter that has a gradient on some ranks alone, such as a threshold where no expert serves
     a token, counts as 0 on the others; one that has none anywhere keeps none.
@@ -87,8 +89,8 @@ def average_gradients(parameters: Iterable[nn.Parameter], *others: Tensor) -> No
     # NOTE: one call, in the order of parameters: calls that ranks make in different orders hang.
     parts = [*gradients, has, *others]
     flat = nn.utils.parameters_to_vector(parts)
-    distributed.all_reduce(flat)
-    nn.utils.vector_to_parameters(flat / distributed.get_world_size(), parts)
+    distributed.all_reduce(flat, group=group)
+    nn.utils.vector_to_parameters(flat / distributed.get_world_size(group), parts)
     for p, grad, share in zip(trained, gradients, has.tolist(), strict=True):
         p.grad = grad if share else None
 

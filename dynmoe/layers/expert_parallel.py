@@ -145,7 +145,9 @@ class ExpertParallel:
         for slot, expert in enumerate(pool.slots):
             if not self.owns(slot):
                 for tensor in _tensors(expert):
-                    tensor.data = tensor.data.new_zeros(()).expand(tensor.shape)
+                    # NOTE: whoever reads it all the same shall see that it is not there.
+                    nothing = torch.nan if tensor.is_floating_point() and tensor.ndim else 0
+                    tensor.data = tensor.data.new_full((), nothing).expand(tensor.shape)
                     tensor.grad = None
 
     def move(self, pool: Experts, owners: Sequence[int], optimizers: Sequence[Optimizer]) -> None:
@@ -176,6 +178,11 @@ class ExpertParallel:
 
 def _tensors(expert: nn.Module) -> list[Tensor]:
     return [*expert.parameters(), *expert.buffers()]
+
+
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Whether another rank owns the expert that a Parameter is of."""
+    return tensor.ndim > 0 and not any(tensor.stride())
 
 
 def fill(tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dynmoe.errors import Diverged
+from dynmoe.layers.expert_parallel import is_elsewhere
 from dynmoe.records import RunFolder
 from dynmoe.tasks.base import MoETask
 
@@ -100,6 +101,6 @@ class FiniteLoss(L.Callback):
 
 def _are_finite(task: MoETask) -> bool:
     trained = (p.detach() for p in task.parameters() if p.requires_grad)
-    # Of sharded ones this rank's share: the caller asks all ranks.
+    # Of sharded and shared ones this rank's: the caller asks all ranks.
     own = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
-    return all(bool(p.isfinite().all()) for p in own)
+    return all(bool(p.isfinite().all()) for p in own if not is_elsewhere(p))

@@ -19,7 +19,7 @@ from dynmoe.adaptation.adapt import twins_of, whole
 from dynmoe.adaptation.expert_parallel import SharedExperts, check
 from dynmoe.errors import ConfigError
 from dynmoe.layers import AverageKeyRouter, MoELayer, TopKRouter
-from dynmoe.layers.expert_parallel import balanced, dealt
+from dynmoe.layers.expert_parallel import balanced, dealt, is_elsewhere
 from dynmoe.layers.moe import moe_layers
 
 # Who owns which expert: pure functions.
@@ -178,6 +178,9 @@ def test_experts_of_others_take_no_memory() -> None:
     parallel.owners[3] = 1
     parallel.release(layer.experts)
     assert weight.shape == shape and weight.untyped_storage().nbytes() == 4
+    assert weight.isnan().all()  # and who reads it sees so
+    elsewhere = [n for n, p in layer.named_parameters() if is_elsewhere(p)]
+    assert len(elsewhere) == 4 and all(".slots.3." in name for name in elsewhere)
     assert len(shared._owned()) == 4 * 4
     parallel.owners[3] = 0
     with whole(layer, layer):  # writes go to the owner
@@ -197,6 +200,8 @@ def test_what_needs_all_experts_is_refused() -> None:
     with pytest.raises(ConfigError, match="AverageKeyRouter of ffn"):
         check("ffn", layer)
     SharedExperts(net, 1, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="checkpoint"):
+        SharedExperts(net, 1, torch.device("cpu"))
     with pytest.raises(ConfigError, match="averages"):
         twins_of(moe_layers(net), Net())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
