@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -45,7 +43,7 @@ class MoEExpertParallelStrategy(DDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
         size = self.world_size if self.size is None else self.size
-        self._experts = SharedExperts(model, size, self.root_device)
+        self._experts = SharedExperts(model, size)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             model, self._experts.names
         )
@@ -88,17 +86,17 @@ class MoEExpertParallelStrategy(DDPStrategy):
 class SharedExperts:
     """The experts of a model, dealt to groups of ``size`` ranks, with rank 0's weights."""
 
-    def __init__(self, model: nn.Module, size: int, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, size: int) -> None:
         ranks = distributed.get_world_size()
         if ranks % size:
             raise ConfigError(
                 f"trainer.strategy.size: {size} ranks that share experts do not divide the {ranks} "
                 "ranks. Set it to a divisor of trainer.devices, or null"
             )
-        mesh = init_device_mesh(
-            device.type, (ranks // size, size), mesh_dim_names=("same", "apart")
-        )
-        self.replicas, self.group = mesh.get_group("same"), mesh.get_group("apart")
+        # NOTE: not a device mesh, which takes DDP's group where one holds all ranks: the order of
+        # DDP's messages among the layers' differs from rank to rank.
+        self.group = _own_group([range(i, i + size) for i in range(0, ranks, size)])
+        self.replicas = _own_group([range(i, ranks, size) for i in range(size)])
         self.is_first_replica = distributed.get_rank() < size
         self.layers = moe_layers(model)
         if not self.layers:
@@ -194,6 +192,13 @@ class SharedExperts:
             for p in layer.experts.slots.parameters():
                 if p not in owned:
                     optimizer.state.pop(p, None)
+
+
+def _own_group(every: Sequence[Sequence[int]]) -> Any:
+    """A new group for each of ``every``; the one of this rank."""
+    groups = [distributed.new_group(list(ranks)) for ranks in every]
+    rank = distributed.get_rank()
+    return next(group for group, ranks in zip(groups, every, strict=True) if rank in ranks)
 
 
 def check(name: str, layer: MoELayer) -> None:

@@ -91,7 +91,7 @@ def work(rank: int, ranks: int, size: int, port: int, folder: Path) -> None:
     fit(folder, "resumed", resumed, ranks, start="half")
     # A layer alone: outputs, and gradients with uneven tokens.
     layer = pooled()
-    shared = SharedExperts(layer, size, torch.device("cpu"))
+    shared = SharedExperts(layer, size)
     found = forward_and_backward(layer, rank)
     shared.average_gradients()
     owned = {id(p) for p in shared._owned()}
@@ -158,7 +158,7 @@ def alone() -> Iterator[None]:
 def test_a_group_of_one_is_the_layer() -> None:
     for x in (tokens(0), torch.zeros(0, DIM)):
         layer, plain = pooled(), pooled()
-        SharedExperts(layer, 1, torch.device("cpu"))
+        SharedExperts(layer, 1)
         for each in (layer, plain):
             each(x).square().sum().backward()
         torch.testing.assert_close(layer(x), plain(x))
@@ -171,7 +171,7 @@ def test_a_group_of_one_is_the_layer() -> None:
 @pytest.mark.usefixtures("alone")
 def test_experts_of_others_take_no_memory() -> None:
     layer = pooled()
-    shared = SharedExperts(layer, 1, torch.device("cpu"))
+    shared = SharedExperts(layer, 1)
     parallel: Any = layer.experts.parallel
     weight: Any = layer.experts.slots[3][0].weight
     kept, shape = weight.detach().clone(), weight.shape
@@ -193,15 +193,15 @@ def test_experts_of_others_take_no_memory() -> None:
 def test_what_needs_all_experts_is_refused() -> None:
     net = Net()
     with pytest.raises(ConfigError, match=r"strategy\.size: 2 ranks"):
-        SharedExperts(net, 2, torch.device("cpu"))
+        SharedExperts(net, 2)
     with pytest.raises(ConfigError, match="trainer=ddp"):
-        SharedExperts(nn.Linear(2, 2), 1, torch.device("cpu"))
+        SharedExperts(nn.Linear(2, 2), 1)
     layer = MoELayer(nn.Sequential(nn.Linear(2, 2)), 2, AverageKeyRouter, 2)
     with pytest.raises(ConfigError, match="AverageKeyRouter of ffn"):
         check("ffn", layer)
-    SharedExperts(net, 1, torch.device("cpu"))
+    SharedExperts(net, 1)
     with pytest.raises(ConfigError, match="checkpoint"):
-        SharedExperts(net, 1, torch.device("cpu"))
+        SharedExperts(net, 1)
     with pytest.raises(ConfigError, match="averages"):
         twins_of(moe_layers(net), Net())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
