@@ -101,7 +101,8 @@ def sharded_fits(cfg: DictConfig) -> Iterator[str]:
     target = str(read(cfg, "trainer.strategy._target_", str))
     if "FSDP" not in target and "ExpertParallel" not in target:
         return
-    if "FSDP" in target and read(cfg, "trainer.gradient_clip_val", float):
+    clips = read(cfg, "trainer.gradient_clip_val", float)
+    if "FSDP" in target and clips:
         if "FSDP2" not in target:
             yield (
                 "trainer.gradient_clip_val: trainer=fsdp cannot clip by the norm of all shares. "
