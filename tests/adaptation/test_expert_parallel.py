@@ -195,7 +195,7 @@ def test_what_needs_all_experts_is_refused() -> None:
         SharedExperts(net, 2)
     with pytest.raises(ConfigError, match="trainer=ddp"):
         SharedExperts(nn.Linear(2, 2), 1)
-    layer = MoELayer(nn.Sequential(nn.Linear(2, 2)), 2, AverageKeyRouter, 2)
+    layer = MoELayer(nn.Sequential(nn.Linear(2, 2)), 2, partial(AverageKeyRouter, top_k=1), 2)
     with pytest.raises(ConfigError, match="AverageKeyRouter of ffn"):
         check("ffn", layer)
     SharedExperts(net, 1)
