@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from dynmoe.adaptation.adapt import Adaptation
     from dynmoe.adaptation.callback import DynMoECallback, RouterCallback
     from dynmoe.adaptation.decision import Decision, GrowthSchedule, Schedule, decide
+    from dynmoe.adaptation.expert_parallel import MoEExpertParallelStrategy
     from dynmoe.adaptation.fsdp import MoEFSDPStrategy
+    from dynmoe.adaptation.fsdp2 import MoEFSDP2Strategy
     from dynmoe.adaptation.growth import DriftGrowth
     from dynmoe.adaptation.mass_callback import MassCallback
     from dynmoe.adaptation.trainer_callback import DynMoETrainerCallback, MoETrainerCallback
@@ -22,6 +24,8 @@ __all__ = [
     "DynMoETrainerCallback",
     "GrowthSchedule",
     "MassCallback",
+    "MoEExpertParallelStrategy",
+    "MoEFSDP2Strategy",
     "MoEFSDPStrategy",
     "MoETrainerCallback",
     "RouterCallback",
@@ -36,8 +40,10 @@ __getattr__ = lazy(
     {
         "adapt": "Adaptation",
         "callback": "DynMoECallback RouterCallback",
+        "expert_parallel": "MoEExpertParallelStrategy",
         "decision": "Decision GrowthSchedule Schedule decide",
         "fsdp": "MoEFSDPStrategy",
+        "fsdp2": "MoEFSDP2Strategy",
         "growth": "DriftGrowth",
         "mass_callback": "MassCallback",
         "trainer_callback": "DynMoETrainerCallback MoETrainerCallback",

@@ -11,13 +11,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from dynmoe.adaptation.decision import Schedule, decide, one_of
 from dynmoe.adaptation.updates import layers_with_state, update_routers
 from dynmoe.adaptation.watch import Sums, Watch, is_first_rank, none
 from dynmoe.errors import ConfigError
+from dynmoe.layers.expert_parallel import balanced
 from dynmoe.layers.ffn import find_layout
 from dynmoe.layers.moe import MoELayer, NewExpert, RoutingStats, moe_layers
 
@@ -236,6 +237,9 @@ class Adaptation:
                 layer.add_expert(change.add, direction_D, self.init, load, seed)
             if self.reset_moments:
                 forget_moments(self.optimizers, layer, change.add)
+        if (parallel := layer.experts.parallel) is not None:
+            owners = balanced(parallel.owners, layer.live, load, parallel.size)
+            parallel.move(layer.experts, owners, self.optimizers)
         for twins in self._twins:
             follow(twins[name], layer, change.add)
         return {
@@ -285,10 +289,11 @@ def adaptive_layers(model: nn.Module) -> dict[str, MoELayer]:
                     f"adaptation: {owners[parameter]} and {name} share parameters: a new expert of "
                     "one would overwrite the other's. Share the whole layer, or copy the parts."
                 )
-            if isinstance(parameter, DTensor):
+            if isinstance(parameter, DTensor) and not layer.experts.sharded:
                 raise ConfigError(
-                    f"adaptation: {name} is sharded by FSDP2 (fully_shard), in which a slot cannot "
-                    "be rewritten. Use FullyShardedDataParallel, or leave MoE layers unsharded."
+                    f"adaptation: {name} is sharded by fully_shard, which sums the gradients of "
+                    "experts that only some ranks used wrongly. Train with MoEFSDP2Strategy of "
+                    "dynmoe.adaptation, or leave MoE layers unsharded."
                 )
     return found
 
@@ -332,6 +337,13 @@ def _check_layers(layers: Mapping[str, MoELayer], min_experts: int, init: NewExp
 
 def twins_of(layers: Mapping[str, MoELayer], average: nn.Module) -> dict[str, MoELayer]:
     """The layers of an averaged copy, which are named alike but for a prefix, ``module.``"""
+    if any(
+        layer.experts.sharded or layer.experts.parallel is not None for layer in layers.values()
+    ):
+        raise ConfigError(
+            "averages: each rank has a share of the weights (FSDP2, expert parallelism), and none "
+            "averages them. Train with DDP, or without an average."
+        )
     copies = moe_layers(average)
     prefix = next(
         (name for name in ("", "module.") if {name + x for x in layers} <= {*copies}), None
@@ -378,8 +390,18 @@ def _sizes(sums: Mapping[str, Tensor]) -> dict[str, int]:
 def whole(layer: nn.Module, model: Any) -> Iterator[None]:
     """Make the parameters of ``layer``, a part of ``model``, whole on every rank within the block.
 
-    What is written to them goes into their shares. Without FSDP nothing happens.
+    What is written to them goes into their shares, or to the experts' owners. On one device, and
+    under DDP, nothing happens.
     """
+    pool = getattr(layer, "experts", None)
+    if pool is not None and pool.parallel is not None:
+        with pool.parallel.whole(pool):
+            yield
+        return
+    if any(isinstance(p, DTensor) for p in layer.parameters()):
+        with _gathered(layer):
+            yield
+        return
     units = FullyShardedDataParallel.fsdp_modules(model)
     around = [unit for unit in units if any(module is layer for module in unit.modules())]
     if not around:
@@ -389,3 +411,28 @@ def whole(layer: nn.Module, model: Any) -> Iterator[None]:
     innermost = min(around, key=lambda unit: sum(1 for _ in unit.modules()))
     with FullyShardedDataParallel.summon_full_params(innermost, recurse=False):
         yield
+
+
+@contextmanager
+@torch.no_grad()
+def _gathered(layer: nn.Module) -> Iterator[None]:
+    """Put whole parameters in the place of shares, and back, with what was written to them."""
+    shares = [
+        (module, name, p)
+        for module in layer.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if isinstance(p, DTensor)
+    ]
+    found = {p: nn.Parameter(p.full_tensor(), p.requires_grad) for _, _, p in shares}
+    for module, name, share in shares:
+        setattr(module, name, found[share])
+    try:
+        yield
+    finally:
+        for module, name, share in shares:
+            setattr(module, name, share)
+        for share, p in found.items():
+            # Every rank has written the same: none has to send it.
+            share.copy_(
+                distribute_tensor(p, share.device_mesh, share.placements, src_data_rank=None)
+            )

@@ -6,7 +6,7 @@ small. Experts are sharded with their block, and made whole to be changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,15 +72,27 @@ def _metrics(model: nn.Module) -> list[Metric]:
     return [module for module in model.modules() if isinstance(module, Metric)]
 
 
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average over all ranks in one call. A parameter with a gradient has one on every rank."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
+def average_gradients(
+    parameters: Iterable[nn.Parameter], *others: Tensor, group: Any = None
+) -> None:
+    """Average over the ranks of ``group`` (None: all) in one call, ``others`` as well.
+
+    A parameter that has a gradient on some ranks alone, such as a threshold where no expert serves
+    a token, counts as 0 on the others; one that has none anywhere keeps none.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    if not trained and not others:
         return
+    like = trained[0] if trained else others[0]
+    has = like.new_tensor([p.grad is not None for p in trained])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     # NOTE: one call, in the order of parameters: calls that ranks make in different orders hang.
-    flat = nn.utils.parameters_to_vector(gradients)
-    distributed.all_reduce(flat)
-    nn.utils.vector_to_parameters(flat / distributed.get_world_size(), gradients)
+    parts = [*gradients, has, *others]
+    flat = nn.utils.parameters_to_vector(parts)
+    distributed.all_reduce(flat, group=group)
+    nn.utils.vector_to_parameters(flat / distributed.get_world_size(group), parts)
+    for p, grad, share in zip(trained, gradients, has.tolist(), strict=True):
+        p.grad = grad if share else None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from dynmoe.adaptation.drift import Drift, Split, cosine, split_gradient
 from dynmoe.adaptation.watch import is_first_rank, optimizers_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers import losses
-from dynmoe.layers.moe import MoELayer
+from dynmoe.layers.moe import MoELayer, moe_layers
 
 log = logging.getLogger(__name__)
 
@@ -361,10 +361,12 @@ def splittable_layers(model: nn.Module) -> dict[str, MoELayer]:
     Raises:
         ConfigError: there is none, or their gradients cannot be read and divided.
     """
-    if FullyShardedDataParallel.fsdp_modules(model):
+    pools = [layer.experts for layer in moe_layers(model).values()]
+    shared = any(pool.sharded or pool.parallel is not None for pool in pools)
+    if shared or FullyShardedDataParallel.fsdp_modules(model):
         raise ConfigError(
-            "growth by drift: FSDP gives each rank a share of every gradient, but whole ones are "
-            "compared. Set trainer=ddp or moe.adaptation=null"
+            "growth by drift: the gradients of all experts are compared, of which each rank has a "
+            "share. Set trainer=ddp or moe.adaptation=null"
         )
     layers = adaptive_layers(model)
     for name, layer in layers.items():

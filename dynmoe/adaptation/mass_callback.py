@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class MassCallback(RouterCallback):
         self._batches: list[tuple[Any, int]] = []  # of the step under way
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ConfigError(
                 "moe.adaptation: growth by drift compares whole gradients, of which FSDP gives "
                 "each device a share. Set trainer=ddp or moe.adaptation=null"

@@ -67,7 +67,9 @@ def one_device_per_job(cfg: DictConfig) -> Iterator[str]:
     if kind(cfg) == "SlurmLauncher":
         return
     strategy = read(cfg, "trainer.strategy", str) or read(cfg, "trainer.strategy._target_", str)
-    distributed = any(word in str(strategy).lower() for word in ("ddp", "fsdp", "deepspeed"))
+    distributed = any(
+        word in str(strategy).lower() for word in ("ddp", "fsdp", "parallel", "deepspeed")
+    )
     if distributed or device_count(cfg) != 1:
         yield (
             "trainer: a sweep runs each job on one device, found "

@@ -47,7 +47,7 @@ def mixing_fits(cfg: DictConfig) -> Iterator[str]:
     yield from _experts_to_compare(cfg, rule)
     yield from _sources(cfg, rule)
     yield from _by_source(node)
-    if every is not None and "fsdp" in _strategy(cfg):
+    if every is not None and any(word in _strategy(cfg) for word in ("fsdp", "expertparallel")):
         yield "mixing: probes need whole weights on each device. Choose trainer=ddp, or one device"
 
 

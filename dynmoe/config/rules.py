@@ -19,7 +19,13 @@ from dynmoe.config import clusters, machine, mixing, models
 from dynmoe.config.environments import environment_names, test_indices
 from dynmoe.config.options import device_count, modality, options_with, read, written
 from dynmoe.config.targets import did_you_mean
-from dynmoe.config.trainer import own_callbacks, several_devices, trainer_options
+from dynmoe.config.trainer import (
+    experts_apart,
+    own_callbacks,
+    several_devices,
+    sharded_fits,
+    trainer_options,
+)
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS
 from dynmoe.data.vl.turns import TEMPLATE_NAMES
 from dynmoe.questions import SETS
@@ -246,10 +252,11 @@ def growth_fits(cfg: DictConfig) -> Iterator[str]:
     adaptation = read(cfg, "moe.adaptation", dict) or {}
     if not str(adaptation.get("_target_")).endswith(".MassCallback"):
         return
-    if "FSDP" in str(read(cfg, "trainer.strategy._target_", str)):
+    target = str(read(cfg, "trainer.strategy._target_", str))
+    if "FSDP" in target or "ExpertParallel" in target:
         yield (
-            "trainer.strategy: growth by drift (moe.adaptation) compares whole gradients, of which "
-            "FSDP gives each device a share. Set trainer=ddp or moe.adaptation=null."
+            "trainer.strategy: growth by drift (moe.adaptation) compares the gradients of all "
+            "experts, of which each device has a share. Set trainer=ddp or moe.adaptation=null."
         )
     experts, slots = read(cfg, "moe.num_experts", int), read(cfg, "moe.max_experts", int)
     if experts is not None and experts == slots:
@@ -631,7 +638,7 @@ RULES: tuple[Rule, ...] = (
     *(machine.libraries, machine.loggers, only_of_one_modality, protocol_fits, selection_fits),
     routing_fits,
     *(machine.run_folder, clipping_optimizer, own_callbacks),
-    *(trainer_options, several_devices, clusters.as_many_as_started),
+    *(trainer_options, several_devices, sharded_fits, experts_apart, clusters.as_many_as_started),
 )
 RUN_RULES: tuple[Rule, ...] = (clusters.launcher_has_a_sweep,)  # of one run alone
 SWEEP_RULES: tuple[Rule, ...] = (clusters.one_device_per_job, clusters.launcher_fits)

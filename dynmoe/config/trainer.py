@@ -82,7 +82,7 @@ def several_devices(cfg: DictConfig) -> Iterator[str]:
         return
     count = f"devices={read(cfg, 'trainer.devices', object)}, num_nodes={nodes}"
     if strategy == "auto":
-        yield f"trainer: several devices need trainer=ddp (or trainer=fsdp), found {count}"
+        yield f"trainer: several devices need trainer=ddp (or trainer=fsdp2), found {count}"
     target = str(read(cfg, "trainer.strategy._target_", str))
     waits = (
         not read(cfg, "trainer.strategy.find_unused_parameters", bool)
@@ -93,6 +93,64 @@ def several_devices(cfg: DictConfig) -> Iterator[str]:
         yield (
             f"trainer.strategy: with {count} DDP waits for experts that no token of a device "
             "chose. Choose trainer=ddp, which sets find_unused_parameters=true"
+        )
+
+
+def sharded_fits(cfg: DictConfig) -> Iterator[str]:
+    """Each device has a share of weights and gradients."""
+    target = str(read(cfg, "trainer.strategy._target_", str))
+    if "FSDP" not in target and "ExpertParallel" not in target:
+        return
+    clips = read(cfg, "trainer.gradient_clip_val", float)
+    if "FSDP" in target and clips:
+        if "FSDP2" not in target:
+            yield (
+                "trainer.gradient_clip_val: trainer=fsdp cannot clip by the norm of all shares. "
+                "Set trainer=fsdp2 or trainer.gradient_clip_val=null"
+            )
+        elif read(cfg, "trainer.gradient_clip_algorithm", str) == "value":
+            yield (
+                "trainer.gradient_clip_algorithm: expected norm with trainer=fsdp2, found value. "
+                "Leave it out"
+            )
+    given = read(cfg, "trainer.callbacks", object)
+    for node in given if isinstance(given, list) else [given]:
+        name = str((node if isinstance(node, dict) else {}).get("_target_")).rpartition(".")[2]
+        if name in AVERAGING:
+            yield (
+                f"trainer.callbacks: {name} averages whole weights, of which each device has a "
+                "share. Set trainer=ddp, or leave it out"
+            )
+
+
+READ_EXPERTS = ("AverageKeyRouter", "UniFRouter")
+"""Routers that look at the weights of all experts."""
+
+
+def experts_apart(cfg: DictConfig) -> Iterator[str]:
+    """Devices share the experts of each layer (trainer=expert_parallel)."""
+    if "ExpertParallel" not in str(read(cfg, "trainer.strategy._target_", str)):
+        return
+    moe = read(cfg, "moe.name", str)
+    router = str(read(cfg, "moe.router._target_", str)).rpartition(".")[2]
+    if read(cfg, "moe.router", dict) is None or router == "SoftSlots":
+        yield f"trainer.strategy: moe={moe} has no routed experts to share. Set trainer=ddp"
+    if router in READ_EXPERTS:
+        yield (
+            f"trainer.strategy: the router of moe={moe} reads the weights of all experts, which "
+            "devices share. Set trainer=ddp or trainer=fsdp2"
+        )
+    if read(cfg, "moe.conflict.weight", float):
+        yield (
+            "moe.conflict.weight: compares gradients of a token at all of its experts, which "
+            "devices share. Set trainer=ddp, or moe.conflict.weight=0"
+        )
+    size, devices = read(cfg, "trainer.strategy.size", int), device_count(cfg)
+    ranks = None if devices is None else devices * (read(cfg, "trainer.num_nodes", int) or 1)
+    if size is not None and (size < 1 or (ranks is not None and ranks % size)):
+        yield (
+            f"trainer.strategy.size: expected a divisor of the {ranks} devices, found {size}. Set "
+            "trainer.strategy.size=null, for all"
         )
 
 

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from dynmoe.errors import ConfigError
 from dynmoe.layers import dispatch
+from dynmoe.layers.expert_parallel import ExpertParallel
 from dynmoe.layers.ffn import (
     ACTIVATIONS,
     PackedGatedFFN,
@@ -69,6 +70,10 @@ class Experts(nn.Module):
     """See ``fix_keys``."""
     stack: bool
     """Whether it was asked for weights that are stacked."""
+    sharded: bool
+    """Whether weights are whole during a pass alone (dynmoe/adaptation/fsdp2.py)."""
+    parallel: ExpertParallel | None
+    """Who owns which expert, where ranks share them."""
 
     def __init__(
         self,
@@ -106,10 +111,12 @@ class Experts(nn.Module):
             )
         self.kept: dict[Any, Any] | None = None
         self.stack = False
+        self.sharded = False
+        self.parallel: ExpertParallel | None = None
         self.register_buffer("fixed_keys_SD", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None, "stack": False}
+        return {**self.__dict__, "kept": None, "stack": False, "parallel": None}
 
     @property
     def stacks(self) -> bool:
@@ -121,6 +128,8 @@ class Experts(nn.Module):
         experts = [self.slots[slot] for slot in live]
         if torch.compiler.is_exporting():
             return _traceable_forward(experts, x_TD, routing)
+        if self.parallel is not None:
+            return _parallel_forward(self, x_TD, routing, live)
         return _sparse_forward(self, experts, x_TD, routing)
 
     @torch.no_grad()
@@ -164,7 +173,11 @@ def _sparse_forward(
     ffns = None if pool.layout is None or by_modules else read_ffns(experts, pool.layout)
     p = dispatch.pairs(routing.dispatch_TE, ffns is not None and compiles_shapes(x_TD))
     if not any(p.counts):  # zeros that backward() can start from, without any expert's Parameters
-        return torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
+        y_TD = torch.zeros_like(x_TD, dtype=compute_dtype(x_TD)) + x_TD[:0].sum()
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in pool.parameters())
+        # NOTE: with or without rows alike: FSDP gathers a block again for the backward pass if its
+        # output has one, and ranks with rows would wait for this one.
+        return y_TD.requires_grad_() if trained and not y_TD.requires_grad else y_TD
     if conflict is not None:
         x_TD = conflict.enter(x_TD, p, routing.mask_TE)
     if ffns is not None and pool.kept is not None and pool.stacks and stacks_pay(p.counts):
@@ -180,6 +193,12 @@ def _sparse_forward(
     if conflict is not None:
         out_RD = conflict.leave(out_RD, p, routing.mask_TE)
     return dispatch.combine(out_RD, routing.weights_TE, p)
+
+
+@torch.compiler.disable
+def _parallel_forward(pool: Experts, x_TD: Tensor, routing: Routing, live: Sequence[int]) -> Tensor:
+    assert pool.parallel is not None
+    return pool.parallel.forward(pool, x_TD, routing, live, _sparse_forward)
 
 
 def _traceable_forward(experts: Sequence[nn.Module], x_TD: Tensor, routing: Routing) -> Tensor:

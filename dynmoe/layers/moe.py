@@ -392,7 +392,7 @@ class MoELayer(MaskedLayer):
             load = load or {}
             # The lowest of equally used slots, so that all ranks copy the same.
             most_used = max(self.live, key=lambda other: (load.get(other, 0), -other))
-            target.load_state_dict(self.experts.slots[most_used].state_dict())
+            _copy(self.experts.slots[most_used], target)
             if init == "copy_redrawn":
                 redraw_units(target, 0.5, generator)
         elif init == "mean":
@@ -403,7 +403,7 @@ class MoELayer(MaskedLayer):
         elif init == "pretrained":
             if self.origin is None:
                 raise ValueError("init=pretrained needs a layer made with keep_origin=True")
-            target.load_state_dict(self.origin.state_dict())
+            _copy(self.origin, target)
         elif init == "fresh":
             redraw(target, generator)
         self.router.point(slot, direction_D)
@@ -420,7 +420,7 @@ class MoELayer(MaskedLayer):
         if source not in self.live:
             raise ValueError(f"cannot split slot {source}: the living experts are {self.live}")
         self.add_expert(slot, torch.ones(self.dim, device=self.active_E.device), "slot")
-        self.experts.slots[slot].load_state_dict(self.experts.slots[source].state_dict())
+        _copy(self.experts.slots[source], self.experts.slots[slot])
         pairs = zip(
             self.router.slot_parameters(slot), self.router.slot_parameters(source), strict=True
         )
@@ -436,6 +436,13 @@ class MoELayer(MaskedLayer):
         layer.active_E = self.active_E[list(live)].clone()
         _ = layer.live
         return layer
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    # NOTE: load_state_dict would call hooks, of which fully_shard's expect shares.
+    old, new = ([*each.parameters(), *each.buffers()] for each in (source, target))
+    for before, after in zip(old, new, strict=True):
+        after.copy_(before)
 
 
 def _made_router(router: Any, dim: int, max_experts: int) -> Router:
@@ -583,13 +590,16 @@ def constant_weights(model: nn.Module, stack: bool = False) -> Iterator[None]:
     evaluation, the micro-batches of one optimizer step.
     """
     layers = moe_layers(model).values()
-    parts = [part for layer in layers for part in (layer.router, layer.experts)]
+    # NOTE: sharded weights are whole for a pass; what is kept of them would be whole all the time.
+    pools = [layer.experts for layer in layers if not layer.experts.sharded]
+    parts: list[Any] = [*(layer.router for layer in layers), *pools]
     within = [part.kept is not None for part in parts]
     stacked = [layer.experts.stack for layer in layers]
     for part in parts:
         part.kept = {}
     for layer in layers:
-        layer.experts.stack = stack and layer.active_E.device.type == "cpu"
+        on_host = layer.active_E.device.type == "cpu"
+        layer.experts.stack = stack and on_host and not layer.experts.sharded
     try:
         yield
     finally:  # a block around this one begins anew: here weights may have been others

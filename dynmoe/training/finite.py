@@ -8,8 +8,10 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dynmoe.errors import Diverged
+from dynmoe.layers.expert_parallel import is_elsewhere
 from dynmoe.records import RunFolder
 from dynmoe.tasks.base import MoETask
 
@@ -98,4 +100,7 @@ class FiniteLoss(L.Callback):
 
 
 def _are_finite(task: MoETask) -> bool:
-    return all(bool(p.detach().isfinite().all()) for p in task.parameters() if p.requires_grad)
+    trained = (p.detach() for p in task.parameters() if p.requires_grad)
+    # Of sharded and shared ones this rank's: the caller asks all ranks.
+    own = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+    return all(bool(p.isfinite().all()) for p in own if not is_elsewhere(p))

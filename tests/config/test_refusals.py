@@ -95,6 +95,32 @@ TABLE = {
     ),
     f"{IMAGES} moe=mass moe.max_experts=8": ("moe: max_experts (8)", "Raise moe.max_experts"),
     f"{IMAGES} moe=mass trainer=fsdp": ("trainer.strategy: growth by drift", "trainer=ddp"),
+    f"{IMAGES} moe=mass trainer=fsdp2": ("trainer.strategy: growth by drift", "trainer=ddp"),
+    f"{IMAGES} trainer=fsdp trainer.gradient_clip_val=1": (
+        "trainer.gradient_clip_val: trainer=fsdp cannot",
+        "trainer=fsdp2",
+    ),
+    f"{IMAGES} trainer=fsdp2 trainer.gradient_clip_val=1 +trainer.gradient_clip_algorithm=value": (
+        "trainer.gradient_clip_algorithm: expected norm",
+    ),
+    f"{IMAGES} trainer=fsdp2 "
+    "+trainer.callbacks._target_=lightning.pytorch.callbacks.EMAWeightAveraging": (
+        "trainer.callbacks: EMAWeightAveraging averages whole weights",
+        "trainer=ddp",
+    ),
+    f"{IMAGES} moe=mass trainer=expert_parallel": ("trainer.strategy: growth by drift",),
+    f"{IMAGES} moe=dense trainer=expert_parallel": (
+        "trainer.strategy: moe=dense has no routed experts",
+        "trainer=ddp",
+    ),
+    f"{IMAGES} moe=emoe trainer=expert_parallel moe.conflict.weight=0.1": (
+        "trainer.strategy: the router of moe=emoe reads",
+        "moe.conflict.weight=0",
+    ),
+    f"{IMAGES} trainer=expert_parallel trainer.devices=4 trainer.strategy.size=3": (
+        "trainer.strategy.size: expected a divisor of the 4 devices",
+        "size=null",
+    ),
     f"{IMAGES} seed=99999999999999999999": ("seed: expected from 0 to 4294967295",),
     f"{IMAGES} runtime.progress_every=-1": ("runtime.progress_every: expected 0 or more",),
     f"{VL} mode=plan plan.mean_k=99 stage=moe": ("plan.mean_k: expected at most moe.max_experts",),
