@@ -142,7 +142,8 @@ class Shards:
         routers = [p for layer in self.layers.values() for p in layer.router.parameters()]
         scalars = [p for p in model.parameters() if p.ndim == 0]
         self.whole = list(dict.fromkeys([*routers, *scalars]))
-        kinds, options = blocks(model), {"mesh": mesh, "ignored_params": set(self.whole)}
+        kinds = blocks(model)
+        options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(self.whole)}
         for block in [m for m in model.modules() if type(m) in kinds][::-1]:  # inner ones first
             fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
         root: Any = fully_shard(model, **options)
@@ -207,7 +208,7 @@ class SplitGroups:
 
 def clip_by_norm(optimizer: Optimizer, clip_val: float) -> None:
     """Clip by the norm over all gradients: PyTorch takes either shares or whole ones."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
     shares = [p for p in parameters if p.grad is not None and isinstance(p, DTensor)]
     others = [p for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
     norms: list[Any] = [

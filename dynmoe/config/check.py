@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -136,11 +136,15 @@ def value_problems(cfg: DictConfig, keys: Iterable[str]) -> list[str]:
     return found
 
 
+def _said(rule: Callable[[DictConfig], Iterable[str]], cfg: DictConfig) -> list[str]:
+    return list(rule(cfg))
+
+
 def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
     with names_are_text():
         direct, indirect = _walk(cfg, "", once)
     rules = (*RULES, *(SWEEP_RULES if multirun else RUN_RULES))
-    said = {rule: once(cfg, rule, lambda rule=rule: list(rule(cfg))) for rule in rules}
+    said = {rule: once(cfg, rule, partial(_said, rule, cfg)) for rule in rules}
     # Image data copy keys that text backbones and protocols lack: rules name the cause.
     fits = (same_modality, is_language_model, protocol_fits, stage_is_chosen)
     if any(said[rule] for rule in fits):

@@ -77,17 +77,19 @@ def _differences(cfg: DictConfig) -> Iterator[str]:
     if has_mixing:
         yield f"mixing{cfg.mixing.rule}"
     for node in ("moe", "data", *(["mixing"] if has_mixing else []), "task"):
-        yield from once(cfg, ("differences", node), lambda node=node: [*_own(cfg, node)])
+        yield from once(cfg, ("differences", node), partial(_own, cfg, node))
 
 
-def _own(cfg: DictConfig, node: str) -> Iterator[str]:
+def _own(cfg: DictConfig, node: str) -> list[str]:
     """Settings of one node that are not those of its file."""
+    found = []
     for key, written in once(cfg, ("file", node), lambda: [*_leaves(_file(cfg, node), f"{node}.")]):
         value = OmegaConf.select(cfg, key)
         if key in NOT_IN_IDENTITY or value is None or value == _meant(cfg, written, value):
             continue
         text = str(value).rpartition(".")[2] if key.endswith("._target_") else str(value)
-        yield f"{key.rpartition('.')[2]}{text.strip('[]').replace(' ', '')[:SHORT]}"
+        found.append(f"{key.rpartition('.')[2]}{text.strip('[]').replace(' ', '')[:SHORT]}")
+    return found
 
 
 def _file(cfg: DictConfig, node: str) -> Any:

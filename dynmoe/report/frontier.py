@@ -129,7 +129,8 @@ def power_sentence(runs: Sequence[Run]) -> str:
     fewer than two settings have the same three repetitions."""
     place, cells = columns(runs)[-1], score_cells(runs)
     pool = {name: cells[name, place] for name in dict.fromkeys(run.setting for run in runs)}
-    held = matched({key: None for cell in pool.values() for key in cell}, pool.values())
+    every = {key: score for cell in pool.values() for key, score in cell.items()}
+    held = matched(every, pool.values())
     whole = [[cell[r].accuracy for r in held] for cell in pool.values() if set(held) <= cell.keys()]
     if len(whole) < 2 or len(held) < 3:
         return ""
