@@ -208,9 +208,9 @@ class SplitGroups:
 
 def clip_by_norm(optimizer: Optimizer, clip_val: float) -> None:
     """Clip by the norm over all gradients: PyTorch takes either shares or whole ones."""
-    parameters: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
-    shares = [p for p in parameters if p.grad is not None and isinstance(p, DTensor)]
-    others = [p for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
+    every = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    shares: list[Any] = [p for p in every if isinstance(p, DTensor)]
+    others = [p for p in every if not isinstance(p, DTensor)]
     norms: list[Any] = [
         nn.utils.get_total_norm([p.grad for p in part]) for part in (shares, others)
     ]
