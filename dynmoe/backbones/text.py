@@ -195,8 +195,11 @@ def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any
         return not inside or "pooler" in name
 
     hub.check_loaded(classifier, loaded, model, path, may_be_new=is_head)
-    head = {name for name, _ in classifier.named_parameters() if not name.startswith(body)}
-    for name in head.difference(fresh):  # of another task, of as many classes
+    head = [name for name, _ in classifier.named_parameters() if not name.startswith(body)]
+    kept = [name for name in head if name not in fresh]  # of another task, of as many classes
+    for name in kept:
         classifier.get_parameter(name)._is_hf_initialized = False
-        classifier._init_weights(classifier.get_submodule(name.rpartition(".")[0]))
+    # Each once, in the model's order: seeds would not say what is drawn.
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in kept):
+        classifier._init_weights(classifier.get_submodule(module))
     return classifier, fresh
