@@ -132,18 +132,25 @@ class RunFolder:
         file. Any other line that is not a JSON object with a `step` raises RecordError, and so does
         a file that has changed since the run finished.
         """
-        file = self._file(kind)
-        content = _content(file)
-        self._check_unchanged(file, content)
-        # Bytes: a cut may fall inside a character.
-        whole_lines = content.split(b"\n")[:-1]
-        found = _records(file, whole_lines)
+        whole_lines = self.lines(kind)
+        found = _records(self._file(kind), whole_lines)
         if (null := NULL.get(kind)) is None:
             return found
         return [
             _with_nan(record, null) if b"null" in line else record
             for record, line in zip(found, whole_lines, strict=True)
         ]
+
+    def lines(self, kind: Kind) -> list[bytes]:
+        """The whole lines of one kind, not parsed.
+
+        Raises:
+            RecordError: the file has changed since the run finished.
+        """
+        file = self._file(kind)
+        content = _content(file)
+        self._check_unchanged(file, content)
+        return content.split(b"\n")[:-1]  # bytes: a cut may fall inside a character
 
     @property
     def torn(self) -> list[Path]:

@@ -43,9 +43,12 @@ def _write(args: argparse.Namespace) -> None:
     elif len(args.folders) == 2 and all((each / "run.json").exists() for each in args.folders):
         if args.out is not None:
             raise UserError(NO_OUT.format("two runs, which are compared on the console"))
+        if args.by_loss:
+            raise UserError("--by-loss: two runs are compared by all their measures; leave it out")
         _compare(*args.folders)
     else:
-        _report(args.folders, args.out or args.folders[0] / "report", args.by_loss)
+        name = "report_by_loss" if args.by_loss else "report"
+        _report(args.folders, args.out or args.folders[0] / name, args.by_loss)
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -145,6 +145,11 @@ def experts_apart(cfg: DictConfig) -> Iterator[str]:
             "moe.conflict.weight: compares gradients of a token at all of its experts, which "
             "devices share. Set trainer=ddp, or moe.conflict.weight=0"
         )
+    if str(read(cfg, "trainer.precision", str)) in ("16-mixed", "16"):
+        yield (
+            "trainer.precision: each device would decide by its own experts whether a step of "
+            "16-mixed counts. Set trainer.precision=bf16-mixed"
+        )
     size, devices = read(cfg, "trainer.strategy.size", int), device_count(cfg)
     ranks = None if devices is None else devices * (read(cfg, "trainer.num_nodes", int) or 1)
     if size is not None and (size < 1 or (ranks is not None and ranks % size)):

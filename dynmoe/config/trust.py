@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config.targets import TargetError, Unreadable, locate
@@ -51,12 +52,25 @@ def _is_within(name: str, packages: Sequence[str]) -> bool:
 def _home(target: object) -> str:
     """The module that defines a target, or the name that names nothing; empty where only Python can
     tell."""
+    name = str(target)
+    if "__" in name:  # a module's loader, an object's globals
+        return ""
     try:
-        return locate(str(target)).module
-    except TargetError:  # of another version, perhaps: it cannot be called
-        return str(target)
+        return locate(name).module
+    except TargetError:
+        return _made_at_import(name)
     except Unreadable:
         return ""
+
+
+def _made_at_import(name: str) -> str:
+    """The module of what sources do not show; nothing but trusted packages is imported for it."""
+    if not _is_within(name, TRUSTED):
+        return ""
+    try:
+        return str(getattr(get_object(name), "__module__", ""))
+    except (ImportError, AttributeError, ValueError):  # of another version: it cannot be called
+        return name
 
 
 def _targets(node: Any, key: str) -> Iterator[tuple[str, object]]:

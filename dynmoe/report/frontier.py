@@ -41,6 +41,8 @@ class Stand:
     """It minus each rival; p is corrected for their number."""
     best: str
     """The rival with the best mean; empty without rivals."""
+    left_out: tuple[str, ...]
+    """Rivals that lack repetitions."""
 
     @property
     def better(self) -> list[str]:
@@ -63,6 +65,8 @@ def stands(collection: Collection, problem: Problem) -> list[Stand]:
             continue
         rivals = [r for r in fixed if costs[r].flops <= (1 + SLACK) * costs[name].flops]
         held = matched(cells[name, place], [cells[rival, place] for rival in rivals])
+        if not held:
+            continue
         results = {
             each: [cells[each, place][repetition].accuracy for repetition in held]
             for each in (name, *rivals)
@@ -74,10 +78,9 @@ def stands(collection: Collection, problem: Problem) -> list[Stand]:
             for rival, theirs in results.items()
         }
         best = max(results, key=lambda r: scale.better * float(np.mean(results[r])), default="")
-        cost = costs[name]
-        found.append(
-            Stand(name, cost.flops / unit, cost.mean_k, tuple(own), corrected(tests), best)
-        )
+        left_out = tuple(rival for rival in rivals if rival not in results)
+        flops, mean_k = costs[name].flops / unit, costs[name].mean_k
+        found.append(Stand(name, flops, mean_k, tuple(own), corrected(tests), best, left_out))
     return [each for each in found if not math.isnan(each.flops)]
 
 
@@ -101,7 +104,7 @@ def frontier_table(collection: Collection, problem: Problem) -> Table | None:
                 format_mean(each.accuracies, scale),
                 each.best,
                 *map(style, (test.points, *test.p_cells)),
-                f"{len(each.better)} of {len(each.tests)}",
+                _count_better(each),
                 str(len(each.accuracies)),
             )
         )
@@ -119,9 +122,20 @@ def frontier_table(collection: Collection, problem: Problem) -> Table | None:
         f"settings and dense that need at most {SLACK:.0%} more of them are rivals; the best is "
         f"chosen by the reported {words.noun} itself. Paired t tests on matched repetitions with "
         "95 % intervals, by Holm for the rivals of a setting. Better: significantly "
-        f"(by Holm < {LEVEL}). {power_sentence(runs)}",
+        f"(by Holm < {LEVEL}). {_incomplete(found)}{power_sentence(runs)}",
         conditions=conditions(runs),
     )
+
+
+def _count_better(stand: Stand) -> str:
+    """`1 of 3` rivals that could be tested; a dash where none could."""
+    tested = sum(test.p is not None for test in stand.tests.values())
+    return f"{len(stand.better)} of {tested}" if tested else "-"
+
+
+def _incomplete(found: Sequence[Stand]) -> str:
+    names = dict.fromkeys(name for each in found for name in each.left_out)
+    return f"Left out, since they lack repetitions: {', '.join(names)}. " if names else ""
 
 
 def power_sentence(runs: Sequence[Run]) -> str:

@@ -239,10 +239,8 @@ class Run:
     def _routing(self, mark: bytes) -> list[Record]:
         """The routing records whose line contains `mark`: most of the time of a large report would
         go into parsing the others."""
-        file = self.folder.path / "routing.jsonl"
-        if not file.exists():
-            return []
-        return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1] if mark in line]
+        lines = self.folder.lines("routing")
+        return [json.loads(line) for line in lines if mark in line]
 
     @cached_property
     def events(self) -> list[Record]:

@@ -149,6 +149,7 @@ def test_runs_under_other_conditions_are_refused(
     shutil.copytree(sweep, tmp_path / "other")
     config = tmp_path / "other" / "c" / "config.yaml"
     config.write_text(config.read_text().replace("precision: 32-true", "precision: bf16-mixed"))
+    (config.parent / "done").write_text("\n")  # taken as it is
     with pytest.raises(SystemExit):
         run("step", "--runs", str(tmp_path / "other"), *QUICK)
     assert "trainer.precision is 32-true in" in capsys.readouterr().err

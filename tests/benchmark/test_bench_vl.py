@@ -218,6 +218,7 @@ def test_conversations_in_another_form_are_not_interleaved(sweep: Path, tmp_path
     shutil.copytree(sweep, tmp_path / "other")
     file = tmp_path / "other" / "c" / "config.yaml"
     file.write_text(file.read_text().replace("\n  template: simple", "\n  template: v1"))
+    (file.parent / "done").write_text("\n")  # taken as it is
     members = [
         [each.run.setting for each in group] for _, group in groups(candidates(tmp_path / "other"))
     ]

@@ -113,6 +113,9 @@ TABLE = {
         "trainer.strategy: moe=dense has no routed experts",
         "trainer=ddp",
     ),
+    f"{IMAGES} trainer=expert_parallel trainer.devices=2 trainer.precision=16-mixed": (
+        "trainer.precision: each device would decide",
+    ),
     f"{IMAGES} moe=emoe trainer=expert_parallel moe.conflict.weight=0.1": (
         "trainer.strategy: the router of moe=emoe reads",
         "moe.conflict.weight=0",

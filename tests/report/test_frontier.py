@@ -68,6 +68,31 @@ def test_no_table_without_rivals(tmp_path: Path) -> None:
     assert frontier_table(collection, collection.problems[0]) is None
 
 
+def test_rivals_that_lack_repetitions_are_named(tmp_path: Path) -> None:
+    accuracies = {name: values for name, values in ACCURACIES.items() if name != "top-4 of 8"}
+    accuracies["top-2 of 4"] = [0.9]
+    write_sweep(tmp_path, {name: {"0": values} for name, values in accuracies.items()})
+    collection = read_runs([tmp_path])
+    table = frontier_table(collection, collection.problems[0])
+    assert table is not None
+    assert "Left out, since they lack repetitions: top-2 of 4." in table.note
+
+
+def test_two_repetitions_count_no_rival_as_worse(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"dense": {"0": [0.9, 0.91]}, "ReMoE": {"0": [0.3, 0.32]}})
+    collection = read_runs([tmp_path])
+    table = frontier_table(collection, collection.problems[0])
+    assert table is not None and table.rows[0][-2:] == ("-", "2")
+
+
+def test_no_row_without_a_common_repetition(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path, "dense", 0.5 + seed / 100, seed=seed)
+        write_run(tmp_path, "ReMoE", 0.5, seed=seed + 3)
+    collection = read_runs([tmp_path])
+    assert frontier_table(collection, collection.problems[0]) is None
+
+
 @pytest.mark.parametrize("count", [3, 5, 10, 30])
 def test_power_of_the_smallest_difference(count: int) -> None:
     shift = detectable(0.2, count) / (0.2 / count**0.5)
