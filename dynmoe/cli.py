@@ -15,7 +15,7 @@ from string import Template
 from typing import Any
 
 import hydra
-from hydra._internal import hydra as hydra_commands
+from hydra._internal import hydra as hydra_module
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
@@ -65,7 +65,8 @@ def _run(job: Job, prog: str) -> None:
     own_tree = args.config_path or args.config_name or args.experimental_rerun
     if astray and (shows_only or own_tree):
         raise ConfigError(report(astray))
-    asks, starts = Hydra.get_mode, hydra_commands.run_job
+    single: Any = hydra_module
+    asks, starts = Hydra.get_mode, single.run_job
     if not shows_only and not own_tree:
         verdict = preflight(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
         if astray or verdict.problems:
@@ -77,13 +78,13 @@ def _run(job: Job, prog: str) -> None:
     for plugin in (DynMoESweeper, *LAUNCHERS):
         Plugins.instance().register(plugin)
     own_launchers()
-    hydra_commands.run_job = functools.partial(_start, starts, prog)
+    single.run_job = functools.partial(_start, starts, prog)
     main = hydra.main(config_path="pkg://dynmoe.conf", config_name="config", version_base="1.3")
     try:
         main(_guarded(job, prog))()
     finally:
         Hydra.get_mode = asks  # type: ignore[method-assign]
-        hydra_commands.run_job = starts
+        single.run_job = starts
 
 
 def _start(run_job: Callable[..., Any], prog: str, *args: Any, **kwargs: Any) -> Any:

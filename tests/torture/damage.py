@@ -147,7 +147,8 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
     kept = draw.choice(states.kept)
     shutil.copytree(kept, states.case)
     run = draw.choice(runs(states.case))
-    told, harmed = [], set()
+    told: list[str] = []
+    harmed: set[str] = set()
     for _ in range(draw.choice((1, 1, 1, 2))):
         files = sorted(file for file in run.path.rglob("*") if file.is_file())
         # Records, checkpoints and facts more often than what nothing reads.
