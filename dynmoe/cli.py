@@ -12,8 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from string import Template
+from typing import Any
 
 import hydra
+from hydra._internal import hydra as hydra_module
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.conf import HydraConf
@@ -63,7 +65,8 @@ def _run(job: Job, prog: str) -> None:
     own_tree = args.config_path or args.config_name or args.experimental_rerun
     if astray and (shows_only or own_tree):
         raise ConfigError(report(astray))
-    asks = Hydra.get_mode
+    single: Any = hydra_module
+    asks, starts = Hydra.get_mode, single.run_job
     if not shows_only and not own_tree:
         verdict = preflight(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
         if astray or verdict.problems:
@@ -75,11 +78,30 @@ def _run(job: Job, prog: str) -> None:
     for plugin in (DynMoESweeper, *LAUNCHERS):
         Plugins.instance().register(plugin)
     own_launchers()
+    single.run_job = functools.partial(_start, starts, prog)
     main = hydra.main(config_path="pkg://dynmoe.conf", config_name="config", version_base="1.3")
     try:
         main(_guarded(job, prog))()
     finally:
         Hydra.get_mode = asks  # type: ignore[method-assign]
+        single.run_job = starts
+
+
+def _start(run_job: Callable[..., Any], prog: str, *args: Any, **kwargs: Any) -> Any:
+    """Start a single run; Hydra would show a folder, log or `.hydra/` it cannot write by a trace.
+
+    Errors of the job itself are not raised here: Hydra keeps them in what it returns.
+    """
+    try:
+        return run_job(*args, **kwargs)
+    except (OSError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, ValueError) else error  # logging's of run.log
+        if not isinstance(cause, OSError) or cause.filename is None:
+            raise
+        refused = _disk_problem(cause, Path(cause.filename).parent)
+        if refused is None:
+            raise
+        raise process.refusal(prog, refused) from None
 
 
 def help_text() -> str:

@@ -238,6 +238,7 @@ def show(folder: RunFolder, quiet: bool = False) -> float:
     from dynmoe.report import figures, summary
     from dynmoe.report.run import read_run
 
+    folder.check_finished()
     run = read_run(folder)
     if not folder.is_done:
         figures.draw_all(run)
@@ -281,20 +282,25 @@ def _step_of(folder: RunFolder, checkpoint: Path) -> int:
     Raises:
         ConfigError: the file is damaged, or the records are not those that it has seen.
     """
-    from dynmoe.training.saving import read_checkpoint
+    from dynmoe.training.saving import is_whole, read_checkpoint
 
     if not checkpoint.exists():
         return -1
+    selected = checkpoint.with_name("selected.ckpt")
     try:
         state = read_checkpoint(checkpoint, mmap=True)
         _check_records(folder, state, checkpoint.name)
     except ConfigError as error:
-        selected = checkpoint.with_name("selected.ckpt")
         sooner = ""
         with suppress(ConfigError):
             _check_records(folder, read_checkpoint(selected, mmap=True), selected.name)
             sooner = f"To go on from an earlier evaluation: cp {selected} {checkpoint}. "
         raise ConfigError(f"{error}. {sooner}overwrite=true starts the run again") from error
+    if selected.exists() and not is_whole(selected):  # no later evaluation may replace it
+        raise ConfigError(
+            f"{selected}: is damaged, and the run would end with it. Remove it to go on without; "
+            "overwrite=true starts the run again"
+        )
     step: int = state["global_step"]
     return step - 1
 

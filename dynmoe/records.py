@@ -160,11 +160,14 @@ class RunFolder:
         return [file for file in files if file.name in there and _is_torn(file)]
 
     def truncate_after(self, step: int) -> None:
-        """Drop every record later than `step`, the step of the checkpoint the run resumes from."""
-        for kind in get_args(Kind):
-            if self._file(kind).exists():
-                kept = [record for record in self.read(kind) if record["step"] <= step]
-                self.replace(kind, *kept)
+        """Drop every record later than `step`, the step of the checkpoint the run resumes from.
+
+        Raises RecordError, with every file as it was, where one of them is damaged.
+        """
+        kinds = [kind for kind in get_args(Kind) if self._file(kind).exists()]
+        records = {kind: self.read(kind) for kind in kinds}
+        for kind, each in records.items():
+            self.replace(kind, *(record for record in each if record["step"] <= step))
 
     def write_run(self, facts: Mapping[str, Any]) -> None:
         """Write `run.json`: the facts that are known before the first step."""
@@ -225,9 +228,17 @@ class RunFolder:
     def mark_done(self) -> None:
         """Mark the run as complete, with a digest of each file that stays as it is. Call it after
         everything else is written."""
-        files = [*map(self._file, TRAINED), self.path / "run.json", self.path / "config.yaml"]
+        files = self._finished_files()
         digests = {file.name: _digest(content) for file in files if (content := _content(file))}
         replace_file(self.path / "done", json.dumps(digests, indent=1) + "\n")
+
+    def _finished_files(self) -> list[Path]:
+        return [*map(self._file, TRAINED), self.path / "run.json", self.path / "config.yaml"]
+
+    def check_finished(self) -> None:
+        """Raises RecordError if any file has changed since the run finished."""
+        for file in self._finished_files():
+            self.check_unchanged(file.name)
 
     def check_unchanged(self, name: str) -> None:
         """Raises RecordError if the file has changed since the run finished."""

@@ -29,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args = _arguments(arguments)
         try:
             _write(args)
-        except OSError as error:  # of --out, say: it names the folder
-            raise UserError(str(error)) from None
+        except OSError as error:  # a file of a run, or of --out
+            place = f"{error.filename}: " if error.filename else ""
+            text = f"{place}{error.strerror or error}. Mend that, or leave the folder out"
+            raise UserError(text) from None
 
 
 def _write(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 
 from dynmoe.errors import UserError
-from dynmoe.records import Held, Kind, RunFolder, Seal
+from dynmoe.records import TRAINED, Held, Kind, RecordError, RunFolder, Seal
 
 
 @pytest.fixture
@@ -134,6 +134,40 @@ def test_a_kill_at_any_byte_does_not_stop_the_next_start(folder: RunFolder) -> N
         folder.append("results", {"step": 10})
         steps = [record["step"] for record in folder.read("results")]
         assert steps == ([0, 10] if whole[:length].count(b"\n") else [10])
+
+
+def test_a_damaged_file_leaves_the_others_as_they_are(folder: RunFolder) -> None:
+    for kind in get_args(Kind):
+        folder.append(kind, *({"step": step} for step in (0, 10)))
+        before = {file: file.read_bytes() for file in folder.path.iterdir()}
+        damaged = folder.path / f"{kind}.jsonl"
+        damaged.write_text('{"step": null}\n')
+        with pytest.raises(RecordError, match=rf"{kind}\.jsonl, line 1"):
+            folder.truncate_after(0)
+        others = {file: content for file, content in before.items() if file != damaged}
+        assert {file: file.read_bytes() for file in others} == others
+        damaged.write_bytes(before[damaged])
+
+
+def test_every_changed_file_of_a_finished_run_is_found(folder: RunFolder) -> None:
+    folder.write_run({"seed": 0})
+    (folder.path / "config.yaml").write_text("seed: 0\n")
+    for kind in TRAINED:
+        folder.append(kind, {"step": 0})
+    files = [file for file in folder.path.iterdir() if file.is_file()]
+    folder.mark_done()
+    folder.check_finished()
+    assert len(files) == 2 + len(TRAINED)
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(b"")
+        with pytest.raises(RecordError, match=file.name):
+            folder.check_finished()
+        file.unlink()
+        with pytest.raises(RecordError, match=file.name):
+            folder.check_finished()
+        file.write_bytes(whole)
+    folder.check_finished()
 
 
 def test_states_of_a_run(folder: RunFolder) -> None:

@@ -391,10 +391,7 @@ def _training(runs: Sequence[Run]) -> Iterator[str]:
     """Yield the sweep's command, or that of the first run of each setting."""
     jobs = {}
     for run in runs:
-        file = run.folder.path / ".hydra" / "overrides.yaml"
-        texts = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else []
-        # The words of the user: dynmoe-run hands values to Hydra as `++key=value`.
-        jobs[run.folder.path] = [text.removeprefix("++") for text in texts]
+        jobs[run.folder.path] = _words(run.folder.path / ".hydra" / "overrides.yaml")
     shared = [
         text for text in next(iter(jobs.values())) if all(text in job for job in jobs.values())
     ]
@@ -407,3 +404,15 @@ def _training(runs: Sequence[Run]) -> Iterator[str]:
         if job and run.setting not in seen:
             seen.add(run.setting)
             yield shlex.join(["dynmoe-run", *job])
+
+
+def _words(file: Path) -> list[str]:
+    """The user's words of a run, as Hydra wrote them; none where its file is gone or damaged."""
+    try:
+        texts = yaml.safe_load(file.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    if not isinstance(texts, list):
+        return []
+    # dynmoe-run hands values to Hydra as `++key=value`.
+    return [text.removeprefix("++") for text in texts if isinstance(text, str)]

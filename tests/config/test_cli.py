@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,23 @@ def test_only_an_unused_folder_is_removed(tmp_path: Path) -> None:
     (folder / "mine.txt").touch()
     call(tmp_path, TASK, "seed=1", "mode=check")
     assert sorted(p.name for p in folder.iterdir()) == [".hydra", "mine.txt", "run.log"]
+
+
+@pytest.mark.parametrize("name", ["", ".hydra", ".hydra/hydra.yaml", "run.log"])
+def test_a_folder_or_log_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+    (folder,) = folders(tmp_path, call(tmp_path, TASK, "seed=1"))
+    place = folder / name
+    if place.is_dir():
+        shutil.rmtree(place)
+        place.touch()
+    else:
+        place.unlink()
+        place.mkdir()
+    done = call(tmp_path, TASK, "seed=1")
+    assert done.returncode == 2
+    assert f"{place.relative_to(tmp_path)}: " in done.stderr
+    assert GOES_ON in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
 
 
 def test_a_user_error_ends_one_job_of_a_sweep_and_is_printed_at_once(tmp_path: Path) -> None:

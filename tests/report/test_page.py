@@ -191,6 +191,19 @@ def test_commands_are_those_that_hydra_recorded(
     assert commands_of(tmp_path / "a b") == [*commands, f"dynmoe-report '{tmp_path / 'a b'}'"]
 
 
+@pytest.mark.parametrize("content", [b"\xff", b"a: [b", b"5", b"[1, null]", b"", None])
+def test_a_damaged_file_of_hydra_is_a_file_without_words(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    damaged = write_run(tmp_path, "dense").path / ".hydra" / "overrides.yaml"
+    damaged.parent.mkdir()
+    if content is None:
+        damaged.mkdir()
+    else:
+        damaged.write_bytes(content)
+    assert commands_of(tmp_path) == [f"dynmoe-report {tmp_path}"]
+
+
 def test_commands_that_the_sweep_remembers_and_that_measured(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", SWEEP)
     (sweep / "timing.json").write_text(json.dumps(TIMES))

@@ -64,7 +64,13 @@ class Fork:
 
     def wait(self, limit: float = HANG) -> Ended:
         """Its end. After `limit` seconds all of its processes are killed: it hangs."""
-        deadline, hung = time.monotonic() + limit, False
+        try:
+            return self._end(time.monotonic() + limit)
+        finally:
+            kill_group(self.pid)  # also where the torture itself is stopped
+
+    def _end(self, deadline: float) -> Ended:
+        hung = False
         while True:
             done, status, usage = os.wait4(self.pid, os.WNOHANG)
             if done:
@@ -74,7 +80,6 @@ class Fork:
                 kill_group(self.pid)
             time.sleep(0.02)
         seconds = time.monotonic() - self.begun
-        kill_group(self.pid)  # what a kill of the command has left
         output = self.log.read_text(errors="replace") if self.log.exists() else ""
         cpu = usage.ru_utime + usage.ru_stime
         return Ended(os.waitstatus_to_exitcode(status), output, seconds, cpu, hung)

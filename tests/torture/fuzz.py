@@ -63,13 +63,15 @@ def keys_of(family: Family) -> list[str]:
         return sorted(flat(compose("config", list(family.arguments))))
 
 
-def commands(work: Path, rounds: int, seed: int, names: Sequence[str], report: Report) -> None:
+def commands(work: Path, rounds: range, seed: int, names: Sequence[str], report: Report) -> None:
     """Give tiny commands that are changed in one to three words."""
     known = families(work / "data")
     chosen = [known[name] for name in names or ("vision", "language", "vl")]
     keys = {family.name: keys_of(family) for family in chosen}
-    for number in range(rounds):
+    for number in rounds:
         draw = Draw(f"{seed} commands {number}")
+        if number % 50 == 49:
+            report.say(f"{number + 1} rounds: {dict(report.counts)}")
         family = draw.choice(chosen)
         arguments = [*family.arguments, f"paths.outputs={work / 'outputs'}"]
         changed = [_word(draw, keys[family.name]) for _ in range(draw.choice((1, 1, 1, 2, 3)))]
@@ -117,11 +119,11 @@ JSON_ODD: tuple[Any, ...] = (
 )
 
 
-def data_files(work: Path, rounds: int, seed: int, names: Sequence[str], report: Report) -> None:
+def data_files(work: Path, rounds: range, seed: int, names: Sequence[str], report: Report) -> None:
     """Damage data files by bytes, by lines and by values, and read them."""
     logging.disable(logging.WARNING)
     kinds = _kinds()
-    for number in range(rounds):
+    for number in rounds:
         draw = Draw(f"{seed} data {number}")
         kind = draw.choice(sorted(kinds))
         folder = work / "files"
@@ -262,21 +264,7 @@ def _harm(file: Path, draw: Draw) -> str:
     elif how == "flip" and content:
         content = content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
     elif how == "insert":
-        odd = (
-            b'"',
-            b"'",
-            b"\n",
-            b"\r",
-            b",",
-            b"\t",
-            b"\\",
-            b"{",
-            b"[",
-            b"\xff",
-            b"\xef\xbb\xbf",
-            b"1e999",
-        )
-        content = content[:at] + draw.choice(odd) + content[at:]
+        content = content[:at] + draw.choice(ODD_BYTES) + content[at:]
     elif how == "lines":
         lines = content.splitlines(keepends=True)
         draw.shuffle(lines)

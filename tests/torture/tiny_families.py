@@ -89,7 +89,10 @@ def logged(run: Path) -> Iterator[tuple[str, str]]:
 
 def digest(file: Path) -> str:
     """A hash of the weights and of what the training goes on from."""
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        return f"cannot be read: {error!s:.60}"
     parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "loss_window")
     content = hashlib.blake2b()
     for part in parts:

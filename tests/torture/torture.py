@@ -20,10 +20,10 @@ from kills import Report, Straight, kill_and_go_on
 from tiny_families import families
 from updates import compare
 
-Part = Callable[[Path, int, int, list[str], Report], None]
+Part = Callable[[Path, range, int, list[str], Report], None]
 
 
-def kills(work: Path, rounds: int, seed: int, names: list[str], report: Report) -> None:
+def kills(work: Path, rounds: range, seed: int, names: list[str], report: Report) -> None:
     """Kill runs of the families in turn."""
     known = families(work / "data")
     straight = {}
@@ -31,7 +31,7 @@ def kills(work: Path, rounds: int, seed: int, names: list[str], report: Report) 
         straight[name] = Straight(known[name], work)
         one = straight[name]
         report.say(f"{name}: {one.seconds:.1f} s ({one.cpu:.1f} of CPU), {one.changes} changes")
-    for number in range(rounds):
+    for number in rounds:
         draw = random.Random(f"{seed} {number}")
         if number % 10 == 9:
             report.say(f"{number + 1} rounds: {dict(report.counts)}")
@@ -39,16 +39,16 @@ def kills(work: Path, rounds: int, seed: int, names: list[str], report: Report) 
         kill_and_go_on(straight[name], number, draw, report)
 
 
-def updates(work: Path, rounds: int, seed: int, names: list[str], report: Report) -> None:
+def updates(work: Path, rounds: range, seed: int, names: list[str], report: Report) -> None:
     """Compare five updates of experts a round on two processes."""
-    compare(5 * rounds, seed, work, report)
+    compare(5 * len(rounds), seed, work, report)
 
 
-def damage(work: Path, rounds: int, seed: int, names: list[str], report: Report) -> None:
+def damage(work: Path, rounds: range, seed: int, names: list[str], report: Report) -> None:
     """Damage the folders of stopped and finished runs."""
     known = families(work / "data")
     states = [States(known[name], work, seed) for name in names or ("vision",)]
-    for number in range(rounds):
+    for number in rounds:
         draw = random.Random(f"{seed} damage {number}")
         if number % 10 == 9:
             report.say(f"{number + 1} rounds: {dict(report.counts)}")
@@ -77,7 +77,7 @@ def preload(work: Path, names: list[str], report: Report) -> None:
         report.say(f"{name}: imported, {time.monotonic() - begun:.0f} s")
 
 
-def torture(parts: list[str], rounds: int, seed: int, names: list[str], report: Report) -> Report:
+def torture(parts: list[str], rounds: range, seed: int, names: list[str], report: Report) -> Report:
     """Run the parts in a folder of their own."""
     work = Path(tempfile.mkdtemp(prefix="torture"))
     try:
@@ -98,11 +98,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="go on at this round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--families", nargs="*", default=[])
     given = parser.parse_args()
     report = Report(say=lambda line: print(line, flush=True))
-    torture(given.parts, given.rounds, given.seed, given.families, report)
+    rounds = range(given.first, given.first + given.rounds)
+    try:
+        torture(given.parts, rounds, given.seed, given.families, report)
+    except KeyboardInterrupt:
+        print("stopped")
     for name, count in sorted(report.counts.items()):
         print(f"{count:6} {name}")
     raise SystemExit(bool(report.wrong))

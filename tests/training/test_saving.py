@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from dynmoe.errors import ConfigError
+from dynmoe.job import _step_of
+from dynmoe.records import RunFolder
 from dynmoe.training.saving import CheckpointFiles, is_whole, read_checkpoint
 
 CONTENT = {"state_dict": {"weight": torch.arange(2000.0)}, "global_step": 3}
@@ -52,6 +54,21 @@ def test_whole_checkpoints_beside_a_damaged_one_are_named(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"Whole checkpoints beside it: selected\.ckpt$"):
         read_checkpoint(file)
     assert is_whole(file.with_name("selected.ckpt")) and not is_whole(file)
+
+
+def test_a_run_does_not_go_on_beside_a_damaged_selected_checkpoint(file: Path) -> None:
+    folder = RunFolder(file.parent.parent)
+    selected = file.with_name("selected.ckpt")
+    step = _step_of(folder, file)  # its selected one was removed by hand
+    selected.write_bytes(file.read_bytes())
+    assert _step_of(folder, file) == step
+    selected.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match=r"selected\.ckpt: is damaged.*Remove it"):
+        _step_of(folder, file)
+    selected.unlink()
+    selected.mkdir()
+    with pytest.raises(ConfigError, match=r"selected\.ckpt: is damaged.*Remove it"):
+        _step_of(folder, file)
 
 
 def test_a_full_disk_names_the_file_and_leaves_no_part(tmp_path: Path) -> None:
