@@ -9,6 +9,7 @@ other ones. A result is therefore the same as that of a composition of its own.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, Protocol, TypeVar
@@ -210,13 +211,17 @@ class Shared(Generic[T]):
         return self._made[place]
 
     def _swept(self, overrides: Sequence[Override]) -> list[Override]:
-        keys = [each.key_or_group for each in overrides]
+        keys = Counter(each.key_or_group for each in overrides)
+        nested = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}
+        above = tuple(f"{key}." for key in nested)
         return [
             each
             for each in overrides
             if each.key_or_group not in self._structure
             and _is_plain(each)
-            and keys.count(each.key_or_group) == 1
+            and keys[each.key_or_group] == 1
+            # A mapping that is given as well: the later of the two counts.
+            and not each.key_or_group.startswith(above)
             and not self._is_group(each.key_or_group)
         ]
 

@@ -102,3 +102,12 @@ def test_more_than_a_value_is_composed(text: str) -> None:
         (override,), _ = parse([text])
     with shared.job([override]) as cfg:
         assert not any(isinstance(cfg._get_node(key), Swept) for key in cfg)
+
+
+def test_a_value_in_a_mapping_that_is_given_too_is_composed() -> None:
+    shared = Shared(lambda _: OmegaConf.create({"m": {"a": 1}}), lambda cfg: cfg, lambda _: False)
+    for text, kept in (("m={a: 1}", False), ("n=1", True)):
+        with search_path():
+            given, _ = parse(["m.a=1", text])
+        with shared.job(given) as cfg:
+            assert isinstance(cfg.m._get_node("a"), Swept) == kept
