@@ -235,4 +235,6 @@ def scaled(image: Tensor, image_size: int) -> Tensor:
 
 
 def _normalised(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
-    return [transforms.ToTensor(), transforms.Normalize(mean, std)]
+    # Tuples of floats: PyTorch reads a list of a configuration item by item in C, slowly, and makes
+    # a ValueError of a Ctrl-C that comes meanwhile.
+    return [transforms.ToTensor(), transforms.Normalize(tuple(mean), tuple(std))]

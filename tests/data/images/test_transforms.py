@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from dynmoe.data.images import batches
@@ -39,3 +40,11 @@ def test_digits_are_scaled_but_not_normalised() -> None:
         [[0.0, 1.0], [torch.tensor(0.2), torch.tensor(0.4)]]
     ]
     assert batches.scaled(image, 6).shape == (1, 6, 6)
+
+
+def test_means_of_a_configuration_become_numbers() -> None:
+    """A list of OmegaConf would be read item by item in C, where a Ctrl-C is lost."""
+    given = OmegaConf.create({"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]})
+    *_, normalise = batches.plain(16, given.mean, given.std).transforms  # type: ignore[attr-defined]
+    assert (normalise.mean, normalise.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert type(normalise.mean) is tuple
