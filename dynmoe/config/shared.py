@@ -212,8 +212,7 @@ class Shared(Generic[T]):
 
     def _swept(self, overrides: Sequence[Override]) -> list[Override]:
         keys = Counter(each.key_or_group for each in overrides)
-        nested = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}
-        above = tuple(f"{key}." for key in nested)
+        above = tuple(f"{key}." for key in keys if not self._is_group(key))
         return [
             each
             for each in overrides
