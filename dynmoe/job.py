@@ -61,7 +61,8 @@ def job(cfg: DictConfig) -> float | None:
             else:
                 complete_stage_before(cfg, beside)
                 ranks.tell_others(beside, ranks.TRAIN)
-                train(cfg, folder)
+                with process.stopped_in_c():
+                    train(cfg, folder)
                 trained = True
                 _release_memory()
             return show(folder)

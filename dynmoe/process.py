@@ -42,6 +42,7 @@ LEAVE_WITHIN = 20.0
 GOES_ON = "The same command goes on from the last evaluation."
 
 _ended_at: float | None = None
+_ended_by: int = signal.SIGINT
 _has_peers = False  # whether the process trained together with others, and did not end it well
 _prog = "dynmoe"
 _last_words = ""
@@ -201,6 +202,18 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
+@contextmanager
+def stopped_in_c() -> Iterator[None]:
+    """Raise Stopped where a signal has come and another error arrives: code in C that calls Python
+    (PyTorch reading a sequence) may put an error of its own in the place of ours."""
+    try:
+        yield
+    except Exception as error:
+        if _ended_at is not None and threading.current_thread() is threading.main_thread():
+            raise Stopped(_ended_by) from error
+        raise
+
+
 def interruption(error: BaseException | None) -> Stopped | None:
     """The interruption that `error` is, or that a library turned into an exit."""
     # NOTE: Lightning's trainer answers Ctrl-C with sys.exit(1) (trainer/call.py).
@@ -304,14 +317,14 @@ def _end_after_a_signal(hears: int, seconds: float) -> None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    global _ended_at
+    global _ended_at, _ended_by
     if os.getpid() != _pid:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return
     now = time.monotonic()
     if _ended_at is None:
-        _ended_at = now
+        _ended_at, _ended_by = now, signum
         raise Stopped(signum)
     if now - _ended_at >= PATIENCE:  # some library holds the process up
         _say_stopped(signum)

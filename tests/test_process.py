@@ -215,3 +215,14 @@ def test_nothing_is_claimed_once_pytorch_is_there(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "torch", sys)
     process.settle()
     assert process.waiting() == "default"
+
+
+def test_an_error_that_a_signal_became_in_c_is_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_ended_at", None)
+    with pytest.raises(ValueError, match="its own"), process.stopped_in_c():
+        raise ValueError("its own")
+    monkeypatch.setattr(process, "_ended_at", 1.0)
+    monkeypatch.setattr(process, "_ended_by", signal.SIGTERM)
+    with pytest.raises(process.Stopped) as stopped, process.stopped_in_c():
+        raise ValueError("could not determine the shape of a list")
+    assert stopped.value.signum == signal.SIGTERM
