@@ -109,9 +109,7 @@ class VisionLanguageData(TaskData):
         self.test_envs = [0]
         self.asked = AskedQuestions((self.image_size // self.patch_size) ** 2)
         self.tokenizer: PreTrainedTokenizerBase
-        self._transform = ImageTransform(
-            self.image_size, tuple(self.mean), tuple(self.std), self.fit
-        )
+        self._transform = ImageTransform(self.image_size, self.mean, self.std, self.fit)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenize; a second call does nothing. Warns of conversations that are left out.
