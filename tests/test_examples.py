@@ -42,6 +42,8 @@ def test_experts_and_k_change(name: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_router_of_ones_own_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     lost = preflight([*COMMAND, "moe.router._target_=lost.Router"], config_dir=str(ROUTER)).problems
     assert any("no package 'lost'" in text and "PYTHONPATH" in text for text in lost)
+    # That the package is missing is not remembered once a longer path has it.
+    assert "no package 'my_routers'" in preflight(COMMAND, config_dir=str(ROUTER)).problems[0]
     monkeypatch.syspath_prepend(ROUTER)
     assert preflight(COMMAND, config_dir=str(ROUTER)).problems == []
     assert preflight([*COMMAND, "moe.router.cutt=1"], config_dir=str(ROUTER)).problems == [

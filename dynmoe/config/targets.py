@@ -151,9 +151,14 @@ def _bodies(found: Located) -> Iterator[tuple[Located, list[ast.stmt]]]:
             yield from _bodies(above)
 
 
-@lru_cache
 def _spec(module: str) -> ModuleSpec | None:
     """Where a module lies. importlib.util.find_spec would import the packages above it."""
+    return _spec_on(module, tuple(sys.path))
+
+
+@lru_cache(maxsize=1024)
+def _spec_on(module: str, path: tuple[str, ...]) -> ModuleSpec | None:
+    """`path` is what the answer holds for: a module that was missing may be on a longer one."""
     parent = module.rpartition(".")[0]
     folders = _folders(parent) if parent else None
     if parent and not folders:
