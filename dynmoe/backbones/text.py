@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GenericForSequenceClassification
 
-from dynmoe.backbones import hub
+from dynmoe.backbones import hub, weights
 from dynmoe.backbones.families import FAMILIES
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import mask_padding
@@ -104,18 +104,20 @@ def build_text_classifier(
     pad_token_id: int | None = None,
     path: str | None = None,
     pretrained: bool = False,
+    head: weights.Head = "new",
     architecture: str | None = None,
     grad_checkpointing: bool = False,
     lora: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> TextClassifier:
-    """A text classifier with a new head; ``num_classes=1`` is regression.
+    """A text classifier; ``num_classes=1`` is regression.
 
     One of three names the architecture: ``model`` on Hugging Face's hub; ``path``, a folder with
     config.json, weights and tokenizer, which overrides ``model`` and needs no network; or
     ``architecture``, a ``model_type`` of transformers, whose ``vocab_size`` is then the data's.
-    ``pretrained``: load the weights too. ``pad_token_id`` is the data's, if there is one: decoders
-    look for the last token that is not padding.
+    ``pretrained``: load the weights too, with a new head, or (``head="keep"``) with their own of as
+    many classes. ``pad_token_id`` is the data's, if there is one: decoders look for the last token
+    that is not padding.
     ``lora`` (``{r, alpha, dropout}``): see ``hub.add_adapters``. ``options`` change the
     configuration of transformers (num_hidden_layers, hidden_dropout_prob, ...).
 
@@ -123,6 +125,7 @@ def build_text_classifier(
         ConfigError: a model, folder or option that is not there, weights or adapters that do not
             fit, or fewer embeddings than the data have tokens.
     """
+    weights.check_head(head, pretrained)
     config = hub.configuration(model, path, architecture, options or {})
     config.num_labels = num_classes
     if architecture is not None and vocab_size is not None:
@@ -137,7 +140,7 @@ def build_text_classifier(
     _know_classifier(config)
     fresh: list[str] = []
     if pretrained:
-        classifier, fresh = _with_weights(model, path, config)
+        classifier, fresh = _with_weights(model, path, config, head)
     else:
         try:
             classifier = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -164,8 +167,10 @@ def _know_classifier(config: PreTrainedConfig) -> None:
     AutoModelForSequenceClassification.register(kind, made, exist_ok=True)
 
 
-def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any, list[str]]:
-    """The pretrained model under a new head, and the parameters in it that were not pretrained.
+def _with_weights(
+    model: str | None, path: str | None, config: Any, kept: weights.Head
+) -> tuple[Any, list[str]]:
+    """The pretrained model, and the parameters in it that were not pretrained.
 
     Raises:
         ConfigError: no weights, or weights of another model.
@@ -194,6 +199,9 @@ def _with_weights(model: str | None, path: str | None, config: Any) -> tuple[Any
         inside = name.startswith(body) or hasattr(base, name.split(".")[0])
         return not inside or "pooler" in name
 
+    if kept == "keep":
+        hub.check_loaded(classifier, loaded, model, path)
+        return classifier, []
     hub.check_loaded(classifier, loaded, model, path, may_be_new=is_head)
     head = [name for name, _ in classifier.named_parameters() if not name.startswith(body)]
     kept = [name for name in head if name not in fresh]  # of another task, of as many classes

@@ -32,21 +32,22 @@ def build_vit(
     in_chans: int = 3,
     image_size: int = 224,
     pretrained: bool | str = False,
+    head: weights.Head = "new",
     drop_path: float = 0.0,
     grad_checkpointing: bool = False,
     token_sparsify: Mapping[str, Any] | None = None,
     adapter: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A timm ViT with a new classification head; ``[B, in_chans, H, W] -> [B, num_classes]``.
+    """A timm ViT that classifies; ``[B, in_chans, H, W] -> [B, num_classes]``.
 
     ``pretrained``: False, True (timm downloads the model's own weights), or a file of safetensors
     or PyTorch, which needs no network: see ``weights.read`` and ``weights.align`` for the forms
-    that are understood. Every tensor but the head's has to come from it. Position embeddings are
-    resampled to ``image_size`` (pixels). ``grad_checkpointing`` recomputes blocks in the backward
-    pass: less memory, a third more time. ``token_sparsify`` and ``adapter``: fewer tokens in later
-    blocks, and trained adapters in a frozen backbone (``sparse.tune``). ``options`` go to
-    ``timm.create_model`` (embed_dim, ...).
+    that are understood. Every tensor has to come from it; the head is new, or (``head="keep"``)
+    theirs, of as many classes. Position embeddings are resampled to ``image_size`` (pixels).
+    ``grad_checkpointing`` recomputes blocks in the backward pass: less memory, a third more time.
+    ``token_sparsify`` and ``adapter``: fewer tokens in later blocks, and trained adapters in a
+    frozen backbone (``sparse.tune``). ``options`` go to ``timm.create_model`` (embed_dim, ...).
 
     Raises:
         ConfigError: an unknown model, or weights that cannot be loaded or do not fit; tokens or
@@ -65,6 +66,7 @@ def build_vit(
         drop_path_rate=drop_path,
         **(options or {}),
     )
+    weights.check_head(head, bool(pretrained))
     if pretrained is True or ":" in model:
         go_offline_if_unreachable()
     try:
@@ -81,7 +83,7 @@ def build_vit(
     if not hasattr(vit, "blocks"):
         raise ConfigError(f"backbone.model={model}: {VIT_NEEDED}")
     if pretrained:
-        vit = _pretrained_vit(create, vit, pretrained)
+        vit = _pretrained_vit(create, vit, pretrained, head)
     if token_sparsify is not None or adapter is not None:
         sparse.tune(vit, token_sparsify, adapter, bool(pretrained))
     if grad_checkpointing:
@@ -90,7 +92,7 @@ def build_vit(
 
 
 def _pretrained_vit(
-    create: Callable[..., nn.Module], shapes: Any, pretrained: bool | str
+    create: Callable[..., nn.Module], shapes: Any, pretrained: bool | str, kept: weights.Head
 ) -> nn.Module:
     """The model with its weights; ``shapes`` is the same model without any.
 
@@ -106,7 +108,9 @@ def _pretrained_vit(
             names = [name for name in shapes.state_dict() if not name.startswith(tuple(heads))]
             file = weights.align(weights.read(Path(pretrained).expanduser()), names)
             overlay = {"state_dict": file.tensors}
-        with weights.checked_loading(place, heads, file) as loaded:
+            if kept == "keep":  # timm drops a head of another number of classes than ImageNet's
+                overlay["num_classes"] = shapes.num_classes
+        with weights.checked_loading(place, heads if kept == "new" else (), file) as loaded:
             vit = create(pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:
         reason = " ".join(str(error).removeprefix(f"{place}: ").split())[:REASON]

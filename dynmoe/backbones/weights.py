@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from dynmoe.errors import ConfigError, reason_of
 
 SHOWN = 3  # names in a message
+
+Head = Literal["new", "keep"]
 
 # Where training scripts keep the weights, in the order of preference: averages over the training
 # (EMA; the teacher of DINO and iBOT) before the weights that were trained.
@@ -243,6 +245,14 @@ def refuse(
     lists = {"missing in the weights": missing, "not in the model": unused, "another size": shapes}
     if wrong := [f"{word}: {shortened(names)}" for word, names in lists.items() if names]:
         raise ConfigError(f"{place}: the weights do not fit the configuration; {'; '.join(wrong)}")
+
+
+def check_head(head: Head, pretrained: bool) -> None:
+    """Raise ConfigError where a head is to be kept of weights that are not loaded."""
+    if head == "keep" and not pretrained:
+        raise ConfigError(
+            "backbone.head=keep: there is no head to keep without weights; see backbone.pretrained"
+        )
 
 
 def shortened(names: Collection[str]) -> str:

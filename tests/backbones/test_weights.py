@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,38 @@ def test_layers_of_a_text_model_that_the_configuration_lacks_are_refused(tmp_pat
         )
     model = build_text_classifier(None, 2, path=str(tmp_path), pretrained=True)
     assert loaded_parts(model)["model"]["tensors"] == len(model.state_dict())
+
+
+def test_a_head_is_kept_where_it_fits(donor: State, tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    own = {**body(donor), "head.weight": torch.ones(5, 16), "head.bias": torch.ones(5)}
+    safetensors.torch.save_file(below("backbone.", own), file)
+    assert torch.equal(vit(file, head="keep").head.weight, own["head.weight"])
+    assert not torch.equal(vit(file).head.weight, own["head.weight"])
+    safetensors.torch.save_file(donor, file)  # of 1,000 classes
+    with pytest.raises(ConfigError, match=r"head"):
+        vit(file, head="keep")
+    safetensors.torch.save_file(body(donor), file)
+    with pytest.raises(ConfigError, match=r"missing in the weights: head"):
+        vit(file, head="keep")
+    with pytest.raises(ConfigError, match=r"backbone\.head=keep.*backbone\.pretrained"):
+        build_vit("vit_tiny_patch16_224", 5, options=SMALL, head="keep")
+
+
+def test_a_text_models_head_is_kept_where_it_fits(tmp_path: Path) -> None:
+    size = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 9}
+    own = build_text_classifier(
+        None, 3, architecture="bert", options={**size, "num_hidden_layers": 1}
+    ).model
+    own.save_pretrained(tmp_path)
+    load = partial(build_text_classifier, None, path=str(tmp_path), pretrained=True)
+    found = load(3, head="keep").model.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in own.state_dict().items())
+    assert not torch.equal(load(3).model.classifier.weight, own.classifier.weight)
+    with pytest.raises(ConfigError, match=r"missing in the weights: classifier"):
+        load(2, head="keep")
+    with pytest.raises(ConfigError, match=r"backbone\.head=keep.*backbone\.pretrained"):
+        build_text_classifier(None, 3, path=str(tmp_path), head="keep")
 
 
 def test_adapters_alone_are_no_weights(tmp_path: Path) -> None:

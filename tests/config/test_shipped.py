@@ -129,13 +129,13 @@ trainer: num_sanity_val_steps precision strategy use_distributed_sampler val_che
 """
 KEYS = {
     "image": """
-backbone: adapter drop_path image_size token_sparsify
+backbone: adapter drop_path head image_size token_sparsify
 data: augment_eval class_balanced environments holdout_fraction image_size linear_baseline
 data: test_envs trial_seed workers
 protocol: augment_eval datasets defaults
 """,
     "text": """
-backbone: architecture lora path
+backbone: architecture head lora path
 data: cache holdout_fraction linear_baseline max_length ood ood_root root skip_invalid source task
 data: tokenizer_name tokenizer_path trial_seed
 protocol: datasets defaults patience searched selection
