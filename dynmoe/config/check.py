@@ -49,7 +49,9 @@ MADE_LATER = ("data.content", "data.environments", "moe.router", "task.optimizer
 MADE_AT_ONCE = ("backbone", "backbone.vision", "data", "moe.adaptation", "task.module", "trainer")
 
 # Nodes that nothing else is passed to, and that therefore need each parameter without a default.
-COMPLETE = ("backbone.vision", "data", "data.content", "data.environments")
+COMPLETE = re.compile(
+    r"backbone\.vision|data(\.content|\.environments)?|moe\.adaptation|(logger|trainer)\..+"
+)
 
 # Keys that a run reads itself, beside passing them on.
 READ = {
@@ -311,7 +313,8 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
                 yield f"{dot}{key}: unknown key.{hint}"
     is_object = _has(cfg, "_target_")
     needed = dict.fromkeys(READ.get(path, ()) if is_object else ())
-    if not is_object or path in COMPLETE:
+    is_partial = is_object and cfg.get("_partial_") is True
+    if not is_object or (COMPLETE.fullmatch(path) and not is_partial):
         needed |= {key: None for key, each in known.parameters.items() if not each.has_default}
     for key in needed:
         if key not in set(map(str, cfg)):

@@ -167,6 +167,11 @@ CASES = {
         "trainer.callbacks[0]: the buffers of MoE layers say which experts live and have no mean. "
         "Set use_buffers: false"
     ),
+    "+trainer.callbacks=[{_target_: lightning.pytorch.callbacks.ModelPruning}]": (
+        "trainer.callbacks[0].pruning_fn: missing."
+    ),
+    "+logger.own={_target_: lightning.pytorch.loggers.CSVLogger}": "logger.own.save_dir: missing.",
+    "~moe.adaptation.period": "moe.adaptation.period: missing.",
     "+data.root=/no/such": "data.root: no folder '/no/such'. Give the folder of the data set:",
 }
 
