@@ -9,9 +9,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from processes import in_processes, join_group
 from test_adapt import Net, tokens
 from test_callback import DIM, Model, make_callback, nobody, only_expert_0
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
+from torch.multiprocessing.spawn import ProcessExitedException
 from torch.utils.data import DataLoader
 
 from dynmoe.adaptation import Adaptation, Schedule
@@ -39,14 +40,10 @@ class SaveEachRank(L.Callback):
 
 
 def fit_two(folder: Path, max_epochs: int, window: int, ckpt_path: Path | None = None) -> list[Any]:
-    """Train on two CPU processes; the state and events of each.
-
-    Now and then a process aborts in gloo's threads ("terminate called without an active
-    exception"), at no fault of what is tested: then once more.
-    """
+    """Train on two CPU processes; the state and events of each."""
     try:
         return _fit_two(folder, max_epochs, window, ckpt_path)
-    except ProcessExitedException:
+    except ProcessExitedException:  # see `in_processes`
         return _fit_two(folder, max_epochs, window, ckpt_path)
 
 
@@ -92,10 +89,9 @@ def test_two_processes_resume_in_the_middle_of_a_window(tmp_path: Path) -> None:
     assert resumed["events"] == straight["events"] and len(straight["events"]) == 1
 
 
-def plain_loop(rank: int, folder: str) -> None:
+def plain_loop(rank: int, ranks: int, port: int, folder: str) -> None:
     """Three steps in a plain loop; the loss of rank 0 is not finite in the second."""
-    rendezvous = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    join_group(rank, ranks, port)
     torch.manual_seed(0)
     net = Net()
     model = torch.nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
@@ -118,11 +114,7 @@ def plain_loop(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_plain_loop_on_two_processes(tmp_path: Path) -> None:
-    try:
-        spawn(plain_loop, (str(tmp_path),), nprocs=2)
-    except ProcessExitedException:
-        (tmp_path / "rendezvous").unlink(missing_ok=True)
-        spawn(plain_loop, (str(tmp_path),), nprocs=2)
+    in_processes(plain_loop, str(tmp_path))
     (one, weights), (two, others) = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
     assert one == two and [event["tokens"] for event in one] == [50, 50]  # of steps 0 and 2
     assert all(torch.equal(weights[name], others[name]) for name in weights)

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_fsdp import DIM, Net, free_port
-from test_fsdp2 import STEPS, as_rank, compare_states, fit
+from processes import as_rank, in_processes
+from test_fsdp import DIM, Net
+from test_fsdp2 import STEPS, compare_states, fit
 from torch import Tensor, distributed, nn
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from dynmoe.adaptation import DriftGrowth, GrowthSchedule, MoEExpertParallelStrategy
 from dynmoe.adaptation.adapt import twins_of, whole
@@ -83,7 +83,7 @@ def forward_and_backward(layer: MoELayer, rank: int) -> dict[str, Any]:
     return {"y": y.detach(), "x": x.grad}
 
 
-def work(rank: int, ranks: int, size: int, port: int, folder: Path) -> None:
+def work(rank: int, ranks: int, port: int, size: int, folder: Path) -> None:
     as_rank(rank, ranks, port)
     fit(folder, "many", MoEExpertParallelStrategy(size, find_unused_parameters=True), ranks)
     fit(folder, "half", MoEExpertParallelStrategy(size, find_unused_parameters=True), ranks, 1)
@@ -104,10 +104,7 @@ def work(rank: int, ranks: int, size: int, port: int, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "size"), [(2, 2), (4, 2)])
 def test_processes_compute_what_one_does(tmp_path: Path, ranks: int, size: int) -> None:
-    try:
-        spawn(work, (ranks, size, free_port(), tmp_path), nprocs=ranks)
-    except ProcessExitedException:  # an abort in gloo's threads: see test_ddp
-        spawn(work, (ranks, size, free_port(), tmp_path), nprocs=ranks)
+    in_processes(work, size, tmp_path, ranks=ranks)
     fit(tmp_path, "one", "auto")
     one = torch.load(tmp_path / "one.0")
     many = [torch.load(tmp_path / f"many.{rank}") for rank in range(ranks)]
