@@ -39,7 +39,7 @@ from dynmoe.report.drawing import (
     set_apart,
 )
 from dynmoe.report.paired import LEVEL, Verdict
-from dynmoe.report.run import Kind, Run, by_setting, environments
+from dynmoe.report.run import Kind, Run, by_setting, counted, environments
 from dynmoe.report.tables import SHARE
 from dynmoe.report.words import Words, capital
 from dynmoe.selection import judged
@@ -144,15 +144,20 @@ def draw_claim(claim: Claim) -> Picture | None:
         if each in found
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    tested = "; nothing could be tested"
+    if family := shown[0].family:
+        tested = (
+            ", lines 95 % intervals of a paired t test, not corrected; where there is no test there"
+            f" is no line. The mark is by the test's p (< {LEVEL}), corrected by Holm's method for "
+            f"{counted(family, 'comparison')}"
+        )
     return Picture(
         "claim",
         figure,
         f"Paired differences in {claim.words.noun}: {claim.setting} minus the mean of the grid, "
         "dense, and every setting of the grid",
         f"{'Left' if scale.less_is_better else 'Right'} of 0 {claim.setting} is better. Dots are "
-        "matched repetitions, lines 95 % intervals of a paired t test, not corrected; where there "
-        f"is no test there is no line. The mark is by the test's p (< {LEVEL}), corrected by "
-        f"Holm's method for {shown[0].family} comparisons.",
+        f"matched repetitions{tested}.",
     )
 
 
