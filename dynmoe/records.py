@@ -22,7 +22,7 @@
 
 `run.json` has the facts of the run: configuration, data, costs, machine, and the rule, `selection`,
 with the `selects` and `reported` of every line; `nonfinite_step` if a loss was not finite.
-`tokenizer.json` has the vocabulary of a language model that was learnt from the training set.
+`tokenizer.json` has the vocabulary that was learnt from the data, where no tokenizer is named.
 
 Numbers that are not finite are null in all files, as JSON has no others; `read` gives NaN for
 measures and losses.

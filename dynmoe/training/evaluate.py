@@ -239,6 +239,7 @@ def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> Scores:
         )
     settings = build.settle_runtime(cfg)
     data: Any = build.build_data(cfg)
+    data.restore(folder.path)
     folders = cfg.get("question_sets", {})
     data.setup_questions({name: str(root) for name, root in folders.items()})
     task: Any

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from dynmoe.data.cache import chunks, kept_or_made, opened, written
 from dynmoe.data.text.batches import Key
-from dynmoe.data.text.tokens import BATCH, PLAIN, fingerprint
+from dynmoe.data.text.tokens import BATCH, PLAIN, Special, fingerprint
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.seeding import IntArray
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Ids = npt.NDArray[np.int32]
 
 END = "<|endoftext|>"
+BYTE_PAIRS = Special({"eos": END, "pad": END})
 IGNORE = -100
 """A label without a loss, as cross_entropy knows it."""
 LEARNT = 50_000_000
@@ -50,7 +51,6 @@ def byte_pair_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerF
     those of the text as it is. The only special token, `END`, is number 0.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -69,26 +69,7 @@ def byte_pair_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerF
         return read - len(text) < LEARNT
 
     made.train_from_iterator(takewhile(wanted, texts), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END)
-
-
-def kept_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer of `byte_pair_tokenizer` from its file.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        made = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing more special
-        raise DataError(
-            f"{file}: not the tokenizer that a run has learnt ({error}). Put it back, or train the "
-            "run again with overwrite=true"
-        ) from None
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END)
+    return BYTE_PAIRS.wrapped(made)
 
 
 def end_of(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from dynmoe.seeding import IntArray
 
 if TYPE_CHECKING:
     import pyarrow
+    from tokenizers import Tokenizer
     from tokenizers.normalizers import Normalizer
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -146,6 +147,31 @@ def load_tokenizer(path: str | None, name: str | None) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+class Special(NamedTuple):
+    """The special tokens of a vocabulary that is learnt, and how transformers takes it."""
+
+    tokens: Mapping[str, str]
+    """By role (pad, unk, ...), in the order of their ids; other names than the roles of
+    transformers are additional special tokens."""
+    settings: Mapping[str, Any] = {}
+
+    def wrapped(self, learnt: Tokenizer) -> PreTrainedTokenizerFast:
+        """The tokenizer of transformers."""
+        from transformers import PreTrainedTokenizerFast
+
+        roles = {f"{role}_token": token for role, token in self.tokens.items() if role in ROLES}
+        others = [token for role, token in self.tokens.items() if role not in ROLES]
+        return PreTrainedTokenizerFast(
+            tokenizer_object=learnt, additional_special_tokens=others, **roles, **self.settings
+        )
+
+
+WORDS = Special(
+    {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
+    {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
+)
+
+
 def word_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """A tokenizer of the lower-case words of `texts`: frequent ones first, ties by the alphabet.
 
@@ -156,34 +182,30 @@ def word_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     return word_level_tokenizer(
         texts,
         size,
-        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
+        WORDS,
         normalizers.BertNormalizer(),
         pre_tokenizers.BertPreTokenizer(),
         ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 
 def word_level_tokenizer(
     texts: Iterable[str],
     size: int,
-    special: Mapping[str, str],
+    special: Special,
     normalizer: Normalizer,
     pre_tokenizer: PreTokenizer,
     templates: tuple[str, str | None],
-    **settings: Any,
 ) -> PreTrainedTokenizerFast:
     """A tokenizer of the most frequent words of `texts`, `size` with the special tokens.
 
-    `special` maps roles (pad, unk, ...) to tokens, in the order of their ids; other names than the
-    roles of transformers are additional special tokens. `templates` frame one text and a pair.
+    `templates` frame one text and a pair.
     """
     from tokenizers import Tokenizer, models, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel(unk_token=special["unk"]))
+    words = Tokenizer(models.WordLevel(unk_token=special.tokens["unk"]))
     words.normalizer, words.pre_tokenizer = normalizer, pre_tokenizer
-    tokens = list(special.values())
+    tokens = list(special.tokens.values())
     trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=tokens, show_progress=False)
     words.train_from_iterator(texts, trainer)
     single, pair = templates
@@ -192,11 +214,7 @@ def word_level_tokenizer(
         pair=pair,
         special_tokens=[(name, words.token_to_id(name)) for name in tokens],
     )
-    roles = {f"{role}_token": token for role, token in special.items() if role in ROLES}
-    others = [token for role, token in special.items() if role not in ROLES]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, additional_special_tokens=others, **roles, **settings
-    )
+    return special.wrapped(words)
 
 
 def _kept(rows: int, file: Path) -> EncodedTexts:
