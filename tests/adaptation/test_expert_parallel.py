@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,14 +140,6 @@ def test_processes_compute_what_one_does(tmp_path: Path, ranks: int, size: int) 
 
 
 # On one process.
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    store = distributed.HashStore()
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")
