@@ -483,6 +483,12 @@ def corpus_run(cfg: DictConfig) -> Iterator[str]:
             "data.validation: expected a share above 0, or patterns of files: it selects the step. "
             "Set data.validation=0.05"
         )
+    patterns = [read(cfg, f"data.{name}", list) or [] for name in ("validation", "test")]
+    for twice in sorted(set(map(str, patterns[0])) & set(map(str, patterns[1]))):
+        yield (
+            f"data.test: '{twice}' is a pattern of data.validation too, and a file belongs to one "
+            "set. Give other patterns, or data.test=0"
+        )
     if given >= 1:
         yield (
             f"data: validation and test are {given:g} of the documents together, which leaves none "
@@ -620,6 +626,7 @@ RULES: tuple[Rule, ...] = (
         corpus_run,
         is_language_model,
         models.language_model,
+        models.positions_fit,
         models.own_mixture,
         models.causal_model,
         stage_is_chosen,

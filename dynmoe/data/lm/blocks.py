@@ -23,8 +23,17 @@ from torch.utils.data import Dataset
 
 from dynmoe.data.cache import chunks, kept_or_made, opened, written
 from dynmoe.data.text.batches import Key
-from dynmoe.data.text.tokens import BATCH, PLAIN, Special, fingerprint
-from dynmoe.errors import ConfigError, DataError
+from dynmoe.data.text.tokens import (
+    BATCH,
+    PLAIN,
+    Special,
+    check_fast,
+    fingerprint,
+    id_lists,
+    lists,
+    write_lists,
+)
+from dynmoe.errors import ConfigError
 from dynmoe.seeding import IntArray
 
 if TYPE_CHECKING:
@@ -98,7 +107,7 @@ class Stream:
     """
 
     def __init__(self, table: pyarrow.Table) -> None:
-        self.ids: Ids = table["ids"].combine_chunks().values.to_numpy()
+        self.ids: Ids = lists(table, "ids").values.to_numpy()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -129,11 +138,7 @@ def encoded(
         DataError: a tokenizer without a tokenizer.json.
         ConfigError: `cache` cannot be written, or the tokenizer has no end token.
     """
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"backbone.path: {type(tokenizer).__name__} has no tokenizer.json. Save one there with "
-            "transformers' save_pretrained, or take a backbone with a fast tokenizer."
-        )
+    check_fast(tokenizer)
     write = partial(_write, documents, tokenizer, end_of(tokenizer))
 
     def make(file: Path | None) -> Stream:
@@ -148,19 +153,13 @@ def encoded(
 def _write(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, end: int, sink: Any
 ) -> None:
-    """Write one batch of rows: it is mapped as one array."""
-    import pyarrow
-
-    kind = pyarrow.list_(pyarrow.int32())
     parts = []
     for chunk in chunks(documents, BATCH, "documents tokenized"):
         made = tokenizer(chunk, add_special_tokens=False, truncation=False, verbose=False, **PLAIN)[
             "input_ids"
         ]
-        parts.append(pyarrow.array([[*ids, end] for ids in made], kind))
-    rows = pyarrow.RecordBatch.from_pydict({"ids": pyarrow.concat_arrays(parts)})
-    with pyarrow.ipc.new_file(sink, rows.schema) as file:
-        file.write_batch(rows)
+        parts.append(id_lists([[*ids, end] for ids in made]))
+    write_lists({"ids": parts}, sink)
 
 
 # Batches of blocks.

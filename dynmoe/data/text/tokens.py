@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,7 +37,7 @@ class EncodedTexts:
     """Token ids of every example, not padded; `lengths` [N] counts them."""
 
     def __init__(self, table: pyarrow.Table) -> None:
-        parts = {name: table[name].combine_chunks() for name in table.column_names}
+        parts = {name: lists(table, name) for name in table.column_names}
         self._columns = {name: each.values.to_numpy() for name, each in parts.items()}
         self._starts = next(iter(parts.values())).offsets.to_numpy()
         self.lengths: IntArray = np.diff(self._starts).astype(np.int64)
@@ -66,17 +66,22 @@ def encode(
         DataError: a tokenizer without a tokenizer.json.
         ConfigError: `cache` cannot be written.
     """
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"backbone.path: {type(tokenizer).__name__} has no tokenizer.json. Save one there with "
-            "transformers' save_pretrained, or take a backbone with a fast tokenizer."
-        )
+    check_fast(tokenizer)
     make = partial(_tokenized, texts, tokenizer, max_length)
     if cache is None:
         return make(None)
     settings = [tokenizer.model_input_names, tokenizer.truncation_side, max_length, PLAIN]
     name = f"tokens-{fingerprint(tokenizer, [texts.digest, settings])}.arrow"
     return kept_or_made(cache / name, partial(_kept, len(texts)), make)
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError if it is one of Python alone."""
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"backbone.path: {type(tokenizer).__name__} has no tokenizer.json. Save one there with "
+            "transformers' save_pretrained, or take a backbone with a fast tokenizer."
+        )
 
 
 def check_max_length(tokenizer: PreTrainedTokenizerBase, texts: int, max_length: int) -> None:
@@ -232,18 +237,38 @@ def _tokenized(
 
 
 def _write(texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int, sink: Any) -> None:
-    """Write one batch of rows: its columns are mapped as one array each."""
-    import pyarrow
-
-    ids = pyarrow.list_(pyarrow.int32())
     columns: dict[str, list[Any]] = {}
     pairs = zip(texts.first, *([] if texts.second is None else [texts.second]), strict=True)
     for chunk in chunks(pairs, BATCH, "texts tokenized"):
         batch = map(list, zip(*chunk, strict=True))
         made = tokenizer(*batch, truncation=True, max_length=max_length, **PLAIN)
         for name, values in made.items():
-            columns.setdefault(name, []).append(pyarrow.array(values, ids))
+            columns.setdefault(name, []).append(id_lists(values))
+    write_lists(columns, sink)
+
+
+# Lists of token ids in files of the cache. Their offsets have 64 bits: a corpus may have more than
+# 2^31 tokens.
+
+
+def id_lists(rows: Sequence[Sequence[int]]) -> pyarrow.LargeListArray:
+    import pyarrow
+
+    return pyarrow.array(rows, pyarrow.large_list(pyarrow.int32()))
+
+
+def write_lists(columns: Mapping[str, Sequence[pyarrow.LargeListArray]], sink: Any) -> None:
+    """Write the parts of each column as one batch of rows: it is mapped as one array."""
+    import pyarrow
+
     arrays = {name: pyarrow.concat_arrays(parts) for name, parts in columns.items()}
     rows = pyarrow.RecordBatch.from_pydict(arrays)
     with pyarrow.ipc.new_file(sink, rows.schema) as file:
         file.write_batch(rows)
+
+
+def lists(table: pyarrow.Table, name: str) -> pyarrow.LargeListArray:
+    """A column that `write_lists` wrote."""
+    column = table[name]
+    # NOTE: combine_chunks copies a single chunk too, and what is mapped would be in memory.
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
