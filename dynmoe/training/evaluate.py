@@ -19,8 +19,8 @@ from dynmoe.config.machine import data_folder, folders, gpu_there
 from dynmoe.config.options import modality
 from dynmoe.config.quantize import KEYS as QUANTISATIONS
 from dynmoe.config.quantize import quantize_problems
-from dynmoe.config.rules import corpus_run, text_run
 from dynmoe.config.targets import TargetError, signature
+from dynmoe.config.task_rules import corpus_run, text_run
 from dynmoe.errors import ConfigError
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.tables import format_number
