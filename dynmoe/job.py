@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from dynmoe import process, ranks
 from dynmoe.config import places, runs
 from dynmoe.errors import ConfigError, DataError, Diverged, UserError, reason_of
-from dynmoe.records import LOCKS, Held, RunFolder, Seal
+from dynmoe.records import LOCKS, VOCABULARY, Held, RunFolder, Seal
 
 if TYPE_CHECKING:
     from dynmoe.data.base import TaskData
@@ -359,7 +359,7 @@ def _clear(run: RunFolder) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "figures", "tensorboard", "csv"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md", "tokenizer.json"):
+    for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md", VOCABULARY):
         for file in folder.glob(pattern):
             file.unlink()
     if ranks.slurm_job():

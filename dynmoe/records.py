@@ -79,6 +79,9 @@ Kind = Literal["results", "routing", "events", "examples", "budget", "quantize",
 TRAINED: tuple[Kind, ...] = ("results", "routing", "events", "examples", "mixing")
 """Kinds that the training writes; evaluations of a finished run add to the others."""
 
+VOCABULARY = "tokenizer.json"
+"""The vocabulary that a run has learnt, without which its weights mean nothing."""
+
 State = Literal["done", "running", "failed", "stopped", "missing"]
 Record = dict[str, Any]
 
@@ -233,7 +236,8 @@ class RunFolder:
         replace_file(self.path / "done", json.dumps(digests, indent=1) + "\n")
 
     def _finished_files(self) -> list[Path]:
-        return [*map(self._file, TRAINED), self.path / "run.json", self.path / "config.yaml"]
+        others = ("run.json", "config.yaml", VOCABULARY)
+        return [*map(self._file, TRAINED), *(self.path / name for name in others)]
 
     def check_finished(self) -> None:
         """Raises RecordError if any file has changed since the run finished."""

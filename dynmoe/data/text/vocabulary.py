@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, ClassVar
 from dynmoe.data.base import TaskData
 from dynmoe.data.text.tokens import Special, load_tokenizer
 from dynmoe.errors import DataError
-from dynmoe.records import replace_file
+from dynmoe.records import VOCABULARY, RunFolder, replace_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-FILE = "tokenizer.json"
-"""In the folder of a run, the vocabulary that it has learnt."""
 
 
 class VocabularyData(TaskData):
@@ -45,14 +42,18 @@ class VocabularyData(TaskData):
         """A tokenizer of the words or pieces of `texts`."""
 
     def restore(self, folder: Path) -> None:
-        self._kept = file if (file := folder / FILE).exists() else None
+        """Raises RecordError if the vocabulary of a finished run has changed."""
+        RunFolder(folder).check_unchanged(VOCABULARY)
+        self._kept = file if (file := folder / VOCABULARY).exists() else None
 
     def keep(self, folder: Path) -> None:
         if self.learns:
             state = json.loads(self.tokenizer.backend_tokenizer.to_str())
             # Left there by the last call, and not the vocabulary's.
             state |= {"truncation": None, "padding": None}
-            replace_file(folder / FILE, json.dumps(state, indent=1, ensure_ascii=False) + "\n")
+            replace_file(
+                folder / VOCABULARY, json.dumps(state, indent=1, ensure_ascii=False) + "\n"
+            )
 
     def made_tokenizer(self, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerBase:
         """The tokenizer that is named, else that of the run, else one learnt from the texts.
