@@ -507,7 +507,9 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_TD: Tensor, *losses: Tensor) -> Tensor:
         ctx.losses = len(losses)
-        return y_TD.view_as(y_TD)
+        # NOTE: the same memory. A view made here, or the input itself, could not be changed in
+        # place, as by `x = layer(x); x += residual`.
+        return y_TD.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:

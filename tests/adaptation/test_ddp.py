@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from processes import in_processes, join_group
-from test_adapt import Net, adapted, tokens
+from test_adapt import Net, adapted, layer, tokens
 from test_callback import DIM, Model, make_callback, nobody, only_expert_0
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessExitedException
@@ -187,6 +187,21 @@ def test_a_loss_outside_of_the_forward(case: str) -> None:
             loss.backward()
     for p, other in zip(net.parameters(), twin.parameters(), strict=True):
         assert p.grad is not None or other.grad is None or not other.grad.any()
+        if p.grad is not None and other.grad is not None:
+            torch.testing.assert_close(p.grad, other.grad)
+
+
+@pytest.mark.usefixtures("alone")
+def test_outputs_may_be_changed_in_place() -> None:
+    moe, x = layer(), tokens(0)
+    twin = copy.deepcopy(moe)
+    with record_routing(moe):
+        y = moe(x)
+    y += x
+    y.square().sum().backward()
+    (twin(x) + x).square().sum().backward()
+    for p, other in zip(moe.parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (other.grad is None)
         if p.grad is not None and other.grad is not None:
             torch.testing.assert_close(p.grad, other.grad)
 
