@@ -187,14 +187,13 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
         )
 
 
-# The key of transformers' configuration with the number of learnt positions, by type of model.
-# Relative and rotary positions have no end.
-POSITIONS = {
-    **dict.fromkeys(("albert", "bert", "distilbert", "electra"), "max_position_embeddings"),
-    **dict.fromkeys(("camembert", "roberta", "xlm-roberta"), "max_position_embeddings"),
-    **dict.fromkeys(("gpt_neo", "opt"), "max_position_embeddings"),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), "n_positions"),
-}
+# Types of models with learnt positions. Relative and rotary ones have no end.
+POSITIONS = (
+    *("albert", "bert", "camembert", "distilbert", "electra", "gpt2", "gpt_bigcode", "gpt_neo"),
+    *("opt", "roberta", "xlm-roberta"),
+)
+PLACES = ("max_position_embeddings", "n_positions")
+"""Settings with their number; transformers takes the first where both are given."""
 AFTER_PADDING = ("camembert", "roberta", "xlm-roberta")
 """Types whose positions are numbered from the one after the id of padding."""
 
@@ -211,7 +210,8 @@ def positions_fit(cfg: DictConfig) -> Iterator[str]:
     key, kind = keys.get(modality(cfg, "data") or ""), model_type(cfg)
     if key is None or kind not in POSITIONS:
         return
-    tokens, places = read(cfg, key, int), _setting(cfg, POSITIONS[kind])
+    tokens, found = read(cfg, key, int), (_setting(cfg, name) for name in PLACES)
+    places = next((each for each in found if each is not None), None)
     if tokens is None or not isinstance(places, int):
         return
     most = positions_of(kind, places, _setting(cfg, "pad_token_id"))
