@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from dynmoe import process, ranks
 from dynmoe.config import places, runs
 from dynmoe.errors import ConfigError, DataError, Diverged, UserError, reason_of
-from dynmoe.records import LOCKS, Held, RunFolder, Seal
+from dynmoe.records import LOCKS, VOCABULARY, Held, RunFolder, Seal
 
 if TYPE_CHECKING:
     from dynmoe.data.base import TaskData
@@ -24,6 +24,7 @@ OTHER_DATA = (
     "data {}: not those that this run was trained on ({}). Put them back, name another folder for "
     "the run: name=NAME, or begin again: overwrite=true\n{}"
 )
+AS_THEY_ARE = "records_as_they_are"  # a file by which a user says so, of a run that is to go on
 WAIT = 7 * 24 * 3600.0  # seconds that a run waits for another one to finish the stage before
 LOOK = 60.0  # seconds until it tells the other processes that it still waits
 
@@ -314,12 +315,21 @@ def _check_records(folder: RunFolder, state: Mapping[str, Any], name: str) -> No
     if seen is None:  # of an earlier version
         return
     found = Seal(folder).at(step)
-    if wrong := [kind for kind in sorted({*seen, *found}) if seen.get(kind) != found.get(kind)]:
-        files = ", ".join(str(folder.path / f"{kind}.jsonl") for kind in wrong)
-        raise ConfigError(
-            f"{files}: not as they were at step {step}, when {name} was written; nothing was "
-            "changed"
-        )
+    wrong = [kind for kind in sorted({*seen, *found}) if seen.get(kind) != found.get(kind)]
+    if not wrong:
+        return
+    files = ", ".join(str(folder.path / f"{kind}.jsonl") for kind in wrong)
+    mark, go_on = folder.path / AS_THEY_ARE, ""
+    # Without its results a run has no selected step; without the others it lacks tables alone.
+    if "results" not in wrong:
+        if mark.exists():
+            folder.say(f"{files}: changed since step {step}, taken as they are")
+            return
+        go_on = f". To go on with them as they are: touch {mark}"
+    raise ConfigError(
+        f"{files}: not as they were at step {step}, when {name} was written; nothing was "
+        f"changed{go_on}"
+    )
 
 
 def _release_memory() -> None:
@@ -345,11 +355,11 @@ def _clear(run: RunFolder) -> None:
     """Remove what an earlier run of this configuration wrote."""
     folder = run.path
     # First what tells its end: a kill on the way must not leave a finished run without results.
-    for name in ("done", "failed.txt"):
+    for name in ("done", "failed.txt", AS_THEY_ARE):
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "figures", "tensorboard", "csv"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md", "tokenizer.json"):
+    for pattern in ("*.jsonl", "run.json", "config.yaml", "summary.md", VOCABULARY):
         for file in folder.glob(pattern):
             file.unlink()
     if ranks.slurm_job():

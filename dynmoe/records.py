@@ -22,7 +22,7 @@
 
 `run.json` has the facts of the run: configuration, data, costs, machine, and the rule, `selection`,
 with the `selects` and `reported` of every line; `nonfinite_step` if a loss was not finite.
-`tokenizer.json` has the vocabulary of a language model that was learnt from the training set.
+`tokenizer.json` has the vocabulary that was learnt from the data, where no tokenizer is named.
 
 Numbers that are not finite are null in all files, as JSON has no others; `read` gives NaN for
 measures and losses.
@@ -78,6 +78,9 @@ UNUSED = {".hydra", "run.log"}
 Kind = Literal["results", "routing", "events", "examples", "budget", "quantize", "mixing"]
 TRAINED: tuple[Kind, ...] = ("results", "routing", "events", "examples", "mixing")
 """Kinds that the training writes; evaluations of a finished run add to the others."""
+
+VOCABULARY = "tokenizer.json"
+"""The vocabulary that a run has learnt, without which its weights mean nothing."""
 
 State = Literal["done", "running", "failed", "stopped", "missing"]
 Record = dict[str, Any]
@@ -233,7 +236,8 @@ class RunFolder:
         replace_file(self.path / "done", json.dumps(digests, indent=1) + "\n")
 
     def _finished_files(self) -> list[Path]:
-        return [*map(self._file, TRAINED), self.path / "run.json", self.path / "config.yaml"]
+        others = ("run.json", "config.yaml", VOCABULARY)
+        return [*map(self._file, TRAINED), *(self.path / name for name in others)]
 
     def check_finished(self) -> None:
         """Raises RecordError if any file has changed since the run finished."""

@@ -87,6 +87,12 @@ def measured_by(rule: str, env_names: Sequence[str], test_envs: Sequence[int]) -
     }
 
 
+def by_loss(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a run that is selected and reported by the mean loss over the same sets."""
+    roles = {role: {**facts[role], "measure": "loss"} for role in ("selects", "reported")}
+    return {**facts, "measure": "loss", **roles}
+
+
 @dataclass(frozen=True)
 class Choice:
     """The record a rule chose, what it was chosen by, and what is reported for it."""

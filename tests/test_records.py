@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 
 from dynmoe.errors import UserError
-from dynmoe.records import TRAINED, Held, Kind, RecordError, RunFolder, Seal
+from dynmoe.records import TRAINED, VOCABULARY, Held, Kind, RecordError, RunFolder, Seal
 
 
 @pytest.fixture
@@ -152,12 +152,13 @@ def test_a_damaged_file_leaves_the_others_as_they_are(folder: RunFolder) -> None
 def test_every_changed_file_of_a_finished_run_is_found(folder: RunFolder) -> None:
     folder.write_run({"seed": 0})
     (folder.path / "config.yaml").write_text("seed: 0\n")
+    (folder.path / VOCABULARY).write_text("{}\n")
     for kind in TRAINED:
         folder.append(kind, {"step": 0})
     files = [file for file in folder.path.iterdir() if file.is_file()]
     folder.mark_done()
     folder.check_finished()
-    assert len(files) == 2 + len(TRAINED)
+    assert len(files) == 3 + len(TRAINED)
     for file in files:
         whole = file.read_bytes()
         file.write_bytes(b"")

@@ -178,8 +178,8 @@ class _AuxCheck:
         elif not torch.is_grad_enabled():
             self._without_graph += any(p.requires_grad for p in layer.router.parameters())
 
-    def _mark(self, _: Tensor) -> None:
-        self._reached = True
+    def _mark(self, grad: Tensor | None) -> None:
+        self._reached |= grad is not None  # None: by the layer's output alone
 
     def conclude(self) -> None:
         """Warn after the first optimizer step in which layers ran."""

@@ -101,11 +101,7 @@ def _built(model: str | None, path: str | None, config: Any, pretrained: bool) -
                 f"backbone: transformers makes no causal language model of a '{config.model_type}' "
                 f"({str(error).splitlines()[0]})"
             ) from error
-    if model is None and path is None:
-        raise ConfigError(
-            "backbone.pretrained=true: an architecture has no weights. Give backbone.model or "
-            "backbone.path, or train from scratch with backbone.pretrained=false."
-        )
+    hub.check_has_weights(model, path)
     return hub.with_weights(AutoModelForCausalLM, model, path, config)
 
 

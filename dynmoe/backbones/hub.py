@@ -103,6 +103,15 @@ def check_vocabulary(found: Any, tokens: int | None, model: str | None, path: st
         )
 
 
+def check_has_weights(model: str | None, path: str | None) -> None:
+    """Raises ConfigError if weights are asked of an architecture."""
+    if model is None and path is None:
+        raise ConfigError(
+            "backbone.pretrained=true: an architecture has no weights. Give backbone.model or "
+            "backbone.path, or train from scratch with backbone.pretrained=false."
+        )
+
+
 def where(model: str | None, path: str | None) -> dict[str, Any]:
     """Return the arguments of ``from_pretrained`` that say where the model is."""
     if path is None:

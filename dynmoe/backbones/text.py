@@ -175,11 +175,7 @@ def _with_weights(
     Raises:
         ConfigError: no weights, or weights of another model.
     """
-    if path is None and model is None:
-        raise ConfigError(
-            "backbone.pretrained=true: an architecture has no weights. Give backbone.model or "
-            "backbone.path, or train from scratch with backbone.pretrained=false."
-        )
+    hub.check_has_weights(model, path)
     try:
         classifier, loaded = AutoModelForSequenceClassification.from_pretrained(
             **hub.where(model, path),

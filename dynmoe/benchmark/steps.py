@@ -223,6 +223,7 @@ def _trained_groups(
     together = groups(found)
     for number, (problem, members) in enumerate(together, 1):
         data = data_of(members[0].cfg)
+        data.restore(members[0].run.folder.path)
         batches: list[Any] = []
         if args.command == "generate":
             batches = question_batches(data, device)

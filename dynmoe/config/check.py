@@ -20,19 +20,12 @@ from omegaconf.errors import (
 from dynmoe.config.annotations import mismatches, shown, takes_objects
 from dynmoe.config.options import written
 from dynmoe.config.ranges import outside
-from dynmoe.config.rules import (
-    RULES,
-    RUN_RULES,
-    SWEEP_RULES,
-    is_language_model,
-    protocol_fits,
-    same_modality,
-    stage_is_chosen,
-)
+from dynmoe.config.rules import RULES, RUN_RULES, SWEEP_RULES, protocol_fits, same_modality
 from dynmoe.config.runs import names_are_text, names_once, previous
 from dynmoe.config.schema import schema
 from dynmoe.config.shared import Keep, anew, once
 from dynmoe.config.targets import Parameter, Signature, TargetError, did_you_mean, signature
+from dynmoe.config.task_rules import is_language_model, stage_is_chosen
 from dynmoe.errors import ConfigError
 
 # Keys of hydra.utils.instantiate, which are no parameters of the target: type, and in words.

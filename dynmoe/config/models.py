@@ -155,6 +155,11 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
         kind, key = folder_config(cfg).get("model_type"), "backbone.path"
     elif any(given):
         yield f"{key}: found beside backbone.model or backbone.path. Set all but one to null"
+    elif read(cfg, "backbone.pretrained", bool):
+        yield (
+            "backbone.pretrained: an architecture has no weights. Set it to false, or give "
+            "backbone.model or backbone.path in the place of backbone.architecture"
+        )
     known = transformers_types()
     if kind is None or not known:
         return
@@ -179,6 +184,41 @@ def language_model(cfg: DictConfig) -> Iterator[str]:
         yield (
             f"{key}: transformers has no text classifier of '{kind}' models "
             "(AutoModelForSequenceClassification). Take another type, e.g. bert, llama, qwen3"
+        )
+
+
+# Types of models with learnt positions. Relative and rotary ones have no end.
+POSITIONS = (
+    *("albert", "bert", "camembert", "distilbert", "electra", "gpt2", "gpt_bigcode", "gpt_neo"),
+    *("opt", "roberta", "xlm-roberta"),
+)
+PLACES = ("max_position_embeddings", "n_positions")
+"""Settings with their number; transformers takes the first where both are given."""
+AFTER_PADDING = ("camembert", "roberta", "xlm-roberta")
+"""Types whose positions are numbered from the one after the id of padding."""
+
+
+def positions_of(kind: str, places: int, padding: int | None) -> int:
+    """Return how many tokens have a position; ``padding``: the id of padding, 0 in a vocabulary
+    that is learnt."""
+    return places - (1 + (padding or 0)) * (kind in AFTER_PADDING)
+
+
+def positions_fit(cfg: DictConfig) -> Iterator[str]:
+    """Texts have a position for each token; models that are not known here are asked when built."""
+    keys = {"text": "data.max_length", "text-stream": "data.length"}
+    key, kind = keys.get(modality(cfg, "data") or ""), model_type(cfg)
+    if key is None or kind not in POSITIONS:
+        return
+    tokens, found = read(cfg, key, int), (_setting(cfg, name) for name in PLACES)
+    places = next((each for each in found if each is not None), None)
+    if tokens is None or not isinstance(places, int):
+        return
+    most = positions_of(kind, places, _setting(cfg, "pad_token_id"))
+    if tokens > most:
+        yield (
+            f"{key}: expected at most {most}, the positions of this '{kind}' backbone, found "
+            f"{tokens}. Lower it, or choose another backbone"
         )
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from dynmoe.backbones import weights
 from dynmoe.backbones.deploy import compact_layers, merge_adapters
 from dynmoe.convert.checkpoints import BACKBONE
-from dynmoe.data.text.tokens import load_tokenizer
 from dynmoe.errors import DataError
 from dynmoe.layers.moe import moe_layers
 from dynmoe.records import RunFolder
@@ -59,16 +58,13 @@ def trained_model(cfg: DictConfig, folder: RunFolder, checkpoint: Path) -> Train
     }
     data: Any = build.build_data(cfg)
     about: dict[str, Any] = {}
+    data.restore(folder.path)
     if data.modality == "text":
-        if data.tokenizer_path is None and data.tokenizer_name is None:
-            data.setup("validate")
-        else:
-            data.tokenizer = load_tokenizer(data.tokenizer_path, data.tokenizer_name)
+        data.read_tokenizer()
         data.tokenizer.model_max_length = data.max_length
         about["tokenizer"], about["pairs"] = data.tokenizer, data.has_pairs
         class_names, arguments = data.class_names, data.backbone_arguments
     elif data.modality == "text-stream":
-        data.restore(folder.path)
         data.read_tokenizer()
         about["tokenizer"] = data.tokenizer
         class_names, arguments = [], data.backbone_arguments

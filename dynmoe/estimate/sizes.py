@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.backbones.vlm import VisionLanguageModel, train_only
-from dynmoe.config.rules import device_count
+from dynmoe.config.options import device_count
 from dynmoe.data.vl.module import VisionLanguageData, sample_of
 from dynmoe.estimate import formulas
 from dynmoe.layers.experts import linears

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from dynmoe.layers.conflict import Conflict, ConflictLoss
 from dynmoe.layers.experts import (
@@ -268,6 +268,9 @@ class MoELayer(MaskedLayer):
             )
             if self.tape is not None:
                 self.tape.append(call)
+                if distributed.is_available() and distributed.is_initialized():
+                    losses = [call.aux, *([] if call.conflict is None else [call.conflict])]
+                    y_TD = _Tied.apply(y_TD, *losses)
             if observer is not None:
                 observer(self, call)
         return y_TD
@@ -491,6 +494,26 @@ def set_aside(x_TD: Tensor, token_mask_T: Tensor | None) -> tuple[Tensor, Tensor
         x_TD.masked_fill(~finite_T[:, None], 0),
         finite_T if token_mask_T is None else token_mask_T & finite_T,
     )
+
+
+class _Tied(torch.autograd.Function):
+    """The outputs of a layer, in whose graph its losses are too: they get no gradient from there.
+
+    NOTE: DistributedDataParallel takes a parameter that its outputs do not depend on for unused,
+    and fails where a loss that is added to them has a gradient for it after all. So it is with a
+    router on a rank whose tokens chose no expert.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y_TD: Tensor, *losses: Tensor) -> Tensor:
+        ctx.losses = len(losses)
+        # NOTE: the same memory. A view made here, or the input itself, could not be changed in
+        # place, as by `x = layer(x); x += residual`.
+        return y_TD.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_TD, *[None] * ctx.losses
 
 
 def _of_some(aux: Tensor, x_TD: Tensor, token_mask_T: Tensor | None) -> Tensor:

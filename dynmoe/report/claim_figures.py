@@ -39,7 +39,7 @@ from dynmoe.report.drawing import (
     set_apart,
 )
 from dynmoe.report.paired import LEVEL, Verdict
-from dynmoe.report.run import Kind, Run, by_setting, environments
+from dynmoe.report.run import Kind, Run, by_setting, counted, environments
 from dynmoe.report.tables import SHARE
 from dynmoe.report.words import Words, capital
 from dynmoe.selection import judged
@@ -71,15 +71,33 @@ MARKS: dict[Rival, str] = {"best": ", best", "worst": ", worst"}
 
 DENSE: Style = {"color": "black", "marker": "s", "linestyle": "--"}
 FIXED: Style = {"color": GREY, "marker": "o", "linestyle": "-"}
-ADAPTIVE: tuple[Style, ...] = (
-    {"color": BLUE, "marker": "D", "linestyle": "-"},
-    {"color": RED, "marker": "P", "linestyle": "-."},
-    {"color": COLOURS[2], "marker": "X", "linestyle": ":"},
+# No mark stands for two families, on grey paper either: shapes that look alike (8 and o, H and h)
+# are left out, and a shape comes again with another filling.
+FILLINGS: tuple[Style, ...] = (
+    {},
+    {"markerfacecolor": "white"},
+    {"fillstyle": "left", "markerfacecoloralt": "white"},
+)
+ADAPTIVE: tuple[Style, ...] = tuple(
+    {
+        **{"color": (BLUE, RED, COLOURS[2])[index % 3], "marker": "DPX"[index % 3]},
+        **{"linestyle": ("-", "-.", ":")[(index + index // 3) % 3], **FILLINGS[index // 3]},
+    }
+    for index in range(9)
 )
 VARYING: tuple[Style, ...] = tuple(
-    {"color": COLOURS[index % 6], "marker": "<>v^*hdp"[index % 8], "linestyle": DASHES[index // 6]}
+    {
+        **{"color": COLOURS[index % 6], "marker": "<>v^*hdp"[index % 8]},
+        **{"linestyle": DASHES[index // 6], **FILLINGS[index // 8]},
+    }
     for index in range(24)
 )
+GRID: tuple[Style, ...] = (
+    *({**FIXED, **filling} for filling in FILLINGS),
+    *({**FIXED, "marker": "s", **filling} for filling in FILLINGS[1:]),
+    *({**FIXED, "marker": mark} for mark in "+x1234"),
+)
+"""Families of the grid, where each has a mark."""
 
 # How many experts a token activates, in the name of a setting.
 K = re.compile(r"\btop-\d+|, moe\.(?:router\.)?(?:target|top)_k=(?:\[[^]]*\]|[^,]*)")
@@ -144,15 +162,20 @@ def draw_claim(claim: Claim) -> Picture | None:
         if each in found
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    tested = "; nothing could be tested"
+    if family := shown[0].family:
+        tested = (
+            ", lines 95 % intervals of a paired t test, not corrected; where there is no test there"
+            f" is no line. The mark is by the test's p (< {LEVEL}), corrected by Holm's method for "
+            f"{counted(family, 'comparison')}"
+        )
     return Picture(
         "claim",
         figure,
         f"Paired differences in {claim.words.noun}: {claim.setting} minus the mean of the grid, "
         "dense, and every setting of the grid",
         f"{'Left' if scale.less_is_better else 'Right'} of 0 {claim.setting} is better. Dots are "
-        "matched repetitions, lines 95 % intervals of a paired t test, not corrected; where there "
-        f"is no test there is no line. The mark is by the test's p (< {LEVEL}), corrected by "
-        f"Holm's method for {shown[0].family} comparisons.",
+        f"matched repetitions{tested}.",
     )
 
 
@@ -230,7 +253,7 @@ def _draw_curve(axes: Axes, runs: Sequence[Run], look: Style) -> None:
         axes.fill_between(steps, *band, color=look["color"], alpha=0.15, linewidth=0)
         selected = float(np.mean([run.outcome.step for run in runs]))
         height = np.interp(selected, steps, mean)
-        axes.plot(selected, height, color=look["color"], marker=look["marker"], zorder=4)
+        axes.plot(selected, height, **{**look, "linestyle": "none", "zorder": 4})
 
 
 def _line(look: Style, thin: bool) -> dict[str, Any]:
@@ -378,8 +401,8 @@ def _better(words: Words) -> str:
 
 def _told_apart(panels: Mapping[str, Sequence[Point]]) -> dict[str, list[Point]]:
     """Give each family of the grid, all grey, a marker of its own."""
-    marks = itertools.cycle("os<>^v*hd")
-    own: defaultdict[str, Style] = defaultdict(lambda: {**FIXED, "marker": next(marks)})
+    unused = itertools.cycle(GRID)
+    own: defaultdict[str, Style] = defaultdict(lambda: next(unused))
     return {
         label: [
             point._replace(style=own[family(point.name)]) if point.style is FIXED else point

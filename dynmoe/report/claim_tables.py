@@ -37,10 +37,10 @@ GRID = (
     "itself, which is optimistic for the best{}."
 )
 PICK = "; its best by validation is what one could have picked, in each repetition anew"
-PAIRED = (
-    "Differences are paired: same {}, same repetition. The 95 % interval of their mean (in "
-    "brackets) and p are of a paired t test, two-sided, not corrected; by Holm: p corrected for "
-    f"the number of comparisons, {{}}. Bold: by Holm < {LEVEL}."
+PAIRED = "Differences are paired: same {}, same repetition."
+TESTED = (
+    "The 95 % interval of their mean (in brackets) and p are of a paired t test, two-sided, not "
+    f"corrected; by Holm: p corrected for {{}}. Bold: by Holm < {LEVEL}."
 )
 
 
@@ -145,7 +145,8 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
                 rows.append((_rival(each), place, theirs, *cells, count))
     notes = [
         ERROR,
-        PAIRED.format(claim.words.part, families(claim)),
+        PAIRED.format(claim.words.part),
+        *([TESTED.format(tested)] if (tested := families(claim)) else []),
         *no_verdicts(claim),
         GRID.format(f"reported {claim.words.noun}", PICK if claim.problem.validates else ""),
         *(
@@ -166,16 +167,19 @@ def claim_table(collection: Collection, claim: Claim) -> Table:
 
 
 def families(claim: Claim) -> str:
-    """Number of comparisons that p values are corrected for: `5 in the mean of environments, 20 in
-    the single environments`."""
-    tested = [
-        (each.environment, max((d.family for d in each.differences), default=0))
+    """The comparisons that p values are corrected for: `5 comparisons in the mean of environments,
+    20 comparisons in the single environments`. Empty where nothing could be tested."""
+    single, whole = (
+        max((d.family for d in each.differences), default=0)
         for each in (claim.comparisons[0], claim.overall)
-    ]
-    (_, single), (place, whole) = tested
+    )
+    by_place = {
+        f" in the {claim.overall.environment}": whole,
+        " in the single environments": single,
+    }
     if len(claim.comparisons) == 1:
-        return str(whole)
-    return f"{whole} in the {place}, {single} in the single environments"
+        by_place = {"": whole}
+    return ", ".join(f"{counted(n, 'comparison')}{at}" for at, n in by_place.items() if n)
 
 
 def _incomplete(claim: Claim) -> dict[tuple[str, ...], list[str]]:

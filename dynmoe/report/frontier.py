@@ -16,7 +16,7 @@ import numpy as np
 
 from dynmoe.report.claim import MEAN, columns, matched, resolution, score_cells
 from dynmoe.report.cost_tables import number
-from dynmoe.report.costs import model_costs
+from dynmoe.report.costs import ModelCost, model_costs
 from dynmoe.report.paired import LEVEL, POWER, PairedTest, corrected, detectable, paired
 from dynmoe.report.run import Problem, Run, conditions
 from dynmoe.report.runs import Collection
@@ -33,7 +33,7 @@ class Stand:
 
     setting: str
     flops: float
-    """Of the forward pass, over those of the dense setting, or the least."""
+    """Of the forward pass, over those of `unit_of`."""
     mean_k: float
     accuracies: tuple[float, ...]
     """By repetition."""
@@ -56,8 +56,7 @@ def stands(collection: Collection, problem: Problem) -> list[Stand]:
     place, costs, cells = columns(runs)[-1], model_costs(runs), score_cells(runs)
     kinds = {run.setting: run.kind for run in runs}
     fixed = [name for name, kind in kinds.items() if kind in ("fixed", "dense")]
-    dense = [costs[name].flops for name in fixed if kinds[name] == "dense"]
-    unit = dense[0] if dense else min((cost.flops for cost in costs.values()), default=math.nan)
+    unit = costs[unit_of(runs, costs)].flops
     finest, scale = resolution(runs, place), runs[0].scale
     found = []
     for name in kinds:
@@ -84,6 +83,17 @@ def stands(collection: Collection, problem: Problem) -> list[Stand]:
     return [each for each in found if not math.isnan(each.flops)]
 
 
+def unit_of(runs: Sequence[Run], costs: Mapping[str, ModelCost]) -> str:
+    """The setting whose FLOPs are 1: the cheapest dense one, else the cheapest of all."""
+    kinds = {run.setting: run.kind for run in runs}
+
+    def place(name: str) -> tuple[bool, bool, float]:
+        flops = costs[name].flops
+        return math.isnan(flops), kinds[name] != "dense", flops
+
+    return min(costs, key=place)
+
+
 def frontier_table(collection: Collection, problem: Problem) -> Table | None:
     """Every setting that decides its k beside the best fixed one that costs no more; None without
     either."""
@@ -91,7 +101,7 @@ def frontier_table(collection: Collection, problem: Problem) -> Table | None:
     if not found:
         return None
     runs = collection.of(problem)
-    words, scale = runs[0].words, runs[0].scale
+    words, scale, unit = runs[0].words, runs[0].scale, unit_of(runs, model_costs(runs))
     rows = []
     for each in sorted(found, key=lambda stand: stand.flops):
         test = each.tests[each.best]
@@ -113,12 +123,12 @@ def frontier_table(collection: Collection, problem: Problem) -> Table | None:
     return Table(
         f"{capital(words.measure)} at equal or lower cost on {problem.dataset}{where}",
         (
-            *("setting", "mean k", "FLOPs, x dense", words.column),
+            *("setting", "mean k", f"FLOPs, x {unit}", words.column),
             *("best fixed that costs no more", f"difference, {scale.steps}", "p", "by Holm"),
             *("fixed that are better", "n"),
         ),
         tuple(rows),
-        note="FLOPs of the forward pass over those of the dense model, else of the cheapest. Fixed "
+        note=f"FLOPs of the forward pass over those of {unit}. Fixed "
         f"settings and dense that need at most {SLACK:.0%} more of them are rivals; the best is "
         f"chosen by the reported {words.noun} itself. Paired t tests on matched repetitions with "
         "95 % intervals, by Holm for the rivals of a setting. Better: significantly "

@@ -292,9 +292,11 @@ def read_run(folder: RunFolder) -> Run:
     run = Run(folder, folder.read_run(), folder.read("results"))
     run = replace(run, setting=short_name(run))
     if not run.results:
+        why = "the run stopped before its first evaluation, start it again"
+        if folder.is_done:
+            why = "they are gone, run it again with overwrite=true"
         raise RecordError(
-            f"{folder.path}: expected at least one line in results.jsonl, found none; "
-            "the run stopped before its first evaluation, start it again"
+            f"{folder.path}: expected at least one line in results.jsonl, found none; {why}"
         )
     return run
 

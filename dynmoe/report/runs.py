@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from pathlib import Path
@@ -28,7 +28,7 @@ from dynmoe.report.run import (
     order,
 )
 from dynmoe.report.words import block_name
-from dynmoe.selection import RULES, best_of_sweep, rule_of
+from dynmoe.selection import RULES, best_of_sweep, by_loss, rule_of
 
 Job = Mapping[str, Any]
 """A job of `sweep.json`: its overrides, and the configuration that they make."""
@@ -118,7 +118,7 @@ def read_runs(folders: Sequence[Path], by_loss: bool = False) -> Collection:
         folders=[Path(folder) for folder in folders],
         runs=sorted(runs, key=order),
         absent=[_placed(entry, places.get(path), env_names) for path, entry in absent.items()],
-        warnings=[*warnings, *_different_data(done), *different_conditions(runs)],
+        warnings=[*warnings, *_thinned(runs), *_different_data(done), *different_conditions(runs)],
         others=sorted(others, key=order),
         commands={folder: sweep["commands"] for folder, sweep in sweeps.items() if sweep},
     )
@@ -159,19 +159,22 @@ def _jobs(folder: Path, sweep: Mapping[str, Any]) -> dict[Path, Job]:
     return {folder / name: asked.get(name, {}) for name in sorted(found | asked.keys())}
 
 
-def _read(folder: RunFolder, finished: bool, by_loss: bool) -> Run | None:
+def _read(folder: RunFolder, finished: bool, is_by_loss: bool) -> Run | None:
     """The run, if it has begun; without results unless it is finished."""
     if not finished and not (folder.path / "run.json").exists():
         return None
     facts = folder.read_run()
     check_facts(folder, facts)
-    if by_loss:
-        roles = {role: {**facts[role], "measure": "loss"} for role in ("selects", "reported")}
-        facts |= {"measure": "loss", **roles}
     results = folder.read("results") if finished else []
     if finished and not (results and facts["test_envs"]):
-        raise RecordError(f"{folder.path}: expected results on a test environment, found none")
+        remedy = "leave the run out" if results else "run it again with overwrite=true"
+        raise RecordError(
+            f"{folder.path}: expected results on a test environment, found none; {remedy}"
+        )
     check_results(folder, facts, results)
+    if is_by_loss:
+        facts = by_loss(facts)
+        check_losses(folder, facts, results)
     return Run(folder, facts, results)
 
 
@@ -250,6 +253,21 @@ def _readable(runs: Iterable[Run], warnings: list[str]) -> list[Run]:
         except RecordError as error:
             warnings.append(f"{error}; left out")
     return sound
+
+
+def _thinned(runs: Sequence[Run]) -> Iterator[str]:
+    """Runs whose routing of sets was not recorded at the step that is reported."""
+    found = [
+        run
+        for run in runs
+        if run.layers and {line["source"] for line in run.routing_at_outcome} == {"train"}
+    ]
+    if found:
+        yield (
+            f"{counted(len(found), 'run')} with no k and no costs, the first is "
+            f"{found[0].folder.path}: task.routing_every > 1 left the routing of sets out at step "
+            f"{found[0].outcome.step}, which is reported. Train with task.routing_every=1 for them"
+        )
 
 
 def _placed(entry: Absent, run: Run | None, env_names: Mapping[str, list[str]]) -> Absent:
@@ -405,6 +423,19 @@ def check_results(folder: RunFolder, facts: Record, results: Sequence[Record]) -
             if record["args"].get(key) != facts[key]:
                 expected = f"`{key}` {facts[key]} in `args`, as in run.json"
                 raise _error(place, expected, record["args"].get(key, "none"))
+
+
+def check_losses(folder: RunFolder, facts: Record, results: Sequence[Record]) -> None:
+    """Raises RecordError where a set that selects or is reported has no loss."""
+    names = dict.fromkeys(chain(facts["selects"]["sets"], facts["reported"]["sets"]))
+    lacking = [
+        name for name in names if any("loss" not in each["scores"][name] for each in results)
+    ]
+    if lacking:
+        raise RecordError(
+            f"{folder.path}: no loss was recorded on {', '.join(lacking)} (questions without a "
+            "reference answer have none); leave --by-loss out"
+        )
 
 
 def check_routing(run: Run) -> None:

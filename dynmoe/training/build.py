@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +14,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-)
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from dynmoe import process, ranks, runtime, selection
+from dynmoe import process, runtime, selection
 from dynmoe.adaptation import RouterCallback
 from dynmoe.backbones import hub, weights
 from dynmoe.backbones.families import FAMILIES
@@ -46,8 +39,13 @@ from dynmoe.training.callbacks import RunRecorder, ShrinkingTokens
 from dynmoe.training.finite import FiniteLoss
 from dynmoe.training.instantiation import make
 from dynmoe.training.progress import RunLines, RunProgress
-from dynmoe.training.saving import CheckpointFiles, read_checkpoint
-from dynmoe.training.trained import checkpoint_of
+from dynmoe.training.saving import (
+    TOWER,
+    has_tower,
+    load_backbone,
+    read_checkpoint,
+    trainer_plugins,
+)
 from dynmoe.version import version as dynmoe_version
 
 # Lightning announces devices, tips and stop reasons at INFO; the summary says what matters of it.
@@ -62,15 +60,10 @@ warnings.filterwarnings("ignore", message=r".*sync_dist=True.*")  # the task sum
 warnings.filterwarnings("ignore", message=r".*in eval mode at the start.*")  # frozen vision towers
 
 
-TOWER = "vision."
-
 # Keys of a backbone, how its name tells of them, and the option that it always has.
 TUNED = {"token_sparsify": ("sparse tokens", "keep"), "adapter": ("adapters", "dim")}
 
 SETS = 6  # that are listed one by one
-
-# Settings of a language model that change its output but not the shapes of its weights.
-UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rms_norm_eps", "rope_parameters")
 
 
 def build_data(cfg: DictConfig, **plan: Any) -> TaskData:
@@ -325,29 +318,6 @@ def build_trainer(
     return trainer
 
 
-def trainer_plugins(cfg: DictConfig) -> list[Any]:
-    """``trainer.plugins``, the writer of checkpoints, and the environment of Lightning that says
-    who starts processes.
-
-    Lightning's own choice under Slurm answers its signals with a checkpoint beside ours.
-    """
-    given: Any = cfg.trainer.get("plugins")
-    if OmegaConf.is_config(given):
-        given = make(given, "trainer.plugins")
-    plugins = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
-    if not any(isinstance(each, CheckpointIO) for each in plugins):
-        plugins.append(CheckpointFiles())
-    tasks = ranks.tasks()
-    if tasks is None or any(isinstance(each, ClusterEnvironment) for each in plugins):
-        return plugins
-    if tasks == 1:  # a batch script of a job with several tasks is one process, too
-        return [*plugins, LightningEnvironment()]
-    # It refuses `srun -n2`, which does not set this, and says no reason.
-    nodes = cfg.trainer.get("num_nodes") or 1
-    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(tasks // nodes))
-    return [*plugins, SLURMEnvironment(auto_requeue=False)]
-
-
 def judging(cfg: DictConfig, data: TaskData) -> dict[str, Any]:
     """The entries of ``run.json`` that say how the run is judged; see ``dynmoe.records``."""
     rule = cfg.task.selection
@@ -523,51 +493,6 @@ def _device_name(trainer: L.Trainer) -> str:
     return name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
 
 
-def load_backbone(backbone: nn.Module, start: Path) -> None:
-    """Load the last weights of a finished run into a backbone. The backbone keeps its own vision
-    tower if a converted checkpoint has none.
-
-    Raises:
-        ConfigError: no such run, weights of another model, or a converted checkpoint of a language
-            model with other settings.
-    """
-    folder = RunFolder(start)
-    file = checkpoint_of(folder, "last")
-    if not folder.is_done or not file.exists():
-        raise ConfigError(
-            f"stage.start={start}: expected the folder of a finished run with checkpoints/last.ckpt"
-        )
-    state = read_checkpoint(file, mmap=True)["state_dict"]
-    prefix = "backbone."
-    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    whole = found
-    own = {k: v for k, v in backbone.state_dict().items() if k.startswith(TOWER)}
-    if own and not _has_tower(found, TOWER):
-        if not any(part.startswith(TOWER[:-1]) for part in weights.loaded_parts(backbone)):
-            raise ConfigError(
-                f"stage.start={start}: has no vision tower, and this backbone's has random "
-                "weights. Set backbone.vision.pretrained=true or a file"
-            )
-        whole = found | own
-    place = f"stage.start={start}, for the backbone before it gets MoE layers"
-    weights.load_whole(backbone, whole, place)
-    weights.remember(backbone, weights.Loaded(tensors=len(found), part="stage.start"))
-    _check_language_model(backbone, start)
-
-
-def _check_language_model(backbone: nn.Module, start: Path) -> None:
-    """Compare the settings that a converted checkpoint has in config.json."""
-    folder = start / "language_model"
-    if not (folder / "config.json").is_file():
-        return
-    theirs, ours = hub.configuration(None, str(folder), None, {}), backbone.config
-    if wrong := [key for key in UNSEEN if getattr(theirs, key, 0) != getattr(ours, key, 0)]:
-        raise ConfigError(
-            f"stage.start={start}: its language model has another {', '.join(wrong)} than this "
-            f"backbone. Take its own: backbone.path={folder} backbone.pretrained=false"
-        )
-
-
 def shell(cfg: DictConfig, data: TaskData, arguments: Mapping[str, Any]) -> nn.Module:
     """The model of a run without its weights, on the meta device, with its MoE layers.
 
@@ -614,15 +539,10 @@ def load(
     """
     saved = read_checkpoint(checkpoint)
     state, tower = saved["state_dict"], f"backbone.{TOWER}"
-    if keeps_tower := "vision" in cfg.backbone and not _has_tower(state, tower):
+    if keeps_tower := "vision" in cfg.backbone and not has_tower(state, tower):
         cfg.backbone.vision.pretrained = True
     task = build_task(cfg, data, fused_attention)
     if keeps_tower:
         state |= {k: v for k, v in task.state_dict().items() if k.startswith(tower)}
     weights.load_whole(task, state, f"{checkpoint}, for this run's configuration and data")
     return task, saved["global_step"] - 1
-
-
-def _has_tower(weights: Mapping[str, Tensor], prefix: str) -> bool:
-    """Whether the vision tower is included: a converted checkpoint may leave it out."""
-    return any(name.startswith(prefix) for name in weights)

@@ -17,7 +17,7 @@ from dynmoe import process
 from dynmoe.files import replace_synced
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.records import RunFolder, Seal
-from dynmoe.selection import LAST, judged, selected
+from dynmoe.selection import LAST, Record, by_loss, judged, selected
 
 RECORDS = "records"  # key of a checkpoint: digests of the records up to its step
 
@@ -47,7 +47,8 @@ class RunRecorder(Checkpoint):
     the last evaluation then says ``stopped_early``. Counts are part of the checkpoint.
 
     The routing of sets, most of the records of a long run, is kept at every ``routing_every``-th
-    evaluation, and where the rule selects a step or training ends; that of training always.
+    evaluation, and where the rule selects a step, by its own measure or by the loss (as
+    ``dynmoe-report --by-loss`` does), or training ends; that of training always.
 
     ``constants`` (DomainBed's ``args`` and ``hparams``) are part of every result line;
     ``epoch_at`` gives the epoch of a step. With ``save_every``, ``last.ckpt`` is also written every
@@ -81,18 +82,20 @@ class RunRecorder(Checkpoint):
         self._training = 0.0
         self._first_step = 0
         self._last_save = 0
-        self._best: dict[str, Any] | None = None  # step and scores of the selected record
+        self._best: Record | None = None  # step and scores of the selected record
+        self._least: Record | None = None  # of the one that is selected by its loss
         self._without_gain = 0  # evaluations since then
         self._evaluations = 0
         self._seal = Seal(folder)
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"without_gain": self._without_gain, "evaluations": self._evaluations}
-        return {"best": self._best, **counts}
+        return {"best": self._best, "least": self._least, **counts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._without_gain = state_dict["best"], state_dict["without_gain"]
-        self._evaluations = state_dict.get("evaluations", 0)  # of an older version: none
+        self._least = state_dict.get("least")  # here and below, of an older version: none
+        self._evaluations = state_dict.get("evaluations", 0)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -181,16 +184,19 @@ class RunRecorder(Checkpoint):
     def _compare(self, result: Mapping[str, Any]) -> None:
         """Keep the better of a record and the best one so far."""
         record = {"step": result["step"], "scores": result["scores"]}
-        chosen = selected([each for each in (self._best, record) if each is not None], self.facts)
+        chosen = _better(self._best, record, self.facts)
+        self._least = _better(self._least, record, by_loss(self.facts))
         # NaN (a constant prediction has no correlation) is no gain, even at first.
         gains = chosen is record and not math.isnan(judged(record, self.facts).validation)
         self._without_gain = 0 if gains else self._without_gain + 1
-        self._best = None if chosen is None else dict(chosen)
+        self._best = chosen
 
     def _keeps_routing(self, step: int, is_last: bool) -> bool:
         """Count an evaluation; whether it records the routing of sets: reports show that of the
         step that the rule selects, which is the best one so far."""
-        is_best = self._best is not None and self._best["step"] == step
+        is_best = any(
+            best is not None and best["step"] == step for best in (self._best, self._least)
+        )
         selects = is_best and self.facts["selection"] not in LAST
         number, self._evaluations = self._evaluations, self._evaluations + 1
         return number % self.routing_every == 0 or selects or is_last
@@ -215,6 +221,11 @@ class RunRecorder(Checkpoint):
                 replace_synced(copy, checkpoints / "selected.ckpt")
             replace_synced(unfinished, checkpoints / "last.ckpt")
         trainer.strategy.barrier()
+
+
+def _better(best: Record | None, record: Record, facts: Mapping[str, Any]) -> Record | None:
+    """The one that the rule selects; None where one run does not decide."""
+    return selected([each for each in (best, record) if each is not None], facts)
 
 
 def _log(trainer: L.Trainer, name: str, value: float, step: int) -> None:

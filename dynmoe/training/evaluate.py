@@ -19,8 +19,8 @@ from dynmoe.config.machine import data_folder, folders, gpu_there
 from dynmoe.config.options import modality
 from dynmoe.config.quantize import KEYS as QUANTISATIONS
 from dynmoe.config.quantize import quantize_problems
-from dynmoe.config.rules import corpus_run, text_run
 from dynmoe.config.targets import TargetError, signature
+from dynmoe.config.task_rules import corpus_run, text_run
 from dynmoe.errors import ConfigError
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.tables import format_number
@@ -239,6 +239,7 @@ def answer(folder: RunFolder, checkpoint: Path, cfg: DictConfig) -> Scores:
         )
     settings = build.settle_runtime(cfg)
     data: Any = build.build_data(cfg)
+    data.restore(folder.path)
     folders = cfg.get("question_sets", {})
     data.setup_questions({name: str(root) for name, root in folders.items()})
     task: Any

@@ -1,18 +1,32 @@
-"""Checkpoints on disk: written where they stay, and known to be whole before they are read."""
+"""Checkpoints on disk: written where they stay, and known to be whole before they are read; weights
+that a run starts from."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+)
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
+from dynmoe import ranks
+from dynmoe.backbones import hub, weights
 from dynmoe.errors import ConfigError, reason_of
 from dynmoe.files import check_regular
+from dynmoe.records import RunFolder
+from dynmoe.training.instantiation import make
+from dynmoe.training.trained import checkpoint_of
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -105,3 +119,84 @@ def _no_checkpoint(file: Path, reason: str) -> ConfigError:
         f"{file}: not a checkpoint of dynmoe-run (checkpoint=selected, last or FILE): "
         f"{reason.strip()}"
     )
+
+
+def trainer_plugins(cfg: DictConfig) -> list[Any]:
+    """``trainer.plugins``, the writer of checkpoints, and the environment of Lightning that says
+    who starts processes.
+
+    Lightning's own choice under Slurm answers its signals with a checkpoint beside ours.
+    """
+    given: Any = cfg.trainer.get("plugins")
+    if OmegaConf.is_config(given):
+        given = make(given, "trainer.plugins")
+    plugins = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    if not any(isinstance(each, CheckpointIO) for each in plugins):
+        plugins.append(CheckpointFiles())
+    tasks = ranks.tasks()
+    if tasks is None or any(isinstance(each, ClusterEnvironment) for each in plugins):
+        return plugins
+    if tasks == 1:  # a batch script of a job with several tasks is one process, too
+        return [*plugins, LightningEnvironment()]
+    # It refuses `srun -n2`, which does not set this, and says no reason.
+    nodes = cfg.trainer.get("num_nodes") or 1
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(tasks // nodes))
+    return [*plugins, SLURMEnvironment(auto_requeue=False)]
+
+
+# Weights of an earlier run.
+
+TOWER = "vision."
+
+# Settings of a language model that change its output but not the shapes of its weights.
+UNSEEN = ("hidden_act", "layer_norm_eps", "num_attention_heads", "rms_norm_eps", "rope_parameters")
+
+
+def load_backbone(backbone: nn.Module, start: Path) -> None:
+    """Load the last weights of a finished run into a backbone. The backbone keeps its own vision
+    tower if a converted checkpoint has none.
+
+    Raises:
+        ConfigError: no such run, weights of another model, or a converted checkpoint of a language
+            model with other settings.
+    """
+    folder = RunFolder(start)
+    file = checkpoint_of(folder, "last")
+    if not folder.is_done or not file.exists():
+        raise ConfigError(
+            f"stage.start={start}: expected the folder of a finished run with checkpoints/last.ckpt"
+        )
+    state = read_checkpoint(file, mmap=True)["state_dict"]
+    prefix = "backbone."
+    found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    whole = found
+    own = {k: v for k, v in backbone.state_dict().items() if k.startswith(TOWER)}
+    if own and not has_tower(found, TOWER):
+        if not any(part.startswith(TOWER[:-1]) for part in weights.loaded_parts(backbone)):
+            raise ConfigError(
+                f"stage.start={start}: has no vision tower, and this backbone's has random "
+                "weights. Set backbone.vision.pretrained=true or a file"
+            )
+        whole = found | own
+    place = f"stage.start={start}, for the backbone before it gets MoE layers"
+    weights.load_whole(backbone, whole, place)
+    weights.remember(backbone, weights.Loaded(tensors=len(found), part="stage.start"))
+    _check_language_model(backbone, start)
+
+
+def _check_language_model(backbone: nn.Module, start: Path) -> None:
+    """Compare the settings that a converted checkpoint has in config.json."""
+    folder = start / "language_model"
+    if not (folder / "config.json").is_file():
+        return
+    theirs, ours = hub.configuration(None, str(folder), None, {}), backbone.config
+    if wrong := [key for key in UNSEEN if getattr(theirs, key, 0) != getattr(ours, key, 0)]:
+        raise ConfigError(
+            f"stage.start={start}: its language model has another {', '.join(wrong)} than this "
+            f"backbone. Take its own: backbone.path={folder} backbone.pretrained=false"
+        )
+
+
+def has_tower(weights: Mapping[str, Tensor], prefix: str) -> bool:
+    """Whether the vision tower is included: a converted checkpoint may leave it out."""
+    return any(name.startswith(prefix) for name in weights)

@@ -174,30 +174,35 @@ def _autocast(batch: Inputs, dtype: torch.dtype) -> Any:
     return torch.autocast(tree_leaves(batch)[0].device.type, dtype)
 
 
-def load(run: str | Path, name: str) -> nn.Module:
+def load(run: str | Path, name: str, targets: Sequence[str] = ()) -> nn.Module:
     """Return the exported model of a run, in evaluation mode. Its own checkpoint must be there.
 
+    ``targets``: packages whose code the run's configuration may call beside dynmoe's, PyTorch's and
+    Lightning's, as ``dynmoe-eval targets=``.
+
     Raises:
-        ConfigError: the run has no such export, or torchao is missing.
+        ConfigError: the run has no such export, its configuration calls other code, or torchao is
+            missing.
     """
     from dynmoe.training import build, trained
     from dynmoe.training.quantize import deploy
 
     folder = RunFolder(Path(run))
     out = folder.path / "quantized" / name
-    if not (out / ABOUT).exists():
+    try:
+        checkpoint = Path(json.loads((out / ABOUT).read_text())["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f"{out}: expected an export. Write it: dynmoe-eval run={run} mode=quantize "
             f"quant.export={name}"
-        )
+        ) from None
     check([name])
-    about = json.loads((out / ABOUT).read_text())
-    cfg = trained.configuration(folder)
+    cfg = trained.configuration(folder, targets)
     settings = build.settle_runtime(cfg)
     data = build.build_data(cfg)
     data.restore(folder.path)
     data.setup("validate")
-    task, _ = build.load(cfg, data, settings["fused_attention"], Path(about["checkpoint"]))
+    task, _ = build.load(cfg, data, settings["fused_attention"], checkpoint)
     deploy(task)
     model: nn.Module = task.backbone.to(FORMATS[name].dtype).eval()
     import torchao.quantization  # noqa: F401  (its tensors may be read then)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from test_adapt import Net, tokens
+from processes import in_processes, join_group
+from test_adapt import Net, adapted, layer, tokens
 from test_callback import DIM, Model, make_callback, nobody, only_expert_0
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessExitedException
 from torch.utils.data import DataLoader
 
 from dynmoe.adaptation import Adaptation, Schedule
-from dynmoe.layers import aux_loss, record_routing
+from dynmoe.layers import aux_loss, mask_padding, moe_layers, record_routing
 
 
 class OwnTokens(Model):
@@ -39,14 +42,10 @@ class SaveEachRank(L.Callback):
 
 
 def fit_two(folder: Path, max_epochs: int, window: int, ckpt_path: Path | None = None) -> list[Any]:
-    """Train on two CPU processes; the state and events of each.
-
-    Now and then a process aborts in gloo's threads ("terminate called without an active
-    exception"), at no fault of what is tested: then once more.
-    """
+    """Train on two CPU processes; the state and events of each."""
     try:
         return _fit_two(folder, max_epochs, window, ckpt_path)
-    except ProcessExitedException:
+    except ProcessExitedException:  # see `in_processes`
         return _fit_two(folder, max_epochs, window, ckpt_path)
 
 
@@ -92,13 +91,12 @@ def test_two_processes_resume_in_the_middle_of_a_window(tmp_path: Path) -> None:
     assert resumed["events"] == straight["events"] and len(straight["events"]) == 1
 
 
-def plain_loop(rank: int, folder: str) -> None:
+def plain_loop(rank: int, ranks: int, port: int, folder: str) -> None:
     """Three steps in a plain loop; the loss of rank 0 is not finite in the second."""
-    rendezvous = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    join_group(rank, ranks, port)
     torch.manual_seed(0)
     net = Net()
-    model = torch.nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     adaptation = Adaptation(model, optimizer, Schedule(0, 3, 3))
     events = []
@@ -118,11 +116,7 @@ def plain_loop(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_plain_loop_on_two_processes(tmp_path: Path) -> None:
-    try:
-        spawn(plain_loop, (str(tmp_path),), nprocs=2)
-    except ProcessExitedException:
-        (tmp_path / "rendezvous").unlink(missing_ok=True)
-        spawn(plain_loop, (str(tmp_path),), nprocs=2)
+    in_processes(plain_loop, str(tmp_path))
     (one, weights), (two, others) = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
     assert one == two and [event["tokens"] for event in one] == [50, 50]  # of steps 0 and 2
     assert all(torch.equal(weights[name], others[name]) for name in weights)
@@ -131,3 +125,95 @@ def test_a_plain_loop_on_two_processes(tmp_path: Path) -> None:
     for name, window in first["window"].items():
         assert window["k_hist"].sum() == 25  # of both, on either
         assert all(torch.equal(v, second["window"][name][key]) for key, v in window.items())
+
+
+# Losses that are added outside of the forward, where a rank's output depends on no router.
+
+
+def on_its_own(rank: int) -> Tensor:
+    """The first rank has no token."""
+    return tokens(rank, 0 if rank == 0 else 7)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    with record_routing(model) as tape:
+        loss = model(x).square().sum()
+    return loss + 0.1 * aux_loss(tape)
+
+
+def backward(rank: int, ranks: int, port: int, folder: str) -> None:
+    join_group(rank, ranks, port)
+    model = nn.parallel.DistributedDataParallel(Net(), find_unused_parameters=True)
+    for _ in range(2):  # a parameter that was marked twice is told in the next pass at the latest
+        model.zero_grad()
+        loss_of(model, on_its_own(rank)).backward()
+    torch.save({name: p.grad for name, p in model.module.named_parameters()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_rank_without_tokens_adds_its_loss(tmp_path: Path) -> None:
+    in_processes(backward, str(tmp_path))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    net = Net()
+    (sum(loss_of(net, on_its_own(rank)) for rank in (0, 1)) / 2).backward()  # type: ignore[union-attr]
+    for name, p in net.named_parameters():
+        assert (first[name] is None) == (second[name] is None)
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        for found in (first[name], second[name]):
+            found = torch.zeros_like(p) if found is None else found
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("case", ["usual", "no token", "padding", "nobody chosen"])
+def test_a_loss_outside_of_the_forward(case: str) -> None:
+    net = Net()
+    if case == "nobody chosen":
+        with torch.no_grad():
+            for each in moe_layers(net).values():
+                for threshold in each.router.thresholds:
+                    threshold.fill_(20)
+    mask = torch.zeros(12, dtype=torch.bool) if case == "padding" else None
+    x = tokens(0, 0 if case == "no token" else 12)
+    twin = copy.deepcopy(net)
+    model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    for _ in range(2):
+        model.zero_grad()
+        twin.zero_grad()
+        with mask_padding(net, mask), mask_padding(twin, mask):
+            losses = loss_of(model, x), loss_of(twin, x)
+        for loss in losses:
+            loss.backward()
+    for p, other in zip(net.parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None or other.grad is None or not other.grad.any()
+        if p.grad is not None and other.grad is not None:
+            torch.testing.assert_close(p.grad, other.grad)
+
+
+@pytest.mark.usefixtures("alone")
+def test_outputs_may_be_changed_in_place() -> None:
+    moe, x = layer(), tokens(0)
+    twin = copy.deepcopy(moe)
+    with record_routing(moe):
+        y = moe(x)
+    y += x
+    y.square().sum().backward()
+    (twin(x) + x).square().sum().backward()
+    for p, other in zip(moe.parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (other.grad is None)
+        if p.grad is not None and other.grad is not None:
+            torch.testing.assert_close(p.grad, other.grad)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_loss_that_is_left_out_has_no_gradient(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net()
+    adaptation = adapted(net, schedule=Schedule(0, 1, 1))
+    with record_routing(net):
+        loss = net(tokens(0, 0)).sum()
+    loss.backward()
+    assert all(p.grad is None for each in net.layers for p in each.router.parameters())
+    adaptation.optimizers[0].step()
+    adaptation.step(loss)
+    assert "loss + 0.01 * aux_loss(tape)" in caplog.text

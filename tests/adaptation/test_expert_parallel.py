@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_fsdp import DIM, Net, free_port
-from test_fsdp2 import STEPS, as_rank, compare_states, fit
+from processes import as_rank, in_processes
+from test_fsdp import DIM, Net
+from test_fsdp2 import STEPS, compare_states, fit
 from torch import Tensor, distributed, nn
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from dynmoe.adaptation import DriftGrowth, GrowthSchedule, MoEExpertParallelStrategy
 from dynmoe.adaptation.adapt import twins_of, whole
@@ -83,7 +82,7 @@ def forward_and_backward(layer: MoELayer, rank: int) -> dict[str, Any]:
     return {"y": y.detach(), "x": x.grad}
 
 
-def work(rank: int, ranks: int, size: int, port: int, folder: Path) -> None:
+def work(rank: int, ranks: int, port: int, size: int, folder: Path) -> None:
     as_rank(rank, ranks, port)
     fit(folder, "many", MoEExpertParallelStrategy(size, find_unused_parameters=True), ranks)
     fit(folder, "half", MoEExpertParallelStrategy(size, find_unused_parameters=True), ranks, 1)
@@ -104,10 +103,7 @@ def work(rank: int, ranks: int, size: int, port: int, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "size"), [(2, 2), (4, 2)])
 def test_processes_compute_what_one_does(tmp_path: Path, ranks: int, size: int) -> None:
-    try:
-        spawn(work, (ranks, size, free_port(), tmp_path), nprocs=ranks)
-    except ProcessExitedException:  # an abort in gloo's threads: see test_ddp
-        spawn(work, (ranks, size, free_port(), tmp_path), nprocs=ranks)
+    in_processes(work, size, tmp_path, ranks=ranks)
     fit(tmp_path, "one", "auto")
     one = torch.load(tmp_path / "one.0")
     many = [torch.load(tmp_path / f"many.{rank}") for rank in range(ranks)]
@@ -144,14 +140,6 @@ def test_processes_compute_what_one_does(tmp_path: Path, ranks: int, size: int) 
 
 
 # On one process.
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    store = distributed.HashStore()
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from processes import as_rank, in_processes
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
 
 from dynmoe.adaptation import DynMoECallback
@@ -101,18 +99,9 @@ def fit(folder: Path, name: str, strategy: Any, epochs: int, start: Path | None 
         torch.save(events, folder / f"{name}.events")
 
 
-def work(rank: int, port: int, folder: Path) -> None:
-    """Of one process; all its trainings share a process group."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "TORCHELASTIC_RUN_ID": "test",  # Lightning then starts no processes
-    }
+def work(rank: int, ranks: int, port: int, folder: Path) -> None:
+    """All trainings of one process; they share a process group."""
+    as_rank(rank, ranks, port)
     fit(folder, "ddp", DDPStrategy(find_unused_parameters=True), epochs=2)
     fit(folder, "fsdp", MoEFSDPStrategy(), epochs=2)
     fit(folder, "half", MoEFSDPStrategy(), epochs=1)
@@ -120,18 +109,9 @@ def work(rank: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.mark.slow
 def test_it_trains_and_adapts_as_ddp_does_and_resumes(tmp_path: Path) -> None:
-    try:
-        spawn(work, (free_port(), tmp_path), nprocs=2)
-    except ProcessExitedException:  # an abort in gloo's threads: see test_ddp
-        spawn(work, (free_port(), tmp_path), nprocs=2)
+    in_processes(work, tmp_path)
     events = {name: torch.load(tmp_path / f"{name}.events") for name in ("ddp", "fsdp", "resumed")}
     assert sum(event["added"] is not None for event in events["fsdp"]) >= 2
     assert {event["layer"] for event in events["fsdp"]} == {"blocks.0.ffn", "blocks.1.ffn"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +9,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import Strategy
-from test_fsdp import DIM, Net, free_port
+from processes import as_rank, in_processes
+from test_fsdp import DIM, Net
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
 
 from dynmoe.adaptation import Adaptation, DynMoECallback, MoEFSDP2Strategy, Schedule
@@ -96,26 +94,12 @@ def fit(
     torch.save(record, folder / f"{name}.{trainer.global_rank}")
 
 
-def as_rank(rank: int, ranks: int, port: int) -> None:
-    """Let Lightning take this process for one of several, and start none."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "TORCHELASTIC_RUN_ID": "test",
-    }
-
-
-def work(rank: int, port: int, folder: Path) -> None:
+def work(rank: int, ranks: int, port: int, folder: Path) -> None:
     """All trainings of one process; they share a process group."""
-    as_rank(rank, 2, port)
-    fit(folder, "two", MoEFSDP2Strategy(), 2)
-    fit(folder, "half", MoEFSDP2Strategy(reshard_after_forward=False), 2, epochs=1)
-    fit(folder, "resumed", MoEFSDP2Strategy(), 2, start="half")
+    as_rank(rank, ranks, port)
+    fit(folder, "two", MoEFSDP2Strategy(), ranks)
+    fit(folder, "half", MoEFSDP2Strategy(reshard_after_forward=False), ranks, epochs=1)
+    fit(folder, "resumed", MoEFSDP2Strategy(), ranks, start="half")
     distributed.destroy_process_group()
 
 
@@ -135,10 +119,7 @@ def compare_states(file: Path, expected: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    try:
-        spawn(work, (free_port(), tmp_path), nprocs=2)
-    except ProcessExitedException:  # an abort in gloo's threads: see test_ddp
-        spawn(work, (free_port(), tmp_path), nprocs=2)
+    in_processes(work, tmp_path)
     fit(tmp_path, "one", "auto")
     one, first, second = (torch.load(tmp_path / name) for name in ("one.0", "two.0", "two.1"))
     assert sum(event["added"] is not None for event in one["events"]) >= 2
@@ -168,11 +149,8 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    store = distributed.HashStore()
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
+def mesh(alone: None) -> DeviceMesh:
+    return init_device_mesh("cpu", (1,))
 
 
 def sharded(mesh: DeviceMesh) -> tuple[Net, Shards]:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from processes import in_processes, join_group
 from test_adapt import DIM, SLOTS, Net, adam, layer, tokens
 from test_callback import Own, fit
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
 from dynmoe.adaptation import Adaptation, RouterCallback, RouterUpdates, Schedule
 from dynmoe.errors import ConfigError
@@ -235,9 +235,8 @@ def test_compiled_code_reads_the_state_and_is_not_compiled_again() -> None:
 # Two processes.
 
 
-def process(rank: int, folder: str) -> None:
-    rendezvous = f"file://{folder}/rendezvous"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+def process(rank: int, ranks: int, port: int, folder: str) -> None:
+    join_group(rank, ranks, port)
     torch.manual_seed(0)
     net = routers()
     model = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
@@ -271,11 +270,7 @@ def routers() -> Net:
 @pytest.mark.slow
 def test_state_is_equal_on_two_processes(tmp_path: Path) -> None:
     """And that of one process with both batches, but for the step that was bad on one rank."""
-    try:
-        spawn(process, (str(tmp_path),), nprocs=2)
-    except ProcessExitedException:  # gloo's threads, see test_ddp
-        (tmp_path / "rendezvous").unlink(missing_ok=True)
-        spawn(process, (str(tmp_path),), nprocs=2)
+    in_processes(process, str(tmp_path))
     one, two = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
     assert all(torch.equal(one[name], two[name]) for name in one)
     net = routers()

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, BertModel
 
+from dynmoe.backbones import hub
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.backbones.text import TextClassifier, build_text_classifier
+from dynmoe.config.models import AFTER_PADDING, PLACES, POSITIONS, positions_of
 from dynmoe.errors import ConfigError
 from dynmoe.layers import (
     AverageKeyRouter,
@@ -324,6 +326,20 @@ def test_texts_fit_the_positions(name: str, most: int | None) -> None:
             model.check_length(most + 1)
         with pytest.raises((RuntimeError, IndexError)):
             model(tokens((most + 1,), width=most + 1))
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_the_check_of_a_command_knows_the_positions(name: str) -> None:
+    config = AutoConfig.for_model(name)
+    known = {*dir(config), *config.attribute_map}
+    given = {**dict(zip(PLACES, (20, 30), strict=True)), "embedding_size": 16}
+    model = classifier(name, {key: each for key, each in given.items() if key in known})
+    assert hub.positions(model.model) == positions_of(name, 20, None)
+    if name in AFTER_PADDING:
+        padded = build_text_classifier(
+            None, 3, 40, 1, architecture=name, options={**tiny(name), PLACES[0]: 20}
+        )
+        assert hub.positions(padded.model) == positions_of(name, 20, 1) == 18
 
 
 def test_moe_layers_take_no_chunks_of_texts() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dynmoe.config import machine, rules
+from dynmoe.config import machine, task_rules
 from dynmoe.config.compose import preflight
 
 TASK, TEXTS = "task=vl", "task=glue"
@@ -130,7 +130,7 @@ def test_wrong_commands(overrides: tuple[str, ...]) -> None:
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (machine, rules):
+    for module in (machine, task_rules):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     assert problems(TASK) == ['task: needs transformers: pip install -e ".[language]"']
     both = 'task: needs transformers and datasets: pip install -e ".[language]"'

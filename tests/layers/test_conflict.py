@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from golden_cases import cases
+from processes import in_processes, join_group
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, distributed, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -375,10 +375,8 @@ def test_low_precision_keeps_the_loss_in_fp32() -> None:
     assert model.layers[0].conflict.take(torch.device("cpu"))[0] == 48
 
 
-def _rank(rank: int, folder: str) -> None:
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def _rank(rank: int, ranks: int, port: int, folder: str) -> None:
+    join_group(rank, ranks, port)
     model = Model(ROUTERS["top_k"], 0.7)
     parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     x, label = batch()
@@ -392,7 +390,7 @@ def _rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_ranks_find_conflicts_of_their_own_and_average(tmp_path: Path) -> None:
-    spawn(_rank, (str(tmp_path),), nprocs=2)
+    in_processes(_rank, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     own = []
     for rank in (0, 1):

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from processes import in_processes, join_group
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -215,8 +216,8 @@ def test_a_device_is_read_only_where_the_buffer_was_written(
     assert twin.live == (3, 4) and changed.live == (2, 3, 4)
 
 
-def _broadcast(rank: int, folder: str) -> None:
-    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def _broadcast(rank: int, ranks: int, port: int, folder: str) -> None:
+    join_group(rank, ranks, port)
     layer = make_layer()
     model = nn.parallel.DistributedDataParallel(layer, find_unused_parameters=True)
     x = torch.randn(9, DIM)
@@ -231,5 +232,5 @@ def _broadcast(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_buffers_broadcast_by_ddp(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_broadcast, args=(str(tmp_path),), nprocs=2)
+    in_processes(_broadcast, str(tmp_path))
     assert torch.load(tmp_path / "1.pt") == torch.load(tmp_path / "0.pt") == (1, 4)

@@ -10,9 +10,11 @@ import pytest
 from sweeps import write_run, write_sweep
 
 from dynmoe.report.claim import MEAN, Claim, SettingComparison, examine
+from dynmoe.report.claim_figures import draw_claim
 from dynmoe.report.claim_tables import (
     accuracy_table,
     claim_table,
+    families,
     headline,
     lacking,
     sentences,
@@ -346,7 +348,7 @@ def test_tables(tmp_path: Path) -> None:
         ),
     )
     assert [isinstance(row[3], Strong) for row in table.rows[:4]] == [False, False, False, True]
-    assert "4 in the mean of environments, 4 in the single environments" in table.note
+    assert families(claim) in table.note
     assert "in 15: the same difference in every repetition" in table.note
     assert len(table.rows) == 3 * 6 and table.rows[12][1] == MEAN
     best = [row[2] for row in accuracy_table(collection, claim.problem).rows]
@@ -372,3 +374,21 @@ def test_the_note_names_the_conditions(tmp_path: Path) -> None:
     assert "(seed/trial seed 0/0, 1/0, 2/0, 3/1, 4/1)" in note
     assert "weights from scratch / pretrained: timm" in note
     assert "data abc0 / abc1 / abc2 and 2 more;" in note
+
+
+def test_words_on_the_correction(tmp_path: Path) -> None:
+    """They name the comparisons that were made, and none where there was no test."""
+    _, (claim,) = read(write_sweep(tmp_path / "whole", SWEEP))
+    assert families(claim) == (
+        "4 comparisons in the mean of environments, 4 comparisons in the single environments"
+    )
+    short = {name: {"0": by["0"][:2]} for name, by in SWEEP.items()}
+    collection, (claim,) = read(write_sweep(tmp_path / "short", short))
+    note = claim_table(collection, claim).note
+    assert families(claim) == "" and "No verdict against anything" in note
+    drawn = draw_claim(claim)
+    assert drawn is not None and "nothing could be tested" in drawn.caption
+    assert not any("Holm" in text or "comparisons" in text for text in (note, drawn.caption))
+    one = {name: {"0": [*SWEEP[name]["0"]]} for name in ("top-1 of 2", "DynMoE")}
+    collection, (claim,) = read(write_sweep(tmp_path / "one", one))
+    assert "p corrected for 1 comparison." in claim_table(collection, claim).note

@@ -11,6 +11,7 @@ from scipy.stats import nct, t, ttest_1samp
 from sweeps import write_run, write_sweep
 
 from dynmoe.report.claim import examine
+from dynmoe.report.costs import model_costs
 from dynmoe.report.frontier import frontier_table, power_sentence, stands
 from dynmoe.report.paired import LEVEL, POWER, detectable
 from dynmoe.report.runs import read_runs
@@ -60,6 +61,30 @@ def test_the_table_names_the_best_and_counts_the_better(sweep: Path) -> None:
     assert isinstance(rows["ReMoE"][5], Strong)
     assert float(rows["DynMoE"][2]) < float(rows["ReMoE"][2])
     assert power_sentence(collection.runs) in table.note
+
+
+def test_the_unit_of_flops_is_named(tmp_path: Path) -> None:
+    """Of several dense settings it is the cheapest; without one, the cheapest of all."""
+    write_sweep(tmp_path, {name: {"0": ACCURACIES[name]} for name in ("top-1 of 2", "ReMoE")})
+    collection = read_runs([tmp_path])
+    table = frontier_table(collection, collection.problems[0])
+    assert table is not None and table.columns[2] == "FLOPs, x top-1 of 2"
+    assert [row[2] for row in table.rows] == [
+        "1.25"
+    ]  # 5000 + 8 x (1.5 x 200 + 162) over 5000 + 8 x (200 + 42)
+
+    for depth, other in ((2, 8000), (1, 5000)):
+        moe_free = {"parameters": {"other": 1, "layers": {}}, "slots": {}}
+        costs = {**moe_free, "flops": {"other": other, "layers": {}}}
+        for seed, accuracy in enumerate(ACCURACIES["dense"]):
+            options = {"config": {"backbone.depth": depth}, "facts": {"costs": costs}}
+            write_run(tmp_path, "dense", accuracy, seed=seed, **options)
+    collection = read_runs([tmp_path])
+    table = frontier_table(collection, collection.problems[0])
+    assert table is not None and table.columns[2] == "FLOPs, x dense, backbone.depth=1"
+    assert "over those of dense, backbone.depth=1" in table.note
+    costs_of = model_costs(collection.runs)
+    assert table.rows[0][2] == f"{costs_of['ReMoE'].flops / 5000:.2f}"
 
 
 def test_no_table_without_rivals(tmp_path: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from lm_runs import GAP, write_lm_run
-from sweeps import STEPS
+from sweeps import STEPS, write_run
 
+from dynmoe.records import Kind, Record, RecordError, RunFolder
 from dynmoe.report import page
 from dynmoe.report.claim import Claim, examine
 from dynmoe.report.claim_figures import draw_accuracy_by_parameters, draw_claim, draw_curves
 from dynmoe.report.claim_tables import accuracy_table, claim_table, headline, sentences
 from dynmoe.report.cost_tables import values_table
+from dynmoe.report.costs import model_costs
 from dynmoe.report.drawing import Point, front, set_apart
 from dynmoe.report.figures import draw_loss, draw_scores
 from dynmoe.report.run import read_run
@@ -190,6 +194,47 @@ def test_one_run_and_two(collection: Collection) -> None:
     assert rows["test", "loss, nats per token"] == ("2.6000", "2.4000", "−0.2000")
     assert rows["test", "accuracy, %"] == ("25.0", "25.0", "0.0")
     assert {"bits per byte", "perplexity"} <= {measure for _, measure in rows}
+
+
+def kept(folder: RunFolder, kind: Kind, keep: Callable[[Record], object]) -> None:
+    folder.replace(kind, *filter(keep, folder.read(kind)))
+
+
+def test_routing_that_was_not_recorded_at_the_reported_step_is_said(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folder = write_lm_run(tmp_path, seed=seed)
+        kept(folder, "routing", lambda line: line["source"] == "train" or line["step"] != STEPS[1])
+    write_lm_run(tmp_path, "dense")
+    found = read_runs([tmp_path])
+    (warning,) = found.warnings
+    assert warning.startswith("2 runs with no k and no costs") and "step 50" in warning
+    assert "task.routing_every=1" in warning
+    assert math.isnan(model_costs(found.runs)["DynMoE"].flops)
+
+
+def test_sets_without_a_loss_are_not_reported_by_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "dense")
+    records = folder.read("results")
+    for record in records:
+        del record["scores"]["0/in"]["loss"]
+    folder.replace("results", *records)
+    assert len(read_runs([tmp_path]).runs) == 1
+    found = read_runs([tmp_path], by_loss=True)
+    assert not found.runs
+    (warning,) = found.warnings
+    assert "no loss was recorded on 0/in" in warning and "leave --by-loss out" in warning
+    assert "overwrite" not in warning
+
+
+def test_a_finished_run_without_results_begins_again_by_overwrite(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    (folder.path / "results.jsonl").unlink()
+    with pytest.raises(RecordError, match="overwrite=true"):
+        read_run(folder)
+    assert "overwrite=true" in read_runs([tmp_path]).warnings[0]
+    (folder.path / "done").unlink()
+    with pytest.raises(RecordError, match="start it again"):
+        read_run(folder)
 
 
 def test_the_page(sweep: Path, tmp_path: Path) -> None:

@@ -16,6 +16,10 @@ from sweeps import LAYERS, SELECTED, write_run, write_sweep
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.claim import examine
 from dynmoe.report.claim_figures import (
+    ADAPTIVE,
+    DENSE,
+    GRID,
+    VARYING,
     draw_accuracy_by_parameters,
     draw_accuracy_by_time,
     draw_claim,
@@ -211,6 +215,16 @@ def test_marks_of_the_claim_are_by_the_corrected_verdict(tmp_path: Path) -> None
     assert [mark for mark in marks if mark not in ("None", ".")] == ["o", "o", "^", "v"]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["better", "not significantly different", "worse"]
+
+
+def test_no_two_families_have_one_mark() -> None:
+    """A shape comes again only with another filling, whatever the colour."""
+    looks = [DENSE, *ADAPTIVE, *VARYING, *GRID]
+    keys = ("marker", "markerfacecolor", "fillstyle")
+    marks = [tuple(look.get(key) for key in keys) for look in looks]
+    assert len(set(marks)) == len(marks) > 40
+    lines = [(look["color"], look["linestyle"]) for look in (*ADAPTIVE, *VARYING)]
+    assert len(set(lines[:9])) == 9 and len(set(lines[9:])) == 24
 
 
 def test_accuracy_against_activated_parameters(tmp_path: Path) -> None:

@@ -144,7 +144,15 @@ def test_padding_is_not_routed(root: Path) -> None:
         (["data=text_files", "data.root=.", "data.validation=0"], "data.validation=0.05"),
         (["data=text_files", "data.root=.", "data.test=0.96"], "Lower them"),
         (["data=text_files", "data.root=.", "data.validation=[a.txt]", "data.test=0"], ""),
+        (
+            ["data=text_files", "data.root=.", "data.validation=['a*']", "data.test=['b','a*']"],
+            "'a*' is a pattern of data.validation too",
+        ),
         (["data.vocabulary=100"], "257 or more"),
+        (["backbone=lm_tiny_gpt2", "data.length=513"], "data.length: expected at most 512"),
+        (["backbone=lm_tiny_gpt2", "data.length=512"], ""),
+        (["backbone=lm_tiny", "data.length=2000"], ""),  # rotary positions
+        (["backbone=lm_tiny", "backbone.pretrained=true"], "backbone.pretrained: an architecture"),
         (["mixing=uniform"], "leave mixing out"),
         (["stage=align"], "task=vl"),
         (["backbone=gpt2", "backbone.pretrained=false"], ""),

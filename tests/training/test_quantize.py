@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tiny_runs import Trained, forty_images
 
 from dynmoe.backbones.surgery import add_moe_layers
@@ -24,7 +24,7 @@ from dynmoe.layers import TopKRouter
 from dynmoe.records import Record, RunFolder
 from dynmoe.report.evaluations import newest, title_of
 from dynmoe.report.quantize import FP32, draw_quantisations, quantize_table, subject_of
-from dynmoe.training import evaluate, torchao_export
+from dynmoe.training import build, evaluate, torchao_export
 from dynmoe.training.bits import places_in
 from dynmoe.training.quantize import quantize
 
@@ -292,6 +292,39 @@ def test_an_export_computes_with_its_files(tmp_path: Path) -> None:
         assert float((found - expected).norm() / expected.norm()) < tolerance
     assert sizes[1] < sizes[0]
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_an_export_of_a_run_from_elsewhere(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its configuration calls no code that was not allowed by name."""
+    folder = Path(shutil.copytree(saved, tmp_path / "run"))
+    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg.moe.router._target_ = "my_routers.Router"
+    OmegaConf.save(cfg, folder / "config.yaml")
+    with pytest.raises(ConfigError, match=r"int8: expected an export.* quant.export=int8"):
+        torchao_export.load(folder, "int8")
+    about = folder / "quantized" / "int8" / "about.json"
+    about.parent.mkdir(parents=True)
+    about.write_text("{}")
+    with pytest.raises(ConfigError, match=r"int8: expected an export"):
+        torchao_export.load(folder, "int8")
+
+    about.write_text('{"checkpoint": "last.ckpt"}')
+    monkeypatch.setattr(torchao_export, "check", lambda formats: None)
+    settled: list[str] = []
+
+    def settle(cfg: DictConfig) -> None:
+        settled.append(cfg.moe.router._target_)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "settle_runtime", settle)
+    with pytest.raises(ConfigError, match="targets=my_routers"):
+        torchao_export.load(folder, "int8", ["other"])
+    assert not settled
+    with pytest.raises(KeyboardInterrupt):
+        torchao_export.load(folder, "int8", ["my_routers"])
+    assert settled == ["my_routers.Router"]
 
 
 @pytest.mark.slow

@@ -11,13 +11,14 @@ from dynmoe.selection import measured_by
 from dynmoe.training.callbacks import RunRecorder
 
 SCORES = (0.6, 0.5, 0.7, 0.6, 0.6, 0.6)
+LOSSES = (0.9, 0.8, 0.8, 0.8, 0.7, 0.8)
 
 
 @pytest.mark.parametrize(
     ("rule", "every", "kept"),
     [
         ("best_dev", 1, [0, 1, 2, 3, 4, 5]),
-        ("best_dev", 3, [0, 2, 3, 5]),  # 2 is selected, 5 the last one
+        ("best_dev", 6, [0, 1, 2, 4, 5]),  # 2 has the best score, 1 and 4 the least loss so far
         ("last_step", 4, [0, 4, 5]),
     ],
 )
@@ -25,10 +26,10 @@ def test_routing_of_sets(tmp_path: Path, rule: str, every: int, kept: list[int])
     facts = {"selection": rule, "test_envs": [0], **measured_by(rule, ["dev"], [0])}
     found = []
     before = RunRecorder(RunFolder(tmp_path), facts, {}, float)
-    for step, score in enumerate(SCORES):
+    for step, (score, loss) in enumerate(zip(SCORES, LOSSES, strict=True)):
         recorder = RunRecorder(RunFolder(tmp_path), facts, {}, float, routing_every=every)
         recorder.load_state_dict(before.state_dict())  # stopped and started in between
-        recorder._compare({"step": step, "scores": {"dev": {"score": score}}})
+        recorder._compare({"step": step, "scores": {"dev": {"score": score, "loss": loss}}})
         if recorder._keeps_routing(step, is_last=step == len(SCORES) - 1):
             found.append(step)
         before = recorder

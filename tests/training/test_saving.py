@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from dynmoe.errors import ConfigError
-from dynmoe.job import _step_of
-from dynmoe.records import RunFolder
+from dynmoe.job import _clear, _step_of
+from dynmoe.records import Kind, RunFolder, Seal
+from dynmoe.training.callbacks import RECORDS
 from dynmoe.training.saving import CheckpointFiles, is_whole, read_checkpoint
 
+KINDS: tuple[Kind, ...] = ("results", "routing")
 CONTENT = {"state_dict": {"weight": torch.arange(2000.0)}, "global_step": 3}
 
 
@@ -69,6 +71,30 @@ def test_a_run_does_not_go_on_beside_a_damaged_selected_checkpoint(file: Path) -
     selected.mkdir()
     with pytest.raises(ConfigError, match=r"selected\.ckpt: is damaged.*Remove it"):
         _step_of(folder, file)
+
+
+def test_records_that_a_user_took_away(tmp_path: Path) -> None:
+    """A run goes on without them where its user says so; without its results it cannot."""
+    folder, file = RunFolder(tmp_path), tmp_path / "checkpoints" / "last.ckpt"
+    for kind in KINDS:
+        folder.append(kind, {"step": 1}, {"step": 3})
+    CheckpointFiles().save_checkpoint({**CONTENT, RECORDS: Seal(folder).at(2)}, file)
+    assert _step_of(folder, file) == 2
+
+    (tmp_path / "routing.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"routing\.jsonl: .*touch .*overwrite=true") as refused:
+        _step_of(folder, file)
+    mark = Path(str(refused.value).split("touch ")[1].split(". ")[0])
+    mark.touch()
+    assert _step_of(folder, file) == 2
+    assert "routing.jsonl: changed" in (tmp_path / "run.log").read_text()
+
+    (tmp_path / "results.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"results\.jsonl.*overwrite=true") as refused:
+        _step_of(folder, file)
+    assert "touch" not in str(refused.value)
+    _clear(folder)
+    assert not mark.exists()
 
 
 def test_a_full_disk_names_the_file_and_leaves_no_part(tmp_path: Path) -> None:

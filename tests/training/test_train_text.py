@@ -79,6 +79,27 @@ def test_a_run_leaves_what_it_promises(
     assert "dev (reported)" in capsys.readouterr().out
 
 
+def test_a_vocabulary_is_kept_with_the_run(
+    trained: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On other training data, which would give other words, dev has the scores that it had."""
+    other = write_rte(tmp_path / "glue")
+    train = other / "RTE" / "train.tsv"
+    train.write_text(train.read_text().replace("cat", "zebra").replace("red", "vermilion"))
+    words = [f"run={trained.path}", "checkpoint=last", f"data.root={other}"]
+    _, folder, checkpoint, cfg = evaluate.parse(words)
+    scores = evaluate.evaluate(folder, checkpoint, cfg)
+    assert "data hash" in capsys.readouterr().out
+    assert scores["dev"] == pytest.approx(trained.read("results")[-1]["scores"]["dev"])
+    anew: Any = build.build_data(cfg)
+    anew.setup()
+    kept: Any = build.build_data(cfg)
+    kept.restore(trained.path)
+    kept.read_tokenizer()
+    assert not kept.sets  # it needs no data
+    assert "zebra" in anew.tokenizer.get_vocab() and "cat" in kept.tokenizer.get_vocab()
+
+
 def test_routing_counts_real_tokens(trained: RunFolder) -> None:
     """Each of the 22 examples once an epoch: the tokens are those of the texts, not of padding."""
     facts = trained.read_run()

@@ -23,8 +23,17 @@ from torch.utils.data import Dataset
 
 from dynmoe.data.cache import chunks, kept_or_made, opened, written
 from dynmoe.data.text.batches import Key
-from dynmoe.data.text.tokens import BATCH, PLAIN, fingerprint
-from dynmoe.errors import ConfigError, DataError
+from dynmoe.data.text.tokens import (
+    BATCH,
+    PLAIN,
+    Special,
+    check_fast,
+    fingerprint,
+    id_lists,
+    lists,
+    write_lists,
+)
+from dynmoe.errors import ConfigError
 from dynmoe.seeding import IntArray
 
 if TYPE_CHECKING:
@@ -34,6 +43,7 @@ if TYPE_CHECKING:
 Ids = npt.NDArray[np.int32]
 
 END = "<|endoftext|>"
+BYTE_PAIRS = Special({"eos": END, "pad": END})
 IGNORE = -100
 """A label without a loss, as cross_entropy knows it."""
 LEARNT = 50_000_000
@@ -50,7 +60,6 @@ def byte_pair_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerF
     those of the text as it is. The only special token, `END`, is number 0.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -69,26 +78,7 @@ def byte_pair_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerF
         return read - len(text) < LEARNT
 
     made.train_from_iterator(takewhile(wanted, texts), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END)
-
-
-def kept_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer of `byte_pair_tokenizer` from its file.
-
-    Raises:
-        DataError: the file is damaged.
-    """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        made = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises nothing more special
-        raise DataError(
-            f"{file}: not the tokenizer that a run has learnt ({error}). Put it back, or train the "
-            "run again with overwrite=true"
-        ) from None
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END)
+    return BYTE_PAIRS.wrapped(made)
 
 
 def end_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -117,7 +107,7 @@ class Stream:
     """
 
     def __init__(self, table: pyarrow.Table) -> None:
-        self.ids: Ids = table["ids"].combine_chunks().values.to_numpy()
+        self.ids: Ids = lists(table, "ids").values.to_numpy()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -148,11 +138,7 @@ def encoded(
         DataError: a tokenizer without a tokenizer.json.
         ConfigError: `cache` cannot be written, or the tokenizer has no end token.
     """
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"backbone.path: {type(tokenizer).__name__} has no tokenizer.json. Save one there with "
-            "transformers' save_pretrained, or take a backbone with a fast tokenizer."
-        )
+    check_fast(tokenizer)
     write = partial(_write, documents, tokenizer, end_of(tokenizer))
 
     def make(file: Path | None) -> Stream:
@@ -167,19 +153,13 @@ def encoded(
 def _write(
     documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, end: int, sink: Any
 ) -> None:
-    """Write one batch of rows: it is mapped as one array."""
-    import pyarrow
-
-    kind = pyarrow.list_(pyarrow.int32())
     parts = []
     for chunk in chunks(documents, BATCH, "documents tokenized"):
         made = tokenizer(chunk, add_special_tokens=False, truncation=False, verbose=False, **PLAIN)[
             "input_ids"
         ]
-        parts.append(pyarrow.array([[*ids, end] for ids in made], kind))
-    rows = pyarrow.RecordBatch.from_pydict({"ids": pyarrow.concat_arrays(parts)})
-    with pyarrow.ipc.new_file(sink, rows.schema) as file:
-        file.write_batch(rows)
+        parts.append(id_lists([[*ids, end] for ids in made]))
+    write_lists({"ids": parts}, sink)
 
 
 # Batches of blocks.

@@ -73,17 +73,26 @@ def folder_corpus(
     """
     files = _files(root)
     given = {"validation": validation, "test": test}
-    shares = {name: held for name, held in given.items() if isinstance(held, int | float) and held}
-    patterns = {
-        name: list(held)
-        for name, held in given.items()
-        if held is not None and not isinstance(held, int | float)
-    }
+    shares: dict[str, float] = {}
+    patterns: dict[str, list[str]] = {}
+    for name, held in given.items():
+        if isinstance(held, int | float):
+            shares |= {name: held} if held else {}
+        elif held is not None:
+            patterns[name] = list(held)
+    sets_of = {file: _set_of(file.relative_to(root).as_posix(), patterns) for file in files}
+    for name in ("train", *patterns):  # before any is read
+        if name not in sets_of.values():
+            given_as = ", ".join(f"data.{each}={own}" for each, own in patterns.items())
+            raise DataError(
+                f"{given_as}: no file of {len(files)} below {root} for {name}. Expected patterns "
+                "of file names relative to data.root, e.g. 'valid/*.jsonl', the first of which "
+                "that fits counts; all other files are of train"
+            )
     found: dict[str, list[str]] = {name: [] for name in SETS}
     left_out: Counter[str] = Counter()
     problems: list[str] = []
-    for file in files:
-        name = _set_of(file.relative_to(root).as_posix(), patterns)
+    for file, name in sets_of.items():
         try:
             found[name] += _documents(file, text_key, unit, skip_invalid, left_out)
         except DataError as error:

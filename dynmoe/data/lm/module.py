@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,29 +11,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dynmoe.data.base import TaskData
 from dynmoe.data.lm.blocks import (
+    BYTE_PAIRS,
     Blocks,
     Stream,
     as_fetched,
     byte_pair_tokenizer,
     encoded,
     end_of,
-    kept_tokenizer,
 )
 from dynmoe.data.lm.documents import Unit, digest, folder_corpus, gloss_corpus
 from dynmoe.data.text.batches import EpochDraw, EvalBatches, steps_per_epoch
-from dynmoe.data.text.tokens import fingerprint, load_tokenizer, vocabulary_size
-from dynmoe.records import replace_file
-
-TOKENIZER = "tokenizer.json"
-"""The file of a run folder with the vocabulary that was learnt."""
+from dynmoe.data.text.tokens import fingerprint, vocabulary_size
+from dynmoe.data.text.vocabulary import VocabularyData
 
 
 @dataclass(eq=False, kw_only=True)
-class CorpusData(TaskData):
+class CorpusData(VocabularyData):
     """Documents, packed into blocks of `length` tokens.
 
     The evaluated sets are `validation` and, unless `test` is 0, `test`, which is reported. Loaders
@@ -41,6 +37,7 @@ class CorpusData(TaskData):
     """
 
     modality = "text-stream"
+    special = BYTE_PAIRS
     libraries = ("transformers", "tokenizers")
 
     name: str
@@ -83,21 +80,10 @@ class CorpusData(TaskData):
         """UTF-8 bytes of the documents of each set."""
         self._streams: dict[str, Stream] = {}
         self._digest = ""
-        self._kept: Path | None = None
         self.test_envs = [1 if self.test or self.root is None else 0]
 
-    def restore(self, folder: Path) -> None:
-        self._kept = folder / TOKENIZER
-
-    def keep(self, folder: Path) -> None:
-        if self.learns:
-            text = self.tokenizer.backend_tokenizer.to_str(pretty=True)
-            replace_file(folder / TOKENIZER, text + "\n")
-
-    @property
-    def learns(self) -> bool:
-        """Whether the vocabulary is learnt from the training set."""
-        return self.tokenizer_path is None and self.tokenizer_name is None
+    def learnt(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+        return byte_pair_tokenizer(texts, self.vocabulary)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, deal and tokenize; a second call does nothing.
@@ -123,7 +109,7 @@ class CorpusData(TaskData):
         for what, count in found.left_out.items():
             self.leave_out(what, count)
         self._digest = digest(found.sets)
-        self.tokenizer = self.made_tokenizer(found.sets["train"])
+        self.tokenizer = self.made_tokenizer(lambda: found.sets["train"])
         cache = None if self.cache is None else Path(self.cache)
         self._streams = {
             name: encoded(documents, self.tokenizer, digest({name: documents}), cache)
@@ -134,30 +120,6 @@ class CorpusData(TaskData):
             for name, documents in found.sets.items()
         }
         self.sets = found.sets
-
-    def read_tokenizer(self) -> None:
-        """Make the tokenizer; documents are read only if it is to be learnt from them.
-
-        Raises:
-            ConfigError, DataError: as ``setup``.
-        """
-        if self.learns and not (self._kept is not None and self._kept.exists()):
-            self.setup()
-        else:
-            self.tokenizer = self.made_tokenizer([])
-
-    def made_tokenizer(self, texts: list[str]) -> PreTrainedTokenizerBase:
-        """The tokenizer that is named, else that of the run, else one learnt from the texts.
-
-        Raises:
-            ConfigError: no such tokenizer.
-            DataError: that of the run is damaged.
-        """
-        if not self.learns:
-            return load_tokenizer(self.tokenizer_path, self.tokenizer_name)
-        if self._kept is not None and self._kept.exists():
-            return kept_tokenizer(self._kept)
-        return byte_pair_tokenizer(texts, self.vocabulary)
 
     @property
     def env_names(self) -> list[str]:

@@ -78,8 +78,9 @@ class GlueMixData(GlueData):
         if problems:
             raise DataError("\n".join(problems))
         trains = [sets["train"] for sets in found.values()]
-        texts = [text for train in trains for text in [*train.first, *(train.second or [])]]
-        self.tokenizer = self.made_tokenizer(texts)
+        self.tokenizer = self.made_tokenizer(
+            lambda: [text for each in trains for text in [*each.first, *(each.second or [])]]
+        )
         for name, part in self.parts.items():
             part.take(found[name], self.tokenizer)
         for name, part in self.parts.items():

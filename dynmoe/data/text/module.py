@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,9 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dynmoe.data.base import TaskData
 from dynmoe.data.text.batches import (
     Collate,
     EpochDraw,
@@ -31,14 +30,15 @@ from dynmoe.data.text.sets import TextSet
 from dynmoe.data.text.sources import Source, read_sets
 from dynmoe.data.text.tasks import LABELLED, TASKS, TESTS, GlueTask
 from dynmoe.data.text.tokens import (
+    WORDS,
     EncodedTexts,
     check_max_length,
     count_cut,
     encode,
-    load_tokenizer,
     vocabulary_size,
     word_tokenizer,
 )
+from dynmoe.data.text.vocabulary import VocabularyData
 from dynmoe.errors import DataError
 from dynmoe.seeding import split
 
@@ -49,7 +49,7 @@ VOCABULARY = 8192
 
 
 @dataclass(eq=False, kw_only=True)
-class GlueData(TaskData):
+class GlueData(VocabularyData):
     """A task of GLUE: its training set, and the labelled sets it is evaluated on.
 
     The evaluated sets are `env_names`: dev first, for MNLI mismatched, then the out-of-distribution
@@ -58,6 +58,7 @@ class GlueData(TaskData):
     """
 
     modality = "text"
+    special = WORDS
     libraries = ("transformers", "tokenizers", "datasets")
 
     name: str
@@ -121,7 +122,7 @@ class GlueData(TaskData):
             return
         sets = self.read_labelled()
         train = sets["train"]
-        self.take(sets, self.made_tokenizer([*train.first, *(train.second or [])]))
+        self.take(sets, self.made_tokenizer(lambda: [*train.first, *(train.second or [])]))
 
     def read_labelled(self) -> dict[str, TextSet]:
         """The labelled sets, not tokenized; what is held out is a set of its own.
@@ -148,15 +149,8 @@ class GlueData(TaskData):
             )
         return sets
 
-    def made_tokenizer(self, texts: list[str]) -> PreTrainedTokenizerBase:
-        """The tokenizer that is named, else one of the words of `texts`.
-
-        Raises:
-            ConfigError: no such tokenizer.
-        """
-        if self.tokenizer_path is None and self.tokenizer_name is None:
-            return word_tokenizer(texts, VOCABULARY)
-        return load_tokenizer(self.tokenizer_path, self.tokenizer_name)
+    def learnt(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+        return word_tokenizer(texts, VOCABULARY)
 
     def take(self, sets: dict[str, TextSet], tokenizer: PreTrainedTokenizerBase) -> None:
         """Tokenize the sets, and warn of what they lack.

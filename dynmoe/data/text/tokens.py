@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from dynmoe.seeding import IntArray
 
 if TYPE_CHECKING:
     import pyarrow
+    from tokenizers import Tokenizer
     from tokenizers.normalizers import Normalizer
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -36,7 +37,7 @@ class EncodedTexts:
     """Token ids of every example, not padded; `lengths` [N] counts them."""
 
     def __init__(self, table: pyarrow.Table) -> None:
-        parts = {name: table[name].combine_chunks() for name in table.column_names}
+        parts = {name: lists(table, name) for name in table.column_names}
         self._columns = {name: each.values.to_numpy() for name, each in parts.items()}
         self._starts = next(iter(parts.values())).offsets.to_numpy()
         self.lengths: IntArray = np.diff(self._starts).astype(np.int64)
@@ -65,17 +66,22 @@ def encode(
         DataError: a tokenizer without a tokenizer.json.
         ConfigError: `cache` cannot be written.
     """
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"backbone.path: {type(tokenizer).__name__} has no tokenizer.json. Save one there with "
-            "transformers' save_pretrained, or take a backbone with a fast tokenizer."
-        )
+    check_fast(tokenizer)
     make = partial(_tokenized, texts, tokenizer, max_length)
     if cache is None:
         return make(None)
     settings = [tokenizer.model_input_names, tokenizer.truncation_side, max_length, PLAIN]
     name = f"tokens-{fingerprint(tokenizer, [texts.digest, settings])}.arrow"
     return kept_or_made(cache / name, partial(_kept, len(texts)), make)
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError if it is one of Python alone."""
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"backbone.path: {type(tokenizer).__name__} has no tokenizer.json. Save one there with "
+            "transformers' save_pretrained, or take a backbone with a fast tokenizer."
+        )
 
 
 def check_max_length(tokenizer: PreTrainedTokenizerBase, texts: int, max_length: int) -> None:
@@ -146,6 +152,31 @@ def load_tokenizer(path: str | None, name: str | None) -> PreTrainedTokenizerBas
     return tokenizer
 
 
+class Special(NamedTuple):
+    """The special tokens of a vocabulary that is learnt, and how transformers takes it."""
+
+    tokens: Mapping[str, str]
+    """By role (pad, unk, ...), in the order of their ids; other names than the roles of
+    transformers are additional special tokens."""
+    settings: Mapping[str, Any] = {}
+
+    def wrapped(self, learnt: Tokenizer) -> PreTrainedTokenizerFast:
+        """The tokenizer of transformers."""
+        from transformers import PreTrainedTokenizerFast
+
+        roles = {f"{role}_token": token for role, token in self.tokens.items() if role in ROLES}
+        others = [token for role, token in self.tokens.items() if role not in ROLES]
+        return PreTrainedTokenizerFast(
+            tokenizer_object=learnt, additional_special_tokens=others, **roles, **self.settings
+        )
+
+
+WORDS = Special(
+    {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
+    {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
+)
+
+
 def word_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """A tokenizer of the lower-case words of `texts`: frequent ones first, ties by the alphabet.
 
@@ -156,34 +187,30 @@ def word_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     return word_level_tokenizer(
         texts,
         size,
-        {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"},
+        WORDS,
         normalizers.BertNormalizer(),
         pre_tokenizers.BertPreTokenizer(),
         ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )
 
 
 def word_level_tokenizer(
     texts: Iterable[str],
     size: int,
-    special: Mapping[str, str],
+    special: Special,
     normalizer: Normalizer,
     pre_tokenizer: PreTokenizer,
     templates: tuple[str, str | None],
-    **settings: Any,
 ) -> PreTrainedTokenizerFast:
     """A tokenizer of the most frequent words of `texts`, `size` with the special tokens.
 
-    `special` maps roles (pad, unk, ...) to tokens, in the order of their ids; other names than the
-    roles of transformers are additional special tokens. `templates` frame one text and a pair.
+    `templates` frame one text and a pair.
     """
     from tokenizers import Tokenizer, models, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel(unk_token=special["unk"]))
+    words = Tokenizer(models.WordLevel(unk_token=special.tokens["unk"]))
     words.normalizer, words.pre_tokenizer = normalizer, pre_tokenizer
-    tokens = list(special.values())
+    tokens = list(special.tokens.values())
     trainer = trainers.WordLevelTrainer(vocab_size=size, special_tokens=tokens, show_progress=False)
     words.train_from_iterator(texts, trainer)
     single, pair = templates
@@ -192,11 +219,7 @@ def word_level_tokenizer(
         pair=pair,
         special_tokens=[(name, words.token_to_id(name)) for name in tokens],
     )
-    roles = {f"{role}_token": token for role, token in special.items() if role in ROLES}
-    others = [token for role, token in special.items() if role not in ROLES]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, additional_special_tokens=others, **roles, **settings
-    )
+    return special.wrapped(words)
 
 
 def _kept(rows: int, file: Path) -> EncodedTexts:
@@ -214,18 +237,38 @@ def _tokenized(
 
 
 def _write(texts: TextSet, tokenizer: PreTrainedTokenizerBase, max_length: int, sink: Any) -> None:
-    """Write one batch of rows: its columns are mapped as one array each."""
-    import pyarrow
-
-    ids = pyarrow.list_(pyarrow.int32())
     columns: dict[str, list[Any]] = {}
     pairs = zip(texts.first, *([] if texts.second is None else [texts.second]), strict=True)
     for chunk in chunks(pairs, BATCH, "texts tokenized"):
         batch = map(list, zip(*chunk, strict=True))
         made = tokenizer(*batch, truncation=True, max_length=max_length, **PLAIN)
         for name, values in made.items():
-            columns.setdefault(name, []).append(pyarrow.array(values, ids))
+            columns.setdefault(name, []).append(id_lists(values))
+    write_lists(columns, sink)
+
+
+# Lists of token ids in files of the cache. Their offsets have 64 bits: a corpus may have more than
+# 2^31 tokens.
+
+
+def id_lists(rows: Sequence[Sequence[int]]) -> pyarrow.LargeListArray:
+    import pyarrow
+
+    return pyarrow.array(rows, pyarrow.large_list(pyarrow.int32()))
+
+
+def write_lists(columns: Mapping[str, Sequence[pyarrow.LargeListArray]], sink: Any) -> None:
+    """Write the parts of each column as one batch of rows: it is mapped as one array."""
+    import pyarrow
+
     arrays = {name: pyarrow.concat_arrays(parts) for name, parts in columns.items()}
     rows = pyarrow.RecordBatch.from_pydict(arrays)
     with pyarrow.ipc.new_file(sink, rows.schema) as file:
         file.write_batch(rows)
+
+
+def lists(table: pyarrow.Table, name: str) -> pyarrow.LargeListArray:
+    """A column that `write_lists` wrote."""
+    column = table[name]
+    # NOTE: combine_chunks copies a single chunk too, and what is mapped would be in memory.
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

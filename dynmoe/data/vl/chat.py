@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from dynmoe.data.text.tokens import load_tokenizer, word_level_tokenizer
+from dynmoe.data.text.tokens import Special, word_level_tokenizer
 from dynmoe.data.vl.conversations import IMAGE_PLACEHOLDER, Conversation, Message
 from dynmoe.errors import ConfigError, DataError
 
@@ -428,22 +428,10 @@ def _refused(tokenizer: PreTrainedTokenizerBase, what: str) -> ConfigError:
     )
 
 
-def tokenizer_of(
-    data: str, path: str | None, name: str | None, words: Callable[[], Iterable[str]] | None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or of the hub; if neither is given, one of `words()`.
-
-    Raises:
-        ConfigError: no such tokenizer, or none is named and `data` has no vocabulary.
-    """
-    if path is not None or name is not None:
-        return load_tokenizer(path, name)
-    if words is None:
-        raise ConfigError(
-            f"backbone: {data} has no vocabulary. Give a language model with a tokenizer: "
-            "backbone.model=NAME or backbone.path=FOLDER"
-        )
-    return conversation_tokenizer(words(), size=8192)
+CONVERSATIONS = Special(
+    {"pad": "[PAD]", "unk": "[UNK]", "bos": "[BOS]", "eos": "[EOS]", "answer": "[ANSWER]"},
+    {"model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False},
+)
 
 
 def conversation_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
@@ -456,14 +444,11 @@ def conversation_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokeniz
     """
     from tokenizers import normalizers, pre_tokenizers
 
-    roles = {"pad": "[PAD]", "unk": "[UNK]", "bos": "[BOS]", "eos": "[EOS]", "answer": "[ANSWER]"}
     return word_level_tokenizer(
         (text.replace(IMAGE_PLACEHOLDER, " ") for text in texts),
         size,
-        roles,
+        CONVERSATIONS,
         normalizers.Lowercase(),
         pre_tokenizers.WhitespaceSplit(),
         ("[BOS] $A", None),
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
     )

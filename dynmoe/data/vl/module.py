@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dynmoe.data.base import TaskData
 from dynmoe.data.text.batches import EpochDraw, EvalBatches, Key, MixedDraw, steps_per_epoch
 from dynmoe.data.text.tokens import vocabulary_size
+from dynmoe.data.text.vocabulary import VocabularyData
 from dynmoe.data.vl import chat
 from dynmoe.data.vl.batches import (
     AskedQuestions,
@@ -30,7 +30,7 @@ from dynmoe.data.vl.batches import (
     collate_conversations,
     collate_questions,
 )
-from dynmoe.data.vl.chat import tokenizer_of
+from dynmoe.data.vl.chat import CONVERSATIONS, conversation_tokenizer
 from dynmoe.data.vl.content import Content, trained_on
 from dynmoe.data.vl.conversations import Conversation, ConversationSource
 from dynmoe.data.vl.image_index import ImageKeys
@@ -44,17 +44,21 @@ from dynmoe.seeding import IntArray
 
 log = logging.getLogger(__name__)
 
+VOCABULARY = 8192
+"""Words of a tokenizer made from the data; rarer ones are unknown."""
+
 BAD = "that are missing or cannot be read"
 
 
 @dataclass(eq=False, kw_only=True)
-class VisionLanguageData(TaskData):
+class VisionLanguageData(VocabularyData):
     """Conversations to train on, and sets of questions to evaluate on, its `env_names`.
 
     Loaders give `ConversationBatch` and `QuestionBatch`.
     """
 
     modality = "vision-language"
+    special = CONVERSATIONS
     libraries = ("transformers", "tokenizers", "timm")
 
     name: str
@@ -157,8 +161,7 @@ class VisionLanguageData(TaskData):
             DataError: questions that cannot be read.
             ConfigError: no such set or tokenizer, or one that the template does not fit.
         """
-        named = self.tokenizer_path, self.tokenizer_name
-        self.tokenizer = tokenizer_of(self.name, *named, self._content.words)
+        self.tokenizer = self.made_tokenizer(self._words)
         own = {} if folders else dict(self._content.sets)
         published = {
             name: read_question_set(name, root)
@@ -179,6 +182,17 @@ class VisionLanguageData(TaskData):
                 "some with their folders: data.question_sets={gqa: FOLDER, pope: FOLDER}"
             )
         self.asked.add(sets, self.tokenizer, self.question_template)
+
+    def _words(self) -> Iterable[str]:
+        if self._content.words is None:
+            raise ConfigError(
+                f"backbone: {self.name} has no vocabulary. Give a language model with a tokenizer: "
+                "backbone.model=NAME or backbone.path=FOLDER"
+            )
+        return self._content.words()
+
+    def learnt(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+        return conversation_tokenizer(texts, VOCABULARY)
 
     @property
     def sets(self) -> Mapping[str, QuestionSet]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from tiny_lm import config, documents, write_corpus
@@ -15,6 +16,7 @@ from dynmoe.data.lm.blocks import (
     END,
     IGNORE,
     Blocks,
+    Stream,
     TokenBatch,
     byte_pair_tokenizer,
     encoded,
@@ -22,10 +24,33 @@ from dynmoe.data.lm.blocks import (
 )
 from dynmoe.data.lm.module import CorpusData
 from dynmoe.data.text.batches import Key
+from dynmoe.data.text.tokens import id_lists
 from dynmoe.training.build import build_data
 
 TEXTS = [*documents(20), "naïve — 東京 🙂 \t end", f"it says {END} and goes on", "x"]
 TOKENIZER = byte_pair_tokenizer(TEXTS, 300)
+
+
+def test_a_corpus_of_more_tokens_than_32_bits_count(tmp_path: Path) -> None:
+    """Mapped from a sparse file: neither the file nor the memory has its 8 GB."""
+    count, length = 2**31 + 1000, 4096
+    file = tmp_path / "ids"
+    with file.open("wb") as content:
+        content.truncate(4 * count)
+        content.seek(4 * (count - 2))
+        content.write(np.array([7, 8], dtype=np.int32).tobytes())
+    before = pyarrow.total_allocated_bytes()
+    ids = pyarrow.Array.from_buffers(
+        pyarrow.int32(), count, [None, pyarrow.memory_map(str(file)).read_buffer()]
+    )
+    column = pyarrow.LargeListArray.from_arrays(pyarrow.array([0, count], pyarrow.int64()), ids)
+    assert column.type == id_lists([[1]]).type
+    stream = Stream(pyarrow.table({"ids": column}))
+    assert pyarrow.total_allocated_bytes() - before < 10_000
+    last = count // length
+    assert len(stream) == count and stream.counts(length)[last] == count % length
+    read, predicted = stream.block(last, length, 0)
+    assert predicted.tolist()[-3:] == [0, 7, 8] and read.tolist()[-2:] == [0, 7]
 
 
 def test_nothing_is_unknown_to_the_tokenizer() -> None:

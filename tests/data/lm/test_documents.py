@@ -13,6 +13,7 @@ import pytest
 from pyarrow import parquet
 from tiny_lm import documents, write_corpus
 
+from dynmoe.data.lm import documents as documents_module
 from dynmoe.data.lm.documents import Corpus, digest, folder_corpus, gloss_corpus
 from dynmoe.data.text.sources import read_glosses
 from dynmoe.errors import DataError
@@ -169,7 +170,13 @@ def test_linked_folders_are_read_once(tmp_path: Path) -> None:
     assert corpus(root, test=["own/*"]).sets["test"] == ["held out"]
 
 
-def test_patterns_without_a_file_are_named(tmp_path: Path) -> None:
+def test_patterns_without_a_file_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a document is read."""
     write_corpus(tmp_path)
+    monkeypatch.setattr(documents_module, "_documents", lambda *_: pytest.fail("read"))
+    with pytest.raises(DataError, match=r"data\.validation=\['\*'\]: no file of .* for train"):
+        corpus(tmp_path, validation=["*"])
+    with pytest.raises(DataError, match=r"data\.test=\['\*\.txt'\]: no file of 2 .* for test"):
+        corpus(tmp_path, validation=["first*"], test=["*.txt"])
     with pytest.raises(DataError, match=r"data\.test=\['nothing\*'\].*patterns"):
         corpus(tmp_path, test=["nothing*"])

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,20 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+from dynmoe.data.lm.blocks import BYTE_PAIRS, byte_pair_tokenizer
 from dynmoe.data.text import tokens
 from dynmoe.data.text.sets import TextSet
-from dynmoe.data.text.tokens import encode, load_tokenizer, vocabulary_size, word_tokenizer
+from dynmoe.data.text.tokens import (
+    WORDS,
+    Special,
+    encode,
+    fingerprint,
+    load_tokenizer,
+    vocabulary_size,
+    word_tokenizer,
+)
+from dynmoe.data.text.vocabulary import VocabularyData, kept_tokenizer
+from dynmoe.data.vl.chat import CONVERSATIONS, conversation_tokenizer
 from dynmoe.errors import ConfigError, DataError
 
 FIRST = ["the cat sat on the mat", "a dog", "the end of the long story of the cat", ""]
@@ -53,6 +65,31 @@ def test_sentences_are_framed_as_in_bert() -> None:
     ]
     assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
     assert made("cat")["token_type_ids"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("made", "special"),
+    [
+        (tokenizer(), WORDS),
+        (conversation_tokenizer([*FIRST, *SECOND], 50), CONVERSATIONS),
+        (byte_pair_tokenizer([*FIRST, *SECOND], 270), BYTE_PAIRS),
+    ],
+)
+def test_a_learnt_tokenizer_comes_back_from_its_file(
+    made: PreTrainedTokenizerFast, special: Special, tmp_path: Path
+) -> None:
+    made(["the cat", "a dog of"], padding=True, truncation=True, max_length=2)  # changes its state
+    data = SimpleNamespace(learns=True, tokenizer=made)
+    VocabularyData.keep(data, tmp_path)  # type: ignore[arg-type]
+    found = kept_tokenizer(tmp_path / "tokenizer.json", special)
+    assert fingerprint(found, []) == fingerprint(made, [])
+    assert found.special_tokens_map == made.special_tokens_map
+    assert found.model_input_names == made.model_input_names
+    assert found.model_max_length == made.model_max_length
+    for each in FIRST:
+        assert found(each) == made(each)
+        assert found.decode(found(each)["input_ids"]) == made.decode(made(each)["input_ids"])
+    assert len(found("the end of the long story")["input_ids"]) > 2
 
 
 @pytest.mark.parametrize("second", [None, SECOND])
