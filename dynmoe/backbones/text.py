@@ -168,7 +168,7 @@ def _know_classifier(config: PreTrainedConfig) -> None:
 
 
 def _with_weights(
-    model: str | None, path: str | None, config: Any, kept: weights.Head
+    model: str | None, path: str | None, config: Any, head: weights.Head
 ) -> tuple[Any, list[str]]:
     """The pretrained model, and the parameters in it that were not pretrained.
 
@@ -195,15 +195,15 @@ def _with_weights(
         inside = name.startswith(body) or hasattr(base, name.split(".")[0])
         return not inside or "pooler" in name
 
-    if kept == "keep":
+    if head == "keep":
         hub.check_loaded(classifier, loaded, model, path)
         return classifier, []
     hub.check_loaded(classifier, loaded, model, path, may_be_new=is_head)
-    head = [name for name, _ in classifier.named_parameters() if not name.startswith(body)]
-    kept = [name for name in head if name not in fresh]  # of another task, of as many classes
-    for name in kept:
+    outside = [name for name, _ in classifier.named_parameters() if not name.startswith(body)]
+    redrawn = [name for name in outside if name not in fresh]  # of another task, as many classes
+    for name in redrawn:
         classifier.get_parameter(name)._is_hf_initialized = False
     # Each once, in the model's order: seeds would not say what is drawn.
-    for module in dict.fromkeys(name.rpartition(".")[0] for name in kept):
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in redrawn):
         classifier._init_weights(classifier.get_submodule(module))
     return classifier, fresh
