@@ -263,7 +263,7 @@ def _read_survey(file: Path) -> Survey:
 
 
 def _write_survey(file: Path, found: Survey) -> None:
-    """A checksum, a line of JSON, the sizes as bytes: of a million images a number is too much."""
+    """Write a checksum, a line of JSON, and the sizes as bytes: a million pairs are long JSON."""
     facts = json.dumps({"bad": found.bad, "turned": found.turned, "dim": found.dim})
     content = facts.encode() + b"\n" + found.sizes.astype("<i4").tobytes()
     file.parent.mkdir(parents=True, exist_ok=True)
