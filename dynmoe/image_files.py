@@ -17,7 +17,7 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -43,6 +43,9 @@ ORIENTATION = 0x0112  # tag of EXIF
 LISTED = 10  # bad images named in a message
 LONG_PASS = 5000  # files from which a progress bar is shown
 BLOCK = 256  # files handed to a thread at once
+
+FINDINGS = 2
+"""Part of the names of kept findings: another number wherever their form, or a check, changes."""
 
 T = TypeVar("T")
 
@@ -149,19 +152,23 @@ def _refuse_floats(image: Image.Image) -> None:
 
 
 class PathsOf(Sequence[Path]):
-    """So many paths, each made by its index when it is asked for: a million take 400 MB."""
+    """The paths of so many keys, each made when it is asked for: a million take 400 MB."""
 
-    def __init__(self, number: int, path: Callable[[int], Path | None]) -> None:
-        self._number = number
+    def __init__(self, keys: Sequence[str], path: Callable[[str], Path | None]) -> None:
+        self._keys = keys
         self._path = path
 
     def __len__(self) -> int:
-        return self._number
+        return len(self._keys)
 
     def __getitem__(self, index: int) -> Path:  # type: ignore[override]  # no slices
-        if not 0 <= index < self._number:
-            raise IndexError(index)
-        path = self._path(index)
+        return self._of(self._keys[index])
+
+    def __iter__(self) -> Iterator[Path]:
+        return map(self._of, self._keys)
+
+    def _of(self, key: str) -> Path:
+        path = self._path(key)
         assert path is not None
         return path
 
@@ -195,21 +202,25 @@ def remarks(found: Sequence[Survey]) -> list[str]:
 
 
 def survey(
-    paths: Sequence[Path], *, decode: bool, description: str, kept: Path | None = None
+    paths: Sequence[Path],
+    *,
+    decode: bool,
+    description: str,
+    kept: Path | None = None,
+    state: str | None = None,
 ) -> Survey:
     """Read the header of every file; with `decode` all of it, which finds truncated files too (they
     can be read, as far as they go), and dark ones.
 
     `kept` is a folder that keeps what was found: while all files have the same names, sizes and
     times of change, only bad ones are opened again, since a disk may have failed for a moment.
+    `state` stands for all these, where the caller knows them.
     """
     if kept is None:
         return _look(paths, decode, description)
-    state = hashlib.sha256(json.dumps([decode, Image.__version__]).encode())
-    for path in paths:  # a million of them are no list
-        line = json.dumps([os.path.abspath(path), *_size_and_time(path)])
-        state.update(line.encode(errors="replace"))
-    file = kept / f"images-{state.hexdigest()[:16]}.json"
+    seen = _state_of(paths) if state is None else state
+    rules = json.dumps([FINDINGS, decode, Image.__version__, seen])
+    file = kept / f"images-{hashlib.sha256(rules.encode()).hexdigest()[:16]}.found"
     try:
         found = _read_survey(file)
         again = _look([paths[index] for index in found.bad], decode, description)
@@ -223,29 +234,41 @@ def survey(
     return found
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+def _state_of(paths: Iterable[Path]) -> str:
+    """A digest of names, sizes and times of change.
+
+    A file that was written anew in its place changes these alone, and no time of its folder.
+    """
+    digest = hashlib.sha256()
+    for path in paths:  # a million of them are no list
+        name = os.path.abspath(path)
+        try:
+            status = os.stat(name)
+            size, time = status.st_size, status.st_mtime_ns
+        except (OSError, ValueError):
+            size, time = -1, -1
+        digest.update(f"{name}\0{size} {time}\0".encode(errors="backslashreplace"))
+    return digest.hexdigest()
 
 
 def _read_survey(file: Path) -> Survey:
-    checksum, _, text = file.read_text(encoding="utf-8").partition("\n")
-    if checksum != hashlib.sha256(text.encode()).hexdigest():
+    checksum, _, content = file.read_bytes().partition(b"\n")
+    if checksum.decode() != hashlib.sha256(content).hexdigest():
         raise ValueError(f"{file}: another checksum")
-    found = json.loads(text)
-    bad = {int(index): reason for index, reason in found["bad"].items()}
-    sizes = np.array(found["sizes"], dtype=np.int64).reshape(-1, 2)
-    return Survey(sizes, bad, found["turned"], found["dim"])
+    text, _, sizes = content.partition(b"\n")
+    facts = json.loads(text)
+    bad = {int(index): reason for index, reason in facts["bad"].items()}
+    sizes_N2 = np.frombuffer(sizes, dtype="<i4").reshape(-1, 2).astype(np.int64)
+    return Survey(sizes_N2, bad, facts["turned"], facts["dim"])
 
 
 def _write_survey(file: Path, found: Survey) -> None:
-    text = json.dumps({**vars(found), "sizes": found.sizes.tolist()})
+    """Write a checksum, a line of JSON, and the sizes as bytes: a million pairs are long JSON."""
+    facts = json.dumps({"bad": found.bad, "turned": found.turned, "dim": found.dim})
+    content = facts.encode() + b"\n" + found.sizes.astype("<i4").tobytes()
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")  # ranks write the same one
-    part.write_text(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}", encoding="utf-8")
+    part.write_bytes(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     part.replace(file)
 
 
@@ -265,13 +288,17 @@ def _look(paths: Sequence[Path], decode: bool, description: str) -> Survey:
         except BadImage as error:
             return 0, 0, False, False, error.reason
 
-    found = list(in_threads(measure, len(paths), description))
-    return Survey(
-        sizes=np.array([each[:2] for each in found], dtype=np.int64).reshape(-1, 2),
-        bad={index: reason for index, (*_, reason) in enumerate(found) if reason},
-        turned=sum(turned for _, _, turned, _, _ in found),
-        dim=sum(dim for *_, dim, _ in found),
-    )
+    sizes_N2 = np.zeros((len(paths), 2), dtype=np.int64)
+    bad: dict[int, str] = {}
+    all_turned = all_dim = 0
+    found = in_threads(measure, len(paths), description)
+    for index, (width, height, turned, dim, reason) in enumerate(found):
+        sizes_N2[index] = width, height
+        all_turned += turned
+        all_dim += dim
+        if reason:
+            bad[index] = reason
+    return Survey(sizes_N2, bad, all_turned, all_dim)
 
 
 def _brightest(image: Image.Image) -> int:

@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 
 from dynmoe import image_files
 from dynmoe.data.images.environments import FolderEnvironment
+from dynmoe.data.images.tree import FileNames
 from dynmoe.data.vl.conversations import ImageFolder
 from dynmoe.image_files import BadImage, Survey, decode_image, read_image, remarks, survey
 from dynmoe.questions.files import load_image
@@ -143,7 +144,8 @@ def test_a_truncated_file_gives_what_is_there_and_leaves_pillow_as_it_was(tmp_pa
         load_image(path),
         ImageFolder(tmp_path).load("cut.jpg"),
         FolderEnvironment(
-            "e", np.zeros(1, np.int64), ("c",), tmp_path, ["cut.jpg"], np.ones(1, np.int64)
+            *("e", np.zeros(1, np.int64), ("c",), tmp_path, FileNames(["cut.jpg"])),
+            *(np.ones(1, np.int64), np.ones(1, np.int64)),
         ).load(0),
         decode_image(path.read_bytes(), "row 1"),
     ):
@@ -228,7 +230,9 @@ def test_kept_findings_hold_while_the_files_are_as_they_were(
     assert files_looked_at() == [len(paths)]
     assert files_looked_at() == [len(bad)]
     (file,) = kept.iterdir()
-    file.write_text(file.read_text().replace("[7, 5]", "[7, 6]"))
+    content = file.read_bytes()
+    place = content.index(np.array([7, 5], "<i4").tobytes())
+    file.write_bytes(content[:place] + b"\x08" + content[place + 1 :])
     assert files_looked_at() == [len(paths)]
     assert files_looked_at(decode=False) == [len(paths)]
     os.utime(good, ns=(0, 1))

@@ -139,9 +139,7 @@ class Shards:
         for tensor in (*model.parameters(), *model.buffers()):
             distributed.broadcast(tensor.detach(), 0)
         self.layers = moe_layers(model)
-        routers = [p for layer in self.layers.values() for p in layer.router.parameters()]
-        scalars = [p for p in model.parameters() if p.ndim == 0]
-        self.whole = list(dict.fromkeys([*routers, *scalars]))
+        self.whole = unsharded(model)
         kinds = blocks(model)
         options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(self.whole)}
         for block in [m for m in model.modules() if type(m) in kinds][::-1]:  # inner ones first
@@ -182,6 +180,13 @@ class Shards:
     def end_step(self) -> None:
         """Forget who was used: the optimizer has taken its step."""
         self._used = {}
+
+
+def unsharded(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that every rank keeps whole: those of routers, and scalars."""
+    routers = [p for layer in moe_layers(model).values() for p in layer.router.parameters()]
+    scalars = [p for p in model.parameters() if p.ndim == 0]
+    return list(dict.fromkeys([*routers, *scalars]))
 
 
 class SplitGroups:

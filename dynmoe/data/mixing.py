@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -233,18 +234,32 @@ class Mixture:
         self._drawn = 0, np.zeros(len(self.sizes), dtype=np.int64)
 
 
-def rows_in_turn(rows: IntArray, start: int, count: int, seed: int, source: str) -> IntArray:
-    """Draws `start` to `start + count` of a source: all its `rows` in a new order, again and again.
+@dataclass(eq=False)
+class Turns:
+    """The `rows` of a source in a new order, again and again.
 
     The order of a pass is a function of (seed, source, pass).
     """
-    found: list[IntArray] = []
-    while count:
-        turn, place = divmod(start, len(rows))
-        order = np.random.default_rng(seed_hash(seed, "turn", source, turn)).permutation(rows)
-        found.append(order[place : place + count])
-        start, count = start + len(found[-1]), count - len(found[-1])
-    return np.concatenate(found) if found else rows[:0]
+
+    rows: IntArray
+    seed: int
+    source: str
+
+    def __post_init__(self) -> None:
+        self._kept_order = lru_cache(maxsize=1)(self.order)  # many steps ask for the same one
+
+    def order(self, turn: int) -> IntArray:
+        rng = np.random.default_rng(seed_hash(self.seed, "turn", self.source, turn))
+        return rng.permutation(self.rows)
+
+    def drawn(self, start: int, count: int) -> IntArray:
+        """Draws `start` to `start + count`."""
+        found: list[IntArray] = []
+        while count:
+            turn, place = divmod(start, len(self.rows))
+            found.append(self._kept_order(turn)[place : place + count])
+            start, count = start + len(found[-1]), count - len(found[-1])
+        return np.concatenate(found) if found else self.rows[:0]
 
 
 def held_out(

@@ -45,6 +45,17 @@ class ModelSizes(NamedTuple):
     vocabulary: int
 
 
+class Held(NamedTuple):
+    """Parameters that a device holds."""
+
+    parameters: float
+    trained: float
+    gathers: bool = False
+    """Whether they are shares, and whole blocks are gathered from all devices."""
+    averaged: float = 0
+    """Parameters whose gradients devices send each other in buckets."""
+
+
 class DeviceBatch(NamedTuple):
     """The conversations that a device computes at once."""
 
@@ -76,7 +87,7 @@ class DeviceMemory(NamedTuple):
     activations: float
     logits: float
     communication: float
-    """DDP's buckets of gradients; the blocks that FSDP has gathered, with their gradients."""
+    """Buckets of gradients; the blocks that FSDP has gathered, with their gradients."""
 
     @property
     def peak(self) -> float:
@@ -94,26 +105,23 @@ def memory(
     batch: DeviceBatch,
     number: NumberBytes,
     checkpointing: bool,
-    devices: int,
-    fsdp: bool,
+    own: Held | None = None,
 ) -> DeviceMemory:
-    """Return the memory of one of ``devices``: all of them hold the whole state (DDP), or each a
-    share (``fsdp``)."""
-    stored, fsdp = number.stored, fsdp and devices > 1
-    share = devices if fsdp else 1
-    communication = 0
-    if fsdp:  # two blocks, one of them in advance, and one's gradients
+    """Return the memory of one device, or of one of several, which holds ``own``."""
+    stored = number.stored
+    own = own or Held(model.parameters, model.trained)
+    communication = stored * own.averaged
+    if own.gathers:  # two blocks, one of them in advance, and one's gradients
         communication = stored * (2 * model.outside + 3 * model.largest_block)
-    elif devices > 1:
-        communication = stored * model.trained
-    casts = 0
+    casts = 0.0
     if number.computed < stored:
-        trained = model.largest_block if fsdp else model.trained
-        casts = number.computed * (trained if checkpointing else model.parameters)
+        every = model.parameters if own.gathers else own.parameters
+        trained = model.largest_block if own.gathers else own.trained
+        casts = number.computed * (trained if checkpointing else every)
     return DeviceMemory(
-        weights=stored * model.parameters / share,
-        gradients=stored * model.trained / share,
-        optimizer=2 * stored * model.trained / share,
+        weights=stored * own.parameters,
+        gradients=stored * own.trained,
+        optimizer=2 * stored * own.trained,
         casts=casts,
         activations=batch.conversations * _activations(model, batch, number, checkpointing),
         logits=batch.conversations * batch.scored * model.vocabulary * LOGIT_BYTES,

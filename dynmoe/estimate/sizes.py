@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -22,11 +22,15 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoConfig
 
+from dynmoe.adaptation.expert_parallel import check
+from dynmoe.adaptation.fsdp2 import unsharded
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.backbones.vlm import VisionLanguageModel, train_only
 from dynmoe.config.options import device_count
 from dynmoe.data.vl.module import VisionLanguageData, sample_of
+from dynmoe.errors import ConfigError
 from dynmoe.estimate import formulas
+from dynmoe.layers.expert_parallel import dealt
 from dynmoe.layers.experts import linears
 from dynmoe.layers.moe import moe_layers
 from dynmoe.metrics import efficiency
@@ -75,6 +79,8 @@ class RunSizes(NamedTuple):
     """Trained share of the parameters that multiply a token after the vision tower."""
     mean_tokens: float
     conversations: int
+    held: dict[str, formulas.Held]
+    """Parameters of a device by the way in which several share them; of one alone by ""."""
 
 
 def measure(cfg: DictConfig) -> RunSizes:
@@ -108,6 +114,7 @@ def measure(cfg: DictConfig) -> RunSizes:
         mean_tokens=tokens,
         conversations=plan.conversations
         or (LLAVA[cfg.stage.name] if data is None else len(data.lengths)),
+        held=held(model, _devices(cfg), cfg.trainer.strategy),
     )
 
 
@@ -182,6 +189,42 @@ def describe(model: VisionLanguageModel, ffns: float) -> formulas.ModelSizes:
     )
 
 
+def held(model: nn.Module, devices: int, strategy: Any = None) -> dict[str, formulas.Held]:
+    """Return the parameters of the first device at the start, by the way in which ``devices`` share
+    them; none has more. ``strategy``: the node ``trainer.strategy``, which may have a ``size``."""
+
+    def counted(count: Callable[[nn.Parameter], float], **others: Any) -> formulas.Held:
+        trained = sum(count(p) for p in model.parameters() if p.requires_grad)
+        return formulas.Held(sum(map(count, model.parameters())), trained, **others)
+
+    def share(p: nn.Parameter) -> int:
+        return p.numel() if p in whole else math.ceil(p.shape[0] / devices) * p[0].numel()
+
+    if devices == 1:
+        return {"": counted(nn.Parameter.numel)}
+    trained, whole = number(model, trained=True), set(unsharded(model))
+    found = {
+        "DDP": counted(nn.Parameter.numel, averaged=trained),
+        "FSDP": counted(lambda p: p.numel() / devices, gathers=True),
+        "FSDP2": counted(share, gathers=True),
+    }
+    size = (strategy.get("size") if isinstance(strategy, DictConfig) else None) or devices
+    layers = moe_layers(model)
+    with suppress(ConfigError):  # routers that read the weights of all experts
+        away: set[nn.Parameter] = set()
+        for name, layer in layers.items():
+            check(name, layer)
+            owners = dealt(layer.live, layer.max_experts, size)
+            for expert, owner in zip(layer.experts.slots, owners, strict=True):
+                away.update(expert.parameters() if owner else ())
+        experts = sum(number(layer.experts.slots, trained=True) for layer in layers.values())
+        if layers:
+            found["experts shared"] = counted(
+                lambda p: 0 if p in away else p.numel(), averaged=trained - experts
+            )
+    return found
+
+
 def _ffn_width(config: dict[str, Any], width: int) -> int:
     """Return the hidden width of a decoder's FFNs, of the widest where they differ."""
     found = next((config[key] for key in FFN_WIDTHS if config.get(key)), 4 * width)
@@ -233,7 +276,7 @@ def show_estimate(cfg: DictConfig, console: Console | None = None) -> None:
     """
     sizes = measure(cfg)
     console = console or Console()
-    for table in (_parameters(cfg, sizes), _memory(cfg, sizes.model), _work(cfg, sizes)):
+    for table in (_parameters(cfg, sizes), _memory(cfg, sizes), _work(cfg, sizes)):
         console.print()
         console.print(table)
 
@@ -253,19 +296,18 @@ def _parameters(cfg: DictConfig, sizes: RunSizes) -> Table:
     return table
 
 
-def _memory(cfg: DictConfig, model: formulas.ModelSizes) -> Table:
-    devices, number = _devices(cfg), formulas.number_bytes(str(cfg.trainer.precision))
+def _memory(cfg: DictConfig, sizes: RunSizes) -> Table:
+    model, devices = sizes.model, _devices(cfg)
+    number = formulas.number_bytes(str(cfg.trainer.precision))
     length, questions = cfg.data.max_length, cfg.data.eval_batch_size
     at_once = math.ceil(cfg.data.batch_size / (devices * cfg.trainer.accumulate_grad_batches))
     patches = patches_of(cfg)
     batch = formulas.DeviceBatch(at_once, length, patches + 1, max(1, length - patches))
-    ways = {"DDP": False, "FSDP": True} if devices > 1 else {"": False}
     chosen = bool(cfg.backbone.grad_checkpointing)
 
     def under(checkpointing: bool) -> list[formulas.DeviceMemory]:
         return [
-            formulas.memory(model, batch, number, checkpointing, devices, fsdp)
-            for fsdp in ways.values()
+            formulas.memory(model, batch, number, checkpointing, own) for own in sizes.held.values()
         ]
 
     labels = (
@@ -278,7 +320,7 @@ def _memory(cfg: DictConfig, model: formulas.ModelSizes) -> Table:
         "gradients in buckets; gathered blocks",
     )
     title = "memory, GiB" if devices == 1 else f"memory of each of {devices} devices, GiB"
-    table = _table(title, *ways)
+    table = _table(title, *sizes.held)
     for label, *numbers in zip(labels, *under(chosen), strict=True):
         table.add_row(label, *map(_gib, numbers))
     for checkpointing in (chosen, not chosen):

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from dynmoe.data.mixing import (
     Mixing,
     Mixture,
+    Turns,
     held_out,
     load_distances,
     moved_weights,
     probe_slices,
-    rows_in_turn,
     start_weights,
 )
 from dynmoe.data.text.batches import Key, MixedDraw
@@ -187,14 +187,28 @@ def test_a_resumed_mixture_draws_the_same() -> None:
 def test_rows_come_in_turn() -> None:
     """Every row once before any comes again, in an order of its own for each turn and source."""
     rows = np.arange(10, 17)
-    whole = rows_in_turn(rows, 0, 21, seed=3, source="a")
+    whole = Turns(rows, seed=3, source="a").drawn(0, 21)
     turns = whole.reshape(3, 7)
     assert all(sorted(turn) == rows.tolist() for turn in turns)
     assert len({tuple(turn) for turn in turns}) == 3
-    pieces = [rows_in_turn(rows, start, 3, 3, "a") for start in range(0, 21, 3)]
+    pieces = [Turns(rows, 3, "a").drawn(start, 3) for start in range(0, 21, 3)]
     assert np.concatenate(pieces).tolist() == whole.tolist()
-    assert rows_in_turn(rows, 0, 21, 3, "b").tolist() != whole.tolist()
-    assert len(rows_in_turn(rows, 5, 0, 3, "a")) == 0
+    assert Turns(rows, 3, "b").drawn(0, 21).tolist() != whole.tolist()
+    assert len(Turns(rows, 3, "a").drawn(5, 0)) == 0
+
+
+def test_a_pass_is_drawn_once_and_not_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    order = Turns.order
+    monkeypatch.setattr(
+        Turns, "order", lambda self, turn: (made.append(turn), order(self, turn))[1]
+    )
+    rows = np.arange(10, 17)
+    straight, resumed = Turns(rows, 3, "a"), Turns(rows, 3, "a")
+    drawn = np.concatenate([straight.drawn(start, 2) for start in range(0, 28, 2)])
+    assert made == [0, 1, 2, 3]
+    assert [*drawn[24:28]] == [*resumed.drawn(24, 2), *resumed.drawn(26, 2)]
+    assert made == [0, 1, 2, 3, 3]
 
 
 def mixed_draw(counts: bool = False) -> MixedDraw:

@@ -13,7 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynmoe.backbones.surgery import add_moe_layers
 from dynmoe.estimate import formulas, sizes
-from dynmoe.estimate.formulas import Blocks, DeviceBatch, DeviceMemory, ModelSizes, NumberBytes
+from dynmoe.estimate.formulas import (
+    Blocks,
+    DeviceBatch,
+    DeviceMemory,
+    Held,
+    ModelSizes,
+    NumberBytes,
+)
 from dynmoe.layers import TopKRouter
 
 MODEL = ModelSizes(
@@ -51,7 +58,7 @@ def test_bytes_that_a_block_keeps_of_a_token() -> None:
 
 
 def test_memory_of_one_device() -> None:
-    found = formulas.memory(MODEL, BATCH, MIXED, checkpointing=False, devices=1, fsdp=False)
+    found = formulas.memory(MODEL, BATCH, MIXED, checkpointing=False)
     vision = 5 * (4 * 30 + 76 * 2)  # of one block, as it is frozen
     assert found == DeviceMemory(
         weights=4000,
@@ -66,16 +73,20 @@ def test_memory_of_one_device() -> None:
 
 
 def test_recomputed_blocks() -> None:
-    found = formulas.memory(MODEL, BATCH, MIXED, checkpointing=True, devices=1, fsdp=False)
+    found = formulas.memory(MODEL, BATCH, MIXED, checkpointing=True)
     # Of each block what enters it, and the largest in full.
     assert found.activations == 2 * (10 * (4 * 8 * 4 + 592) + 1360)
     assert found.casts == 2 * 600
 
 
 def test_memory_of_several_devices() -> None:
-    ddp, fsdp = (
-        formulas.memory(MODEL, BATCH, MIXED, checkpointing=True, devices=8, fsdp=sharded)
-        for sharded in (False, True)
+    ddp, fsdp, experts = (
+        formulas.memory(MODEL, BATCH, MIXED, checkpointing=True, own=own)
+        for own in (
+            Held(1000, 600, averaged=600),
+            Held(125, 75, gathers=True),
+            Held(800, 500, averaged=300),
+        )
     )
     assert (ddp.weights, ddp.gradients, ddp.optimizer) == (4000, 2400, 4800)
     assert ddp.communication == 4 * 600
@@ -83,13 +94,15 @@ def test_memory_of_several_devices() -> None:
     assert fsdp.communication == 4 * (2 * 100 + 3 * 200)
     assert fsdp.casts == 2 * 200
     assert fsdp.activations == ddp.activations and fsdp.logits == ddp.logits
-    alone = formulas.memory(MODEL, BATCH, FULL, checkpointing=True, devices=1, fsdp=True)
+    assert (experts.weights, experts.gradients, experts.optimizer) == (3200, 2000, 4000)
+    assert (experts.communication, experts.casts) == (4 * 300, 2 * 500)
+    alone = formulas.memory(MODEL, BATCH, FULL, checkpointing=True)
     assert alone.communication == 0 and alone.casts == 0
 
 
 def test_a_trained_vision_tower_keeps_all_its_blocks() -> None:
     trained = MODEL._replace(vision_trained=True)
-    kept = [formulas.memory(m, BATCH, MIXED, False, 1, False).activations for m in (MODEL, trained)]
+    kept = [formulas.memory(m, BATCH, MIXED, False).activations for m in (MODEL, trained)]
     assert kept[1] - kept[0] == 2 * 2 * 1360
 
 

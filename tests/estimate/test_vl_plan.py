@@ -117,7 +117,7 @@ def test_other_data_are_not_read(tmp_path: Path) -> None:
         "task.epochs=1",
         "plan={mean_k: 1.5, mean_tokens: 60, conversations: 640, tflops: 100, utilisation: 0.5}",
     )
-    assert "memory of each of 4 devices, GiB DDP FSDP" in text
+    assert "memory of each of 4 devices, GiB DDP FSDP FSDP2 experts shared" in text
     assert "activations of 8 x 100 tokens" in text
     assert "their tokens 60" in text
     assert "optimizer steps of 32 conversations 20" in text

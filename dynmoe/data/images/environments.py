@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dynmoe.data.images.tree import (
     IMAGE_SUFFIXES,
+    FileNames,
     check_depth,
     read_drop_list,
     read_environment,
@@ -93,12 +95,14 @@ SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "t
 class FolderEnvironment(Environment):
     """Image files: `files` [N] are paths below `folder`, in torchvision ImageFolder's order.
 
-    `bytes_N` are their sizes. `left_out` counts what lies beside them and is not read.
+    `bytes_N` are their sizes, `times_N` the ns of their last change. `left_out` counts what lies
+    beside them and is not read.
     """
 
     folder: Path
-    files: Sequence[str]
+    files: FileNames
     bytes_N: IntArray
+    times_N: IntArray
     left_out: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -110,8 +114,17 @@ class FolderEnvironment(Environment):
 
     def survey(self, *, decode: bool, kept: Path | None = None) -> Survey:
         """Look at every file: see `image_files.survey`."""
-        paths = PathsOf(len(self), self.path)
-        return survey(paths, decode=decode, description=f"checking {self.name}", kept=kept)
+        paths = PathsOf(self.files, self.folder.joinpath)
+        about = f"checking {self.name}"
+        return survey(paths, decode=decode, description=about, kept=kept, state=self._state())
+
+    def _state(self) -> str:
+        """A digest of the places, sizes and times of change of all files."""
+        place = os.path.abspath(self.folder).encode(errors="surrogateescape")
+        digest = hashlib.sha256(place)
+        for part in (self.files.text, self.bytes_N.tobytes(), self.times_N.tobytes()):
+            digest.update(hashlib.sha256(part).digest())
+        return digest.hexdigest()
 
     def unreadable(self, found: Survey) -> dict[Path, str]:
         """The reasons why files are bad, by path."""
@@ -120,15 +133,21 @@ class FolderEnvironment(Environment):
     def without(self, indices: Collection[int]) -> FolderEnvironment:
         """The environment without the images at `indices`."""
         kept = np.delete(np.arange(len(self)), list(indices))
-        files = [self.files[index] for index in kept.tolist()]
-        return replace(self, labels=self.labels[kept], files=files, bytes_N=self.bytes_N[kept])
+        return replace(
+            self,
+            labels=self.labels[kept],
+            files=FileNames(self.files[index] for index in kept.tolist()),
+            bytes_N=self.bytes_N[kept],
+            times_N=self.times_N[kept],
+        )
 
     def path(self, index: int) -> Path:
         return self.folder / self.files[index]
 
     def content_hash(self) -> str:
         # Copies of a tree may differ in the Unicode form of names; bytes beyond UTF-8 are kept.
-        names = normalize("NFC", "\n".join(self.files)).encode(errors="surrogateescape")
+        text = self.files.text.decode(errors="surrogateescape")
+        names = normalize("NFC", text).encode(errors="surrogateescape")
         return hashlib.sha256(names + self.bytes_N.tobytes()).hexdigest()
 
 
@@ -187,11 +206,12 @@ def image_folders(
     return [
         FolderEnvironment(
             name=tree.name,
-            labels=np.array(tree.labels, dtype=np.int64),
+            labels=tree.labels,
             class_names=tree.class_names,
             folder=place,
             files=tree.files,
-            bytes_N=np.array(tree.sizes, dtype=np.int64),
+            bytes_N=tree.bytes_N,
+            times_N=tree.times_N,
             left_out=tree.left_out,
         )
         for tree in trees

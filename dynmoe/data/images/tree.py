@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from unicodedata import normalize
 
+import numpy as np
+
 from dynmoe.errors import DataError
+from dynmoe.seeding import IntArray
 
 # torchvision's list, by which DomainBed reads (torchvision/datasets/folder.py).
 IMAGE_SUFFIXES = (*(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),)
@@ -25,16 +28,44 @@ JUNK = ("thumbs.db", "desktop.ini", ".ds_store", "._")
 SHOWN = 3  # misplaced images named in a message
 
 
+class FileNames(Sequence[str]):
+    """Names of N files in one buffer.
+
+    A list of a million takes 100 MB, and as much again in each loader process, which counts
+    references in it.
+    """
+
+    text: bytes
+    """All names, one a line."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        lines = [name.encode(errors="surrogateescape") for name in names]
+        self._ends = np.cumsum([0, *(len(line) + 1 for line in lines)])
+        self.text = b"\n".join(lines)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, end = self._ends[index : index + 2].tolist()
+        return self.text[start : end - 1].decode(errors="surrogateescape")
+
+
 @dataclass
 class Tree:
-    """The images of one environment: `files` are paths below the tree, in torchvision's order."""
+    """The N images of one environment, in torchvision's order."""
 
     name: str
     class_names: tuple[str, ...]
-    files: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    """Bytes of each file; -1 for a broken link."""
+    files: FileNames = field(default_factory=lambda: FileNames([]))
+    """Paths below the tree."""
+    labels: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    bytes_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """-1 for a broken link."""
+    times_N: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Of the last change, in ns; -1 for a broken link."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Counts of files and folders that are not read, by what they are."""
     too_deep: list[str] = field(default_factory=list)
@@ -93,6 +124,9 @@ def read_environment(tree: Path, name: str, folder: Path, dropped: Collection[st
     for entry in _entries(folder):
         if not _is_folder(entry) and _is_image(entry.name):
             found.left_out["images outside of class folders"] += 1
+    files: list[str] = []
+    labels: list[int] = []
+    states: list[tuple[int, int]] = []
     for label, below in enumerate(classes.values()):
         place = below.relative_to(tree).as_posix()
         for entry in _entries(below):
@@ -113,9 +147,11 @@ def read_environment(tree: Path, name: str, folder: Path, dropped: Collection[st
             elif (file := f"{place}/{entry.name}") in dropped:
                 found.left_out["images of data.environments.drop_list"] += 1
             else:
-                found.files.append(file)
-                found.labels.append(label)
-                found.sizes.append(_size(entry))
+                files.append(file)
+                labels.append(label)
+                states.append(_size_and_time(entry))
+    found.files, found.labels = FileNames(files), np.array(labels, dtype=np.int64)
+    found.bytes_N, found.times_N = np.array(states, dtype=np.int64).reshape(-1, 2).T.copy()
     found.left_out = +found.left_out
     return found
 
@@ -167,11 +203,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _size(entry: os.DirEntry[str]) -> int:
+def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
     try:
-        return entry.stat().st_size
+        status = entry.stat()
     except OSError:  # a broken link
-        return -1
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
 
 
 def _is_image(name: str) -> bool:

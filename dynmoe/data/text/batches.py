@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from dynmoe.data.mixing import Mixture, rows_in_turn
+from dynmoe.data.mixing import Mixture, Turns
 from dynmoe.data.text.sets import LabelArray, TextSet
 from dynmoe.data.text.tokens import EncodedTexts, TokenRow
 from dynmoe.seeding import IntArray, seed_hash
@@ -157,12 +157,15 @@ class MixedDraw:
     counts: Mapping[str, IntArray] | None = None
     """As `EpochDraw.counts`, for all rows of each source."""
 
+    def __post_init__(self) -> None:
+        self._turns = {name: Turns(rows, self.seed, name) for name, rows in self.rows.items()}
+
     def __call__(self, step: int, parts: int) -> list[list[Key]]:
         drawn, now = self.mixture.drawn_before(step), self.mixture.counts_at(step)
         picks: list[tuple[str, int]] = []
         counts: list[IntArray] = []
         for source, start, count in zip(self.mixture.names, drawn, now, strict=True):
-            own = rows_in_turn(self.rows[source], int(start), int(count), self.seed, source)
+            own = self._turns[source].drawn(int(start), int(count))
             picks += [(self.sets[source], row) for row in own.tolist()]
             counts += [] if self.counts is None else [self.counts[source][own]]
         return in_parts(picks, np.concatenate(counts) if counts else None, parts)

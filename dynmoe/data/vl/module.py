@@ -302,7 +302,7 @@ class VisionLanguageData(VocabularyData):
             return frozenset()
         if not isinstance(keys, ImageKeys):
             keys = [key for key in dict.fromkeys(keys) if image_path(key) is not None]
-        files = PathsOf(len(keys), lambda index: image_path(keys[index]))
+        files = PathsOf(keys, image_path)
         decode = self.verify == "decode" or skip
         kept = None if self.cache is None or self.verify == "decode" else Path(self.cache)
         found = survey(files, decode=decode, description=f"checking {name}", kept=kept)

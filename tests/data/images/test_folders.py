@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torchvision.datasets import ImageFolder
 
+from dynmoe import image_files
 from dynmoe.data.images.environments import FolderEnvironment, image_folders
+from dynmoe.data.images.tree import FileNames
 from dynmoe.errors import DataError
 
 
@@ -69,6 +73,42 @@ def test_what_is_not_read_is_counted(tree: Path) -> None:
         "files without suffix": 1,
     }
     assert len(art) == 15 and "art/cat/9.PNG" in art.files
+
+
+def test_names_in_one_buffer() -> None:
+    names = ["a/\u00fc.png", "a/" + b"\xe9".decode(errors="surrogateescape"), "b c.png"]
+    found = FileNames(names)
+    assert [*found] == names and [*FileNames([])] == []
+    for index in (-1, 3):
+        with pytest.raises(IndexError):
+            found[index]
+
+
+def test_a_file_written_anew_in_its_place_is_seen(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder has the same time as before."""
+    looked: list[int] = []
+    look = image_files._look
+
+    def counted(paths: Sequence[Path], *rest: Any) -> image_files.Survey:
+        looked.append(len(paths))
+        return look(paths, *rest)
+
+    monkeypatch.setattr(image_files, "_look", counted)
+
+    def content_hash() -> str:
+        art = image_folders(str(tree))[0]
+        assert isinstance(art, FolderEnvironment)
+        art.survey(decode=False, kept=tmp_path / "kept")
+        return art.content_hash()
+
+    first, file = content_hash(), tree / "art" / "cat" / "0.png"
+    assert content_hash() == first and looked == [20, 0]
+    changed = file.parent.stat().st_mtime_ns
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert file.parent.stat().st_mtime_ns == changed
+    assert content_hash() != first and looked == [20, 0, 20]
 
 
 @pytest.mark.parametrize("place", ["art/cat/train", "sketch/dog/a/b"])

@@ -55,6 +55,17 @@ def test_goes_on_in_the_middle_of_an_epoch() -> None:
     assert [*chain(*stretches)] == rows(train_batches(eval_every=21, steps=21))
 
 
+def test_a_resumed_run_draws_no_epoch_before_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    epoch = EpochDraw.epoch
+    monkeypatch.setattr(EpochDraw, "epoch", lambda self, n: (made.append(n), epoch(self, n))[1])
+    straight = rows(train_batches(steps=63, eval_every=63))
+    assert made == [0, 1, 2]
+    made.clear()
+    assert rows(train_batches(steps=63, eval_every=63, next_step=lambda: 45)) == straight[45:]
+    assert made == [2]
+
+
 @pytest.mark.parametrize(("accumulate", "world_size"), [(4, 1), (1, 2), (2, 2)])
 def test_parts_make_the_same_batch(accumulate: int, world_size: int) -> None:
     whole = rows(train_batches())
