@@ -119,14 +119,18 @@ class States:
             )
             self.kept.append(self.work / f"kept{number}")
             self.case.rename(self.kept[-1])
-        self.told = self._evaluation(self.kept[-1])
+        self.told = self._evaluations(self.kept[-1])
 
-    def _evaluation(self, kept: Path) -> str:
+    def _evaluations(self, kept: Path) -> dict[Path, str]:
+        """The scores of each run, by its folder."""
+        told = {}
         shutil.copytree(kept, self.case)
-        ended = call("evaluate", [f"run={runs(self.case)[-1].path}"], self.work)
-        assert ended.status == 0, ended.output
+        for run in runs(self.case):
+            ended = call("evaluate", [f"run={run.path}"], self.work)
+            assert ended.status == 0, ended.output
+            told[run.path] = table(ended.output)
         shutil.rmtree(self.case)
-        return table(ended.output)
+        return told
 
 
 def table(output: str) -> str:
@@ -147,6 +151,7 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
     kept = draw.choice(states.kept)
     shutil.copytree(kept, states.case)
     run = draw.choice(runs(states.case))
+    was_done = run.is_done
     told: list[str] = []
     harmed: set[str] = set()
     for _ in range(draw.choice((1, 1, 1, 2))):
@@ -177,10 +182,7 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
         found = traces(states.case)
         # A finished run is not trained again, and stays as it is. Logs are never read, and a
         # selected checkpoint may be removed by hand.
-        is_finished = kept == states.kept[-1]
-        unread = {
-            name for name in harmed if is_finished or name.endswith("/csv") or name not in found
-        }
+        unread = {name for name in harmed if was_done or name.endswith("/csv") or name not in found}
         found, expected = (
             {name: value for name, value in each.items() if name not in unread}
             for each in (found, states.straight.traces)
@@ -189,9 +191,10 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
             report.fault("silent wrong", f"{what}: {found}\n{ended.output[-600:]}")
     elif lost := [line for line in lines if line not in _whole_lines(run)]:
         report.fault("lost lines", f"{what}: {lost[0][:80]!r}\n{ended.output[-600:]}")
-    evaluated = command == "evaluate" and ended.status == 0 and kept == states.kept[-1]
-    if evaluated and table(ended.output) != states.told and "differ" not in ended.output:
-        report.fault("silent wrong", f"{what}:\n{ended.output[-1500:]}\n{states.told}")
+    is_scored = command == "evaluate" and ended.status == 0 and was_done
+    told_before = states.told[run.path]
+    if is_scored and table(ended.output) != told_before and "differ" not in ended.output:
+        report.fault("silent wrong", f"{what}:\n{ended.output[-1500:]}\n{told_before}")
     shutil.rmtree(states.case)
 
 

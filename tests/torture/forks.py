@@ -219,7 +219,9 @@ def preload(arguments: Sequence[str], folder: Path) -> None:
     """Import here what a run with these arguments imports there."""
     from dynmoe import process
     from dynmoe.config.compose import preflight
+    from dynmoe.training import build  # most of it, which is not imported twice then
 
+    assert build
     process.settle()
     names = folder / "modules.json"
 
