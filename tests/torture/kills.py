@@ -79,12 +79,12 @@ def without_figures() -> None:
 
 
 def kill_and_go_on(straight: Straight, number: int, draw: random.Random, report: Report) -> None:
-    """One run, killed one to three times, then finished by the same command, and compared."""
+    """One run, killed one to four times, then finished by the same command, and compared."""
     family, name = straight.family, f"round{number}"
     arguments, outputs = straight.arguments(name), straight.work / name
     draws_figures = number % 8 == 0
     told = []
-    for _ in range(draw.choice((1, 1, 2, 3))):
+    for _ in range(draw.choice((1, 2, 3, 4))):
         how = draw.random()
         change = draw.randint(1, straight.changes + 20 * draws_figures) if how < 0.5 else 0
 

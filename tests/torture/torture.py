@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import forks
 import fuzz
+import groups
 from damage import States, damage_and_go_on
 from kills import Report, Straight, kill_and_go_on
 from tiny_families import Family, families
@@ -117,7 +118,8 @@ def main() -> None:
     report = Report(say=lambda line: print(line, flush=True))
     rounds = range(given.first, given.first + given.rounds)
     try:
-        torture(given.parts, rounds, given.seed, given.families, report)
+        with groups.read_once():
+            torture(given.parts, rounds, given.seed, given.families, report)
     except KeyboardInterrupt:
         print("stopped")
     for name, count in sorted(report.counts.items()):
