@@ -160,7 +160,8 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
         weights = [1 if {".hydra", "csv", "figures"} & set(file.parts) else 4 for file in files]
         file = draw.choices(files, weights)[0]
         is_log = "csv" in file.relative_to(run.path).parts
-        harmed.add(f"{run.path.name}/{'csv' if is_log else file.name}")
+        name = "csv" if is_log else file.name.removesuffix(".jsonl")
+        harmed.add(f"{run.path.name}/{name}")
         told.append(f"{file.relative_to(run.path)} {draw.choice(HARMS)(file, draw)}")
     command = draw.choices(("run", "evaluate", "report"), (5, 3, 2))[0]
     what = f"{states.family.name} {number} ({kept.name}), {'; '.join(told)}: {command}"
@@ -180,9 +181,16 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
         report.fault("other ends", f"{what}: {ended.status}\n{ended.output[-1500:]}")
     if command == "run" and ended.status == 0:
         found = traces(states.case)
-        # A finished run is not trained again, and stays as it is. Logs are never read, and a
-        # selected checkpoint may be removed by hand.
-        unread = {name for name in harmed if was_done or name.endswith("/csv") or name not in found}
+        # Logs are never read, and a selected checkpoint may be removed by hand. A finished run is
+        # not trained again and stays as it is; its records are read where it is the one shown.
+        is_shown = str(run.path) in ended.output.splitlines()
+        unread = {
+            name
+            for name in harmed
+            if name.endswith("/csv")
+            or name not in found
+            or (was_done and not (is_shown and isinstance(states.straight.traces.get(name), list)))
+        }
         found, expected = (
             {name: value for name, value in each.items() if name not in unread}
             for each in (found, states.straight.traces)

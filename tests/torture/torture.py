@@ -122,8 +122,9 @@ def main() -> None:
             torture(given.parts, rounds, given.seed, given.families, report)
     except KeyboardInterrupt:
         print("stopped")
-    for name, count in sorted(report.counts.items()):
-        print(f"{count:6} {name}")
+    finally:
+        for name, count in sorted(report.counts.items()):
+            print(f"{count:6} {name}")
     raise SystemExit(bool(report.wrong))
 
 
