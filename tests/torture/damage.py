@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from forks import call, killed_at
 from kills import Report, Straight, without_figures
-from tiny_families import Family, difference, runs, traces
+from tiny_families import Family, difference, runs, traces, without_time
 
 from dynmoe.records import RunFolder
 
@@ -198,7 +199,7 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
         if found := difference(found, expected):
             report.fault("silent wrong", f"{what}: {found}\n{ended.output[-600:]}")
     elif lost := [line for line in lines if line not in _whole_lines(run)]:
-        report.fault("lost lines", f"{what}: {lost[0][:80]!r}\n{ended.output[-600:]}")
+        report.fault("lost lines", f"{what}: {lost[0][:80]}\n{ended.output[-600:]}")
     is_scored = command == "evaluate" and ended.status == 0 and was_done
     told_before = states.told[run.path]
     if is_scored and table(ended.output) != told_before and "differ" not in ended.output:
@@ -206,9 +207,18 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
     shutil.rmtree(states.case)
 
 
-def _whole_lines(run: RunFolder) -> list[bytes]:
+def _whole_lines(run: RunFolder) -> list[str]:
+    """Without what is measured: a run that goes on may write a line again before it refuses."""
     found = []
     for file in sorted(run.path.glob("*.jsonl")):
-        if file.is_file():
-            found += file.read_bytes().splitlines(keepends=True)
-    return [line for line in found if line.endswith(b"\n")]
+        for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else ():
+            if line.endswith(b"\n"):
+                found.append(_told(line))
+    return found
+
+
+def _told(line: bytes) -> str:
+    try:
+        return repr(without_time(json.loads(line)))
+    except (ValueError, AttributeError):  # damaged
+        return repr(line)

@@ -75,12 +75,12 @@ def traces(outputs: Path) -> dict[str, Any]:
 
 def _records(run: RunFolder, kind: Any) -> list[dict[str, Any]] | str:
     try:
-        return [_without_time(record) for record in run.read(kind)]
+        return [without_time(record) for record in run.read(kind)]
     except RecordError as error:
         return f"cannot be read: {error!s:.60}"
 
 
-def _without_time(record: Mapping[str, Any]) -> dict[str, Any]:
+def without_time(record: Mapping[str, Any]) -> dict[str, Any]:
     # repr: NaN is equal to itself then.
     return {key: repr(value) for key, value in record.items() if key not in MEASURED}
 
