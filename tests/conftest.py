@@ -1,29 +1,14 @@
-"""The same on every machine, a busy one too: threads, and the examples of hypothesis.
-
-Equal choices of groups are read from conf/ once in a process: that is most of the time of a refused
-command. Hydra sets the values of each command itself.
-"""
+"""The same on every machine, a busy one too: threads, and the examples of hypothesis."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
-import pickle
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
+import groups
 import pytest
-from hydra._internal import config_loader_impl
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository, IConfigRepository
-from hydra._internal.defaults_list import DefaultsList
-from hydra.core.override_parser.types import Override
 from hypothesis import settings
-from omegaconf import DictConfig, base
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: one thread is faster than several
 
@@ -39,48 +24,7 @@ settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 
 
-def contents(repo: IConfigRepository) -> str:
-    """Where Hydra looks for files, and what a test's own files say now."""
-    sources = repo.get_sources()
-    # NOTE: Hydra loads the classes of its sources anew: isinstance tells nothing.
-    folders = (Path(each.path) for each in sources if each.scheme() == "file")
-    files = [(file, file.read_bytes()) for each in folders for file in each.rglob("*.yaml")]
-    return repr(([each.full_path() for each in sources], files))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def equal_groups_are_read_once() -> Iterator[None]:
-    select, read = (
-        config_loader_impl.create_defaults_list,
-        ConfigLoaderImpl._compose_config_from_defaults_list,
-    )
-    chosen, known = dict[str, DefaultsList](), dict[str, bytes]()
-
-    def selected(
-        repo: IConfigRepository, overrides_list: Sequence[Override], **how: Any
-    ) -> DefaultsList:
-        groups, values = list[Override](), list[Override]()
-        for each in overrides_list:
-            if not each.is_sweep_override():  # Hydra leaves them to the jobs
-                is_group = repo.group_exists(each.key_or_group)
-                (groups if is_group and not isinstance(each.value(), dict) else values).append(each)
-        key = repr((contents(repo), [each.input_line for each in groups], how))
-        if key not in chosen:
-            chosen[key] = select(repo=repo, overrides_list=groups, **how)
-        return replace(chosen[key], config_overrides=values)
-
-    def composed(loader: ConfigLoaderImpl, defaults: Any, repo: IConfigRepository) -> DictConfig:
-        key = repr((contents(repo), defaults))
-        if key not in known:
-            known[key] = pickle.dumps(read(loader, defaults=defaults, repo=repo))
-        cfg: DictConfig = pickle.loads(known[key])
-        return cfg
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_loader_impl, "create_defaults_list", selected)
-        patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", composed)
-        patch.setattr(base, "parse", cache(base.parse))  # of interpolations
-        # Every composition copies the sources first, and then changes their list at most.
-        share = lambda repo, _: copy.copy(repo)  # noqa: E731
-        patch.setattr(ConfigRepository, "__deepcopy__", share, raising=False)
+    with groups.read_once():
         yield

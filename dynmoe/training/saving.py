@@ -157,8 +157,8 @@ def load_backbone(backbone: nn.Module, start: Path) -> None:
     tower if a converted checkpoint has none.
 
     Raises:
-        ConfigError: no such run, weights of another model, or a converted checkpoint of a language
-            model with other settings.
+        ConfigError: no such run, a checkpoint of an earlier step, weights of another model, or a
+            converted checkpoint of a language model with other settings.
     """
     folder = RunFolder(start)
     file = checkpoint_of(folder, "last")
@@ -166,8 +166,14 @@ def load_backbone(backbone: nn.Module, start: Path) -> None:
         raise ConfigError(
             f"stage.start={start}: expected the folder of a finished run with checkpoints/last.ckpt"
         )
-    state = read_checkpoint(file, mmap=True)["state_dict"]
-    prefix = "backbone."
+    saved = read_checkpoint(file, mmap=True)
+    step, results = saved["global_step"] - 1, folder.read("results")
+    if results and results[-1]["step"] != step:  # a converted checkpoint has none
+        raise ConfigError(
+            f"{file}: is of step {step}, and the run ended with step {results[-1]['step']}. Put "
+            "its last checkpoint there, or train it again: overwrite=true"
+        )
+    state, prefix = saved["state_dict"], "backbone."
     found = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     whole = found
     own = {k: v for k, v in backbone.state_dict().items() if k.startswith(TOWER)}

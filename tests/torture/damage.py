@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from forks import call, killed_at
 from kills import Report, Straight, without_figures
-from tiny_families import Family, difference, runs, traces
+from tiny_families import Family, difference, runs, traces, without_time
 
 from dynmoe.records import RunFolder
 
@@ -119,14 +120,18 @@ class States:
             )
             self.kept.append(self.work / f"kept{number}")
             self.case.rename(self.kept[-1])
-        self.told = self._evaluation(self.kept[-1])
+        self.told = self._evaluations(self.kept[-1])
 
-    def _evaluation(self, kept: Path) -> str:
+    def _evaluations(self, kept: Path) -> dict[Path, str]:
+        """The scores of each run, by its folder."""
+        told = {}
         shutil.copytree(kept, self.case)
-        ended = call("evaluate", [f"run={runs(self.case)[-1].path}"], self.work)
-        assert ended.status == 0, ended.output
+        for run in runs(self.case):
+            ended = call("evaluate", [f"run={run.path}"], self.work)
+            assert ended.status == 0, ended.output
+            told[run.path] = table(ended.output)
         shutil.rmtree(self.case)
-        return table(ended.output)
+        return told
 
 
 def table(output: str) -> str:
@@ -147,6 +152,7 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
     kept = draw.choice(states.kept)
     shutil.copytree(kept, states.case)
     run = draw.choice(runs(states.case))
+    was_done = run.is_done
     told: list[str] = []
     harmed: set[str] = set()
     for _ in range(draw.choice((1, 1, 1, 2))):
@@ -155,7 +161,8 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
         weights = [1 if {".hydra", "csv", "figures"} & set(file.parts) else 4 for file in files]
         file = draw.choices(files, weights)[0]
         is_log = "csv" in file.relative_to(run.path).parts
-        harmed.add(f"{run.path.name}/{'csv' if is_log else file.name}")
+        name = "csv" if is_log else file.name.removesuffix(".jsonl")
+        harmed.add(f"{run.path.name}/{name}")
         told.append(f"{file.relative_to(run.path)} {draw.choice(HARMS)(file, draw)}")
     command = draw.choices(("run", "evaluate", "report"), (5, 3, 2))[0]
     what = f"{states.family.name} {number} ({kept.name}), {'; '.join(told)}: {command}"
@@ -175,11 +182,15 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
         report.fault("other ends", f"{what}: {ended.status}\n{ended.output[-1500:]}")
     if command == "run" and ended.status == 0:
         found = traces(states.case)
-        # A finished run is not trained again, and stays as it is. Logs are never read, and a
-        # selected checkpoint may be removed by hand.
-        is_finished = kept == states.kept[-1]
+        # Logs are never read, and a selected checkpoint may be removed by hand. A finished run is
+        # not trained again and stays as it is; its records are read where it is the one shown.
+        is_shown = str(run.path) in ended.output.splitlines()
         unread = {
-            name for name in harmed if is_finished or name.endswith("/csv") or name not in found
+            name
+            for name in harmed
+            if name.endswith("/csv")
+            or name not in found
+            or (was_done and not (is_shown and isinstance(states.straight.traces.get(name), list)))
         }
         found, expected = (
             {name: value for name, value in each.items() if name not in unread}
@@ -188,16 +199,26 @@ def damage_and_go_on(states: States, number: int, draw: Draw, report: Report) ->
         if found := difference(found, expected):
             report.fault("silent wrong", f"{what}: {found}\n{ended.output[-600:]}")
     elif lost := [line for line in lines if line not in _whole_lines(run)]:
-        report.fault("lost lines", f"{what}: {lost[0][:80]!r}\n{ended.output[-600:]}")
-    evaluated = command == "evaluate" and ended.status == 0 and kept == states.kept[-1]
-    if evaluated and table(ended.output) != states.told and "differ" not in ended.output:
-        report.fault("silent wrong", f"{what}:\n{ended.output[-1500:]}\n{states.told}")
+        report.fault("lost lines", f"{what}: {lost[0][:80]}\n{ended.output[-600:]}")
+    is_scored = command == "evaluate" and ended.status == 0 and was_done
+    told_before = states.told[run.path]
+    if is_scored and table(ended.output) != told_before and "differ" not in ended.output:
+        report.fault("silent wrong", f"{what}:\n{ended.output[-1500:]}\n{told_before}")
     shutil.rmtree(states.case)
 
 
-def _whole_lines(run: RunFolder) -> list[bytes]:
+def _whole_lines(run: RunFolder) -> list[str]:
+    """Without what is measured: a run that goes on may write a line again before it refuses."""
     found = []
     for file in sorted(run.path.glob("*.jsonl")):
-        if file.is_file():
-            found += file.read_bytes().splitlines(keepends=True)
-    return [line for line in found if line.endswith(b"\n")]
+        for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else ():
+            if line.endswith(b"\n"):
+                found.append(_told(line))
+    return found
+
+
+def _told(line: bytes) -> str:
+    try:
+        return repr(without_time(json.loads(line)))
+    except (ValueError, AttributeError):  # damaged
+        return repr(line)

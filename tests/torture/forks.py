@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import os
 import pickle
 import signal
@@ -20,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import groups
 
 Main = Callable[[], object]
 
@@ -219,23 +220,28 @@ def preload(arguments: Sequence[str], folder: Path) -> None:
     """Import here what a run with these arguments imports there."""
     from dynmoe import process
     from dynmoe.config.compose import preflight
+    from dynmoe.training import build  # most of it, which is not imported twice then
 
+    assert build
     process.settle()
-    names = folder / "modules.json"
+    known = folder / "known"
 
-    def leave_names() -> None:
+    def leave_known() -> None:
         end = os._exit
 
         def left(status: int) -> None:
-            names.write_text(json.dumps(sorted(sys.modules)))
+            known.write_bytes(pickle.dumps((sorted(sys.modules), groups.CHOSEN, groups.READ)))
             end(status)
 
         os._exit = left  # type: ignore[assignment]
 
-    ended = call("run", arguments, folder, inside=leave_names, limit=600)
+    ended = call("run", arguments, folder, inside=leave_known, limit=600)
     assert ended.status == 0, ended.output
     preflight(list(arguments))  # keeps what it read of conf/
-    for name in json.loads(names.read_text()):
+    names, chosen, read = pickle.loads(known.read_bytes())
+    groups.CHOSEN.update(chosen)
+    groups.READ.update(read)
+    for name in names:
         with suppress(Exception):
             importlib.import_module(name)
 

@@ -66,7 +66,7 @@ def keys_of(family: Family) -> list[str]:
 def commands(work: Path, rounds: range, seed: int, names: Sequence[str], report: Report) -> None:
     """Give tiny commands that are changed in one to three words."""
     known = families(work / "data")
-    chosen = [known[name] for name in names or ("vision", "language", "vl")]
+    chosen = [known[name] for name in names or ("vision", "language", "lm", "vl")]
     keys = {family.name: keys_of(family) for family in chosen}
     for number in rounds:
         draw = Draw(f"{seed} commands {number}")

@@ -15,7 +15,7 @@ from tiny_runs import TINY_DYNMOE, forty_images
 from tiny_texts import FEW_EXPERTS, TINY_TEXT, write_rte
 from tiny_vl import SHORT_WINDOWS, TINY_VL
 
-from dynmoe.records import LOCKS, RunFolder
+from dynmoe.records import LOCKS, RecordError, RunFolder
 
 MEASURED = {"step_time", "eval_time", "mem_gb", "seconds"}
 
@@ -65,8 +65,7 @@ def traces(outputs: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for run in runs(outputs):
         for kind in ("results", "routing", "events", "examples", "mixing"):
-            records = [_without_time(record) for record in run.read(kind)]  # type: ignore[arg-type]
-            found[f"{run.path.name}/{kind}"] = records
+            found[f"{run.path.name}/{kind}"] = _records(run, kind)
         for file in sorted((run.path / "checkpoints").glob("*.ckpt")):
             found[f"{run.path.name}/{file.name}"] = digest(file)
         found[f"{run.path.name}/csv"] = dict(sorted(logged(run.path)))
@@ -74,7 +73,14 @@ def traces(outputs: Path) -> dict[str, Any]:
     return found
 
 
-def _without_time(record: Mapping[str, Any]) -> dict[str, Any]:
+def _records(run: RunFolder, kind: Any) -> list[dict[str, Any]] | str:
+    try:
+        return [without_time(record) for record in run.read(kind)]
+    except RecordError as error:
+        return f"cannot be read: {error!s:.60}"
+
+
+def without_time(record: Mapping[str, Any]) -> dict[str, Any]:
     # repr: NaN is equal to itself then.
     return {key: repr(value) for key, value in record.items() if key not in MEASURED}
 

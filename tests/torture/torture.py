@@ -6,37 +6,34 @@ Prints what it did, each thing that is wrong, and counts at the end; exits 1 whe
 from __future__ import annotations
 
 import argparse
+import gc
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import forks
 import fuzz
+import groups
 from damage import States, damage_and_go_on
 from kills import Report, Straight, kill_and_go_on
-from tiny_families import families
+from tiny_families import Family, families
 from updates import compare
 
+T = TypeVar("T")
 Part = Callable[[Path, range, int, list[str], Report], None]
 
 
 def kills(work: Path, rounds: range, seed: int, names: list[str], report: Report) -> None:
     """Kill runs of the families in turn."""
-    known = families(work / "data")
-    straight = {}
-    for name in names or known:
-        straight[name] = Straight(known[name], work)
-        one = straight[name]
-        report.say(f"{name}: {one.seconds:.1f} s ({one.cpu:.1f} of CPU), {one.changes} changes")
-    for number in rounds:
+    straight = _once_each(names, work, lambda family: Straight(family, work))
+    for number in _told(rounds, report):
         draw = random.Random(f"{seed} {number}")
-        if number % 10 == 9:
-            report.say(f"{number + 1} rounds: {dict(report.counts)}")
-        name = list(straight)[number % len(straight)]
-        kill_and_go_on(straight[name], number, draw, report)
+        kill_and_go_on(straight(number), number, draw, report)
 
 
 def updates(work: Path, rounds: range, seed: int, names: list[str], report: Report) -> None:
@@ -46,13 +43,26 @@ def updates(work: Path, rounds: range, seed: int, names: list[str], report: Repo
 
 def damage(work: Path, rounds: range, seed: int, names: list[str], report: Report) -> None:
     """Damage the folders of stopped and finished runs."""
-    known = families(work / "data")
-    states = [States(known[name], work, seed) for name in names or ("vision",)]
-    for number in rounds:
+    states = _once_each(names, work, lambda family: States(family, work, seed))
+    for number in _told(rounds, report):
         draw = random.Random(f"{seed} damage {number}")
+        damage_and_go_on(states(number), number, draw, report)
+
+
+def _once_each(names: list[str], work: Path, make: Callable[[Family], T]) -> Callable[[int], T]:
+    """By the number of a round what its family needs, made in the first round of that family."""
+    known = families(work / "data")
+    made = cache(lambda name: make(known[name]))
+    turns = names or list(known)
+    return lambda number: made(turns[number % len(turns)])
+
+
+def _told(rounds: range, report: Report) -> Iterator[int]:
+    """The rounds, with the counts so far after every tenth."""
+    for number in rounds:
+        yield number
         if number % 10 == 9:
             report.say(f"{number + 1} rounds: {dict(report.counts)}")
-        damage_and_go_on(states[number % len(states)], number, draw, report)
 
 
 PARTS: dict[str, Part] = {
@@ -75,6 +85,9 @@ def preload(work: Path, names: list[str], report: Report) -> None:
         begun = time.monotonic()
         forks.preload([*known[name].arguments, f"paths.outputs={work / 'preload'}"], work)
         report.say(f"{name}: imported, {time.monotonic() - begun:.0f} s")
+    # What is here stays: a collection in a fork would look at all of it, and copy its pages.
+    gc.collect()
+    gc.freeze()
 
 
 def torture(parts: list[str], rounds: range, seed: int, names: list[str], report: Report) -> Report:
@@ -105,11 +118,13 @@ def main() -> None:
     report = Report(say=lambda line: print(line, flush=True))
     rounds = range(given.first, given.first + given.rounds)
     try:
-        torture(given.parts, rounds, given.seed, given.families, report)
+        with groups.read_once():
+            torture(given.parts, rounds, given.seed, given.families, report)
     except KeyboardInterrupt:
         print("stopped")
-    for name, count in sorted(report.counts.items()):
-        print(f"{count:6} {name}")
+    finally:
+        for name, count in sorted(report.counts.items()):
+            print(f"{count:6} {name}")
     raise SystemExit(bool(report.wrong))
 
 

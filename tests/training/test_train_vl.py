@@ -228,6 +228,15 @@ def test_weights_that_do_not_fit_are_refused(outputs: Path, tmp_path: Path) -> N
         fails(configuration(tmp_path, f"stage.start={start}"), f"{start.name}: {message}")
 
 
+def test_a_stage_starts_from_no_earlier_checkpoint(outputs: Path, tmp_path: Path) -> None:
+    start = shutil.copytree(each_stage(outputs)["instruct"].path, tmp_path / "instruct")
+    last = start / "checkpoints" / "last.ckpt"
+    saved = torch.load(last, weights_only=True)
+    torch.save({**saved, "global_step": saved["global_step"] - 2}, last)
+    message = "last.ckpt: is of step 1, and the run ended with step 3.*overwrite=true"
+    fails(configuration(tmp_path, f"stage.start={start}"), message)
+
+
 def test_on_several_devices_the_stage_before_has_to_be_done(
     tmp_path: Path, trained: list[str]
 ) -> None:
