@@ -19,6 +19,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from dynmoe.backbones import hub, weights
 from dynmoe.backbones.families import FAMILIES
+from dynmoe.backbones.weights import Head
 from dynmoe.errors import ConfigError
 from dynmoe.layers.moe import mask_padding
 
@@ -104,7 +105,7 @@ def build_text_classifier(
     pad_token_id: int | None = None,
     path: str | None = None,
     pretrained: bool = False,
-    head: weights.Head = "new",
+    head: Head = "new",
     architecture: str | None = None,
     grad_checkpointing: bool = False,
     lora: Mapping[str, Any] | None = None,
@@ -168,7 +169,7 @@ def _know_classifier(config: PreTrainedConfig) -> None:
 
 
 def _with_weights(
-    model: str | None, path: str | None, config: Any, head: weights.Head
+    model: str | None, path: str | None, config: Any, head: Head
 ) -> tuple[Any, list[str]]:
     """The pretrained model, and the parameters in it that were not pretrained.
 

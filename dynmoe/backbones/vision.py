@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
 from dynmoe.backbones import hub, sparse, weights
+from dynmoe.backbones.weights import Head
 from dynmoe.errors import REASON, ConfigError, reason_of
 from dynmoe.network import go_offline_if_unreachable
 
@@ -32,7 +33,7 @@ def build_vit(
     in_chans: int = 3,
     image_size: int = 224,
     pretrained: bool | str = False,
-    head: weights.Head = "new",
+    head: Head = "new",
     drop_path: float = 0.0,
     grad_checkpointing: bool = False,
     token_sparsify: Mapping[str, Any] | None = None,
@@ -92,7 +93,7 @@ def build_vit(
 
 
 def _pretrained_vit(
-    create: Callable[..., nn.Module], shapes: Any, pretrained: bool | str, kept: weights.Head
+    create: Callable[..., nn.Module], shapes: Any, pretrained: bool | str, kept: Head
 ) -> nn.Module:
     """The model with its weights; ``shapes`` is the same model without any.
 

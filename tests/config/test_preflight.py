@@ -172,6 +172,7 @@ CASES = {
     ),
     "+logger.own={_target_: lightning.pytorch.loggers.CSVLogger}": "logger.own.save_dir: missing.",
     "~moe.adaptation.period": "moe.adaptation.period: missing.",
+    "backbone.head=kept": "backbone.head: expected 'new' or 'keep', found 'kept'",
     "+data.root=/no/such": "data.root: no folder '/no/such'. Give the folder of the data set:",
 }
 
