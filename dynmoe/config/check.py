@@ -306,12 +306,13 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
                 yield f"{dot}{key}: unknown key.{hint}"
     is_object = _has(cfg, "_target_")
     needed = dict.fromkeys(READ.get(path, ()) if is_object else ())
-    is_partial = is_object and cfg.get("_partial_") is True
-    if not is_object or (COMPLETE.fullmatch(path) and not is_partial):
+    gets_more = is_object and (cfg.get("_partial_") is True or _has(cfg, "_args_"))
+    if not is_object or (COMPLETE.fullmatch(path) and not gets_more):
         needed |= {key: None for key, each in known.parameters.items() if not each.has_default}
     for key in needed:
         if key not in set(map(str, cfg)):
-            yield f"{dot}{key}: missing. Every {path or 'run'} configuration has this key"
+            owner = str(cfg["_target_"]).rpartition(".")[2] if is_object else path or "run"
+            yield f"{dot}{key}: missing. Every {owner} configuration has this key"
 
 
 def _elsewhere(dotted: str, cfg: DictConfig) -> str:

@@ -145,6 +145,11 @@ def data_fit_backbone(cfg: DictConfig) -> Iterator[str]:
             )
 
 
+def head_has_weights(cfg: DictConfig) -> Iterator[str]:
+    if read(cfg, "backbone.head", str) == "keep" and not read(cfg, "backbone.pretrained", object):
+        yield "backbone.head: there is none to keep without weights. Set backbone.pretrained"
+
+
 def language_model(cfg: DictConfig) -> Iterator[str]:
     """The type of a model of transformers, by name or in its folder."""
     if modality(cfg, "backbone") == "image":

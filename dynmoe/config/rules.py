@@ -455,6 +455,7 @@ RULES: tuple[Rule, ...] = (
         task_rules.text_run,
         task_rules.corpus_run,
         task_rules.is_language_model,
+        models.head_has_weights,
         models.language_model,
         models.positions_fit,
         models.own_mixture,

@@ -171,10 +171,18 @@ CASES = {
         "trainer.callbacks[0].pruning_fn: missing."
     ),
     "+logger.own={_target_: lightning.pytorch.loggers.CSVLogger}": "logger.own.save_dir: missing.",
-    "~moe.adaptation.period": "moe.adaptation.period: missing.",
+    "~moe.adaptation.period": (
+        "moe.adaptation.period: missing. Every DynMoECallback configuration has this key"
+    ),
+    "backbone.head=keep": "backbone.head: there is none to keep without weights.",
     "backbone.head=kept": "backbone.head: expected 'new' or 'keep', found 'kept'",
     "+data.root=/no/such": "data.root: no folder '/no/such'. Give the folder of the data set:",
 }
+
+
+def test_parameters_may_be_given_by_their_place() -> None:
+    node = "{_target_: lightning.pytorch.loggers.CSVLogger, _args_: [folder]}"
+    assert problems(TASK, f"+logger.own={node}") == []
 
 
 @pytest.mark.parametrize("override", CASES)
