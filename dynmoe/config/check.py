@@ -306,7 +306,8 @@ def _key_problems(cfg: DictConfig, path: str, known: Signature) -> Iterator[str]
                 yield f"{dot}{key}: unknown key.{hint}"
     is_object = _has(cfg, "_target_")
     needed = dict.fromkeys(READ.get(path, ()) if is_object else ())
-    gets_more = is_object and (cfg.get("_partial_") is True or _has(cfg, "_args_"))
+    is_partial = path not in MADE_LATER and is_object and cfg.get("_partial_") is True
+    gets_more = is_partial or _has(cfg, "_args_")
     if not is_object or (COMPLETE.fullmatch(path) and not gets_more):
         needed |= {key: None for key, each in known.parameters.items() if not each.has_default}
     for key in needed:
