@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,13 @@ class StepPlan:
         counted = step if self.eval_after_first else step + 1
         ahead = -counted % self.eval_every
         return min(step + ahead, self.steps - 1)
+
+    def evaluations_from(self, step: int) -> int:
+        """How many evaluations follow `step` or a later one."""
+        if step >= self.steps:
+            return 0
+        assert self.eval_every is not None
+        return 1 + math.ceil((self.steps - 1 - self.next_evaluated(step)) / self.eval_every)
 
 
 @dataclass(eq=False)

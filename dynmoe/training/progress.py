@@ -30,12 +30,12 @@ class RunLines(L.Callback):
         self.has_bar = has_bar
         self.quiet = quiet
         self._began = self._last_line = self._evaluating = 0.0
-        self._first_step = 0
+        self._first_step = self._evaluations = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = self._last_line = time.perf_counter()
         self._evaluating = 0.0
-        self._first_step = trainer.global_step
+        self._first_step, self._evaluations = trainer.global_step, 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any
@@ -50,6 +50,7 @@ class RunLines(L.Callback):
 
     def on_validation_end(self, *_: Any) -> None:
         self._evaluating += time.perf_counter()
+        self._evaluations += 1
 
     def on_validation_batch_end(
         self,
@@ -86,11 +87,14 @@ class RunLines(L.Callback):
     def _pace(self, trainer: L.Trainer) -> str:
         """Training steps per second since this start, and the time left with evaluations."""
         steps = trainer.global_step - self._first_step
-        passed = time.perf_counter() - self._began
         if not steps:
             return ""
-        left = duration(passed * (trainer.max_steps - trainer.global_step) / steps)
-        return f"{steps / (passed - self._evaluating):.2f} steps/s, {left} left, "
+        step_time = (time.perf_counter() - self._began - self._evaluating) / steps
+        left = (trainer.max_steps - trainer.global_step) * step_time
+        if self._evaluations:  # the first record of an image run follows one step, others hundreds
+            ahead = trainer.datamodule.plan.evaluations_from(trainer.global_step)
+            left += ahead * self._evaluating / self._evaluations
+        return f"{1 / step_time:.2f} steps/s, {duration(left)} left, "
 
 
 def evaluated(result: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

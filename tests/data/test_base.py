@@ -42,7 +42,9 @@ def test_the_next_evaluation_is_the_first_one_not_passed(
 ) -> None:
     plan = StepPlan(seed=0, steps=steps, eval_every=every, eval_after_first=first)
     step = data.draw(st.integers(0, steps - 1))
-    assert plan.next_evaluated(step) == min(s for s in evaluated(plan) if s >= step)
+    ahead = [s for s in evaluated(plan) if s >= step]
+    assert plan.next_evaluated(step) == ahead[0]
+    assert (plan.evaluations_from(step), plan.evaluations_from(steps)) == (len(ahead), 0)
 
 
 @pytest.mark.parametrize(

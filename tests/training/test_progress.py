@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dynmoe import process
+from dynmoe.data.base import StepPlan
 from dynmoe.records import RunFolder
 from dynmoe.training import progress
 from dynmoe.training.build import announcement
@@ -38,7 +39,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def lines_of(folder: RunFolder, **options: bool) -> tuple[RunLines, Any]:
     recorder: Any = SimpleNamespace(folder=folder, facts=FACTS, result=None)
-    trainer = SimpleNamespace(global_step=0, max_steps=30, is_global_zero=True)
+    plan = StepPlan(seed=0, steps=30, eval_every=10)
+    trainer = SimpleNamespace(
+        global_step=0, max_steps=30, is_global_zero=True, datamodule=SimpleNamespace(plan=plan)
+    )
     return RunLines(recorder, seconds=30, **options), trainer
 
 
@@ -79,11 +83,25 @@ def test_lines_of_a_run(
     expected = [
         "step 10 of 30: 0.25 steps/s, 80 s left, loss 1.5000",
         "step 10 of 30: evaluating, batch 4",
-        f"step 10 of 30: 0.25 steps/s, 3 min left, {EVALUATED}",
+        f"step 10 of 30: 0.25 steps/s, 3 min left, {EVALUATED}",  # 20 steps, 2 evaluations
     ]
     log = (folder.path / "run.log").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in log] == expected
     assert capsys.readouterr().out.splitlines() == [expected[i] for i in printed]
+
+
+def test_time_left_after_an_early_evaluation(clock: list[float], tmp_path: Any) -> None:
+    # Image runs are evaluated after their first step: 40 s here, and a step takes 1 s.
+    lines, trainer = lines_of(RunFolder(tmp_path))
+    trainer.datamodule.plan = StepPlan(seed=0, steps=30, eval_every=29, eval_after_first=True)
+    lines.on_train_start(trainer, None)
+    clock[0], trainer.global_step = 101.0, 1
+    lines.on_validation_start()
+    clock[0] = 141.0
+    lines.on_validation_end()
+    lines.recorder.result = {**RESULT, "step": 0}
+    lines.on_train_epoch_end(trainer, None)
+    assert "1.00 steps/s, 69 s left" in (tmp_path / "run.log").read_text()  # not 20 min
 
 
 def test_beside_other_jobs_a_line_names_its_run(
