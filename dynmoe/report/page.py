@@ -28,8 +28,9 @@ from dynmoe.report import (
 from dynmoe.report.claim import Claim, examine
 from dynmoe.report.costs import Timings, generation_rows, read_timings, search_cost
 from dynmoe.report.document import Block, Code, Document, Items, Picture, Section, Sheet
-from dynmoe.report.run import Problem, Run, by_setting, conditions, every, seeds, start_name
+from dynmoe.report.run import Problem, Run, by_setting, conditions, every, seeds
 from dynmoe.report.runs import Collection
+from dynmoe.report.setting_names import start_name
 from dynmoe.report.tables import Strong, Table, format_mean
 from dynmoe.report.words import capital
 from dynmoe.selection import RULES

@@ -9,7 +9,8 @@ import pytest
 from sweeps import write_run
 
 from dynmoe.report.mixing import draw_mixing, mixed, probe_time, sources_table
-from dynmoe.report.run import Run, name_settings, read_run
+from dynmoe.report.run import Run, read_run
+from dynmoe.report.setting_names import name_settings
 
 START = {"a": 0.5, "b": 0.5}
 SIZES = {"a": 100, "b": 1000}

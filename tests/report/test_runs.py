@@ -14,8 +14,9 @@ import pytest
 from sweeps import BATCH, SELECTED, write_run, write_sweep
 
 from dynmoe.records import RecordError, RunFolder
-from dynmoe.report.run import Outcome, _words
+from dynmoe.report.run import Outcome
 from dynmoe.report.runs import Absent, Problem, different_conditions, read_runs
+from dynmoe.report.setting_names import _words
 
 PROBLEM = Problem("RotatedDigits", "domainbed", "training_domain_validation")
 
