@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dynmoe.benchmark import results, timing
+from dynmoe.benchmark.cases import Shape
 from dynmoe.benchmark.layer import new_ffn
 from dynmoe.benchmark.models import Loop
-from dynmoe.benchmark.options import Shape
 from dynmoe.benchmark.results import Column, Row
 from dynmoe.errors import ConfigError
 from dynmoe.layers import Experts, TopKRouter

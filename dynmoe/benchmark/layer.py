@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from dynmoe import runtime
 from dynmoe.benchmark import against, results, timing
 from dynmoe.benchmark.against import Build
-from dynmoe.benchmark.options import LAYER_CASES, LAYER_NOTE, Shape
+from dynmoe.benchmark.cases import LAYER_CASES, Shape
+from dynmoe.benchmark.options import LAYER_NOTE
 from dynmoe.benchmark.results import MIB, PEAK, RATIO, ROUNDS, Column, Row
 from dynmoe.benchmark.rivals import HF, RIVALS, stack, transformers_experts
 from dynmoe.layers import (

@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dynmoe.backbones.surgery import blocks_of
 from dynmoe.benchmark.candidates import Candidate
+from dynmoe.benchmark.cases import SPARSE_KEYS
 from dynmoe.benchmark.layer import fit_thresholds
-from dynmoe.benchmark.options import SPARSE_KEYS
 from dynmoe.benchmark.results import Facts
 from dynmoe.benchmark.rivals import naive_loop
 from dynmoe.data.base import TaskData
@@ -319,7 +319,7 @@ def fresh(
     fused_attention: bool,
     precisions: Sequence[str],
 ) -> tuple[list[TimedModel], Facts]:
-    """Build the ``cases`` of ``options.step_cases``, all of them in each precision; return them and
+    """Build the ``cases`` of ``cases.step_cases``, all of them in each precision; return them and
     facts they have in common.
 
     ``given_layers``: MoE layers are where the configuration says, else in every second block, 1,

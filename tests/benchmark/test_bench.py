@@ -12,7 +12,8 @@ import pytest
 import torch
 from command_line import Refused, Run
 
-from dynmoe.benchmark.options import GPU_PARTS, LAYER_CASES
+from dynmoe.benchmark.cases import LAYER_CASES
+from dynmoe.benchmark.options import GPU_PARTS
 from dynmoe.benchmark.results import load_note, noise
 from dynmoe.benchmark.rivals import HF
 from dynmoe.layers import Experts

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dynmoe.benchmark.cases import LAYER_CASES, Shape, parse_shape
 from dynmoe.benchmark.layer import (
     DRAWS,
     HF_LIMIT,
@@ -20,7 +21,6 @@ from dynmoe.benchmark.layer import (
     fit_thresholds,
     zipf_loads,
 )
-from dynmoe.benchmark.options import LAYER_CASES, Shape, parse_shape
 from dynmoe.benchmark.rivals import HF, RIVALS, stack, transformers_experts
 from dynmoe.benchmark.timing import PassMemory, peak_and_kept
 from dynmoe.layers import Experts, Routing, TopAnyRouter
