@@ -20,7 +20,8 @@ from dynmoe.adaptation.watch import Sums, Watch, is_first_rank, none
 from dynmoe.errors import ConfigError
 from dynmoe.layers.expert_parallel import balanced
 from dynmoe.layers.ffn import find_layout
-from dynmoe.layers.moe import MoELayer, NewExpert, RoutingStats, moe_layers
+from dynmoe.layers.moe import MoELayer, NewExpert, moe_layers
+from dynmoe.layers.tokens import RoutingStats
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dynmoe.layers.experts import Experts, Init, check_ffn, same_rows, shared_expert, with_shared
-from dynmoe.layers.moe import MaskedLayer, check_mask, set_aside
+from dynmoe.layers.moe import MaskedLayer
 from dynmoe.layers.routers import sequence_length
+from dynmoe.layers.tokens import check_mask, set_aside
 
 
 class SoftSlots(nn.Module):
