@@ -128,29 +128,31 @@ def read_environment(tree: Path, name: str, folder: Path, dropped: Collection[st
     files: list[str] = []
     labels: list[int] = []
     states: list[tuple[int, int]] = []
-    places = [below.relative_to(tree).as_posix() for below in classes.values()]
-    entries = (
-        (label, each) for label, below in enumerate(classes.values()) for each in _entries(below)
-    )
-    for label, entry in shown(entries, f"files of {name} listed"):
-        if entry.name.lower().startswith(JUNK):
-            continue
-        # Anything that can be no folder counts as a file: broken links and pipes are reported when
-        # images are opened.
-        if _is_folder(entry):
-            hidden = entry.name.startswith((".", "__"))
-            images = [] if hidden else [*_images_below(Path(entry.path))]
-            found.too_deep += [file.relative_to(tree).as_posix() for file in images]
-            found.left_out["folders in class folders"] += not images
-        elif not _is_image(entry.name):
-            suffix = Path(entry.name).suffix.lower()
-            found.left_out[f"files with suffix {suffix}" if suffix else "files without suffix"] += 1
-        elif (file := f"{places[label]}/{entry.name}") in dropped:
-            found.left_out["images of data.environments.drop_list"] += 1
-        else:
-            files.append(file)
-            labels.append(label)
-            states.append(_size_and_time(entry))
+    listed = ((label, below, _entries(below)) for label, below in enumerate(classes.values()))
+    what = f"files of {name} listed"
+    for label, below, entries in shown(listed, what, size=lambda each: len(each[2])):
+        place = below.relative_to(tree).as_posix()
+        for entry in entries:
+            if entry.name.lower().startswith(JUNK):
+                continue
+            # Anything that can be no folder counts as a file: broken links and pipes are reported
+            # when images are opened.
+            if _is_folder(entry):
+                hidden = entry.name.startswith((".", "__"))
+                images = [] if hidden else [*_images_below(below / entry.name)]
+                found.too_deep += [file.relative_to(tree).as_posix() for file in images]
+                found.left_out["folders in class folders"] += not images
+            elif not _is_image(entry.name):
+                suffix = Path(entry.name).suffix.lower()
+                found.left_out[
+                    f"files with suffix {suffix}" if suffix else "files without suffix"
+                ] += 1
+            elif (file := f"{place}/{entry.name}") in dropped:
+                found.left_out["images of data.environments.drop_list"] += 1
+            else:
+                files.append(file)
+                labels.append(label)
+                states.append(_size_and_time(entry))
     found.files, found.labels = FileNames(files), np.array(labels, dtype=np.int64)
     found.bytes_N, found.times_N = np.array(states, dtype=np.int64).reshape(-1, 2).T.copy()
     found.left_out = +found.left_out
