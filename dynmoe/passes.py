@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ _seconds = 30.0
 
 
 def say_every(seconds: float) -> None:
-    """Set how often a pass logs a line where no terminal shows its bar (runtime.progress_every)."""
+    """Set how often a pass says a line where no terminal shows its bar (runtime.progress_every)."""
     global _seconds
     _seconds = seconds
 
@@ -59,10 +60,17 @@ def shown(
                 bar.update(task, completed=done)
                 every = 0.1
             else:
-                log.info("%s%s %s, %.0f s", f"{done:,}", of, what, now - began)
+                _say(f"{done:,}{of} {what}, {now - began:.0f} s")
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+def _say(line: str) -> None:
+    if log.isEnabledFor(logging.INFO):  # of a run: Hydra's, which writes to run.log as well
+        log.info("%s", line)
+    else:
+        print(line, file=sys.stderr)
 
 
 def in_threads(function: Callable[[int], T], n: int, what: str) -> Iterator[T]:

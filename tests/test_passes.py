@@ -57,12 +57,14 @@ def test_a_bar_on_a_terminal(
     assert "of 200 images read" in capsys.readouterr().err and not caplog.messages
 
 
-def test_parts_count_by_their_size(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_parts_count_by_their_size(
+    clock: list[float], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)  # a command other than dynmoe-run
     passes.say_every(1.0)
     for _ in shown([[0] * 3, [0] * 4], "texts", size=len):
         clock[0] += 1
-    assert caplog.messages == ["3 texts, 1 s", "7 texts, 2 s"]
+    assert capsys.readouterr().err == "3 texts, 1 s\n7 texts, 2 s\n"
 
 
 def test_a_stop_calls_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
