@@ -251,12 +251,16 @@ class DomainData(TaskData):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Evaluated images per split: {"<environment>/in": n, "<environment>/out": n, ...}."""
-        return {
+        """Evaluated images per split: {"<environment>/in": n, "<environment>/out": n, ...}; where
+        these are not all, `train` too."""
+        found = {
             f"{name}/{part}": len(indices)
             for name, parts in zip(self.env_names, self.evaluated, strict=True)
             for part, indices in zip(("in", "out"), parts, strict=True)
         }
+        if self.eval_images is None:
+            return found
+        return {"train": sum(len(self.splits[env][IN]) for env in self.train_envs), **found}
 
     @property
     def steps_per_epoch(self) -> float:
