@@ -17,20 +17,17 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import track
 
 from dynmoe.errors import DataError
 from dynmoe.files import check_regular
+from dynmoe.passes import in_threads, shown
 from dynmoe.seeding import IntArray
 
 # An image is too large when Pillow says so with an error; its warning at half the size is noise.
@@ -41,13 +38,9 @@ TWELVE_BITS = 4095  # a sixteenth of the range of the 16 bits that cameras of 12
 ORIENTATION = 0x0112  # tag of EXIF
 
 LISTED = 10  # bad images named in a message
-LONG_PASS = 5000  # files from which a progress bar is shown
-BLOCK = 256  # files handed to a thread at once
 
 FINDINGS = 2
 """Part of the names of kept findings: another number wherever their form, or a check, changes."""
-
-T = TypeVar("T")
 
 _truncated_lock = threading.Lock()
 
@@ -205,7 +198,7 @@ def survey(
     paths: Sequence[Path],
     *,
     decode: bool,
-    description: str,
+    what: str,
     kept: Path | None = None,
     state: str | None = None,
 ) -> Survey:
@@ -214,33 +207,35 @@ def survey(
 
     `kept` is a folder that keeps what was found: while all files have the same names, sizes and
     times of change, only bad ones are opened again, since a disk may have failed for a moment.
-    `state` stands for all these, where the caller knows them.
+    `state` stands for all these, where the caller knows them. A long pass says `what` they
+    are: `images of train`.
     """
     if kept is None:
-        return _look(paths, decode, description)
-    seen = _state_of(paths) if state is None else state
+        return _look(paths, decode, what)
+    seen = _state_of(paths, what) if state is None else state
     rules = json.dumps([FINDINGS, decode, Image.__version__, seen])
     file = kept / f"images-{hashlib.sha256(rules.encode()).hexdigest()[:16]}.found"
     try:
         found = _read_survey(file)
-        again = _look([paths[index] for index in found.bad], decode, description)
+        again = _look([paths[index] for index in found.bad], decode, what)
         if len(again.bad) == len(found.bad):
             return found
     except (OSError, ValueError, KeyError, TypeError, IndexError):  # not there, or damaged
         pass
-    found = _look(paths, decode, description)
+    found = _look(paths, decode, what)
     with suppress(OSError):  # it is looked again next time
         _write_survey(file, found)
     return found
 
 
-def _state_of(paths: Iterable[Path]) -> str:
+def _state_of(paths: Sequence[Path], what: str) -> str:
     """A digest of names, sizes and times of change.
 
     A file that was written anew in its place changes these alone, and no time of its folder.
     """
     digest = hashlib.sha256()
-    for path in paths:  # a million of them are no list
+    # A million of them are no list.
+    for path in shown(paths, f"{what} looked for", len(paths)):
         name = os.path.abspath(path)
         try:
             status = os.stat(name)
@@ -272,7 +267,7 @@ def _write_survey(file: Path, found: Survey) -> None:
     part.replace(file)
 
 
-def _look(paths: Sequence[Path], decode: bool, description: str) -> Survey:
+def _look(paths: Sequence[Path], decode: bool, what: str) -> Survey:
     def measure(index: int) -> tuple[int, int, bool, bool, str]:
         path = paths[index]
         try:
@@ -291,7 +286,7 @@ def _look(paths: Sequence[Path], decode: bool, description: str) -> Survey:
     sizes_N2 = np.zeros((len(paths), 2), dtype=np.int64)
     bad: dict[int, str] = {}
     all_turned = all_dim = 0
-    found = in_threads(measure, len(paths), description)
+    found = in_threads(measure, len(paths), f"{what} {'decoded' if decode else 'read'}")
     for index, (width, height, turned, dim, reason) in enumerate(found):
         sizes_N2[index] = width, height
         all_turned += turned
@@ -317,18 +312,3 @@ def unreadable(bad: Mapping[Path, str]) -> str:
             *lines,
         ]
     )
-
-
-def in_threads(function: Callable[[int], T], n: int, description: str) -> Iterator[T]:
-    """function(0), ..., function(n - 1), in order; Pillow releases the lock while it works."""
-    blocks = [range(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
-    with ThreadPoolExecutor(4 * (os.cpu_count() or 1)) as pool:
-        for results in track(
-            pool.map(lambda block: [function(i) for i in block], blocks),
-            description,
-            total=len(blocks),
-            console=Console(stderr=True),
-            transient=True,
-            disable=n < LONG_PASS,
-        ):
-            yield from results

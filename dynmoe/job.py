@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dynmoe import process, ranks
+from dynmoe import passes, process, ranks
 from dynmoe.config import places, runs
 from dynmoe.errors import ConfigError, DataError, Diverged, UserError, reason_of
 from dynmoe.records import LOCKS, VOCABULARY, Held, RunFolder, Seal
@@ -37,6 +37,7 @@ def job(cfg: DictConfig) -> float | None:
     """
     from hydra.core.hydra_config import HydraConfig
 
+    passes.say_every(cfg.runtime.progress_every)
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
     beside, trained = folder.path.parent / LOCKS / folder.path.name, False
     if ranks.rank() > 0:

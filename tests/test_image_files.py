@@ -85,14 +85,14 @@ def test_dark_images_of_16_bits_are_read_alike_and_counted(tmp_path: Path) -> No
         paths.append(tmp_path / f"{high}.png")
         Image.fromarray(np.full((2, 2), high, np.uint16)).save(paths[-1])
     assert [np.asarray(read_image(path)).max() for path in paths] == [0, 0, 1, 1, 255]
-    assert not survey(paths, decode=False, description="").bad
-    (text,) = remarks([survey(paths, decode=True, description="")])
+    assert not survey(paths, decode=False, what="").bad
+    (text,) = remarks([survey(paths, decode=True, what="")])
     assert text.startswith("3 images have 16 bits") and "save them with 8 bits" in text
 
 
 def test_integers_beyond_16_bits_are_found_by_the_header(tmp_path: Path) -> None:
     Image.fromarray(np.full((2, 2), 65536, np.int32)).save(tmp_path / "a.tif")
-    assert "beyond 16 bits" in survey([tmp_path / "a.tif"], decode=False, description="").bad[0]
+    assert "beyond 16 bits" in survey([tmp_path / "a.tif"], decode=False, what="").bad[0]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"])
@@ -153,8 +153,8 @@ def test_a_truncated_file_gives_what_is_there_and_leaves_pillow_as_it_was(tmp_pa
         assert found.crop((0, 0, 64, 16)).tobytes() == whole.crop((0, 0, 64, 16)).tobytes()
         assert found.tobytes() != whole.tobytes()
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
-    assert survey([path], decode=False, description="").bad == {}
-    assert "truncated" in survey([path], decode=True, description="").bad[0].lower()
+    assert survey([path], decode=False, what="").bad == {}
+    assert "truncated" in survey([path], decode=True, what="").bad[0].lower()
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_survey_finds_them_all(bad: dict[str, Path], tmp_path: Path, decode: b
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.new("RGB", (6, 4)).save(turned, exif=exif)
-    found = survey([good, *bad.values(), turned], decode=decode, description="checking")
+    found = survey([good, *bad.values(), turned], decode=decode, what="checking")
     assert found.sizes.tolist() == [[7, 5], *[[0, 0]] * len(bad), [6, 4]]
     assert found.turned == 1
     assert sorted(found.bad) == list(range(1, 1 + len(bad)))
@@ -214,15 +214,15 @@ def test_kept_findings_hold_while_the_files_are_as_they_were(
     looked: list[int] = []
     look = image_files._look
 
-    def counted(paths: list[Path], decode: bool, description: str) -> Survey:
+    def counted(paths: list[Path], decode: bool, what: str) -> Survey:
         looked.append(len(paths))
-        return look(paths, decode, description)
+        return look(paths, decode, what)
 
     monkeypatch.setattr(image_files, "_look", counted)
 
     def files_looked_at(decode: bool = True) -> list[int]:
         looked.clear()
-        found = survey(paths, decode=decode, description="", kept=kept)
+        found = survey(paths, decode=decode, what="", kept=kept)
         assert (found.sizes.tolist(), sorted(found.bad)) == (sizes, [*range(1, len(paths))])
         return [*looked]
 
@@ -239,7 +239,7 @@ def test_kept_findings_hold_while_the_files_are_as_they_were(
     assert files_looked_at() == [len(paths)]
     # A disk that failed for a moment: one of the bad files can be read after all.
     monkeypatch.setattr(image_files, "_look", lambda paths, *_: Survey(np.ones((1, 2), int), {}))
-    assert survey(paths, decode=True, description="", kept=kept).bad == {}
+    assert survey(paths, decode=True, what="", kept=kept).bad == {}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged tags

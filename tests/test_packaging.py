@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    "errors files network seeding lazy version",
+    "errors files network passes seeding lazy version",
     "ranks",
     "image_files process",
     "layers questions runtime",

@@ -42,7 +42,7 @@ RANGES: dict[Range, str] = {
         "task.epochs task.eval_every task.save_every task.routing_every task.patience "
         "protocol.patience "
         "protocol.*.epochs protocol.*.eval_every protocol.*.batch_size protocol.*.steps "
-        "data.batch_size data.eval_batch_size data.max_length data.max_new_tokens "
+        "data.batch_size data.eval_batch_size data.eval_images data.max_length data.max_new_tokens "
         "data.length data.image_size data.patch_size data.content.px data.content.*_scenes "
         "data.content.test_questions data.content.max_turns "
         "backbone.image_size backbone.vision.image_size backbone.vision.patch_size "

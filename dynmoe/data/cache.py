@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dynmoe.errors import ConfigError
+from dynmoe.passes import shown
 
 if TYPE_CHECKING:
     import pyarrow
-
-LONG_PASS = 20_000  # items from which on progress is shown
 
 T = TypeVar("T")
 
@@ -89,18 +87,6 @@ def written(file: Path | None, write: Callable[[Any], None]) -> pyarrow.Table:
 
 
 def chunks(items: Iterable[T], size: int, what: str) -> Iterator[list[T]]:
-    """Yield the items in lists of `size`; in a long pass with a display of how many are done."""
-    text = TextColumn(f"{{task.completed:,}} {what}")
-    display = Progress(SpinnerColumn(), text, TimeElapsedColumn())
-    task = display.add_task("", total=None)
-    stream, done = iter(items), 0
-    try:
-        while chunk := list(islice(stream, size)):
-            yield chunk
-            done += len(chunk)
-            display.update(task, completed=done)
-            if done >= LONG_PASS:
-                display.start()
-    finally:
-        if display.live.is_started:
-            display.stop()
+    """Yield the items in lists of `size`; a long pass says how many are done (`passes.shown`)."""
+    stream = iter(items)
+    yield from shown(iter(lambda: list(islice(stream, size)), []), what, size=len)

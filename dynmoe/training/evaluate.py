@@ -32,6 +32,7 @@ OVERRIDES = (
     "data.root",
     "data.workers",
     "data.eval_batch_size",
+    "data.eval_images",
     "data.max_new_tokens",
     "data.ood",
     "data.ood_root",

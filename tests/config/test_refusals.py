@@ -126,6 +126,9 @@ TABLE = {
     ),
     f"{IMAGES} seed=99999999999999999999": ("seed: expected from 0 to 4294967295",),
     f"{IMAGES} runtime.progress_every=-1": ("runtime.progress_every: expected 0 or more",),
+    f"{IMAGES} data=image_folder data.root=/ data.eval_images=0": (
+        "data.eval_images: expected 1 or more",
+    ),
     f"{VL} mode=plan plan.mean_k=99 stage=moe": ("plan.mean_k: expected at most moe.max_experts",),
     # texts and questions of images
     f"{VL} stage=moe backbone.template=foo": ("backbone.template: expected one of plain, simple",),

@@ -26,7 +26,8 @@ from dynmoe.data.images.tree import (
     tree_folder,
 )
 from dynmoe.errors import DataError
-from dynmoe.image_files import PathsOf, Survey, in_threads, read_image, survey
+from dynmoe.image_files import PathsOf, Survey, read_image, survey
+from dynmoe.passes import in_threads
 from dynmoe.seeding import IntArray
 
 
@@ -115,8 +116,8 @@ class FolderEnvironment(Environment):
     def survey(self, *, decode: bool, kept: Path | None = None) -> Survey:
         """Look at every file: see `image_files.survey`."""
         paths = PathsOf(self.files, self.folder.joinpath)
-        about = f"checking {self.name}"
-        return survey(paths, decode=decode, description=about, kept=kept, state=self._state())
+        what = f"images of {self.name}"
+        return survey(paths, decode=decode, what=what, kept=kept, state=self._state())
 
     def _state(self) -> str:
         """A digest of the places, sizes and times of change of all files."""
@@ -269,6 +270,6 @@ def cached(environment: Environment, sizes: IntArray) -> CachedEnvironment:
         pixels=np.empty(decoded_bytes([sizes]), dtype=np.uint8),
         ends=3 * sizes.prod(axis=1).cumsum(),
     )
-    for _ in in_threads(cache.fill, len(cache), f"decoding {cache.name}"):
+    for _ in in_threads(cache.fill, len(cache), f"images of {cache.name} decoded"):
         pass
     return cache

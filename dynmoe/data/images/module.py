@@ -84,6 +84,8 @@ class DomainData(TaskData):
     """Images per training environment and optimizer step."""
     eval_batch_size: int = 64
     """Images per batch of an evaluation."""
+    eval_images: int | None = None
+    """Images of each split that are evaluated, the same in each evaluation; None: all."""
     trial_seed: int
     """Seed of the in/out splits."""
     holdout_fraction: float = 0.2
@@ -242,13 +244,23 @@ class DomainData(TaskData):
         return step / self.steps_per_epoch
 
     @property
+    def evaluated(self) -> list[tuple[IntArray, IntArray]]:
+        """The indices of `splits` that are evaluated: a split's order is random."""
+        first = slice(self.eval_images)
+        return [(in_indices[first], out_indices[first]) for in_indices, out_indices in self.splits]
+
+    @property
     def sizes(self) -> dict[str, int]:
-        """Images per split: {"<environment>/in": n, "<environment>/out": n, ...}."""
-        return {
+        """Evaluated images per split: {"<environment>/in": n, "<environment>/out": n, ...}; where
+        these are not all, `train` too."""
+        found = {
             f"{name}/{part}": len(indices)
-            for name, splits in zip(self.env_names, self.splits, strict=True)
-            for part, indices in zip(("in", "out"), splits, strict=True)
+            for name, parts in zip(self.env_names, self.evaluated, strict=True)
+            for part, indices in zip(("in", "out"), parts, strict=True)
         }
+        if self.eval_images is None:
+            return found
+        return {"train": sum(len(self.splits[env][IN]) for env in self.train_envs), **found}
 
     @property
     def steps_per_epoch(self) -> float:
@@ -272,8 +284,10 @@ class DomainData(TaskData):
         def add(name: str, counts: Sequence[int], end: bool = False) -> None:
             table.add_row(name, *map(str, [*counts, sum(counts)]), end_section=end)
 
-        for part in ("in", "out"):
-            add(part, [self.sizes[f"{name}/{part}"] for name in self.env_names])
+        for part, index in (("in", IN), ("out", OUT)):
+            add(part, [len(parts[index]) for parts in self.splits])
+        if self.eval_images is not None:
+            add("evaluated", [sum(map(len, parts)) for parts in self.evaluated])
         add("images", list(map(len, self.envs)), end=True)
         for label, name in enumerate(self.class_names):
             add(escape(name), [int((e.labels == label).sum()) for e in self.envs])
@@ -315,7 +329,7 @@ class DomainData(TaskData):
 
     def val_dataloader(self) -> DataLoader[Any]:
         batches = ImageEvalBatches(
-            splits=self.splits,
+            splits=self.evaluated,
             augmented=frozenset(self.train_envs if self.augment_eval else ()),
             batch_size=self.eval_batch_size,
             seed=self.plan.seed,

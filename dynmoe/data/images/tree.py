@@ -17,6 +17,7 @@ from unicodedata import normalize
 import numpy as np
 
 from dynmoe.errors import DataError
+from dynmoe.passes import shown
 from dynmoe.seeding import IntArray
 
 # torchvision's list, by which DomainBed reads (torchvision/datasets/folder.py).
@@ -127,9 +128,11 @@ def read_environment(tree: Path, name: str, folder: Path, dropped: Collection[st
     files: list[str] = []
     labels: list[int] = []
     states: list[tuple[int, int]] = []
-    for label, below in enumerate(classes.values()):
+    listed = ((label, below, _entries(below)) for label, below in enumerate(classes.values()))
+    what = f"files of {name} listed"
+    for label, below, entries in shown(listed, what, size=lambda each: len(each[2])):
         place = below.relative_to(tree).as_posix()
-        for entry in _entries(below):
+        for entry in entries:
             if entry.name.lower().startswith(JUNK):
                 continue
             # Anything that can be no folder counts as a file: broken links and pipes are reported

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -200,8 +200,18 @@ def image_keys(entry: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 def unread_pictures(entry: Mapping[str, Any]) -> list[str]:
     """The keys that have a picture, and those that spell `image` whatever they have."""
+    return [] if _can_have_none(tuple(entry)) else _pictures(entry)
+
+
+def _pictures(entry: Mapping[str, Any]) -> list[str]:
     spelled = [key for key in entry if entry[key] and (key in IMAGE_KEYS or _names(key))]
     return [*dict.fromkeys([*spelled, *picture_keys(entry)])]
+
+
+@lru_cache(maxsize=1024)
+def _can_have_none(keys: tuple[str, ...]) -> bool:
+    """Whether no value makes one of these keys a picture: of a million turns the same two."""
+    return not _pictures(dict.fromkeys(keys, "image.png"))
 
 
 def _names(key: str) -> bool:

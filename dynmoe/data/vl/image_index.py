@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynmoe.data.cache import kept_or_made, opened, written
 from dynmoe.data.vl.conversations import Conversation, text_digest
+from dynmoe.passes import shown
 
 if TYPE_CHECKING:
     import pyarrow
@@ -74,7 +75,8 @@ def reading_of(
 
         left_out: Counter[str] = Counter()
         with _Said() as said:
-            keys = dict.fromkeys(key for each in read(left_out) for key in each.images)
+            every = shown(read(left_out), "conversations read")
+            keys = dict.fromkeys(key for each in every for key in each.images)
         facts = json.dumps({"left_out": left_out, "said": said.texts})
         table = pyarrow.table({"key": pyarrow.array(keys, pyarrow.string())})
         table = table.replace_schema_metadata({"reading": facts})

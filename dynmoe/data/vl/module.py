@@ -37,6 +37,7 @@ from dynmoe.data.vl.image_index import ImageKeys
 from dynmoe.data.vl.store import TokenStore, tokenized
 from dynmoe.errors import ConfigError, DataError
 from dynmoe.image_files import PathsOf, remarks, survey, unreadable
+from dynmoe.passes import shown
 from dynmoe.questions import read_question_set
 from dynmoe.questions.base import Question, QuestionSet
 from dynmoe.questions.exact import ExactMatch
@@ -267,7 +268,8 @@ class VisionLanguageData(VocabularyData):
         keys = _keys(source) if source.keys is None else source.keys
         bad = self._check_images(name, keys, source.image_path, self.skip_invalid)
         if bad:
-            needed = sum(not bad.isdisjoint(each.images) for each in source)
+            every = shown(source, f"conversations of {name} read again")
+            needed = sum(not bad.isdisjoint(each.images) for each in every)
             self.leave_out(f"{of}conversations with images {BAD}", needed)
             source = source.without_images(bad)
         return source
@@ -305,7 +307,7 @@ class VisionLanguageData(VocabularyData):
         files = PathsOf(keys, image_path)
         decode = self.verify == "decode" or skip
         kept = None if self.cache is None or self.verify == "decode" else Path(self.cache)
-        found = survey(files, decode=decode, description=f"checking {name}", kept=kept)
+        found = survey(files, decode=decode, what=f"images of {name}", kept=kept)
         for text in remarks([found]):
             log.warning("data %s, %s: %s", self.name, name, text)
         if found.bad and not skip:

@@ -124,6 +124,27 @@ def test_training_environments_are_evaluated_augmented_only_if_asked(tree: Path)
     assert [torch.equal(augmented[env], plain[env]) for env in range(3)] == [True, False, False]
 
 
+def test_evaluations_of_fewer_images_are_parts_of_whole_ones(tree: Path) -> None:
+    def seen(count: int | None) -> dict[tuple[int, int], list[int]]:
+        data = pets(tree, eval_images=count, cache=False)
+        data.setup()
+        found: dict[tuple[int, int], list[int]] = {}
+        for keys in data.val_dataloader().batch_sampler:
+            for key in keys:
+                found.setdefault((key.env, key.split), []).append(key.item)
+        assert [len(each) for each in found.values()] == [*data.sizes.values()][count is not None :]
+        assert sum(len(part) for parts in data.splits for part in parts) == images
+        assert data.sizes.get("train") == (
+            count and sum(len(data.splits[env][0]) for env in (1, 2))
+        )
+        return found
+
+    images = sum(1 for _ in tree.glob("*/*/*"))
+    every, few = seen(None), seen(3)
+    assert sum(map(len, every.values())) == images
+    assert few == {key: items[:3] for key, items in every.items()} != every
+
+
 def test_photographs_are_normalised_as_the_backbone_was_trained(tree: Path) -> None:
     def images(**changes: Any) -> Tensor:
         data = pets(tree, **changes)

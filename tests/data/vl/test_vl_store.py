@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,8 @@ import PIL.Image
 import pyarrow
 import pytest
 from chat_tokenizers import whole_words
-from rich.progress import Progress
 
-from dynmoe.data import cache
+from dynmoe import passes
 from dynmoe.data.vl import store as vl_store
 from dynmoe.data.vl.chat import encode_all
 from dynmoe.data.vl.conversations import Conversation, Message
@@ -192,15 +192,14 @@ def test_memory_holds_two_chunks_at_most(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(most) == 200 and max(most) <= 21  # a chunk, the next one, and the one just made
 
 
-def test_progress_is_shown_in_a_long_pass_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = []
-    monkeypatch.setattr(Progress, "start", lambda self: started.append(self.tasks[0].completed))
-    make(None)
-    assert not started
-    monkeypatch.setattr(cache, "LONG_PASS", 3)
+def test_a_long_pass_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(passes, "_seconds", 0.0)
     monkeypatch.setattr(vl_store, "CHUNK", 2)
     make(None)
-    assert started == [4]
+    assert re.match("2 conversations of .* tokenized", caplog.messages[0])
 
 
 @pytest.mark.parametrize("kept", [True, False])
