@@ -58,9 +58,14 @@ def own(group: str, option: str) -> DictConfig:
     Composing takes a hundred times as long, and a refusal would wait for every option. Options of
     the package are read once.
     """
-    if any(source.scheme() == "file" for source in _repository().get_sources()):
+    if not are_of_package():
         return _own(group, option)
     return copy.deepcopy(_own_of_package(group, option))
+
+
+def are_of_package() -> bool:
+    """Whether no folder of a user is searched."""
+    return all(source.scheme() != "file" for source in _repository().get_sources())
 
 
 def _own(group: str, option: str) -> DictConfig:
@@ -73,6 +78,20 @@ def _own(group: str, option: str) -> DictConfig:
 
 
 _own_of_package = cache(_own)
+
+
+def fills_its_node_alone(group: str, option: str) -> bool:
+    """Whether an option, with the files that it builds on, does nothing but give its group keys."""
+    found = _repository().load_config(f"{group}/{option}")
+    if found is None or found.header["package"] is not None:
+        return False
+    *parents, last = found.defaults_list or [ConfigDefault(path="_self_")]
+    return last.is_self() and all(
+        type(each) is ConfigDefault
+        and each.package is None
+        and fills_its_node_alone(group, each.path)
+        for each in parents
+    )
 
 
 def _repository() -> IConfigRepository:
