@@ -474,14 +474,16 @@ class Composer:
         lines = [str(each.input_line) for each in groups]
         chosen = [each.value() for each in groups if each.key_or_group == "moe"]
         if len(chosen) == 1 and _fills_moe_alone(chosen[0]):
-            cfg = self._composed(
-                [f"moe={NOTHING}" if text == f"moe={chosen[0]}" else text for text in lines]
-            )
-            if cfg.get("moe") == {}:  # else other files give it keys too
-                with open_dict(cfg):
-                    cfg.moe = options.own("moe", chosen[0])
-                    cfg.hydra.runtime.choices.moe = chosen[0]
-                return cfg, "moe"
+            line, nothing = f"moe={chosen[0]}", f"moe={NOTHING}"
+            with suppress(HydraException):  # of a user's file that `${moe}` chooses
+                cfg = self._composed([nothing if text == line else text for text in lines])
+                choices = cfg.hydra.runtime.choices
+                follow = str(OmegaConf.to_container(choices)).count(NOTHING) > 1
+                if cfg.get("moe") == {} and not follow:  # else others give it keys too
+                    with open_dict(cfg):
+                        cfg.moe = options.own("moe", chosen[0])
+                        choices.moe = chosen[0]
+                    return cfg, "moe"
         return self._composed(lines), ""
 
     def _composed(self, lines: Sequence[str]) -> DictConfig:
@@ -504,14 +506,8 @@ NOTHING = "_nothing"  # conf/moe/_nothing.yaml
 
 
 def _fills_moe_alone(name: Any) -> bool:
-    # A user's files may say anything of the mixture that is chosen.
     fills = options.fills_its_node_alone
-    return (
-        isinstance(name, str)
-        and options.are_of_package()
-        and fills("moe", NOTHING)
-        and fills("moe", name)
-    )
+    return isinstance(name, str) and fills("moe", NOTHING) and fills("moe", name)
 
 
 def _keys(node: Any) -> list[str]:

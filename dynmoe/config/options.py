@@ -58,14 +58,9 @@ def own(group: str, option: str) -> DictConfig:
     Composing takes a hundred times as long, and a refusal would wait for every option. Options of
     the package are read once.
     """
-    if not are_of_package():
+    if any(source.scheme() == "file" for source in _repository().get_sources()):
         return _own(group, option)
     return copy.deepcopy(_own_of_package(group, option))
-
-
-def are_of_package() -> bool:
-    """Whether no folder of a user is searched."""
-    return all(source.scheme() != "file" for source in _repository().get_sources())
 
 
 def _own(group: str, option: str) -> DictConfig:
@@ -89,7 +84,7 @@ def fills_its_node_alone(group: str, option: str) -> bool:
     return last.is_self() and all(
         type(each) is ConfigDefault
         and each.package is None
-        and fills_its_node_alone(group, each.path)
+        and fills_its_node_alone(group, str(each.path))
         for each in parents
     )
 

@@ -121,14 +121,15 @@ class Watched(dict[Any, Any]):
         return super().get(key, default)
 
     def __getitem__(self, key: Any) -> Any:
-        return self.get(key) if key in self else super().__getitem__(key)
+        self.get(key)
+        return super().__getitem__(key)
 
     def values(self) -> Any:
-        self._values.read(self._node)
+        self.get(self._node)
         return super().values()
 
     def items(self) -> Any:
-        self._values.read(self._node)
+        self.get(self._node)
         return super().items()
 
 

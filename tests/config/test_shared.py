@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,23 @@ def test_a_mixture_that_others_change_is_composed() -> None:
         made = Composer([]).compose(parse(lines)[0])
         assert made.apart == ""
         assert plain(made.cfg) == plain(compose("config", lines, return_hydra_config=True))
+
+
+@pytest.mark.parametrize("text", ["", "optional "])
+def test_files_that_follow_the_mixture_are_composed(tmp_path: Path, text: str) -> None:
+    """Hydra knows the choice `${moe}` in the groups before it."""
+    for folder, content in {
+        "backbone": f"defaults: [vit_digits, {{{text}/own@_global_: '${{moe}}'}}, _self_]",
+        "own": "backbone: {seen: true}",
+    }.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "topk.yaml").write_text(content)
+    lines = ["task=vit_domainbed", "moe=topk", "backbone=topk"]
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    with search_path():
+        overrides = parse([search, *lines])[0]
+        made = Composer(overrides).compose(overrides)
+    assert (made.cfg.moe.name, made.cfg.backbone.seen, made.apart) == ("topk", True, "")
 
 
 @pytest.mark.slow
