@@ -31,7 +31,7 @@ from dynmoe import process
 from dynmoe.config import options, runs
 from dynmoe.config.arguments import read_arguments
 from dynmoe.config.check import check, report
-from dynmoe.config.compose import own_launchers, preflight, search_path
+from dynmoe.config.compose import Composer, hand_on, own_launchers, preflight, search_path
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import Held, RunFolder
 
@@ -67,17 +67,20 @@ def _run(job: Job, prog: str) -> None:
         raise ConfigError(report(astray))
     single: Any = hydra_module
     asks, starts = Hydra.get_mode, single.run_job
+    composer = None
     if not shows_only and not own_tree:
         verdict = preflight(args.overrides, multirun=args.multirun, config_dir=args.config_dir)
         if astray or verdict.problems:
             raise ConfigError(report([*astray, *verdict.problems]))
         sys.argv[1:] = [verdict.instead.get(text, text) for text in sys.argv[1:]]
+        composer = verdict.composer
         # NOTE: Hydra would compose the command once more to learn its mode: a fifth of a second.
-        Hydra.get_mode = lambda *_, **__: verdict.mode  # type: ignore[method-assign]
+        Hydra.get_mode = functools.partialmethod(_mode, composer)  # type: ignore[assignment]
     # Hydra looks through installed packages for its plugins, and overlooks editable ones.
     for plugin in (DynMoESweeper, *LAUNCHERS):
         Plugins.instance().register(plugin)
     own_launchers()
+    hand_on(composer)
     single.run_job = functools.partial(_start, starts, prog)
     main = hydra.main(config_path="pkg://dynmoe.conf", config_name="config", version_base="1.3")
     try:
@@ -85,6 +88,12 @@ def _run(job: Job, prog: str) -> None:
     finally:
         Hydra.get_mode = asks  # type: ignore[method-assign]
         single.run_job = starts
+
+
+def _mode(started: Hydra, composer: Composer, *_: Any, **__: Any) -> RunMode | None:
+    """The mode of a command that is checked; its files are read already."""
+    options.read_files_once(started.config_loader)
+    return composer.mode
 
 
 def _start(run_job: Callable[..., Any], prog: str, *args: Any, **kwargs: Any) -> Any:

@@ -151,13 +151,11 @@ def check_data(cfg: DictConfig) -> None:
 
 def show_plan(cfg: DictConfig, folder: RunFolder) -> None:
     """Print the progress of this run; the sweeper prints all jobs of a sweep."""
-    from rich.console import Console
-
     from dynmoe.config.sweeps import SweepJob
     from dynmoe.sweep.manifest import Job, render
 
     job = Job.of(cfg, folder.path, SweepJob((), folder.path.name, ""))
-    Console().print(render([job], parallel=1))
+    print(render([job], parallel=1))
     if cfg.get("plan") is not None:
         from dynmoe.estimate.sizes import show_estimate
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,7 +20,14 @@ from omegaconf.errors import (
 from dynmoe.config.annotations import mismatches, shown, takes_objects
 from dynmoe.config.options import written
 from dynmoe.config.ranges import outside
-from dynmoe.config.rules import RULES, RUN_RULES, SWEEP_RULES, protocol_fits, same_modality
+from dynmoe.config.rules import (
+    RULES,
+    RUN_RULES,
+    SWEEP_RULES,
+    Rule,
+    protocol_fits,
+    same_modality,
+)
 from dynmoe.config.runs import names_are_text, names_once, previous
 from dynmoe.config.schema import schema
 from dynmoe.config.shared import Keep, anew, once
@@ -131,7 +138,12 @@ def value_problems(cfg: DictConfig, keys: Iterable[str]) -> list[str]:
     return found
 
 
-def _said(rule: Callable[[DictConfig], Iterable[str]], cfg: DictConfig) -> list[str]:
+def _said(cfg: DictConfig, rules: Iterable[Rule]) -> dict[Rule, list[str]]:
+    """The messages of each rule."""
+    return {rule: once(cfg, rule, partial(_messages, rule, cfg)) for rule in rules}
+
+
+def _messages(rule: Rule, cfg: DictConfig) -> list[str]:
     return list(rule(cfg))
 
 
@@ -139,7 +151,7 @@ def _own_problems(cfg: DictConfig, multirun: bool) -> list[str]:
     with names_are_text():
         direct, indirect = _walk(cfg, "", once)
     rules = (*RULES, *(SWEEP_RULES if multirun else RUN_RULES))
-    said = {rule: once(cfg, rule, partial(_said, rule, cfg)) for rule in rules}
+    said = once(cfg, ("rules", multirun), lambda: _said(cfg, rules))
     # Image data copy keys that text backbones and protocols lack: rules name the cause.
     fits = (same_modality, is_language_model, protocol_fits, stage_is_chosen)
     if any(said[rule] for rule in fits):

@@ -43,7 +43,7 @@ class MissingGroup(Exception):
 @dataclass
 class Verdict:
     """`problems` that keep a command from running, the text Hydra reads `instead` of another, and
-    the `mode` that its configuration asks for, if any.
+    the `composer` that has checked it.
 
     Every value becomes `++key=value`: each job has its key, but Hydra also composes a sweep once
     without the swept groups, and there the key need not exist.
@@ -51,7 +51,7 @@ class Verdict:
 
     problems: list[str]
     instead: dict[str, str] = field(default_factory=dict)
-    mode: RunMode | None = None
+    composer: Composer | None = None
 
 
 def preflight(
@@ -91,7 +91,7 @@ def preflight(
             if override.type == OverrideType.CHANGE  # neither a + nor a ~
             if not (override.is_hydra_override() or composer.options(override))
         }
-    return Verdict(list(dict.fromkeys(found)), instead, composer.mode)
+    return Verdict(list(dict.fromkeys(found)), instead, composer)
 
 
 def _is_utf8(file: Path) -> bool:
@@ -317,6 +317,8 @@ class Composition:
     """A configuration, what could not be set in it, and the keys that were not there before."""
 
     cfg: DictConfig
+    apart: str = ""
+    """The key of a node that nothing else follows from; empty if that is not known."""
     found: list[str] = field(default_factory=list)
     added: list[Override] = field(default_factory=list)
 
@@ -367,10 +369,29 @@ class Composition:
                 self.found.append(f"{key}: cannot be set: {str(error).splitlines()[0]}")
 
 
+_checked: list[Composer] = []  # of the command that is about to start, one at most
+
+
+def hand_on(composer: Composer | None) -> None:
+    """Let the sweep of this command have what its pre-flight has composed and checked."""
+    _checked[:] = [] if composer is None else [composer]
+
+
+def checked() -> Composer | None:
+    """That of the command's pre-flight, once; None for a configuration of another tree."""
+    return _checked.pop() if _checked else None
+
+
 class Composer:
     """Composes overrides; equal choices of groups are read from files once."""
 
-    def __init__(self, overrides: Sequence[Override], config_dir: str | None) -> None:
+    def __init__(
+        self,
+        overrides: Sequence[Override],
+        config_dir: str | None = None,
+        config_name: str = options.CONFIG_NAME,
+    ) -> None:
+        self.config_name = config_name
         folders = [f"file://{Path(config_dir).absolute()}"] if config_dir else []
         for override in overrides:
             value = override.value()
@@ -382,10 +403,13 @@ class Composer:
         self.search = [f"hydra.searchpath=[{quoted}]"] if folders else []
         self.mode: RunMode | None = None  # of the command, once it is composed
         self.shared = Shared(
-            self.compose, lambda made: made.cfg, lambda key: bool(self._of_group(key))
+            self.compose,
+            lambda made: made.cfg,
+            lambda key: bool(self._of_group(key)),
+            lambda made: made.apart,
         )
         self._options: dict[str, list[str]] = {}
-        self._composed: dict[tuple[str, ...], bytes] = {}  # to read is faster than to copy
+        self._known: dict[tuple[str, ...], bytes] = {}  # to read is faster than to copy
 
     def options(self, override: Override) -> list[str]:
         """Options of the group that `override` chooses from; empty where it sets a value."""
@@ -422,7 +446,7 @@ class Composer:
 
     def compose(self, overrides: Sequence[Override]) -> Composition:
         """Raises MissingGroup, or HydraException where the groups do not go together."""
-        groups: list[str] = []
+        groups: list[Override] = []
         values: list[Override] = []
         found: list[str] = []
         for override in overrides:
@@ -434,25 +458,56 @@ class Composer:
             elif key.startswith("hydra/") and not isinstance(value, str | list | None):
                 found.append(f"{key}: expected the name of an option, found {value}")
             elif override.is_hydra_override() or self.options(override):
-                groups.append(str(override.input_line))
+                groups.append(override)
             else:
                 values.append(override)
-        made = Composition(pickle.loads(self._groups((*self.search, *groups))), found)
+        made = Composition(*self._of_groups(groups), found)
         for override in values:
             made.set(override)
         return made
 
-    def _groups(self, lines: tuple[str, ...]) -> bytes:
-        if lines not in self._composed:
+    def _of_groups(self, groups: Sequence[Override]) -> tuple[DictConfig, str]:
+        """A composition of choices of groups, and of values of Hydra's own keys, alone.
+
+        Mixtures share one, without any, where they fill the node `moe` and do nothing else.
+        """
+        lines = [str(each.input_line) for each in groups]
+        chosen = [each.value() for each in groups if each.key_or_group == "moe"]
+        if len(chosen) == 1 and _fills_moe_alone(chosen[0]):
+            line, nothing = f"moe={chosen[0]}", f"moe={NOTHING}"
+            with suppress(HydraException):  # of a user's file that `${moe}` chooses
+                cfg = self._composed([nothing if text == line else text for text in lines])
+                choices = cfg.hydra.runtime.choices
+                follow = str(OmegaConf.to_container(choices)).count(NOTHING) > 1
+                if cfg.get("moe") == {} and not follow:  # else others give it keys too
+                    with open_dict(cfg):
+                        cfg.moe = options.own("moe", chosen[0])
+                        choices.moe = chosen[0]
+                    return cfg, "moe"
+        return self._composed(lines), ""
+
+    def _composed(self, lines: Sequence[str]) -> DictConfig:
+        """Hydra's composition, one copy after another."""
+        asked = (*self.search, *lines)
+        if asked not in self._known:
             try:
-                cfg = compose(options.CONFIG_NAME, list(lines), return_hydra_config=True)
+                cfg = compose(self.config_name, list(asked), return_hydra_config=True)
             except HydraException as error:
                 missing = re.match(r"You must specify '([^']+)'", str(error))
                 if missing:
                     raise MissingGroup(missing[1]) from error
                 raise
-            self._composed[lines] = pickle.dumps(cfg)
-        return self._composed[lines]
+            self._known[asked] = pickle.dumps(cfg)
+        found: DictConfig = pickle.loads(self._known[asked])
+        return found
+
+
+NOTHING = "_nothing"  # conf/moe/_nothing.yaml
+
+
+def _fills_moe_alone(name: Any) -> bool:
+    fills = options.fills_its_node_alone
+    return isinstance(name, str) and fills("moe", NOTHING) and fills("moe", name)
 
 
 def _keys(node: Any) -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from omegaconf import DictConfig
 
 from dynmoe.config.options import read
-from dynmoe.data.images.tree import subfolders, tree_folder
 from dynmoe.errors import DataError
 
 # The built-in sets (dynmoe/data/images/digits.py, which needs PyTorch).
@@ -32,6 +31,8 @@ def environment_names(cfg: DictConfig) -> Sequence[str] | None:
     listed = read(cfg, "data.environments.environments", list)
     if listed:
         return sorted(map(str, listed))
+    from dynmoe.data.images.tree import subfolders, tree_folder  # which loads NumPy
+
     root = read(cfg, "data.root", str)
     try:
         folder = read(cfg, "data.environments.folder", str)

@@ -75,6 +75,20 @@ def _own(group: str, option: str) -> DictConfig:
 _own_of_package = cache(_own)
 
 
+def fills_its_node_alone(group: str, option: str) -> bool:
+    """Whether an option, with the files that it builds on, does nothing but give its group keys."""
+    found = _repository().load_config(f"{group}/{option}")
+    if found is None or found.header["package"] is not None:
+        return False
+    *parents, last = found.defaults_list or [ConfigDefault(path="_self_")]
+    return last.is_self() and all(
+        type(each) is ConfigDefault
+        and each.package is None
+        and fills_its_node_alone(group, str(each.path))
+        for each in parents
+    )
+
+
 def _repository() -> IConfigRepository:
     return loader().repository  # type: ignore[attr-defined]
 

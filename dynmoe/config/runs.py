@@ -61,11 +61,18 @@ def sha8(text: str) -> str:
 def run_name(cfg: DictConfig) -> str:
     """`<data>_<moe>[_<differences>][_env<test envs>]_seed<seed>_<hash>`, such as
     `pacs_topk_num_experts4-top_k1_env0_seed0_1f3a90bc`. The hash keeps apart what is cut off."""
-    tests = [f"env{'-'.join(map(str, test_indices(cfg)))}"] if "test_envs" in cfg.data else []
-    own = ["-".join(_differences(cfg))[:LONGEST]]
-    parts = (cfg.data.name, cfg.moe.name, *filter(None, own), *tests, f"seed{cfg.seed}")
-    parts += (config_hash(cfg),)
-    return re.sub(r"[^a-z0-9_.-]+", "-", "_".join(str(part) for part in parts).lower())
+    parts = *once(cfg, "setting", lambda: [*_setting(cfg)]), f"seed{cfg.seed}", config_hash(cfg)
+    return re.sub(r"[^a-z0-9_.-]+", "-", "_".join(parts).lower())
+
+
+def _setting(cfg: DictConfig) -> Iterator[str]:
+    """The parts of a name that runs with other seeds have too."""
+    yield str(cfg.data.name)
+    yield str(cfg.moe.name)
+    if differences := "-".join(_differences(cfg))[:LONGEST]:
+        yield differences
+    if "test_envs" in cfg.data:
+        yield f"env{'-'.join(map(str, test_indices(cfg)))}"
 
 
 def _differences(cfg: DictConfig) -> Iterator[str]:
@@ -162,6 +169,11 @@ def _copies(cfg: DictConfig, prefix: str) -> Iterator[str]:
 
 
 def _identity(cfg: DictConfig) -> dict[str, Any]:
+    """Everything that can change the result of a run, as nested keys."""
+    return once(cfg, "identity", lambda: _all_relevant(cfg))
+
+
+def _all_relevant(cfg: DictConfig) -> dict[str, Any]:
     found = _relevant(cfg, "", once)
     if "test_envs" in found.get("data", {}):
         # An environment's name or its index: one run.
@@ -222,10 +234,9 @@ def _previous(cfg: DictConfig) -> DictConfig | None:
     stage = cfg.get("stage")
     if stage is None or stage.after is None or not OmegaConf.is_interpolation(stage, "start"):
         return None
-    earlier = copied(cfg, without="hydra")
+    earlier = copied(cfg, without="hydra", moe=options.own("moe", "dense"))
     with open_dict(earlier):
         earlier.stage = options.own("stage", stage.after).stage
-        earlier.moe = options.own("moe", "dense")
         earlier.name = "${task.name}"
         if "mixing" in earlier:
             del earlier["mixing"]  # of the stage that asks for it

@@ -18,9 +18,6 @@ from typing import Any
 
 from filelock import FileLock
 from omegaconf import DictConfig
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from dynmoe.config.runs import flat
 from dynmoe.config.shared import once
@@ -196,19 +193,23 @@ class Standing:
         return math.ceil((self.planned - 1) / self.eval_every) + 1
 
 
-def render(jobs: Sequence[Job], parallel: int) -> RenderableType:
+def render(jobs: Sequence[Job], parallel: int) -> str:
     """A line for each job, the counts, and the time left with `parallel` jobs at once."""
     standings = _completed([Standing.of(job) for job in jobs])
     left = seconds_left(standings)
-    table = Table(box=None, pad_edge=False)
-    for column in ("job", "state", "steps", "left"):
-        table.add_column(column, justify="right" if column in ("steps", "left") else "left")
+    rows = [("job", "state", "steps", "left", "")]
     for each, seconds in zip(standings, left, strict=True):
-        state = each.state
-        text = f"failed: {each.job.folder.failure}" if state == "failed" else state
-        time = "" if state == "done" else _time(seconds)
-        table.add_row(each.job.label, text, f"{each.steps}/{each.planned or '?'}", time)
-    return Group(table, "", *_totals(standings, left, parallel))
+        done, failed = each.state == "done", each.state == "failed"
+        steps, time = f"{each.steps}/{each.planned or '?'}", "" if done else _time(seconds)
+        why = each.job.folder.failure if failed else ""
+        rows.append((each.job.label, each.state, steps, time, why))
+    # NOTE: rich takes half a second for a thousand lines, and reads [a] in a value as markup.
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{job:{wide[0]}}  {state:{wide[1]}}  {steps:>{wide[2]}}  {time:>{wide[3]}}  {why}".rstrip()
+        for job, state, steps, time, why in rows
+    ]
+    return "\n".join([*lines, "", *_totals(standings, left, parallel)])
 
 
 def _completed(standings: Sequence[Standing]) -> list[Standing]:
@@ -253,17 +254,17 @@ def _left(standing: Standing, paces: Sequence[Mapping[str, float]]) -> float:
     )
 
 
-def _totals(standings: Sequence[Standing], left: Sequence[float], parallel: int) -> Iterator[Text]:
+def _totals(standings: Sequence[Standing], left: Sequence[float], parallel: int) -> Iterator[str]:
     counts = Counter(each.state for each in standings)
     listed = ", ".join(f"{count} {state}" for state, count in counts.items())
-    yield Text(f"{len(standings)} job{'s' * (len(standings) != 1)}: {listed}", style="bold")
+    yield f"{len(standings)} job{'s' * (len(standings) != 1)}: {listed}"
     total = sum(left)
     if math.isnan(total):
-        yield Text("Time left: unknown until a first evaluation has been recorded.")
+        yield "Time left: unknown until a first evaluation has been recorded."
     elif total:
         soonest = max(total / parallel, *left)  # no job is divided
         at_once = f", {_time(soonest)} with {parallel} at once" if parallel > 1 else ""
-        yield Text(f"Time left: about {_time(total)} of work{at_once}.")
+        yield f"Time left: about {_time(total)} of work{at_once}."
 
 
 def _time(value: float) -> str:

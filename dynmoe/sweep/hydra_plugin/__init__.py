@@ -13,20 +13,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
-from dynmoe.config.check import problems, report
+from dynmoe.config.check import report
+from dynmoe.config.compose import Composer, checked, parser
 from dynmoe.config.models import causal_model
-from dynmoe.config.options import options, read_files_once
 from dynmoe.config.runs import flat, run_name
-from dynmoe.config.shared import Shared
 from dynmoe.config.sweeps import read_sweep
 from dynmoe.errors import ConfigError, UserError
 from dynmoe.records import Held, State
@@ -67,7 +64,6 @@ class DynMoESweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.hydra_context = hydra_context
         self.config = config
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -86,6 +82,8 @@ class DynMoESweeper(Sweeper):
             raise SystemExit(2) from None
 
     def _sweep(self, arguments: list[str]) -> list[JobReturn]:
+        from rich.console import Console
+
         assert self.config is not None
         sweep, mode = self.config.hydra.runtime.choices.get("sweep"), self.config.get("mode")
         folder = Path(self.config.hydra.sweep.dir)
@@ -95,7 +93,7 @@ class DynMoESweeper(Sweeper):
             if sweep:
                 manifest.check(folder, sweep, base, jobs)
             if mode == "plan":
-                Console().print(manifest.render(jobs, self._parallel()))
+                print(manifest.render(jobs, self._parallel()))
                 return []
             returns = self._launch(jobs)
             if any(each.status is JobStatus.FAILED for each in returns):
@@ -131,31 +129,28 @@ class DynMoESweeper(Sweeper):
         Raises:
             ConfigError: with the problems of every job.
         """
-        assert self.config is not None and self.hydra_context is not None
-        config, loader = self.config, self.hydra_context.config_loader
-        read_files_once(loader)
-        parser = OverridesParser.create(config_loader=loader)
-        sweep = read_sweep(parser, self.node, parser.parse_overrides(arguments))
-        parsed = cache(lambda text: parser.parse_override(text))
-        shared = Shared(
-            lambda each: loader.load_sweep_config(config, [str(one.input_line) for one in each]),
-            lambda cfg: cfg,
-            cache(lambda key: bool(options(key))),
-        )
+        assert self.config is not None
+        hydra = self.config.hydra
+        reader = parser()
+        sweep = read_sweep(reader, self.node, reader.parse_overrides(arguments))
+        parsed = cache(lambda text: reader.parse_override(text))
+        always = [parsed(text) for text in hydra.overrides.hydra]
+        composer = checked() or Composer(always, config_name=hydra.job.config_name)
         found: list[str] = []
         jobs: dict[str, Job] = {}
         for asked in sweep.jobs:
-            with shared.job([parsed(text) for text in asked.overrides]) as cfg:
-                if asked.unless_causal and any(causal_model(cfg)):
+            with composer.shared.job([*always, *map(parsed, asked.overrides)]) as made:
+                if asked.unless_causal and any(causal_model(made.cfg)):
                     continue
-                wrong = problems(cfg, multirun=True)
+                wrong = made.problems(multirun=True)
                 found += [f"{asked.label}: {text}" for text in wrong]
                 if not wrong:
-                    job = Job.of(cfg, folder / run_name(cfg), asked)
+                    job = Job.of(made.cfg, folder / run_name(made.cfg), asked)
                     jobs.setdefault(job.name, job)
         if found:
             raise ConfigError(report(found))
-        return flat(loader.load_sweep_config(config, sweep.base)), list(jobs.values())
+        base = composer.compose([*always, *map(parsed, sweep.base)])
+        return flat(base.cfg), list(jobs.values())
 
     def _launch(self, jobs: Sequence[Job]) -> list[JobReturn]:
         """Launch the jobs. A launcher that loses a process ends the jobs of all its processes:
