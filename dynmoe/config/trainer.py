@@ -126,7 +126,7 @@ def writer_of_checkpoints(cfg: DictConfig) -> Iterator[str]:
     for name in _classes(cfg, "trainer.plugins"):
         if name == "AsyncCheckpointIO":
             yield (
-                "trainer.plugins: AsyncCheckpointIO says nobody when a checkpoint is on disk, and a "
+                "trainer.plugins: AsyncCheckpointIO tells nobody when a checkpoint is on disk, and "
                 "part of one would take the place of the one before. Set task.async_save=true, and "
                 "leave it out"
             )

@@ -81,7 +81,7 @@ class BackgroundFiles(CheckpointFiles):
     The copy is PyTorch's (``torch.distributed.checkpoint.staging``): what shares memory shares it
     there, too. The thread is our own. ``torch.distributed.checkpoint.async_save`` writes folders of
     another format; Lightning's ``AsyncCheckpointIO`` copies on the GPU, queues copies without an
-    end, and says nobody when a file is there, which has yet to take its place.
+    end, and tells nobody when a file is there, which has yet to take its place.
     """
 
     def __init__(self) -> None:

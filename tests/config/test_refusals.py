@@ -120,6 +120,16 @@ TABLE = {
         "trainer.strategy: the router of moe=emoe reads",
         "moe.conflict.weight=0",
     ),
+    f"{IMAGES} +trainer.plugins._target_=lightning.pytorch.plugins.AsyncCheckpointIO": (
+        "trainer.plugins: AsyncCheckpointIO",
+        "task.async_save=true",
+    ),
+    f"{IMAGES} task.async_save=true "
+    "+trainer.plugins=[{_target_:lightning.pytorch.plugins.TorchCheckpointIO}]": (
+        "task.async_save: trainer.plugins has a writer",
+        "task.async_save=false",
+    ),
+    f"{IMAGES} task.async_save=soon": ("task.async_save", "true"),
     f"{IMAGES} trainer=expert_parallel trainer.devices=4 trainer.strategy.size=3": (
         "trainer.strategy.size: expected a divisor of the 4 devices",
         "size=null",
