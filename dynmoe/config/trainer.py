@@ -101,6 +101,11 @@ def sharded_fits(cfg: DictConfig) -> Iterator[str]:
     target = str(read(cfg, "trainer.strategy._target_", str))
     if "FSDP" not in target and "ExpertParallel" not in target:
         return
+    if read(cfg, "trainer.strategy.state_dict_type", str) not in (None, "full"):
+        yield (
+            "trainer.strategy.state_dict_type: expected full: a checkpoint is one file, which one "
+            "device reads as well"
+        )
     clips = read(cfg, "trainer.gradient_clip_val", float)
     if "FSDP" in target and clips:
         if "FSDP2" not in target:

@@ -96,6 +96,8 @@ class BackgroundFiles(CheckpointFiles):
             trainer.save_checkpoint(file)
         finally:
             self._then = None
+        if trainer.is_global_zero and self._writing is None:
+            then()  # a strategy that writes by itself, which has done so
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None

@@ -96,6 +96,9 @@ TABLE = {
     f"{IMAGES} moe=mass moe.max_experts=8": ("moe: max_experts (8)", "Raise moe.max_experts"),
     f"{IMAGES} moe=mass trainer=fsdp": ("trainer.strategy: growth by drift", "trainer=ddp"),
     f"{IMAGES} moe=mass trainer=fsdp2": ("trainer.strategy: growth by drift", "trainer=ddp"),
+    f"{IMAGES} trainer=fsdp trainer.strategy.state_dict_type=sharded": (
+        "trainer.strategy.state_dict_type: expected full",
+    ),
     f"{IMAGES} trainer=fsdp trainer.gradient_clip_val=1": (
         "trainer.gradient_clip_val: trainer=fsdp cannot",
         "trainer=fsdp2",

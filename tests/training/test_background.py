@@ -199,6 +199,12 @@ def test_a_second_save_waits_before_it_copies(writer: Writer) -> None:
     assert not [each for each in threading.enumerate() if each.name.startswith("checkpoint")]
 
 
+def test_a_strategy_that_writes_by_itself_is_done(writer: Writer) -> None:
+    writer.trainer.save_checkpoint = lambda file: writer.events.append("written by itself")
+    writer.save(1)
+    assert writer.events == ["written by itself", "written 1"]
+
+
 def test_an_error_is_raised_by_the_next_save(writer: Writer) -> None:
     writer.save(1)
     writer.fails()
