@@ -43,8 +43,8 @@ class RunRecorder(Checkpoint):
 
     A killed run resumes from ``last.ckpt``; ``selected.ckpt`` belongs to the best record so far,
     by the rule of ``facts`` (``selection``, ``test_envs``, ``selects``, ``reported`` of
-    ``run.json``). Records are written before the checkpoint; on resuming,
-    ``RunFolder.truncate_after`` drops those the checkpoint has not seen.
+    ``run.json``). Records are written before the checkpoint, with ``BackgroundFiles`` up to an
+    evaluation before it; on resuming, ``RunFolder.truncate_after`` drops those it has not seen.
 
     With ``patience`` training stops after so many evaluations without a better one; the line of
     the last evaluation then says ``stopped_early``. Counts are part of the checkpoint.
