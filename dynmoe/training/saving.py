@@ -22,7 +22,6 @@ from lightning.fabric.plugins.environments import (
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dynmoe import process, ranks
 from dynmoe.backbones import hub, weights
@@ -128,6 +127,9 @@ class BackgroundFiles(CheckpointFiles):
 
 def _copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A copy on the CPU that training does not change."""
+    # Here, since not every build of PyTorch has it.
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
     stager = DefaultStager(
         StagingOptions(
             use_pinned_memory=False,
