@@ -272,17 +272,22 @@ def test_a_run_whose_last_checkpoint_finds_no_room_is_not_done(tmp_path: Path) -
 
 
 STARTED = """
-import os, time
+import threading
 from pathlib import Path
+from dynmoe import process
 from dynmoe.training.saving import BackgroundFiles, CheckpointFiles
 from runners.run import main
-write = CheckpointFiles.save_checkpoint
+write, wait, waited_for = CheckpointFiles.save_checkpoint, BackgroundFiles.wait, threading.Event()
 def slow(files, content, path, options=None):
-    assert isinstance(files, BackgroundFiles)
     write(files, content, path, options)
-    Path(f"step{content['global_step']}").touch()
-    time.sleep(3)
-CheckpointFiles.save_checkpoint = slow
+    if content["global_step"] == 4:
+        Path("written").touch()
+        waited_for.wait(60)
+def waiting(files):
+    if process._ended_at is not None:
+        waited_for.set()
+    wait(files)
+CheckpointFiles.save_checkpoint, BackgroundFiles.wait = slow, waiting
 main()
 """
 
@@ -292,7 +297,7 @@ main()
 def test_a_stopped_run_ends_with_the_write_under_way(
     tmp_path: Path, signum: signal.Signals
 ) -> None:
-    """As a process: the signal comes 3 s before the second checkpoint takes its place."""
+    """As a process: the second checkpoint takes its place when the stopped run waits for it."""
     given = (*TINY_DYNMOE, "task.steps=9999", "task.eval_every=3", "task.async_save=true")
     paths = os.pathsep.join(map(str, (Path(__file__).parents[2], *sys.path)))
     process = subprocess.Popen(
@@ -303,7 +308,7 @@ def test_a_stopped_run_ends_with_the_write_under_way(
         stderr=subprocess.PIPE,
         text=True,
     )
-    while not (tmp_path / "step4").exists():
+    while not (tmp_path / "written").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     (last,) = tmp_path.glob("*/*/checkpoints/last.ckpt")
