@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zipfile import ZipFile
 
 import lightning as L
@@ -139,8 +139,7 @@ def _copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
         )
     )
     try:
-        copied: dict[str, Any] = stager.stage(checkpoint)
-        return copied
+        return cast(dict[str, Any], stager.stage(checkpoint))  # a future, where it is asked for one
     finally:
         stager.close()  # it would keep the memory for the next copy
 
