@@ -177,6 +177,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> None:
 
     from dynmoe.training import build, mixing
     from dynmoe.training.peers import together
+    from dynmoe.training.saving import all_written
 
     places.make_absolute(cfg)
     settings = build.settle_runtime(cfg)
@@ -202,7 +203,7 @@ def train(cfg: DictConfig, folder: RunFolder) -> None:
             folder.say(line)
     start = checkpoint if checkpoint.exists() else None
     try:
-        with together(trainer):
+        with together(trainer), all_written(trainer, folder.say):
             trainer.fit(task, datamodule=data, ckpt_path=start)
     except MisconfigurationException as error:  # of a callback: a monitor without a logger, ...
         raise ConfigError(f"trainer: {error}") from error

@@ -22,6 +22,7 @@ from dynmoe.config.trainer import (
     several_devices,
     sharded_fits,
     trainer_options,
+    writer_of_checkpoints,
 )
 
 Rule = Callable[[DictConfig], Iterator[str]]
@@ -477,6 +478,7 @@ RULES: tuple[Rule, ...] = (
     routing_fits,
     *(machine.run_folder, clipping_optimizer, own_callbacks),
     *(trainer_options, several_devices, sharded_fits, experts_apart, clusters.as_many_as_started),
+    writer_of_checkpoints,
 )
 RUN_RULES: tuple[Rule, ...] = (clusters.launcher_has_a_sweep,)  # of one run alone
 SWEEP_RULES: tuple[Rule, ...] = (clusters.one_device_per_job, clusters.launcher_fits)

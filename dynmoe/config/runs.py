@@ -30,7 +30,7 @@ NOT_IN_IDENTITY = (
     # Other keys copy those in use.
     *("protocol.datasets", "protocol.defaults", "protocol.scratch", "protocol.stages"),
     *("runtime.malloc", "runtime.progress_every", "moe.recompute", "moe.backend"),
-    *("task.save_every", "task.on_nonfinite", "task.routing_every"),
+    *("task.save_every", "task.async_save", "task.on_nonfinite", "task.routing_every"),
     "backbone.grad_checkpointing",  # the same numbers, computed twice
     "data.question_sets",  # more of them are answered by dynmoe-eval
     *(

@@ -148,6 +148,7 @@ class Task:
     module: dict[str, Any]
     epochs: int | None = None
     save_every: int | None = None
+    async_save: bool = False
     patience: int | None = None
     on_nonfinite: Literal["stop", "continue"] = "stop"
     routing_every: int = 1

@@ -101,6 +101,11 @@ def sharded_fits(cfg: DictConfig) -> Iterator[str]:
     target = str(read(cfg, "trainer.strategy._target_", str))
     if "FSDP" not in target and "ExpertParallel" not in target:
         return
+    if read(cfg, "trainer.strategy.state_dict_type", str) not in (None, "full"):
+        yield (
+            "trainer.strategy.state_dict_type: expected full: a checkpoint is one file, which one "
+            "device reads as well"
+        )
     clips = read(cfg, "trainer.gradient_clip_val", float)
     if "FSDP" in target and clips:
         if "FSDP2" not in target:
@@ -113,14 +118,39 @@ def sharded_fits(cfg: DictConfig) -> Iterator[str]:
                 "trainer.gradient_clip_algorithm: expected norm with trainer=fsdp2, found value. "
                 "Leave it out"
             )
-    given = read(cfg, "trainer.callbacks", object)
-    for node in given if isinstance(given, list) else [given]:
-        name = str((node if isinstance(node, dict) else {}).get("_target_")).rpartition(".")[2]
+    for name in _classes(cfg, "trainer.callbacks"):
         if name in AVERAGING:
             yield (
                 f"trainer.callbacks: {name} averages whole weights, of which each device has a "
                 "share. Set trainer=ddp, or leave it out"
             )
+
+
+def writer_of_checkpoints(cfg: DictConfig) -> Iterator[str]:
+    """A checkpoint takes the place of the one before as soon as it is on disk."""
+    for name in _classes(cfg, "trainer.plugins"):
+        if name == "AsyncCheckpointIO":
+            yield (
+                "trainer.plugins: AsyncCheckpointIO tells nobody when a checkpoint is on disk, and "
+                "part of one would take the place of the one before. Set task.async_save=true, and "
+                "leave it out"
+            )
+        elif name.endswith("CheckpointIO") and read(cfg, "task.async_save", bool):
+            yield OWN_WRITER
+
+
+OWN_WRITER = (
+    "task.async_save: trainer.plugins has a writer of checkpoints of its own. Leave it out, or set "
+    "task.async_save=false"
+)
+
+
+def _classes(cfg: DictConfig, key: str) -> Iterator[str]:
+    """The names of the classes of a node, or of a list of them."""
+    given = read(cfg, key, object)
+    for node in given if isinstance(given, list) else [given]:
+        if isinstance(node, dict):
+            yield str(node.get("_target_")).rpartition(".")[2]
 
 
 READ_EXPERTS = ("AverageKeyRouter", "UniFRouter")

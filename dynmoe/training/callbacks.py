@@ -7,6 +7,8 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -18,6 +20,7 @@ from dynmoe.files import replace_synced
 from dynmoe.metrics.routing import TRAIN
 from dynmoe.records import RunFolder, Seal
 from dynmoe.selection import LAST, Record, by_loss, judged, selected
+from dynmoe.training.saving import save
 
 RECORDS = "records"  # key of a checkpoint: digests of the records up to its step
 
@@ -40,8 +43,8 @@ class RunRecorder(Checkpoint):
 
     A killed run resumes from ``last.ckpt``; ``selected.ckpt`` belongs to the best record so far,
     by the rule of ``facts`` (``selection``, ``test_envs``, ``selects``, ``reported`` of
-    ``run.json``). Records are written before the checkpoint; on resuming,
-    ``RunFolder.truncate_after`` drops those the checkpoint has not seen.
+    ``run.json``). Records are written before the checkpoint, with ``BackgroundFiles`` up to an
+    evaluation before it; on resuming, ``RunFolder.truncate_after`` drops those it has not seen.
 
     With ``patience`` training stops after so many evaluations without a better one; the line of
     the last evaluation then says ``stopped_early``. Counts are part of the checkpoint.
@@ -211,16 +214,19 @@ class RunRecorder(Checkpoint):
         self._last_save = trainer.global_step
         for logger in trainer.loggers:
             logger.save()  # a run that goes on from here does not log these steps again
-        checkpoints = self.folder.path / "checkpoints"
-        unfinished = checkpoints / "unfinished.ckpt"
-        trainer.save_checkpoint(unfinished)
-        if trainer.is_global_zero:
-            if self._best is not None and self._best["step"] == trainer.global_step - 1:
-                copy = checkpoints / "copy.ckpt"
-                shutil.copyfile(unfinished, copy)
-                replace_synced(copy, checkpoints / "selected.ckpt")
-            replace_synced(unfinished, checkpoints / "last.ckpt")
+        is_best = self._best is not None and self._best["step"] == trainer.global_step - 1
+        unfinished = self.folder.path / "checkpoints" / "unfinished.ckpt"
+        save(trainer, unfinished, partial(_put_in_place, unfinished, is_best))
         trainer.strategy.barrier()
+
+
+def _put_in_place(unfinished: Path, is_best: bool) -> None:
+    """Let a checkpoint that is on disk take the place of the last one, and of the selected one."""
+    if is_best:
+        copy = unfinished.with_name("copy.ckpt")
+        shutil.copyfile(unfinished, copy)
+        replace_synced(copy, unfinished.with_name("selected.ckpt"))
+    replace_synced(unfinished, unfinished.with_name("last.ckpt"))
 
 
 def _better(best: Record | None, record: Record, facts: Mapping[str, Any]) -> Record | None:

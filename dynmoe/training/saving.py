@@ -1,14 +1,17 @@
-"""Checkpoints on disk: written where they stay, and known to be whole before they are read; weights
-that a run starts from."""
+"""Checkpoints on disk: written where they stay, in the background or not, and known to be whole
+before they are read; weights that a run starts from."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from zipfile import ZipFile
 
+import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import (
@@ -20,8 +23,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from dynmoe import ranks
+from dynmoe import process, ranks
 from dynmoe.backbones import hub, weights
+from dynmoe.config.trainer import OWN_WRITER
 from dynmoe.errors import ConfigError, reason_of
 from dynmoe.files import check_regular
 from dynmoe.records import RunFolder
@@ -65,6 +69,119 @@ class CheckpointFiles(TorchCheckpointIO):
         """What the file holds, on the CPU; it was read before, by ``read_checkpoint``."""
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return content
+
+
+class BackgroundFiles(CheckpointFiles):
+    """Writes the checkpoints of ``save`` in a thread, from a copy in CPU memory; others at once.
+
+    There is one copy at most: the next ``save`` waits until this one is on disk, and raises what
+    has gone wrong with it. The thread knows no device and no other process.
+
+    The copy is PyTorch's (``torch.distributed.checkpoint.staging``): what shares memory shares it
+    there, too. The thread is our own. ``torch.distributed.checkpoint.async_save`` writes folders of
+    another format; Lightning's ``AsyncCheckpointIO`` copies on the GPU, queues copies without an
+    end, and tells nobody when a file is there, which has yet to take its place.
+    """
+
+    def __init__(self) -> None:
+        self._then: Callable[[], None] | None = None  # within ``save``
+        self._writing: futures.Future[None] | None = None
+
+    def save(self, trainer: L.Trainer, file: Path, then: Callable[[], None]) -> None:
+        """Copy what belongs into a checkpoint; ``then`` is called in the thread."""
+        self.wait()
+        self._then = then
+        try:
+            trainer.save_checkpoint(file)
+        finally:
+            self._then = None
+        if trainer.is_global_zero and self._writing is None:
+            then()  # a strategy that writes by itself, which has done so
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint, in the background within ``save``; Lightning's, on the first rank."""
+        if self._then is None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._writing = thread.submit(self._write, _copied(checkpoint), Path(path), self._then)
+        thread.shutdown(wait=False)  # it ends with the write
+
+    def _write(self, copy: dict[str, Any], file: Path, then: Callable[[], None]) -> None:
+        super().save_checkpoint(copy, file)
+        then()
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
+    def wait(self) -> None:
+        """Wait for the write that is under way. Raises what has gone wrong with it, once."""
+        if (writing := self._writing) is not None:
+            futures.wait([writing])  # a signal may end the waiting: the write is still under way
+            self._writing = None
+            writing.result()
+
+
+def _copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A copy on the CPU that training does not change."""
+    # Here, since not every build of PyTorch has it.
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=False,
+        )
+    )
+    try:
+        return cast(dict[str, Any], stager.stage(checkpoint))  # a future, where it is asked for one
+    finally:
+        stager.close()  # it would keep the memory for the next copy
+
+
+def save(trainer: L.Trainer, file: Path, then: Callable[[], None]) -> None:
+    """Save a checkpoint, on all ranks; ``then`` is called on the first one, once it is on disk.
+
+    Raises:
+        OSError: it cannot be written, or the one before could not be, in the background.
+    """
+    files = trainer.strategy.checkpoint_io
+    if isinstance(files, BackgroundFiles):
+        files.save(trainer, file, then)
+        return
+    trainer.save_checkpoint(file)
+    if trainer.is_global_zero:
+        then()
+
+
+@contextmanager
+def all_written(trainer: L.Trainer, say: Callable[[str], None]) -> Iterator[None]:
+    """The body saves; when it is left, by an error or a signal as well, all is on disk.
+
+    Raises:
+        OSError: the last checkpoint cannot be written. Where the body raises, ``say`` tells it.
+    """
+    files = trainer.strategy.checkpoint_io
+    if not isinstance(files, BackgroundFiles):
+        yield
+        return
+    try:
+        yield
+        files.wait()
+    except BaseException:
+        if files.is_writing:
+            process.catch_signals_again()  # Lightning ignores the second Ctrl-C
+            say("waiting until a checkpoint is on disk")
+        try:
+            files.wait()
+        except Exception as error:
+            say(f"the last checkpoint was not written: {reason_of(error)}")
+        raise
 
 
 def read_checkpoint(file: Path, mmap: bool = False) -> dict[str, Any]:
@@ -131,8 +248,11 @@ def trainer_plugins(cfg: DictConfig) -> list[Any]:
     if OmegaConf.is_config(given):
         given = make(given, "trainer.plugins")
     plugins = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+    in_background = cfg.task.get("async_save", False)
     if not any(isinstance(each, CheckpointIO) for each in plugins):
-        plugins.append(CheckpointFiles())
+        plugins.append(BackgroundFiles() if in_background else CheckpointFiles())
+    elif in_background:
+        raise ConfigError(OWN_WRITER)
     tasks = ranks.tasks()
     if tasks is None or any(isinstance(each, ClusterEnvironment) for each in plugins):
         return plugins

@@ -96,6 +96,9 @@ TABLE = {
     f"{IMAGES} moe=mass moe.max_experts=8": ("moe: max_experts (8)", "Raise moe.max_experts"),
     f"{IMAGES} moe=mass trainer=fsdp": ("trainer.strategy: growth by drift", "trainer=ddp"),
     f"{IMAGES} moe=mass trainer=fsdp2": ("trainer.strategy: growth by drift", "trainer=ddp"),
+    f"{IMAGES} trainer=fsdp trainer.strategy.state_dict_type=sharded": (
+        "trainer.strategy.state_dict_type: expected full",
+    ),
     f"{IMAGES} trainer=fsdp trainer.gradient_clip_val=1": (
         "trainer.gradient_clip_val: trainer=fsdp cannot",
         "trainer=fsdp2",
@@ -120,6 +123,16 @@ TABLE = {
         "trainer.strategy: the router of moe=emoe reads",
         "moe.conflict.weight=0",
     ),
+    f"{IMAGES} +trainer.plugins._target_=lightning.pytorch.plugins.AsyncCheckpointIO": (
+        "trainer.plugins: AsyncCheckpointIO",
+        "task.async_save=true",
+    ),
+    f"{IMAGES} task.async_save=true "
+    "+trainer.plugins=[{_target_:lightning.pytorch.plugins.TorchCheckpointIO}]": (
+        "task.async_save: trainer.plugins has a writer",
+        "task.async_save=false",
+    ),
+    f"{IMAGES} task.async_save=soon": ("task.async_save", "true"),
     f"{IMAGES} trainer=expert_parallel trainer.devices=4 trainer.strategy.size=3": (
         "trainer.strategy.size: expected a divisor of the 4 devices",
         "size=null",

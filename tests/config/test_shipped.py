@@ -122,7 +122,8 @@ moe: num_experts recompute router shared_experts
 paths: cache outputs
 protocol: holdout_fraction name
 runtime: fused_attention malloc matmul_precision progress_every
-task: eval_every module name on_nonfinite optimizer placement routing_every selection steps
+task: async_save eval_every module name on_nonfinite optimizer placement routing_every selection
+task: steps
 trainer: _target_ accelerator accumulate_grad_batches devices enable_model_summary
 trainer: enable_progress_bar gradient_clip_val log_every_n_steps max_epochs max_steps
 trainer: num_sanity_val_steps precision strategy use_distributed_sampler val_check_interval

@@ -78,6 +78,22 @@ def without_figures() -> None:
     figures.draw_all = lambda run: None  # type: ignore[assignment]
 
 
+BACKGROUND = "task.async_save=true"  # each command of a run may have it, or not
+
+
+def slow_writes(seconds: float) -> None:
+    """Let checkpoints take their place late: in the background records get ahead of them."""
+    from dynmoe.training import callbacks
+
+    put = callbacks._put_in_place
+
+    def late(unfinished: Path, is_best: bool) -> None:
+        time.sleep(seconds)
+        put(unfinished, is_best)
+
+    callbacks._put_in_place = late
+
+
 def kill_and_go_on(straight: Straight, number: int, draw: random.Random, report: Report) -> None:
     """One run, killed one to four times, then finished by the same command, and compared."""
     family, name = straight.family, f"round{number}"
@@ -87,13 +103,17 @@ def kill_and_go_on(straight: Straight, number: int, draw: random.Random, report:
     for _ in range(draw.choice((1, 2, 3, 4))):
         how = draw.random()
         change = draw.randint(1, straight.changes + 20 * draws_figures) if how < 0.5 else 0
+        slow = draw.choice((None, None, 0.0, 0.2))
+        given = arguments if slow is None else [*arguments, BACKGROUND]
 
-        def inside(change: int = change) -> None:
+        def inside(change: int = change, slow: float | None = slow) -> None:
             if not draws_figures:
                 without_figures()
+            if slow:
+                slow_writes(slow)
             killed_at(change, outputs)()
 
-        fork = start("run", arguments, straight.work, inside=inside, ranks=family.ranks)
+        fork = start("run", given, straight.work, inside=inside, ranks=family.ranks)
         if change:
             told.append(f"killed at change {change}")
         else:
@@ -101,6 +121,9 @@ def kill_and_go_on(straight: Straight, number: int, draw: random.Random, report:
             told.append(_hit(fork, signum, draw.uniform(0.1, 0.9) * straight.seconds, family, draw))
         told_at = time.monotonic() - fork.begun
         ended = fork.wait(straight.limit)
+        if slow is not None:
+            told[-1] += ", saving in the background"
+            report.counts["kills while saving in the background"] += ended.status != 0
         what = f"{family.name} {number}, {', '.join(told)}"
         # Not where the run had ended before; where one of its processes was hit, the other says so.
         report.counts["kills"] += ended.status != 0
