@@ -473,16 +473,17 @@ class Composer:
         """
         lines = [str(each.input_line) for each in groups]
         chosen = [each.value() for each in groups if each.key_or_group == "moe"]
-        if len(chosen) == 1 and _fills_moe_alone(chosen[0]):
-            line, nothing = f"moe={chosen[0]}", f"moe={NOTHING}"
+        mixture = chosen[0] if len(chosen) == 1 else None
+        if isinstance(mixture, str) and _fills_moe_alone(mixture):
+            line, nothing = f"moe={mixture}", f"moe={NOTHING}"
             with suppress(HydraException):  # of a user's file that `${moe}` chooses
                 cfg = self._composed([nothing if text == line else text for text in lines])
                 choices = cfg.hydra.runtime.choices
                 follow = str(OmegaConf.to_container(choices)).count(NOTHING) > 1
                 if cfg.get("moe") == {} and not follow:  # else others give it keys too
                     with open_dict(cfg):
-                        cfg.moe = options.own("moe", chosen[0])
-                        choices.moe = chosen[0]
+                        cfg.moe = options.own("moe", mixture)
+                        choices.moe = mixture
                     return cfg, "moe"
         return self._composed(lines), ""
 
@@ -505,9 +506,9 @@ class Composer:
 NOTHING = "_nothing"  # conf/moe/_nothing.yaml
 
 
-def _fills_moe_alone(name: Any) -> bool:
+def _fills_moe_alone(name: str) -> bool:
     fills = options.fills_its_node_alone
-    return isinstance(name, str) and fills("moe", NOTHING) and fills("moe", name)
+    return fills("moe", NOTHING) and fills("moe", name)
 
 
 def _keys(node: Any) -> list[str]:

@@ -92,7 +92,8 @@ class RunLines(L.Callback):
         step_time = (time.perf_counter() - self._began - self._evaluating) / steps
         left = (trainer.max_steps - trainer.global_step) * step_time
         if self._evaluations:  # the first record of an image run follows one step, others hundreds
-            ahead = trainer.datamodule.plan.evaluations_from(trainer.global_step)
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            ahead = data.plan.evaluations_from(trainer.global_step)
             left += ahead * self._evaluating / self._evaluations
         return f"{1 / step_time:.2f} steps/s, {duration(left)} left, "
 
