@@ -117,7 +117,7 @@ frontier-text: $(START)/topics  ## The same settings on text classification
 frontier-images: $(START)/images.ckpt  ## The same settings on images: DATA=folder of Fashion-MNIST as docs/reports/frontier makes it
 	$(RUN) sweep=frontier $(IMAGES) data.root=$(DATA)/second backbone.pretrained=$< backbone.head=keep seed=$(SEEDS) hydra/launcher=joblib \
 	  task.steps=301 task.eval_every=300 task.optimizer.lr=1e-3 name=frontier_images
-	$(BIN)/dynmoe-report outputs/frontier_images
+	$(BIN)/dynmoe-report --by-loss outputs/frontier_images
 
 ablation: $(START)/glosses  ## DynMoE-plus with one part changed at a time (docs/method.md): 21 settings
 	$(RUN) sweep=ablation $(LONGER) name=ablation_glosses
