@@ -39,11 +39,12 @@ def shown(
 
     console = Console(stderr=True)
     of = "" if total is None else f" of {total:,}"
-    text = progress.TextColumn(f"{{task.completed:,}}{of} {what}")
+    # Names of folders are in it: neither fields nor markup.
+    text = progress.TextColumn("{task.completed:,}{task.description}", markup=False)
     left = [] if total is None else [progress.BarColumn(), progress.TimeRemainingColumn()]
     columns = [text, progress.TimeElapsedColumn(), *left]
     bar = progress.Progress(*columns, console=console, transient=True)
-    task = bar.add_task("", total=total)
+    task = bar.add_task(f"{of} {what}", total=total)
     every = BAR_AFTER if console.is_terminal else _seconds
     began = said = time.monotonic()
     done = 0

@@ -55,6 +55,10 @@ def test_a_bar_on_a_terminal(
     assert not capsys.readouterr().err
     took(clock, 200, 1.0, 200)
     assert "of 200 images read" in capsys.readouterr().err and not caplog.messages
+    for name in ("[a]", "{1}", "[/a]"):  # of a folder
+        for _ in shown(range(2), f"images of {name} read"):
+            clock[0] += 10
+        assert f"images of {name} read" in capsys.readouterr().err
 
 
 def test_parts_count_by_their_size(

@@ -45,6 +45,9 @@ NOT_IN_IDENTITY = (
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps"),
 )
 
+# Keys that came after runs without them were kept: null is the same run as no such key.
+NULL_AS_ABSENT = ("data.eval_images",)
+
 LONGEST, SHORT = 80, 16  # characters of all differences in a folder's name, and of one value
 
 # `${a.b}`, another key; `${recipe:lr}` computes something.
@@ -189,7 +192,8 @@ def _relevant(cfg: DictConfig, prefix: str, keep: Keep) -> dict[str, Any]:
         dotted = f"{prefix}{name!s}"
         if dotted not in NOT_IN_IDENTITY:
             value = keep(cfg, ("identity", dotted), partial(_value, cfg, name, dotted, keep))
-            found[str(name)] = value
+            if not (value is None and dotted in NULL_AS_ABSENT):
+                found[str(name)] = value
     return found
 
 

@@ -75,6 +75,15 @@ def test_a_folder_names_what_differs(overrides: tuple[str, ...], shown: str) -> 
     assert re.fullmatch(rf"rotateddigits_{re.escape(shown)}_env0_seed0_[0-9a-f]{{8}}", name)
 
 
+def test_runs_that_were_kept_before_a_key_keep_their_folder() -> None:
+    now = config("data=pacs", "data.root=/x")
+    before = now.copy()
+    del before.data.eval_images
+    assert (run_name(now), flat(now)) == (run_name(before), flat(before))
+    some = config("data=pacs", "data.root=/x", "data.eval_images=7")
+    assert run_name(some) != run_name(now) and flat(some)["data.eval_images"] == 7
+
+
 def test_long_folder_names_stay_distinct() -> None:
     adaptation = ("start", "length", "period", "min_experts")
     long = [f"moe.adaptation.{key}=1{'0' * 30}" for key in adaptation]

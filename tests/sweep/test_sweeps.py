@@ -304,6 +304,13 @@ def test_causal_models_leave_settings_out(sweep: Sweep) -> None:
     )
 
 
+def test_a_sweep_over_tasks_is_planned(tmp_path: Path) -> None:
+    words = ("task=vit_domainbed,glue", "moe=dense", "name=both", "mode=plan")
+    done = command(job.job, tmp_path, "-m", *words)
+    assert done.returncode == 0, done.stderr
+    assert "2 jobs: 2 missing" in done.stdout
+
+
 def test_every_combination_is_checked_before_any_work(sweep: Sweep) -> None:
     """Each value is right beside the first of the other; the last two are not."""
     sweep.rewrite("moe.num_experts: 2, moe.top_k: 1", "moe.num_experts: '4,2', moe.top_k: '1,3'")

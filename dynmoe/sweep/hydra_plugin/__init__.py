@@ -21,7 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from dynmoe.config.check import report
-from dynmoe.config.compose import Composer, checked, parser
+from dynmoe.config.compose import Composer, MissingGroup, checked, parser
 from dynmoe.config.models import causal_model
 from dynmoe.config.runs import flat, run_name
 from dynmoe.config.sweeps import read_sweep
@@ -149,8 +149,11 @@ class DynMoESweeper(Sweeper):
                     jobs.setdefault(job.name, job)
         if found:
             raise ConfigError(report(found))
-        base = composer.compose([*always, *map(parsed, sweep.base)])
-        return flat(base.cfg), list(jobs.values())
+        try:
+            base = flat(composer.compose([*always, *map(parsed, sweep.base)]).cfg)
+        except MissingGroup:  # of a sweep over tasks: each job's configuration is kept as well
+            base = {}
+        return base, list(jobs.values())
 
     def _launch(self, jobs: Sequence[Job]) -> list[JobReturn]:
         """Launch the jobs. A launcher that loses a process ends the jobs of all its processes:
