@@ -91,15 +91,15 @@ IMAGES := task=vit_domainbed data=image_folder data.test_envs=[b_test] data.batc
 
 $(START)/glosses: | $(BIN)/dynmoe-run
 	$(RUN) $(MICRO) data.vocabulary=1024 moe=dense seed=100 task.steps=400 task.optimizer.lr=4e-3 name=frontier_start
-	$(BIN)/dynmoe-convert run=$$(ls -d $(START)/glosstexts_dense_*) to=$@ overwrite=true
+	$(BIN)/dynmoe-convert run=$$(ls -dt $(START)/glosstexts_dense_* | head -n 1) to=$@ overwrite=true
 
 $(START)/topics: | $(BIN)/dynmoe-run
 	$(RUN) $(TOPICS) moe=dense seed=100 task.steps=250 task.eval_every=125 name=frontier_start
-	$(BIN)/dynmoe-convert run=$$(ls -d $(START)/glosses_dense_*) to=$@ overwrite=true
+	$(BIN)/dynmoe-convert run=$$(ls -dt $(START)/glosses_dense_* | head -n 1) to=$@ overwrite=true
 
 $(START)/images.ckpt: | $(BIN)/dynmoe-run
 	$(RUN) $(IMAGES) data.root=$(DATA)/first moe=dense seed=100 task.steps=2501 task.eval_every=1250 task.optimizer.lr=2e-3 name=frontier_start
-	cp $(START)/imagefolder_dense_*/checkpoints/last.ckpt $@
+	cp $$(ls -dt $(START)/imagefolder_dense_* | head -n 1)/checkpoints/last.ckpt $@
 
 frontier: $(START)/glosses  ## Quality over cost on WordNet's definitions, with its report: 19 settings, 3 seeds, less than 30 minutes on 2 CPU cores
 	$(RUN) sweep=frontier $(LONGER) name=frontier_glosses
