@@ -382,6 +382,9 @@ def test_linear_baseline_learns_the_training_angles(monkeypatch: pytest.MonkeyPa
     assert baseline["name"] == "linear classifier on pixels"
     scores = {name: found["accuracy"] for name, found in baseline["scores"].items()}
     assert scores["0/out"] < 0.7 < 0.85 < scores["30/out"] and len(scores) == 2 * 6
+    data.eval_images = 1
+    of_one = linear_pixel_baseline(data)["scores"].values()
+    assert {found["accuracy"] for found in of_one} <= {0.0, 1.0}
 
 
 class Recorder(pl.LightningModule):
