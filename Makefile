@@ -112,7 +112,7 @@ frontier-routers: $(START)/glosses  ## The other routers beside them, after make
 
 frontier-text: $(START)/topics  ## The same settings on text classification
 	$(RUN) sweep=frontier $(TOPICS) $(GOES_ON) backbone.head=keep task.steps=150 task.eval_every=50 task.optimizer.lr=5e-4 name=frontier_topics
-	$(BIN)/dynmoe-report outputs/frontier_topics
+	$(BIN)/dynmoe-report --by-loss outputs/frontier_topics
 
 frontier-images: $(START)/images.ckpt  ## The same settings on images: DATA=folder of Fashion-MNIST as docs/reports/frontier makes it
 	$(RUN) sweep=frontier $(IMAGES) data.root=$(DATA)/second backbone.pretrained=$< backbone.head=keep seed=$(SEEDS) hydra/launcher=joblib \
