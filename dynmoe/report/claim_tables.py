@@ -18,7 +18,15 @@ from dynmoe.report.claim import (
 )
 from dynmoe.report.cost_tables import taken
 from dynmoe.report.paired import FEWEST, LEVEL
-from dynmoe.report.run import Problem, conditions, counted, environments, seeds, settings
+from dynmoe.report.run import (
+    Problem,
+    conditions,
+    counted,
+    environments,
+    seeds,
+    settings,
+    short_name,
+)
 from dynmoe.report.runs import Collection
 from dynmoe.report.tables import SHARE, Strong, Table, format_mean, format_points, format_result
 from dynmoe.report.words import NOUNS, capital
@@ -307,7 +315,8 @@ def _rival(difference: Difference) -> str:
 
 
 def title_of(collection: Collection) -> str:
-    adaptive = dict.fromkeys(run.setting for run in collection.runs if run.kind == "adaptive")
+    # One name for all targets of a budget: with them the title of a frontier had seven lines.
+    adaptive = dict.fromkeys(short_name(run) for run in collection.runs if run.kind == "adaptive")
     datasets = ", ".join(dict.fromkeys(problem.dataset for problem in collection.problems))
     if adaptive and any(run.kind == "fixed" for run in collection.runs):
         return f"{', '.join(adaptive)} against fixed experts and k: {datasets}"

@@ -248,7 +248,7 @@ def trainer_plugins(cfg: DictConfig) -> list[Any]:
     if OmegaConf.is_config(given):
         given = make(given, "trainer.plugins")
     plugins = [] if given is None else list(given) if isinstance(given, Sequence) else [given]
-    in_background = cfg.task.get("async_save", False)
+    in_background = OmegaConf.select(cfg, "task.async_save", default=False)
     if not any(isinstance(each, CheckpointIO) for each in plugins):
         plugins.append(BackgroundFiles() if in_background else CheckpointFiles())
     elif in_background:

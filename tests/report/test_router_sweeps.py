@@ -10,6 +10,7 @@ from sweeps import write_run, write_sweep
 
 from dynmoe.report.claim import examine
 from dynmoe.report.claim_figures import draw_accuracy_by_experts, draw_curves, family
+from dynmoe.report.claim_tables import title_of
 from dynmoe.report.cost_tables import router_table
 from dynmoe.report.costs import Timings, search_cost
 from dynmoe.report.page import build
@@ -54,6 +55,10 @@ def test_every_router_stands_at_the_experts_it_activates(zoo: Collection) -> Non
     assert (flops, 70.0) in points(by_flops) and (5000, 50.0) in points(by_flops)
     names = [text.get_text() for text in picture.figure.legends[0].get_texts()]
     assert names == ["ReMoE", "top-2 of 4", "dense", "DynMoE"]
+
+
+def test_the_title_names_a_router_once(zoo: Collection) -> None:
+    assert title_of(zoo) == "DynMoE, ReMoE against fixed experts and k: RotatedDigits"
 
 
 def test_a_budget_is_shown_over_training_as_a_share_of_the_target(zoo: Collection) -> None:
