@@ -57,8 +57,13 @@ def test_every_router_stands_at_the_experts_it_activates(zoo: Collection) -> Non
     assert names == ["ReMoE", "top-2 of 4", "dense", "DynMoE"]
 
 
-def test_the_title_names_a_router_once(zoo: Collection) -> None:
-    assert title_of(zoo) == "DynMoE, ReMoE against fixed experts and k: RotatedDigits"
+def test_the_title_names_a_router_once(tmp_path: Path) -> None:
+    write_sweep(tmp_path, {"top-2 of 4": {"0": [0.5]}})
+    for target in (1.0, 2.0):
+        write_run(tmp_path, "DynMoE", 0.5, config={"moe.router.target_k": target})
+    collection = read_runs([tmp_path])
+    assert len(dict.fromkeys(run.setting for run in collection.runs)) == 3
+    assert title_of(collection) == "DynMoE against fixed experts and k: RotatedDigits"
 
 
 def test_a_budget_is_shown_over_training_as_a_share_of_the_target(zoo: Collection) -> None:
